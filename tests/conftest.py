@@ -1,0 +1,16 @@
+"""Strict JAX for every test: four CPU devices, no silent promotion, exact float32 products."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("NPROC", "16")  # TPU interpret mode deadlocks on a small thread pool
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel ahead-of-time compilers
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+).strip()
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
