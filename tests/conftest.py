@@ -10,7 +10,17 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
+from beartype import beartype
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def check_signature(function):
+    """Check calls of functions, not fields of dataclasses: trees of specs and shapes are legal."""
+    return function if function.__name__ == "__init__" else beartype(function)
+
+
+install_import_hook("lookahead_jax", f"{__name__}.check_signature")
