@@ -51,8 +51,14 @@ class RopeConfig:
             raise ValueError(f"rope_type {self.kind!r} needs {', '.join(missing)}")
         if self.dim < 2 or self.dim % 2 or (self.kind == "dynamic" and self.dim == 2):
             raise ValueError(f"rope_type {self.kind!r} cannot rotate {self.dim} dimensions")
-        if self.theta <= 0 or (self.factor is not None and self.factor <= 0):
-            raise ValueError(f"rope theta {self.theta} and factor {self.factor} must be positive")
+        if self.theta <= 1 or (self.factor is not None and self.factor <= 0):
+            raise ValueError(f"rope theta {self.theta} or factor {self.factor} is out of range")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("rope high_freq_factor must exceed low_freq_factor")
+        if self.max_position < 1 or (self.original_max_position or 2) < 2:
+            raise ValueError("rope max_position and original_max_position must be positive")
+        if any(factor <= 0 for factor in (self.short_factor or ()) + (self.long_factor or ())):
+            raise ValueError("rope short_factor and long_factor must be positive")
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
             if factors is not None and len(factors) != self.dim // 2:
