@@ -53,7 +53,8 @@ class RopeConfig:
             raise ValueError(f"rope_type {self.kind!r} cannot rotate {self.dim} dimensions")
         if self.theta <= 1 or (self.factor is not None and self.factor <= 0):
             raise ValueError(f"rope theta {self.theta} or factor {self.factor} is out of range")
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
             raise ValueError("rope high_freq_factor must exceed low_freq_factor")
         if self.max_position < 1 or (self.original_max_position or 2) < 2:
             raise ValueError("rope max_position and original_max_position must be positive")

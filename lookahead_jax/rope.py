@@ -4,6 +4,8 @@ Frequencies of `dynamic` and `longrope` depend on the length of the whole sequen
 cached rotated, so a row must keep one set of frequencies for its life: they are chosen per row
 from its span, the number of positions (prompt + new tokens) the row was opened for.
 """
+# RopeConfig has checked that the fields its kind uses are not None, which no annotation can say.
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportArgumentType=false
 
 import math
 

@@ -1,0 +1,98 @@
+"""Where arrays live: a mesh of data, fsdp and tensor axes, and one table of rules.
+
+Code names the logical axes of its arrays ("embed", "heads", "batch", ...); only this table knows
+what becomes of them on a mesh.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.params import Params, axis_sizes, specs, tree
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "layer": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+}
+
+
+def make_mesh(
+    *,
+    data: int | None = None,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh over all `devices` (default: all there are) with axes data, fsdp, tensor.
+
+    `data` None takes the devices that the other two leave.
+
+    Raises:
+      ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if data is None:
+        data = len(devices) // (fsdp * tensor)
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use "
+            f"exactly the {len(devices)} devices present"
+        )
+    # Auto: the default, Explicit, rejects a plain lookup in a sharded embedding table.
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=auto, devices=devices)
+
+
+def partition_spec(axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+    """The rules applied to an array's logical axes; None is an axis that is never split.
+
+    Mesh axes that `mesh` lacks split nothing, so a mesh of ("data", "tensor") works too.
+
+    Raises:
+      ValueError: for a logical axis that the table does not know.
+    """
+    entries = []
+    for axis in axes:
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r}; known: {', '.join(RULES)}")
+        split = tuple(name for name in RULES[axis] if name in mesh.axis_names) if axis else ()
+        entries.append(split if len(split) > 1 else split[0] if split else None)
+    return PartitionSpec(*entries)
+
+
+def sharding(axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
+    """`partition_spec` on its mesh."""
+    return NamedSharding(mesh, partition_spec(axes, mesh))
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+    """The parameter tree with a `NamedSharding` for each leaf.
+
+    Raises:
+      ValueError: when a size of the model is not a multiple of the mesh axes that split it.
+    """
+    used = {axis for spec in specs(config).values() for axis in spec.axes}
+    for axis, size in axis_sizes(config).items():
+        ways = math.prod(mesh.shape.get(name, 1) for name in RULES[axis]) if axis in used else 1
+        if size % ways:
+            raise ValueError(
+                f"{axis} has size {size}, not a multiple of {ways}, the mesh's "
+                f"{' x '.join(RULES[axis])}; choose a smaller {RULES[axis][-1]} axis"
+            )
+    return tree({path: sharding(spec.axes, mesh) for path, spec in specs(config).items()})
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For arrays with a leading batch axis, whatever follows it."""
+    return sharding(("batch",), mesh)
