@@ -1,0 +1,137 @@
+"""Attention of a small block of rows over the keys that stand before it and over itself.
+
+One operation serves prompt chunks, observers, decoding (P = 1), tree verification and training:
+the context is whatever was read before (a prompt prefix or a budgeted cache, where every slot
+knows its position), the block's own keys follow an explicit [P, P] visibility. Memory is linear
+in the number of context slots: the context is swept in blocks with a running softmax.
+
+Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H head dim, S slots.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Floor of the running row maximum. Masked logits are -inf, so a row that sees nothing keeps
+# this finite maximum, collects no mass, and comes out as zeros instead of NaN.
+_FLOOR = -1e30
+KEY_BLOCK = 512
+
+
+def softcap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """cap * tanh(logits / cap), the bounded logits of Gemma 2; unchanged where cap is None."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def visible_by_position(
+    q_pos: jax.Array,  # [B, P] int32, -1 = no query
+    k_pos: jax.Array,  # [..., S] int32 broadcastable against B, -1 = empty slot
+    window: jax.Array | int | None,
+) -> jax.Array:
+    """Who may look at whom, from stored positions alone: bool [B, heads or 1, P, S].
+
+    A key is visible when its slot is filled, it does not lie in the query's future, and it is
+    nearer than `window` positions (None: no window). `k_pos` is [B, K or 1, S].
+    """
+    q = q_pos[:, None, :, None]
+    k = k_pos[:, :, None, :]
+    seen = (k >= 0) & (k <= q)
+    return seen if window is None else seen & (q - k < window)
+
+
+def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, P, N, H] -> [B, K, G, P, H]: query heads gathered under the KV head they read."""
+    b, p, n, h = q.shape
+    return q.reshape(b, p, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+
+
+def key_blocks(slots: int, key_block: int) -> tuple[int, int]:
+    """Size and number of the blocks that cover `slots` slots."""
+    size = min(slots, key_block)
+    return size, -(-slots // size)
+
+
+def read_block(j, size: int, slots: int, *arrays: jax.Array):
+    """Block `j` of arrays whose second-to-last axis is slots, and which of its slots are new.
+
+    The last block is moved back inside the array when `size` does not divide `slots`; slots
+    that the block before it has covered are reported as not new, so that nothing counts twice.
+    """
+    start = jnp.minimum(j * size, slots - size)
+    blocks = tuple(jax.lax.dynamic_slice_in_dim(a, start, size, axis=-2) for a in arrays)
+    return blocks, start + jnp.arange(size) >= j * size
+
+
+def _accumulate(state, logits, v):
+    """One more set of keys into the running (maximum, mass, weighted values) of each row."""
+    m, mass, out = state
+    m_new = jnp.maximum(m, logits.max(-1))
+    p = jnp.exp(logits - m_new[..., None])
+    shrink = jnp.exp(m - m_new)
+    mass = mass * shrink + p.sum(-1)
+    new = jnp.einsum("bkgps,bksh->bkgph", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return m_new, mass, out * shrink[..., None] + new
+
+
+def block_attention(
+    q: jax.Array,  # [B, P, N, H]
+    k: jax.Array,  # [B, K, P, H] the block's own keys
+    v: jax.Array,  # [B, K, P, H]
+    own_visible: jax.Array,  # [B, P, P] bool, row i sees column j of the block
+    q_pos: jax.Array,  # [B, P] int32, -1 = padding row
+    context: tuple[jax.Array, jax.Array, jax.Array] | None,  # k, v [B,K,S,H], pos [B,K or 1,S]
+    *,
+    scale: float,
+    softcap: float | None,
+    window: jax.Array | int | None,
+    slots: tuple[jax.Array | int, jax.Array | int] | None = None,
+    key_block: int = KEY_BLOCK,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention of P rows over the context and the block, computed in float32.
+
+    Returns the output [B, P, N, H] in the dtype of `q` and the log-sum-exp of each row's logits,
+    float32 [B, N, P] (-inf for a row that sees nothing; its output is zeros). `slots` bounds the
+    slots worth reading, as a half-open range; with traced bounds the sweep skips the rest at run
+    time, and is then not reverse-differentiable. Slots with position -1 may hold anything, NaN
+    included.
+    """
+    b, p, n, h = q.shape
+    kv_heads = k.shape[1]
+    qg = grouped(q, kv_heads)
+    own = own_visible[:, None]
+    if window is not None:
+        own = own & (q_pos[:, None, :, None] - q_pos[:, None, None, :] < window)
+
+    def logits_of(keys, mask):
+        raw = jnp.einsum("bkgph,bksh->bkgps", qg, keys, preferred_element_type=jnp.float32)
+        return jnp.where(mask[:, :, None], softcap_logits(raw * scale, softcap), -jnp.inf)
+
+    rows = qg.shape[:4]
+    state = (
+        jnp.full(rows, _FLOOR, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, h), jnp.float32),
+    )
+    state = _accumulate(state, logits_of(k, own), v)
+
+    if context is not None and context[0].shape[2] > 0:
+        ctx_k, ctx_v, ctx_pos = context
+        total = ctx_k.shape[2]
+        size, count = key_blocks(total, key_block)
+
+        def step(j, state):
+            (kb, vb, pb), new = read_block(j, size, total, ctx_k, ctx_v, ctx_pos[..., None])
+            pb = jnp.where(new, pb[..., 0], -1)
+            # 0 * NaN is NaN: values of dead slots must not reach the product.
+            vb = jnp.where((pb >= 0)[..., None], vb, jnp.zeros((), vb.dtype))
+            return _accumulate(state, logits_of(kb, visible_by_position(q_pos, pb, window)), vb)
+
+        if count == 1:
+            state = step(0, state)
+        else:
+            first, last = slots if slots is not None else (0, total)
+            state = jax.lax.fori_loop(first // size, -(-last // size), step, state)
+
+    m, mass, out = state
+    out = out / jnp.where(mass > 0, mass, 1.0)[..., None]
+    lse = jnp.where(mass > 0, m + jnp.log(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, p, n, h).astype(q.dtype), lse.reshape(b, n, p)

@@ -1,0 +1,150 @@
+"""How much attention a few observing queries pay to each prompt entry.
+
+The score of an entry is the softmax probability that the observers put on it, reduced over the
+observers, optionally smoothed along the prompt, then reduced over the query heads that share the
+KV head. The matrix [N, M, T] of probabilities never exists: one sweep over the keys finds each
+row's log-sum-exp, a second one sums the columns (the first falls away where it is known).
+
+Letters: B batch, M observing queries, N query heads, K KV heads, G = N / K, H head dim, T entries.
+Source: LookaheadKV (arXiv 2603.10899), section 3; SnapKV (arXiv 2404.14469) for the pooling.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.kernels.attention import (
+    KEY_BLOCK,
+    grouped,
+    key_blocks,
+    read_block,
+    softcap_logits,
+    visible_by_position,
+)
+
+Reduce = Literal["mean", "sum", "max"]
+Pool = Literal["avg", "max"]
+_FLOOR = -1e30
+
+
+def pool_scores(scores: jax.Array, valid: jax.Array, kind: Pool, kernel: int) -> jax.Array:
+    """Smooths float32 scores [B, N, T] along T over the entries that are `valid` [B, T].
+
+    Stride 1, same length. Average pooling pads with zeros and always divides by `kernel`; max
+    pooling pads with -inf. Entries that are not valid count as padding. `kernel` must be odd.
+    """
+    if kernel % 2 == 0:
+        raise ValueError(f"pooling kernel {kernel} is even; a centred window needs an odd one")
+    shape, strides = (1, 1, kernel), (1, 1, 1)
+    if kind == "avg":
+        inside = jnp.where(valid[:, None], scores, 0.0)
+        total = jax.lax.reduce_window(inside, 0.0, jax.lax.add, shape, strides, "SAME")
+        return total / kernel
+    inside = jnp.where(valid[:, None], scores, -jnp.inf)
+    return jax.lax.reduce_window(inside, -jnp.inf, jax.lax.max, shape, strides, "SAME")
+
+
+def reduce_group(scores: jax.Array, kv_heads: int, how: Literal["mean", "max"]) -> jax.Array:
+    """[B, N, T] per query head -> [B, K, T] per KV head."""
+    b, n, t = scores.shape
+    grouped_scores = scores.reshape(b, kv_heads, n // kv_heads, t)
+    return grouped_scores.mean(2) if how == "mean" else grouped_scores.max(2)
+
+
+def head_scores(
+    q: jax.Array,  # [B, M, N, H]
+    q_pos: jax.Array,  # [B, M] int32, -1 = no query
+    k: jax.Array,  # [B, K, T, H]
+    k_pos: jax.Array,  # [B, K or 1, T] int32, -1 = empty
+    own: tuple[jax.Array, jax.Array] | None,  # keys [B, K, M, H], visible [B, M, M] bool
+    *,
+    scale: float,
+    softcap: float | None,
+    window: jax.Array | int | None,
+    reduce: Reduce,
+    lse: jax.Array | None = None,  # [B, N, M] float32, if the attention has already found it
+    slots: tuple[jax.Array | int, jax.Array | int] | None = None,
+    key_block: int = KEY_BLOCK,
+) -> jax.Array:
+    """Probability of each entry under the observers, float32 [B, N, T], per query head.
+
+    The softmax runs over everything an observer sees: the entries and, with `own`, the
+    observers' own keys (which get no score). Rows with position -1 are left out of the
+    reduction; `mean` divides by the number of rows that count. Invisible entries score 0.
+    """
+    b, m_rows, n, _ = q.shape
+    kv_heads, total = k.shape[1], k.shape[2]
+    qg = grouped(q, kv_heads)
+    rows = qg.shape[:4]
+    size, count = key_blocks(total, key_block)
+    first, last = slots if slots is not None else (0, total)
+
+    def logits_of(keys, mask):
+        raw = jnp.einsum("bkgmh,bksh->bkgms", qg, keys, preferred_element_type=jnp.float32)
+        return jnp.where(mask[:, :, None], softcap_logits(raw * scale, softcap), -jnp.inf)
+
+    def block_logits(j):
+        (kb, pb), new = read_block(j, size, total, k, k_pos[..., None])
+        pb = jnp.where(new, pb[..., 0], -1)
+        return logits_of(kb, visible_by_position(q_pos, pb, window))
+
+    if lse is None:
+
+        def statistics(logits, state):
+            m, mass = state
+            m_new = jnp.maximum(m, logits.max(-1))
+            return m_new, mass * jnp.exp(m - m_new) + jnp.exp(logits - m_new[..., None]).sum(-1)
+
+        state = (jnp.full(rows, _FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32))
+        if own is not None:
+            own_mask = own[1][:, None]
+            if window is not None:
+                own_mask &= q_pos[:, None, :, None] - q_pos[:, None, None, :] < window
+            state = statistics(logits_of(own[0], own_mask), state)
+        m, mass = jax.lax.fori_loop(
+            first // size, -(-last // size), lambda j, s: statistics(block_logits(j), s), state
+        )
+        row_lse = jnp.where(mass > 0, m + jnp.log(jnp.where(mass > 0, mass, 1.0)), jnp.inf)
+    else:
+        row_lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(rows)
+    # A row that sees nothing gets +inf: all its probabilities are then exp(-inf) = 0.
+
+    def columns(j, scores):
+        p = jnp.exp(block_logits(j) - row_lse[..., None])
+        column = p.max(3) if reduce == "max" else p.sum(3)
+        start = jnp.minimum(j * size, total - size)
+        old = jax.lax.dynamic_slice_in_dim(scores, start, size, axis=3)
+        # Slots shared with the block before come back as zeros here; max keeps the first answer.
+        return jax.lax.dynamic_update_slice_in_dim(scores, jnp.maximum(old, column), start, axis=3)
+
+    scores = jnp.zeros((*rows[:3], total), jnp.float32)
+    scores = jax.lax.fori_loop(first // size, -(-last // size), columns, scores)
+    if reduce == "mean":
+        rows_that_count = jnp.maximum((q_pos >= 0).sum(1), 1).astype(jnp.float32)
+        scores = scores / rows_that_count[:, None, None, None]
+    return scores.reshape(b, n, total)
+
+
+def importance_scores(
+    q: jax.Array,
+    q_pos: jax.Array,
+    k: jax.Array,
+    k_pos: jax.Array,
+    own: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,  # [B, T] bool, entries that take part in the pooling
+    *,
+    scale: float,
+    softcap: float | None,
+    window: jax.Array | int | None,
+    reduce: Reduce,
+    pool: tuple[Pool, int] | None,
+    group: Literal["mean", "max"],
+) -> jax.Array:
+    """`head_scores`, pooled per query head, then reduced over each group: float32 [B, K, T]."""
+    scores = head_scores(
+        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce
+    )
+    if pool is not None:
+        scores = pool_scores(scores, valid, *pool)
+    return reduce_group(scores, k.shape[1], group)

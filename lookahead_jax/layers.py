@@ -1,0 +1,72 @@
+"""Norms, projections and the MLP of a decoder layer, as functions of one layer's parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.config import ModelConfig
+
+Params = dict[str, Any]
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32.
+
+    Llama rounds to the activation dtype before it multiplies by the weight; Gemma multiplies by
+    (1 + weight) in float32 and rounds once. Both orders are needed to match checkpoints in bf16.
+    """
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    if config.norm_offset:
+        scale = 1.0 + weight.astype(jnp.float32)
+        return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def linear(
+    p: Params,
+    name: str,
+    x: jax.Array,
+    *,
+    inputs: int = 1,
+    lora: Params | None = None,
+    lora_scale: float = 1.0,
+) -> jax.Array:
+    """`x @ p[name] + bias`, contracting the last `inputs` axes of x; plus a low-rank update.
+
+    `lora` holds {name: {"a": [in, R], "b": [R, out]}} with flattened inputs and outputs; names
+    it does not hold are left alone. The update is added only to the rows of this call, which is
+    how a LoRA acts on lookahead rows and on nothing else.
+    """
+    weight = p[name]
+    y = jnp.tensordot(x, weight, axes=inputs)
+    if lora is not None and name in lora:
+        a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
+        flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+        y = y + (flat @ a @ b * lora_scale).reshape(y.shape)
+    bias = p.get(f"{name}_bias")
+    if bias is not None:
+        y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    return y
+
+
+def mlp(
+    p: Params,
+    x: jax.Array,
+    *,
+    config: ModelConfig,
+    lora: Params | None = None,
+    lora_scale: float = 1.0,
+) -> jax.Array:
+    """Gated MLP: down(act(gate(x)) * up(x)); [B, P, D] -> [B, P, D]."""
+    gate = linear(p, "gate", x, lora=lora, lora_scale=lora_scale)
+    up = linear(p, "up", x, lora=lora, lora_scale=lora_scale)
+    hidden = _ACTIVATIONS[config.activation](gate) * up
+    return linear(p, "down", hidden, lora=lora, lora_scale=lora_scale)

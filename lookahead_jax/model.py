@@ -1,0 +1,237 @@
+"""The decoder: one block forward for prompt chunks, observers, decoding, verification, training.
+
+A block is a few rows with positions and a visibility among themselves. It sees a context (what
+was read before) and itself, and returns its hidden states and its own keys and values; whether
+those are kept is the caller's choice (cache.commit). Letters as in the style guide: L layers,
+B batch, P rows, N query heads, K KV heads, H head dim, D model, S slots, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.cache import KVCache
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.layers import Params, linear, mlp, rms_norm
+from lookahead_jax.rope import apply_rope, rope_tables
+
+
+@struct.dataclass
+class Block:
+    """Rows to run through the model."""
+
+    x: jax.Array  # [B, P, D] embedded tokens, or learned embeddings
+    positions: jax.Array  # [B, P] int32, -1 = padding row
+    rope_span: jax.Array  # [B] int32 total length the row was opened for
+    visible: jax.Array | None = None  # [B, P, P] bool row i sees column j; None: by position
+    lora: Params | None = None  # {name: {"a": [L, in, R], "b": [L, R, out]}}, for these rows only
+    lora_scale: float = struct.field(pytree_node=False, default=1.0)
+
+
+class BlockOutput(NamedTuple):
+    """What a block forward returns."""
+
+    hidden: jax.Array  # [B, P, D] after the final norm
+    k: jax.Array  # [L, B, K, P, H]
+    v: jax.Array  # [L, B, K, P, H]
+
+
+class Projections(NamedTuple):
+    """Queries, keys and values of a block in one layer, rotated where they say so."""
+
+    q: jax.Array  # [B, P, N, H]
+    k: jax.Array  # [B, K, P, H]
+    v: jax.Array  # [B, K, P, H]
+    q_unrotated: jax.Array  # [B, P, N, H] before RoPE (after the q-norm)
+    lse: jax.Array | None = None  # [B, N, P] float32, log-sum-exp of the attention logits
+
+
+class LayerKind(NamedTuple):
+    """What differs between layers besides weights; arrays, so that layers can be scanned."""
+
+    index: jax.Array | np.ndarray  # [L] int32
+    window: jax.Array | np.ndarray | None  # [L] int32 sliding window, None if no layer has one
+    rope: jax.Array | np.ndarray  # [L] int32 which RoPE table
+
+
+class Context(NamedTuple):
+    """Keys and values that stand before a block, in one layer."""
+
+    k: jax.Array  # [B, K, S, H]
+    v: jax.Array  # [B, K, S, H]
+    pos: jax.Array  # [B, K or 1, S] int32, -1 = empty
+    slots: tuple[jax.Array | int, jax.Array | int] | None = None  # range worth reading
+
+
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+def layer_kinds(config: ModelConfig) -> LayerKind:
+    """Per-layer facts of the model as arrays [L]."""
+    windows = [NO_WINDOW if w is None else w for w in config.layer_window]
+    has_window = any(w is not None for w in config.layer_window)
+    return LayerKind(
+        index=np.arange(config.num_layers, dtype=np.int32),
+        window=np.asarray(windows, np.int32) if has_window else None,
+        rope=np.asarray(config.layer_rope, np.int32),
+    )
+
+
+def scan_layers(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    lora: Params | None,
+    per_layer: Any,
+) -> tuple[Any, Any]:
+    """Runs `step(carry, (parameters, LoRA, per_layer slice))` over the layers, first to last.
+
+    Stacked parameters go through `lax.scan`: one compiled layer, which is right on accelerators.
+    A tuple of per-layer parameters (params.unstack) is unrolled: XLA on CPU copies a layer's
+    weights out of the stack before it multiplies with them, which halves decoding speed.
+    """
+    if not isinstance(layers, tuple):
+        return jax.lax.scan(step, carry, (layers, lora, per_layer))
+    outputs = []
+    for i, p in enumerate(layers):
+        at = partial(jax.tree.map, lambda a, i=i: a[i])
+        carry, y = step(carry, (p, at(lora), at(per_layer)))
+        outputs.append(y)
+    return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+
+
+def embed(
+    params: Params, tokens: Int[Array, "B P"], *, config: ModelConfig
+) -> Float[Array, "B P D"]:
+    """Embeds tokens; ids below 0 (padding) read row 0, and nothing may look at them."""
+    x = params["embed"][jnp.maximum(tokens, 0)]
+    if config.embed_scale is not None:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    return x
+
+
+def logits(
+    params: Params, hidden: Float[Array, "B P D"], *, config: ModelConfig
+) -> Float[Array, "B P V"]:
+    """Float32 next-token logits of final-normed hidden states, soft-capped where the model is."""
+    table = params["embed"] if config.tie_embeddings else params["lm_head"]
+    out = jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
+    cap = config.final_softcap
+    return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def project_qkv(
+    p: Params,
+    x: jax.Array,  # [B, P, D] layer input
+    cos: jax.Array,  # [n_ropes, B, P, dim/2]
+    sin: jax.Array,
+    kind: LayerKind,
+    *,
+    config: ModelConfig,
+    lora: Params | None = None,
+    lora_scale: float = 1.0,
+) -> Projections:
+    """Norm, projections, q/k norms and RoPE of one layer's attention."""
+    h = rms_norm(x, p["attn_norm"], config=config)
+    q, k, v = (linear(p, name, h, lora=lora, lora_scale=lora_scale) for name in ("q", "k", "v"))
+    if config.qk_norm:
+        q = rms_norm(q, p["q_norm"], config=config)
+        k = rms_norm(k, p["k_norm"], config=config)
+    cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (cos, sin))
+    return Projections(
+        q=apply_rope(q, cos, sin),
+        k=apply_rope(k, cos, sin).swapaxes(1, 2),
+        v=v.swapaxes(1, 2),
+        q_unrotated=q,
+    )
+
+
+def layer_step(
+    p: Params,
+    x: jax.Array,  # [B, P, D]
+    positions: jax.Array,  # [B, P]
+    visible: jax.Array,  # [B, P, P]
+    cos: jax.Array,  # [n_ropes, B, P, dim/2]
+    sin: jax.Array,
+    kind: LayerKind,
+    context: Context | None,
+    *,
+    config: ModelConfig,
+    lora: Params | None = None,
+    lora_scale: float = 1.0,
+) -> tuple[jax.Array, Projections]:
+    """One decoder layer over a block: the next residual stream and the block's projections."""
+    project = dict(config=config, lora=lora, lora_scale=lora_scale)
+    proj = project_qkv(p, x, cos, sin, kind, **project)
+    out, lse = block_attention(
+        proj.q,
+        proj.k,
+        proj.v,
+        visible,
+        positions,
+        None if context is None else (context.k, context.v, context.pos),
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        window=kind.window,
+        slots=None if context is None else context.slots,
+    )
+    out = linear(p, "o", out, inputs=2, lora=lora, lora_scale=lora_scale)
+    if config.post_norms:
+        out = rms_norm(out, p["attn_post_norm"], config=config)
+    x = x + out
+    out = mlp(p, rms_norm(x, p["mlp_norm"], config=config), **project)
+    if config.post_norms:
+        out = rms_norm(out, p["mlp_post_norm"], config=config)
+    return x + out, proj._replace(lse=lse)
+
+
+def causal_visible(positions: jax.Array) -> jax.Array:
+    """[B, P] -> [B, P, P]: each valid row sees the valid rows at its position and before."""
+    i, j = positions[:, :, None], positions[:, None, :]
+    return (j >= 0) & (j <= i)
+
+
+def block_visible(block: Block) -> jax.Array:
+    """The visibility inside a block [B, P, P]: its own mask, or order of positions."""
+    causal = causal_visible(block.positions)
+    return causal if block.visible is None else causal & block.visible
+
+
+def cache_context(cache: KVCache, layer: jax.Array) -> Context:
+    """One layer of the cache as a context; only slots that some head has filled are read."""
+
+    def at(a):
+        return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+
+    return Context(at(cache.k), at(cache.v), at(cache.pos), (0, at(cache.length).max()))
+
+
+def forward(
+    params: Params, block: Block, cache: KVCache | None, *, config: ModelConfig
+) -> BlockOutput:
+    """Runs a block over everything the cache holds, and over itself.
+
+    The cache is read, never written: `cache.commit` stores the rows that the caller keeps. So
+    rows of a draft that is rejected never touch the cache. Differentiable when `cache` is None.
+    """
+    cos, sin = rope_tables(config, block.positions, block.rope_span)
+    visible = block_visible(block)
+
+    def step(x, inputs):
+        p, lora, kind = inputs
+        context = None if cache is None else cache_context(cache, kind.index)
+        x, proj = layer_step(
+            p, x, block.positions, visible, cos, sin, kind, context,
+            config=config, lora=lora, lora_scale=block.lora_scale,
+        )  # fmt: skip
+        return x, (proj.k, proj.v)
+
+    x, (k, v) = scan_layers(step, block.x, params["layers"], block.lora, layer_kinds(config))
+    return BlockOutput(rms_norm(x, params["final_norm"], config=config), k, v)

@@ -1,0 +1,178 @@
+"""The pipeline behind every eviction policy: signal -> reduce -> protect -> allocate -> select.
+
+A policy is a frozen, hashable dataclass (a static argument of the jitted prefill) whose methods
+are pure functions of arrays. It is asked, inside each layer's step, for one score per prompt
+entry and KV head; the pipeline protects, allocates and selects. A new policy is one small file.
+
+Letters: B batch, M observing queries, N query heads, K KV heads, H head dim, T entries, L layers,
+C budget = entries kept per layer and KV head, everything counted.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.kernels.importance import Pool, Reduce, importance_scores
+
+Stats = Any  # a policy's own accumulator over the prompt's queries, a pytree
+
+
+class Queries(NamedTuple):
+    """Observing queries of one layer."""
+
+    q: jax.Array  # [B, M, N, H] rotated
+    pos: jax.Array  # [B, M] int32, -1 = no query
+    own: tuple[jax.Array, jax.Array] | None  # keys [B, K, M, H], visible [B, M, M]
+
+
+class LayerView(NamedTuple):
+    """What a policy may look at in one layer, after the prompt has passed through it."""
+
+    k: jax.Array  # [B, K, T, H] rotated keys
+    v: jax.Array  # [B, K, T, H]
+    pos: jax.Array  # [B, K or 1, T] int32 position of each entry, -1 = padding
+    length: jax.Array  # [B] int32 prompt tokens
+    layer: jax.Array  # int32 scalar
+    window: jax.Array | None  # int32 scalar, the layer's sliding window
+    queries: Queries | None  # the observers this policy asked for
+    stats: Stats  # what `accumulate` gathered over the prompt's queries
+    span: jax.Array  # [B] int32 total length the rows were opened for (RoPE factors)
+    rope: jax.Array  # int32 scalar, which RoPE table the layer uses
+    config: ModelConfig
+
+    def attention_scores(
+        self,
+        *,
+        reduce: Reduce,
+        pool: tuple[Pool, int] | None,
+        group: Literal["mean", "max"],
+        valid: jax.Array | None = None,
+    ) -> jax.Array:
+        """The observers' attention on each entry, reduced: float32 [B, K, T]."""
+        if self.queries is None:
+            raise ValueError("this policy scores with observing queries but asked for none")
+        return importance_scores(
+            self.queries.q,
+            self.queries.pos,
+            self.k,
+            self.pos,
+            self.queries.own,
+            self.pos[:, 0] >= 0 if valid is None else valid,
+            scale=self.config.attn_scale,
+            softcap=self.config.attn_softcap,
+            window=self.window,
+            reduce=reduce,
+            pool=pool,
+            group=group,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Base of all policies; on its own it keeps everything (see policies/full.py).
+
+    `two_pass` policies need the whole prompt's keys and values in every layer before they can
+    score (prefill.compress); they do not promise the memory bound.
+    """
+
+    two_pass = False  # not a field: a fact of the class
+    uses_modules = False  # reads lookahead modules (lookahead.py)
+
+    def window_rows(self, budget: int) -> int:
+        """How many of the last prompt tokens act as observers."""
+        return 0
+
+    def init_stats(self, batch: int, tokens: int, config: ModelConfig) -> Stats:
+        """Empty accumulator over all prompt queries; None if the policy does not look at them."""
+        return None
+
+    def accumulate(self, stats: Stats, chunk: "Chunk") -> Stats:
+        """Adds one chunk of prompt queries to the accumulator."""
+        return stats
+
+    def score(self, view: LayerView) -> jax.Array:
+        """One score per entry and KV head, float32 [B, K, T]; higher is kept."""
+        raise NotImplementedError(f"{type(self).__name__} does not score")
+
+    def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
+        """Entries kept whatever their score: bool, shaped like `pos` [B, K or 1, T]."""
+        return jnp.zeros(pos.shape, bool)
+
+    def layer_budgets(self, length: jax.Array, budget: int, config: ModelConfig) -> jax.Array:
+        """Entries per KV head in each layer, int32 [L, B]; the mean over layers is min(C, T)."""
+        uniform = jnp.minimum(length, budget)
+        return jnp.broadcast_to(uniform[None], (config.num_layers, *length.shape))
+
+    def head_budgets(self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array):
+        """Entries of each KV head in one layer, int32 [B, K], from the layer's mean `budget` [B].
+
+        `ranked` [B, K, T] are the scores with protected entries at +inf and others that may not
+        be kept at -inf; `candidates` [B, K] counts the entries that may be kept.
+        """
+        return jnp.minimum(budget[:, None], candidates)
+
+    def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
+        """The most entries any layer and head can keep, for the static number of slots."""
+        return min(tokens, budget)
+
+
+class Chunk(NamedTuple):
+    """A chunk of prompt queries as it passes through a layer."""
+
+    q: jax.Array  # [B, P, N, H] rotated
+    q_unrotated: jax.Array  # [B, P, N, H]
+    q_pos: jax.Array  # [B, P] int32, -1 = padding
+    lse: jax.Array  # [B, N, P] float32 log-sum-exp of its attention logits
+    k: jax.Array  # [B, K, T, H] keys of the prompt up to and including this chunk
+    k_pos: jax.Array  # [B, 1, T] int32; entries past the chunk lie in its future
+    end: jax.Array  # int32 scalar: entries from here on have not been written
+    window: jax.Array | None  # int32 scalar
+    config: ModelConfig
+
+
+class Kept(NamedTuple):
+    """The entries a layer keeps, in ascending position order."""
+
+    index: jax.Array  # [B, K, S] int32 into the T entries; 0 where empty
+    pos: jax.Array  # [B, K, S] int32, -1 where empty
+    length: jax.Array  # [B, K] int32
+
+
+def candidates(view_pos: jax.Array, length: jax.Array, window: jax.Array | None) -> jax.Array:
+    """Entries that the next token (position = length) could still see; others are never kept."""
+    filled = view_pos >= 0
+    if window is None:
+        return filled
+    return filled & (length[:, None, None] - view_pos < window)
+
+
+def select(
+    policy: Policy, view: LayerView, scores: jax.Array, budget: jax.Array, limit: int, target: int
+) -> Kept:
+    """Protects, allocates over heads and keeps the best entries of one layer.
+
+    `target` is the C of the request and `budget` [B] this layer's share of it; `limit` is the
+    static number of slots.
+    """
+    allowed = candidates(view.pos, view.length, view.window)
+    pinned = policy.protected(view.pos, view.length, target) & allowed
+    ranked = jnp.where(pinned, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
+    count = jnp.broadcast_to(allowed, ranked.shape).sum(-1, dtype=jnp.int32)
+    budgets = jnp.minimum(policy.head_budgets(ranked, count, budget), count)
+
+    tokens = ranked.shape[-1]
+    _, index = jax.lax.top_k(ranked, min(limit, tokens))
+    rank = jnp.arange(index.shape[-1], dtype=jnp.int32)
+    pos = jnp.take_along_axis(jnp.broadcast_to(view.pos, ranked.shape), index, axis=-1)
+    pos = jnp.where(rank[None, None] < budgets[..., None], pos, jnp.iinfo(jnp.int32).max)
+    pos, index = jax.lax.sort((pos, index), num_keys=1)
+    empty = rank[None, None] >= budgets[..., None]
+    pad = [(0, 0), (0, 0), (0, limit - index.shape[-1])]
+    return Kept(
+        index=jnp.pad(jnp.where(empty, 0, index), pad),
+        pos=jnp.pad(jnp.where(empty, -1, pos), pad, constant_values=-1),
+        length=jnp.minimum(budgets, limit),
+    )

@@ -1,0 +1,23 @@
+"""full: nothing is evicted. The baseline every other policy is measured against."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.policies.base import LayerView, Policy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Policy):
+    """Keeps every entry; the budget is ignored."""
+
+    def score(self, view: LayerView) -> jax.Array:
+        return jnp.zeros(view.k.shape[:3], jnp.float32)
+
+    def layer_budgets(self, length: jax.Array, budget: int, config: ModelConfig) -> jax.Array:
+        return jnp.broadcast_to(length[None], (config.num_layers, *length.shape))
+
+    def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
+        return tokens
