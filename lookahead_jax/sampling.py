@@ -1,0 +1,130 @@
+"""Logits -> the distribution a request asked for -> a token.
+
+Noise is keyed by (request seed, absolute position), never by batch row or step: the token at a
+position does not depend on its neighbours, on how many tokens a step verifies, or on a drafter.
+Letters: B batch, P rows of a step (tree nodes), V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request chooses tokens. Temperature 0 is greedy; the filters apply in this order.
+
+    Order and meaning follow transformers: repetition penalty, temperature, top-k, top-p, min-p.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None  # keep the k most likely tokens (and ties with the k-th)
+    top_p: float | None = None  # keep the smallest set with at least this probability
+    min_p: float | None = None  # drop tokens below this fraction of the most likely one
+    repetition_penalty: float = 1.0  # divides (multiplies) positive (negative) seen logits
+
+    def __post_init__(self):
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        if not (np.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+
+
+@struct.dataclass
+class SamplingRows:
+    """The settings of a batch of requests; what no row uses is left out of the program."""
+
+    seed: jax.Array  # [B] uint32
+    temperature: jax.Array  # [B] float32, 0 = greedy
+    top_k: jax.Array  # [B] int32, V = off
+    top_p: jax.Array  # [B] float32, 1 = off
+    min_p: jax.Array  # [B] float32, 0 = off
+    penalty: jax.Array  # [B] float32, 1 = off
+    sampled: bool = struct.field(pytree_node=False)
+    filtered: bool = struct.field(pytree_node=False)
+    penalized: bool = struct.field(pytree_node=False)
+
+
+def sampling_rows(
+    requests: Sequence[Sampling], seeds: Sequence[int], vocab_size: int
+) -> SamplingRows:
+    """Packs one `Sampling` and seed per row. Seeds are taken modulo 2**32."""
+
+    def column(name, off, dtype):
+        values = [getattr(r, name) for r in requests]
+        return jnp.asarray([off if v is None else v for v in values], dtype)
+
+    filters = ("top_k", "top_p", "min_p")
+    return SamplingRows(
+        seed=jnp.asarray(np.asarray([s % 2**32 for s in seeds], np.uint32)),
+        temperature=column("temperature", 0.0, jnp.float32),
+        top_k=jnp.minimum(column("top_k", vocab_size, jnp.int32), vocab_size),
+        top_p=column("top_p", 1.0, jnp.float32),
+        min_p=column("min_p", 0.0, jnp.float32),
+        penalty=column("repetition_penalty", 1.0, jnp.float32),
+        sampled=any(r.temperature > 0 for r in requests),
+        filtered=any(getattr(r, f) is not None for r in requests for f in filters),
+        penalized=any(r.repetition_penalty != 1.0 for r in requests),
+    )
+
+
+def process_logits(
+    logits: Float[Array, "B P V"], seen: Bool[Array, "B #P V"] | None, rows: SamplingRows
+) -> Float[Array, "B P V"]:
+    """Applies each row's penalty, temperature and filters; dropped tokens come out as -inf.
+
+    `seen` marks the tokens of the prompt and of the path to each node; only read if some row has
+    a repetition penalty.
+    """
+    if rows.penalized:
+        penalty = rows.penalty[:, None, None]
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if not rows.sampled:
+        return logits
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    logits = logits / temperature[:, None, None]
+    if not rows.filtered:
+        return logits
+
+    vocab = logits.shape[-1]
+    ordered = -jnp.sort(-logits, axis=-1)
+    rank = jnp.arange(vocab, dtype=jnp.int32)[None, None]
+    kth = jnp.take_along_axis(ordered, (rows.top_k - 1)[:, None, None], axis=-1)
+    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
+    p = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p  # probability of the tokens ahead of this one
+    keep = (ordered > -jnp.inf) & ((before < rows.top_p[:, None, None]) | (rank == 0))
+    likely = p >= rows.min_p[:, None, None] * p[..., :1]
+    lowest = jnp.min(jnp.where(keep & likely, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+
+def choose(
+    logits: Float[Array, "B P V"], positions: Int[Array, "B P"], rows: SamplingRows
+) -> Int[Array, "B P"]:
+    """Picks a token from processed logits: argmax, or Gumbel-max with position-keyed noise.
+
+    `positions` are those the chosen tokens will have. Ties go to the lower id.
+    """
+    if not rows.sampled:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def noise(seed, position):
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    gumbel = jax.vmap(jax.vmap(noise, (None, 0)))(rows.seed, positions)
+    random = (rows.temperature > 0)[:, None, None]
+    noisy = logits + jnp.where(random, gumbel, 0.0)
+    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
