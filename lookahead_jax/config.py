@@ -137,4 +137,3 @@ class ModelConfig:
         from lookahead_jax.hf_config import parse
 
         return parse(hf)
-

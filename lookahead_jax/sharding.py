@@ -6,6 +6,7 @@ what becomes of them on a mesh.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -32,7 +33,7 @@ def make_mesh(
     data: int | None = None,
     fsdp: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh over all `devices` (default: all there are) with axes data, fsdp, tensor.
 
