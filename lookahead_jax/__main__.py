@@ -1,0 +1,7 @@
+"""`python -m lookahead_jax` is the command `lookahead`."""
+
+import sys
+
+from lookahead_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,88 @@
+"""The command line: every command is a frozen dataclass and a `main(config)` in commands/."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import tyro
+
+from lookahead_jax.commands import demo, generate, inspect, logits, score
+from lookahead_jax.commands.options import UsageError
+
+COMMANDS = {
+    generate.Generate: generate.main,
+    score.Score: score.main,
+    logits.Logits: logits.main,
+    inspect.Inspect: inspect.main,
+    demo.Demo: demo.main,
+}
+DESCRIPTION = "Long prompts through a fixed-budget KV cache."
+EXPECTED = (ValueError, OSError, NotImplementedError, MemoryError)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 (it failed) or 2 (it was misused).
+
+    A failure is one line on stderr; LOOKAHEAD_DEBUG=1 adds the traceback.
+    """
+    logging.basicConfig(format="lookahead: %(message)s")
+    warnings.showwarning = lambda message, *rest, **names: _say(f"notice: {message}")
+    try:
+        config = parse(args)
+        COMMANDS[type(config)](config)
+        sys.stdout.flush()
+    except UsageError as error:
+        return _fail(f"{error} (see lookahead --help)", status=2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except BrokenPipeError:  # the reader left, as `head` does; stdout must not be flushed again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except EXPECTED as error:
+        return _fail(str(error) or type(error).__name__, status=1)
+    except Exception as error:
+        return _fail(f"unexpected {type(error).__name__}: {error}", status=1)
+    return 0
+
+
+def parse(args: Sequence[str] | None = None):
+    """The dataclass of the command that `args` (or sys.argv) name; UsageError if none fits."""
+    commands = {command.__name__.lower(): command for command in COMMANDS}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="lookahead",
+                description=DESCRIPTION,
+                args=args,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_unbox(complaint.getvalue())) from None
+
+
+def _unbox(complaint: str) -> str:
+    """The message inside the box that tyro draws, without the help that follows its rule."""
+    lines = [line.strip("│ ") for line in complaint.splitlines()]
+    lines = [line for line in lines if not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
+    return " ".join(lines[:rule])
+
+
+def _fail(message: str, *, status: int) -> int:
+    if os.environ.get("LOOKAHEAD_DEBUG") == "1":
+        traceback.print_exc()
+    _say(f"error: {message}")
+    return status
+
+
+def _say(message: str) -> None:
+    print("lookahead:", " ".join(message.split()), file=sys.stderr)

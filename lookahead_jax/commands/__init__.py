@@ -1,0 +1,1 @@
+"""The commands of `lookahead`: each module is a dataclass of options and `main(config)`."""

@@ -1,0 +1,157 @@
+"""Options that several commands share, and what they stand for."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from lookahead_jax.commands.tokens import read_tokens
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong: exit status 2."""
+
+
+def option(metavar: str):
+    """Shows `metavar` in the help instead of the type, and no default."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+Folder = Annotated[Path | None, option("DIR")]
+File = Annotated[Path | None, option("FILE")]
+TokenFile = Annotated[Path, option("FILE")]
+OutFile = Annotated[Path, option("FILE")]
+Text = Annotated[str | None, option("TEXT")]
+Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    model: Folder = None
+    """Folder of a Hugging Face checkpoint; left out, the embedded model."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of weights, activations and cache."""
+
+    def load(self):
+        """The model these options name."""
+        import lookahead_jax as lk
+
+        return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    prompt: Text = None
+    """The prompt itself."""
+    prompt_file: File = None
+    """A text file (UTF-8) as the prompt; - is the standard input."""
+    tokens: File = None
+    """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
+
+    def read(self, model) -> list[str] | np.ndarray:
+        """The prompts: one text, or the rows of a token file. Exactly one source must be named."""
+        given = [x for x in (self.prompt, self.prompt_file, self.tokens) if x is not None]
+        if len(given) != 1:
+            raise UsageError("name one prompt: --prompt, --prompt-file or --tokens")
+        if self.tokens is not None:
+            return read_tokens(self.tokens, model.config.vocab_size)
+        text = self.prompt if self.prompt_file is None else read_text(self.prompt_file)
+        if not text:
+            raise ValueError("the prompt is empty")
+        return [text]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvictionOptions:
+    policy: Annotated[str, option("NAME")] = "snapkv"
+    """How prompt entries are chosen; `full` keeps all of them."""
+    policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
+    """A setting of the policy, as name=value."""
+    budget: int = 256
+    """Prompt entries kept per layer and KV head."""
+    lookahead: Folder = None
+    """Folder of trained lookahead modules, which policy lookaheadkv reads."""
+
+    def make(self):
+        """The policy, with its settings."""
+        from lookahead_jax import policies
+
+        settings = {}
+        for pair in self.policy_arg:
+            name, equals, value = pair.partition("=")
+            if not name or not equals:
+                raise UsageError(f"--policy-arg takes name=value, not {pair!r}")
+            settings[name.replace("-", "_")] = parse_value(value)
+        return policies.make_policy(self.policy, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    temperature: float = 0.0
+    """Randomness of the choice; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Choose among the k likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this share of the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides the score of tokens already seen; 1 is none."""
+    stop: Repeated = ()
+    """Ends the text before this string."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What `generate` and `inspect` share: a model, a prompt, and how to continue it."""
+
+    source: ModelOptions = field(default_factory=ModelOptions)
+    input: PromptOptions = field(default_factory=PromptOptions)
+    eviction: EvictionOptions = field(default_factory=EvictionOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    max_new_tokens: int = 128
+    """Tokens to generate at most, per row."""
+    seed: int = 0
+    """Seed of sampling and of randomised policies."""
+
+    def run(self, model, prompts, on_text: Callable[[int, str], None] | None = None):
+        """Continues the prompts with `lk.generate`."""
+        import lookahead_jax as lk
+
+        return lk.generate(
+            model,
+            prompts,
+            policy=self.eviction.make(),
+            budget=self.eviction.budget,
+            lookahead=self.eviction.lookahead,
+            max_new_tokens=self.max_new_tokens,
+            sampling=lk.Sampling(**asdict(self.sampling)),
+            seed=self.seed,
+            on_text=on_text,
+        )
+
+
+def parse_value(text: str) -> Any:
+    """A setting's value: true, false, none, an integer, a number, or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, or of the standard input if `path` is -."""
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error

@@ -1,0 +1,42 @@
+"""`lookahead score`: what a policy thinks of every prompt token."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lookahead_jax.commands.options import EvictionOptions, ModelOptions, OutFile, TokenFile
+from lookahead_jax.commands.tokens import read_tokens
+from lookahead_jax.files import check_parent, save_arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Write the importance of every prompt token, and the positions a policy keeps."""
+
+    source: ModelOptions = field(default_factory=ModelOptions)
+    eviction: EvictionOptions = field(default_factory=EvictionOptions)
+    tokens: TokenFile
+    """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
+    out: OutFile
+    """The .npz to write: scores [L, B, K, T], kept [L, B, K, C] (ascending positions, padded
+    with -1) and logits [B, V] after the last prompt token."""
+
+
+def main(config: Score) -> None:
+    import lookahead_jax as lk
+
+    check_parent(config.out)
+    model = config.source.load()
+    scored = lk.score(
+        model,
+        read_tokens(config.tokens, model.config.vocab_size),
+        policy=config.eviction.make(),
+        budget=config.eviction.budget,
+        lookahead=config.eviction.lookahead,
+    )
+    save_arrays(
+        config.out,
+        scores=np.asarray(scored.scores),
+        kept=np.asarray(scored.kept),
+        logits=np.asarray(scored.logits),
+    )

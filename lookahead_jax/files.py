@@ -1,0 +1,69 @@
+"""Writing files so that a reader, or a crash, never meets half of one."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what the body leaves there becomes `path`.
+
+    The body writes a file or makes a directory. An exception, or a body that writes nothing,
+    leaves `path` as it was. A directory replaces an existing one. The temporary name keeps the
+    suffix, on which writers like `numpy.savez` depend.
+    """
+    path = Path(path)
+    check_parent(path)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield temporary
+        if temporary.is_dir():
+            for file in temporary.rglob("*"):
+                _sync(file)
+        _sync(temporary)
+        if temporary.is_dir() and path.is_dir():
+            retired = path.with_name(f"{temporary.name}.old")
+            path.rename(retired)
+            temporary.rename(path)
+            shutil.rmtree(retired)
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Makes `content` (text as UTF-8) the whole content of `path`, or leaves `path` as it was."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
+    """Writes named arrays as the .npz archive `path`, whatever its suffix, atomically."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def check_parent(path: str | os.PathLike) -> None:
+    """Raises FileNotFoundError before long work whose result could not be stored at `path`."""
+    parent = Path(path).resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {parent}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
