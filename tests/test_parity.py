@@ -1,0 +1,96 @@
+"""Logits of every family against transformers' (tests/fixtures/make_fixtures.py made them).
+
+The tolerance is the project's: float32, error at most 1e-5 of the largest logit.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax import model as lm
+from lookahead_jax.checkpoint import load
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.params import unstack
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+NAMES = sorted(path.name for path in MODELS.iterdir())
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full_logits(params, tokens, *, config):
+    """Logits [B, T, V] of whole sequences, each row opened for exactly its own length."""
+    valid = tokens >= 0
+    positions = jnp.where(valid, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], -1)
+    block = lm.Block(
+        x=lm.embed(params, tokens, config=config),
+        positions=positions,
+        rope_span=valid.sum(-1, dtype=jnp.int32),
+    )
+    hidden = lm.forward(params, block, None, config=config).hidden
+    return lm.logits(params, hidden, config=config)
+
+
+def golden(name):
+    """Tokens [B, T] padded with -1, and the list of each row's logits [length, V]."""
+    with np.load(MODELS / name / "golden.npz") as file:
+        tokens, logits = file["tokens"], file["logits"]
+    lengths = (tokens >= 0).sum(-1)
+    return tokens, np.split(logits, np.cumsum(lengths)[:-1])
+
+
+def error(got, expected):
+    """Largest error, relative to the largest logit."""
+    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batched_ragged_rows(name):
+    loaded = load(MODELS / name)
+    tokens, expected = golden(name)
+    got = full_logits(loaded.params, tokens, config=loaded.config)
+    assert got.dtype == jnp.float32
+    for row, logits in enumerate(expected):
+        assert error(got[row, : len(logits)], logits) <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_alone_with_unstacked_layers(name):
+    loaded = load(MODELS / name)
+    params = unstack(loaded.params)
+    tokens, expected = golden(name)
+    for row, logits in enumerate(expected):
+        got = full_logits(params, tokens[row : row + 1], config=loaded.config)
+        assert error(got[0, : len(logits)], logits) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("mistral", "sliding_window", 9),
+        ("gemma3_text", "query_pre_attn_scalar", 12.01),
+        ("gemma2", "attn_logit_softcapping", 5.01),
+        ("phi3", "original_max_position_embeddings", 64),
+        ("qwen2", "rms_norm_eps", 1e-3),
+    ],
+)
+def test_a_wrong_constant_fails(name, field, value):
+    """The comparison is sharp: a slightly different model is outside the tolerance."""
+    loaded = load(MODELS / name)
+    hf = json.loads((MODELS / name / "config.json").read_text())
+    config = ModelConfig.from_hf(hf | {field: value})
+    tokens, expected = golden(name)
+    got = full_logits(loaded.params, tokens, config=config)
+    assert error(got[0, : len(expected[0])], expected[0]) > 1e-4
+
+
+def test_bfloat16_is_close():
+    """Bfloat16 keeps 8 bits; two layers stay within a few of its roundings (2^-8 = 0.004)."""
+    loaded = load(MODELS / "llama3", dtype="bfloat16")
+    tokens, expected = golden("llama3")
+    got = full_logits(loaded.params, tokens, config=loaded.config)
+    assert error(got[0, : len(expected[0])], expected[0]) <= 0.05
