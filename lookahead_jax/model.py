@@ -101,7 +101,7 @@ def scan_layers(
         return jax.lax.scan(step, carry, (layers, lora, per_layer))
     outputs = []
     for i, p in enumerate(layers):
-        at = partial(jax.tree.map, lambda a, i=i: a[i])
+        at = partial(jax.tree.map, lambda a, i=i: jnp.asarray(a[i]))
         carry, y = step(carry, (p, at(lora), at(per_layer)))
         outputs.append(y)
     return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
