@@ -1,7 +1,7 @@
 """`lookahead generate`: continue a prompt from a budgeted cache."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from lookahead_jax.commands.options import File, RunOptions
 from lookahead_jax.files import atomic_write, check_parent
@@ -12,7 +12,8 @@ class Generate(RunOptions):
     """Continue a prompt; the text streams to the standard output."""
 
     json: File = None
-    """Also write tokens, text, cache size and timing as JSON to this file."""
+    """Also write tokens, text, cache size and timing to this file. The prompt is then read once
+    more beforehand, so that the timing holds no compilation."""
 
 
 def main(config: Generate) -> None:
@@ -20,16 +21,30 @@ def main(config: Generate) -> None:
         check_parent(config.json)
     model = config.source.load()
     prompts = config.input.read(model)
-    alone = len(prompts) == 1
-    result = config.run(model, prompts, on_text=_stream if alone else None)
-    if alone:
+    stream = len(prompts) == 1 and model.tokenizer is not None
+    result = config.run(
+        model, prompts, on_text=_print if stream else None, measure=config.json is not None
+    )
+    if stream:
         print()
     else:
-        for row, text in enumerate(result.text):
-            print(f"[{row}] {text}")
+        for row, continuation in enumerate(result.text or result.tokens):
+            print(f"[{row}] {continuation}")
     if config.json is not None:
-        atomic_write(config.json, json.dumps(result.report(), indent=2, allow_nan=False) + "\n")
+        atomic_write(config.json, json.dumps(report(result), indent=2, allow_nan=False) + "\n")
 
 
-def _stream(row: int, text: str) -> None:
+def report(result) -> dict:
+    """What --json writes of a `Generation`; tokens, text and prompt_tokens have one entry a row."""
+    return dict(
+        tokens=result.tokens,
+        text=result.text,
+        finish=result.finish,
+        prompt_tokens=result.prompt_tokens,
+        cache=asdict(result.cache),
+        timing=asdict(result.timing),
+    )
+
+
+def _print(row: int, text: str) -> None:
     print(text, end="", flush=True)

@@ -1,9 +1,10 @@
 """`lookahead inspect`: a page that shows which prompt tokens the cache kept."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
-from lookahead_jax.commands.options import OutFile, RunOptions, Text
+from lookahead_jax.commands.options import OutFile, RunOptions, Text, megabytes
 from lookahead_jax.files import atomic_write, check_parent
 from lookahead_jax.inspect import render
 
@@ -23,16 +24,38 @@ def main(config: Inspect) -> None:
     model = config.source.load()
     prompts = config.input.read(model)
     if len(prompts) != 1:
-        raise ValueError(f"inspect shows one prompt; {config.input.tokens} holds {len(prompts)}")
+        raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
     result = config.run(model, prompts)
+    prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
     page = render(
-        prompt="",
-        offsets=[],
-        pieces=[],
-        kept=[],
-        generated=result.text[0],
-        facts={},
+        prompt=prompt,
+        offsets=offsets,
+        pieces=pieces,
+        kept=[[head[head >= 0] for head in layer[0]] for layer in result.kept],
+        generated=" ".join(map(str, result.tokens[0])) if result.text is None else result.text[0],
+        facts={
+            "Model": str(config.source.model or "embedded"),
+            "Policy": " ".join([config.eviction.policy, *config.eviction.policy_arg]),
+            "Budget": f"{config.eviction.budget:,} per layer and head",
+            "Prompt": f"{len(offsets):,} tokens",
+            "Cache": f"{megabytes(result.cache.bytes)}, full {megabytes(result.cache.full_bytes)}",
+        },
         mark=config.mark,
     )
     atomic_write(config.out, page)
     print(config.out)
+
+
+def _pieces(tokenizer, prompt, ids: list[int]) -> tuple[str, list[tuple[int, int]], list[str]]:
+    """The prompt's text, each token's characters in it, and each token's name.
+
+    The text of a prompt given as ids is made of its tokens one by one.
+    """
+    if isinstance(prompt, str):
+        _, offsets = tokenizer.encode_with_offsets(prompt)
+        return prompt, offsets, [tokenizer.decode([i], skip_special=False) for i in ids]
+    if tokenizer is None:
+        pieces = [f"{i} " for i in ids]
+    else:
+        pieces = [tokenizer.decode([i], skip_special=False) for i in ids]
+    return "".join(pieces), list(pairwise(accumulate(map(len, pieces), initial=0))), pieces

@@ -26,7 +26,7 @@ def main(config: Logits) -> None:
 
     check_parent(config.out)
     model = config.source.load()
-    tokens = read_tokens(config.tokens, model.config.vocab_size)
+    tokens = read_tokens(config.tokens, model.config)
     logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
     for row, out in zip(tqdm(tokens, "logits", disable=None), logits, strict=True):
         length = (row >= 0).sum()

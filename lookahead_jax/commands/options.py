@@ -1,7 +1,6 @@
 """Options that several commands share, and what they stand for."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,8 +32,9 @@ Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 class ModelOptions:
     model: Folder = None
     """Folder of a Hugging Face checkpoint; left out, the embedded model."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of weights, activations and cache."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, option("DTYPE")] = None
+    """float32, bfloat16 or float16, for weights, activations and cache; left out, the
+    checkpoint's own."""
 
     def load(self):
         """The model these options name."""
@@ -58,7 +58,7 @@ class PromptOptions:
         if len(given) != 1:
             raise UsageError("name one prompt: --prompt, --prompt-file or --tokens")
         if self.tokens is not None:
-            return read_tokens(self.tokens, model.config.vocab_size)
+            return read_tokens(self.tokens, model.config)
         text = self.prompt if self.prompt_file is None else read_text(self.prompt_file)
         if not text:
             raise ValueError("the prompt is empty")
@@ -76,9 +76,9 @@ class EvictionOptions:
     lookahead: Folder = None
     """Folder of trained lookahead modules, which policy lookaheadkv reads."""
 
-    def make(self):
-        """The policy, with its settings."""
-        from lookahead_jax import policies
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `lk.generate` and `lk.score` that these options stand for."""
+        import lookahead_jax as lk
 
         settings = {}
         for pair in self.policy_arg:
@@ -86,23 +86,25 @@ class EvictionOptions:
             if not name or not equals:
                 raise UsageError(f"--policy-arg takes name=value, not {pair!r}")
             settings[name.replace("-", "_")] = parse_value(value)
-        return policies.make_policy(self.policy, **settings)
+        return dict(
+            policy=lk.make_policy(self.policy, **settings),
+            budget=self.budget,
+            lookahead=None if self.lookahead is None else lk.load_lookahead(self.lookahead),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     temperature: float = 0.0
     """Randomness of the choice; 0 takes the likeliest token."""
-    top_k: int = 0
-    """Choose among the k likeliest tokens; 0 is all."""
-    top_p: float = 1.0
+    top_k: Annotated[int | None, option("INT")] = None
+    """Choose among the k likeliest tokens."""
+    top_p: Annotated[float | None, option("FLOAT")] = None
     """Choose among the likeliest tokens that together have this probability."""
-    min_p: float = 0.0
+    min_p: Annotated[float | None, option("FLOAT")] = None
     """Leave out tokens less likely than this share of the likeliest."""
     repetition_penalty: float = 1.0
     """Divides the score of tokens already seen; 1 is none."""
-    stop: Repeated = ()
-    """Ends the text before this string."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,23 +117,24 @@ class RunOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     max_new_tokens: int = 128
     """Tokens to generate at most, per row."""
+    stop: Repeated = ()
+    """Ends the text before this string."""
     seed: int = 0
-    """Seed of sampling and of randomised policies."""
+    """Seed of the sampling; row i of a token file uses seed + i."""
 
-    def run(self, model, prompts, on_text: Callable[[int, str], None] | None = None):
+    def run(self, model, prompts, **arguments):
         """Continues the prompts with `lk.generate`."""
         import lookahead_jax as lk
 
         return lk.generate(
             model,
             prompts,
-            policy=self.eviction.make(),
-            budget=self.eviction.budget,
-            lookahead=self.eviction.lookahead,
-            max_new_tokens=self.max_new_tokens,
+            **self.eviction.arguments(),
             sampling=lk.Sampling(**asdict(self.sampling)),
-            seed=self.seed,
-            on_text=on_text,
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            seeds=[self.seed + i for i in range(len(prompts))],
+            **arguments,
         )
 
 
@@ -154,4 +157,11 @@ def read_text(path: Path) -> str:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people, in decimal megabytes."""
+    return f"{count / 1e6:,.1f} MB"

@@ -29,10 +29,8 @@ def main(config: Score) -> None:
     model = config.source.load()
     scored = lk.score(
         model,
-        read_tokens(config.tokens, model.config.vocab_size),
-        policy=config.eviction.make(),
-        budget=config.eviction.budget,
-        lookahead=config.eviction.lookahead,
+        read_tokens(config.tokens, model.config),
+        **config.eviction.arguments(),
     )
     save_arrays(
         config.out,
