@@ -12,7 +12,7 @@ def render(
     prompt: str,
     offsets: Sequence[tuple[int, int]],
     pieces: Sequence[str],
-    kept: Sequence[Sequence[Sequence[int]]],
+    kept: Sequence[Sequence[np.ndarray | Sequence[int]]],
     generated: str,
     facts: Mapping[str, str],
     mark: str | None = None,
@@ -59,7 +59,7 @@ def _segments(prompt: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[
     return segments
 
 
-def _runs(kept: Sequence[int], tokens: int) -> list[int]:
+def _runs(kept: np.ndarray | Sequence[int], tokens: int) -> list[int]:
     """Ascending positions as run lengths: skipped, kept, skipped, kept, ..."""
     positions = np.asarray(kept, np.int64)
     if positions.size == 0:

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 from lookahead_jax.commands.tokens import read_tokens
@@ -52,13 +51,13 @@ class PromptOptions:
     tokens: File = None
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
 
-    def read(self, model) -> list[str] | np.ndarray:
+    def read(self, model) -> list[str] | list[list[int]]:
         """The prompts: one text, or the rows of a token file. Exactly one source must be named."""
         given = [x for x in (self.prompt, self.prompt_file, self.tokens) if x is not None]
         if len(given) != 1:
             raise UsageError("name one prompt: --prompt, --prompt-file or --tokens")
         if self.tokens is not None:
-            return read_tokens(self.tokens, model.config)
+            return [row[row >= 0].tolist() for row in read_tokens(self.tokens, model.config)]
         text = self.prompt if self.prompt_file is None else read_text(self.prompt_file)
         if not text:
             raise ValueError("the prompt is empty")
