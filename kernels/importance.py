@@ -29,7 +29,7 @@ _FLOOR = -1e30
 
 
 def pool_scores(scores: jax.Array, valid: jax.Array, kind: Pool, kernel: int) -> jax.Array:
-    """Smooths float32 scores [B, N, T] along T over the entries that are `valid` [B, T].
+    """Smooths float32 scores [B, N, T] along T over the entries `valid` [B, N or 1, T].
 
     Stride 1, same length. Average pooling pads with zeros and always divides by `kernel`; max
     pooling pads with -inf. Entries that are not valid count as padding. `kernel` must be odd.
@@ -38,10 +38,10 @@ def pool_scores(scores: jax.Array, valid: jax.Array, kind: Pool, kernel: int) ->
         raise ValueError(f"pooling kernel {kernel} is even; a centred window needs an odd one")
     shape, strides = (1, 1, kernel), (1, 1, 1)
     if kind == "avg":
-        inside = jnp.where(valid[:, None], scores, 0.0)
+        inside = jnp.where(valid, scores, 0.0)
         total = jax.lax.reduce_window(inside, 0.0, jax.lax.add, shape, strides, "SAME")
         return total / kernel
-    inside = jnp.where(valid[:, None], scores, -jnp.inf)
+    inside = jnp.where(valid, scores, -jnp.inf)
     return jax.lax.reduce_window(inside, -jnp.inf, jax.lax.max, shape, strides, "SAME")
 
 
@@ -73,11 +73,11 @@ def head_scores(
     observers' own keys (which get no score). Rows with position -1 are left out of the
     reduction; `mean` divides by the number of rows that count. Invisible entries score 0.
     """
-    b, m_rows, n, _ = q.shape
+    b, _, n, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     qg = grouped(q, kv_heads)
     rows = qg.shape[:4]
-    size, count = key_blocks(total, key_block)
+    size, _ = key_blocks(total, key_block)
     first, last = slots if slots is not None else (0, total)
 
     def logits_of(keys, mask):
@@ -132,7 +132,7 @@ def importance_scores(
     k: jax.Array,
     k_pos: jax.Array,
     own: tuple[jax.Array, jax.Array] | None,
-    valid: jax.Array,  # [B, T] bool, entries that take part in the pooling
+    valid: jax.Array,  # [B, K or 1, T] bool, entries that take part in the pooling
     *,
     scale: float,
     softcap: float | None,
@@ -146,5 +146,7 @@ def importance_scores(
         q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce
     )
     if pool is not None:
+        per_head = valid.shape[1] > 1
+        valid = jnp.repeat(valid, q.shape[2] // k.shape[1], axis=1) if per_head else valid
         scores = pool_scores(scores, valid, *pool)
     return reduce_group(scores, k.shape[1], group)

@@ -9,7 +9,8 @@ C budget = entries kept per layer and KV head, everything counted.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,16 +52,21 @@ class LayerView(NamedTuple):
         group: Literal["mean", "max"],
         valid: jax.Array | None = None,
     ) -> jax.Array:
-        """The observers' attention on each entry, reduced: float32 [B, K, T]."""
+        """The observers' attention on each entry, reduced: float32 [B, K, T].
+
+        `valid` [B, K or 1, T] (default: all filled entries) take part; the others act as
+        padding in the pooling and score 0.
+        """
         if self.queries is None:
-            raise ValueError("this policy scores with observing queries but asked for none")
-        return importance_scores(
+            raise ValueError("this policy scores with observing queries and was given none")
+        valid = self.pos >= 0 if valid is None else valid & (self.pos >= 0)
+        scores = importance_scores(
             self.queries.q,
             self.queries.pos,
             self.k,
             self.pos,
             self.queries.own,
-            self.pos[:, 0] >= 0 if valid is None else valid,
+            valid,
             scale=self.config.attn_scale,
             softcap=self.config.attn_softcap,
             window=self.window,
@@ -68,6 +74,12 @@ class LayerView(NamedTuple):
             pool=pool,
             group=group,
         )
+        return jnp.where(valid, scores, 0.0)
+
+
+def share(wanted: int, budget: int) -> int:
+    """Protected entries out of `wanted`: half the budget where they would eat all of it."""
+    return wanted if wanted < budget else budget // 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +90,14 @@ class Policy:
     score (prefill.compress); they do not promise the memory bound.
     """
 
-    two_pass = False  # not a field: a fact of the class
-    uses_modules = False  # reads lookahead modules (lookahead.py)
+    two_pass: ClassVar[bool] = False
+    uses_modules: ClassVar[bool] = False  # reads lookahead modules (lookahead.py)
+    response_tokens: ClassVar[int] = 0  # a two-pass policy reads a response of this length
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of fields
+
+    def notice(self, budget: int) -> str | None:
+        """What the user should know about this policy at this budget, in one line."""
+        return None
 
     def window_rows(self, budget: int) -> int:
         """How many of the last prompt tokens act as observers."""
@@ -106,11 +124,13 @@ class Policy:
         uniform = jnp.minimum(length, budget)
         return jnp.broadcast_to(uniform[None], (config.num_layers, *length.shape))
 
-    def head_budgets(self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array):
+    def head_budgets(
+        self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array
+    ) -> jax.Array:
         """Entries of each KV head in one layer, int32 [B, K], from the layer's mean `budget` [B].
 
         `ranked` [B, K, T] are the scores with protected entries at +inf and others that may not
-        be kept at -inf; `candidates` [B, K] counts the entries that may be kept.
+        be kept at -inf; `candidates` [B, K] bounds the entries that a head may keep.
         """
         return jnp.minimum(budget[:, None], candidates)
 
@@ -131,6 +151,28 @@ class Chunk(NamedTuple):
     end: jax.Array  # int32 scalar: entries from here on have not been written
     window: jax.Array | None  # int32 scalar
     config: ModelConfig
+
+
+def complete(base: jax.Array, remainder: jax.Array, room: jax.Array, total: jax.Array):
+    """Largest remainder: raises `base` [n, ...] along its first axis until it sums to `total`.
+
+    Each share first gets at most one more, in descending order of `remainder` (ties: lower index
+    first); what is then still missing, because shares were clipped, goes where there is `room`
+    [n, ...], in the same order. All integer; exact if `total` [...] lies between the sums of
+    `base` and of `base + room`.
+    """
+    order = jnp.argsort(-remainder, axis=0, stable=True)
+    place = jnp.argsort(order, axis=0)
+    room = jnp.take_along_axis(room, order, axis=0)
+    missing = total - base.sum(0)
+
+    def hand_out(room, missing):
+        before = jnp.cumsum(room, axis=0) - room
+        return jnp.clip(missing[None] - before, 0, room)
+
+    given = hand_out(jnp.minimum(room, 1), missing)
+    given += hand_out(room - given, missing - given.sum(0))
+    return base + jnp.take_along_axis(given, place, axis=0)
 
 
 class Kept(NamedTuple):
@@ -159,8 +201,11 @@ def select(
     """
     allowed = candidates(view.pos, view.length, view.window)
     pinned = policy.protected(view.pos, view.length, target) & allowed
+    # A score of -inf must not tie with the entries that may not be kept.
+    scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
     ranked = jnp.where(pinned, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
     count = jnp.broadcast_to(allowed, ranked.shape).sum(-1, dtype=jnp.int32)
+    count = jnp.minimum(count, limit)
     budgets = jnp.minimum(policy.head_budgets(ranked, count, budget), count)
 
     tokens = ranked.shape[-1]
@@ -174,5 +219,5 @@ def select(
     return Kept(
         index=jnp.pad(jnp.where(empty, 0, index), pad),
         pos=jnp.pad(jnp.where(empty, -1, pos), pad, constant_values=-1),
-        length=jnp.minimum(budgets, limit),
+        length=budgets,
     )

@@ -1,18 +1,19 @@
 """snapkv: the last prompt queries vote on what came before them (arXiv 2404.14469)."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
-from lookahead_jax.policies.base import LayerView, Policy
+from lookahead_jax.policies.base import LayerView, Policy, share
 
-# The same name means different things in different code bases; these are the three in use.
-PRESETS = {
-    "factory": dict(window=32, pool="max", kernel=7),  # the lineage behind most papers' tables
-    "kvpress": dict(window=64, pool="avg", kernel=5),
-    "nopool": dict(window=32, pool="none", kernel=1),
-}
+PoolName = Literal["max", "avg", "none"]
+
+
+def check_pooling(kernel: int) -> None:
+    """Raises ValueError for a pooling kernel that has no centre."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel={kernel} must be odd: the pooling window is centred")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,21 +24,43 @@ class SnapKV(Policy):
     to C // 2. Selection is per KV head (the original selects per query head on a repeated cache).
     """
 
+    # The same name means different things in different code bases; these are the three in use.
+    presets: ClassVar = {
+        "factory": dict(window=32, pool="max", kernel=7),  # behind most papers' tables
+        "kvpress": dict(window=64, pool="avg", kernel=5),
+        "nopool": dict(window=32, pool="none", kernel=1),
+    }
+
     window: int = 32
-    pool: Literal["max", "avg", "none"] = "max"
+    """Last prompt tokens that observe, and are kept."""
+    pool: PoolName = "max"
+    """Smoothing of the scores along the prompt."""
     kernel: int = 7
+    """Entries that the pooling covers; odd."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1: it observes")
+        check_pooling(self.kernel)
+
+    def notice(self, budget: int) -> str | None:
+        rows = self.window_rows(budget)
+        if rows == self.window:
+            return None
+        return f"a window of {self.window} would eat the budget of {budget}; it is cut to {rows}"
 
     def window_rows(self, budget: int) -> int:
-        return self.window if self.window < budget else budget // 2
+        return max(1, share(self.window, budget))
 
     def score(self, view: LayerView) -> jax.Array:
+        if view.queries is None:
+            raise ValueError("this policy scores with the last prompt queries and got none")
         rows = view.queries.pos.shape[1]
-        before_window = view.pos[:, 0] < view.length[:, None] - rows
         return view.attention_scores(
             reduce="mean",
             pool=None if self.pool == "none" else (self.pool, self.kernel),
             group="mean",
-            valid=before_window & (view.pos[:, 0] >= 0),
+            valid=view.pos < view.length[:, None, None] - rows,
         )
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:

@@ -1,0 +1,62 @@
+"""h2o: heavy hitters, the entries that all prompt queries looked at most (arXiv 2306.14048)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.kernels.importance import head_scores, reduce_group
+from lookahead_jax.policies.base import Chunk, LayerView, Policy, share
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Attention summed over all prompt queries, group mean; the last `window` tokens are kept.
+
+    The prefill form, as in the code behind most published tables; four variants share the name
+    (the original updates its sums while decoding, others average over the queries that can see
+    an entry, or sum over a window). A window that would eat the budget is cut to C // 2.
+    """
+
+    window: int = 32
+    """Last prompt tokens, always kept."""
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"window={self.window} must not be negative")
+
+    def notice(self, budget: int) -> str | None:
+        rows = share(self.window, budget)
+        if rows == self.window:
+            return None
+        return f"a window of {self.window} would eat the budget of {budget}; it is cut to {rows}"
+
+    def init_stats(self, batch: int, tokens: int, config: ModelConfig) -> jax.Array:
+        return jnp.zeros((batch, config.num_heads, tokens), jnp.float32)
+
+    def accumulate(self, stats: jax.Array, chunk: Chunk) -> jax.Array:
+        first = 0
+        if chunk.window is not None:
+            first = jnp.maximum(chunk.end - chunk.q.shape[1] - chunk.window + 1, 0)
+        return stats + head_scores(
+            chunk.q,
+            chunk.q_pos,
+            chunk.k,
+            chunk.k_pos,
+            None,
+            scale=chunk.config.attn_scale,
+            softcap=chunk.config.attn_softcap,
+            window=chunk.window,
+            reduce="sum",
+            lse=chunk.lse,
+            slots=(first, chunk.end),
+        )
+
+    def score(self, view: LayerView) -> jax.Array:
+        if view.stats is None:
+            raise ValueError("h2o needs all prompt queries; it cannot re-score a stored cache")
+        return reduce_group(view.stats, view.config.num_kv_heads, "mean")
+
+    def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
+        return pos >= length[:, None, None] - share(self.window, budget)

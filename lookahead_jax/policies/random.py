@@ -1,0 +1,31 @@
+"""random: scores drawn from a seed. What a policy must beat to have learnt anything."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.policies.base import LayerView, Policy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Random(Policy):
+    """Uniform scores in [0, 1), different in every layer and head.
+
+    A score depends on (seed, layer, KV head, absolute position) alone, so a row keeps the same
+    entries alone, in any batch and under any padding.
+    """
+
+    seed: int = 0
+    """Seed of the scores."""
+
+    def score(self, view: LayerView) -> jax.Array:
+        batch, heads, tokens = view.k.shape[:3]
+        layer = jax.random.fold_in(jax.random.key(self.seed), view.layer)
+        keys = jax.vmap(lambda head: jax.random.fold_in(layer, head))(jnp.arange(heads))
+
+        def draw(key, positions):  # [T] -> [T]
+            return jax.vmap(lambda p: jax.random.uniform(jax.random.fold_in(key, p)))(positions)
+
+        pos = jnp.broadcast_to(view.pos, (batch, heads, tokens)).astype(jnp.uint32)
+        return jax.vmap(jax.vmap(draw), (None, 0))(keys, pos)
