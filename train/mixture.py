@@ -1,0 +1,119 @@
+"""Training rows of the embedded model: real text, and documents followed by questions on them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lookahead_jax.eval.tasks.families import FAMILIES, Facts, Pool
+from lookahead_jax.eval.tasks.prompts import comments, document, text_lines
+from lookahead_jax.eval.tasks.words import Words
+
+
+class Rows(NamedTuple):
+    """Token rows and the places where the next token is learned."""
+
+    tokens: np.ndarray  # [rows, T + 1] int32
+    picks: np.ndarray  # [rows, Q] int32 positions in 0..T-1
+    weights: np.ndarray  # [rows, Q] float32, 0 = padding
+
+
+def text_rows(rng: np.random.Generator, stream: np.ndarray, *, rows: int, length: int) -> Rows:
+    """Random windows of the text; every token is learned."""
+    starts = rng.integers(0, len(stream) - length - 1, rows)
+    tokens = stream[starts[:, None] + np.arange(length + 1)].astype(np.int32)
+    picks = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return Rows(tokens, picks, np.ones((rows, length), np.float32))
+
+
+def _knobs(rng: np.random.Generator, family: str, room: int) -> dict[str, Any]:
+    """Random difficulty of one family whose rows take about `room` tokens or less."""
+    rows = max(2, room // 4)
+    match family:
+        case "lookup":
+            pairs = int(rng.integers(2, min(rows, 100) + 1))
+            return {
+                "pairs": pairs,
+                "asked": int(rng.integers(1, min(6, pairs) + 1)),
+                "questions": 6,
+            }
+        case "records":
+            return {"schemas": int(rng.integers(1, min(8, max(1, rows // 6)) + 1)), "questions": 6}
+        case "tagged":
+            tags = int(rng.integers(1, min(4, max(1, rows // 3)) + 1))
+            return {
+                "tags": tags,
+                "per_tag": int(rng.integers(2, min(8, max(2, rows // tags)) + 1)),
+                "questions": 4,
+            }
+        case "spans":
+            count = int(rng.integers(1, min(4, max(1, rows // 4)) + 1))
+            return {
+                "count": count,
+                "span": int(rng.integers(3, min(14, max(3, room // count - 4)) + 1)),
+                "questions": 4,
+            }
+        case "chains":
+            count = int(rng.integers(1, min(10, max(1, rows // 4)) + 1))
+            return {
+                "chains": count,
+                "hops": int(rng.integers(2, min(5, max(2, rows // count)) + 1)),
+                "questions": 5,
+            }
+    raise ValueError(f"no knobs for family {family!r}")
+
+
+def _cost(facts: Facts) -> int:
+    return sum(len(row) + 1 for row in facts.rows)
+
+
+def task_row(
+    rng: np.random.Generator,
+    words: Words,
+    stream: np.ndarray,
+    *,
+    length: int,
+    families: tuple[str, ...],
+) -> tuple[list[int], list[int]]:
+    """`length + 1` tokens, a document and questions, and the indices of the answers' tokens."""
+    pool, facts, room = Pool(rng, words), [], int(length * rng.uniform(0.35, 0.8)) - 1
+    for family in rng.permutation(families)[: 1 + int(rng.integers(0, 3))]:
+        drawn = FAMILIES[family](rng, words, pool, **_knobs(rng, str(family), room * 2 // 3))
+        if _cost(drawn) <= room:
+            facts.append(drawn)
+            room -= _cost(drawn)
+    questions = [q for f in facts for q in f.questions]
+    asked, total = [], 0
+    for i in rng.permutation(len(questions)):
+        size = len(questions[i][0]) + len(questions[i][1])
+        if 1 + sum(map(_cost, facts)) + total + size <= length + 1:
+            asked.append(questions[i])
+            total += size
+    filler = text_lines(stream, words) if rng.random() < 0.5 else comments(words)
+    tokens = document(rng, words, facts, length=length + 1 - total, filler=filler)
+    answers = []
+    for question, answer in asked:
+        tokens += question
+        answers += range(len(tokens), len(tokens) + len(answer))
+        tokens += answer
+    return tokens, answers
+
+
+def task_rows(
+    rng: np.random.Generator,
+    words: Words,
+    stream: np.ndarray,
+    *,
+    rows: int,
+    length: int,
+    families: tuple[str, ...] = tuple(FAMILIES),
+) -> Rows:
+    """Fresh documents with questions; only answers are learned, at most T / 3 tokens of a row."""
+    width = length // 3
+    tokens = np.zeros((rows, length + 1), np.int32)
+    picks, weights = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
+    for i in range(rows):
+        tokens[i], answers = task_row(rng, words, stream, length=length, families=families)
+        answers = answers[-width:]
+        picks[i, : len(answers)] = np.array(answers, np.int32) - 1
+        weights[i, : len(answers)] = 1.0
+    return Rows(tokens, picks, weights)
