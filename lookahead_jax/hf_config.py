@@ -110,7 +110,10 @@ class _Fields:
 
     def optional(self, name: str, kind: type) -> Any:
         value = self.values.get(name)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        # Bounds keep an absurd file from overflowing arithmetic long before it meets a check.
+        if type(value) in (int, float) and not abs(value) < 1e15:
+            raise ValueError(f"{self.where}: {name} is out of range: {value}")
+        if kind is float and type(value) is int:
             value = float(value)
         if value is not None and (
             not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
@@ -228,7 +231,9 @@ def _layer_types(f: _Fields, model_type: str) -> tuple[bool, ...]:
         return (f.optional("sliding_window", int) is not None,) * num_layers
     names = f.optional("layer_types", list)
     if names is not None:
-        if len(names) != num_layers or not set(names) <= {"sliding_attention", "full_attention"}:
+        if len(names) != num_layers or any(
+            name not in ("sliding_attention", "full_attention") for name in names
+        ):
             raise ValueError(
                 f"{f.where}: layer_types must hold {num_layers} times sliding_attention or "
                 f"full_attention, got {names}"
@@ -281,6 +286,8 @@ def _rope(
         raise ValueError(f"{f.where}: partial_rotary_factor is not supported")
     theta = r.optional("rope_theta", float)
     max_position = f.required("max_position_embeddings", int)
+    if max_position < 1:
+        raise ValueError(f"{f.where}: max_position_embeddings must be positive")
     # The top-level field wins over the one inside the rope object, as in transformers.
     original = (
         f.optional("original_max_position_embeddings", int)

@@ -1,0 +1,169 @@
+"""config.json of both generations, defaults, and what is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lookahead_jax.config import ModelConfig, RopeConfig
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
+TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+
+
+def read(name, file="config.json"):
+    return json.loads((MODELS / name / file).read_text())
+
+
+@pytest.mark.parametrize("name", V4)
+def test_both_generations_agree(name):
+    v4, v5 = read(name, "config_v4.json"), read(name)
+    assert "rope_parameters" not in v4.get("text_config", v4)
+    assert "rope_parameters" in v5.get("text_config", v5)
+    assert ModelConfig.from_hf(v4) == ModelConfig.from_hf(v5)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_defaults_are_those_of_transformers(model_type):
+    """Values read in transformers 5.23's configuration classes."""
+    config = ModelConfig.from_hf({"model_type": model_type})
+    sizes = (config.vocab_size, config.hidden_size, config.mlp_dim, config.num_layers)
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim, config.max_position)
+    assert (sizes, heads) == {
+        "llama": ((32000, 4096, 11008, 32), (32, 32, 128, 2048)),
+        "mistral": ((32000, 4096, 14336, 32), (32, 8, 128, 131072)),
+        "qwen2": ((151936, 4096, 22016, 32), (32, 32, 128, 32768)),
+        "qwen3": ((151936, 4096, 22016, 32), (32, 32, 128, 32768)),
+        "gemma2": ((256000, 2304, 9216, 26), (8, 4, 256, 8192)),
+        "gemma3_text": ((262208, 2304, 9216, 26), (8, 4, 256, 131072)),
+        "phi3": ((32064, 3072, 8192, 32), (32, 32, 96, 4096)),
+    }[model_type]
+    assert config.norm_eps == (1e-5 if model_type == "phi3" else 1e-6)
+    assert config.tie_embeddings == model_type.startswith("gemma")
+    thetas = tuple(rope.theta for rope in config.ropes)
+    assert thetas == ((1e6, 1e4) if model_type == "gemma3_text" else (1e4,))
+
+
+def test_windows():
+    mistral = ModelConfig.from_hf({"model_type": "mistral", "num_hidden_layers": 2})
+    assert mistral.layer_window == (4096, 4096)
+    nowhere = {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": None}
+    assert ModelConfig.from_hf(nowhere).layer_window == (None, None)
+    qwen = {"model_type": "qwen2", "num_hidden_layers": 3, "max_window_layers": 2}
+    assert ModelConfig.from_hf(qwen).layer_window == (None,) * 3
+    windowed = qwen | {"use_sliding_window": True, "sliding_window": 7}
+    assert ModelConfig.from_hf(windowed).layer_window == (None, None, 7)
+    gemma2 = ModelConfig.from_hf({"model_type": "gemma2", "num_hidden_layers": 3})
+    assert gemma2.layer_window == (4096, None, 4096)
+    gemma3 = {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 5}
+    assert ModelConfig.from_hf(gemma3).layer_window == (5, 5, 5, 5, 5, None, 5)
+    assert ModelConfig.from_hf(gemma3).layer_rope == (1, 1, 1, 1, 1, 0, 1)
+    for name in ("sliding_window_pattern", "_sliding_window_pattern"):
+        three = ModelConfig.from_hf(gemma3 | {name: 3})
+        assert three.layer_window == (5, 5, None, 5, 5, None, 5)
+
+
+def test_nested_gemma3_omitting_its_defaults():
+    """The shape of the 4B checkpoint's config.json."""
+    text = {"hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "model_type": "gemma3_text"}
+    config = ModelConfig.from_hf({"model_type": "gemma3", "text_config": text})
+    assert config.model_type == "gemma3_text"
+    assert config.hidden_size == 2560
+    assert config.ropes[0].kind == "linear"
+    assert config.ropes[0].factor == 8.0
+    assert config.ropes[1] == RopeConfig(kind="default", theta=1e4, dim=256, max_position=131072)
+    assert config.tie_embeddings
+    assert config.embed_scale == 2560**0.5
+
+
+def test_stale_hidden_act_of_gemma_is_ignored():
+    config = ModelConfig.from_hf({"model_type": "gemma2", "hidden_act": "relu"})
+    assert config.activation == "gelu_tanh"
+
+
+def test_legacy_phi3_rope_types():
+    fields = {"model_type": "phi3", "max_position_embeddings": 8192}
+    for kind in ("su", "yarn", "longrope"):
+        scaling = {"type": kind, "short_factor": [1.0] * 48, "long_factor": [2] * 48}
+        rope = ModelConfig.from_hf(fields | {"rope_scaling": scaling}).ropes[0]
+        assert rope.kind == "longrope"
+        assert rope.original_max_position == 4096
+        assert rope.factor == 2.0
+        assert rope.long_factor == (2.0,) * 48
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "mixtral"}, "unknown model_type 'mixtral'"),
+        ({"model_type": None}, "unknown model_type None"),
+        ({}, "unknown model_type None"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"hidden_act": "relu"}, "unknown hidden_act 'relu'"),
+        ({"rope_scaling": {"type": "ntk"}}, "unknown rope_type 'ntk'"),
+        ({"rope_parameters": {"rope_type": "mrope"}}, "unknown rope_type 'mrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "needs factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "8"}}, "factor must be of type float"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "out of range"),
+        ({"rope_scaling": [1]}, "rope_scaling must be of type Mapping"),
+        ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_attention_heads": 3}, "not whole"),
+        ({"num_attention_heads": 0}, "not whole"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"num_key_value_heads": -4}, "num_kv_heads must be positive"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000"),
+        ({"hidden_size": "4096"}, "hidden_size must be of type int"),
+        ({"hidden_size": True}, "hidden_size must be of type int"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"vocab_size": -1}, "vocab_size must be positive"),
+        ({"head_dim": 7}, "cannot rotate 7"),
+        ({"model_type": "mistral", "sliding_window": 0}, "windows must be positive"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"]}, "layer_types"),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 26}, "layer_types"),
+        ({"model_type": "gemma2", "sliding_window": None}, "sliding_window is missing"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "no meaning"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "nested"),
+        ({"model_type": "gemma3"}, "text_config is missing"),
+    ],
+)
+def test_refused_by_name(fields, message):
+    base = {} if "model_type" in fields or not fields else {"model_type": "llama"}
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(base | fields)
+
+
+def test_config_is_hashable_and_equal_by_value():
+    one, two = (ModelConfig.from_hf(read("phi3")) for _ in range(2))
+    assert one == two
+    assert hash(one) == hash(two)
+
+
+KEYS = sorted(read("llama3").keys() | read("gemma3_text").keys() | {"rope_scaling", "rope_theta"})
+VALUES = [None, True, -1, 0, 1, 2, 7, 64, 10**400, 0.5, -2.0, float("nan"), float("inf"), "", "x"]
+VALUES += [[], [1.0], [[]], [None], ["full_attention"] * 2, {}, {"full_attention": {"factor": 2}}]
+ROPE = st.dictionaries(
+    st.sampled_from(["rope_theta", "factor", "short_factor", "original_max_position_embeddings"]),
+    st.sampled_from(VALUES),
+)
+KINDS = st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn", "longrope", "x", 3])
+JSON = st.sampled_from(VALUES) | st.builds(lambda rope, kind: rope | {"type": kind}, ROPE, KINDS)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(TYPES), st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))
+def test_any_json_parses_or_raises_value_error(model_type, fields):
+    try:
+        config = ModelConfig.from_hf(fields | {"model_type": model_type})
+    except ValueError:
+        return
+    assert config.num_heads % config.num_kv_heads == 0
