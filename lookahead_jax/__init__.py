@@ -1,35 +1,88 @@
 """Long prompts through a fixed-budget KV cache, with learned eviction, in JAX.
 
-The public names below are imported when they are first used, so that importing the package (and
-asking the command line for help) costs nothing.
+Public names are imported when they are first used, so that importing the package, and asking the
+command line for help, costs nothing.
 """
 
 import importlib
+import sys
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from lookahead_jax import policies as policies
-    from lookahead_jax.cache import KVCache as KVCache
-    from lookahead_jax.config import ModelConfig as ModelConfig
+if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
+    from lookahead_jax import policies
+    from lookahead_jax.cache import KVCache
+    from lookahead_jax.cache_files import load_cache, save_cache
+    from lookahead_jax.checkpoint import Model, load
+    from lookahead_jax.config import ModelConfig
+    from lookahead_jax.decoding import decode
+    from lookahead_jax.generation import Generation, generate, read_prompt, score, token_logits
+    from lookahead_jax.model import Block, embed, forward, logits
+    from lookahead_jax.policies import make_policy
+    from lookahead_jax.prefill import extend, prefill
+    from lookahead_jax.sampling import Sampling
 
-_HOME = {
-    "KVCache": "cache",
-    "ModelConfig": "config",
-}
-
-__all__ = ["EMBEDDED_MODEL", "policies", *_HOME]
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Block",
+    "Generation",
+    "KVCache",
+    "Model",
+    "ModelConfig",
+    "Sampling",
+    "decode",
+    "embed",
+    "extend",
+    "forward",
+    "generate",
+    "load",
+    "load_cache",
+    "logits",
+    "make_policy",
+    "policies",
+    "prefill",
+    "read_prompt",
+    "save_cache",
+    "score",
+    "token_logits",
+]
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "base"
 """Folder of the small model that ships with the package."""
+
+_HOME = {
+    "cache": ("KVCache",),
+    "cache_files": ("load_cache", "save_cache"),
+    "checkpoint": ("Model", "load"),
+    "config": ("ModelConfig",),
+    "decoding": ("decode",),
+    "generation": ("Generation", "generate", "read_prompt", "score", "token_logits"),
+    "model": ("Block", "embed", "forward", "logits"),
+    "policies": ("make_policy",),
+    "prefill": ("extend", "prefill"),
+    "sampling": ("Sampling",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+class _Package(types.ModuleType):
+    """Keeps the submodule `prefill` from taking the place of the public function `prefill`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
     if name == "policies":
         return importlib.import_module("lookahead_jax.policies")
-    if name not in _HOME:
-        raise AttributeError(f"module 'lookahead_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lookahead_jax.{_HOME[name]}"), name)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -2,17 +2,15 @@
 
 import contextlib
 import io
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 
 import tyro
 
 from lookahead_jax.commands import demo, generate, inspect, logits, score
-from lookahead_jax.commands.options import UsageError
+from lookahead_jax.commands.options import UsageError, say
 
 COMMANDS = {
     generate.Generate: generate.main,
@@ -30,8 +28,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
     A failure is one line on stderr; LOOKAHEAD_DEBUG=1 adds the traceback.
     """
-    logging.basicConfig(format="lookahead: %(message)s")
-    warnings.showwarning = lambda message, *rest, **names: _say(f"notice: {message}")
     try:
         config = parse(args)
         COMMANDS[type(config)](config)
@@ -80,9 +76,5 @@ def _unbox(complaint: str) -> str:
 def _fail(message: str, *, status: int) -> int:
     if os.environ.get("LOOKAHEAD_DEBUG") == "1":
         traceback.print_exc()
-    _say(f"error: {message}")
+    say(f"error: {message}")
     return status
-
-
-def _say(message: str) -> None:
-    print("lookahead:", " ".join(message.split()), file=sys.stderr)

@@ -104,3 +104,11 @@ def test_every_public_name_exists():
     assert set(lookahead_jax.__all__) <= set(dir(lookahead_jax))
     with pytest.raises(AttributeError, match="nothing_of_ours"):
         lookahead_jax.nothing_of_ours  # noqa: B018
+
+
+def test_public_names_outlive_the_import_of_their_modules():
+    import lookahead_jax.prefill  # a submodule with the name of a public function
+
+    assert callable(lookahead_jax.prefill)
+    assert lookahead_jax.prefill.__name__ == "prefill"
+    assert lookahead_jax.policies.make_policy is lookahead_jax.make_policy

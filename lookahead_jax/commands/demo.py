@@ -88,13 +88,24 @@ def table(name: str, full, evicted, followed: np.ndarray) -> str:
 
 def _followed(model, prompt: list[int], target: list[int], eviction: dict) -> np.ndarray:
     """Whether the evicted cache, fed `target`, chooses each of its tokens: bool [len(target)]."""
-    import lookahead_jax as lk
+    import jax.numpy as jnp
 
-    cache, logits = lk.read(model, [prompt], new_tokens=len(target), **eviction)
-    chosen = []
+    import lookahead_jax as lk
+    from lookahead_jax.batching import pad_batch
+
+    tokens = jnp.asarray(pad_batch([prompt], config=model.config))
+    read = lk.read_prompt(
+        model.params,
+        tokens,
+        config=model.config,
+        policy=eviction["policy"],
+        budget=eviction["budget"],
+        modules=eviction["lookahead"],
+        new_tokens=len(target),
+    )
+    cache, logits, chosen = read.cache, read.logits, []
     for token in target:
         chosen.append(int(logits[0].argmax()))
-        cache, logits = lk.extend(
-            model.params, np.asarray([[token]], np.int32), cache, config=model.config
-        )
+        following = jnp.asarray([[token]], jnp.int32)
+        cache, logits = lk.extend(model.params, following, cache, config=model.config)
     return np.asarray(chosen) == np.asarray(target)

@@ -22,6 +22,8 @@ class Logits:
 
 
 def main(config: Logits) -> None:
+    import jax.numpy as jnp
+
     import lookahead_jax as lk
 
     check_parent(config.out)
@@ -30,5 +32,7 @@ def main(config: Logits) -> None:
     logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
     for row, out in zip(tqdm(tokens, "logits", disable=None), logits, strict=True):
         length = (row >= 0).sum()
-        out[:length] = np.asarray(lk.forward(model, row[None]))[0, :length]
+        out[:length] = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)[
+            0, :length
+        ]
     save_arrays(config.out, logits=logits)

@@ -14,6 +14,11 @@ class UsageError(ValueError):
     """The command line itself is wrong: exit status 2."""
 
 
+def say(message: str) -> None:
+    """One line on the standard error."""
+    print("lookahead:", " ".join(message.split()), file=sys.stderr)
+
+
 def option(metavar: str):
     """Shows `metavar` in the help instead of the type, and no default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
@@ -83,10 +88,13 @@ class EvictionOptions:
         for pair in self.policy_arg:
             name, equals, value = pair.partition("=")
             if not name or not equals:
-                raise UsageError(f"--policy-arg takes name=value, not {pair!r}")
-            settings[name.replace("-", "_")] = parse_value(value)
+                raise UsageError(f"--policy-arg takes NAME=VALUE, not {pair!r}")
+            settings[name] = value
+        policy = lk.make_policy(self.policy, **settings)
+        if notice := policy.notice(self.budget):
+            say(f"notice: {notice}")
         return dict(
-            policy=lk.make_policy(self.policy, **settings),
+            policy=policy,
             budget=self.budget,
             lookahead=None if self.lookahead is None else lk.load_lookahead(self.lookahead),
         )
@@ -135,19 +143,6 @@ class RunOptions:
             seeds=[self.seed + i for i in range(len(prompts))],
             **arguments,
         )
-
-
-def parse_value(text: str) -> Any:
-    """A setting's value: true, false, none, an integer, a number, or the text itself."""
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def read_text(path: Path) -> str:

@@ -1,0 +1,313 @@
+"""The command line: its results are those of the functions, its faults are one line."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import lookahead_jax as lk
+from lookahead_jax.checkpoint import save_params
+from lookahead_jax.cli import main
+from lookahead_jax.files import atomic_path, atomic_write
+from tests import tiny
+
+VOCABULARY = 256
+TEXT = "def add(a, b):\n    return a + b\n" * 6
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """A tiny Llama with one token per byte."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps({**tiny.LLAMA, "vocab_size": VOCABULARY}))
+    config = tiny.config(vocab_size=VOCABULARY)
+    save_params(folder, tiny.params(config), config)
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(level.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return lk.load(model_dir)
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    tokens = np.full((2, 40), -1, np.int32)
+    for row, length in zip(tokens, (40, 23), strict=True):
+        row[:length] = np.arange(length) * 7 % VOCABULARY
+    path = tmp_path / "tokens.npy"
+    np.save(path, tokens)
+    return path
+
+
+def fault(capsys, *args: object) -> tuple[int, str]:
+    """Exit status and message of a command that fails in one line."""
+    status = main([str(arg) for arg in args])
+    out = capsys.readouterr()
+    assert out.err.startswith("lookahead: error: "), out.err
+    assert out.err.count("\n") == 1
+    assert "Traceback" not in out.err
+    return status, out.err.removeprefix("lookahead: error: ")
+
+
+def run(*args: object) -> None:
+    assert main([str(arg) for arg in args]) == 0
+
+
+def test_generate_streams_the_text_of_the_function(model_dir, model, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    run(
+        "generate", "--model", model_dir, "--prompt", TEXT, "--budget", 32, "--max-new-tokens", 8,
+        "--policy", "snapkv", "--policy-arg", "window=8", "--policy-arg", "pool=none",
+        "--json", out,
+    )  # fmt: skip
+    policy = lk.make_policy("snapkv", window=8, pool="none")
+    expected = lk.generate(model, [TEXT], policy=policy, budget=32, max_new_tokens=8)
+    printed = capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert printed == found["text"][0] + "\n" == expected.text[0] + "\n"
+    assert found["tokens"] == expected.tokens
+    assert found["prompt_tokens"] == [len(TEXT)]
+    assert np.shape(found["cache"]["kept_per_head"]) == (3, 1, 2)
+    assert np.unique(found["cache"]["kept_per_head"]).tolist() == [32]
+    assert 0 < found["cache"]["bytes"] < found["cache"]["full_bytes"]
+    assert set(found["timing"]) == {"ttft_s", "eviction_overhead_s", "decode_tokens_per_s"}
+
+
+def test_generate_samples_by_seed_and_reads_files(model_dir, tmp_path, capsys):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(TEXT)
+    texts = []
+    for seed in (0, 0, 1):
+        run(
+            "generate", "--model", model_dir, "--prompt-file", prompt, "--temperature", 2.0,
+            "--top-k", 50, "--max-new-tokens", 16, "--seed", seed,
+        )  # fmt: skip
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_continues_every_row_of_a_token_file(model_dir, model, token_file, capsys):
+    run("generate", "--model", model_dir, "--tokens", token_file, "--max-new-tokens", 4)
+    rows = [row[row >= 0].tolist() for row in np.load(token_file)]
+    expected = lk.generate(model, rows, max_new_tokens=4).text
+    assert capsys.readouterr().out == "".join(f"[{i}] {t}\n" for i, t in enumerate(expected))
+
+
+def test_a_window_that_eats_the_budget_is_announced(model_dir, capsys):
+    run(
+        "generate", "--model", model_dir, "--prompt", TEXT, "--budget", 8, "--max-new-tokens", 1,
+        "--policy-arg", "window=32",
+    )  # fmt: skip
+    assert re.fullmatch(r"lookahead: notice: .*window of 32.*cut to 4\n", capsys.readouterr().err)
+
+
+def test_score_writes_what_the_function_returns(model_dir, model, token_file, tmp_path):
+    out = tmp_path / "scores.npz"
+    run(
+        "score", "--model", model_dir, "--tokens", token_file, "--policy", "snapkv",
+        "--policy-arg", "window=4", "--budget", 16, "--out", out,
+    )  # fmt: skip
+    expected = lk.score(
+        model, np.load(token_file), policy=lk.make_policy("snapkv", window=4), budget=16
+    )
+    found = np.load(out)
+    assert found["scores"].shape == (3, 2, 2, 40)
+    assert found["logits"].shape == (2, VOCABULARY)
+    for name in ("scores", "kept", "logits"):
+        np.testing.assert_array_equal(found[name], np.asarray(getattr(expected, name)))
+    assert (np.diff(found["kept"]) > 0).all()  # every row is longer than the budget: no padding
+    assert (found["kept"] >= 0).sum() == 3 * 2 * 2 * 16
+
+
+def test_logits_writes_every_position(model_dir, model, token_file, tmp_path):
+    out = tmp_path / "logits.npz"
+    run("logits", "--model", model_dir, "--tokens", token_file, "--out", out)
+    found = np.load(out)["logits"]
+    tokens = np.load(token_file)
+    expected = lk.token_logits(model.params, jnp.asarray(tokens), config=model.config)
+    assert found.dtype == np.float32
+    read = tokens >= 0
+    # Rows are run one by one: float32 sums may be grouped differently than in a batch.
+    np.testing.assert_allclose(found[read], np.asarray(expected)[read], rtol=0, atol=1e-4)
+    assert (found[~read] == 0).all()
+
+
+def test_inspect_shows_the_kept_positions(model_dir, model, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    run(
+        "inspect", "--model", model_dir, "--prompt", TEXT, "--budget", 16, "--max-new-tokens", 4,
+        "--mark", "return a", "--out", out,
+    )  # fmt: skip
+    assert capsys.readouterr().out == f"{out}\n"
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
+    assert data["tokens"] == len(TEXT)
+    assert "".join(segment[0] for segment in data["segments"]) == TEXT
+    assert [[sum(runs[1::2]) for runs in layer] for layer in data["kept"]] == [[16, 16]] * 3
+    assert len(data["marks"]) == TEXT.count("return a")
+    assert data["generated"] == lk.generate(model, [TEXT], budget=16, max_new_tokens=4).text[0]
+
+
+def test_inspect_shows_tokens_without_text(model_dir, tmp_path):
+    tokens = tmp_path / "one.npy"
+    np.save(tokens, np.arange(30, dtype=np.int32)[None] + 60)
+    out = tmp_path / "page.html"
+    run("inspect", "--model", model_dir, "--tokens", tokens, "--max-new-tokens", 1, "--out", out)
+    assert '"tokens":30' in out.read_text()
+
+
+def test_demo_prints_the_table(model_dir, tmp_path, capsys):
+    file = tmp_path / "long.py"
+    file.write_text(TEXT * 4)
+    run(
+        "demo", file, "--model", model_dir, "--policy", "full", "--budget", 64,
+        "--max-new-tokens", 4,
+    )  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    # More text than the model reads, and a policy that evicts nothing: nothing may differ.
+    assert lines[0].startswith(f"long.py: 508 tokens, of {len(TEXT) * 4}: the model reads 512")
+    cells = {row[1].strip(): row[2:5] for line in lines if len(row := line.split("|")) > 4}
+    assert {"cache", "time to first token", "decoding, tokens/s"} <= set(cells)
+    assert cells["same next token"][1].strip() == "100% of 4"
+    assert cells["first difference"][1].strip() == "none"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Expected one of"),
+        (["generate", "--bogus", "1"], "--bogus"),
+        (["generate", "--max-new-tokens", "many"], "--max-new-tokens"),
+        (["generate", "--dtype", "int8", "--prompt", "x"], "--dtype"),
+        (["score", "--out", "x.npz"], "--tokens"),
+        (["fly"], "fly"),
+    ],
+)
+def test_misuse_is_one_line_and_status_2(args, message, capsys):
+    status, line = fault(capsys, *args)
+    assert status == 2
+    assert message in line
+
+
+def test_misuse_that_needs_the_model_to_be_seen(model_dir, capsys):
+    assert fault(capsys, "generate", "--model", model_dir)[0] == 2
+    both = ("--prompt", "a", "--tokens", "b.npy")
+    assert fault(capsys, "generate", "--model", model_dir, *both)[0] == 2
+    wrong = ("--prompt", "a", "--policy-arg", "window")
+    assert fault(capsys, "generate", "--model", model_dir, *wrong)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt-file", "absent.txt"], "absent.txt"),
+        (["--prompt-file", "latin.txt"], "not UTF-8 text: .* at byte 1"),
+        (["--prompt", "a", "--policy", "magic"], "magic.*snapkv"),
+        (["--prompt", "a", "--policy-arg", "colour=red"], "colour.*window"),
+        (["--prompt", "a", "--budget", "0"], "budget"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--prompt", "a", "--top-p", "1.5"], "top_p"),
+        (["--prompt", "a", "--lookahead", "absent"], "absent"),
+        (["--prompt", "a", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_failures_are_one_line_and_write_nothing(
+    args, message, model_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"a\xff")
+    status, line = fault(capsys, "generate", "--model", model_dir, "--json", "out.json", *args)
+    assert status == 1
+    assert re.search(message, line), line
+    assert [path.name for path in tmp_path.iterdir()] == ["latin.txt"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (b"not an array", "not a .npy array"),
+        (b"", "not a .npy array"),
+        (np.asarray([{}], object), "not a .npy array"),
+        (np.zeros((1, 3), np.int64), "int64"),
+        (np.zeros(3, np.int32), r"\(3,\)"),
+        (np.zeros((0, 3), np.int32), "no prompt"),
+        (np.zeros((2, 0), np.int32), "no prompt"),
+        (np.full((1, 2), VOCABULARY, np.int32), str(VOCABULARY)),
+        (np.asarray([[1, -2]], np.int32), "-2"),
+        (np.asarray([[1, 2], [-1, -1]], np.int32), "row 1 holds no token"),
+        (np.asarray([[1, -1, 2]], np.int32), "right only"),
+    ],
+)
+def test_token_files_are_checked(tokens, message, model_dir, tmp_path, capsys):
+    path, out = tmp_path / "bad.npy", tmp_path / "out.npz"
+    if isinstance(tokens, bytes):
+        path.write_bytes(tokens)
+    else:
+        np.save(path, tokens)
+    args = ("--model", model_dir, "--tokens", path, "--out", out)
+    for command in ("logits", "score"):
+        status, line = fault(capsys, command, *args)
+        assert status == 1
+        assert re.search(f"bad.npy.*{message}", line), line
+    assert not out.exists()
+
+
+def test_an_output_folder_that_is_missing_is_found_before_the_work(tmp_path, capsys):
+    out = tmp_path / "absent" / "out.npz"
+    status, line = fault(capsys, "logits", "--tokens", "unread.npy", "--out", out)
+    assert status == 1
+    assert "there is no folder" in line
+
+
+def test_the_traceback_is_there_when_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv("LOOKAHEAD_DEBUG", "1")
+    assert main(["generate", "--model", "nowhere", "--prompt", "a"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_python_m_shows_the_commands():
+    command = [sys.executable, "-m", "lookahead_jax", "--help"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert all(name in run.stdout for name in ("generate", "score", "logits", "inspect", "demo"))
+
+
+def test_atomic_writes_leave_the_old_file_on_failure(tmp_path):
+    path = tmp_path / "file.txt"
+    atomic_write(path, "old")
+    with pytest.raises(KeyError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".txt"
+        raise KeyError
+    with pytest.raises(FileNotFoundError), atomic_path(path):
+        pass
+    assert path.read_text() == "old"
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_atomic_folder_replaces_the_old_one(tmp_path):
+    path = tmp_path / "folder"
+    for content in ("first", "second"):
+        with atomic_path(path) as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            (temporary / "inner" / content).touch()
+    assert [p.name for p in (path / "inner").iterdir()] == ["second"]
+    with pytest.raises(KeyError), atomic_path(path) as temporary:
+        temporary.mkdir()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [path]
