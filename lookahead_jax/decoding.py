@@ -18,7 +18,14 @@ from lookahead_jax.cache import KVCache, commit
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
 from lookahead_jax.model import Block, embed, forward, logits
-from lookahead_jax.sampling import Sampling, SamplingRows, choose, process_logits, sampling_rows
+from lookahead_jax.sampling import (
+    GREEDY,
+    Sampling,
+    SamplingRows,
+    choose,
+    process_logits,
+    sampling_rows,
+)
 
 
 @struct.dataclass
@@ -142,7 +149,7 @@ def decode(
     config: ModelConfig,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
 ) -> Decoded:
     """Continues every row of a cache from the logits after its last token, to its end.

@@ -185,7 +185,7 @@ def prefill(
     policy: Policy,
     budget: int,
     slots: int,
-    new_tokens: int | Int[Array, " B"],
+    new_tokens: int | Int[Array, ""] | Int[Array, " B"],
     observer: Block | None = None,
     chunk: int = CHUNK,
     with_scores: bool = False,

@@ -41,6 +41,9 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
 
 
+GREEDY = Sampling()
+
+
 @struct.dataclass
 class SamplingRows:
     """The settings of a batch of requests; what no row uses is left out of the program."""
@@ -80,7 +83,7 @@ def sampling_rows(
 
 
 def process_logits(
-    logits: Float[Array, "B P V"], seen: Bool[Array, "B #P V"] | None, rows: SamplingRows
+    logits: Float[Array, "B P V"], seen: Bool[Array, "B _ V"] | None, rows: SamplingRows
 ) -> Float[Array, "B P V"]:
     """Applies each row's penalty, temperature and filters; dropped tokens come out as -inf.
 

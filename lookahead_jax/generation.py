@@ -1,0 +1,295 @@
+"""Prompts -> text: the composition of prefill, decode and the tokenizer, with streaming.
+
+Everything here runs on the host between device calls; the work is in prefill and decoding.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.batching import bucket_length, check_tokens, pad_batch, slots_for
+from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
+from lookahead_jax.checkpoint import Model
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.decoding import DecodeState, decode, decode_burst, seen_tokens, start
+from lookahead_jax.layers import Params
+from lookahead_jax.lookahead import LookaheadModules, observer_block
+from lookahead_jax.model import Block, embed, logits
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefill import Prefilled, compress, hidden_states, prefill
+from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.streaming import Finish, OutputRow
+
+DEFAULT_POLICY = SnapKV()  # preset factory
+DEFAULT_BUDGET = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheReport:
+    """How much of the prompt was kept."""
+
+    kept_per_head: list[list[list[int]]]  # [L][B][K] prompt entries
+    bytes: int  # allocated for the budgeted cache, room for new tokens included
+    full_bytes: int  # what the same batch would allocate without eviction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds, compilation left out where `generate(measure=True)` asked for it."""
+
+    ttft_s: float  # from tokens to the first new token
+    eviction_overhead_s: float | None  # of that, what the policy adds to keeping everything
+    decode_tokens_per_s: float | None  # over all rows; None if nothing was decoded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Continuations of a batch of prompts."""
+
+    tokens: list[list[int]]  # per row, an end-of-sequence token included
+    text: list[str] | None  # None without a tokenizer; cut before a stop string
+    finish: list[Finish]
+    prompt_tokens: list[int]
+    prompt_ids: list[list[int]]
+    kept: np.ndarray  # [L, B, K, S] int32 ascending positions of kept prompt entries, -1 padded
+    cache: CacheReport
+    timing: Timing
+
+
+def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """Texts through the tokenizer, token rows as they are (padding -1 stripped)."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if model.tokenizer is None:
+                raise ValueError("this model has no tokenizer.json: give token ids")
+            row = model.tokenizer.encode(prompt)
+        else:
+            row = [int(t) for t in np.asarray(prompt) if t >= 0]
+        if not row:
+            raise ValueError(f"prompt {i} is empty")
+        rows.append(row)
+    if not rows:
+        raise ValueError("no prompt was given")
+    return rows
+
+
+def read_prompt(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    policy: Policy,
+    budget: int,
+    new_tokens: int,
+    modules: LookaheadModules | None = None,
+    eos_ids: Sequence[int] = (),
+    with_scores: bool = False,
+) -> Prefilled:
+    """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
+
+    Policies that use lookahead modules read them after the prompt. Two-pass policies first keep
+    everything, decode a response of `policy.response_tokens` tokens, and cut by what it reads.
+    """
+    shape = dict(config=config, new_tokens=new_tokens)
+    slots = slots_for(policy, tokens.shape[1], budget, new_tokens, config=config)
+    if not policy.two_pass:
+        observer = None
+        if policy.uses_modules:
+            if modules is None:
+                raise ValueError(
+                    f"policy {type(policy).__name__} reads lookahead modules; name their folder"
+                )
+            length = (tokens >= 0).sum(1, dtype=jnp.int32)
+            observer = observer_block(modules, length, length + new_tokens)
+        return prefill(
+            params, tokens, policy=policy, budget=budget, slots=slots, observer=observer,
+            with_scores=with_scores, **shape,
+        )  # fmt: skip
+    room = slots_for(Full(), tokens.shape[1], 0, policy.response_tokens, config=config)
+    full = prefill(params, tokens, policy=Full(), budget=0, slots=room, **shape)
+    response = decode(
+        params, full.cache.fork(1), full.logits,
+        config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
+    ).tokens  # fmt: skip
+    positions = full.cache.next_pos[:, None] + jnp.arange(response.shape[1], dtype=jnp.int32)[None]
+    observer = Block(
+        embed(params, response, config=config),
+        jnp.where(response >= 0, positions, -1),
+        full.cache.rope_span,
+    )
+    cache, scores = compress(
+        params, full.cache, observer,
+        config=config, policy=policy, budget=budget, slots=slots, with_scores=with_scores,
+    )  # fmt: skip
+    return Prefilled(cache, full.logits, None if scores is None else scores[..., : tokens.shape[1]])
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    policy: Policy = DEFAULT_POLICY,
+    budget: int = DEFAULT_BUDGET,
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    lookahead: LookaheadModules | None = None,
+    eos_ids: Sequence[int] | None = None,
+    burst: int = 16,
+    on_text: Callable[[int, str], None] | None = None,
+    measure: bool = False,
+) -> Generation:
+    """Continues a batch of prompts from a cache of `budget` entries per layer and KV head.
+
+    `prompts` are texts or rows of token ids. One seed per row (default 0 for all: a row's output
+    does not depend on its neighbours; give different seeds to sample one prompt several times).
+    `on_text(row, piece)` receives text as it becomes certain. Tokens and text do not depend on
+    `burst`, the number of steps between looks of the host. `measure` compiles and runs the
+    prompt beforehand, with and without eviction, so that `timing` holds neither compilation nor
+    guesses. Raises ValueError for empty prompts and ids out of range.
+    """
+    config, params = model.config, model.params
+    rows = encode_prompts(model, prompts)
+    eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
+    seeds = [0] * len(rows) if seeds is None else list(seeds)
+    if len(seeds) != len(rows):
+        raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
+    if max_new_tokens < 1 or budget < 1:
+        raise ValueError("max_new_tokens and budget must be at least 1")
+    tokens = jnp.asarray(pad_batch(rows, config=config))
+    packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
+
+    def read(policy: Policy) -> DecodeState:
+        result = read_prompt(
+            params, tokens, config=config, policy=policy, budget=budget,
+            new_tokens=max_new_tokens, modules=lookahead, eos_ids=eos_ids,
+        )  # fmt: skip
+        state = start(
+            result.cache, result.logits,
+            sampling=packed,
+            limit=jnp.full(len(rows), max_new_tokens, jnp.int32),
+            eos=jnp.asarray(eos_ids, jnp.int32),
+            seen=seen_tokens(tokens, config.vocab_size) if packed.penalized else None,
+            width=max_new_tokens,
+        )  # fmt: skip
+        return jax.block_until_ready(state)
+
+    overhead = None
+    if measure:
+        read(policy)
+        read(Full())
+        keep_all = _seconds(lambda: read(Full()))
+    begin = time.perf_counter()
+    state = read(policy)
+    ttft = time.perf_counter() - begin
+    if measure:
+        overhead = ttft - keep_all
+        decode_burst.lower(params, state, config=config, steps=burst).compile()
+
+    prompt_cache = state.cache
+    filled = np.asarray(prompt_cache.length)
+    kept = np.asarray(prompt_cache.pos[..., : int(filled.max())])
+    report = CacheReport(
+        kept_per_head=filled.tolist(),
+        bytes=prompt_cache.bytes,
+        full_bytes=_full_bytes(prompt_cache, tokens.shape[1] + max_new_tokens),
+    )
+    outputs = [
+        OutputRow(model.tokenizer, stop, None if on_text is None else partial(on_text, i))
+        for i in range(len(rows))
+    ]
+    begin = time.perf_counter()
+    done = _deliver(outputs, state)
+    while not done.all():
+        state = state.replace(done=jnp.asarray(done))
+        state = decode_burst(params, state, config=config, steps=burst)
+        done = _deliver(outputs, state)
+    spent = time.perf_counter() - begin
+    for output in outputs:
+        output.close()
+    decoded = sum(len(output.tokens) - 1 for output in outputs)
+    return Generation(
+        tokens=[output.tokens for output in outputs],
+        text=None if model.tokenizer is None else [output.text for output in outputs],
+        finish=[output.finish(eos_ids) for output in outputs],
+        prompt_tokens=[len(row) for row in rows],
+        prompt_ids=rows,
+        kept=kept,
+        cache=report,
+        timing=Timing(
+            ttft_s=ttft,
+            eviction_overhead_s=overhead,
+            decode_tokens_per_s=decoded / spent if decoded else None,
+        ),
+    )
+
+
+def _deliver(outputs: Sequence[OutputRow], state: DecodeState) -> np.ndarray:
+    """Hands new tokens to each row's output; which rows are done, stop strings included [B]."""
+    tokens, count, done = (np.array(a) for a in (state.tokens, state.count, state.done))
+    for i, output in enumerate(outputs):
+        output.feed(tokens[i, len(output.tokens) : count[i]])
+        done[i] |= output.stopped
+    return done
+
+
+def _full_bytes(cache: KVCache, tokens: int) -> int:
+    """Bytes of a cache of the same kind that evicts nothing."""
+    return cache.bytes // cache.slots * round_up(tokens, SLOT_MULTIPLE)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+class Scored(NamedTuple):
+    """What a policy thinks of every prompt entry."""
+
+    scores: jax.Array  # [L, B, K, T] float32
+    kept: jax.Array  # [L, B, K, C] int32 ascending positions, -1 padded
+    logits: jax.Array  # [B, V] float32 after the last prompt token
+
+
+def score(
+    model: Model,
+    tokens: np.ndarray,
+    *,
+    policy: Policy = DEFAULT_POLICY,
+    budget: int = DEFAULT_BUDGET,
+    lookahead: LookaheadModules | None = None,
+) -> Scored:
+    """Scores every prompt entry and selects `budget` per layer and KV head; decodes nothing.
+
+    `tokens` is int32 [B, T], right-padded with -1. Raises ValueError if it is not, or if an id
+    is out of range.
+    """
+    check_tokens(tokens, config=model.config)
+    width = tokens.shape[1]
+    padded = np.full((len(tokens), bucket_length(width)), -1, np.int32)
+    padded[:, :width] = tokens
+    result = read_prompt(
+        model.params, jnp.asarray(padded), config=model.config, policy=policy, budget=budget,
+        new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
+    )  # fmt: skip
+    most = int(np.max(np.asarray(result.cache.length)))
+    return Scored(result.scores[..., :width], result.cache.pos[..., :most], result.logits)
+
+
+def token_logits(
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig
+) -> Float[Array, "B T V"]:
+    """Float32 next-token logits at every position of a right-padded batch; keeps no cache."""
+    return logits(params, hidden_states(params, tokens, config=config), config=config)

@@ -1,0 +1,239 @@
+"""Decoding against teacher forcing, in bursts and batches of any size, greedy and sampled."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax import batching
+from lookahead_jax.decoding import DecodeState, decode, decode_burst, seen_tokens, start
+from lookahead_jax.model import Block, embed, forward, logits
+from lookahead_jax.params import unstack
+from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.sampling import GREEDY, Sampling, choose, process_logits, sampling_rows
+from tests import tiny
+from tests.test_prefill import plain_logits, read
+
+NEW = 24
+POLICIES = {"full": (Full(), 1), "snapkv": (SnapKV(window=4, pool="avg", kernel=3), 24)}
+SETTINGS = {
+    "greedy": GREEDY,
+    "sampled": Sampling(temperature=1.3),
+    "filtered": Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
+    "penalised": Sampling(temperature=0.8, repetition_penalty=1.3),
+}
+
+
+def opened(params, tokens, model, policy, settings, seeds, eos=(), limits=None) -> DecodeState:
+    result = read(params, tokens, model, *policy, new_tokens=NEW)
+    batch = tokens.shape[0]
+    return start(
+        result.cache, result.logits,
+        sampling=sampling_rows([settings] * batch, seeds, model.vocab_size),
+        limit=jnp.asarray([NEW] * batch if limits is None else limits, jnp.int32),
+        eos=jnp.asarray(eos, jnp.int32),
+        seen=seen_tokens(tokens, model.vocab_size),
+        width=NEW,
+    )  # fmt: skip
+
+
+def run(params, tokens, model, policy, settings, seeds, burst=NEW, **options) -> DecodeState:
+    state = opened(params, tokens, model, policy, settings, seeds, **options)
+    while not np.asarray(state.done).all():
+        state = decode_burst(params, state, config=model, steps=burst)
+    return state
+
+
+def teacher_forced(params, prompt, emitted, model, policy):
+    """Logits [B, W, V] that chose each emitted token, from one forward over the cut cache."""
+    result = read(params, prompt, model, *policy, new_tokens=NEW)
+    steps = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
+    positions = result.cache.next_pos[:, None] + steps
+    block = Block(embed(params, emitted, config=model), positions, result.cache.rope_span)
+    out = logits(params, forward(params, block, result.cache, config=model).hidden, config=model)
+    return np.concatenate([np.asarray(result.logits)[:, None], np.asarray(out)[:, :-1]], axis=1)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_greedy_tokens_are_those_of_teacher_forcing(policy, family):
+    model = tiny.config(**({} if family == "llama" else tiny.MISTRAL))
+    params, tokens = tiny.params(model), tiny.batch((60, 33, 61), model)
+    state = run(params, tokens, model, POLICIES[policy], GREEDY, [0] * 3)
+    forced = teacher_forced(params, tokens, state.tokens, model, POLICIES[policy])
+    expected = forced.argmax(-1)
+    ties = tiny.assert_tokens_match(np.asarray(state.tokens), expected, forced)
+    assert ties <= 1  # of 72 decisions
+    with pytest.raises(AssertionError, match="margin"):  # and a wrong path does not pass
+        tiny.assert_tokens_match(np.roll(expected, 1, axis=1), expected, forced)
+
+
+def test_full_cache_equals_recomputing_the_whole_text():
+    model = tiny.config()
+    params, rows = tiny.params(model), tiny.prompts((60, 33))
+    tokens = jnp.asarray(batching.pad_batch(rows, config=model))
+    state = run(params, tokens, model, POLICIES["full"], GREEDY, [0, 0])
+    for row, emitted in zip(rows, np.asarray(state.tokens), strict=True):
+        text = jnp.asarray([row + emitted.tolist()], jnp.int32)
+        every = np.asarray(plain_logits(params, text, model))[:, len(row) - 1 : -1]
+        tiny.assert_tokens_match(emitted[None], every.argmax(-1), every)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_output_does_not_depend_on_bursts_neighbours_or_layout(settings):
+    model = tiny.config()
+    params, rows = tiny.params(model), tiny.prompts((60, 33, 17))
+    sampling, seeds = SETTINGS[settings], [5, 6, 7]
+    tokens = jnp.asarray(batching.pad_batch(rows, config=model))
+    policy = POLICIES["snapkv"]
+    whole = np.asarray(run(params, tokens, model, policy, sampling, seeds).tokens)
+    one = run(params, tokens, model, policy, sampling, seeds, burst=1)
+    np.testing.assert_array_equal(one.tokens, whole)
+    unstacked = {**params, "layers": unstack(params)["layers"]}
+    alone = [
+        np.asarray(
+            run(
+                unstacked, jnp.asarray(batching.pad_batch([row], config=model)), model, policy,
+                sampling, [seed], burst=7,
+            ).tokens
+        )[0]
+        for row, seed in zip(rows, seeds, strict=True)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(np.stack(alone), whole)
+
+
+def test_seeds_and_temperature_matter():
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((40, 40), model)
+    tokens = jnp.concatenate([tokens[:1], tokens[:1]])
+    policy, hot = POLICIES["full"], Sampling(temperature=2.0)
+    same = np.asarray(run(params, tokens, model, policy, hot, [3, 3]).tokens)
+    other = np.asarray(run(params, tokens, model, policy, hot, [3, 4]).tokens)
+    np.testing.assert_array_equal(same[0], same[1])
+    assert (other[0] == same[0]).all() and (other[1] != other[0]).any()
+
+
+def test_rows_end_at_eos_and_at_their_own_limit():
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((60, 33, 61), model)
+    policy = POLICIES["snapkv"]
+    free = np.asarray(run(params, tokens, model, policy, GREEDY, [0] * 3).tokens)
+    eos = [int(free[0, 4]), int(free[1, 2])]
+    state = run(params, tokens, model, policy, GREEDY, [0] * 3, eos=eos, limits=[NEW, NEW, 5])
+    for row, count, unlimited, limit in zip(
+        np.asarray(state.tokens), np.asarray(state.count), free, [NEW, NEW, 5], strict=True
+    ):
+        stops = np.flatnonzero(np.isin(unlimited, eos))
+        end = min([limit, *(stops[:1] + 1)])
+        assert count == end
+        np.testing.assert_array_equal(row[:end], unlimited[:end])
+        assert (row[end:] == -1).all()
+    # The last emitted token is pending: it is in no row's cache.
+    length = np.asarray((tokens >= 0).sum(1))
+    np.testing.assert_array_equal(state.cache.next_pos, length + np.asarray(state.count) - 1)
+
+
+def test_decode_returns_a_cache_that_can_go_on():
+    """A chat in two turns equals decoding in one go."""
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((60, 33), model)
+    policy = POLICIES["snapkv"]
+    first = read(params, tokens, model, *policy, new_tokens=NEW)
+    whole = decode(params, first.cache, first.logits, config=model, max_new_tokens=12)
+    first = read(params, tokens, model, *policy, new_tokens=NEW)
+    head = decode(params, first.cache, first.logits, config=model, max_new_tokens=5)
+    from lookahead_jax.prefill import extend
+
+    cache, after = extend(params, head.tokens[:, 4:5], head.cache, config=model)
+    tail = decode(params, cache, after, config=model, max_new_tokens=7)
+    np.testing.assert_array_equal(np.hstack([head.tokens, tail.tokens]), whole.tokens)
+
+
+def test_state_is_donated():
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((33,), model)
+    state = opened(params, tokens, model, POLICIES["full"], GREEDY, [0])
+    decode_burst(params, state, config=model, steps=1)
+    assert state.cache.k.is_deleted()
+
+
+def reference_distribution(row, seen, s: Sampling):
+    """Processed probabilities of one row, token by token, in float64."""
+    row = row.astype(np.float64).copy()
+    if s.repetition_penalty != 1.0:
+        for t in np.flatnonzero(seen):
+            row[t] = row[t] / s.repetition_penalty if row[t] > 0 else row[t] * s.repetition_penalty
+    row /= s.temperature
+    keep = np.ones(len(row), bool)
+    if s.top_k is not None:
+        keep &= row >= np.sort(row)[-min(s.top_k, len(row))]
+    p = np.where(keep, np.exp(row - row.max()), 0)
+    p /= p.sum()
+    if s.top_p is not None:
+        order = np.argsort(-p, kind="stable")
+        ahead = 0.0
+        for token in order:
+            keep[token] &= ahead < s.top_p
+            ahead += p[token]
+        keep[order[0]] = True
+    if s.min_p is not None:
+        keep &= p >= s.min_p * p.max()
+    p = np.where(keep, p, 0)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.0, top_k=5),
+        Sampling(temperature=1.7, top_p=0.6),
+        Sampling(temperature=1.0, top_p=0.01),
+        Sampling(temperature=1.2, min_p=0.1),
+        Sampling(temperature=0.9, top_k=30, top_p=0.8, min_p=0.05, repetition_penalty=1.4),
+    ],
+)
+def test_processors_match_a_restatement(settings):
+    rng = np.random.default_rng(0)
+    row = rng.normal(0, 2, (3, 2, 50)).astype(np.float32)
+    seen = rng.random((3, 2, 50)) < 0.3
+    rows = sampling_rows([settings] * 3, [0, 1, 2], 50)
+    out = np.asarray(process_logits(jnp.asarray(row), jnp.asarray(seen), rows))
+    p = np.exp(out - out.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    expected = np.array(
+        [[reference_distribution(row[b, i], seen[b, i], settings) for i in range(2)]
+         for b in range(3)]
+    )  # fmt: skip
+    np.testing.assert_array_equal(p > 0, expected > 0)
+    np.testing.assert_allclose(p, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_choice_follows_the_distribution():
+    """Position-keyed Gumbel noise samples from the softmax: chi-square over 20,000 positions."""
+    row = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.07, 0.03], jnp.float32))
+    count = 20_000
+    rows = sampling_rows([Sampling(temperature=1.0)], [11], 5)
+    positions = jnp.arange(count, dtype=jnp.int32)[None]
+    drawn = choose(jnp.broadcast_to(row, (1, count, 5)), positions, rows)
+    observed = np.bincount(np.asarray(drawn)[0], minlength=5)
+    expected = count * np.exp(np.asarray(row, np.float64))
+    chi2 = ((observed - expected) ** 2 / expected).sum()
+    assert chi2 < 23.5  # 4 degrees of freedom, p = 1e-4; the seed is fixed
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(temperature=-1.0),
+        dict(temperature=float("nan")),
+        dict(top_k=0),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(min_p=2.0),
+        dict(repetition_penalty=0.0),
+    ],
+)
+def test_bad_settings_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)

@@ -1,0 +1,204 @@
+"""Prefill, extend and compress against plain forwards, in any chunking, batch and padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax import batching
+from lookahead_jax.model import Block, embed, forward, logits
+from lookahead_jax.params import unstack
+from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefill import extend, hidden_states, prefill
+from tests import tiny
+
+POLICY = SnapKV(window=4, pool="avg", kernel=3)
+# float32 sums in another order: a few 1e-6 of the largest logit on these models; a mask or a
+# position off by one changes logits by more than 1e-2 of it.
+TOLERANCE = 2e-5
+
+
+def read(params, tokens, model, policy=POLICY, budget=24, new_tokens=32, **options):
+    slots = batching.slots_for(policy, tokens.shape[1], budget, new_tokens, config=model)
+    return prefill(
+        params, tokens, config=model, policy=policy, budget=budget, slots=slots,
+        new_tokens=new_tokens, **options,
+    )  # fmt: skip
+
+
+def plain_logits(params, tokens, model):
+    """All rows in one block that sees only itself: no chunks, no context, no cache."""
+    length = (tokens >= 0).sum(1, dtype=jnp.int32)
+    steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    block = Block(embed(params, tokens, config=model), jnp.where(tokens >= 0, steps, -1), length)
+    return logits(params, forward(params, block, None, config=model).hidden, config=model)
+
+
+def last_logits(all_logits, tokens):
+    last = (tokens >= 0).sum(1) - 1
+    return jnp.take_along_axis(all_logits, last[:, None, None], axis=1)[:, 0]
+
+
+def assert_close(value, expected):
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(value, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def model(request):
+    return tiny.config(**({} if request.param == "llama" else tiny.MISTRAL))
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 128])
+def test_chunked_hidden_states_match_one_block(model, chunk):
+    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
+    chunked = hidden_states(params, tokens, config=model, chunk=chunk)
+    valid = np.asarray(tokens >= 0)
+    result = np.asarray(logits(params, chunked, config=model))[valid]
+    assert_close(result, np.asarray(plain_logits(params, tokens, model))[valid])
+
+
+def test_several_key_blocks_match_one_block():
+    """Longer than the attention's key block, so that the running softmax really runs."""
+    model = tiny.config(num_hidden_layers=1, max_position_embeddings=4096)
+    params, tokens = tiny.params(model), tiny.batch((1300, 700), model)
+    chunked = hidden_states(params, tokens, config=model, chunk=256)
+    valid = np.asarray(tokens >= 0)
+    result = np.asarray(logits(params, chunked, config=model))[valid]
+    assert_close(result, np.asarray(plain_logits(params, tokens, model))[valid])
+
+
+@pytest.mark.parametrize("policy, budget", [(Full(), 1), (POLICY, 24), (POLICY, 500)])
+def test_logits_do_not_depend_on_eviction(model, policy, budget):
+    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
+    result = read(params, tokens, model, policy, budget, chunk=32)
+    assert_close(result.logits, last_logits(plain_logits(params, tokens, model), tokens))
+
+
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_kept_entries_do_not_depend_on_chunks_or_layout(model, chunk):
+    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
+    whole = read(params, tokens, model, chunk=128)
+    split = read({**params, "layers": unstack(params)["layers"]}, tokens, model, chunk=chunk)
+    np.testing.assert_array_equal(split.cache.pos, whole.cache.pos)
+    np.testing.assert_array_equal(split.cache.length, whole.cache.length)
+    assert_close(split.cache.k, whole.cache.k)
+    assert_close(split.cache.v, whole.cache.v)
+
+
+def test_a_row_alone_equals_the_row_in_a_batch(model):
+    params, rows = tiny.params(model), tiny.prompts((70, 33, 61))
+    together = read(params, jnp.asarray(batching.pad_batch(rows, config=model)), model, chunk=16)
+    for i, row in enumerate(rows):
+        tokens = jnp.asarray(batching.pad_batch([row], config=model))
+        alone = read(params, tokens, model, chunk=16)
+        slots = min(alone.cache.slots, together.cache.slots)
+        kept = np.asarray(together.cache.pos)[:, i, :, :slots]
+        np.testing.assert_array_equal(kept, np.asarray(alone.cache.pos)[:, 0, :, :slots])
+        assert_close(together.logits[i], alone.logits[0])
+
+
+def test_cache_holds_ascending_positions_and_nothing_behind_them(model):
+    params, tokens = tiny.params(model), tiny.batch((70, 33, 5), model)
+    cache = read(params, tokens, model).cache
+    pos, length = np.asarray(cache.pos), np.asarray(cache.length)
+    filled = np.arange(cache.slots) < length[..., None]
+    assert ((pos >= 0) == filled).all()
+    steps = np.diff(pos, axis=-1)[filled[..., 1:]]
+    assert (steps > 0).all()
+    assert not np.asarray(cache.k)[~filled].any() and not np.asarray(cache.v)[~filled].any()
+    np.testing.assert_array_equal(length[:, 2], 5)
+
+
+def test_extend_reads_what_prefill_would_have_read(model):
+    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
+    head = jnp.where(jnp.arange(tokens.shape[1])[None] < 20, tokens, -1)
+    cache = read(params, head, model, Full(), new_tokens=128).cache
+    longer, result = extend(params, tokens[:, 20:], cache, config=model, chunk=16)
+    assert_close(result, last_logits(plain_logits(params, tokens, model), tokens))
+    np.testing.assert_array_equal(longer.next_pos, (tokens >= 0).sum(1))
+    np.testing.assert_array_equal(longer.length[0, :, 0], (tokens >= 0).sum(1))
+
+
+def test_one_compressed_cache_answers_several_questions(model):
+    """Fork a cut document and ask two questions: the same as cutting it anew for each."""
+    params, document = tiny.params(model), tiny.batch((90,), model)
+    questions = jnp.asarray(tiny.prompts((7, 7), seed=1), jnp.int32)
+    forked = read(params, document, model).cache.fork(2)
+    _, together = extend(params, questions, forked, config=model)
+    for i in range(2):
+        _, alone = extend(params, questions[i : i + 1], read(params, document, model).cache,
+                          config=model)  # fmt: skip
+        assert_close(together[i], alone[0])
+
+
+def test_dead_slots_may_hold_anything(model):
+    params, tokens = tiny.params(model), tiny.batch((70, 33), model)
+    cache = read(params, tokens, model).cache
+    dead = (cache.pos < 0)[..., None]
+    poisoned = cache.replace(
+        k=jnp.where(dead, jnp.nan, cache.k), v=jnp.where(dead, jnp.nan, cache.v)
+    )
+    question = jnp.asarray(tiny.prompts((5, 5), seed=1), jnp.int32)
+    _, clean = extend(params, question, cache, config=model)
+    _, result = extend(params, question, poisoned, config=model)
+    np.testing.assert_array_equal(result, clean)
+
+
+def test_lengths_share_compilations():
+    model = tiny.config(num_hidden_layers=1)
+    params = tiny.params(model)
+    before = prefill._cache_size()
+    for length in (65, 90, 128, 100):
+        read(params, tiny.batch((length,), model), model)
+    assert prefill._cache_size() == before + 1
+    buckets = {batching.bucket_length(n) for n in range(1, 32_769)}
+    assert len(buckets) == 17 and max(buckets) == 32_768
+
+
+def test_buckets_hold_what_they_are_asked_for():
+    for n in [1, 15, 16, 17, 511, 512, 513, 1024, 1025, 1536, 1537, 40_000]:
+        size = batching.bucket_length(n)
+        assert n <= size < max(2 * n, 17)
+        assert size <= 512 or size % 512 == 0
+
+
+def test_too_few_slots_are_refused():
+    model = tiny.config()
+    with pytest.raises(ValueError, match="128 cache slots cannot hold the 200 entries"):
+        prefill(
+            tiny.params(model), tiny.batch((250,), model), config=model, policy=POLICY,
+            budget=200, slots=100, new_tokens=1,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "tokens, complaint",
+    [
+        ([[1, 2, 97]], "token id 97 .row 0, column 2. is outside the vocabulary of 97"),
+        ([[1, -2, -1]], "token id -2"),
+        ([[1, -1, 3]], "right only"),
+        ([[1, 2], [-1, -1]], "row 1 holds no token"),
+        ([1, 2], r"\[B, T\]"),
+        ([[0.5]], "must be integers"),
+    ],
+)
+def test_bad_tokens_are_named(tokens, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        batching.check_tokens(np.asarray(tokens), config=tiny.config())
+
+
+def test_check_room_names_the_remedy(model):
+    cache = read(tiny.params(model), tiny.batch((70,), model), model).cache
+    batching.check_room(cache, cache.slots - 24)
+    with pytest.raises(ValueError, match="larger new_tokens"):
+        batching.check_room(cache, cache.slots - 23)
+
+
+def test_inputs_survive_and_jit_composes(model):
+    """Prefill inside another jit, as research code would call it."""
+    params, tokens = tiny.params(model), tiny.batch((40,), model)
+    direct = read(params, tokens, model)
+    nested = jax.jit(lambda p, t: read(p, t, model).logits)(params, tokens)
+    assert_close(nested, direct.logits)
