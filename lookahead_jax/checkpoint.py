@@ -225,7 +225,8 @@ def _read_block(
     for place, layer in enumerate(range(layers.start, layers.stop)):
         tensor = stored[spec.tensor.format(layer=layer)]
         block = files[tensor.file].get_slice(tensor.name)[stored_index(spec, config, inner)]
-        out[place] = from_stored(spec, config, block, inner)
+        with np.errstate(over="ignore"):  # reported below, with names
+            out[place] = from_stored(spec, config, block, inner)
         if dtype == np.float16 and not np.isfinite(out[place]).all():
             raise ValueError(
                 f"{tensor.file}: {tensor.name} does not fit float16; load it as bfloat16 or float32"

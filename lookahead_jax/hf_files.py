@@ -35,7 +35,7 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
       ValueError: when the name or the link behind it leaves the directory, when it is not a
         regular file, or when it holds more than `limit` bytes.
     """
-    if not name or "\0" in name or name != Path(name).name or "\\" in name:
+    if name in ("", "..") or name != Path(name).name or "\0" in name or "\\" in name:
         raise ValueError(f"{directory}: refused file name {name!r}, it is not a plain name")
     path = directory / name
     if not path.exists():

@@ -220,7 +220,8 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
             name = spec.tensor.format(layer=layer)
             # Parts of a fused tensor stand in the table in their stored order.
             tensors.setdefault(name, []).append(value.transpose(order).reshape(own_shape))
-    return {name: np.concatenate(parts) for name, parts in tensors.items()}
+    # safetensors writes an array's memory as it lies, so it must lie in C order.
+    return {name: np.ascontiguousarray(np.concatenate(p)) for name, p in tensors.items()}
 
 
 def fingerprint(params: Params, *, samples: int = 256) -> str:

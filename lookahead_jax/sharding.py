@@ -44,8 +44,8 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else devices
     if data is None:
-        data = len(devices) // (fsdp * tensor)
-    if data * fsdp * tensor != len(devices):
+        data = len(devices) // max(fsdp * tensor, 1)
+    if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
         raise ValueError(
             f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use "
             f"exactly the {len(devices)} devices present"
