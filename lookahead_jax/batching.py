@@ -7,7 +7,7 @@ import numpy as np
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.policies.base import Policy
-from lookahead_jax.prefill import CHUNK
+from lookahead_jax.prompt import CHUNK
 
 
 def bucket_length(tokens: int, chunk: int = CHUNK) -> int:

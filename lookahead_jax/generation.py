@@ -5,6 +5,7 @@ Everything here runs on the host between device calls; the work is in prefill an
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from lookahead_jax.model import Block, embed, logits
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import Prefilled, compress, hidden_states, prefill
+from lookahead_jax.prefill import Prefilled, compress, prefill
+from lookahead_jax.prompt import hidden_states
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
@@ -167,6 +169,8 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
     if max_new_tokens < 1 or budget < 1:
         raise ValueError("max_new_tokens and budget must be at least 1")
+    if (notice := policy.notice(budget)) is not None:
+        warnings.warn(notice, stacklevel=2)
     tokens = jnp.asarray(pad_batch(rows, config=config))
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
 

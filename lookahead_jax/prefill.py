@@ -17,22 +17,23 @@ from lookahead_jax.layers import Params, rms_norm
 from lookahead_jax.model import (
     Block,
     Context,
-    LayerKind,
-    block_visible,
     cache_context,
-    causal_visible,
     embed,
     forward,
     layer_kinds,
-    layer_step,
     logits,
-    project_qkv,
     scan_layers,
 )
-from lookahead_jax.policies.base import Chunk, Kept, LayerView, Policy, Queries, Stats, select
+from lookahead_jax.policies.base import Kept, LayerView, Policy, select
+from lookahead_jax.prompt import (
+    CHUNK,
+    layer_buffers,
+    observe_layer,
+    open_prompt,
+    prompt_layer,
+    window_queries,
+)
 from lookahead_jax.rope import rope_tables
-
-CHUNK = 512  # prompt rows per step; also the size of the attention's diagonal block
 
 
 class Prefilled(NamedTuple):
@@ -41,113 +42,6 @@ class Prefilled(NamedTuple):
     cache: KVCache
     logits: jax.Array  # [B, V] float32, after the last prompt token
     scores: jax.Array | None  # [L, B, K, T] float32, if asked for
-
-
-class _Prompt(NamedTuple):
-    """A padded batch of prompts, as every layer needs it."""
-
-    positions: jax.Array  # [B, T] int32, -1 = padding
-    length: jax.Array  # [B] int32
-    span: jax.Array  # [B] int32
-    cos: jax.Array  # [n_ropes, B, T, dim/2]
-    sin: jax.Array
-    chunk: int
-    chunks: jax.Array  # int32 scalar: chunks that hold any token
-
-
-def _open_prompt(tokens: jax.Array, new_tokens, chunk: int, config: ModelConfig):
-    """Pads to whole chunks; returns the padded tokens and the prompt's facts."""
-    chunk = min(chunk, tokens.shape[1])
-    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)
-    length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    span = length + jnp.asarray(new_tokens, jnp.int32)
-    positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
-    cos, sin = rope_tables(config, positions, span)
-    chunks = -(-length.max() // chunk)
-    return tokens, _Prompt(positions, length, span, cos, sin, chunk, chunks)
-
-
-def _buffers(prompt: _Prompt, dtype: jnp.dtype, config: ModelConfig):
-    """Room for one layer's keys and values [B, K, T, H]; every layer writes over the last."""
-    batch, total = prompt.positions.shape
-    shape = (batch, config.num_kv_heads, total, config.head_dim)
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-
-
-def _prompt_layer(
-    p: Params,
-    x: jax.Array,
-    buffers: tuple[jax.Array, jax.Array],
-    prompt: _Prompt,
-    kind: LayerKind,
-    policy: Policy | None,
-    config: ModelConfig,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Stats]:
-    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped."""
-    batch, total = prompt.positions.shape
-    size = prompt.chunk
-    slot = jnp.arange(total, dtype=jnp.int32)[None]
-    stats = None if policy is None else policy.init_stats(batch, total, config)
-
-    def step(c, carry):
-        x, k, v, stats = carry
-        start = c * size
-
-        def part(a, axis):
-            return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
-
-        pos = part(prompt.positions, 1)
-        context = None
-        if total > size:
-            first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
-            before = jnp.where(slot < start, prompt.positions, -1)
-            context = Context(k, v, before[:, None], (first, start))
-        xc, proj = layer_step(
-            p, part(x, 1), pos, causal_visible(pos), part(prompt.cos, 2), part(prompt.sin, 2),
-            kind, context, config=config,
-        )  # fmt: skip
-        k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
-        v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
-        if stats is not None:
-            stats = policy.accumulate(
-                stats,
-                Chunk(
-                    proj.q, proj.q_unrotated, pos, proj.lse, k, prompt.positions[:, None],
-                    start + size, kind.window, config,
-                ),
-            )  # fmt: skip
-        return jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats
-
-    carry = (x, *buffers, stats)
-    carry = step(0, carry) if total == size else jax.lax.fori_loop(0, prompt.chunks, step, carry)
-    x, k, v, stats = carry
-    return x, (k, v), stats
-
-
-def _window_queries(
-    p: Params, x: jax.Array, prompt: _Prompt, kind: LayerKind, rows: int, config: ModelConfig
-) -> Queries | None:
-    """Queries of each row's last `rows` prompt tokens, from the layer's input."""
-    if rows == 0:
-        return None
-    pos = prompt.length[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)[None]
-    at = jnp.maximum(pos, 0)
-    cos, sin = (jnp.take_along_axis(t, at[None, :, :, None], 2) for t in (prompt.cos, prompt.sin))
-    x = jnp.take_along_axis(x, at[..., None], axis=1)
-    q = project_qkv(p, x, cos, sin, kind, config=config).q
-    return Queries(q, jnp.where(pos >= 0, pos, -1), None)
-
-
-def _observe_layer(
-    p: Params, rows: jax.Array, observer: Block, cos_sin, kind, context, lora, config: ModelConfig
-) -> tuple[jax.Array, Queries]:
-    """One layer over an observer block: its rows for the next layer, its queries in this one."""
-    visible = block_visible(observer)
-    rows, proj = layer_step(
-        p, rows, observer.positions, visible, *cos_sin, kind, context,
-        config=config, lora=lora, lora_scale=observer.lora_scale,
-    )  # fmt: skip
-    return rows, Queries(proj.q, observer.positions, (proj.k, visible))
 
 
 def _cut(view: LayerView, kept: Kept, slots: int):
@@ -201,7 +95,7 @@ def prefill(
     """
     padded = tokens.shape[1]
     limit, slots = _slots(policy, padded, budget, slots, config)
-    tokens, prompt = _open_prompt(tokens, new_tokens, chunk, config)
+    tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
         observer_rope = rope_tables(config, observer.positions, prompt.span)
@@ -209,14 +103,14 @@ def prefill(
     def step(carry, inputs):
         before, buffers, rows = carry
         p, lora, (kind, layer_budget) = inputs
-        x, buffers, stats = _prompt_layer(p, before, buffers, prompt, kind, policy, config)
+        x, buffers, stats = prompt_layer(p, before, buffers, prompt, kind, policy, config)
         if observer is None:
-            queries = _window_queries(p, before, prompt, kind, policy.window_rows(budget), config)
+            queries = window_queries(p, before, prompt, kind, policy.window_rows(budget), config)
         else:
             context = Context(
                 *buffers, prompt.positions[:, None], (0, prompt.chunks * prompt.chunk)
             )
-            rows, queries = _observe_layer(
+            rows, queries = observe_layer(
                 p, rows, observer, observer_rope, kind, context, lora, config
             )
         view = LayerView(
@@ -228,7 +122,7 @@ def prefill(
         entry = _cut(view, kept, slots)
         return (x, buffers, rows), (entry, scores[..., :padded] if with_scores else None)
 
-    carry = (x, _buffers(prompt, x.dtype, config), None if observer is None else observer.x)
+    carry = (x, layer_buffers(prompt, x.dtype, config), None if observer is None else observer.x)
     lora = None if observer is None else observer.lora
     budgets = policy.layer_budgets(prompt.length, budget, config)
     (x, _, _), ((k, v, pos, filled), scores) = scan_layers(
@@ -268,7 +162,7 @@ def compress(
     def step(rows, inputs):
         p, lora, (kind, layer_budget) = inputs
         context = cache_context(cache, kind.index)
-        rows, queries = _observe_layer(p, rows, observer, rope, kind, context, lora, config)
+        rows, queries = observe_layer(p, rows, observer, rope, kind, context, lora, config)
         view = LayerView(
             context.k, context.v, context.pos, cache.next_pos, kind.index, kind.window, queries,
             None, cache.rope_span, kind.rope, config,
@@ -286,25 +180,6 @@ def compress(
         (layer_kinds(config), budgets),
     )
     return cache.replace(k=k, v=v, pos=pos, length=filled), scores
-
-
-@partial(jax.jit, static_argnames=("config", "chunk"))
-def hidden_states(
-    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, chunk: int = CHUNK
-) -> Float[Array, "B T D"]:
-    """Final-normed hidden states at every position of a right-padded batch; keeps no cache."""
-    width = tokens.shape[1]
-    tokens, prompt = _open_prompt(tokens, 0, chunk, config)
-    x = embed(params, tokens, config=config)
-
-    def step(carry, inputs):
-        p, _, kind = inputs
-        x, buffers, _ = _prompt_layer(p, *carry, prompt, kind, None, config)
-        return (x, buffers), None
-
-    carry = (x, _buffers(prompt, x.dtype, config))
-    (x, _), _ = scan_layers(step, carry, params["layers"], None, layer_kinds(config))
-    return rms_norm(x[:, :width], params["final_norm"], config=config)
 
 
 @partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("cache",))

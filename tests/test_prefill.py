@@ -10,7 +10,8 @@ from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.params import unstack
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import extend, hidden_states, prefill
+from lookahead_jax.prefill import extend, prefill
+from lookahead_jax.prompt import hidden_states
 from tests import tiny
 
 POLICY = SnapKV(window=4, pool="avg", kernel=3)

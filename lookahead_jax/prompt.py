@@ -1,0 +1,157 @@
+"""Reading a prompt layer by layer: its chunks, and the observers that look back at it.
+
+Shared by prefill, training and the plain forward of whole texts. The prompt never sees an
+observer, so one pass over it serves any number of them.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.layers import Params, rms_norm
+from lookahead_jax.model import (
+    Block,
+    Context,
+    LayerKind,
+    block_visible,
+    causal_visible,
+    embed,
+    layer_kinds,
+    layer_step,
+    project_qkv,
+    scan_layers,
+)
+from lookahead_jax.policies.base import Chunk, Policy, Queries, Stats
+from lookahead_jax.rope import rope_tables
+
+CHUNK = 512  # prompt rows per step; also the size of the attention's diagonal block
+
+
+class Prompt(NamedTuple):
+    """A padded batch of prompts, as every layer needs it."""
+
+    positions: jax.Array  # [B, T] int32, -1 = padding
+    length: jax.Array  # [B] int32
+    span: jax.Array  # [B] int32
+    cos: jax.Array  # [n_ropes, B, T, dim/2]
+    sin: jax.Array
+    chunk: int
+    chunks: jax.Array  # int32 scalar: chunks that hold any token
+
+
+def open_prompt(tokens: jax.Array, new_tokens, chunk: int, config: ModelConfig):
+    """Pads to whole chunks; returns the padded tokens and the prompt's facts."""
+    chunk = min(chunk, tokens.shape[1])
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)
+    length = (tokens >= 0).sum(1, dtype=jnp.int32)
+    span = length + jnp.asarray(new_tokens, jnp.int32)
+    positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
+    cos, sin = rope_tables(config, positions, span)
+    chunks = -(-length.max() // chunk)
+    return tokens, Prompt(positions, length, span, cos, sin, chunk, chunks)
+
+
+def layer_buffers(prompt: Prompt, dtype: jnp.dtype, config: ModelConfig):
+    """Room for one layer's keys and values [B, K, T, H]; every layer writes over the last."""
+    batch, total = prompt.positions.shape
+    shape = (batch, config.num_kv_heads, total, config.head_dim)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def prompt_layer(
+    p: Params,
+    x: jax.Array,
+    buffers: tuple[jax.Array, jax.Array],
+    prompt: Prompt,
+    kind: LayerKind,
+    policy: Policy | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Stats]:
+    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped."""
+    batch, total = prompt.positions.shape
+    size = prompt.chunk
+    slot = jnp.arange(total, dtype=jnp.int32)[None]
+    stats = None if policy is None else policy.init_stats(batch, total, config)
+
+    def step(c, carry):
+        x, k, v, stats = carry
+        start = c * size
+
+        def part(a, axis):
+            return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+        pos = part(prompt.positions, 1)
+        context = None
+        if total > size:
+            first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
+            before = jnp.where(slot < start, prompt.positions, -1)
+            context = Context(k, v, before[:, None], (first, start))
+        xc, proj = layer_step(
+            p, part(x, 1), pos, causal_visible(pos), part(prompt.cos, 2), part(prompt.sin, 2),
+            kind, context, config=config,
+        )  # fmt: skip
+        k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
+        v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
+        if stats is not None:
+            stats = policy.accumulate(
+                stats,
+                Chunk(
+                    proj.q, proj.q_unrotated, pos, proj.lse, k, prompt.positions[:, None],
+                    start + size, kind.window, config,
+                ),
+            )  # fmt: skip
+        return jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats
+
+    carry = (x, *buffers, stats)
+    carry = step(0, carry) if total == size else jax.lax.fori_loop(0, prompt.chunks, step, carry)
+    x, k, v, stats = carry
+    return x, (k, v), stats
+
+
+def window_queries(
+    p: Params, x: jax.Array, prompt: Prompt, kind: LayerKind, rows: int, config: ModelConfig
+) -> Queries | None:
+    """Queries of each row's last `rows` prompt tokens, from the layer's input."""
+    if rows == 0:
+        return None
+    pos = prompt.length[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)[None]
+    at = jnp.maximum(pos, 0)
+    cos, sin = (jnp.take_along_axis(t, at[None, :, :, None], 2) for t in (prompt.cos, prompt.sin))
+    x = jnp.take_along_axis(x, at[..., None], axis=1)
+    q = project_qkv(p, x, cos, sin, kind, config=config).q
+    return Queries(q, jnp.where(pos >= 0, pos, -1), None)
+
+
+def observe_layer(
+    p: Params, rows: jax.Array, observer: Block, cos_sin, kind, context, lora, config: ModelConfig
+) -> tuple[jax.Array, Queries]:
+    """One layer over an observer block: its rows for the next layer, its queries in this one."""
+    visible = block_visible(observer)
+    rows, proj = layer_step(
+        p, rows, observer.positions, visible, *cos_sin, kind, context,
+        config=config, lora=lora, lora_scale=observer.lora_scale,
+    )  # fmt: skip
+    return rows, Queries(proj.q, observer.positions, (proj.k, visible))
+
+
+@partial(jax.jit, static_argnames=("config", "chunk"))
+def hidden_states(
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, chunk: int = CHUNK
+) -> Float[Array, "B T D"]:
+    """Final-normed hidden states at every position of a right-padded batch; keeps no cache."""
+    width = tokens.shape[1]
+    tokens, prompt = open_prompt(tokens, 0, chunk, config)
+    x = embed(params, tokens, config=config)
+
+    def step(carry, inputs):
+        p, _, kind = inputs
+        x, buffers, _ = prompt_layer(p, *carry, prompt, kind, None, config)
+        return (x, buffers), None
+
+    carry = (x, layer_buffers(prompt, x.dtype, config))
+    (x, _), _ = scan_layers(step, carry, params["layers"], None, layer_kinds(config))
+    return rms_norm(x[:, :width], params["final_norm"], config=config)
