@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.config import ModelConfig
     from lookahead_jax.decoding import decode
     from lookahead_jax.generation import Generation, generate, read_prompt, score, token_logits
+    from lookahead_jax.lookahead import LookaheadModules, load_modules
     from lookahead_jax.model import Block, embed, forward, logits
     from lookahead_jax.policies import make_policy
     from lookahead_jax.prefill import extend, prefill
@@ -28,6 +29,7 @@ __all__ = [
     "Block",
     "Generation",
     "KVCache",
+    "LookaheadModules",
     "Model",
     "ModelConfig",
     "Sampling",
@@ -38,6 +40,7 @@ __all__ = [
     "generate",
     "load",
     "load_cache",
+    "load_modules",
     "logits",
     "make_policy",
     "policies",
@@ -58,6 +61,7 @@ _HOME = {
     "config": ("ModelConfig",),
     "decoding": ("decode",),
     "generation": ("Generation", "generate", "read_prompt", "score", "token_logits"),
+    "lookahead": ("LookaheadModules", "load_modules"),
     "model": ("Block", "embed", "forward", "logits"),
     "policies": ("make_policy",),
     "prefill": ("extend", "prefill"),

@@ -36,24 +36,32 @@ def main(config: Demo) -> None:
 
     import lookahead_jax as lk
 
+    policy = config.eviction.make()
     model = config.source.load()
     if model.tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer.json, and the demo reads text")
     ids = model.tokenizer.encode(read_text(config.file))
     room = model.config.max_position - config.max_new_tokens
     prompt = ids[:room]
-    eviction = config.eviction.arguments()
+    evict = dict(
+        policy=policy, budget=config.eviction.budget, lookahead=config.eviction.modules(model)
+    )
 
     def run(arguments):
         return lk.generate(
-            model, [prompt], max_new_tokens=config.max_new_tokens, measure=True, **arguments
+            model,
+            [prompt],
+            max_new_tokens=config.max_new_tokens,
+            eos_ids=(),
+            measure=True,
+            **arguments,
         )
 
     keep_all = dict(policy=lk.make_policy("full"), budget=len(prompt))
     # Every program is compiled by a first run, and measured in a second one.
-    steps = [keep_all, keep_all, eviction, eviction]
+    steps = [keep_all, keep_all, evict, evict]
     _, full, _, evicted = (run(s) for s in tqdm(steps, "measuring", disable=None, leave=False))
-    followed = _followed(model, prompt, full.tokens[0], eviction)
+    followed = _followed(model, prompt, full.tokens[0], evict)
     cut = f", of {len(ids):,}: the model reads {model.config.max_position:,}" * (len(ids) > room)
     print(f"{config.file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
     name = f"{config.eviction.policy}, {config.eviction.budget} per head"
@@ -86,7 +94,7 @@ def table(name: str, full, evicted, followed: np.ndarray) -> str:
     )
 
 
-def _followed(model, prompt: list[int], target: list[int], eviction: dict) -> np.ndarray:
+def _followed(model, prompt: list[int], target: list[int], evict: dict) -> np.ndarray:
     """Whether the evicted cache, fed `target`, chooses each of its tokens: bool [len(target)]."""
     import jax.numpy as jnp
 
@@ -98,9 +106,9 @@ def _followed(model, prompt: list[int], target: list[int], eviction: dict) -> np
         model.params,
         tokens,
         config=model.config,
-        policy=eviction["policy"],
-        budget=eviction["budget"],
-        modules=eviction["lookahead"],
+        policy=evict["policy"],
+        budget=evict["budget"],
+        modules=evict["lookahead"],
         new_tokens=len(target),
     )
     cache, logits, chosen = read.cache, read.logits, []

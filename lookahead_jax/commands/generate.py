@@ -19,11 +19,16 @@ class Generate(RunOptions):
 def main(config: Generate) -> None:
     if config.json is not None:
         check_parent(config.json)
+    policy = config.eviction.make()
     model = config.source.load()
     prompts = config.input.read(model)
     stream = len(prompts) == 1 and model.tokenizer is not None
     result = config.run(
-        model, prompts, on_text=_print if stream else None, measure=config.json is not None
+        model,
+        prompts,
+        policy,
+        on_text=_print if stream else None,
+        measure=config.json is not None,
     )
     if stream:
         print()

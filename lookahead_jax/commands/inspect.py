@@ -21,11 +21,12 @@ class Inspect(RunOptions):
 
 def main(config: Inspect) -> None:
     check_parent(config.out)
+    policy = config.eviction.make()
     model = config.source.load()
     prompts = config.input.read(model)
     if len(prompts) != 1:
         raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
-    result = config.run(model, prompts)
+    result = config.run(model, prompts, policy)
     prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
     page = render(
         prompt=prompt,

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -80,10 +80,12 @@ class EvictionOptions:
     lookahead: Folder = None
     """Folder of trained lookahead modules, which policy lookaheadkv reads."""
 
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of `lk.generate` and `lk.score` that these options stand for."""
+    def make(self):
+        """The policy with its settings; a notice says so if the budget changes them."""
         import lookahead_jax as lk
 
+        if self.budget < 1:
+            raise ValueError(f"the budget must be at least 1, not {self.budget}")
         settings = {}
         for pair in self.policy_arg:
             name, equals, value = pair.partition("=")
@@ -93,11 +95,15 @@ class EvictionOptions:
         policy = lk.make_policy(self.policy, **settings)
         if notice := policy.notice(self.budget):
             say(f"notice: {notice}")
-        return dict(
-            policy=policy,
-            budget=self.budget,
-            lookahead=None if self.lookahead is None else lk.load_lookahead(self.lookahead),
-        )
+        return policy
+
+    def modules(self, model):
+        """The lookahead modules, if a folder is named."""
+        import lookahead_jax as lk
+
+        if self.lookahead is None:
+            return None
+        return lk.load_modules(self.lookahead, params=model.params, config=model.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +135,16 @@ class RunOptions:
     seed: int = 0
     """Seed of the sampling; row i of a token file uses seed + i."""
 
-    def run(self, model, prompts, **arguments):
-        """Continues the prompts with `lk.generate`."""
+    def run(self, model, prompts, policy, **arguments):
+        """Continues the prompts with `lk.generate`, which `arguments` are handed to."""
         import lookahead_jax as lk
 
         return lk.generate(
             model,
             prompts,
-            **self.eviction.arguments(),
+            policy=policy,
+            budget=self.eviction.budget,
+            lookahead=self.eviction.modules(model),
             sampling=lk.Sampling(**asdict(self.sampling)),
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,

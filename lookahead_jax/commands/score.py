@@ -26,11 +26,14 @@ def main(config: Score) -> None:
     import lookahead_jax as lk
 
     check_parent(config.out)
+    policy = config.eviction.make()
     model = config.source.load()
     scored = lk.score(
         model,
         read_tokens(config.tokens, model.config),
-        **config.eviction.arguments(),
+        policy=policy,
+        budget=config.eviction.budget,
+        lookahead=config.eviction.modules(model),
     )
     save_arrays(
         config.out,
