@@ -154,6 +154,8 @@ class TextStream:
     """Turns tokens into text as they arrive; what it returns adds up to `decode` of all tokens.
 
     Text is held back while it ends in U+FFFD, since a later token may complete the character.
+    One difference remains: byte-fallback decoders (Llama 2) replace a whole run of byte tokens
+    once one of them is invalid, and text that has been streamed is not taken back.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool):

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoint import load, load_params, save_params
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.params import init_params
 from lookahead_jax.sharding import make_mesh, param_shardings
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -91,8 +89,10 @@ def test_sharded_loading_is_exact(name, fsdp, tensor):
     model = load(MODELS / name, mesh=mesh)
     assert_trees_equal(model.params, load(MODELS / name).params)
     jax.tree.map(
-        lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-        or pytest.fail(f"{leaf.sharding} is not {sharding}"),
+        lambda leaf, sharding: (
+            leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            or pytest.fail(f"{leaf.sharding} is not {sharding}")
+        ),
         model.params,
         param_shardings(model.config, mesh),
     )
@@ -357,9 +357,8 @@ def test_nothing_is_allocated_before_everything_is_checked(copy, monkeypatch):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    config = ModelConfig.from_hf(json.loads((MODELS / "qwen3" / "config.json").read_text()))
-    params = init_params(jax.random.key(0), config, jnp.float32)
-    save_params(tmp_path, params, config)
+    model = load(MODELS / "qwen3")
+    save_params(tmp_path, model.params, model.config)
     before = (tmp_path / "model.safetensors").read_bytes()
 
     def fail(tensors, path, metadata):
@@ -368,6 +367,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lookahead_jax.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_params(tmp_path, params, config)
+        save_params(tmp_path, model.params, model.config)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -31,7 +31,9 @@ def test_mesh_axes_are_auto_and_data_takes_the_rest():
     assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 3}, {"data": 1}, {"tensor": 8}, {"fsdp": 0}, {"data": -2, "fsdp": -2}])
+@pytest.mark.parametrize(
+    "sizes", [{"tensor": 3}, {"data": 1}, {"tensor": 8}, {"fsdp": 0}, {"data": -2, "fsdp": -2}]
+)
 def test_mesh_must_use_all_devices(sizes):
     with pytest.raises(ValueError, match="exactly the 4 devices"):
         make_mesh(**sizes)

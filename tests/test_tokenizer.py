@@ -1,0 +1,195 @@
+"""Text, streams and chat templates; chat.json holds what transformers renders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+
+from lookahead_jax.tokenizer import Tokenizer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+LLAMA3 = FIXTURES / "models" / "llama3"
+CHATS = json.loads((FIXTURES / "chat.json").read_text())
+BYTE_LEVEL = Tokenizer.load(LLAMA3)
+
+
+def sentencepiece_like():
+    """Llama 2's arrangement: spaces as U+2581, unknown characters as byte tokens."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    pieces += ["\u2581", *"abcd", "\u2581a", "\u2581b", "ab"]
+    merges = [("\u2581", "a"), ("\u2581", "b"), ("a", "b")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<s>", "</s>"])
+    return Tokenizer(backend, {}, {})
+
+
+TOKENIZERS = {"byte_level": BYTE_LEVEL, "sentencepiece": sentencepiece_like()}
+
+
+def test_encode_adds_special_tokens_on_request():
+    text = "def main():\n    return 1"
+    with_bos = BYTE_LEVEL.encode(text)
+    assert with_bos[0] == BYTE_LEVEL.token_id("<|begin|>") == 1
+    assert BYTE_LEVEL.encode(text, special=False) == with_bos[1:]
+    assert BYTE_LEVEL.decode(with_bos) == text
+    assert BYTE_LEVEL.decode(with_bos, skip_special=False) == "<|begin|>" + text
+    assert BYTE_LEVEL.special_ids == {0, 1, 2}
+    assert BYTE_LEVEL.vocab_size == 320
+    assert BYTE_LEVEL.special_tokens["eos_token"] == "<|end|>"
+    assert BYTE_LEVEL.token_id("no such token") is None
+
+
+def test_offsets_point_into_the_text():
+    text = "def f(x): return '\U0001f600'"
+    ids, offsets = BYTE_LEVEL.encode_with_offsets(text)
+    assert len(ids) == len(offsets)
+    assert offsets[0] == (0, 0)
+    for token, (start, end) in list(zip(ids, offsets, strict=True))[1:]:
+        piece = BYTE_LEVEL.decode([token])
+        assert piece == text[start:end] or "\ufffd" in piece
+    smile = text.index("\U0001f600")
+    assert sum(span == (smile, smile + 1) for span in offsets) == 4
+
+
+def test_text_that_cannot_be_encoded():
+    with pytest.raises(ValueError, match="cannot be tokenized"):
+        BYTE_LEVEL.encode("\ud800")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_streamed_text_adds_up(name, data):
+    """Of texts, and of arbitrary tokens: broken characters, special tokens, everything.
+
+    Except arbitrary byte tokens of sentencepiece, where an invalid byte undoes those before it.
+    """
+    tokenizer = TOKENIZERS[name]
+    first = 0 if name == "byte_level" else 259
+    if data.draw(st.booleans()):
+        ids = tokenizer.encode(data.draw(st.text("ab d\u00e9\u4f60\U0001f600\n")))
+    else:
+        token = st.integers(first, tokenizer.vocab_size - 1) | st.sampled_from([1, 2])
+        ids = data.draw(st.lists(token, max_size=12))
+    skip = data.draw(st.booleans())
+    stream = tokenizer.stream(skip_special=skip)
+    pieces = [stream.push(token) for token in ids]
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, skip_special=skip)
+
+
+def test_stream_gives_characters_as_soon_as_they_are_whole():
+    ids = BYTE_LEVEL.encode("a\u00e9b", special=False)
+    stream = BYTE_LEVEL.stream()
+    assert [stream.push(token) for token in ids] == ["a", "", "\u00e9", "b"]
+    assert stream.finish() == ""
+
+
+def test_stream_keeps_spaces_of_sentencepiece_words():
+    tokenizer = TOKENIZERS["sentencepiece"]
+    ids = tokenizer.encode("a b </s> ab")
+    stream = tokenizer.stream()
+    assert "".join(stream.push(token) for token in ids) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("case", CHATS, ids=lambda case: case["text"][:20])
+def test_chat_templates_render_as_transformers_does(case):
+    tokenizer = Tokenizer(
+        BYTE_LEVEL.backend, BYTE_LEVEL.special_tokens, {"default": case["template"]}
+    )
+    rendered = tokenizer.render_chat(
+        case["messages"], tools=case["tools"], add_generation_prompt=case["add_generation_prompt"]
+    )
+    assert rendered == case["text"]
+
+
+def directory(tmp_path, **settings):
+    shutil.copy(LLAMA3 / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def test_template_sources(tmp_path):
+    assert Tokenizer.load(directory(tmp_path)).chat_templates == {}
+    assert Tokenizer.load(directory(tmp_path, chat_template="one")).render_chat(USER) == "one"
+    named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    tokenizer = Tokenizer.load(directory(tmp_path, chat_template=named))
+    assert tokenizer.render_chat(USER) == "d"
+    assert tokenizer.render_chat(USER, tools=[{}]) == "t"
+    assert tokenizer.render_chat(USER, tools=[{}], template="default") == "d"
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ mood }}")
+    assert Tokenizer.load(tmp_path).render_chat(USER, mood="!") == "!"
+
+
+def test_special_tokens_as_objects(tmp_path):
+    path = directory(tmp_path, bos_token={"content": "<B>"}, eos_token=None)
+    (path / "special_tokens_map.json").write_text('{"bos_token": "<old>", "pad_token": "<P>"}')
+    assert Tokenizer.load(path).special_tokens == {"bos_token": "<B>", "pad_token": "<P>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "no chat template 'default' .it has: none."),
+        ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
+        ("{% if %}", "failed: "),
+        ("{{ messages[0].content + 1 }}", "failed: "),
+        ("{{ ''.__class__.__mro__ }}", "failed: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "failed: .*'append'.* is unsafe"),
+        ("{% for i in range(10**9) %}{% endfor %}", "failed: Range too big"),
+        ("{% include 'x' %}", "failed: no loader"),
+    ],
+)
+def test_failing_templates(template, message):
+    templates = {} if template is None else {"default": template}
+    tokenizer = Tokenizer(BYTE_LEVEL.backend, {}, templates)
+    with pytest.raises(ValueError, match=message):
+        tokenizer.render_chat(USER)
+
+
+@pytest.mark.parametrize("template", [3, [3], [{"name": "x"}], [{"name": "x", "template": None}]])
+def test_malformed_templates(tmp_path, template):
+    with pytest.raises(ValueError, match="neither text nor named texts"):
+        Tokenizer.load(directory(tmp_path, chat_template=template))
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"model": {"type": "X"}}'])
+def test_malformed_tokenizer(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a valid tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_no_tokenizer(tmp_path):
+    assert Tokenizer.load(tmp_path) is None
+
+
+def test_truncation_and_padding_settings_are_dropped(tmp_path):
+    backend = tokenizers.Tokenizer.from_file(str(LLAMA3 / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "def main(): pass"
+    assert Tokenizer.load(tmp_path).encode(text) == BYTE_LEVEL.encode(text)
