@@ -27,7 +27,7 @@ from lookahead_jax.eval.tasks.prompts import TASKS, make_batch
 from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.params import Params, init_params, unstack
-from lookahead_jax.train.mixture import Rows, task_rows, text_rows
+from lookahead_jax.train.mixture import Rows, stretched_positions, task_rows, text_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,17 +52,25 @@ class BaseConfig:
     """Width F of the gated MLP."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    lengths: tuple[int, ...] = (128, 256, 576)
+    lengths: tuple[int, ...] = (128, 256, 128, 256, 576)
     """Row length of each stage."""
-    steps: tuple[int, ...] = (300, 600, 1500)
+    steps: tuple[int, ...] = (300, 200, 300, 500, 1200)
     """Optimizer steps of each stage."""
     step_tokens: int = 4608
     """Tokens of one optimizer step, text and tasks together."""
+    repeats: tuple[float, ...] = (0.0, 0.0, 0.3, 0.15, 0.05)
+    """Share of the task rows of each stage that are plain copies."""
+    fill: tuple[float, ...] = (0.8, 0.8, 0.5, 0.7, 0.85)
+    """Largest share of a task row that is document; the rest is questions."""
+    stretch: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.5)
+    """Share of the rows of each stage whose positions are spread up to `max_position`."""
+    max_position: int = 2048
+    """Longest prompt and answer that the model is meant for."""
     task_share: float = 0.5
     """Share of the rows that are task documents."""
     task_weight: float = 0.5
     """Weight of the task loss; the text loss has 1 minus it."""
-    micro_rows: tuple[int, ...] = (8, 4, 2)
+    micro_rows: tuple[int, ...] = (8, 4, 8, 4, 2)
     """Rows of one micro-batch in each stage."""
     muon_rate: float = 6e-3
     """Peak learning rate of the matrices (Muon, updates scaled to RMS 0.2)."""
@@ -95,7 +103,7 @@ class BaseConfig:
             "rms_norm_eps": 1e-5,
             "rope_theta": self.rope_theta,
             "rope_scaling": None,
-            "max_position_embeddings": 2048,
+            "max_position_embeddings": self.max_position,
             "attention_bias": False,
             "mlp_bias": False,
             "tie_word_embeddings": True,
@@ -144,12 +152,11 @@ def optimizer(config: BaseConfig) -> optax.GradientTransformation:
     )
 
 
-def token_losses(params: Params, tokens: jax.Array, picks: jax.Array, *, model: ModelConfig):
+def token_losses(params: Params, rows: Rows, *, model: ModelConfig):
     """-log p of the token after each picked position, and whether it is the likeliest: [B, Q]."""
-    batch, length = tokens.shape[0], tokens.shape[1] - 1
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    tokens, positions, picks, _ = rows
     x = embed(params, tokens[:, :-1], config=model)
-    block = Block(x=x, positions=positions, rope_span=jnp.full((batch,), length, jnp.int32))
+    block = Block(x=x, positions=positions, rope_span=positions[:, -1] + 1)
     hidden = forward(params, block, None, config=model).hidden
     hidden = jnp.take_along_axis(hidden, picks[..., None], axis=1)
     targets = jnp.take_along_axis(tokens, picks + 1, axis=1)
@@ -166,7 +173,7 @@ def mean_loss(params: Params, rows: Rows, *, model: ModelConfig):
     total = jnp.maximum(rows.weights.sum(), 1.0)
 
     def micro(params, part):
-        nll, right = token_losses(unstack(params), part.tokens, part.picks, model=model)
+        nll, right = token_losses(unstack(params), part, model=model)
         return (nll * part.weights).sum() / total, (right * part.weights).sum() / total
 
     def step(carry, part):
@@ -198,8 +205,21 @@ def train_step(
 
 
 @partial(jax.jit, static_argnames=("model",))
-def evaluate_rows(params: Params, tokens: jax.Array, picks: jax.Array, *, model: ModelConfig):
-    return token_losses(unstack(params), tokens, picks, model=model)
+def evaluate_rows(params: Params, rows: Rows, *, model: ModelConfig):
+    return token_losses(unstack(params), rows, model=model)
+
+
+def evaluate(params: Params, tokens: np.ndarray, first: int, *, model: ModelConfig):
+    """-log p and greedy agreement of the tokens from index `first` on: two arrays [rows, Q]."""
+    length = tokens.shape[1] - 1
+    positions = np.tile(np.arange(length, dtype=np.int32), (len(tokens), 1))
+    picks = positions[:, first - 1 :]
+    size, parts = max(1, 4096 // length), []
+    for i in range(0, len(tokens), size):
+        part = Rows(*(a[i : i + size] for a in (tokens, positions, picks, picks)))
+        parts.append(jax.tree.map(np.asarray, evaluate_rows(params, part, model=model)))
+    nll, right = (np.concatenate(a) for a in zip(*parts, strict=True))
+    return nll, right
 
 
 def exact_match(
@@ -218,16 +238,9 @@ def exact_match(
     By teacher forcing: the greedy answer is right when every right prefix continues rightly.
     """
     prompts, answers = make_batch(task, words, count=count, seed=seed, length=length, **knobs)
-    out = []
-    for i in range(0, count, 8):
-        answer = answers[i : i + 8]
-        rows = np.concatenate([prompts[i : i + 8], np.maximum(answer, 0)], axis=1)
-        picks = np.broadcast_to(
-            np.arange(length - 1, rows.shape[1] - 1, dtype=np.int32), answer.shape
-        )
-        _, right = evaluate_rows(params, rows, picks, model=model)
-        out.append((np.asarray(right) | (answer < 0)).all(axis=1))
-    return np.concatenate(out)
+    tokens = np.concatenate([prompts, np.maximum(answers, 0)], axis=1)
+    _, right = evaluate(params, tokens, length, model=model)
+    return (right | (answers < 0)).all(axis=1)
 
 
 def text_loss(
@@ -236,12 +249,7 @@ def text_loss(
     """Mean nats per token over `rows` evenly spaced windows of the held-out text."""
     starts = np.linspace(0, len(stream) - length - 2, rows).astype(np.int64)
     tokens = stream[starts[:, None] + np.arange(length + 1)].astype(np.int32)
-    picks = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    parts = [
-        evaluate_rows(params, tokens[i : i + 8], picks[i : i + 8], model=model)[0]
-        for i in range(0, rows, 8)
-    ]
-    return float(np.concatenate(parts).mean())
+    return float(evaluate(params, tokens, 1, model=model)[0].mean())
 
 
 def save(path: pathlib.Path, tree: Any) -> None:
@@ -258,19 +266,46 @@ def restore(path: pathlib.Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def read_params(run: pathlib.Path, model: ModelConfig) -> Params:
+    """The parameters in the last checkpoint of a run."""
+    like = init_params(jax.random.key(0), model, jnp.float32)
+    with np.load(run / "state.npz") as file:
+        leaves = [jnp.asarray(file[name]) for name in file.files[: len(jax.tree.leaves(like))]]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
 def draw(
-    config: BaseConfig, words: Words, stream: np.ndarray, step: int, length: int, micro: int
+    config: BaseConfig, words: Words, stream: np.ndarray, step: int, stage: int
 ) -> tuple[Rows, Rows]:
     """The data of one step, a function of (seed, step): micro-batches of text and of tasks."""
     rng = np.random.default_rng((config.seed, step))
+    length, micro = config.lengths[stage], config.micro_rows[stage]
     rows = config.step_tokens / length
-    counts = [
-        max(1, round(rows * share / micro)) * micro
-        for share in (1 - config.task_share, config.task_share)
-    ]
+    shares = 1 - config.task_share, config.task_share
+    counts = [max(1, round(rows * share / micro)) * micro for share in shares]
     text = text_rows(rng, stream, rows=counts[0], length=length)
-    tasks = task_rows(rng, words, stream, rows=counts[1], length=length)
-    return tuple(Rows(*(a.reshape(-1, micro, a.shape[1]) for a in part)) for part in (text, tasks))
+    tasks = task_rows(
+        rng,
+        words,
+        stream,
+        rows=counts[1],
+        length=length,
+        repeats=config.repeats[stage],
+        fill=config.fill[stage],
+    )
+
+    def micro_batches(part: Rows) -> Rows:
+        positions = stretched_positions(
+            rng,
+            rows=len(part.tokens),
+            length=length,
+            reach=config.max_position,
+            share=config.stretch[stage],
+        )
+        part = part._replace(positions=positions)
+        return Rows(*(a.reshape(-1, micro, a.shape[1]) for a in part))
+
+    return micro_batches(text), micro_batches(tasks)
 
 
 def main(config: BaseConfig) -> None:
@@ -290,25 +325,18 @@ def main(config: BaseConfig) -> None:
     start, checkpoint = 0, config.out / "state.npz"
     if checkpoint.exists():
         params, state, start = restore(checkpoint, (params, state, np.int32(0)))
-    plan = [
-        (length, micro)
-        for length, micro, count in zip(
-            config.lengths, config.micro_rows, config.steps, strict=True
-        )
-        for _ in range(count)
-    ]
+    plan = [stage for stage, count in enumerate(config.steps) for _ in range(count)]
     with open(config.out / "metrics.jsonl", "a") as log:
         for step in range(int(start), len(plan)):
             began = time.perf_counter()
-            length, micro = plan[step]
-            text, tasks = draw(config, words, train, step, length, micro)
+            length = config.lengths[plan[step]]
+            text, tasks = draw(config, words, train, step, plan[step])
             params, state, metrics = train_step(
                 params, state, text, tasks, config=config, model=model
             )
-            line = {"step": step, "length": length} | {
-                k: round(float(v), 4) for k, v in metrics.items()
-            }
-            line["tokens"] = int(text.tokens.size + tasks.tokens.size)
+            metrics = {name: round(float(value), 4) for name, value in metrics.items()}
+            line = {"step": step, "length": length, **metrics}
+            line["tokens"] = int(text.positions.size + tasks.positions.size)
             line["seconds"] = round(time.perf_counter() - began, 3)
             done = step + 1 == len(plan)
             if (step + 1) % config.eval_every == 0 or done:

@@ -13,8 +13,25 @@ class Rows(NamedTuple):
     """Token rows and the places where the next token is learned."""
 
     tokens: np.ndarray  # [rows, T + 1] int32
+    positions: np.ndarray  # [rows, T] int32, ascending
     picks: np.ndarray  # [rows, Q] int32 positions in 0..T-1
     weights: np.ndarray  # [rows, Q] float32, 0 = padding
+
+
+def stretched_positions(
+    rng: np.random.Generator, *, rows: int, length: int, reach: int, share: float
+) -> np.ndarray:
+    """Positions 0..T-1; in a `share` of the rows a few random gaps spread them up to `reach`.
+
+    So distances of longer prompts are learned at the cost of short ones (PoSE, arXiv 2309.10400).
+    """
+    gaps = np.zeros((rows, length), np.int64)
+    for i in np.flatnonzero(rng.random(rows) < share):
+        count = int(rng.integers(1, 4))
+        total = int(rng.integers(0, max(1, reach - length)))
+        sizes = rng.multinomial(total, rng.dirichlet(np.ones(count)))
+        np.add.at(gaps[i], rng.integers(1, length, count), sizes)
+    return (np.arange(length) + gaps.cumsum(axis=1)).astype(np.int32)
 
 
 def text_rows(rng: np.random.Generator, stream: np.ndarray, *, rows: int, length: int) -> Rows:
@@ -22,7 +39,7 @@ def text_rows(rng: np.random.Generator, stream: np.ndarray, *, rows: int, length
     starts = rng.integers(0, len(stream) - length - 1, rows)
     tokens = stream[starts[:, None] + np.arange(length + 1)].astype(np.int32)
     picks = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    return Rows(tokens, picks, np.ones((rows, length), np.float32))
+    return Rows(tokens, picks, picks, np.ones((rows, length), np.float32))
 
 
 def _knobs(rng: np.random.Generator, family: str, room: int) -> dict[str, Any]:
@@ -72,10 +89,11 @@ def task_row(
     stream: np.ndarray,
     *,
     length: int,
+    fill: float,
     families: tuple[str, ...],
 ) -> tuple[list[int], list[int]]:
     """`length + 1` tokens, a document and questions, and the indices of the answers' tokens."""
-    pool, facts, room = Pool(rng, words), [], int(length * rng.uniform(0.35, 0.8)) - 1
+    pool, facts, room = Pool(rng, words), [], int(length * rng.uniform(0.35, fill)) - 1
     for family in rng.permutation(families)[: 1 + int(rng.integers(0, 3))]:
         drawn = FAMILIES[family](rng, words, pool, **_knobs(rng, str(family), room * 2 // 3))
         if _cost(drawn) <= room:
@@ -98,6 +116,24 @@ def task_row(
     return tokens, answers
 
 
+def repeat_row(
+    rng: np.random.Generator, words: Words, stream: np.ndarray, *, length: int
+) -> tuple[list[int], list[int]]:
+    """`length + 1` tokens, the second half a copy of the first, and the indices of the copy.
+
+    Half the rows repeat real text, half repeat random words: what teaches a model to copy.
+    """
+    half = length // 2
+    if rng.random() < 0.5:
+        start = int(rng.integers(0, len(stream) - half))
+        body = stream[start : start + half].tolist()
+    else:
+        body = rng.choice(words.names + words.values, half).tolist()
+    tokens = [words.bos, *body, *body, words.eos][: length + 1]
+    # The first token of the copy cannot be foreseen.
+    return tokens + [words.eos] * (length + 1 - len(tokens)), list(range(half + 2, 2 * half + 1))
+
+
 def task_rows(
     rng: np.random.Generator,
     words: Words,
@@ -105,15 +141,26 @@ def task_rows(
     *,
     rows: int,
     length: int,
+    repeats: float = 0.0,
+    fill: float = 0.8,
     families: tuple[str, ...] = tuple(FAMILIES),
 ) -> Rows:
-    """Fresh documents with questions; only answers are learned, at most T / 3 tokens of a row."""
-    width = length // 3
+    """Fresh documents with questions; only answers are learned, at most T / 2 tokens of a row.
+
+    A share `repeats` of the rows are copies instead; documents take 0.35 to `fill` of their row.
+    """
+    width = length // 2
     tokens = np.zeros((rows, length + 1), np.int32)
     picks, weights = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.float32)
     for i in range(rows):
-        tokens[i], answers = task_row(rng, words, stream, length=length, families=families)
+        if i < round(rows * repeats):
+            tokens[i], answers = repeat_row(rng, words, stream, length=length)
+        else:
+            tokens[i], answers = task_row(
+                rng, words, stream, length=length, fill=fill, families=families
+            )
         answers = answers[-width:]
         picks[i, : len(answers)] = np.array(answers, np.int32) - 1
         weights[i, : len(answers)] = 1.0
-    return Rows(tokens, picks, weights)
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    return Rows(tokens, positions, picks, weights)
