@@ -1,5 +1,6 @@
 """Norms, projections and the MLP of a decoder layer, as functions of one layer's parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from lookahead_jax.config import ModelConfig
 
 Params = dict[str, Any]
+MAX_ROWS = 8192  # rows of a text whose MLP activations exist at once
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -70,3 +72,12 @@ def mlp(
     up = linear(p, "up", x, lora=lora, lora_scale=lora_scale)
     hidden = _ACTIVATIONS[config.activation](gate) * up
     return linear(p, "down", hidden, lora=lora, lora_scale=lora_scale)
+
+
+def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`f` along axis 1 of x [B, P, D], at most MAX_ROWS at a time: it bounds f's temporaries."""
+    batch, rows, _ = x.shape
+    if rows <= MAX_ROWS or rows % MAX_ROWS:
+        return f(x)
+    parts = x.reshape(batch, rows // MAX_ROWS, MAX_ROWS, -1).swapaxes(0, 1)
+    return jax.lax.map(f, parts).swapaxes(0, 1).reshape(batch, rows, -1)

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from lookahead_jax.cache import KVCache
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.layers import Params, linear, mlp, rms_norm
+from lookahead_jax.kernels.causal_attention import causal_attention
+from lookahead_jax.layers import Params, by_rows, linear, mlp, rms_norm
 from lookahead_jax.rope import apply_rope, rope_tables
 
 
@@ -157,7 +158,7 @@ def layer_step(
     p: Params,
     x: jax.Array,  # [B, P, D]
     positions: jax.Array,  # [B, P]
-    visible: jax.Array,  # [B, P, P]
+    visible: jax.Array | None,  # [B, P, P]; None: a text from its start, row i sees 0 .. i
     cos: jax.Array,  # [n_ropes, B, P, dim/2]
     sin: jax.Array,
     kind: LayerKind,
@@ -170,26 +171,47 @@ def layer_step(
     """One decoder layer over a block: the next residual stream and the block's projections."""
     project = dict(config=config, lora=lora, lora_scale=lora_scale)
     proj = project_qkv(p, x, cos, sin, kind, **project)
-    out, lse = block_attention(
-        proj.q,
-        proj.k,
-        proj.v,
-        visible,
-        positions,
-        None if context is None else (context.k, context.v, context.pos),
-        scale=config.attn_scale,
-        softcap=config.attn_softcap,
-        window=kind.window,
-        slots=None if context is None else context.slots,
-    )
+    if visible is None:
+        out, lse = _causal(proj, kind, config), None
+    else:
+        out, lse = block_attention(
+            proj.q,
+            proj.k,
+            proj.v,
+            visible,
+            positions,
+            None if context is None else (context.k, context.v, context.pos),
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            window=kind.window,
+            slots=None if context is None else context.slots,
+        )
     out = linear(p, "o", out, inputs=2, lora=lora, lora_scale=lora_scale)
     if config.post_norms:
         out = rms_norm(out, p["attn_post_norm"], config=config)
     x = x + out
-    out = mlp(p, rms_norm(x, p["mlp_norm"], config=config), **project)
+    out = by_rows(partial(mlp, p, **project), rms_norm(x, p["mlp_norm"], config=config))
     if config.post_norms:
         out = rms_norm(out, p["mlp_post_norm"], config=config)
     return x + out, proj._replace(lse=lse)
+
+
+def _causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
+    """Attention of a text read from its start; windows become static, as kernels need them."""
+    windows = sorted({NO_WINDOW if w is None else w for w in config.layer_window})
+    forms = [
+        partial(
+            causal_attention,
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            window=None if window == NO_WINDOW else window,
+        )
+        for window in windows
+    ]
+    if len(forms) == 1:
+        return forms[0](proj.q, proj.k, proj.v)
+    which = sum((kind.window > w).astype(jnp.int32) for w in windows)
+    return jax.lax.switch(which, forms, proj.q, proj.k, proj.v)
 
 
 def causal_visible(positions: jax.Array) -> jax.Array:

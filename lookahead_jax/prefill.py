@@ -81,7 +81,7 @@ def prefill(
     slots: int,
     new_tokens: int | Int[Array, ""] | Int[Array, " B"],
     observer: Block | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     with_scores: bool = False,
 ) -> Prefilled:
     """Reads a right-padded batch of prompts and keeps `budget` entries per layer and KV head.
@@ -91,7 +91,9 @@ def prefill(
     (`batching.slots_for`). `new_tokens` says how many tokens will follow at most:
     length-dependent RoPE factors are chosen from prompt + new_tokens. `observer` holds the rows
     that a policy asks (lookahead tokens, say); it is read after the prompt, sees it, and leaves
-    no trace in the cache. Raises ValueError if `slots` cannot hold what the policy may keep.
+    no trace in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
+    default, see `prompt.default_chunk`). Raises ValueError if `slots` cannot hold what the policy
+    may keep.
     """
     padded = tokens.shape[1]
     limit, slots = _slots(policy, padded, budget, slots, config)

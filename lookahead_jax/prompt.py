@@ -28,7 +28,12 @@ from lookahead_jax.model import (
 from lookahead_jax.policies.base import Chunk, Policy, Queries, Stats
 from lookahead_jax.rope import rope_tables
 
-CHUNK = 512  # prompt rows per step; also the size of the attention's diagonal block
+CHUNK = 512  # rows of a prompt per step on CPU; also the attention's diagonal block
+
+
+def default_chunk(tokens: int) -> int:
+    """Rows of a prompt per step: small on CPU; all of them where a flash kernel exists."""
+    return CHUNK if jax.default_backend() == "cpu" else tokens
 
 
 class Prompt(NamedTuple):
@@ -43,9 +48,10 @@ class Prompt(NamedTuple):
     chunks: jax.Array  # int32 scalar: chunks that hold any token
 
 
-def open_prompt(tokens: jax.Array, new_tokens, chunk: int, config: ModelConfig):
+def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelConfig):
     """Pads to whole chunks; returns the padded tokens and the prompt's facts."""
-    chunk = min(chunk, tokens.shape[1])
+    width = tokens.shape[1]
+    chunk = min(default_chunk(width) if chunk is None else chunk, width)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
     span = length + jnp.asarray(new_tokens, jnp.int32)
@@ -85,13 +91,14 @@ def prompt_layer(
             return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
 
         pos = part(prompt.positions, 1)
-        context = None
+        context = visible = None
         if total > size:
+            visible = causal_visible(pos)
             first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
             before = jnp.where(slot < start, prompt.positions, -1)
             context = Context(k, v, before[:, None], (first, start))
         xc, proj = layer_step(
-            p, part(x, 1), pos, causal_visible(pos), part(prompt.cos, 2), part(prompt.sin, 2),
+            p, part(x, 1), pos, visible, part(prompt.cos, 2), part(prompt.sin, 2),
             kind, context, config=config,
         )  # fmt: skip
         k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
@@ -140,7 +147,7 @@ def observe_layer(
 
 @partial(jax.jit, static_argnames=("config", "chunk"))
 def hidden_states(
-    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, chunk: int = CHUNK
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, chunk: int | None = None
 ) -> Float[Array, "B T D"]:
     """Final-normed hidden states at every position of a right-padded batch; keeps no cache."""
     width = tokens.shape[1]

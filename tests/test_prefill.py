@@ -70,7 +70,7 @@ def test_several_key_blocks_match_one_block():
     assert_close(result, np.asarray(plain_logits(params, tokens, model))[valid])
 
 
-@pytest.mark.parametrize("policy, budget", [(Full(), 1), (POLICY, 24), (POLICY, 500)])
+@pytest.mark.parametrize(("policy", "budget"), [(Full(), 1), (POLICY, 24), (POLICY, 500)])
 def test_logits_do_not_depend_on_eviction(model, policy, budget):
     params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
     result = read(params, tokens, model, policy, budget, chunk=32)
@@ -108,7 +108,8 @@ def test_cache_holds_ascending_positions_and_nothing_behind_them(model):
     assert ((pos >= 0) == filled).all()
     steps = np.diff(pos, axis=-1)[filled[..., 1:]]
     assert (steps > 0).all()
-    assert not np.asarray(cache.k)[~filled].any() and not np.asarray(cache.v)[~filled].any()
+    assert not np.asarray(cache.k)[~filled].any()
+    assert not np.asarray(cache.v)[~filled].any()
     np.testing.assert_array_equal(length[:, 2], 5)
 
 
@@ -155,7 +156,8 @@ def test_lengths_share_compilations():
         read(params, tiny.batch((length,), model), model)
     assert prefill._cache_size() == before + 1
     buckets = {batching.bucket_length(n) for n in range(1, 32_769)}
-    assert len(buckets) == 17 and max(buckets) == 32_768
+    assert len(buckets) == 17
+    assert max(buckets) == 32_768
 
 
 def test_buckets_hold_what_they_are_asked_for():
@@ -175,7 +177,7 @@ def test_too_few_slots_are_refused():
 
 
 @pytest.mark.parametrize(
-    "tokens, complaint",
+    ("tokens", "complaint"),
     [
         ([[1, 2, 97]], "token id 97 .row 0, column 2. is outside the vocabulary of 97"),
         ([[1, -2, -1]], "token id -2"),
