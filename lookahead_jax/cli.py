@@ -5,12 +5,13 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import tyro
 
 from lookahead_jax.commands import demo, generate, inspect, logits, score
-from lookahead_jax.commands.options import UsageError, say
+from lookahead_jax.commands.options import UsageError
 
 COMMANDS = {
     generate.Generate: generate.main,
@@ -30,7 +31,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         config = parse(args)
-        COMMANDS[type(config)](config)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *place: _say(f"notice: {message}")
+            COMMANDS[type(config)](config)
         sys.stdout.flush()
     except UsageError as error:
         return _fail(f"{error} (see lookahead --help)", status=2)
@@ -40,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except EXPECTED as error:
-        return _fail(str(error) or type(error).__name__, status=1)
+        return _fail(_message(error), status=1)
     except Exception as error:
         return _fail(f"unexpected {type(error).__name__}: {error}", status=1)
     return 0
@@ -66,15 +69,30 @@ def parse(args: Sequence[str] | None = None):
 
 
 def _unbox(complaint: str) -> str:
-    """The message inside the box that tyro draws, without the help that follows its rule."""
-    lines = [line.strip("│ ") for line in complaint.splitlines()]
-    lines = [line for line in lines if not line.startswith(("╭", "╰"))]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("───")), len(lines))
-    return " ".join(lines[:rule])
+    """The message inside the box that tyro draws: without its title, and the help after a rule."""
+    parts: list[list[str]] = [[]]
+    for line in complaint.splitlines():
+        text = line.strip("│ ")
+        if text and set(text) <= {"─", "-"}:
+            parts.append([])
+        elif not text.startswith(("╭", "╰")):
+            parts[-1].append(text)
+    title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
+    return " ".join(parts[min(title, len(parts) - 1)])
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, *, status: int) -> int:
     if os.environ.get("LOOKAHEAD_DEBUG") == "1":
         traceback.print_exc()
-    say(f"error: {message}")
+    _say(f"error: {message}")
     return status
+
+
+def _say(message: str) -> None:
+    print("lookahead:", " ".join(message.split()), file=sys.stderr)

@@ -188,25 +188,20 @@ def test_demo_prints_the_table(model_dir, tmp_path, capsys):
     ("args", "message"),
     [
         ([], "Expected one of"),
-        (["generate", "--bogus", "1"], "--bogus"),
-        (["generate", "--max-new-tokens", "many"], "--max-new-tokens"),
-        (["generate", "--dtype", "int8", "--prompt", "x"], "--dtype"),
+        (["demo", "--bogus", "1"], "--bogus"),
+        (["demo", "--max-new-tokens", "many"], "--max-new-tokens"),
+        (["demo", "--dtype", "int8"], "--dtype"),
         (["score", "--out", "x.npz"], "--tokens"),
         (["fly"], "fly"),
+        (["generate"], "--prompt, --prompt-file, --tokens"),
+        (["generate", "--prompt", "a", "--tokens", "b.npy"], "--prompt and --tokens"),
+        (["generate", "--prompt", "a", "--policy-arg", "window"], "NAME=VALUE"),
     ],
 )
 def test_misuse_is_one_line_and_status_2(args, message, capsys):
     status, line = fault(capsys, *args)
     assert status == 2
     assert message in line
-
-
-def test_misuse_that_needs_the_model_to_be_seen(model_dir, capsys):
-    assert fault(capsys, "generate", "--model", model_dir)[0] == 2
-    both = ("--prompt", "a", "--tokens", "b.npy")
-    assert fault(capsys, "generate", "--model", model_dir, *both)[0] == 2
-    wrong = ("--prompt", "a", "--policy-arg", "window")
-    assert fault(capsys, "generate", "--model", model_dir, *wrong)[0] == 2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LAYERS = [
     {"layers", "cache", "cache_files", "checkpoint"},
     {"model"},
     {"observe", "policies", "tree", "lookahead", "sampling"},
-    {"prefill", "decoding", "batching", "streaming", "drafters"},
+    {"prompt", "prefill", "decoding", "batching", "streaming", "drafters"},
     {"generation", "scoring", "engine"},
     {"inspect"},
     {"commands"},

@@ -12,8 +12,7 @@ class Generate(RunOptions):
     """Continue a prompt; the text streams to the standard output."""
 
     json: File = None
-    """Also write tokens, text, cache size and timing to this file. The prompt is then read once
-    more beforehand, so that the timing holds no compilation."""
+    """Also write tokens, text, cache size and timing (measured after a first run) to this file."""
 
 
 def main(config: Generate) -> None:

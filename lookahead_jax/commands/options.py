@@ -14,11 +14,6 @@ class UsageError(ValueError):
     """The command line itself is wrong: exit status 2."""
 
 
-def say(message: str) -> None:
-    """One line on the standard error."""
-    print("lookahead:", " ".join(message.split()), file=sys.stderr)
-
-
 def option(metavar: str):
     """Shows `metavar` in the help instead of the type, and no default."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
@@ -29,6 +24,7 @@ File = Annotated[Path | None, option("FILE")]
 TokenFile = Annotated[Path, option("FILE")]
 OutFile = Annotated[Path, option("FILE")]
 Text = Annotated[str | None, option("TEXT")]
+OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 
 
@@ -37,8 +33,7 @@ class ModelOptions:
     model: Folder = None
     """Folder of a Hugging Face checkpoint; left out, the embedded model."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, option("DTYPE")] = None
-    """float32, bfloat16 or float16, for weights, activations and cache; left out, the
-    checkpoint's own."""
+    """float32, bfloat16 or float16; left out, what the checkpoint is stored in."""
 
     def load(self):
         """The model these options name."""
@@ -49,18 +44,15 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    prompt: Text = None
+    prompt: Annotated[Text, OneSource] = None
     """The prompt itself."""
-    prompt_file: File = None
+    prompt_file: Annotated[File, OneSource] = None
     """A text file (UTF-8) as the prompt; - is the standard input."""
-    tokens: File = None
+    tokens: Annotated[File, OneSource] = None
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
 
     def read(self, model) -> list[str] | list[list[int]]:
-        """The prompts: one text, or the rows of a token file. Exactly one source must be named."""
-        given = [x for x in (self.prompt, self.prompt_file, self.tokens) if x is not None]
-        if len(given) != 1:
-            raise UsageError("name one prompt: --prompt, --prompt-file or --tokens")
+        """The prompts: one text, or the rows of a token file."""
         if self.tokens is not None:
             return [row[row >= 0].tolist() for row in read_tokens(self.tokens, model.config)]
         text = self.prompt if self.prompt_file is None else read_text(self.prompt_file)
@@ -81,7 +73,7 @@ class EvictionOptions:
     """Folder of trained lookahead modules, which policy lookaheadkv reads."""
 
     def make(self):
-        """The policy with its settings; a notice says so if the budget changes them."""
+        """The policy with its settings."""
         import lookahead_jax as lk
 
         if self.budget < 1:
@@ -92,10 +84,7 @@ class EvictionOptions:
             if not name or not equals:
                 raise UsageError(f"--policy-arg takes NAME=VALUE, not {pair!r}")
             settings[name] = value
-        policy = lk.make_policy(self.policy, **settings)
-        if notice := policy.notice(self.budget):
-            say(f"notice: {notice}")
-        return policy
+        return lk.make_policy(self.policy, **settings)
 
     def modules(self, model):
         """The lookahead modules, if a folder is named."""

@@ -18,8 +18,7 @@ class Score:
     tokens: TokenFile
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
     out: OutFile
-    """The .npz to write: scores [L, B, K, T], kept [L, B, K, C] (ascending positions, padded
-    with -1) and logits [B, V] after the last prompt token."""
+    """The .npz to write: scores [L, B, K, T], kept [L, B, K, C] (-1 padded), logits [B, V]."""
 
 
 def main(config: Score) -> None:
