@@ -129,10 +129,17 @@ def load_params(
         }
 
         def read(path: str, spec: Spec, sharding: jax.sharding.Sharding) -> jax.Array:
-            def block(index: Any) -> np.ndarray:
-                return _read_block(spec, index, config, dtype, stored, files)
+            sizes = shape(spec.axes, config)
+            blocks: dict[tuple, np.ndarray] = {}  # devices that hold the same block share a read
 
-            return jax.make_array_from_callback(shape(spec.axes, config), sharding, block)
+            def block(index: Any) -> np.ndarray:
+                bounds = tuple(s.indices(n)[:2] for s, n in zip(index, sizes, strict=True))
+                if bounds not in blocks:
+                    slices = tuple(slice(*bound) for bound in bounds)
+                    blocks[bounds] = _read_block(spec, slices, config, dtype, stored, files)
+                return blocks[bounds]
+
+            return jax.make_array_from_callback(sizes, sharding, block)
 
         table = specs(config)
         where = tree({path: path for path in table})
@@ -218,8 +225,6 @@ def _read_block(
     files: dict[Path, Any],
 ) -> np.ndarray:
     """The values of one parameter at `index`, gathered from the tensors of its layers."""
-    sizes = shape(spec.axes, config)
-    index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, sizes, strict=True))
     layers, inner = (index[0], index[1:]) if spec.stacked else (slice(0, 1), index)
     out = np.empty([layers.stop - layers.start, *(s.stop - s.start for s in inner)], dtype)
     for place, layer in enumerate(range(layers.start, layers.stop)):

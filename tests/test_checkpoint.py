@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoint import load, load_params, save_params
+from lookahead_jax.params import stored_index
 from lookahead_jax.sharding import make_mesh, param_shardings
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -96,6 +97,22 @@ def test_sharded_loading_is_exact(name, fsdp, tensor):
         model.params,
         param_shardings(model.config, mesh),
     )
+
+
+def test_each_slice_is_read_once_and_nothing_else(monkeypatch):
+    """Two of four devices hold the same half of a parameter: two reads of a half per layer."""
+    reads = []
+
+    def spy(spec, config, index):
+        reads.append((spec.tensor, stored_index(spec, config, index)))
+        return reads[-1][1]
+
+    monkeypatch.setattr("lookahead_jax.checkpoint.stored_index", spy)
+    load(MODELS / "mistral", mesh=make_mesh(data=2, tensor=2))
+    gate = [index for tensor, index in reads if "gate_proj" in tensor]
+    columns = slice(0, 32)
+    halves = [(slice(0, 24), columns), (slice(24, 48), columns)]
+    assert sorted(gate, key=str) == sorted(halves * 2, key=str)
 
 
 def test_dtypes(copy):
