@@ -24,6 +24,7 @@ from jaxtyping import Array, Int
 
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.files import atomic_write
+from lookahead_jax.hf_files import read_json
 from lookahead_jax.layers import Params
 from lookahead_jax.model import Block
 from lookahead_jax.params import fingerprint
@@ -200,7 +201,7 @@ def load_modules(
     another base model, or if a file is damaged or does not say what it should.
     """
     path = Path(directory)
-    described = _read_config(path / CONFIG_FILE)
+    described = _read_config(path)
     if described["base_fingerprint"] != fingerprint(params):
         raise ValueError(
             f"{path}: these lookahead modules were trained for another base model "
@@ -233,17 +234,15 @@ def _version() -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The checked content of the config file, with the sizes as `config`."""
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    """The checked content of the folder's config file, with the sizes as `config`."""
+    described = read_json(path, CONFIG_FILE)
+    if described is None:
+        raise FileNotFoundError(f"{path}: has no {CONFIG_FILE}, so it holds no lookahead modules")
+    path = path / CONFIG_FILE
     kinds = {
         "format": int, "tokens": int, "rank": int, "alpha": (int, float), "targets": list,
         "init": str, "base_fingerprint": str, "tensors_sha256": str,
     }  # fmt: skip
-    if not isinstance(described, dict):
-        raise ValueError(f"{path} does not hold an object")
     for name, kind in kinds.items():
         value = described.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
