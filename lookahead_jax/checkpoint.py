@@ -241,8 +241,9 @@ def _read_block(
 
 def _generation_defaults(directory: Path, hf: dict[str, Any]) -> GenerationDefaults:
     # generation_config.json wins over what config.json says, field by field.
-    fields = (hf.get("text_config") or {}) | hf
-    fields = fields | (read_json(directory, "generation_config.json") or {})
+    text = hf.get("text_config")
+    fields = (text if isinstance(text, dict) else {}) | hf
+    fields |= read_json(directory, "generation_config.json") or {}
 
     def number(name: str, kind: type) -> Any:
         value = fields.get(name)

@@ -226,7 +226,10 @@ def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, s
     """The templates by name; chat_template.jinja wins over tokenizer_config.json."""
     path = find(directory, "chat_template.jinja", limit=MAX_JSON_BYTES)
     if path is not None:
-        return {"default": path.read_text(encoding="utf-8")}
+        try:
+            return {"default": path.read_text(encoding="utf-8")}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
     template = settings.get("chat_template")
     if template is None:
         return {}

@@ -64,7 +64,7 @@ def test_generation_config_wins_over_config(copy):
     directory = copy("llama2")
     generation = {"eos_token_id": [2, 7], "temperature": 1, "top_k": 40, "top_p": 0.9}
     edit_json(directory / "generation_config.json", **generation)
-    edit_json(directory / "config.json", pad_token_id=-1, bos_token_id=5)
+    edit_json(directory / "config.json", pad_token_id=-1, bos_token_id=5, text_config=3)
     edit_json(directory / "generation_config.json", pad_token_id=-1)
     defaults = load(directory).generation
     assert defaults.eos_ids == (2, 7)

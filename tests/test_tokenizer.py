@@ -175,6 +175,12 @@ def test_malformed_templates(tmp_path, template):
         Tokenizer.load(directory(tmp_path, chat_template=template))
 
 
+def test_template_that_is_not_text(tmp_path):
+    (directory(tmp_path) / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja: not UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"model": {"type": "X"}}'])
 def test_malformed_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
