@@ -65,6 +65,8 @@ def _unsupported(name: Implementation, q: jax.Array, softcap: float | None) -> s
         if head_dim % 64:
             return f"head dim {head_dim} is not a multiple of 64"
     if name == "cudnn":
+        if jax.default_backend() != "gpu":
+            return "there is no CUDA device"  # JAX asks cuDNN for its version while tracing
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"it takes 16-bit floats, not {q.dtype}"
         if softcap is not None:
