@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as PS
 from lookahead_jax import model as lm
 from lookahead_jax.checkpoint import load
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.params import fingerprint
 from lookahead_jax.sharding import batch_sharding, make_mesh, param_shardings, partition_spec
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -72,6 +73,11 @@ def test_unknown_logical_axis():
 def test_indivisible_sizes(fields, message):
     with pytest.raises(ValueError, match=message):
         param_shardings(config(**{"num_key_value_heads": 4} | fields), make_mesh(tensor=4))
+
+
+def test_fingerprint_does_not_depend_on_placement():
+    sharded = load(MODELS / "qwen2", mesh=make_mesh(fsdp=2, tensor=2)).params
+    assert fingerprint(sharded) == fingerprint(load(MODELS / "qwen2").params)
 
 
 @functools.partial(jax.jit, static_argnames="config")
