@@ -123,22 +123,29 @@ def decode_burst(
     """Up to `steps` model steps, fewer if every row finishes. The state is donated."""
 
     def unfinished(carry):
-        i, state = carry
+        i, state, _ = carry
         return (i < steps) & ~state.done.all()
 
     def step(carry):
-        i, state = carry
-        cache = state.cache
+        # A row enters the cache at the start of the next step: writing before reading lets XLA
+        # update the cache in place; the other way round it copies the cache at every step.
+        i, state, row = carry
+        cache = commit(state.cache, *row)
         positions = jnp.where(state.done, -1, cache.next_pos)[:, None]
         x = embed(params, state.token[:, None], config=config)
         out = forward(params, Block(x, positions, cache.rope_span), cache, config=config)
         running = (~state.done).astype(jnp.int32)
-        cache = commit(cache, out.k, out.v, positions, jnp.zeros_like(positions), running)
         row_logits = logits(params, out.hidden, config=config)[:, 0]
-        token = _next_token(row_logits, cache.next_pos, state)
-        return i + 1, _emit(state.replace(cache=cache), token)
+        token = _next_token(row_logits, cache.next_pos + running, state)
+        row = (out.k, out.v, positions, jnp.zeros_like(positions), running)
+        return i + 1, _emit(state.replace(cache=cache), token), row
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    cache = state.cache
+    empty = jnp.zeros((*cache.k.shape[:3], 1, cache.k.shape[4]), cache.k.dtype)
+    nothing = jnp.zeros_like(state.token)
+    row = (empty, empty, nothing[:, None], nothing[:, None], nothing)
+    _, state, row = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, row))
+    return state.replace(cache=commit(state.cache, *row))
 
 
 def decode(

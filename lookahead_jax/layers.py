@@ -1,5 +1,6 @@
 """Norms, projections and the MLP of a decoder layer, as functions of one layer's parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,25 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, config: ModelConfig) -> jax.Arr
     return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+    """Contracts the last `inputs` axes of x with the first ones of the weight."""
+
+    def whole(x, weight):
+        return jnp.tensordot(x, weight, axes=inputs)
+
+    def halves(x, weight):
+        # XLA on CPU gives one row times a matrix to one core, but a batch of two to two cores.
+        parts = weight.reshape(2, -1, math.prod(weight.shape[inputs:]))
+        y = jnp.einsum(
+            "sk,skn->sn", x.reshape(2, -1), parts, preferred_element_type=jnp.float32
+        ).sum(0)
+        return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
+
+    if math.prod(x.shape[: x.ndim - inputs]) > 1 or weight.shape[0] % 2:
+        return whole(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=halves, default=whole)
+
+
 def linear(
     p: Params,
     name: str,
@@ -48,7 +68,7 @@ def linear(
     how a LoRA acts on lookahead rows and on nothing else.
     """
     weight = p[name]
-    y = jnp.tensordot(x, weight, axes=inputs)
+    y = _product(x, weight, inputs)
     if lora is not None and name in lora:
         a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
         flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
