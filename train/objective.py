@@ -1,0 +1,118 @@
+"""The loss of LookaheadKV: predicted importance of every prompt entry against the true one.
+
+One pass over the prompt serves both sides. In each layer the response (rows of the untouched
+model) and the lookahead tokens (rows with the LoRA) look back at the same keys; gradients reach
+the lookahead rows only, so the backward pass is as long as they are many, not as the prompt.
+Letters: B batch, T prompt, Y response, M lookahead tokens, N query heads, L layers.
+Source: LookaheadKV (arXiv 2603.10899), section 3: KL per layer and query head.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.kernels.importance import head_scores
+from lookahead_jax.layers import Params
+from lookahead_jax.lookahead import LookaheadModules, observer_block
+from lookahead_jax.model import Block, Context, LayerKind, embed, layer_kinds, scan_layers
+from lookahead_jax.policies.base import Queries
+from lookahead_jax.prompt import CHUNK, layer_buffers, observe_layer, open_prompt, prompt_layer
+from lookahead_jax.rope import rope_tables
+
+_TINY = 1e-30  # keeps the logarithm of a score that has underflowed finite
+
+
+def _attention_on_prompt(
+    queries: Queries, context: Context, kind: LayerKind, config: ModelConfig
+) -> jax.Array:
+    """Mean probability of each prompt entry under the observers: float32 [B, N, T]."""
+    return head_scores(
+        queries.q,
+        queries.pos,
+        context.k,
+        context.pos,
+        queries.own,
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        window=kind.window,
+        reduce="mean",
+    )
+
+
+def _normalised(scores: jax.Array) -> jax.Array:
+    """Scores as a distribution over the prompt's entries; zeros where there is no mass."""
+    mass = scores.sum(-1, keepdims=True)
+    return scores / jnp.where(mass > 0, mass, 1.0)
+
+
+def divergence(target: jax.Array, predicted: jax.Array) -> jax.Array:
+    """KL(target || predicted) of two sets of scores [B, N, T], each normalised: [B, N]."""
+    t, p = _normalised(target), _normalised(predicted)
+    logs = jnp.log(jnp.maximum(t, _TINY)) - jnp.log(jnp.maximum(p, _TINY))
+    return jnp.where(t > 0, t * logs, 0.0).sum(-1)
+
+
+def lookahead_loss(
+    modules: LookaheadModules,
+    params: Params,
+    prompts: Int[Array, "B T"],
+    responses: Int[Array, "B Y"],
+    *,
+    config: ModelConfig,
+    chunk: int | None = CHUNK,
+) -> Float[Array, " B"]:
+    """Mean over layers and query heads of KL(target || predicted), per row: float32 [B].
+
+    `prompts` and `responses` are int32, right-padded with -1. The target is the attention of the
+    response's queries under the full cache, the prediction that of the lookahead tokens.
+    Differentiable in `modules` alone. A row without a response has a loss of 0.
+    """
+    width = responses.shape[1]
+    prompts, prompt = open_prompt(prompts, width, chunk, config)
+    answered = (responses >= 0).sum(1, dtype=jnp.int32)
+    steps = prompt.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    response = Block(
+        x=embed(params, responses, config=config),
+        positions=jnp.where(responses >= 0, steps, -1),
+        rope_span=prompt.span,
+    )
+    lookahead = observer_block(modules, prompt.length, prompt.span, dtype=response.x.dtype)
+    response_rope = rope_tables(config, response.positions, prompt.span)
+    lookahead_rope = rope_tables(config, lookahead.positions, prompt.span)
+
+    @jax.checkpoint
+    def predict(p, lora, rows, context, kind, target):
+        rows, queries = observe_layer(
+            p, rows, lookahead, lookahead_rope, kind, context, lora, config
+        )
+        return rows, divergence(target, _attention_on_prompt(queries, context, kind, config))
+
+    def step(carry, inputs):
+        x, buffers, response_rows, rows, loss = carry
+        p, lora, kind = inputs
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        # No slot bounds: a sweep with traced bounds could not be differentiated.
+        context = Context(*buffers, prompt.positions[:, None])
+        response_rows, queries = observe_layer(
+            p, response_rows, response, response_rope, kind, context, None, config
+        )
+        target = _attention_on_prompt(queries, context, kind, config)
+        x, buffers, response_rows, context, target = jax.lax.stop_gradient(
+            (x, buffers, response_rows, context, target)
+        )
+        rows, layer_loss = predict(p, lora, rows, context, kind, target)
+        return (x, buffers, response_rows, rows, loss + layer_loss.mean(-1)), None
+
+    x = embed(params, prompts, config=config)
+    carry = (
+        x,
+        layer_buffers(prompt, x.dtype, config),
+        response.x,
+        lookahead.x,
+        jnp.zeros(prompts.shape[0], jnp.float32),
+    )
+    (*_, loss), _ = scan_layers(
+        step, carry, params["layers"], modules.lora or None, layer_kinds(config)
+    )
+    return jnp.where(answered > 0, loss / config.num_layers, 0.0)
