@@ -51,7 +51,7 @@ def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
 def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
     """Writes named arrays as the .npz archive `path`, whatever its suffix, atomically."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def check_parent(path: str | os.PathLike) -> None:

@@ -66,7 +66,7 @@ def main(config: Demo) -> None:
     print(f"{config.file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
     name = f"{config.eviction.policy}, {config.eviction.budget} per head"
     print(table(name, full, evicted, followed))
-    print("\nContinued from the evicted cache:\n" + evicted.text[0])
+    print(f"\nContinued from the evicted cache:\n{model.tokenizer.decode(evicted.tokens[0])}")
 
 
 def table(name: str, full, evicted, followed: np.ndarray) -> str:

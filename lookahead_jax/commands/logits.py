@@ -30,9 +30,8 @@ def main(config: Logits) -> None:
     model = config.source.load()
     tokens = read_tokens(config.tokens, model.config)
     logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
-    for row, out in zip(tqdm(tokens, "logits", disable=None), logits, strict=True):
+    for i, row in enumerate(tqdm(tokens, "logits", disable=None)):
         length = (row >= 0).sum()
-        out[:length] = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)[
-            0, :length
-        ]
+        found = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)
+        logits[i, :length] = found[0, :length]
     save_arrays(config.out, logits=logits)
