@@ -175,6 +175,18 @@ def complete(base: jax.Array, remainder: jax.Array, room: jax.Array, total: jax.
     return base + jnp.take_along_axis(given, place, axis=0)
 
 
+def scores_by_position(scores: jax.Array, pos: jax.Array, tokens: int) -> jax.Array:
+    """Scores of cache slots -> scores of prompt positions, float32 [L, B, K, tokens].
+
+    `scores` and `pos` are [L, B, K, S]. Positions that no slot holds score 0: a cache that holds
+    everything still lacks what a sliding window has left behind, so slots are not positions.
+    """
+    at = jnp.where((pos >= 0) & (pos < tokens), pos, tokens)
+    lead = jnp.meshgrid(*(jnp.arange(n) for n in pos.shape[:3]), indexing="ij")
+    index = (*(i[..., None] for i in lead), at)
+    return jnp.zeros((*pos.shape[:3], tokens), scores.dtype).at[index].set(scores, mode="drop")
+
+
 class Kept(NamedTuple):
     """The entries a layer keeps, in ascending position order."""
 
