@@ -6,7 +6,12 @@ import tokenizers
 
 from lookahead_jax.eval.tasks.prompts import TASKS, make_batch, make_example, text_lines
 from lookahead_jax.eval.tasks.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
-from lookahead_jax.train.mixture import task_rows, text_rows
+from lookahead_jax.train.mixture import (
+    repeat_row,
+    stretched_positions,
+    task_rows,
+    text_rows,
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +38,20 @@ def solve(text: str) -> list[str]:
     *document, question = text.split("\n")
     _, verb, *arguments, _ = question.split()
     rows = [line.split() for line in document]
-    pairs = {r[0]: r[2] for r in rows if len(r) == 3 and r[1] in {"=", ">"}}
+    pairs = {r[1]: r[2] for r in rows if len(r) == 3 and r[0] in {"-", ">"}}
     match verb:
         case "find":
             return [w for key in arguments for w in (key, pairs[key])]
         case "record":
             return [w for field in SCHEMAS[arguments[0]].split() for w in (field, pairs[field])]
         case "tag":
-            return [r[2] for r in rows if r[:2] == [arguments[0], "->"]]
+            return [*arguments, *(r[2] for r in rows if r[:2] == ["+", arguments[0]])]
         case "copy":
-            return next(r[2:-1] for r in rows if r[:2] == [arguments[0], "["])
+            return next(r[1:-1] for r in rows if r[:2] == ["[", arguments[0]])
         case "trace":
-            node, answer = arguments[0], []
-            while node in pairs:
-                node = pairs[node]
-                answer.append(node)
+            answer = arguments
+            while answer[-1] in pairs:
+                answer = [*answer, pairs[answer[-1]]]
             return answer
     raise AssertionError(verb)
 
@@ -77,9 +81,9 @@ def test_prompts_are_fresh_per_seed_and_equal_for_a_seed(words):
 def test_knobs_set_the_difficulty(words):
     chains = make_example("chains", words, seed=0, length=512, chains=12, hops=5)
     assert (chains.prompt == words.symbols[">"]).sum() == 60
-    assert len(chains.answer) == 6
+    assert len(chains.answer) == 7
     asked = make_example("multi_lookup", words, seed=0, length=512, pairs=90, asked=6)
-    assert (asked.prompt == words.symbols["="]).sum() == 90
+    assert (asked.prompt == words.symbols["-"]).sum() == 90
     assert len(asked.answer) == 13
 
 
@@ -119,3 +123,28 @@ def test_training_rows_learn_answers_only(length, words):
     text = text_rows(np.random.default_rng(0), stream, rows=3, length=32)
     assert text.tokens.shape == (3, 33)
     assert text.weights.all()
+
+
+def test_copies_are_told_by_content_not_by_distance(words):
+    stream = np.array([words.newline, *words.filler[:5]] * 400, np.uint16)
+    rng, distances = np.random.default_rng(0), set()
+    for _ in range(20):
+        tokens, copied = repeat_row(rng, words, stream, length=128)
+        assert len(tokens) == 129
+        assert all(i <= 128 for i in copied)
+        for i in copied:
+            earlier = [j for j in range(1, i) if tokens[j - 1 : j + 1] == tokens[i - 1 : i + 1]]
+            assert earlier
+            distances.add(i - earlier[-1])
+    assert len(distances) > 20
+
+
+def test_stretched_positions_ascend_and_stay_in_reach():
+    positions = stretched_positions(
+        np.random.default_rng(0), rows=40, length=16, reach=200, share=0.5
+    )
+    assert (np.diff(positions, axis=1) >= 1).all()
+    assert (positions[:, 0] == 0).all()
+    assert positions.max() < 200
+    stretched = (positions[:, -1] > 15).sum()
+    assert 10 <= stretched <= 30

@@ -52,17 +52,17 @@ class BaseConfig:
     """Width F of the gated MLP."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    lengths: tuple[int, ...] = (128, 256, 128, 256, 576)
+    lengths: tuple[int, ...] = (128, 256, 128, 256, 128, 256, 576)
     """Row length of each stage."""
-    steps: tuple[int, ...] = (300, 200, 300, 500, 1200)
+    steps: tuple[int, ...] = (300, 200, 300, 50, 350, 250, 800)
     """Optimizer steps of each stage."""
     step_tokens: int = 4608
     """Tokens of one optimizer step, text and tasks together."""
-    repeats: tuple[float, ...] = (0.0, 0.0, 0.3, 0.15, 0.05)
+    repeats: tuple[float, ...] = (0.0, 0.0, 0.3, 0.15, 0.25, 0.1, 0.05)
     """Share of the task rows of each stage that are plain copies."""
-    fill: tuple[float, ...] = (0.8, 0.8, 0.5, 0.7, 0.85)
+    fill: tuple[float, ...] = (0.8, 0.8, 0.5, 0.7, 0.5, 0.7, 0.85)
     """Largest share of a task row that is document; the rest is questions."""
-    stretch: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.5)
+    stretch: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5)
     """Share of the rows of each stage whose positions are spread up to `max_position`."""
     max_position: int = 2048
     """Longest prompt and answer that the model is meant for."""
@@ -70,7 +70,7 @@ class BaseConfig:
     """Share of the rows that are task documents."""
     task_weight: float = 0.5
     """Weight of the task loss; the text loss has 1 minus it."""
-    micro_rows: tuple[int, ...] = (8, 4, 8, 4, 2)
+    micro_rows: tuple[int, ...] = (8, 4, 8, 4, 8, 4, 2)
     """Rows of one micro-batch in each stage."""
     muon_rate: float = 6e-3
     """Peak learning rate of the matrices (Muon, updates scaled to RMS 0.2)."""

@@ -65,7 +65,7 @@ def _knobs(rng: np.random.Generator, family: str, room: int) -> dict[str, Any]:
         case "spans":
             count = int(rng.integers(1, min(4, max(1, rows // 4)) + 1))
             return {
-                "count": count,
+                "spans": count,
                 "span": int(rng.integers(3, min(14, max(3, room // count - 4)) + 1)),
                 "questions": 4,
             }
@@ -119,19 +119,26 @@ def task_row(
 def repeat_row(
     rng: np.random.Generator, words: Words, stream: np.ndarray, *, length: int
 ) -> tuple[list[int], list[int]]:
-    """`length + 1` tokens, the second half a copy of the first, and the indices of the copy.
+    """`length + 1` tokens that repeat pieces of themselves, and the indices of the copies.
 
-    Half the rows repeat real text, half repeat random words: what teaches a model to copy.
+    The pieces are real text or random words. Their lengths and distances vary: were they fixed, a
+    model would learn to copy by distance and not by content.
     """
-    half = length // 2
-    if rng.random() < 0.5:
-        start = int(rng.integers(0, len(stream) - half))
-        body = stream[start : start + half].tolist()
-    else:
-        body = rng.choice(words.names + words.values, half).tolist()
-    tokens = [words.bos, *body, *body, words.eos][: length + 1]
-    # The first token of the copy cannot be foreseen.
-    return tokens + [words.eos] * (length + 1 - len(tokens)), list(range(half + 2, 2 * half + 1))
+    real = rng.random() < 0.5
+    tokens, copied, pieces = [words.bos], [], []
+    while len(tokens) <= length:
+        if pieces and rng.random() < 0.6:
+            piece = pieces[int(rng.integers(len(pieces)))]
+            # What begins a copy cannot be foreseen.
+            copied += range(len(tokens) + 1, len(tokens) + len(piece))
+        else:
+            size = int(rng.integers(4, max(6, length // 5)))
+            start = int(rng.integers(0, len(stream) - size))
+            some = rng.choice(words.names + words.values, size)
+            piece = (stream[start : start + size] if real else some).tolist()
+            pieces.append(piece)
+        tokens += piece
+    return tokens[: length + 1], [i for i in copied if i <= length]
 
 
 def task_rows(

@@ -1,14 +1,14 @@
 """The task families: rows to hide in a document, and questions about them with their answers.
 
 Every row is a line of single-token words. A question is a line `>>> verb words :` after the
-document; its answer names what it looks up before each value, so that a model needs no second
-pointer into the question.
+document. Answers name what they look up before its value, and values stand right after their names:
+both are what a small model learns quickly (the value follows the last time the name was seen).
 
-    lookup   rows ` name = value`          `>>> find a b :`        ` a 1 b 2`
-    records  rows ` field = value`         `>>> record graph :`    ` nodes 1 edges 2 ...`
-    tagged   rows ` tag -> value`          `>>> tag color :`       the tag's values, as they come
-    spans    rows ` tag [ v v v v ]`       `>>> copy color :`      the words between the brackets
-    chains   rows ` a > b`                 `>>> trace a :`         ` b c d e`
+    lookup   rows ` - name value`         `>>> find a b :`       ` a 1 b 2`
+    records  rows ` - field value`        `>>> record graph :`   ` nodes 1 edges 2 ...`
+    tagged   rows ` + tag value`          `>>> tag color :`      ` color`, its values in order
+    spans    rows ` [ tag v v v v ]`      `>>> copy color :`     ` color v v v v`
+    chains   rows ` > a b`                `>>> trace a :`        ` a b c d e`
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def lookup(
 ) -> Facts:
     """`pairs` rows; each question asks for `asked` of them."""
     table = dict(zip(pool.names(pairs), pool.values(pairs), strict=True))
-    rows = [[key, words.symbols["="], value] for key, value in table.items()]
+    rows = [[words.symbols["-"], key, value] for key, value in table.items()]
     order = [
         rng.permutation(list(table)).tolist()
         for _ in range(-(-questions * asked // pairs) if pairs else 0)
@@ -95,7 +95,7 @@ def records(
     rows, asked = [], []
     for name, fields in chosen:
         values = pool.values(len(fields))
-        rows += [[field, words.symbols["="], v] for field, v in zip(fields, values, strict=True)]
+        rows += [[words.symbols["-"], field, v] for field, v in zip(fields, values, strict=True)]
         answer = [t for pair in zip(fields, values, strict=True) for t in pair]
         asked.append(question(words, "record", [name], answer))
     return Facts(shuffled(rng, rows), shuffled(rng, asked)[:questions])
@@ -106,23 +106,25 @@ def tagged(
 ) -> Facts:
     """`per_tag` rows for each of `tags` tags, mixed; the answer keeps the order of the document."""
     rows = [
-        [tag, words.symbols["->"], value]
+        [words.symbols["+"], tag, value]
         for tag in pool.tags(tags)
         for value in pool.values(per_tag)
     ]
     rows = shuffled(rng, rows)
-    names = shuffled(rng, sorted({row[0] for row in rows}))
-    asked = [question(words, "tag", [n], [row[2] for row in rows if row[0] == n]) for n in names]
+    names = shuffled(rng, sorted({row[1] for row in rows}))
+    asked = [
+        question(words, "tag", [n], [n, *(row[2] for row in rows if row[1] == n)]) for n in names
+    ]
     return Facts(rows, asked[:questions])
 
 
 def spans(
-    rng: np.random.Generator, words: Words, pool: Pool, *, count: int, span: int, questions: int
+    rng: np.random.Generator, words: Words, pool: Pool, *, spans: int, span: int, questions: int
 ) -> Facts:
-    """`count` marked spans of `span` words."""
-    marked = [(tag, pool.values(span)) for tag in pool.tags(count)]
-    rows = [[tag, words.symbols["["], *body, words.symbols["]"]] for tag, body in marked]
-    asked = [question(words, "copy", [tag], body) for tag, body in shuffled(rng, marked)]
+    """`spans` marked spans of `span` words each."""
+    marked = [(tag, pool.values(span)) for tag in pool.tags(spans)]
+    rows = [[words.symbols["["], tag, *body, words.symbols["]"]] for tag, body in marked]
+    asked = [question(words, "copy", [tag], [tag, *body]) for tag, body in shuffled(rng, marked)]
     return Facts(rows, asked[:questions])
 
 
@@ -131,8 +133,8 @@ def chains(
 ) -> Facts:
     """`chains` chains of `hops` links with no common node; the asked one is hidden among them."""
     nodes = [pool.names(hops + 1) for _ in range(chains)]
-    rows = [[a, words.symbols[">"], b] for c in nodes for a, b in pairwise(c)]
-    asked = [question(words, "trace", c[:1], c[1:]) for c in shuffled(rng, nodes)]
+    rows = [[words.symbols[">"], a, b] for c in nodes for a, b in pairwise(c)]
+    asked = [question(words, "trace", c[:1], c) for c in shuffled(rng, nodes)]
     return Facts(shuffled(rng, rows), asked[:questions])
 
 

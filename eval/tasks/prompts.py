@@ -14,7 +14,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "multi_lookup": ("lookup", {"pairs": 48, "asked": 4}),
     "records": ("records", {"schemas": 8}),
     "tagged": ("tagged", {"tags": 4, "per_tag": 6}),
-    "spans": ("spans", {"count": 4, "span": 12}),
+    "spans": ("spans", {"spans": 4, "span": 12}),
     "chains": ("chains", {"chains": 8, "hops": 4}),
 }
 """Task name -> (family, knobs at 512 tokens)."""

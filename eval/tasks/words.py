@@ -22,7 +22,7 @@ SCHEMAS = {
 TAGS = """
 color action domain stage fruit rank side item series feature engine module group segment library
 """
-SYMBOLS = ("=", ">", "->", "[", "]", ":", "#")
+SYMBOLS = ("-", ">", "+", "[", "]", ":", "#")
 VERBS = "find record tag copy trace"
 FILLER = """
 the self return for def and not import with else from that are will has other all which when one
@@ -69,7 +69,7 @@ class Words:
     eos: int
     newline: int
     breaks: tuple[int, ...]  # every token that holds a line break
-    symbols: dict[str, int]  # "=", ">", "->", "[", "]", ":", "#", ">>>"
+    symbols: dict[str, int]  # SYMBOLS and ">>>"
     verbs: dict[str, int]
     schemas: tuple[tuple[int, tuple[int, ...]], ...]  # (name, fields); no field belongs to two
     tags: tuple[int, ...]
