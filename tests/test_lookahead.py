@@ -201,5 +201,5 @@ def test_missing_files_are_named(tmp_path):
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused(wrong):
-    with pytest.raises(ValueError, match="lookahead tokens|LoRA|init"):
+    with pytest.raises(ValueError, match=r"lookahead tokens|LoRA|init"):
         dataclasses.replace(SIZES, **wrong)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookahead_jax.batching import slots_for
+from lookahead_jax.generation import read_prompt
 from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.model import Block, embed
 from lookahead_jax.params import init_params, unstack
@@ -399,11 +400,27 @@ def test_compress_keeps_what_prefill_keeps(model_name, pool):
     )  # fmt: skip
     for mine, other in zip(kept_sets(cache).flat, kept_sets(one_pass.cache).flat, strict=True):
         np.testing.assert_array_equal(mine, other)
-    scores = scores_by_position(scores, full.cache.pos, tokens.shape[1])
-    expected = np.asarray(one_pass.scores)
+    # What a sliding window has left behind is in no slot: compared where the cache holds entries.
+    pos = np.asarray(full.cache.pos)
+    expected = np.take_along_axis(np.asarray(one_pass.scores), np.clip(pos, 0, 127), axis=-1)
     # The same float32 sums over another number of slots.
     largest = expected.max(-1, keepdims=True)
-    assert (np.abs(np.asarray(scores) - expected) <= 1e-5 * largest).all()
+    assert (np.abs(np.asarray(scores) - expected) <= 1e-5 * largest)[pos >= 0].all()
+
+
+def test_two_passes_report_scores_by_position():
+    """With a sliding window, and with a budget that exceeds the prompt."""
+    tokens = tiny.batch((40, 33), RICH)
+    result = read_prompt(
+        weights(RICH), tokens, config=RICH, policy=make_policy("oracle", response_tokens=5),
+        budget=200, new_tokens=0, with_scores=True,
+    )  # fmt: skip
+    scores = np.asarray(result.scores)
+    assert scores.shape == (3, 2, RICH.num_kv_heads, tokens.shape[1])
+    for at, kept in np.ndenumerate(kept_sets(result.cache)):
+        first = 0 if RICH.layer_window[at[0]] is None else (40, 33)[at[1]] - 23
+        np.testing.assert_array_equal(kept, np.arange(first, (40, 33)[at[1]]))
+        np.testing.assert_array_equal(np.flatnonzero(scores[at]), kept)
 
 
 def test_compress_of_a_cut_cache_chooses_among_what_is_left():
