@@ -23,7 +23,7 @@ from lookahead_jax.decoding import DecodeState, decode, decode_burst, seen_token
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules, observer_block
 from lookahead_jax.model import Block, embed, logits
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, scores_by_position
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefill import Prefilled, compress, prefill
@@ -129,11 +129,14 @@ def read_prompt(
         jnp.where(response >= 0, positions, -1),
         full.cache.rope_span,
     )
+    slots = slots_for(policy, full.cache.slots, budget, new_tokens, config=config)
     cache, scores = compress(
         params, full.cache, observer,
         config=config, policy=policy, budget=budget, slots=slots, with_scores=with_scores,
     )  # fmt: skip
-    return Prefilled(cache, full.logits, None if scores is None else scores[..., : tokens.shape[1]])
+    if scores is not None:
+        scores = scores_by_position(scores, full.cache.pos, tokens.shape[1])
+    return Prefilled(cache, full.logits, scores)
 
 
 def generate(
@@ -243,7 +246,7 @@ def _deliver(outputs: Sequence[OutputRow], state: DecodeState) -> np.ndarray:
     """Hands new tokens to each row's output; which rows are done, stop strings included [B]."""
     tokens, count, done = (np.array(a) for a in (state.tokens, state.count, state.done))
     for i, output in enumerate(outputs):
-        output.feed(tokens[i, len(output.tokens) : count[i]])
+        output.feed(tokens[i, len(output.tokens) : count[i]].tolist())
         done[i] |= output.stopped
     return done
 
