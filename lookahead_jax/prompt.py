@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lookahead_jax.config import ModelConfig
@@ -18,7 +19,6 @@ from lookahead_jax.model import (
     Context,
     LayerKind,
     block_visible,
-    causal_visible,
     embed,
     layer_kinds,
     layer_step,
@@ -61,7 +61,7 @@ def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelC
     return tokens, Prompt(positions, length, span, cos, sin, chunk, chunks)
 
 
-def layer_buffers(prompt: Prompt, dtype: jnp.dtype, config: ModelConfig):
+def layer_buffers(prompt: Prompt, dtype: DTypeLike, config: ModelConfig):
     """Room for one layer's keys and values [B, K, T, H]; every layer writes over the last."""
     batch, total = prompt.positions.shape
     shape = (batch, config.num_kv_heads, total, config.head_dim)
@@ -81,6 +81,8 @@ def prompt_layer(
     batch, total = prompt.positions.shape
     size = prompt.chunk
     slot = jnp.arange(total, dtype=jnp.int32)[None]
+    # Comparing positions says the same, but XLA on CPU then writes the softmax without vectors.
+    triangle = jnp.tril(jnp.ones((size, size), bool))[None]
     stats = None if policy is None else policy.init_stats(batch, total, config)
 
     def step(c, carry):
@@ -93,7 +95,7 @@ def prompt_layer(
         pos = part(prompt.positions, 1)
         context = visible = None
         if total > size:
-            visible = causal_visible(pos)
+            visible = triangle & (pos >= 0)[:, :, None]
             first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
             before = jnp.where(slot < start, prompt.positions, -1)
             context = Context(k, v, before[:, None], (first, start))
