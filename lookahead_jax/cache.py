@@ -7,6 +7,7 @@ them, never from slot order. Filled slots come first; `length` counts them.
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from lookahead_jax.config import ModelConfig
 
@@ -62,7 +63,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def empty_cache(
-    config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, rope_span: jax.Array
+    config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, rope_span: jax.Array
 ) -> KVCache:
     """A cache of `batch` rows that holds nothing yet; `slots` is rounded up for the kernels."""
     slots = round_up(slots, SLOT_MULTIPLE)

@@ -1,11 +1,25 @@
 """One request's output on the host: tokens become text as it is certain; stop strings end it."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
-
-from lookahead_jax.tokenizer import Tokenizer
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 Finish = Literal["eos", "stop", "length"]
+
+
+@runtime_checkable
+class TextStream(Protocol):
+    """Turns one token after the other into text."""
+
+    def push(self, token: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A tokenizer, as far as streaming needs it."""
+
+    def stream(self) -> TextStream: ...
 
 
 class OutputRow:
@@ -17,7 +31,7 @@ class OutputRow:
 
     def __init__(
         self,
-        tokenizer: Tokenizer | None,
+        tokenizer: Decoder | None,
         stop: Sequence[str],
         on_text: Callable[[str], None] | None,
     ):
@@ -33,7 +47,7 @@ class OutputRow:
         self._on_text = on_text
         self._shown = 0
 
-    def feed(self, tokens: Sequence[int]) -> None:
+    def feed(self, tokens: Iterable[int]) -> None:
         """Takes the next tokens; those after a stop string are ignored."""
         for token in tokens:
             if self.stopped:

@@ -1,0 +1,131 @@
+"""The cache as a data structure: commit, fork, files."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from lookahead_jax.cache import KVCache, commit, empty_cache
+from lookahead_jax.cache_files import load_cache, save_cache
+from lookahead_jax.prefill import extend
+from tests import tiny
+from tests.test_prefill import assert_close, last_logits, plain_logits
+
+L, B, K, S, H, P = 2, 3, 2, 128, 4, 5
+
+
+def filled(length: np.ndarray) -> KVCache:
+    """A cache whose heads hold different numbers of random entries."""
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, L, B, K, S, H)).astype(np.float32)
+    occupied = np.arange(S) < length[..., None]
+    pos = np.where(occupied, np.arange(S), -1).astype(np.int32)
+    k, v = (np.where(occupied[..., None], a, 0) for a in (k, v))
+    return KVCache(
+        k=jnp.asarray(k), v=jnp.asarray(v), pos=jnp.asarray(pos),
+        length=jnp.asarray(length, jnp.int32), next_pos=jnp.full(B, S, jnp.int32),
+        rope_span=jnp.full(B, 2 * S, jnp.int32),
+    )  # fmt: skip
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_commit_writes_accepted_rows_and_nothing_else(data):
+    numbers = st.integers(0, S - 1)
+    length = np.array(data.draw(st.lists(numbers, min_size=L * B * K, max_size=L * B * K)))
+    length = length.reshape(L, B, K)
+    count = np.array(data.draw(st.lists(st.integers(0, P), min_size=B, max_size=B)))
+    path = np.array([data.draw(st.permutations(range(P))) for _ in range(B)])
+    rng = np.random.default_rng(1)
+    k, v = rng.normal(size=(2, L, B, K, P, H)).astype(np.float32)
+    positions = rng.integers(S, 2 * S, (B, P)).astype(np.int32)
+    before = filled(length)
+    after = commit(
+        before, jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions),
+        jnp.asarray(path, jnp.int32), jnp.asarray(count, jnp.int32),
+    )  # fmt: skip
+
+    expected = {name: np.array(getattr(before, name)) for name in ("k", "v", "pos")}
+    for at in np.ndindex(L, B, K):
+        row = at[1]
+        for step in range(count[row]):
+            slot = length[at] + step
+            if slot < S:  # rows beyond the last slot are dropped, never clamped onto it
+                expected["k"][at][slot] = k[at][path[row, step]]
+                expected["v"][at][slot] = v[at][path[row, step]]
+                expected["pos"][at][slot] = positions[row, path[row, step]]
+    for name, value in expected.items():
+        np.testing.assert_array_equal(getattr(after, name), value)
+    np.testing.assert_array_equal(after.length, length + count[None, :, None])
+    np.testing.assert_array_equal(after.next_pos, S + count)
+
+
+def test_empty_cache_rounds_its_slots_and_counts_its_bytes():
+    model = tiny.config()
+    cache = empty_cache(model, 2, 130, jnp.bfloat16, jnp.zeros(2, jnp.int32))
+    assert cache.slots == 256
+    entries = model.num_layers * 2 * model.num_kv_heads * 256
+    assert cache.bytes == entries * (2 * model.head_dim * 2 + 4)
+
+
+def test_an_empty_cache_can_be_extended():
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((40, 23), model)
+    cache = empty_cache(model, 2, 64, jnp.float32, jnp.full(2, 64, jnp.int32))
+    cache, result = extend(params, tokens, cache, config=model, chunk=16)
+    np.testing.assert_array_equal(cache.next_pos, [40, 23])
+    assert_close(result, last_logits(plain_logits(params, tokens, model), tokens))
+
+
+def test_fork_repeats_rows_in_place():
+    cache = filled(np.full((L, B, K), 7)).replace(next_pos=jnp.arange(B, dtype=jnp.int32))
+    forked = cache.fork(2)
+    np.testing.assert_array_equal(forked.next_pos, [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(forked.k[:, 1], cache.k[:, 0])
+    np.testing.assert_array_equal(forked.k[:, 2], cache.k[:, 1])
+    with pytest.raises(ValueError, match="at least one copy"):
+        cache.fork(0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cache_survives_a_file(tmp_path, dtype):
+    cache = filled(np.arange(L * B * K).reshape(L, B, K))
+    cache = cache.replace(k=cache.k.astype(dtype), v=cache.v.astype(dtype))
+    path = tmp_path / "document.safetensors"
+    save_cache(path, cache, fingerprint="model-a")
+    loaded = load_cache(path, fingerprint="model-a")
+    for name in ("k", "v", "pos", "length", "next_pos", "rope_span"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(cache, name))
+    assert loaded.k.dtype == dtype
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_foreign_and_damaged_cache_files_are_refused(tmp_path):
+    cache = filled(np.full((L, B, K), 7))
+    path = tmp_path / "cache"
+    save_cache(path, cache, fingerprint="model-a")
+    with pytest.raises(ValueError, match="made with another model"):
+        load_cache(path, fingerprint="model-b")
+
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_cache(path, fingerprint="model-a")
+
+    metadata = {"format": "lookahead_jax.kv_cache.1", "model": "model-a"}
+    path.write_bytes(whole)
+    arrays = load_file(path)
+    for name, change in {
+        "length": lambda a: a + 1,  # counts a slot that is empty
+        "pos": lambda a: np.where(a == 3, 999, a),  # a position nobody has read
+        "v": lambda a: a[..., :-1],
+        "next_pos": lambda a: a.astype(np.float32),
+    }.items():
+        save_file({**arrays, name: np.ascontiguousarray(change(arrays[name]))}, path, metadata)
+        with pytest.raises(ValueError, match="damaged"):
+            load_cache(path, fingerprint="model-a")
+    save_file({"k": arrays["k"]}, path)
+    with pytest.raises(ValueError, match="not a cache"):
+        load_cache(path, fingerprint="model-a")

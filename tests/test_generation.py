@@ -1,0 +1,208 @@
+"""`generate` end to end on a tiny checkpoint with a tokenizer: text, stops, reports, devices."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax import batching
+from lookahead_jax.checkpoint import load
+from lookahead_jax.decoding import decode
+from lookahead_jax.generation import generate, read_prompt, score
+from lookahead_jax.policies import make_policy
+from lookahead_jax.policies.oracle import Oracle
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.sampling import Sampling
+from lookahead_jax.sharding import batch_sharding, make_mesh, param_shardings
+from lookahead_jax.streaming import OutputRow
+from tests import tiny
+
+POLICY = SnapKV(window=4, pool="avg", kernel=3)
+CHECKPOINT = Path(__file__).parent / "fixtures" / "models" / "llama3"
+TEXT = "the cache forgets what the answer does not need, and keeps the rest of it"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(CHECKPOINT, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=24, eos_ids=())
+
+
+def test_report_counts_what_was_kept(model, plain):
+    length = len(model.tokenizer.encode(TEXT))
+    layers, heads = model.config.num_layers, model.config.num_kv_heads
+    assert plain.prompt_tokens == [length]
+    assert plain.cache.kept_per_head == [[[16] * heads] for _ in range(layers)]
+    assert plain.kept.shape == (layers, 1, heads, 16)
+    assert plain.cache.bytes == layers * heads * 128 * (2 * model.config.head_dim * 4 + 4)
+    assert plain.text == [model.tokenizer.decode(plain.tokens[0])]
+    assert plain.finish == ["length"]
+    assert plain.timing.eviction_overhead_s is None
+
+
+@pytest.mark.parametrize("burst", [1, 5])
+def test_streamed_pieces_are_the_text_whatever_the_burst(model, plain, burst):
+    pieces = []
+    result = generate(
+        model, [TEXT], policy=POLICY, budget=16, max_new_tokens=24, eos_ids=(), burst=burst,
+        on_text=lambda row, piece: pieces.append((row, piece)),
+    )  # fmt: skip
+    assert result.tokens == plain.tokens
+    assert "".join(piece for _, piece in pieces) == plain.text[0] == result.text[0]
+    assert {row for row, _ in pieces} == {0}
+
+
+def test_stop_strings_cut_text_and_tokens(model, plain):
+    stop = re.search("[ -~]{2}", plain.text[0][5:]).group()  # random bytes around it
+    begin = plain.text[0].find(stop)
+    for burst in (1, 16):
+        pieces = []
+        result = generate(
+            model, [TEXT, "other words"], policy=POLICY, budget=16, max_new_tokens=24,
+            eos_ids=(), stop=[stop], burst=burst,
+            on_text=lambda row, piece, pieces=pieces: pieces.append((row, piece)),
+        )  # fmt: skip
+        assert result.text[0] == plain.text[0][:begin]
+        assert "".join(piece for row, piece in pieces if row == 0) == result.text[0]
+        assert result.finish[0] == "stop"
+        tokens = result.tokens[0]
+        assert tokens == plain.tokens[0][: len(tokens)]
+        assert stop in model.tokenizer.decode(tokens)
+        assert stop not in model.tokenizer.decode(tokens[:-1])
+
+
+class Letters:
+    """A tokenizer of letters, for OutputRow alone."""
+
+    class Stream:
+        def push(self, token):
+            return chr(token)
+
+        def finish(self):
+            return ""
+
+    def stream(self):
+        return self.Stream()
+
+
+def test_text_that_may_begin_a_stop_string_is_held_back():
+    shown = []
+    row = OutputRow(Letters(), ["STOP", "ANT"], shown.append)
+    row.feed(map(ord, "a ST"))
+    assert shown == ["a "]
+    row.feed(map(ord, "R"))
+    assert shown == ["a ", "STR"]
+    row.feed(map(ord, "ANTx"))
+    row.close()
+    assert row.text == "a STR"
+    assert "".join(shown) == "a STR"
+    assert row.tokens == list(map(ord, "a STRANT"))
+    with pytest.raises(ValueError, match="empty"):
+        OutputRow(Letters(), [""], None)
+
+
+def test_eos_ends_a_row(model, plain):
+    eos = plain.tokens[0][7]
+    result = generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=24, eos_ids=[eos])
+    assert result.tokens[0] == plain.tokens[0][: plain.tokens[0].index(eos) + 1]
+    assert result.finish == ["eos"]
+
+
+def test_measured_timing_has_every_part(model):
+    result = generate(
+        model, [TEXT], policy=POLICY, budget=16, max_new_tokens=4, eos_ids=(), measure=True
+    )
+    assert result.timing.ttft_s > 0
+    assert result.timing.eviction_overhead_s is not None
+    assert result.timing.decode_tokens_per_s > 0
+
+
+def test_repetition_penalty_sees_the_prompt(model):
+    hot = Sampling(repetition_penalty=1e6)
+    result = generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=12, eos_ids=(),
+                      sampling=hot)  # fmt: skip
+    seen = set(model.tokenizer.encode(TEXT))
+    for token in result.tokens[0]:
+        assert token not in seen
+        seen.add(token)
+
+
+def test_score_agrees_with_the_cache_of_generate(model, plain):
+    tokens = np.asarray([model.tokenizer.encode(TEXT)], np.int32)
+    scored = score(model, tokens, policy=POLICY, budget=16)
+    layers, heads = model.config.num_layers, model.config.num_kv_heads
+    assert scored.scores.shape == (layers, 1, heads, tokens.shape[1])
+    assert scored.scores.dtype == jnp.float32
+    np.testing.assert_array_equal(scored.kept, plain.kept)
+
+
+def test_oracle_reads_its_own_answer():
+    """The two-pass policy keeps what the response's attention under the full cache says."""
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((60, 33), model)
+    options = dict(config=model, budget=16, new_tokens=8)
+    result = read_prompt(params, tokens, policy=Oracle(response_tokens=6), with_scores=True,
+                         **options)  # fmt: skip
+    full = read_prompt(params, tokens, policy=make_policy("full"), **options)
+    response = decode(params, full.cache.fork(1), full.logits, config=model, max_new_tokens=6)
+    texts = [
+        row[row >= 0].tolist() + answer.tolist()
+        for row, answer in zip(np.asarray(tokens), np.asarray(response.tokens), strict=True)
+    ]
+    # The same answers, read as the last 6 prompt tokens of a longer text by unpooled SnapKV.
+    longer = jnp.asarray(batching.pad_batch(texts, config=model))
+    window = read_prompt(
+        params, longer, policy=SnapKV(window=6, pool="none"), with_scores=True, **options
+    )
+    for row, length in enumerate((60, 33)):
+        np.testing.assert_allclose(
+            result.scores[:, row, :, :length], window.scores[:, row, :, :length],
+            rtol=1e-4, atol=1e-7,
+        )  # fmt: skip
+    assert (np.asarray(result.cache.length) == 16).all()
+
+
+def test_four_devices_keep_and_generate_the_same():
+    """Data and tensor axes: the same kept entries and tokens as on one device."""
+    model = tiny.config(vocab_size=96)
+    params, tokens = tiny.params(model), tiny.batch((60, 33, 61, 20), model)
+    mesh = make_mesh(data=2, tensor=2)
+    sharded = jax.device_put(params, param_shardings(model, mesh))
+    split = jax.device_put(tokens, batch_sharding(mesh))
+    results = []
+    for p, t in ((params, tokens), (sharded, split)):
+        read = read_prompt(p, t, config=model, policy=POLICY, budget=16, new_tokens=16)
+        pos = np.asarray(read.cache.pos)
+        out = decode(p, read.cache, read.logits, config=model, max_new_tokens=16)
+        results.append((pos, np.asarray(out.tokens)))
+    assert len(sharded["layers"]["q"].sharding.device_set) == 4
+    np.testing.assert_array_equal(results[1][0], results[0][0])
+    np.testing.assert_array_equal(results[1][1], results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (dict(prompts=[]), "no prompt"),
+        (dict(prompts=[[]]), "prompt 0 is empty"),
+        (dict(prompts=[[5, 10**6]]), "outside the vocabulary"),
+        (dict(seeds=[1, 2]), "2 seeds for 1 prompts"),
+        (dict(budget=0), "at least 1"),
+        (dict(policy=make_policy("lookaheadkv")), "lookahead modules"),
+    ],
+)
+def test_bad_requests_are_named(model, change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        generate(model, **{"prompts": [TEXT], **change})
+
+
+def test_a_window_that_eats_the_budget_is_announced(model):
+    with pytest.warns(UserWarning, match="cut to 4"):
+        generate(model, [TEXT], policy=SnapKV(window=32), budget=8, max_new_tokens=1)
