@@ -1,0 +1,126 @@
+"""Training data: rows become tokens once, responses are the model's, batches a pure function."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lookahead_jax.checkpoint import load, save_params
+from lookahead_jax.generation import generate
+from lookahead_jax.params import fingerprint
+from lookahead_jax.policies.full import Full
+from lookahead_jax.sharding import make_mesh
+from lookahead_jax.train import data
+from lookahead_jax.train.step import batch_sharding
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps({**tiny.LLAMA, "num_hidden_layers": 1}))
+    config = tiny.config(num_hidden_layers=1)
+    save_params(folder, tiny.params(config), config)
+    return folder
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def open_rows(folder, model_folder, **arguments):
+    print_of_model = fingerprint(load(model_folder).params)
+    arguments = {"batch": 4, "seed": 0} | arguments
+    return data.open_data(folder, base_fingerprint=print_of_model, **arguments)
+
+
+def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(
+    tmp_path, model_folder, monkeypatch
+):
+    prompts = tiny.prompts((30, 12, 25, 60, 9, 20))
+    given = [[3, 1, 4, 1, 5], None, None, [9, 2], [6, 5], [3, 5]]
+    rows = [{"prompt": p, "response": r} for p, r in zip(prompts, given, strict=True)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    config = data.DataConfig(
+        model=model_folder, source=(source,), out=tmp_path / "data",
+        max_prompt=40, max_response=4, batch=2, shard_rows=3,
+    )  # fmt: skip
+    calls = []
+
+    def interrupted(rows, *rest):
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prepare_rows(rows, *rest)
+
+    prepare_rows = data.prepare_rows
+    monkeypatch.setattr(data, "prepare_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare(config)
+    with pytest.raises(ValueError, match="to its end"):
+        open_rows(config.out, model_folder)
+    data.prepare(config)
+    assert len(calls) == 3  # the first shard was not made again
+    with pytest.raises(ValueError, match="begun with another max_response"):
+        data.prepare(data.dataclasses.replace(config, max_response=8))
+
+    opened = open_rows(config.out, model_folder)
+    stored = [(row["prompt"].tolist(), row["response"].tolist()) for row in opened.dataset]
+    model = load(model_folder)
+    own = generate(model, prompts[1:3], policy=Full(), max_new_tokens=4).tokens
+    expected = [(prompts[0], given[0][:4]), (prompts[1], own[0]), (prompts[2], own[1])]
+    assert stored == expected + [(prompts[i], given[i]) for i in (4, 5)]  # 60 tokens: left out
+    with pytest.raises(ValueError, match="usable rows, a batch takes 6"):
+        open_rows(config.out, model_folder, batch=6)
+
+
+def test_chats_go_through_the_template(model_folder):
+    class Words:
+        """As much of a tokenizer as the chats need."""
+
+        def render_chat(self, messages):
+            return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+        def encode(self, text, *, special):
+            return [ord(c) % 97 for c in ("^" if special else "") + text]
+
+    model = data.dataclasses.replace(load(model_folder), tokenizer=Words())
+    ask, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+
+    def ids(text):
+        return Words().encode(text, special=False)
+
+    prompt = ids("<user>hi<assistant>")
+    assert data.tokenize({"messages": [ask, answer]}, model) == (prompt, ids("yes"))
+    assert data.tokenize({"messages": [ask]}, model) == (prompt, [])
+    assert data.tokenize({"prompt": "ab", "response": "c"}, model) == (ids("^ab"), ids("c"))
+    with pytest.raises(ValueError, match="neither messages nor a prompt, only text"):
+        data.tokenize({"text": "ab"}, model)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        data.tokenize({"prompt": [3, 97]}, model)
+
+
+def test_order_is_a_function_of_seed_and_step_and_batches_follow_it(tmp_path, model_folder):
+    prompts = tiny.prompts(tuple(range(5, 27)))
+    rows = [{"prompt": p, "response": p[:2]} for p in prompts]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    config = data.DataConfig(model=model_folder, source=(source,), out=tmp_path / "data")
+    data.prepare(config)
+    opened, again = (open_rows(config.out, model_folder) for _ in range(2))
+    epoch = np.concatenate([opened.rows_of(step) for step in range(5)])
+    assert len(set(epoch)) == 20  # 22 rows, batches of 4: two are left for another epoch
+    np.testing.assert_array_equal(again.rows_of(3), opened.rows_of(3))  # asked first, not last
+    assert (opened.rows_of(5) != opened.rows_of(0)).any()
+    other = open_rows(config.out, model_folder, seed=1)
+    assert (other.rows_of(0) != opened.rows_of(0)).any()
+
+    mesh = make_mesh(data=2, tensor=2)
+    batch = opened.load(3, 2, batch_sharding(mesh))
+    grid = np.asarray(batch.prompts).reshape(4, -1)
+    for row, ids in zip(opened.rows_of(3), grid, strict=True):
+        np.testing.assert_array_equal(ids[ids >= 0], prompts[row])
+    assert {s.data.shape[1] for s in batch.prompts.addressable_shards} == {1}
+    assert batch.responses.shape == (2, 2, 16)
+    assert jax.tree.leaves(batch)[0].sharding == batch_sharding(mesh)

@@ -1,0 +1,131 @@
+"""One training step of the lookahead modules, jitted over a mesh with donated state.
+
+Letters: A micro-batches, B rows of one, T prompt, Y response.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.layers import Params
+from lookahead_jax.lookahead import LookaheadModules
+from lookahead_jax.prompt import CHUNK
+from lookahead_jax.sharding import param_shardings, sharding
+from lookahead_jax.train.objective import lookahead_loss
+
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """What a step changes; the base model is no part of it."""
+
+    modules: LookaheadModules  # float32
+    optimizer: optax.OptState
+    skipped: jax.Array  # [] int32 steps without an update so far: loss or gradient not finite
+    skipped_in_a_row: jax.Array  # [] int32
+
+
+@struct.dataclass
+class Batch:
+    """Token rows of one step, right-padded with -1; a row without a response counts for nothing."""
+
+    prompts: jax.Array  # [A, B, T] int32
+    responses: jax.Array  # [A, B, Y] int32
+
+
+def init_state(modules: LookaheadModules, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(modules, optimizer.init(modules), zero, jnp.zeros_like(zero))
+
+
+def train_step(
+    params: Params,
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    chunk: int | None = CHUNK,
+) -> tuple[TrainState, Metrics]:
+    """The state after one update on the mean loss of the rows that have a response.
+
+    Gradients are summed over the micro-batches. Where the loss or a gradient is not finite, the
+    modules and the optimizer stay as they are and the step counts as skipped.
+    """
+    rows = (batch.responses >= 0).any(-1).sum(dtype=jnp.int32)
+    total = jnp.maximum(rows, 1).astype(jnp.float32)
+
+    def mean_loss(modules: LookaheadModules, part: Batch) -> jax.Array:
+        losses = lookahead_loss(
+            modules, params, part.prompts, part.responses, config=config, chunk=chunk
+        )
+        return losses.sum() / total
+
+    def accumulate(carry, part):
+        return jax.tree.map(
+            jnp.add, carry, jax.value_and_grad(mean_loss)(state.modules, part)
+        ), None
+
+    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.modules))
+    (loss, gradient), _ = jax.lax.scan(accumulate, nothing, batch)
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, moments = optimizer.update(gradient, state.optimizer, state.modules)
+    updated = (optax.apply_updates(state.modules, updates), moments)
+    modules, moments = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), updated, (state.modules, state.optimizer)
+    )
+    bad = (~finite).astype(jnp.int32)
+    state = TrainState(
+        modules=modules,
+        optimizer=moments,
+        skipped=state.skipped + bad,
+        skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": norm,
+        "rows": rows,
+        "prompt_tokens": (batch.prompts >= 0).sum(dtype=jnp.int32),
+        "response_tokens": (batch.responses >= 0).sum(dtype=jnp.int32),
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
+    return state, metrics
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of each micro-batch are split over the data axes."""
+    return sharding((None, "batch"), mesh)
+
+
+def compile_step(
+    mesh: Mesh,
+    *,
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    chunk: int | None = CHUNK,
+) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`train_step` jitted for a mesh: weights sharded, state replicated and donated.
+
+    `.lower` accepts abstract shapes, so that a step can be compiled for chips that are not there.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def step(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return train_step(params, state, batch, config=config, optimizer=optimizer, chunk=chunk)
+
+    return jax.jit(
+        step,
+        in_shardings=(param_shardings(config, mesh), replicated, batch_sharding(mesh)),
+        out_shardings=replicated,
+        donate_argnums=1,
+    )
