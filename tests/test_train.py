@@ -1,0 +1,182 @@
+"""Training: one step on many devices, interruption and damage without a trace, configuration."""
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lookahead_jax.checkpoint import load, save_params
+from lookahead_jax.lookahead import LookaheadConfig, init_modules, load_modules
+from lookahead_jax.sharding import make_mesh, param_shardings
+from lookahead_jax.train import lookahead
+from lookahead_jax.train.checkpoints import digests
+from lookahead_jax.train.data import DataConfig, prepare
+from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
+from lookahead_jax.train.step import Batch, compile_step, init_state, train_step
+from tests import tiny
+
+MODULES = LookaheadConfig(tokens=3, rank=2, alpha=4.0, targets=("q", "v", "down"), init="table")
+
+
+def small_batch(model, micro_batches):
+    prompts = tiny.batch((30, 20, 16, 25, 31, 9, 12, 18), model)
+    responses = np.array(tiny.batch((4,) * 8, model, seed=1))[:, :4]
+    responses[2] = -1  # a row that does not count
+    split = partial(jnp.reshape, shape=(micro_batches, 8 // micro_batches, -1))
+    return Batch(split(prompts), split(jnp.asarray(responses)))
+
+
+def test_a_step_is_the_same_on_four_devices_in_two_passes():
+    """Float32 sums in another order; what follows from a gradient differs by its rounding."""
+    model = tiny.config(num_hidden_layers=2, vocab_size=96)
+    params = tiny.params(model)
+    optimizer = optax.sgd(0.5)
+
+    def fresh():
+        return init_state(init_modules(jax.random.key(0), MODULES, model, params=params), optimizer)
+
+    plain = jax.jit(partial(train_step, config=model, optimizer=optimizer))
+    expected, values = plain(params, fresh(), small_batch(model, 1))
+    assert values["rows"] == 7
+
+    mesh = make_mesh(fsdp=2, tensor=2)
+    sharded = jax.device_put(params, param_shardings(model, mesh))
+    step = compile_step(mesh, config=model, optimizer=optimizer)
+    state = jax.device_put(fresh(), NamedSharding(mesh, PartitionSpec()))
+    given = state.modules.embeddings
+    state, many = step(sharded, state, small_batch(model, 2))
+    assert given.is_deleted()
+    assert state.modules.embeddings.sharding.is_fully_replicated
+    for name, value in values.items():
+        np.testing.assert_allclose(many[name], value, rtol=1e-5, err_msg=name)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected.modules, fresh().modules)
+    for got, want, size in zip(
+        *map(jax.tree.leaves, (state.modules, expected.modules, moved)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * size + 1e-6)
+
+    losses = [values["loss"]]
+    for _ in range(3):
+        expected, values = plain(params, expected, small_batch(model, 1))
+        losses.append(values["loss"])
+    assert losses == sorted(losses, reverse=True)
+
+    broken = expected.replace(
+        modules=expected.modules.replace(embeddings=expected.modules.embeddings * np.nan)
+    )
+    after, values = plain(params, broken, small_batch(model, 1))
+    assert (values["skipped"], values["skipped_in_a_row"]) == (1, 1)
+    assert digests((after.modules, after.optimizer)) == digests((broken.modules, broken.optimizer))
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory):
+    """A model, rows for it, and a run of four steps."""
+    folder = tmp_path_factory.mktemp("train")
+    model = tiny.config(num_hidden_layers=1, vocab_size=96)
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(
+        json.dumps({**tiny.LLAMA, "num_hidden_layers": 1, "vocab_size": 96})
+    )
+    save_params(folder / "model", tiny.params(model), model)
+    rows = [
+        {"prompt": p, "response": p[3:8]}
+        for p in tiny.prompts((30, 20, 25, 31, 17, 22, 28), vocab=96)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = (folder / "rows.jsonl",)
+    prepare(DataConfig(model=folder / "model", source=source, out=folder / "data", max_prompt=64))
+    return lookahead.TrainConfig(
+        model=folder / "model", data=folder / "data", run=folder / "straight",
+        modules=MODULES, optimizer=OptimizerConfig(rate=1e-2, warmup=1, clip=1.0),
+        steps=4, batch=4, micro_batches=2, save_every=1, log_every=1,
+        mesh=lookahead.MeshConfig(tensor=2),
+    )  # fmt: skip
+
+
+def read_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_a_run_survives_sigterm_and_damage_bit_for_bit(run_config, caplog):
+    straight = lookahead.train(run_config)
+    assert [line["step"] for line in read_metrics(run_config.run)] == [0, 1, 2, 3]
+
+    config = dataclasses.replace(run_config, run=run_config.run.with_name("interrupted"))
+
+    def terminate(line):
+        if line["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert lookahead.train(config, on_metrics=terminate) is None
+    assert not (config.run / "modules").exists()
+    resumed = lookahead.train(config)
+    assert digests(resumed) == digests(straight)
+    assert read_metrics(config.run) == read_metrics(run_config.run)
+
+    # One byte of the last step flips, the step before is emptied: training resumes from step 2.
+    steps = config.run / "checkpoints"
+    data = max((p for p in (steps / "4" / "state").rglob("*") if p.is_file()), key=_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    for path in sorted((steps / "3").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    with caplog.at_level(logging.WARNING):
+        again = lookahead.train(config)
+    said = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert [message.split()[1] for message in said] == ["4", "3"]
+    assert digests(again) == digests(straight)
+    assert read_metrics(config.run) == read_metrics(run_config.run)
+
+    model = load(config.model)
+    exported = load_modules(config.run / "modules", params=model.params, config=model.config)
+    assert digests(exported) == digests(straight)
+    with pytest.raises(ValueError, match=r"belongs to another run \(batch differ\)"):
+        lookahead.train(dataclasses.replace(config, batch=2, micro_batches=1))
+
+
+def _size(path):
+    return path.stat().st_size
+
+
+def test_rate_warms_up_and_follows_a_cosine():
+    rate = learning_rate(OptimizerConfig(rate=1e-3, warmup=4, floor=0.1), 104)
+    got = [float(rate(step)) for step in (0, 2, 4, 54, 104)]
+    np.testing.assert_allclose(got, [2.5e-4, 6.25e-4, 1e-3, 5.5e-4, 1e-4], rtol=1e-5)
+
+
+def test_config_file_and_overrides(tmp_path, capsys):
+    paths = ["--model", "m", "--data", "d", "--run", "r"]
+    config = lookahead.parse(["published", *paths, "--modules.targets", "q", "k", "--batch", "8"])
+    assert (config.steps, config.batch, config.optimizer.rate) == (7600, 8, 1e-3)
+    assert config.modules == LookaheadConfig(
+        tokens=32, rank=8, alpha=32.0, targets=("q", "k"), init="table"
+    )
+    # What a run writes down is a config file of its own.
+    own = tmp_path / "config.json"
+    own.write_text(json.dumps(dataclasses.asdict(config), default=str))
+    assert lookahead.parse([str(own)]) == config
+    own.write_text(json.dumps(dataclasses.asdict(config) | {"epochs": 3}, default=str))
+    for args in ([str(own)], ["published", *paths, "--optimizer.momentum", "0.9"]):
+        with pytest.raises(SystemExit) as stopped:
+            lookahead.parse(args)
+        assert stopped.value.code == 2
+    assert "epochs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"one of the presets \(published\)"):
+        lookahead.parse(["nothing"])
+
+
+def test_batches_must_fit_the_devices(run_config):
+    with pytest.raises(ValueError, match="a batch of 6 cannot be split into 2 micro-batches on 2"):
+        lookahead.train(dataclasses.replace(run_config, batch=6))

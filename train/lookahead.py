@@ -1,0 +1,250 @@
+"""Train lookahead modules for a model.
+
+    python -m lookahead_jax.train.lookahead CONFIG --model DIR --data DIR --run DIR [--steps N ...]
+
+CONFIG is a JSON file, or the name of one in train/configs (`published`); any field can be set on
+the command line. The same command resumes a run. On several hosts, start it on each of them; a
+SIGTERM makes all of them save the same step and exit. RUN receives config.json (every field as it
+was used), metrics.jsonl, checkpoints/ and, at the end, modules/.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lookahead_jax.checkpoint import Model, load
+from lookahead_jax.files import atomic_write
+from lookahead_jax.lookahead import LookaheadConfig, LookaheadModules, init_modules, save_modules
+from lookahead_jax.params import Params, fingerprint
+from lookahead_jax.prompt import CHUNK
+from lookahead_jax.sharding import make_mesh
+from lookahead_jax.train.checkpoints import Checkpoints
+from lookahead_jax.train.data import open_data
+from lookahead_jax.train.metrics import MetricsLog, OnMetrics
+from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.step import TrainState, batch_sharding, compile_step, init_state
+
+_LOG = logging.getLogger(__name__)
+_PRESETS = Path(__file__).parent / "configs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are arranged."""
+
+    data: int | None = None
+    """Ways the batch alone is split; None takes the devices that the others leave."""
+    fsdp: int = 1
+    """Ways that the batch and the weights' model dimension are split."""
+    tensor: int = 1
+    """Ways that heads, MLP and vocabulary are split."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of lookahead modules."""
+
+    model: Path
+    """Folder of the base model, which stays as it is."""
+    data: Path
+    """Folder written by lookahead_jax.train.data."""
+    run: Path
+    """Folder of the run, made if need be."""
+    modules: LookaheadConfig
+    optimizer: OptimizerConfig
+    steps: int
+    """Updates of the whole run; the learning rate is planned for them."""
+    batch: int
+    """Rows of one update, on all devices together."""
+    micro_batches: int = 1
+    """The rows of an update are read in this many passes, which takes less memory."""
+    seed: int = 0
+    """Initial modules and the order of the data."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the base weights; None is that of the checkpoint."""
+    max_prompt: int | None = None
+    """Rows with a longer prompt (in tokens) are not used."""
+    chunk: int | None = CHUNK
+    """Prompt rows in flight in one layer; None is the platform's choice."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    save_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints that are kept."""
+    log_every: int = 10
+    """Steps between looks at the metrics; each step has its line."""
+    stop_after_skipped: int = 50
+    """The run fails after this many steps in a row whose loss or gradient is not finite."""
+    profile: tuple[int, int] | None = None
+    """First and last step of a jax.profiler trace, written to RUN/profile."""
+
+
+def parse(args: Sequence[str]) -> TrainConfig:
+    """CONFIG and overrides -> the run's configuration; exits with a message if they are wrong.
+
+    The file's fields become options in front of those of the command line, so that both are read,
+    and refused, by the same rules.
+    """
+    options: list[str] = []
+    if args and not args[0].startswith("-"):
+        path = Path(args[0])
+        path = path if path.suffix == ".json" else _PRESETS / f"{args[0]}.json"
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in _PRESETS.glob("*.json")))
+            raise ValueError(f"{args[0]}: neither a .json file nor one of the presets ({names})")
+        options, args = _options(json.loads(path.read_text(encoding="utf-8"))), args[1:]
+    return tyro.cli(
+        TrainConfig,
+        args=[*options, *args],
+        prog="python -m lookahead_jax.train.lookahead [CONFIG]",
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )
+
+
+def _options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
+    options = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            options += _options(value, f"{prefix}{name}.")
+        else:
+            options += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
+    return options
+
+
+def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> LookaheadModules | None:
+    """Trains to the end and exports the modules; None if a SIGTERM ended the run before.
+
+    `on_metrics` receives every line of metrics.jsonl as a dict, on the first process. Raises
+    ValueError for a configuration that does not fit model, data or devices, FloatingPointError
+    when too many steps in a row are skipped.
+    """
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.micro_batches
+    if min(config.batch, config.micro_batches) < 1 or config.batch % ways:
+        raise ValueError(
+            f"a batch of {config.batch} cannot be split into {config.micro_batches} micro-batches "
+            f"on {mesh.shape['data'] * mesh.shape['fsdp']} devices"
+        )
+    model = load(config.model, dtype=config.dtype, mesh=mesh)
+    base = fingerprint(model.params)
+    data = open_data(
+        config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
+        max_prompt=config.max_prompt,
+    )  # fmt: skip
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step_fn = compile_step(mesh, config=model.config, optimizer=optimizer, chunk=config.chunk)
+    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    config.run.mkdir(parents=True, exist_ok=True)
+    identity = {n: described[n] for n in ("modules", "optimizer", "steps", "batch", "seed")}
+    checkpoints = Checkpoints(
+        config.run / "checkpoints", keep=config.keep, identity=identity | {"base": base}
+    )
+    with checkpoints, _stop_requests() as stop_requested:
+        state = _start(config, model, optimizer, mesh)
+        first, state = checkpoints.restore(state) or (0, state)
+        if jax.process_index() == 0:
+            atomic_write(config.run / "config.json", json.dumps(described, indent=2) + "\n")
+        metrics = MetricsLog(
+            config.run / "metrics.jsonl", first, every=config.log_every,
+            patience=config.stop_after_skipped, on_metrics=on_metrics,
+        )  # fmt: skip
+        for step in range(first, config.steps):
+            _profile(config, step)
+            batch = data.load(step, config.micro_batches, batch_sharding(mesh))
+            state, values = step_fn(model.params, state, batch)
+            metrics.add(step, values)
+            done, stop = step + 1, stop_requested(step)
+            if stop or done == config.steps or done % config.save_every == 0:
+                metrics.flush()
+                checkpoints.save(done, state)
+            if stop and done < config.steps:
+                _LOG.warning("stopped after step %d; the same command resumes", step)
+                return None
+    save_modules(config.run / "modules", state.modules, params=model.params)
+    return state.modules
+
+
+def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> TrainState:
+    """The state before the first step, on every device."""
+
+    def init(params: Params) -> TrainState:
+        key = jax.random.key(config.seed)
+        modules = init_modules(key, config.modules, model.config, params=params)
+        return init_state(modules, optimizer)
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(model.params)
+
+
+def _profile(config: TrainConfig, step: int) -> None:
+    """Starts the trace before its first step and ends it after its last."""
+    if config.profile is not None:
+        if step == config.profile[0]:
+            jax.profiler.start_trace(str(config.run / "profile"))
+        if step == config.profile[1] + 1:
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields `requested(step)`: whether to stop after this step, the same on every process."""
+    if jax.process_count() > 1:  # JAX has its own handler, and agrees on a step for all hosts
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
+    try:
+        yield lambda step: requested.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def join_cluster() -> None:
+    """Connects to the other processes of the job, if the environment says that there are any.
+
+    Cloud TPU, Slurm, Open MPI and Kubernetes are recognised by JAX. Elsewhere set
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    env = os.environ
+    sizes = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    several = any(int(env.get(name) or 1) > 1 for name in sizes)
+    kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    tpu = importlib.util.find_spec("libtpu") is not None and any(
+        path.exists() for path in map(Path, ("/dev/accel0", "/dev/vfio/0"))
+    )
+    if several or kubernetes or tpu:
+        given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        jax.distributed.initialize(**{k: int(env[v]) for k, v in given.items() if v in env})
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; 0 also when a SIGTERM has ended the run in good order."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        config = parse(sys.argv[1:] if args is None else args)
+        join_cluster()
+        train(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

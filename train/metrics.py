@@ -1,0 +1,66 @@
+"""Metrics of a training run as JSON lines."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lookahead_jax.files import atomic_write
+
+OnMetrics = Callable[[dict[str, Any]], None]
+
+
+class MetricsLog:
+    """One line a step, written by the first process.
+
+    Values stay on the devices until `every` steps have come together, so that no step waits for
+    the host.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        first: int,
+        *,
+        every: int,
+        patience: int,
+        on_metrics: OnMetrics | None = None,
+    ):
+        """Continues the file before step `first`; what it says of later steps happens again."""
+        self._path, self._every, self._patience = path, every, patience
+        self._on_metrics = on_metrics
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._since = time.perf_counter()
+        if jax.process_index() == 0:
+            lines = path.read_text().splitlines() if path.exists() else []
+            whole = [line for line in lines if line.endswith("}")]  # a crash may cut the last one
+            kept = [line + "\n" for line in whole if json.loads(line)["step"] < first]
+            atomic_write(path, "".join(kept))
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Notes the scalars of a step; `values["skipped_in_a_row"]` is among them."""
+        self._pending.append((step, values))
+        if len(self._pending) >= self._every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what is pending; FloatingPointError if too many steps in a row were skipped."""
+        lines: list[dict[str, Any]] = [
+            {"step": step} | {name: value.item() for name, value in values.items()}
+            for step, values in self._pending
+        ]
+        now = time.perf_counter()
+        for line in lines:
+            line["seconds"] = (now - self._since) / len(lines)
+        self._pending, self._since = [], now
+        if jax.process_index() == 0:
+            with open(self._path, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+            for line in lines if self._on_metrics is not None else ():
+                self._on_metrics(line)
+        if lines and lines[-1]["skipped_in_a_row"] >= self._patience:
+            skipped = lines[-1]["skipped_in_a_row"]
+            raise FloatingPointError(f"{skipped} steps in a row without a finite loss and gradient")
