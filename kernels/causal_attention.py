@@ -133,7 +133,7 @@ def _splash(q, k, v, *, scale, softcap, window):
     def local(q, k, v):
         b, t, n, h = q.shape
         q = (q * jnp.asarray(scale, q.dtype)).reshape(b, t, k.shape[1], groups, h)
-        out = jax.vmap(jax.vmap(attend))(q.transpose(0, 2, 3, 1, 4), k, v)
+        out = jnp.asarray(jax.vmap(jax.vmap(attend))(q.transpose(0, 2, 3, 1, 4), k, v))
         return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
     return _per_shard(local, q, k, v)

@@ -4,6 +4,8 @@ Heads and layers keep different entries, so positions are stored per slot, and m
 them, never from slot order. Filled slots come first; `length` counts them.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -110,7 +112,8 @@ def commit(
     def put(buffer, rows):
         return buffer.at[li, bi, hi, si].set(rows.astype(buffer.dtype), mode="drop")
 
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         k=put(cache.k, k),
         v=put(cache.v, v),
         pos=put(cache.pos, jnp.broadcast_to(new_pos[None, :, None, :], li.shape)),

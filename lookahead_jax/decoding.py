@@ -5,6 +5,7 @@ reads it. A burst of steps runs under one `lax.while_loop`; the host looks in be
 the tokens do not depend on how long the bursts are.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -69,7 +70,8 @@ def _emit(state: DecodeState, token: jax.Array) -> DecodeState:
         ids = jnp.where(state.done, seen.shape[1], token)
         seen = seen.at[rows, ids].set(True, mode="drop")
     ended = (token[:, None] == state.eos[None]).any(1) | (count >= state.limit)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         token=jnp.where(state.done, state.token, token),
         tokens=state.tokens.at[rows, at].set(token, mode="drop"),
         count=count,
@@ -138,14 +140,14 @@ def decode_burst(
         row_logits = logits(params, out.hidden, config=config)[:, 0]
         token = _next_token(row_logits, cache.next_pos + running, state)
         row = (out.k, out.v, positions, jnp.zeros_like(positions), running)
-        return i + 1, _emit(state.replace(cache=cache), token), row
+        return i + 1, _emit(dataclasses.replace(state, cache=cache), token), row
 
     cache = state.cache
     empty = jnp.zeros((*cache.k.shape[:3], 1, cache.k.shape[4]), cache.k.dtype)
     nothing = jnp.zeros_like(state.token)
     row = (empty, empty, nothing[:, None], nothing[:, None], nothing)
     _, state, row = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, row))
-    return state.replace(cache=commit(state.cache, *row))
+    return dataclasses.replace(state, cache=commit(state.cache, *row))
 
 
 def decode(

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +219,7 @@ def generate(
     begin = time.perf_counter()
     done = _deliver(outputs, state)
     while not done.all():
-        state = state.replace(done=jnp.asarray(done))
+        state = dataclasses.replace(state, done=jnp.asarray(done))
         state = decode_burst(params, state, config=config, steps=burst)
         done = _deliver(outputs, state)
     spent = time.perf_counter() - begin
@@ -292,7 +292,8 @@ def score(
         new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
     )  # fmt: skip
     most = int(np.max(np.asarray(result.cache.length)))
-    return Scored(result.scores[..., :width], result.cache.pos[..., :most], result.logits)
+    scores = cast(jax.Array, result.scores)  # asked for
+    return Scored(scores[..., :width], result.cache.pos[..., :most], result.logits)
 
 
 def token_logits(

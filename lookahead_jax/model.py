@@ -57,9 +57,9 @@ class Projections(NamedTuple):
 class LayerKind(NamedTuple):
     """What differs between layers besides weights; arrays, so that layers can be scanned."""
 
-    index: jax.Array | np.ndarray  # [L] int32
-    window: jax.Array | np.ndarray | None  # [L] int32 sliding window, None if no layer has one
-    rope: jax.Array | np.ndarray  # [L] int32 which RoPE table
+    index: jax.Array  # [L] int32
+    window: jax.Array | None  # [L] int32 sliding window, None if no layer has one
+    rope: jax.Array  # [L] int32 which RoPE table
 
 
 class Context(NamedTuple):
@@ -79,9 +79,9 @@ def layer_kinds(config: ModelConfig) -> LayerKind:
     windows = [NO_WINDOW if w is None else w for w in config.layer_window]
     has_window = any(w is not None for w in config.layer_window)
     return LayerKind(
-        index=np.arange(config.num_layers, dtype=np.int32),
-        window=np.asarray(windows, np.int32) if has_window else None,
-        rope=np.asarray(config.layer_rope, np.int32),
+        index=jnp.arange(config.num_layers, dtype=jnp.int32),
+        window=jnp.asarray(windows, jnp.int32) if has_window else None,
+        rope=jnp.asarray(config.layer_rope, jnp.int32),
     )
 
 
@@ -102,7 +102,7 @@ def scan_layers(
         return jax.lax.scan(step, carry, (layers, lora, per_layer))
     outputs = []
     for i, p in enumerate(layers):
-        at = partial(jax.tree.map, lambda a, i=i: jnp.asarray(a[i]))
+        at = partial(jax.tree.map, lambda a, i=i: a[i])
         carry, y = step(carry, (p, at(lora), at(per_layer)))
         outputs.append(y)
     return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
@@ -169,8 +169,7 @@ def layer_step(
     lora_scale: float = 1.0,
 ) -> tuple[jax.Array, Projections]:
     """One decoder layer over a block: the next residual stream and the block's projections."""
-    project = dict(config=config, lora=lora, lora_scale=lora_scale)
-    proj = project_qkv(p, x, cos, sin, kind, **project)
+    proj = project_qkv(p, x, cos, sin, kind, config=config, lora=lora, lora_scale=lora_scale)
     if visible is None:
         out, lse = _causal(proj, kind, config), None
     else:
@@ -190,7 +189,8 @@ def layer_step(
     if config.post_norms:
         out = rms_norm(out, p["attn_post_norm"], config=config)
     x = x + out
-    out = by_rows(partial(mlp, p, **project), rms_norm(x, p["mlp_norm"], config=config))
+    feed = partial(mlp, p, config=config, lora=lora, lora_scale=lora_scale)
+    out = by_rows(feed, rms_norm(x, p["mlp_norm"], config=config))
     if config.post_norms:
         out = rms_norm(out, p["mlp_post_norm"], config=config)
     return x + out, proj._replace(lse=lse)
@@ -208,7 +208,7 @@ def _causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Arra
         )
         for window in windows
     ]
-    if len(forms) == 1:
+    if kind.window is None or len(forms) == 1:
         return forms[0](proj.q, proj.k, proj.v)
     which = sum((kind.window > w).astype(jnp.int32) for w in windows)
     return jax.lax.switch(which, forms, proj.q, proj.k, proj.v)

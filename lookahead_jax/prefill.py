@@ -4,6 +4,7 @@ Layers outside, chunks of the prompt inside: what grows with the prompt is the r
 [B, T, D] and one layer's keys and values; the full cache of all layers never exists.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -181,7 +182,7 @@ def compress(
         observer.lora,
         (layer_kinds(config), budgets),
     )
-    return cache.replace(k=k, v=v, pos=pos, length=filled), scores
+    return dataclasses.replace(cache, k=k, v=v, pos=pos, length=filled), scores
 
 
 @partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("cache",))

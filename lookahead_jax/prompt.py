@@ -105,7 +105,7 @@ def prompt_layer(
         )  # fmt: skip
         k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
         v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
-        if stats is not None:
+        if policy is not None and stats is not None:
             stats = policy.accumulate(
                 stats,
                 Chunk(
@@ -136,12 +136,19 @@ def window_queries(
 
 
 def observe_layer(
-    p: Params, rows: jax.Array, observer: Block, cos_sin, kind, context, lora, config: ModelConfig
+    p: Params,
+    rows: jax.Array,
+    observer: Block,
+    cos_sin: tuple[jax.Array, jax.Array],
+    kind: LayerKind,
+    context: Context,
+    lora: Params | None,
+    config: ModelConfig,
 ) -> tuple[jax.Array, Queries]:
     """One layer over an observer block: its rows for the next layer, its queries in this one."""
     visible = block_visible(observer)
     rows, proj = layer_step(
-        p, rows, observer.positions, visible, *cos_sin, kind, context,
+        p, rows, observer.positions, visible, cos_sin[0], cos_sin[1], kind, context,
         config=config, lora=lora, lora_scale=observer.lora_scale,
     )  # fmt: skip
     return rows, Queries(proj.q, observer.positions, (proj.k, visible))
@@ -158,7 +165,8 @@ def hidden_states(
 
     def step(carry, inputs):
         p, _, kind = inputs
-        x, buffers, _ = prompt_layer(p, *carry, prompt, kind, None, config)
+        x, buffers = carry
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
         return (x, buffers), None
 
     carry = (x, layer_buffers(prompt, x.dtype, config))

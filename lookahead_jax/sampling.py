@@ -90,7 +90,7 @@ def process_logits(
     `seen` marks the tokens of the prompt and of the path to each node; only read if some row has
     a repetition penalty.
     """
-    if rows.penalized:
+    if rows.penalized and seen is not None:
         penalty = rows.penalty[:, None, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
     if not rows.sampled:

@@ -145,7 +145,7 @@ class Chunk(NamedTuple):
     q: jax.Array  # [B, P, N, H] rotated
     q_unrotated: jax.Array  # [B, P, N, H]
     q_pos: jax.Array  # [B, P] int32, -1 = padding
-    lse: jax.Array  # [B, N, P] float32 log-sum-exp of its attention logits
+    lse: jax.Array | None  # [B, N, P] float32 log-sum-exp of its attention logits, if known
     k: jax.Array  # [B, K, T, H] keys of the prompt up to and including this chunk
     k_pos: jax.Array  # [B, 1, T] int32; entries past the chunk lie in its future
     end: jax.Array  # int32 scalar: entries from here on have not been written
