@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax import policies
+    from lookahead_jax.batching import pad_batch, slots_for
     from lookahead_jax.cache import KVCache
     from lookahead_jax.cache_files import load_cache, save_cache
     from lookahead_jax.checkpoint import Model, load
@@ -43,11 +44,13 @@ __all__ = [
     "load_modules",
     "logits",
     "make_policy",
+    "pad_batch",
     "policies",
     "prefill",
     "read_prompt",
     "save_cache",
     "score",
+    "slots_for",
     "token_logits",
 ]
 
@@ -55,6 +58,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "base"
 """Folder of the small model that ships with the package."""
 
 _HOME = {
+    "batching": ("pad_batch", "slots_for"),
     "cache": ("KVCache",),
     "cache_files": ("load_cache", "save_cache"),
     "checkpoint": ("Model", "load"),

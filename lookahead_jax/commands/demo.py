@@ -99,21 +99,21 @@ def _followed(model, prompt: list[int], target: list[int], evict: dict) -> np.nd
     import jax.numpy as jnp
 
     import lookahead_jax as lk
-    from lookahead_jax.batching import pad_batch
 
-    tokens = jnp.asarray(pad_batch([prompt], config=model.config))
     read = lk.read_prompt(
         model.params,
-        tokens,
+        jnp.asarray(lk.pad_batch([prompt], config=model.config)),
         config=model.config,
         policy=evict["policy"],
         budget=evict["budget"],
         modules=evict["lookahead"],
         new_tokens=len(target),
     )
-    cache, logits, chosen = read.cache, read.logits, []
-    for token in target:
-        chosen.append(int(logits[0].argmax()))
-        following = jnp.asarray([[token]], jnp.int32)
-        cache, logits = lk.extend(model.params, following, cache, config=model.config)
-    return np.asarray(chosen) == np.asarray(target)
+    fed = jnp.asarray([target[:-1]], jnp.int32)
+    positions = read.cache.next_pos[:, None] + jnp.arange(fed.shape[1], dtype=jnp.int32)[None]
+    x = lk.embed(model.params, fed, config=model.config)
+    block = lk.Block(x, positions, read.cache.rope_span)
+    out = lk.forward(model.params, block, read.cache, config=model.config)
+    logits = lk.logits(model.params, out.hidden, config=model.config)
+    chosen = [read.logits.argmax(-1), *logits.argmax(-1).T]
+    return np.asarray(jnp.concatenate(chosen)) == np.asarray(target)
