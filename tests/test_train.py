@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 from functools import partial
 
@@ -18,7 +19,7 @@ from lookahead_jax.checkpoint import load, save_params
 from lookahead_jax.lookahead import LookaheadConfig, init_modules, load_modules
 from lookahead_jax.sharding import make_mesh, param_shardings
 from lookahead_jax.train import lookahead
-from lookahead_jax.train.checkpoints import digests
+from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
 from lookahead_jax.train.step import Batch, compile_step, init_state, train_step
@@ -108,7 +109,7 @@ def read_metrics(run):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def test_a_run_survives_sigterm_and_damage_bit_for_bit(run_config, caplog):
+def test_a_run_survives_sigterm_bit_for_bit(run_config):
     straight = lookahead.train(run_config)
     assert [line["step"] for line in read_metrics(run_config.run)] == [0, 1, 2, 3]
 
@@ -124,21 +125,6 @@ def test_a_run_survives_sigterm_and_damage_bit_for_bit(run_config, caplog):
     assert digests(resumed) == digests(straight)
     assert read_metrics(config.run) == read_metrics(run_config.run)
 
-    # One byte of the last step flips, the step before is emptied: training resumes from step 2.
-    steps = config.run / "checkpoints"
-    data = max((p for p in (steps / "4" / "state").rglob("*") if p.is_file()), key=_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
-    for path in sorted((steps / "3").rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    with caplog.at_level(logging.WARNING):
-        again = lookahead.train(config)
-    said = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
-    assert [message.split()[1] for message in said] == ["4", "3"]
-    assert digests(again) == digests(straight)
-    assert read_metrics(config.run) == read_metrics(run_config.run)
-
     model = load(config.model)
     exported = load_modules(config.run / "modules", params=model.params, config=model.config)
     assert digests(exported) == digests(straight)
@@ -146,8 +132,41 @@ def test_a_run_survives_sigterm_and_damage_bit_for_bit(run_config, caplog):
         lookahead.train(dataclasses.replace(config, batch=2, micro_batches=1))
 
 
-def _size(path):
-    return path.stat().st_size
+def test_damaged_checkpoints_are_passed_over_and_said_to_be(tmp_path, caplog):
+    def state(step):
+        return {"a": jax.random.normal(jax.random.key(step), (8, 64)), "n": jnp.int32(step)}
+
+    def checkpoints(identity):
+        return Checkpoints(tmp_path / "checkpoints", keep=3, identity={"of": identity})
+
+    with checkpoints("us") as opened:
+        assert opened.restore(state(0)) is None
+        for step in (1, 2, 3, 4):
+            opened.save(step, state(step))
+    # A byte of the last step's values flips, the step before is emptied.
+    folder = tmp_path / "checkpoints"
+    values = (folder / "4" / "state" / "ocdbt.process_0" / "d").iterdir()
+    file = max(values, key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    shutil.rmtree(folder / "3")
+    (folder / "3").mkdir()
+    with checkpoints("us") as opened, caplog.at_level(logging.WARNING):
+        step, restored = opened.restore(state(0))
+        assert (step, digests(restored)) == (2, digests(state(2)))
+        opened.save(3, state(3))
+    with checkpoints("us") as opened:
+        assert opened.restore(state(0))[0] == 3
+    with (
+        checkpoints("others") as opened,
+        pytest.raises(ValueError, match=r"another run \(of differ"),
+    ):
+        opened.restore(state(0))
+    said = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert [message.split()[1] for message in said] == ["4", "3"]
+    assert "the checksum of ['a'] does not match" in said[0]
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"4.0", "3.0"}
 
 
 def test_rate_warms_up_and_follows_a_cosine():

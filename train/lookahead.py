@@ -33,13 +33,14 @@ from lookahead_jax.params import Params, fingerprint
 from lookahead_jax.prompt import CHUNK
 from lookahead_jax.sharding import make_mesh
 from lookahead_jax.train.checkpoints import Checkpoints
-from lookahead_jax.train.data import open_data
+from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import TrainState, batch_sharding, compile_step, init_state
 
 _LOG = logging.getLogger(__name__)
 _PRESETS = Path(__file__).parent / "configs"
+_IDENTITY = ("modules", "optimizer", "steps", "batch", "seed", "max_prompt")  # of a run to resume
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,11 +134,13 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     when too many steps in a row are skipped.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.micro_batches
-    if min(config.batch, config.micro_batches) < 1 or config.batch % ways:
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if min(config.batch, config.micro_batches) < 1 or config.batch % (
+        devices * config.micro_batches
+    ):
         raise ValueError(
             f"a batch of {config.batch} cannot be split into {config.micro_batches} micro-batches "
-            f"on {mesh.shape['data'] * mesh.shape['fsdp']} devices"
+            f"on {devices} devices"
         )
     model = load(config.model, dtype=config.dtype, mesh=mesh)
     base = fingerprint(model.params)
@@ -145,28 +148,50 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
         config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
         max_prompt=config.max_prompt,
     )  # fmt: skip
+    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    identity = {name: described[name] for name in _IDENTITY} | {"base": base}
+    config.run.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(
+        config.run / "checkpoints", keep=config.keep, identity=identity
+    ) as checkpoints:
+        state = _steps(config, model, data, mesh, checkpoints, described, on_metrics)
+    if state is None:
+        return None
+    save_modules(config.run / "modules", state.modules, params=model.params)
+    return state.modules
+
+
+def _steps(
+    config: TrainConfig,
+    model: Model,
+    data: TrainingData,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    described: dict[str, Any],
+    on_metrics: OnMetrics | None,
+) -> TrainState | None:
+    """The loop: from the newest checkpoint to the last step, or to a SIGTERM (then None)."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = compile_step(mesh, config=model.config, optimizer=optimizer, chunk=config.chunk)
-    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    config.run.mkdir(parents=True, exist_ok=True)
-    identity = {n: described[n] for n in ("modules", "optimizer", "steps", "batch", "seed")}
-    checkpoints = Checkpoints(
-        config.run / "checkpoints", keep=config.keep, identity=identity | {"base": base}
-    )
-    with checkpoints, _stop_requests() as stop_requested:
-        state = _start(config, model, optimizer, mesh)
-        first, state = checkpoints.restore(state) or (0, state)
-        if jax.process_index() == 0:
-            atomic_write(config.run / "config.json", json.dumps(described, indent=2) + "\n")
-        metrics = MetricsLog(
-            config.run / "metrics.jsonl", first, every=config.log_every,
-            patience=config.stop_after_skipped, on_metrics=on_metrics,
-        )  # fmt: skip
+    state = _start(config, model, optimizer, mesh)
+    first, state = checkpoints.restore(state) or (0, state)
+    if jax.process_index() == 0:
+        atomic_write(config.run / "config.json", json.dumps(described, indent=2) + "\n")
+    metrics = MetricsLog(
+        config.run / "metrics.jsonl", first, every=config.log_every,
+        patience=config.stop_after_skipped, on_metrics=on_metrics,
+    )  # fmt: skip
+    trace_from, trace_to = config.profile or (-1, -1)
+    with _stop_requests() as stop_requested, contextlib.ExitStack() as trace:
         for step in range(first, config.steps):
-            _profile(config, step)
+            if step == trace_from:
+                trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
             batch = data.load(step, config.micro_batches, batch_sharding(mesh))
             state, values = step_fn(model.params, state, batch)
             metrics.add(step, values)
+            if step == trace_to:
+                jax.block_until_ready(state)
+                trace.close()
             done, stop = step + 1, stop_requested(step)
             if stop or done == config.steps or done % config.save_every == 0:
                 metrics.flush()
@@ -174,8 +199,7 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
             if stop and done < config.steps:
                 _LOG.warning("stopped after step %d; the same command resumes", step)
                 return None
-    save_modules(config.run / "modules", state.modules, params=model.params)
-    return state.modules
+    return state
 
 
 def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> TrainState:
@@ -187,15 +211,6 @@ def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> Tra
         return init_state(modules, optimizer)
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(model.params)
-
-
-def _profile(config: TrainConfig, step: int) -> None:
-    """Starts the trace before its first step and ends it after its last."""
-    if config.profile is not None:
-        if step == config.profile[0]:
-            jax.profiler.start_trace(str(config.run / "profile"))
-        if step == config.profile[1] + 1:
-            jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
