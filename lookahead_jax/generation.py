@@ -172,8 +172,7 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
     if max_new_tokens < 1 or budget < 1:
         raise ValueError("max_new_tokens and budget must be at least 1")
-    if (notice := policy.notice(budget)) is not None:
-        warnings.warn(notice, stacklevel=2)
+    _announce(policy, budget, max(map(len, rows)) + max_new_tokens, config)
     tokens = jnp.asarray(pad_batch(rows, config=config))
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
 
@@ -242,6 +241,18 @@ def generate(
     )
 
 
+def _announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
+    """Warns of what the user asked for and will not quite get."""
+    if (notice := policy.notice(budget)) is not None:
+        warnings.warn(notice, stacklevel=3)
+    if length > config.max_position:
+        warnings.warn(
+            f"{length} tokens are more than the {config.max_position} positions this model was "
+            "made for; expect nonsense beyond them",
+            stacklevel=3,
+        )
+
+
 def _deliver(outputs: Sequence[OutputRow], state: DecodeState) -> np.ndarray:
     """Hands new tokens to each row's output; which rows are done, stop strings included [B]."""
     tokens, count, done = (np.array(a) for a in (state.tokens, state.count, state.done))
@@ -284,6 +295,7 @@ def score(
     is out of range.
     """
     check_tokens(tokens, config=model.config)
+    _announce(policy, budget, tokens.shape[1], model.config)
     width = tokens.shape[1]
     padded = np.full((len(tokens), bucket_length(width)), -1, np.int32)
     padded[:, :width] = tokens

@@ -1,5 +1,6 @@
 """`generate` end to end on a tiny checkpoint with a tokenizer: text, stops, reports, devices."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -203,6 +204,9 @@ def test_bad_requests_are_named(model, change, complaint):
         generate(model, **{"prompts": [TEXT], **change})
 
 
-def test_a_window_that_eats_the_budget_is_announced(model):
+def test_surprises_are_announced(model):
     with pytest.warns(UserWarning, match="cut to 4"):
         generate(model, [TEXT], policy=SnapKV(window=32), budget=8, max_new_tokens=1)
+    short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_position=20))
+    with pytest.warns(UserWarning, match="more than the 20 positions"):
+        score(short, np.full((1, 21), 5, np.int32), policy=POLICY, budget=8)

@@ -46,7 +46,7 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
 
         h = rms_norm(x, p["attn_norm"], config=model)
         q, k, v = (
-            both(lambda p, lo, n=n: linear(p, n, h, lora=lo, lora_scale=scale)) for n in "qkv"
+            both(lambda p, lo, n=n, h=h: linear(p, n, h, lora=lo, lora_scale=scale)) for n in "qkv"
         )
         q, k = apply_rope(q, cos[0], sin[0]), apply_rope(k, cos[0], sin[0])
         groups = model.num_heads // model.num_kv_heads
@@ -55,9 +55,11 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
         weights = jax.nn.softmax(jnp.where(mask[None, None], scores, -jnp.inf), axis=-1)
         maps.append(weights[0])
         out = jnp.einsum("bnts,bsnh->btnh", weights, v)
-        x = x + both(lambda p, lo: linear(p, "o", out, inputs=2, lora=lo, lora_scale=scale))
+        x = x + both(
+            lambda p, lo, out=out: linear(p, "o", out, inputs=2, lora=lo, lora_scale=scale)
+        )
         h = rms_norm(x, p["mlp_norm"], config=model)
-        x = x + both(lambda p, lo: mlp(p, h, config=model, lora=lo, lora_scale=scale))
+        x = x + both(lambda p, lo, h=h: mlp(p, h, config=model, lora=lo, lora_scale=scale))
     return jnp.stack(maps)
 
 
