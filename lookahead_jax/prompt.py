@@ -81,8 +81,7 @@ def prompt_layer(
     batch, total = prompt.positions.shape
     size = prompt.chunk
     slot = jnp.arange(total, dtype=jnp.int32)[None]
-    # Comparing positions says the same, but XLA on CPU then writes the softmax without vectors.
-    triangle = jnp.tril(jnp.ones((size, size), bool))[None]
+    row = jnp.arange(size, dtype=jnp.int32)
     stats = None if policy is None else policy.init_stats(batch, total, config)
 
     def step(c, carry):
@@ -95,7 +94,8 @@ def prompt_layer(
         pos = part(prompt.positions, 1)
         context = visible = None
         if total > size:
-            visible = triangle & (pos >= 0)[:, :, None]
+            # causal_visible(pos) says the same, but XLA on CPU does not vectorise its softmax.
+            visible = (row[None] <= row[:, None])[None] & (pos >= 0)[:, :, None]
             first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
             before = jnp.where(slot < start, prompt.positions, -1)
             context = Context(k, v, before[:, None], (first, start))
