@@ -1,0 +1,122 @@
+"""What prefill of a long prompt on an 8B model allocates, found without running it.
+
+The shape is Llama 3.1 8B in bfloat16, the arrays are abstract, and the compiler says how much it
+would allocate (`memory_analysis`): the budgeted cache, and the temporaries, which grow with the
+prompt by the residual stream and one layer's keys and values only. Full cache next to it.
+
+    python benchmarks/prefill_memory.py                       # compiled for this CPU
+    python benchmarks/prefill_memory.py --topology v6e:2x2    # ahead of time for a TPU (libtpu)
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lookahead_jax.batching import slots_for
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.params import abstract_params
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefill import prefill
+
+NEW_TOKENS = 256
+LLAMA_8B = dict(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    hidden_act="silu",
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=dict(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+    max_position_embeddings=131072,
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=False,
+)
+
+
+def measure(config: ModelConfig, tokens: int, policy: Policy, budget: int, chunk, sharding) -> dict:
+    """Bytes of weights, temporaries and results for one prompt of `tokens` tokens."""
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    memory = (
+        prefill.lower(
+            jax.tree.map(place, abstract_params(config, jnp.bfloat16)),
+            place(jax.ShapeDtypeStruct((1, tokens), jnp.int32)),
+            config=config,
+            policy=policy,
+            budget=budget,
+            slots=slots_for(policy, tokens, budget, NEW_TOKENS, config=config),
+            new_tokens=NEW_TOKENS,
+            chunk=chunk,
+        )
+        .compile()
+        .memory_analysis()
+    )
+    return {
+        "tokens": tokens,
+        "policy": type(policy).__name__,
+        "weights": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "cache_and_logits": memory.output_size_in_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768])
+    parser.add_argument("--budget", type=int, default=1024)
+    parser.add_argument("--chunk", type=int, default=None)
+    parser.add_argument("--topology", help="a TPU to compile for, such as v6e:2x2")
+    options = parser.parse_args()
+    config = ModelConfig.from_hf(LLAMA_8B)
+    sharding = None
+    if options.topology:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        tpu = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+        sharding = NamedSharding(Mesh(np.array(tpu.devices[:1]), ("x",)), PartitionSpec())
+
+    one_layer = 2 * 2 * config.num_kv_heads * config.head_dim
+    residual = 2 * config.hidden_size
+    print(f"a token: residual {residual} bytes, one layer's keys and values {one_layer} bytes")
+    print(f"all {config.num_layers} layers' keys and values {config.num_layers * one_layer} bytes")
+    before = {}
+    for policy in (SnapKV(window=32, pool="max", kernel=7), Full()):
+        for tokens in options.tokens:
+            row = measure(config, tokens, policy, options.budget, options.chunk, sharding)
+            total = row["temporaries"] + row["cache_and_logits"]
+            if row["policy"] in before:
+                shorter, less = before[row["policy"]]
+                row["bytes_per_token"] = (total - less) / (tokens - shorter)
+            before[row["policy"]] = (tokens, total)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
