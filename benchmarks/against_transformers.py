@@ -32,6 +32,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TOKENS, BUDGET, NEW_TOKENS, WINDOW, POOL = 2048, 256, 128, 64, 5
 CORES = 2
+PAUSE_S = 0.5  # threads of the other worker stop spinning
 POLICIES = ("snapkv", "full")
 RANDOM_100M = dict(
     model_type="llama",
@@ -262,6 +263,7 @@ def compare(name: str, directory: Path, options) -> dict:
             order = [("ours", ours), ("peer", peer)]
             row = {}
             for side, worker in order if repetition % 2 else reversed(order):
+                time.sleep(PAUSE_S)
                 row[side] = worker.ask("run", policy)
             rows.append(row)
         token_bytes, flops = work(hf, (BUDGET if policy == "snapkv" else TOKENS) + NEW_TOKENS // 2)
