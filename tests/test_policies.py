@@ -33,7 +33,7 @@ from tests import reference, tiny
 LENGTHS = (70, 33, 61)
 BUDGET = 24
 # float32 against float64: attention logits of size 10 to 20 carry 1e-6 relative error, which
-# three layers multiply; seen: below 3e-5 of a row's largest score. A wrong formula is off by
+# three layers multiply. A wrong formula is off by
 # more than 1e-2.
 TOLERANCE = 1e-4
 
