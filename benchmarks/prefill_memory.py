@@ -5,7 +5,7 @@ would allocate (`memory_analysis`): the budgeted cache, and the temporaries, whi
 prompt by the residual stream and one layer's keys and values only. Full cache next to it.
 
     python benchmarks/prefill_memory.py                       # compiled for this CPU
-    python benchmarks/prefill_memory.py --topology v6e:2x2    # ahead of time for a TPU (libtpu)
+    python benchmarks/prefill_memory.py --topology v5p:2x2x1    # ahead of time for a TPU (libtpu)
 """
 
 import argparse
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--chunk", type=int, default=None)
-    parser.add_argument("--topology", help="a TPU to compile for, such as v6e:2x2")
+    parser.add_argument("--topology", help="a TPU to compile for, such as v5p:2x2x1")
     options = parser.parse_args()
     config = ModelConfig.from_hf(LLAMA_8B)
     sharding = None
