@@ -165,6 +165,7 @@ def generate(
     guesses. Raises ValueError for empty prompts and ids out of range.
     """
     config, params = model.config, model.params
+    decoding_params = _for_decoding(params)
     rows = encode_prompts(model, prompts)
     eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
     seeds = [0] * len(rows) if seeds is None else list(seeds)
@@ -201,7 +202,7 @@ def generate(
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all
-        decode_burst.lower(params, state, config=config, steps=burst).compile()
+        decode_burst.lower(decoding_params, state, config=config, steps=burst).compile()
 
     prompt_cache = state.cache
     filled = np.asarray(prompt_cache.length)
@@ -219,7 +220,7 @@ def generate(
     done = _deliver(outputs, state)
     while not done.all():
         state = dataclasses.replace(state, done=jnp.asarray(done))
-        state = decode_burst(params, state, config=config, steps=burst)
+        state = decode_burst(decoding_params, state, config=config, steps=burst)
         done = _deliver(outputs, state)
     spent = time.perf_counter() - begin
     for output in outputs:
@@ -239,6 +240,20 @@ def generate(
             decode_tokens_per_s=decoded / spent if decoded else None,
         ),
     )
+
+
+def _for_decoding(params: Params) -> Params:
+    """On CPU, and up to a gibibyte, a copy with layers apart: decoding reads it twice as fast.
+
+    Prompts are still read with stacked layers, which is what bounds their memory.
+    """
+    leaves = jax.tree.leaves(params["layers"])
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    apart = isinstance(params["layers"], tuple)
+    devices = leaves[0].sharding.device_set
+    if apart or size > 2**30 or len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        return params
+    return unstack(params)
 
 
 def _announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
