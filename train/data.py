@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -277,5 +278,15 @@ def open_data(
     )
 
 
+def main() -> int:
+    """The command line; a failure is one line on stderr."""
+    try:
+        prepare(tyro.cli(DataConfig, prog="python -m lookahead_jax.train.data"))
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    prepare(tyro.cli(DataConfig))
+    sys.exit(main())
