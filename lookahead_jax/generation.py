@@ -23,6 +23,7 @@ from lookahead_jax.decoding import DecodeState, decode, decode_burst, seen_token
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules, observer_block
 from lookahead_jax.model import Block, embed, logits
+from lookahead_jax.params import unstack
 from lookahead_jax.policies.base import Policy, scores_by_position
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
