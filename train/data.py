@@ -239,7 +239,7 @@ class TrainingData:
                     padded[place][: len(ids)] = ids
                 return padded
 
-            def read(index: tuple[slice, ...]) -> np.ndarray:
+            def read(index: Any) -> np.ndarray:
                 return block(*index[1].indices(grid.shape[1])[:2])
 
             return jax.make_array_from_callback((*grid.shape, width), sharding, read)
@@ -262,9 +262,14 @@ def open_data(
     if about["base_fingerprint"] != base_fingerprint:
         raise ValueError(f"{directory}: these rows were made for another model; make them anew")
     shards = [_shard(directory, number) for number in range(about["shards"])]
-    dataset = datasets.concatenate_datasets([datasets.load_from_disk(str(s)) for s in shards])
+    dataset = datasets.concatenate_datasets(
+        [datasets.Dataset.load_from_disk(str(s)) for s in shards]
+    )
     table = dataset.data
-    lengths = [pyarrow.compute.list_value_length(table.column(n)).to_numpy() for n in _FEATURES]
+    lengths = [
+        pyarrow.compute.call_function("list_value_length", [table.column(n)]).to_numpy()
+        for n in _FEATURES
+    ]
     lengths = np.stack(lengths, axis=1).astype(np.int64)
     used = (lengths > 0).all(axis=1) & (lengths[:, 0] <= (max_prompt or np.inf))
     if used.sum() < batch:

@@ -244,8 +244,11 @@ def join_cluster() -> None:
         path.exists() for path in map(Path, ("/dev/accel0", "/dev/vfio/0"))
     )
     if several or kubernetes or tpu:
-        given = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-        jax.distributed.initialize(**{k: int(env[v]) for k, v in given.items() if v in env})
+        count, own = (env.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if own is None else int(own),
+        )
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -59,8 +59,9 @@ class MetricsLog:
         if jax.process_index() == 0:
             with open(self._path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
-            for line in lines if self._on_metrics is not None else ():
-                self._on_metrics(line)
+            if self._on_metrics is not None:
+                for line in lines:
+                    self._on_metrics(line)
         if lines and lines[-1]["skipped_in_a_row"] >= self._patience:
             skipped = lines[-1]["skipped_in_a_row"]
             raise FloatingPointError(f"{skipped} steps in a row without a finite loss and gradient")

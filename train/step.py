@@ -4,6 +4,7 @@ Letters: A micro-batches, B rows of one, T prompt, Y response.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,8 @@ class Batch:
 def init_state(modules: LookaheadModules, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(modules, optimizer.init(modules), zero, jnp.zeros_like(zero))
+    tree: Any = modules  # optax declares arrays, and takes any tree of them
+    return TrainState(modules, optimizer.init(tree), zero, jnp.zeros_like(zero))
 
 
 def train_step(
@@ -77,9 +79,10 @@ def train_step(
     (loss, gradient), _ = jax.lax.scan(accumulate, nothing, batch)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    trained: Any = state.modules
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        updates, moments = optimizer.update(gradient, state.optimizer, state.modules)
-    updated = (optax.apply_updates(state.modules, updates), moments)
+        updates, moments = optimizer.update(gradient, state.optimizer, trained)
+    updated = (optax.apply_updates(trained, updates), moments)
     modules, moments = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), updated, (state.modules, state.optimizer)
     )
