@@ -54,7 +54,7 @@ class BaseConfig:
     """Base of the rotary frequencies."""
     lengths: tuple[int, ...] = (128, 256, 128, 256, 128, 256, 576)
     """Row length of each stage."""
-    steps: tuple[int, ...] = (300, 200, 300, 50, 350, 250, 800)
+    steps: tuple[int, ...] = (300, 200, 300, 50, 200, 250, 650)
     """Optimizer steps of each stage."""
     step_tokens: int = 4608
     """Tokens of one optimizer step, text and tasks together."""
