@@ -133,7 +133,7 @@ def optimizer(config: BaseConfig) -> optax.GradientTransformation:
     matrices |= {name: MuonDimensionNumbers(1, (2, 3)) for name in ("q", "k", "v")}
     matrices["o"] = MuonDimensionNumbers((1, 2), 3)
 
-    def dimensions(params: Params) -> Params:
+    def dimensions(params: Params) -> Any:
         return {
             name: {n: matrices.get(n) for n in leaf} if name == "layers" else None
             for name, leaf in params.items()
@@ -240,7 +240,7 @@ def exact_match(
     prompts, answers = make_batch(task, words, count=count, seed=seed, length=length, **knobs)
     tokens = np.concatenate([prompts, np.maximum(answers, 0)], axis=1)
     _, right = evaluate(params, tokens, length, model=model)
-    return (right | (answers < 0)).all(axis=1)
+    return np.all(right | (answers < 0), axis=1)
 
 
 def text_loss(

@@ -228,19 +228,11 @@ def collect(config: CorpusConfig) -> tuple[list[Document], dict[str, dict]]:
             continue
         documents += read_documents(name, root, config, config.package_bytes)
         owner = importlib.metadata.packages_distributions().get(name, [name])[0]
-        meta = importlib.metadata.metadata(owner)
-        licence = meta.get("License-Expression") or next(
-            (
-                c.split(" :: ")[-1]
-                for c in meta.get_all("Classifier") or []
-                if c.startswith("License")
-            ),
-            None,
-        )
-        sources[name] = {
-            "version": meta["Version"],
-            "license": licence or (meta.get("License") or "")[:40],
-        }
+        meta = importlib.metadata.metadata(owner).json
+        labels = [str(c).split(" :: ") for c in meta.get("classifier", [])]
+        named = [parts[-1] for parts in labels if parts[0] == "License"]
+        licence = meta.get("license_expression") or (named or [str(meta.get("license"))[:40]])[0]
+        sources[name] = {"version": meta["version"], "license": licence}
     return documents, sources
 
 

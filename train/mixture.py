@@ -10,12 +10,12 @@ from lookahead_jax.eval.tasks.words import Words
 
 
 class Rows(NamedTuple):
-    """Token rows and the places where the next token is learned."""
+    """Token rows and the places where the next token is learned; NumPy arrays, traced in a step."""
 
-    tokens: np.ndarray  # [rows, T + 1] int32
-    positions: np.ndarray  # [rows, T] int32, ascending
-    picks: np.ndarray  # [rows, Q] int32 positions in 0..T-1
-    weights: np.ndarray  # [rows, Q] float32, 0 = padding
+    tokens: Any  # [rows, T + 1] int32
+    positions: Any  # [rows, T] int32, ascending
+    picks: Any  # [rows, Q] int32 indices in 0..T-1
+    weights: Any  # [rows, Q] float32, 0 = padding
 
 
 def stretched_positions(

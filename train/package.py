@@ -15,7 +15,7 @@ import tyro
 
 from lookahead_jax.checkpoint import load, save_params
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.eval.tasks.prompts import TASKS, text_lines
+from lookahead_jax.eval.tasks.prompts import TASKS, Filler, text_lines
 from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.generation import generate
 from lookahead_jax.params import Params
@@ -66,6 +66,7 @@ def accuracy_table(
     params: Params, model: ModelConfig, words: Words, valid: np.ndarray, config: PackageConfig
 ) -> list[str]:
     """Exact match of every task, with comment filler at every length and text filler at 512."""
+    settings: list[tuple[int, str, Filler | None]]
     settings = [(n, "comments", None) for n in config.lengths]
     settings.insert(1, (512, "held-out code", text_lines(valid, words)))
     rows = [[f"{length} tokens, {name}" for length, name, _ in settings]]
@@ -115,7 +116,8 @@ def completions(out: pathlib.Path) -> list[str]:
         result = generate(
             model, [prompt], policy=make_policy("full"), budget=2048, max_new_tokens=48
         )
-        blocks.append(f"```python\n{prompt}{result.text[0]}\n```\n")
+        continued = result.text[0] if result.text else ""
+        blocks.append(f"```python\n{prompt}{continued}\n```\n")
     return blocks
 
 

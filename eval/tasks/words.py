@@ -117,8 +117,8 @@ class Words:
         cut = len(words) * 5 // 8
         shuffled = np.random.default_rng(0).permutation(words).tolist()
         return cls(
-            bos=tokenizer.token_to_id("<s>"),
-            eos=tokenizer.token_to_id("</s>"),
+            bos=required("<s>"),
+            eos=required("</s>"),
             newline=required("\n"),
             breaks=tuple(sorted(i for t, i in tokenizer.get_vocab().items() if "\u010a" in t)),
             symbols=symbols,
