@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import tokenizers
 
+import lookahead_jax as lk
 from lookahead_jax.eval.tasks.prompts import TASKS, make_batch, make_example, text_lines
 from lookahead_jax.eval.tasks.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
+from lookahead_jax.train.base import exact_match
 from lookahead_jax.train.mixture import (
     repeat_row,
     stretched_positions,
@@ -148,3 +150,14 @@ def test_stretched_positions_ascend_and_stay_in_reach():
     assert positions.max() < 200
     stretched = (positions[:, -1] > 15).sum()
     assert 10 <= stretched <= 30
+
+
+@pytest.mark.parametrize("task", ["lookup", "records"])
+def test_the_embedded_model_solves_fresh_prompts(task):
+    model = lk.load(lk.EMBEDDED_MODEL)
+    words = Words.of(model.tokenizer.backend)
+    right = exact_match(
+        model.params, task, words, model=model.config, count=32, length=512, seed=3_000_000
+    )
+    # Measured: 1.000 of 200 each; two failures of 32 would be below the 95 % that it claims.
+    assert right.mean() >= 0.95

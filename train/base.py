@@ -12,7 +12,7 @@ import os
 import pathlib
 import time
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ def optimizer(config: BaseConfig) -> optax.GradientTransformation:
             adam_b1=0.9,
             adam_b2=0.98,
             consistent_rms=0.2,
-            muon_weight_dimension_numbers=dimensions,
+            muon_weight_dimension_numbers=cast(Any, dimensions),
         ),
     )
 
