@@ -9,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+_UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
@@ -23,6 +27,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
+        if temporary.is_file():
+            temporary.chmod(_MODE)  # some writers make their files private
         if temporary.is_dir():
             for file in temporary.rglob("*"):
                 _sync(file)
