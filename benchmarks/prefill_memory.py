@@ -28,32 +28,9 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefill import prefill
+from lookahead_jax.train.shapes import SHAPES
 
 NEW_TOKENS = 256
-LLAMA_8B = dict(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=14336,
-    hidden_act="silu",
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=dict(
-        rope_type="llama3",
-        factor=8.0,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
-    ),
-    max_position_embeddings=131072,
-    attention_bias=False,
-    mlp_bias=False,
-    tie_word_embeddings=False,
-)
 
 
 def measure(config: ModelConfig, tokens: int, policy: Policy, budget: int, chunk, sharding) -> dict:
@@ -92,7 +69,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--topology", help="a TPU to compile for, such as v5p:2x2x1")
     options = parser.parse_args()
-    config = ModelConfig.from_hf(LLAMA_8B)
+    config = ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
     sharding = None
     if options.topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
+import pytest
 from beartype import beartype
 from jaxtyping import install_import_hook
 
@@ -24,3 +25,10 @@ def check_signature(function):
 
 
 install_import_hook("lookahead_jax", f"{__name__}.check_signature")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drop_compiled_programs():
+    """Every program XLA compiles maps memory, and Linux allows a process 65,530 maps."""
+    yield
+    jax.clear_caches()

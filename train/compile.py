@@ -1,0 +1,143 @@
+"""Compile the training step for TPUs that are not there, and say what it needs.
+
+    python -m lookahead_jax.train.compile --topology v5e:16x16 --model llama-3.1-8b --prompt 16384
+
+Weights, state and batch are abstract shapes; the compiler is the real one (the package libtpu, no
+TPU needed). A step that does not fit a chip's memory fails here. Memory is what the compiler
+allocates per chip; FLOPs are counted by hand, since a compiler counts a loop's body once.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from jax.experimental import topologies
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules
+from lookahead_jax.params import abstract_params
+from lookahead_jax.sharding import make_mesh
+from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.shapes import SHAPES
+from lookahead_jax.train.step import Batch, compile_step, init_state
+
+GIB = 2**30
+ENVIRONMENT = {  # told to the TPU compiler before it starts: there is no host it could ask
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 192}  # GiB of a chip, as published
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compile:
+    """Compile the training step for a TPU topology, from abstract shapes."""
+
+    topology: str
+    """Kind and shape of the slice: v5e:16x16, v5p:4x4x4, ..."""
+    model: str = "llama-3.1-8b"
+    """A published shape (train/shapes.py)."""
+    prompt: int = 16384
+    """Tokens of every prompt."""
+    response: int = 512
+    """Tokens of every response."""
+    batch: int = 32
+    """Rows of one step, on all chips together."""
+    tensor: int = 8
+    """Ways in which heads and MLP are split; at most the KV heads."""
+    fsdp: int = 1
+    """Ways in which the rest of the weights is split, over rows of the batch."""
+    tokens: int = 32
+    """Lookahead tokens M."""
+    rank: int = 8
+    """LoRA rank R."""
+
+
+def training_flops(config: ModelConfig, prompt: int, response: int, tokens: int) -> float:
+    """FLOPs of one row of a step: the forward of prompt and response, and the lookahead rows'
+    forward, recomputed forward and backward (4 forwards in all). No LM head is run."""
+    d, f = config.hidden_size, config.mlp_dim
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    weights = 2 * (2 * d * heads + 2 * d * kv + 3 * d * f)  # per row and layer
+
+    def rows(count: int, seen: float) -> float:
+        return count * (weights + 4 * heads * seen)
+
+    forward = rows(prompt, prompt / 2) + rows(response, prompt + response / 2)
+    return config.num_layers * (forward + 4 * rows(tokens, prompt + tokens / 2))
+
+
+def compile_training_step(options: Compile) -> dict[str, Any]:
+    """Compiles and reports; raises the compiler's own error where the step does not fit."""
+    if options.model not in SHAPES:
+        raise ValueError(f"unknown model {options.model!r}; known: {', '.join(SHAPES)}")
+    config = ModelConfig.from_hf(SHAPES[options.model])
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=options.topology)
+    mesh = make_mesh(fsdp=options.fsdp, tensor=options.tensor, devices=topology.devices)
+    sizes = LookaheadConfig(
+        tokens=options.tokens, rank=options.rank, alpha=32.0, targets=tuple(TARGETS), init="normal"
+    )
+    optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=152), steps=7600)
+
+    def state():
+        return init_state(init_modules(jax.random.key(0), sizes, config), optimizer)
+
+    def rows(length: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, options.batch, length), jnp.int32)
+
+    step = compile_step(mesh, config=config, optimizer=optimizer, chunk=options.prompt)
+    begin = time.perf_counter()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = step.lower(
+            abstract_params(config, jnp.bfloat16),
+            jax.eval_shape(state),
+            Batch(rows(options.prompt), rows(options.response)),
+        ).compile()
+    memory = program.memory_analysis()
+    kind = options.topology.partition(":")[0]
+    flops = options.batch * training_flops(config, options.prompt, options.response, options.tokens)
+    return {
+        **dataclasses.asdict(options),
+        "chips": len(topology.devices),
+        "mesh": dict(mesh.shape),
+        "compile_s": round(time.perf_counter() - begin, 1),
+        "arguments_gib": round(memory.argument_size_in_bytes / GIB, 3),
+        "temporaries_gib": round(memory.temp_size_in_bytes / GIB, 3),
+        "peak_gib": round(memory.peak_memory_in_bytes / GIB, 3),
+        "hbm_gib": HBM.get(kind),
+        "tflops_per_chip": round(flops / len(topology.devices) / 1e12, 2),
+        "collectives": _collectives(program),
+        "jax": jax.__version__,
+    }
+
+
+def _collectives(program: Any) -> dict[str, int] | str:
+    """How often each collective stands in the program (in a loop: once), if it can be read."""
+    try:
+        text = program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        return f"not readable: {str(error).splitlines()[0][:80]}"
+    names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}
+
+
+def main(options: Compile) -> None:
+    print(json.dumps(compile_training_step(options), indent=2))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Compile))
+    except ValueError as error:
+        sys.exit(f"compile: error: {error}")
