@@ -69,7 +69,7 @@ class Generation:
 
 
 def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Texts through the tokenizer, token rows as they are (padding -1 stripped)."""
+    """Texts through the tokenizer, token rows as they are, less the padding at their end."""
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -77,7 +77,9 @@ def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list
                 raise ValueError("this model has no tokenizer.json: give token ids")
             row = model.tokenizer.encode(prompt)
         else:
-            row = [int(t) for t in np.asarray(prompt) if t >= 0]
+            row = [int(token) for token in prompt]
+            while row and row[-1] == -1:
+                row.pop()
         if not row:
             raise ValueError(f"prompt {i} is empty")
         rows.append(row)

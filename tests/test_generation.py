@@ -194,6 +194,7 @@ def test_four_devices_keep_and_generate_the_same():
         (dict(prompts=[]), "no prompt"),
         (dict(prompts=[[]]), "prompt 0 is empty"),
         (dict(prompts=[[5, 10**6]]), "outside the vocabulary"),
+        (dict(prompts=[[5, -3, 7]]), "token id -3"),
         (dict(seeds=[1, 2]), "2 seeds for 1 prompts"),
         (dict(budget=0), "at least 1"),
         (dict(policy=make_policy("lookaheadkv")), "lookahead modules"),

@@ -122,7 +122,7 @@ class RunOptions:
     stop: Repeated = ()
     """Ends the text before this string."""
     seed: int = 0
-    """Seed of the sampling; row i of a token file uses seed + i."""
+    """Seed of the sampling, for every row: a row comes out the same alone and among others."""
 
     def run(self, model, prompts, policy, **arguments):
         """Continues the prompts with `lk.generate`, which `arguments` are handed to."""
@@ -137,7 +137,7 @@ class RunOptions:
             sampling=lk.Sampling(**asdict(self.sampling)),
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
-            seeds=[self.seed + i for i in range(len(prompts))],
+            seeds=[self.seed] * len(prompts),
             **arguments,
         )
 
