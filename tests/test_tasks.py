@@ -47,7 +47,7 @@ def solve(text: str) -> list[str]:
         case "record":
             return [w for field in SCHEMAS[arguments[0]].split() for w in (field, pairs[field])]
         case "tag":
-            return [*arguments, *(r[2] for r in rows if r[:2] == ["+", arguments[0]])]
+            return [*arguments, *(r[3] for r in rows if r[:2] == ["+", arguments[0]])]
         case "copy":
             return next(r[1:-1] for r in rows if r[:2] == ["[", arguments[0]])
         case "trace":

@@ -38,6 +38,8 @@ class BaseConfig:
     """Directory written by train.corpus."""
     out: pathlib.Path
     """Run directory."""
+    start: pathlib.Path | None = None
+    """Run whose weights this one starts from, of the same sizes; None starts from random ones."""
     hidden: int = 192
     """Width D of the residual stream."""
     layers: int = 4
@@ -114,7 +116,9 @@ class BaseConfig:
 
 
 def start_params(config: BaseConfig, model: ModelConfig) -> Params:
-    """Random weights; what writes into the residual stream starts small."""
+    """Weights of an earlier run, or random ones whose writes into the residual stream are small."""
+    if config.start is not None:
+        return read_params(config.start, model)
     params = init_params(jax.random.key(config.seed), model, jnp.float32)
     small = (2 * model.num_layers) ** -0.5
     layers = params["layers"]

@@ -56,7 +56,7 @@ def _knobs(rng: np.random.Generator, family: str, room: int) -> dict[str, Any]:
         case "records":
             return {"schemas": int(rng.integers(1, min(8, max(1, rows // 6)) + 1)), "questions": 6}
         case "tagged":
-            tags = int(rng.integers(1, min(4, max(1, rows // 3)) + 1))
+            tags = int(rng.integers(1, min(8, max(1, rows // 4)) + 1))
             return {
                 "tags": tags,
                 "per_tag": int(rng.integers(2, min(8, max(2, rows // tags)) + 1)),
@@ -70,7 +70,7 @@ def _knobs(rng: np.random.Generator, family: str, room: int) -> dict[str, Any]:
                 "questions": 4,
             }
         case "chains":
-            count = int(rng.integers(1, min(10, max(1, rows // 4)) + 1))
+            count = int(rng.integers(1, min(16, max(1, rows // 4)) + 1))
             return {
                 "chains": count,
                 "hops": int(rng.integers(2, min(5, max(2, rows // count)) + 1)),

@@ -6,7 +6,7 @@ both are what a small model learns quickly (the value follows the last time the 
 
     lookup   rows ` - name value`         `>>> find a b :`       ` a 1 b 2`
     records  rows ` - field value`        `>>> record graph :`   ` nodes 1 edges 2 ...`
-    tagged   rows ` + tag value`          `>>> tag color :`      ` color`, its values in order
+    tagged   rows ` + tag before value`   `>>> tag color :`      ` color`, its values in order
     spans    rows ` [ tag v v v v ]`      `>>> copy color :`     ` color v v v v`
     chains   rows ` > a b`                `>>> trace a :`        ` a b c d e`
 """
@@ -104,17 +104,17 @@ def records(
 def tagged(
     rng: np.random.Generator, words: Words, pool: Pool, *, tags: int, per_tag: int, questions: int
 ) -> Facts:
-    """`per_tag` rows for each of `tags` tags, mixed; the answer keeps the order of the document."""
-    rows = [
-        [words.symbols["+"], tag, value]
-        for tag in pool.tags(tags)
-        for value in pool.values(per_tag)
-    ]
-    rows = shuffled(rng, rows)
-    names = shuffled(rng, sorted({row[1] for row in rows}))
-    asked = [
-        question(words, "tag", [n], [n, *(row[2] for row in rows if row[1] == n)]) for n in names
-    ]
+    """`per_tag` rows for each of `tags` tags, mixed; the answer keeps the order of the document.
+
+    Every row names the value before it under its tag, the first one the tag itself. Without that
+    the order is a matter of positions alone, which a model of a few layers does not learn.
+    """
+    names = pool.tags(tags)
+    values = {tag: [tag, *pool.values(per_tag)] for tag in names}
+    order = shuffled(rng, [tag for tag in names for _ in range(per_tag)])
+    links = {tag: pairwise(values[tag]) for tag in names}
+    rows = [[words.symbols["+"], tag, *next(links[tag])] for tag in order]
+    asked = [question(words, "tag", [tag], values[tag]) for tag in shuffled(rng, names)]
     return Facts(rows, asked[:questions])
 
 

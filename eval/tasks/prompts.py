@@ -13,9 +13,9 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "lookup": ("lookup", {"pairs": 48, "asked": 1}),
     "multi_lookup": ("lookup", {"pairs": 48, "asked": 4}),
     "records": ("records", {"schemas": 8}),
-    "tagged": ("tagged", {"tags": 4, "per_tag": 6}),
+    "tagged": ("tagged", {"tags": 6, "per_tag": 6}),
     "spans": ("spans", {"spans": 4, "span": 12}),
-    "chains": ("chains", {"chains": 8, "hops": 4}),
+    "chains": ("chains", {"chains": 14, "hops": 4}),
 }
 """Task name -> (family, knobs at 512 tokens)."""
 
