@@ -69,10 +69,11 @@ def attention_logits(q, k, q_pos, k_pos, config, window):
     return np.where(seen[None], logits, -np.inf)
 
 
-def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0):
+def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None):
     """Runs `tokens` [T], then the residual rows `rows` [M, D]; -> ([Layer, ...], hidden [W, D]).
 
-    `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows behind the prompt.
+    `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows behind the prompt. Of the
+    prompt these see all, or the positions `kept[layer][KV head]`.
     """
     params = {
         "layers": {name: np.asarray(w, np.float64) for name, w in params["layers"].items()},
@@ -107,8 +108,12 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0):
         k = np.einsum("phi,pni->pnh", turn, k)
         q_plain, q, k, v = (a.transpose(1, 0, 2) for a in (q_plain, q, k, v))
         logits = attention_logits(q, k, position, position, config, config.layer_window[index])
-        probs = softmax(logits)
         group = heads // config.num_kv_heads
+        if kept is not None:
+            for n in range(heads):
+                gone = np.setdiff1d(np.arange(prompt), kept[index][n // group])
+                logits[n][np.ix_(position >= prompt, gone)] = -np.inf
+        probs = softmax(logits)
         out = np.stack([probs[n] @ v[n // group] for n in range(heads)], axis=1)
         out = linear("o", out.reshape(width, -1))
         x = x + (norm(out, p["attn_post_norm"], config) if config.post_norms else out)
@@ -150,6 +155,23 @@ def snapkv(layer, length, window, kind, kernel):
     """Mean of A[i, j] over the last `window` queries i, for j before the window."""
     before = length - window
     return observed(layer, length, np.arange(before, length), before, kind, kernel)
+
+
+def best(scores, count, first):
+    """The `count` best of the entries from `first` on, ties to the earlier: ascending positions."""
+    order = sorted(range(first, len(scores)), key=lambda j: (-scores[j], j))
+    return np.sort(np.array(order[:count], int))
+
+
+def greedy_draft(params, config, tokens, kept, steps, eos=()):
+    """Tokens decoded greedily behind a prompt of which each layer and head kept some entries."""
+    table = np.asarray(params["embed"], np.float64)
+    draft = []
+    while len(draft) < steps and not (draft and draft[-1] in eos):
+        rows = table[np.array(draft, int)] * (config.embed_scale or 1.0)
+        _, hidden = run(params, config, tokens, rows, kept=kept)
+        draft.append(int(np.argmax(hidden[-1] @ table.T)))
+    return draft
 
 
 def h2o(layer, length):

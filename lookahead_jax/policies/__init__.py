@@ -10,6 +10,7 @@ from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
+from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
@@ -29,6 +30,8 @@ POLICIES: dict[str, type[Policy]] = {
     "ada": Ada,
     "keydiff": KeyDiff,
     "expected_attention": ExpectedAttention,
+    "laq": LAQ,
+    "laq++": LAQPlusPlus,
     "lookaheadkv": LookaheadKV,
     "oracle": Oracle,
 }

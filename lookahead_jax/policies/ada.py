@@ -47,6 +47,10 @@ class Ada(Policy):
     def response_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.inner.response_tokens
 
+    @property
+    def draft_policy(self) -> Policy | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.draft_policy
+
     def notice(self, budget: int) -> str | None:
         return self.inner.notice(budget)
 

@@ -93,6 +93,7 @@ class Policy:
     two_pass: ClassVar[bool] = False
     uses_modules: ClassVar[bool] = False  # reads lookahead modules (lookahead.py)
     response_tokens: ClassVar[int] = 0  # a two-pass policy reads a response of this length
+    draft_policy: ClassVar["Policy | None"] = None  # decoded on a copy that this cuts; None: on all
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of fields
 
     def notice(self, budget: int) -> str | None:
@@ -100,7 +101,7 @@ class Policy:
         return None
 
     def window_rows(self, budget: int) -> int:
-        """How many of the last prompt tokens act as observers."""
+        """How many of the last prompt tokens act as observers (two-pass: besides the response)."""
         return 0
 
     def init_stats(self, batch: int, tokens: int, config: ModelConfig) -> Stats:
@@ -118,6 +119,10 @@ class Policy:
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         """Entries kept whatever their score: bool, shaped like `pos` [B, K or 1, T]."""
         return jnp.zeros(pos.shape, bool)
+
+    def candidates(self, pos: jax.Array, length: jax.Array, window: jax.Array | None) -> jax.Array:
+        """Entries that may be kept at all, bool: those that the next token could still see."""
+        return candidates(pos, length, window)
 
     def layer_budgets(self, length: jax.Array, budget: int, config: ModelConfig) -> jax.Array:
         """Entries per KV head in each layer, int32 [L, B]; the mean over layers is min(C, T)."""
@@ -196,7 +201,7 @@ class Kept(NamedTuple):
 
 
 def candidates(view_pos: jax.Array, length: jax.Array, window: jax.Array | None) -> jax.Array:
-    """Entries that the next token (position = length) could still see; others are never kept."""
+    """Entries that the next token (position = length) could still see."""
     filled = view_pos >= 0
     if window is None:
         return filled
@@ -211,7 +216,7 @@ def select(
     `target` is the C of the request and `budget` [B] this layer's share of it; `limit` is the
     static number of slots.
     """
-    allowed = candidates(view.pos, view.length, view.window)
+    allowed = policy.candidates(view.pos, view.length, view.window)
     pinned = policy.protected(view.pos, view.length, target) & allowed
     # A score of -inf must not tie with the entries that may not be kept.
     scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)

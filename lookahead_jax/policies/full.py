@@ -21,3 +21,14 @@ class Full(Policy):
 
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         return tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole(Full):
+    """Also keeps what lies behind a sliding window: the first pass of two-pass policies.
+
+    The next token cannot see it, but rows of the prompt that are read once more do.
+    """
+
+    def candidates(self, pos: jax.Array, length: jax.Array, window: jax.Array | None) -> jax.Array:
+        return pos >= 0
