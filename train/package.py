@@ -1,6 +1,8 @@
 """Measure a trained base model and write the directory that ships with the package.
 
-python -m lookahead_jax.train.package --corpus CORPUS --run RUN --out lookahead_jax/assets/base
+    python -m lookahead_jax.train.package --corpus CORPUS --run RUN --out lookahead_jax/assets/base
+
+The held-out code that the evaluation reads goes to eval/tasks/heldout_code.jsonl.
 """
 
 import dataclasses
@@ -15,8 +17,10 @@ import tyro
 
 from lookahead_jax.checkpoint import load, save_params
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.eval.tasks.code import HELDOUT
 from lookahead_jax.eval.tasks.prompts import TASKS, Filler, text_lines
 from lookahead_jax.eval.tasks.words import Words
+from lookahead_jax.files import atomic_write
 from lookahead_jax.generation import generate
 from lookahead_jax.params import Params
 from lookahead_jax.policies import make_policy
@@ -34,6 +38,7 @@ PROMPTS = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
     "def mean(values):\n    total = 0\n    for value in values:",
 )
+HELDOUT_CHARS = 12_000  # of each held-out file; the whole of a few long ones would outweigh the rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +149,17 @@ def write_files(config: PackageConfig, params: Params, hf: dict, model: ModelCon
         (config.out / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def write_heldout(corpus: pathlib.Path) -> None:
+    """The beginnings of the held-out files with their sources and licences, a JSON line each."""
+    sources = json.loads((corpus / "manifest.json").read_text())["sources"]
+    lines = []
+    for line in (corpus / "valid.jsonl").read_text().splitlines():
+        file = json.loads(line)
+        file |= {"license": sources[file["source"]]["license"], "text": file["text"][:HELDOUT_CHARS]}
+        lines.append(json.dumps(file))
+    atomic_write(HELDOUT, "\n".join(lines) + "\n")
+
+
 def main(config: PackageConfig) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(config.corpus / "tokenizer.json"))
     words = Words.of(tokenizer)
@@ -152,6 +168,7 @@ def main(config: PackageConfig) -> None:
     model = ModelConfig.from_hf(hf)
     params = read_params(config.run, model)
     write_files(config, params, hf, model)
+    write_heldout(config.corpus)
     figures = text_figures(params, model, valid, tokenizer)
     print(figures, flush=True)
     sections = {
