@@ -146,7 +146,7 @@ def _read_twice(
     if (draft := policy.draft_policy) is None:
         copy = full.cache.fork(1)
     else:
-        again = _read_again(params, tokens, draft.window_rows(budget), None, full.cache, config)
+        again = read_again(params, tokens, draft.window_rows(budget), None, full.cache, config)
         slots = slots_for(draft, full.cache.slots, budget, answer, config=config)
         copy, _ = compress(
             params, full.cache, again, config=config, policy=draft, budget=budget, slots=slots
@@ -154,7 +154,7 @@ def _read_twice(
     response = decode(
         params, copy, full.logits, config=config, max_new_tokens=answer, eos_ids=eos_ids
     ).tokens
-    again = _read_again(params, tokens, policy.window_rows(budget), response, full.cache, config)
+    again = read_again(params, tokens, policy.window_rows(budget), response, full.cache, config)
     slots = slots_for(policy, full.cache.slots, budget, new_tokens, config=config)
     cache, scores = compress(
         params, full.cache, again, config=config, policy=policy, budget=budget, slots=slots,
@@ -165,7 +165,7 @@ def _read_twice(
     return Prefilled(cache, full.logits, scores)
 
 
-def _read_again(
+def read_again(
     params: Params,
     tokens: jax.Array,
     rows: int,
