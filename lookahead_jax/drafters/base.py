@@ -1,0 +1,36 @@
+"""What a drafter that runs on the host is: it watches tokens go by and proposes continuations."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Draft(NamedTuple):
+    """Proposed nodes below the last token of a request, which is not among them.
+
+    A parent is -1 (the last token itself) or an index into these arrays, below the node's own.
+    """
+
+    tokens: np.ndarray  # int32 [n]
+    parents: np.ndarray  # int32 [n]
+
+
+class HostDrafter(Protocol):
+    """Requests join, are observed token by token, and leave; each is known by a number."""
+
+    def begin(self, request: int, prompt: Sequence[int]) -> None:
+        """A request joins with its prompt, before any token is emitted."""
+        ...
+
+    def observe(self, request: int, tokens: Sequence[int]) -> None:
+        """The next tokens that the request emitted, in order, each exactly once."""
+        ...
+
+    def propose(self, request: int, nodes: int, depth: int) -> Draft:
+        """At most `nodes` nodes, no deeper than `depth`, that continue all that was observed."""
+        ...
+
+    def end(self, request: int) -> None:
+        """The request leaves."""
+        ...

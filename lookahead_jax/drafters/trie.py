@@ -1,0 +1,128 @@
+"""The token trie: n-grams of prompts and outputs, counted as they go by (arXiv 2312.12728).
+
+An n-gram counts where it begins. Those that begin in the prompt of a request, across its end
+too, are seen by that request only and leave with it; those that begin in an output are seen by
+all. Differences from the published code: every token can be retrieved at once, several suffixes
+of the context are merged into one tree by path probability, and the nodes are bounded.
+"""
+
+import threading
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lookahead_jax.drafters import _ngrams
+from lookahead_jax.drafters.base import Draft
+
+
+class _Request(NamedTuple):
+    root: int  # of its private trie
+    active: np.ndarray  # int32 [D] nodes of the last 1 to D - 1 tokens
+    born: np.ndarray  # uint32 [D] which life of each node
+    recent: np.ndarray  # int32 [context] the last tokens, -1 before the first
+
+
+class Trie:
+    """A host drafter. Safe to share between threads.
+
+    capacity: nodes (48 bytes each, at most 56) of all requests together. At the bound the n-gram
+        unseen for longest goes; prompts and outputs are each sure of half.
+    branch: longest draft (published: 12). context: longest suffix looked up (published: 2).
+        Stored n-grams are `branch + context` tokens at most, so the longest suffixes of the
+        context have at least `branch` tokens after them.
+    half_life: observed tokens after which an occurrence counts half; by default as many as fill
+        the store when nothing repeats. `inf` counts exactly.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 1 << 20,
+        branch: int = 12,
+        context: int = 4,
+        half_life: float | None = None,
+    ):
+        if branch < 1 or context < 1:
+            raise ValueError(f"branch and context must be at least 1, got {branch} and {context}")
+        self._length = branch + context
+        if not 4 * self._length <= capacity < 2**31:
+            raise ValueError(
+                f"capacity must be {4 * self._length} (4 per token of an n-gram) to 2**31 - 1 "
+                f"nodes, got {capacity}"
+            )
+        half_life = capacity / self._length if half_life is None else half_life
+        if not half_life > 0:
+            raise ValueError(f"half_life must be positive, got {half_life}")
+        self._growth = 2.0 ** (1.0 / half_life)
+        self._context = context
+        self._store = _ngrams.empty(capacity)
+        self._requests: dict[Hashable, _Request] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
+        """Counts the n-grams of `prompt` for this request alone."""
+        with self._lock:
+            if request in self._requests:
+                raise ValueError(f"request {request} has already begun: end it first")
+            root = _ngrams.open_root(*self._store)
+            if root == _ngrams.NONE:
+                raise ValueError(
+                    f"{len(self._requests)} requests fill the trie: give it more capacity"
+                )
+            active = np.full(self._length, _ngrams.NONE, np.int32)
+            born = np.zeros(self._length, np.uint32)
+            recent = np.full(self._context, _ngrams.NONE, np.int32)
+            state = _Request(root, active, born, recent)
+            try:
+                self._count(state, prompt, root)
+            except ValueError:
+                _ngrams.close_root(*self._store, root)
+                raise
+            self._requests[request] = state
+
+    def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
+        """Counts the n-grams that `tokens` complete."""
+        with self._lock:
+            self._count(self._get(request), tokens, _ngrams.PUBLIC)
+
+    def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
+        """The best tree of at most `nodes` nodes and `depth` levels; see `_ngrams.propose`."""
+        with self._lock:
+            state = self._get(request)
+            if nodes < 1 or depth < 1:
+                return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
+            tokens, parents = _ngrams.propose(
+                *self._store, state.active, state.root, state.recent, nodes, depth
+            )
+        return Draft(tokens, parents)
+
+    def end(self, request: Hashable) -> None:
+        """Forgets the n-grams that begin in the prompt of `request`."""
+        with self._lock:
+            _ngrams.close_root(*self._store, self._get(request).root)
+            del self._requests[request]
+
+    @property
+    def size(self) -> int:
+        """Nodes in use."""
+        state = self._store[2][0]
+        return int(state["public"] + state["private"])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of a full store: nodes, child lookup and all."""
+        return sum(array.nbytes for array in self._store)
+
+    def _get(self, request: Hashable) -> _Request:
+        if request not in self._requests:
+            raise ValueError(f"request {request} has not begun, or has ended")
+        return self._requests[request]
+
+    def _count(self, request: _Request, tokens: Sequence[int] | np.ndarray, root: int) -> None:
+        ids = np.asarray(tokens, np.int64)
+        _, active, born, recent = request
+        if ids.ndim != 1 or not _ngrams.observe(
+            *self._store, active, born, recent, root, ids, self._growth
+        ):
+            raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
