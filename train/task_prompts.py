@@ -20,7 +20,7 @@ from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.files import atomic_write
 
 CODE = "code"
-SHORTEST = 192  # tokens of the shortest prompts; the tasks' knobs below fit into them
+SHORTEST = 160  # tokens of the shortest prompts; the tasks' knobs below fit into them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class PromptsConfig:
     count: int = 2048
     """Prompts of all tasks together."""
     longest: int = 512
-    """Tokens of the longest prompts; half of them are as long."""
+    """Tokens of the longest prompts; lengths are spread evenly below."""
     seed: int = 4_000_000
     """First seed; every prompt has one of its own."""
 
@@ -72,7 +72,7 @@ def prompt(
 ) -> list[int]:
     """The prompt with this number, a function of it and the seed."""
     rng = np.random.default_rng((config.seed, number))
-    length = int(config.longest if rng.random() < 0.5 else rng.integers(SHORTEST, config.longest))
+    length = int(rng.integers(SHORTEST, config.longest + 1))
     if task == CODE:
         start = int(rng.integers(0, len(stream) - length))
         return [words.bos, *stream[start + 1 : start + length].tolist()]

@@ -1,0 +1,103 @@
+"""What eviction adds to the time to the first token, in paired and interleaved runs.
+
+Every repetition reads the same prompt once with each policy, in random order; the figures are the
+mean difference from the full cache with a 95 % interval over repetitions, and the median ratio.
+
+    python benchmarks/time_to_first_token.py --out benchmarks/results/time_to_first_token.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lookahead_jax as lk
+from lookahead_jax.files import atomic_write
+
+POLICIES = {
+    "full": ("full", {}),
+    "lookaheadkv": ("lookaheadkv", {}),
+    "snapkv": ("snapkv", {}),
+    "h2o": ("h2o", {}),
+    "laq": ("laq", {"draft_tokens": 32}),
+}
+
+
+def measure(tokens: int, budget: int, repetitions: int, modules_dir: Path) -> dict:
+    """Seconds of every repetition and policy, and what they say about the differences."""
+    model = lk.load(lk.EMBEDDED_MODEL)
+    modules = lk.load_modules(modules_dir, params=model.params, config=model.config)
+    text = (lk.EMBEDDED_MODEL.parent / "example.txt").read_text()
+    prompt = jnp.asarray(np.resize(model.tokenizer.encode(text), (1, tokens)), jnp.int32)
+    policies = {n: lk.make_policy(name, **kw) for n, (name, kw) in POLICIES.items()}
+
+    def read(name: str) -> None:
+        result = lk.read_prompt(
+            model.params, prompt, config=model.config, policy=policies[name], budget=budget,
+            new_tokens=64, modules=modules,
+        )  # fmt: skip
+        jax.block_until_ready((result.logits.argmax(-1), result.cache))
+
+    for name in policies:
+        read(name)
+    rng, seconds = np.random.default_rng(0), {name: [] for name in policies}
+    for _ in range(repetitions):
+        for name in rng.permutation(list(policies)).tolist():
+            began = time.perf_counter()
+            read(name)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: _compare(values, seconds["full"]) for name, values in seconds.items()}
+
+
+def _compare(values: list[float], full: list[float]) -> dict:
+    added = np.array(values) - np.array(full)
+    half = 1.96 * added.std(ddof=1) / np.sqrt(len(added))
+    return {
+        "median_s": float(np.median(values)),
+        "added_ms": 1e3 * float(added.mean()),
+        "added_ms_interval": [1e3 * float(added.mean() - half), 1e3 * float(added.mean() + half)],
+        "median_ratio": float(np.median(np.array(values) / np.array(full))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--modules", type=Path, default=lk.EMBEDDED_MODEL.parent / "lookahead")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    content = json.dumps(
+        {
+            "commit": commit.stdout.strip(),
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "jax": jax.__version__,
+            "tokens": options.tokens,
+            "budget": options.budget,
+            "repetitions": options.repetitions,
+            "policies": measure(
+                options.tokens, options.budget, options.repetitions, options.modules
+            ),
+        },
+        indent=1,
+    )
+    print(content)
+    if options.out is not None:
+        atomic_write(options.out, content + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The policies of the comparison, and the settings that each of them may choose from.
+
+A baseline gets its best setting per task and budget, chosen on the validation split. The learned
+policy has no choice: its one setting is the default.
+"""
+
+import json
+from itertools import product
+from pathlib import Path
+
+from lookahead_jax.files import atomic_write
+from lookahead_jax.policies import make_policy
+from lookahead_jax.policies.base import Policy
+
+CHOSEN = Path(__file__).parent / "chosen_settings.json"
+_ASSETS = Path(__file__).parent.parent / "lookahead_jax" / "assets"
+ORACLE = "oracle"
+LOOKAHEAD = "lookaheadkv"
+
+# Tasks that share a fold are learned together: modules tested on one of them as unseen were trained
+# on the other folds alone.
+FOLDS = {
+    "records": "a",
+    "tagged": "a",
+    "spans": "b",
+    "chains": "b",
+    "lookup": "c",
+    "multi_lookup": "c",
+    "code": "c",
+}
+SHIPPED = (
+    f"{LOOKAHEAD}={_ASSETS / 'lookahead'}",
+    *(f"{LOOKAHEAD}={_ASSETS / 'comparison' / f'all-{seed}'}" for seed in (1, 2)),
+    *(
+        f"{LOOKAHEAD}_unseen={_ASSETS / 'comparison' / f'without-{{fold}}-{seed}'}"
+        for seed in (0, 1, 2)
+    ),
+)
+"""The modules that ship: LABEL=DIR, as `--modules` takes them."""
+
+Setting = tuple[tuple[str, str], ...]
+"""Arguments of make_policy, as pairs of text."""
+
+
+def _grid(**choices: tuple) -> tuple[Setting, ...]:
+    return tuple(
+        tuple((name, str(value)) for name, value in zip(choices, values, strict=True))
+        for values in product(*choices.values())
+    )
+
+
+def _pooled(prefix: str, settings: tuple[Setting, ...], kinds: tuple[tuple[str, int], ...]):
+    """Every setting with every kind of pooling, whose fields start with `prefix`."""
+    return tuple(
+        (*setting, (f"{prefix}pool", pool), (f"{prefix}kernel", str(kernel)))
+        for setting in settings
+        for pool, kernel in kinds
+    )
+
+
+_POOLS = (("none", 1), ("max", 3), ("max", 7), ("avg", 5))
+_FEW = (("none", 1), ("max", 7))
+_SNAP = _pooled("", _grid(window=(1, 4, 8, 16, 32)), _POOLS)
+_SNAP_FEW = _pooled("", _grid(window=(4, 8, 32)), _FEW)
+_LAQ = _pooled(
+    "draft_", _pooled("", _grid(draft_tokens=(8, 16, 32), draft_window=(4, 8)), _FEW), _FEW
+)
+
+METHODS: dict[str, tuple[Setting, ...]] = {
+    "random": ((),),
+    "streaming_llm": ((),),
+    "keydiff": ((),),
+    "expected_attention": ((),),
+    "tova": ((),),
+    "h2o": _grid(window=(0, 8, 32)),
+    "snapkv": _SNAP,
+    "pyramidkv": _SNAP_FEW,
+    "ada": tuple((("inner", "snapkv"), *setting) for setting in _SNAP_FEW),
+    "laq": _LAQ,
+    "laq++": _LAQ,
+    LOOKAHEAD: ((),),
+    ORACLE: ((),),
+}
+DRAFT_FREE = tuple(name for name in METHODS if name not in ("laq", "laq++", LOOKAHEAD, ORACLE))
+
+
+def build(method: str, setting: Setting) -> Policy:
+    """The policy with this setting."""
+    return make_policy(method, **dict(setting))
+
+
+def write_chosen(
+    chosen: dict[str, dict[str, list[int]]], length: int, budgets: tuple[int, ...]
+) -> None:
+    """Notes task -> method -> the number of its best setting at each budget, for one length."""
+    content = json.loads(CHOSEN.read_text()) if CHOSEN.is_file() else {}
+    content[str(length)] = {
+        "budgets": budgets,
+        "settings": {
+            task: {m: [dict(METHODS[m][i]) for i in best] for m, best in methods.items()}
+            for task, methods in chosen.items()
+        },
+    }
+    atomic_write(CHOSEN, json.dumps(content, indent=1) + "\n")
+
+
+def read_chosen(task: str, method: str, length: int, budgets: tuple[int, ...]) -> list[Setting]:
+    """The setting of a method at each budget. Methods without a choice need no file.
+
+    Raises:
+      ValueError: nothing was chosen for this length, task or method; `--tune` does that.
+    """
+    if len(METHODS[method]) == 1:
+        return [METHODS[method][0]] * len(budgets)
+    content = json.loads(CHOSEN.read_text()).get(str(length), {"settings": {}})
+    settings = content["settings"].get(task, {}).get(method)
+    if settings is None or tuple(content["budgets"]) != budgets:
+        raise ValueError(
+            f"no setting of {method} was chosen for {task} at {length} tokens; run --tune first"
+        )
+    return [tuple(setting.items()) for setting in settings]

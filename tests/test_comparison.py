@@ -1,0 +1,128 @@
+"""The comparison of policies: forced answers on masked caches are what real eviction decodes."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax.decoding import decode
+from lookahead_jax.eval import methods
+from lookahead_jax.eval.masked import RESPONSE, keep_masks, outcome, read_full
+from lookahead_jax.eval.summary import best_settings, duel, summarise, verdicts, wilson
+from lookahead_jax.files import save_arrays
+from lookahead_jax.generation import read_prompt
+from lookahead_jax.policies import make_policy
+from tests import tiny
+
+MODEL = tiny.config()
+EOS = (5,)
+BUDGETS = (6, 14, 20)
+ANSWER = 8
+POLICIES = [
+    make_policy("snapkv", window=8),  # at a budget of 6 the window is cut
+    make_policy("pyramidkv", window=4),
+    make_policy("ada", window=4),
+    make_policy("streaming_llm"),
+    make_policy("oracle", response_tokens=RESPONSE),
+    make_policy("laq", draft_tokens=4, draft_window=4),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
+def test_masks_keep_what_real_eviction_keeps_and_choose_what_it_decodes(policy):
+    params, tokens = tiny.params(MODEL), tiny.batch((40, 40), MODEL)
+    shared = dict(config=MODEL, eos_ids=EOS)
+    evicted, answers = [], []
+    for budget in BUDGETS:
+        read = read_prompt(
+            params, tokens, policy=policy, budget=budget, new_tokens=RESPONSE, **shared
+        )
+        evicted.append(np.asarray(read.cache.pos))
+        answers.append(
+            decode(params, read.cache, read.logits, max_new_tokens=ANSWER, **shared).tokens
+        )
+    for u, answer in enumerate(answers):
+        reference = read_full(params, tokens, answer, **shared)
+        if u == 0:
+            keep = keep_masks(params, reference, policy, BUDGETS, **shared)
+            for mask, pos in zip(keep, evicted, strict=True):
+                kept = np.where(mask, np.asarray(reference.cache.pos), -1)
+                for ours, real in zip(
+                    kept.reshape(-1, kept.shape[-1]), pos.reshape(-1, pos.shape[-1]), strict=True
+                ):
+                    assert ours[ours >= 0].tolist() == real[real >= 0].tolist()
+        choice = np.asarray(outcome(params, reference, keep, config=MODEL).choice[u])
+        there = np.asarray(answer) >= 0
+        np.testing.assert_array_equal(choice[there], np.asarray(answer)[there])
+
+
+def test_divergence_is_zero_where_nothing_is_evicted_and_grows_with_eviction():
+    params, tokens = tiny.params(MODEL), tiny.batch((40, 40), MODEL)
+    reference = read_full(params, tokens, None, config=MODEL, eos_ids=EOS)
+    np.testing.assert_array_equal(reference.forced, reference.response)
+    keep = jnp.stack([jnp.ones_like(reference.cache.pos, bool), reference.cache.pos % 3 == 0])
+    result = outcome(params, reference, keep, config=MODEL)
+    assert float(result.kl[0].max()) < 1e-5
+    assert float(result.kl[1].mean()) > 1e-2
+    there = np.asarray(reference.forced) >= 0
+    choice = np.asarray(result.choice[0])
+    np.testing.assert_array_equal(choice[there], np.asarray(reference.forced)[there])
+
+
+def test_every_setting_of_every_method_builds_a_policy_of_its_own():
+    for name, settings in methods.METHODS.items():
+        built = [methods.build(name, setting) for setting in settings]
+        assert len(set(built)) == len(settings), name
+
+
+def test_best_settings_takes_the_most_exact_and_then_the_least_divergent(tmp_path):
+    cells = {  # number -> exact and kl at two budgets
+        0: ([0.0, 1.0], [0.1, 0.3]),
+        1: ([1.0, 1.0], [0.9, 0.2]),
+        2: ([0.0, 0.0], [0.0, 0.0]),
+    }
+    for number, (exact, kl) in cells.items():
+        (tmp_path / "records").mkdir(exist_ok=True)
+        save_arrays(
+            tmp_path / "records" / f"snapkv.{number}.npz",
+            exact=np.array(exact)[:, None], kl=np.array(kl)[:, None], budgets=np.array([4, 8]),
+        )  # fmt: skip
+    assert best_settings(tmp_path) == {"records": {"snapkv": [1, 1]}}
+
+
+def test_chosen_settings_come_back_for_their_length_and_budgets(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "CHOSEN", tmp_path / "chosen.json")
+    methods.write_chosen({"records": {"snapkv": [3, 0]}}, 512, (4, 8))
+    snapkv = methods.METHODS["snapkv"]
+    assert methods.read_chosen("records", "snapkv", 512, (4, 8)) == [snapkv[3], snapkv[0]]
+    assert methods.read_chosen("records", "tova", 512, (4, 8)) == [(), ()]
+    for task, length, budgets in [("tagged", 512, (4, 8)), ("records", 99, (4, 8))]:
+        with pytest.raises(ValueError, match="snapkv.*run --tune"):
+            methods.read_chosen(task, "snapkv", length, budgets)
+
+
+def test_wilson_interval_against_the_textbook():
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
+    np.testing.assert_allclose(wilson(81 / 263, 263), (0.2553, 0.3662), atol=5e-4)
+    np.testing.assert_allclose(wilson(0.0, 20), (0.0, 0.1611), atol=5e-4)
+
+
+def test_verdicts_name_the_best_rival_and_the_share_of_the_gap():
+    def row(*values):
+        return np.array([values], np.float32)
+
+    scores = {
+        "snapkv": row(0, 0, 0, 1),
+        "random": row(0, 0, 0, 0),
+        "oracle": row(1, 1, 1, 1),
+        "laq": row(1, 1, 0, 1),
+        "lookaheadkv": row(1, 1, 0, 1),
+    }
+    cells = {name: {"score": s, "kl": s, "recall": s} for name, s in scores.items()}
+    (line,) = verdicts(cells, np.array([8]))
+    assert (line["rival"], line["budget"]) == ("snapkv", 8)
+    assert line["over_rival"]["mean"] == 0.5
+    assert line["over_laq"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    np.testing.assert_allclose(line["gap_closed"], 0.5 / 0.75)
+    assert summarise(cells, "records", dict.fromkeys(cells, 1))["laq"]["score"][0]["mean"] == 0.75
+    wide = duel(np.array([1.0, 0.0] * 50), np.array([0.0, 1.0] * 50))
+    assert wide["low"] < 0 < wide["high"]
