@@ -96,7 +96,7 @@ def test_chosen_settings_come_back_for_their_length_and_budgets(tmp_path, monkey
     assert methods.read_chosen("records", "snapkv", 512, (4, 8)) == [snapkv[3], snapkv[0]]
     assert methods.read_chosen("records", "tova", 512, (4, 8)) == [(), ()]
     for task, length, budgets in [("tagged", 512, (4, 8)), ("records", 99, (4, 8))]:
-        with pytest.raises(ValueError, match="snapkv.*run --tune"):
+        with pytest.raises(ValueError, match=r"snapkv.*run --tune"):
             methods.read_chosen(task, "snapkv", length, budgets)
 
 

@@ -97,7 +97,7 @@ def run_config(tmp_path_factory):
     source = (folder / "rows.jsonl",)
     prepare(DataConfig(model=folder / "model", source=source, out=folder / "data", max_prompt=64))
     return lookahead.TrainConfig(
-        model=folder / "model", data=folder / "data", run=folder / "straight",
+        model=folder / "model", data=(folder / "data",), run=folder / "straight",
         modules=MODULES, optimizer=OptimizerConfig(rate=1e-2, warmup=1, clip=1.0),
         steps=4, batch=4, micro_batches=2, save_every=1, log_every=1,
         mesh=lookahead.MeshConfig(tensor=2),

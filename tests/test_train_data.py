@@ -33,7 +33,7 @@ def write_rows(path, rows):
 def open_rows(folder, model_folder, **arguments):
     print_of_model = fingerprint(load(model_folder).params)
     arguments = {"batch": 4, "seed": 0} | arguments
-    return data.open_data(folder, base_fingerprint=print_of_model, **arguments)
+    return data.open_data([folder], base_fingerprint=print_of_model, **arguments)
 
 
 def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(

@@ -249,19 +249,19 @@ class TrainingData:
 
 
 def open_data(
-    directory: Path, *, batch: int, seed: int, base_fingerprint: str, max_prompt: int | None = None
+    directories: Sequence[Path],
+    *,
+    batch: int,
+    seed: int,
+    base_fingerprint: str,
+    max_prompt: int | None = None,
 ) -> TrainingData:
-    """Memory-maps what `prepare` wrote.
+    """Memory-maps what `prepare` wrote into each of the folders, as one data set.
 
     Rows whose prompt is longer than `max_prompt`, or that have no response, are not used. Raises
     ValueError if the data are unfinished, made for another model, or fewer than one batch.
     """
-    about = read_json(directory, COMPLETE)
-    if about is None:
-        raise ValueError(f"{directory}: no {COMPLETE}; run lookahead_jax.train.data to its end")
-    if about["base_fingerprint"] != base_fingerprint:
-        raise ValueError(f"{directory}: these rows were made for another model; make them anew")
-    shards = [_shard(directory, number) for number in range(about["shards"])]
+    shards = [shard for path in directories for shard in _shards(path, base_fingerprint)]
     dataset = datasets.concatenate_datasets(
         [datasets.Dataset.load_from_disk(str(s)) for s in shards]
     )
@@ -273,7 +273,8 @@ def open_data(
     lengths = np.stack(lengths, axis=1).astype(np.int64)
     used = (lengths > 0).all(axis=1) & (lengths[:, 0] <= (max_prompt or np.inf))
     if used.sum() < batch:
-        raise ValueError(f"{directory}: {used.sum()} usable rows, a batch takes {batch}")
+        names = ", ".join(map(str, directories))
+        raise ValueError(f"{names}: {used.sum()} usable rows, a batch takes {batch}")
     return TrainingData(
         dataset=dataset.with_format("numpy"),
         lengths=lengths,
@@ -281,6 +282,16 @@ def open_data(
         batch=batch,
         seed=seed,
     )
+
+
+def _shards(directory: Path, base_fingerprint: str) -> list[Path]:
+    """The finished shards of a folder, made for this base model."""
+    about = read_json(directory, COMPLETE)
+    if about is None:
+        raise ValueError(f"{directory}: no {COMPLETE}; run lookahead_jax.train.data to its end")
+    if about["base_fingerprint"] != base_fingerprint:
+        raise ValueError(f"{directory}: these rows were made for another model; make them anew")
+    return [_shard(directory, number) for number in range(about["shards"])]
 
 
 def main() -> int:

@@ -61,8 +61,8 @@ class TrainConfig:
 
     model: Path
     """Folder of the base model, which stays as it is."""
-    data: Path
-    """Folder written by lookahead_jax.train.data."""
+    data: tuple[Path, ...]
+    """Folders written by lookahead_jax.train.data, read as one."""
     run: Path
     """Folder of the run, made if need be."""
     modules: LookaheadConfig

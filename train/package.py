@@ -38,7 +38,7 @@ PROMPTS = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
     "def mean(values):\n    total = 0\n    for value in values:",
 )
-HELDOUT_CHARS = 12_000  # of each held-out file; the whole of a few long ones would outweigh the rest
+HELDOUT_CHARS = 12_000  # of each held-out file, lest a few long ones outweigh the rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,8 @@ def write_heldout(corpus: pathlib.Path) -> None:
     lines = []
     for line in (corpus / "valid.jsonl").read_text().splitlines():
         file = json.loads(line)
-        file |= {"license": sources[file["source"]]["license"], "text": file["text"][:HELDOUT_CHARS]}
+        file["license"] = sources[file["source"]]["license"]
+        file["text"] = file["text"][:HELDOUT_CHARS]
         lines.append(json.dumps(file))
     atomic_write(HELDOUT, "\n".join(lines) + "\n")
 
