@@ -100,8 +100,17 @@ def keep_masks(
     if any(window is not None for window in config.layer_window):
         raise ValueError("a model with sliding windows has no full cache to mask")
     masks: dict[int, jax.Array] = {}
+    drafts: dict[int, jax.Array] = {}
+    if policy.draft_policy is not None:
+        kept = keep_masks(
+            params, reference, policy.draft_policy, budgets, config=config, eos_ids=eos_ids
+        )
+        drafts = dict(zip(budgets, kept, strict=True))
     for group in _alike(policy, budgets, reference.tokens.shape[1]):
-        scores = _scores(params, reference, policy, group[0], modules, config, eos_ids)
+        budget = group[0]
+        scores = _scores(
+            params, reference, policy, budget, modules, drafts.get(budget), config, eos_ids
+        )
         kept = _keep(scores, reference.cache, config=config, policy=policy, budgets=group)
         masks |= dict(zip(group, kept, strict=True))
     return jnp.stack([masks[budget] for budget in budgets])
@@ -124,10 +133,14 @@ def _scores(
     policy: Policy,
     budget: int,
     modules: LookaheadModules | None,
+    draft: jax.Array | None,
     config: ModelConfig,
     eos_ids: Sequence[int],
 ) -> jax.Array:
-    """Scores over the slots of the full cache: float32 [L, B, K, S]."""
+    """Scores over the slots of the full cache: float32 [L, B, K, S].
+
+    `draft` [L, B, K, S] is what the copy has kept that a draft is decoded on.
+    """
     tokens, cache = reference.tokens, reference.cache
     if not policy.two_pass:
         observer = None
@@ -141,10 +154,9 @@ def _scores(
         room = [(0, 0), (0, 0), (0, 0), (0, cache.slots - tokens.shape[1])]
         return jnp.pad(cast(jax.Array, read.scores), room)
     response = reference.response[:, : policy.response_tokens]
-    if (draft := policy.draft_policy) is not None:
-        keep = keep_masks(params, reference, draft, (budget,), config=config, eos_ids=eos_ids)[0]
+    if draft is not None:
         response = decode(
-            params, masked(cache, keep), reference.logits,
+            params, masked(cache, draft), reference.logits,
             config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
         ).tokens  # fmt: skip
     observer = read_again(params, tokens, policy.window_rows(budget), response, cache, config)

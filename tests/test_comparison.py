@@ -19,9 +19,7 @@ BUDGETS = (6, 14, 20)
 ANSWER = 8
 POLICIES = [
     make_policy("snapkv", window=8),  # at a budget of 6 the window is cut
-    make_policy("pyramidkv", window=4),
     make_policy("ada", window=4),
-    make_policy("streaming_llm"),
     make_policy("oracle", response_tokens=RESPONSE),
     make_policy("laq", draft_tokens=4, draft_window=4),
 ]
