@@ -6,14 +6,20 @@ all. Differences from the published code: every token can be retrieved at once, 
 of the context are merged into one tree by path probability, and the nodes are bounded.
 """
 
+import os
 import threading
+import zipfile
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lookahead_jax.drafters import _ngrams
+from lookahead_jax.drafters import _compiled
 from lookahead_jax.drafters.base import Draft
+from lookahead_jax.files import save_arrays
+
+_FORMAT = "lookahead_jax trie 1"
+_SAVED = {"tokens": np.int32, "parents": np.int32, "counts": np.float32, "ranks": np.int32}
 
 
 class _Request(NamedTuple):
@@ -56,7 +62,7 @@ class Trie:
             raise ValueError(f"half_life must be positive, got {half_life}")
         self._growth = 2.0 ** (1.0 / half_life)
         self._context = context
-        self._store = _ngrams.empty(capacity)
+        self._store = _compiled.empty(capacity)
         self._requests: dict[Hashable, _Request] = {}
         self._lock = threading.Lock()
 
@@ -65,34 +71,34 @@ class Trie:
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
-            root = _ngrams.open_root(*self._store)
-            if root == _ngrams.NONE:
+            root = _compiled.open_root(*self._store)
+            if root == _compiled.NONE:
                 raise ValueError(
                     f"{len(self._requests)} requests fill the trie: give it more capacity"
                 )
-            active = np.full(self._length, _ngrams.NONE, np.int32)
+            active = np.full(self._length, _compiled.NONE, np.int32)
             born = np.zeros(self._length, np.uint32)
-            recent = np.full(self._context, _ngrams.NONE, np.int32)
+            recent = np.full(self._context, _compiled.NONE, np.int32)
             state = _Request(root, active, born, recent)
             try:
                 self._count(state, prompt, root)
             except ValueError:
-                _ngrams.close_root(*self._store, root)
+                _compiled.close_root(*self._store, root)
                 raise
             self._requests[request] = state
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts the n-grams that `tokens` complete."""
         with self._lock:
-            self._count(self._get(request), tokens, _ngrams.PUBLIC)
+            self._count(self._get(request), tokens, _compiled.PUBLIC)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
-        """The best tree of at most `nodes` nodes and `depth` levels; see `_ngrams.propose`."""
+        """The best tree of at most `nodes` nodes and `depth` levels; see `_compiled.propose`."""
         with self._lock:
             state = self._get(request)
             if nodes < 1 or depth < 1:
                 return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
-            tokens, parents = _ngrams.propose(
+            tokens, parents = _compiled.propose(
                 *self._store, state.active, state.root, state.recent, nodes, depth
             )
         return Draft(tokens, parents)
@@ -100,8 +106,38 @@ class Trie:
     def end(self, request: Hashable) -> None:
         """Forgets the n-grams that begin in the prompt of `request`."""
         with self._lock:
-            _ngrams.close_root(*self._store, self._get(request).root)
+            _compiled.close_root(*self._store, self._get(request).root)
             del self._requests[request]
+
+    def save(self, path: str | os.PathLike, *, vocabulary: str = "") -> None:
+        """Writes what was learned from outputs as a .npz archive; running requests are not in it.
+
+        vocabulary: names what the ids mean, a hash of the tokenizer say, and is checked by `load`.
+        """
+        with self._lock:
+            packed = _compiled.pack(self._store[0], self._store[2])
+        save_arrays(
+            path, format=np.array([_FORMAT, vocabulary]), **dict(zip(_SAVED, packed, strict=True))
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, vocabulary: str = "", **settings: Any) -> "Trie":
+        """A trie with `settings` that begins with what `save` wrote; counts fade from here on.
+
+        Raises ValueError if the file is anything else, is damaged, was saved for another
+        vocabulary, or has more nodes than the capacity.
+        """
+        trie = cls(**settings)
+        try:
+            arrays = _read(path, vocabulary)
+            room = trie._store[0].size - 2
+            if arrays[0].size > room:
+                raise ValueError(f"its {arrays[0].size} nodes need more capacity than {room + 2}")
+            if not _compiled.unpack(*trie._store, *arrays):
+                raise ValueError("a node has two children for one token")
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"cannot load a trie from {path}: {error}") from None
+        return trie
 
     @property
     def size(self) -> int:
@@ -122,7 +158,29 @@ class Trie:
     def _count(self, request: _Request, tokens: Sequence[int] | np.ndarray, root: int) -> None:
         ids = np.asarray(tokens, np.int64)
         _, active, born, recent = request
-        if ids.ndim != 1 or not _ngrams.observe(
+        if ids.ndim != 1 or not _compiled.observe(
             *self._store, active, born, recent, root, ids, self._growth
         ):
             raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
+
+
+def _read(path: str | os.PathLike, vocabulary: str) -> list[np.ndarray]:
+    """The arrays of a saved trie; ValueError unless they describe a forest of n-grams."""
+    with np.load(path, allow_pickle=False) as file:
+        form, saved_for = (str(text) for text in file["format"])
+        if form != _FORMAT:
+            raise ValueError(f"format {form!r}, not {_FORMAT!r}")
+        if saved_for != vocabulary:
+            raise ValueError(f"saved for vocabulary {saved_for!r}, not {vocabulary!r}")
+        arrays = [file[name] for name in _SAVED]
+    for (name, kind), array in zip(_SAVED.items(), arrays, strict=True):
+        if array.dtype != kind or array.shape != arrays[0].shape or array.ndim != 1:
+            raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")
+    tokens, parents, counts, _ = arrays
+    if tokens.size and tokens.min() < 0:
+        raise ValueError("negative token ids")
+    if not np.all((parents >= -1) & (parents < np.arange(parents.size))):
+        raise ValueError("a parent does not come before its child")
+    if not np.all((counts > 0) & np.isfinite(counts)):
+        raise ValueError("a count is not positive")
+    return arrays

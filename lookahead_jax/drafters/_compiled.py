@@ -1,10 +1,11 @@
-"""The compiled half of the trie: nodes in one array, children found through one hash table.
+"""The compiled code of the host drafters: nodes in one array, children through one hash table.
 
-Compiled on first use and kept on disk. Everything compiled for a drafter stands in one file:
-numba's disk cache does not notice that a function in another file has changed.
+Compiled on first use and kept on disk. It stands in one file because numba's disk cache does not
+notice that a function in another file has changed. First what both drafters use, then the
+counting trie, then the suffix tree; trie.py and suffix.py say what they are for.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -468,3 +469,398 @@ def propose(nodes, table, state, active, root, recent, limit, depth):
         option_score[best] = option_score[n_options]
         option_kind[best] = option_kind[n_options]
     return tokens[:n], parents[:n]
+
+
+@compiled
+@no_type_check
+def pack(nodes, state):
+    """The public trie as (tokens, parents, counts, ranks), [n]; parents come first, ranks order
+    the leaves from the one unused longest."""
+    size = state[0].public
+    tokens, parents = np.empty(size, np.int32), np.empty(size, np.int32)
+    counts, ranks = np.empty(size, np.float32), np.full(size, NONE, np.int32)
+    order = np.empty(size, np.int32)
+    index = np.empty(nodes.size, np.int32)
+    index[PUBLIC] = NONE
+    n, done, node = 0, 0, PUBLIC
+    while True:
+        child = nodes[node].first
+        while child != NONE:
+            order[n], index[child] = child, n
+            tokens[n], parents[n] = nodes[child].token, index[node]
+            counts[n] = nodes[child].count / state[0].weight
+            n += 1
+            child = nodes[child].next
+        if done == n:
+            break
+        node = order[done]
+        done += 1
+    leaf, rank = nodes[PUBLIC].newer, 0
+    while leaf != PUBLIC:
+        ranks[index[leaf]] = rank
+        rank += 1
+        leaf = nodes[leaf].newer
+    return tokens, parents, counts, ranks
+
+
+@compiled
+@no_type_check
+def unpack(nodes, table, state, tokens, parents, counts, ranks):
+    """Fills an empty store with what `pack` gave; False at a duplicate sibling."""
+    base = state[0].fresh
+    for i in range(tokens.size):
+        node = allocate(nodes, table, state, PUBLIC)
+        parent = PUBLIC if parents[i] == NONE else base + parents[i]
+        if find(nodes, table, parent, tokens[i]) != NONE:
+            return False
+        nodes[node].token, nodes[node].parent = tokens[i], parent
+        nodes[node].root, nodes[node].count = PUBLIC, counts[i]
+        enter(nodes, table, node)
+    for i in range(tokens.size - 1, -1, -1):  # the last one linked comes first
+        link_child(nodes, base + i)
+    for i in np.argsort(ranks):
+        if nodes[base + i].first == NONE:
+            link_leaf(nodes, base + i, nodes[PUBLIC].older, PUBLIC)
+    return True
+
+
+# The suffix tree. A suffix is spelled out only as far as it has been seen twice: the one
+# occurrence below a leaf is read from the text. `seats[s, k]` is the node at which the last k
+# tokens of sequence s end, or NONE while that occurrence is alone below a leaf.
+
+SUFFIX_NODE = np.dtype(
+    [
+        ("token", np.int32),
+        ("parent", np.int32),
+        ("first", np.int32),
+        ("next", np.int32),
+        ("prev", np.int32),
+        ("count", np.int32),  # 0: free
+        ("sequence", np.int32),  # where the only occurrence goes on, or NONE
+        ("position", np.int32),
+    ]
+)
+SEQUENCE = np.dtype([("begin", np.int64), ("size", np.int64), ("room", np.int64)])
+POOL = np.dtype([("free", np.int64), ("fresh", np.int64), ("used", np.int64), ("end", np.int64)])
+OPTION = np.dtype(
+    [
+        ("node", np.int32),
+        ("position", np.int32),
+        ("parent", np.int32),
+        ("depth", np.int32),
+        ("token", np.int32),
+        ("chance", np.float64),
+    ]
+)
+SCANNED = 128  # children of one node that a proposal looks at, the most recently seen first
+
+
+class Forest(NamedTuple):
+    """Suffix trees that share their memory; every text is one slice of `text`."""
+
+    nodes: np.ndarray  # SUFFIX_NODE [capacity]
+    table: np.ndarray  # int32
+    pool: np.ndarray  # POOL [1]; `end`: of the used part of `text`
+    text: np.ndarray  # int32 [capacity]
+    sequences: np.ndarray  # SEQUENCE [sequences]; room 0: no such sequence
+    seats: np.ndarray  # int32 [sequences, depth]
+
+
+def empty_forest(capacity: int, sequences: int, depth: int) -> Forest:
+    """Without trees; pages that are never used take no memory."""
+    pool = np.zeros(1, POOL)
+    pool[0] = (NONE, 0, 0, 0)
+    return Forest(
+        np.zeros(capacity, SUFFIX_NODE),
+        np.zeros(1 << (2 * capacity - 1).bit_length(), np.int32),
+        pool,
+        np.zeros(capacity, np.int32),
+        np.zeros(sequences, SEQUENCE),
+        np.zeros((sequences, depth), np.int32),
+    )
+
+
+@compiled
+@no_type_check
+def spare(forest):
+    pool = forest.pool[0]
+    return forest.nodes.size - pool.used
+
+
+@compiled
+@no_type_check
+def plant(forest, parent, token, count, sequence, position):
+    """A new node; the caller has seen to it that there is one to spare."""
+    nodes, pool = forest.nodes, forest.pool[0]
+    if pool.free != NONE:
+        node = pool.free
+        pool.free = nodes[node].next
+    else:
+        node = pool.fresh
+        pool.fresh += 1
+    pool.used += 1
+    nodes[node].token = token
+    nodes[node].parent = parent
+    nodes[node].first = NONE
+    nodes[node].count = count
+    nodes[node].sequence = sequence
+    nodes[node].position = position
+    if parent != NONE:
+        link_child(nodes, node)
+        enter(nodes, forest.table, node)
+    return node
+
+
+@compiled
+@no_type_check
+def fell(forest, node):
+    """Frees a node without children."""
+    nodes, pool = forest.nodes, forest.pool[0]
+    if nodes[node].parent != NONE:
+        unlink_child(nodes, node)
+        forget(nodes, forest.table, node)
+    nodes[node].count = 0
+    nodes[node].next = pool.free
+    pool.free = node
+    pool.used -= 1
+
+
+@compiled
+@no_type_check
+def fell_tree(forest, root):
+    nodes, node = forest.nodes, root
+    while True:
+        while nodes[node].first != NONE:
+            node = nodes[node].first
+        parent = nodes[node].parent
+        fell(forest, node)
+        if node == root:
+            break
+        node = parent
+
+
+@compiled
+@no_type_check
+def close_gaps(forest):
+    """Moves all texts to the front of the array, each with the room it has."""
+    order = np.argsort(forest.sequences["begin"])
+    end = 0
+    for i in order:
+        s = forest.sequences[i]
+        if s.room > 0:
+            forest.text[end : end + s.size] = forest.text[s.begin : s.begin + s.size].copy()
+            s.begin = end
+            end += s.room
+    forest.pool[0].end = end
+
+
+@compiled
+@no_type_check
+def make_room(forest, sequence, tokens):
+    """Gives a text room for `tokens` more; False if there is none."""
+    s, pool = forest.sequences[sequence], forest.pool[0]
+    if s.size + tokens <= s.room:
+        return True
+    room = max(64, 2 * (s.size + tokens))
+    if pool.end + room > forest.text.size:
+        close_gaps(forest)
+    if pool.end + room > forest.text.size:
+        room = s.size + tokens
+    if pool.end + room > forest.text.size:
+        return False
+    forest.text[pool.end : pool.end + s.size] = forest.text[s.begin : s.begin + s.size].copy()
+    s.begin = pool.end
+    s.room = room
+    pool.end += room
+    return True
+
+
+@compiled
+@no_type_check
+def push_down(forest, leaf, depth):
+    """Spells out one more token of the only occurrence below `leaf`, which is `depth` deep."""
+    nodes, seats = forest.nodes, forest.seats
+    sequence, position = nodes[leaf].sequence, nodes[leaf].position
+    nodes[leaf].sequence = NONE
+    s = forest.sequences[sequence]
+    if position < s.size:
+        alone = sequence if depth + 1 < seats.shape[1] else NONE
+        plant(forest, leaf, forest.text[s.begin + position], 1, alone, position + 1)
+    else:
+        seats[sequence, depth] = leaf
+
+
+@compiled
+@no_type_check
+def append(forest, root, sequence, tokens):
+    """Counts every suffix that ends in one of `tokens`, down to the depth of the seats.
+
+    Returns how many tokens were taken: fewer than given where nodes or text run out.
+    """
+    nodes, seats = forest.nodes, forest.seats
+    depth = seats.shape[1]  # of the deepest node; its seat is never needed
+    s = forest.sequences[sequence]
+    if not make_room(forest, sequence, tokens.size):
+        return 0
+    for taken in range(tokens.size):
+        if spare(forest) < 2 * depth:
+            return taken
+        token = tokens[taken]
+        forest.text[s.begin + s.size] = token
+        s.size += 1
+        for k in range(depth - 1, -1, -1):
+            above = root if k == 0 else seats[sequence, k]
+            seat = NONE
+            if above != NONE:
+                node = find(nodes, forest.table, above, token)
+                if node == NONE:
+                    alone = sequence if k + 1 < depth else NONE
+                    plant(forest, above, token, 1, alone, s.size)
+                else:
+                    if nodes[node].sequence != NONE:
+                        push_down(forest, node, k + 1)
+                    nodes[node].count += 1
+                    if nodes[node].prev != NONE:
+                        unlink_child(nodes, node)
+                        link_child(nodes, node)
+                    seat = node
+            if k + 1 < depth:
+                seats[sequence, k + 1] = seat
+    return tokens.size
+
+
+@compiled
+@no_type_check
+def open_sequence(forest, sequence):
+    forest.sequences[sequence].begin = 0
+    forest.sequences[sequence].size = 0
+    forest.sequences[sequence].room = 0
+    forest.seats[sequence] = NONE
+
+
+@compiled
+@no_type_check
+def uproot(forest, root, sequence):
+    """Takes every suffix of a sequence out of the tree again; its text goes too."""
+    nodes = forest.nodes
+    depth = forest.seats.shape[1]
+    s = forest.sequences[sequence]
+    path = np.empty(depth, np.int32)
+    for begin in range(s.size):
+        node, n = root, 0
+        while n < min(depth, s.size - begin) and nodes[node].sequence == NONE:
+            node = find(nodes, forest.table, node, forest.text[s.begin + begin + n])
+            path[n] = node
+            n += 1
+        for i in range(n - 1, -1, -1):
+            nodes[path[i]].count -= 1
+            if nodes[path[i]].count == 0:
+                fell(forest, path[i])
+    s.size = 0
+    s.room = 0
+
+
+@compiled
+@no_type_check
+def ahead(forest, node, position):
+    """The next token of the only occurrence below a leaf, or NONE at the end of its text."""
+    s = forest.sequences[forest.nodes[node].sequence]
+    return forest.text[s.begin + position] if position < s.size else NONE
+
+
+@compiled
+@no_type_check
+def match(forest, root, tokens):
+    """Where `tokens` lead: (node, position in the text of a leaf's only occurrence or NONE)."""
+    nodes = forest.nodes
+    node, position = root, NONE
+    for token in tokens:
+        if position == NONE:
+            node = find(nodes, forest.table, node, token)
+            if node == NONE:
+                break
+            if nodes[node].sequence != NONE:
+                position = nodes[node].position
+        elif ahead(forest, node, position) == token:
+            position += 1
+        else:
+            node = NONE
+            break
+    return node, position
+
+
+@compiled
+@no_type_check
+def offer(options, i, node, position, parent, depth, token, chance):
+    option = options[i]
+    option.node, option.position, option.parent, option.depth = node, position, parent, depth
+    option.token, option.chance = token, chance
+
+
+@compiled
+@no_type_check
+def grow(forest, node, position, limit, depth, least, tokens, parents):
+    """Best-first tree below a match, into tokens and parents: (nodes, sum of probabilities)."""
+    nodes = forest.nodes
+    options = np.empty((limit + 1) * SCANNED, OPTION)
+    n_options, n, score = 0, 0, 0.0
+    parent, here, deep = NONE, 1.0, 0
+    while True:
+        if deep < depth and position != NONE:
+            token = ahead(forest, node, position)
+            if token != NONE:
+                offer(options, n_options, node, position + 1, parent, deep + 1, token, here)
+                n_options += 1
+        elif deep < depth:
+            child = nodes[node].first
+            for _ in range(SCANNED):
+                if child == NONE:
+                    break
+                p = here * nodes[child].count / nodes[node].count
+                if p >= least:
+                    below = NONE if nodes[child].sequence == NONE else nodes[child].position
+                    token = nodes[child].token
+                    offer(options, n_options, child, below, parent, deep + 1, token, p)
+                    n_options += 1
+                child = nodes[child].next
+        if n == limit or n_options == 0:
+            return n, score
+        best = 0
+        for i in range(1, n_options):
+            if options[i].chance > options[best].chance:
+                best = i
+        option = options[best]
+        tokens[n], parents[n] = option.token, option.parent
+        node, position, deep, here = option.node, option.position, option.depth, option.chance
+        parent = n
+        score += here
+        n += 1
+        n_options -= 1
+        options[best] = options[n_options]
+
+
+@compiled
+@no_type_check
+def speculate(forest, root, context, limit, depth, factor, offset, least):
+    """The best-scoring tree over all matches of a suffix of `context`: (tokens, parents, score).
+
+    A match of m tokens may propose floor(factor * m + offset) nodes; ties go to the longer.
+    """
+    tokens, parents = np.empty(limit, np.int32), np.empty(limit, np.int32)
+    best_tokens, best_parents = tokens[:0], parents[:0]
+    best = 0.0
+    for m in range(1, min(context.size, forest.seats.shape[1])):
+        node, position = match(forest, root, context[context.size - m :])
+        if node == NONE:
+            break
+        if position == NONE and forest.nodes[node].first == NONE:
+            break  # it never went on, so no longer suffix did
+        if position != NONE and ahead(forest, node, position) == NONE:
+            break
+        budget = min(limit, int(m * factor + offset + 1e-6))
+        room = min(depth, forest.seats.shape[1] - m)
+        n, score = grow(forest, node, position, budget, room, least, tokens, parents)
+        if n > 0 and score >= best:
+            best = score
+            best_tokens, best_parents = tokens[:n].copy(), parents[:n].copy()
+    return best_tokens, best_parents, best

@@ -1,0 +1,167 @@
+"""SuffixDecoding (arXiv 2411.04975): long repeats are drafted long, from suffix trees.
+
+One tree per request over its prompt and output, one over the outputs of all requests. The length
+rule and the score are the source's; the trees, unlike the source's, are spelled out token by
+token as far as text repeats, which keeps removal exact.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lookahead_jax.drafters import _compiled
+from lookahead_jax.drafters.base import Draft
+
+
+@dataclass
+class _Request:
+    root: int  # of its own tree
+    own: int  # sequence of prompt and output
+    output: int  # sequence of the output, in the tree of all
+    recent: np.ndarray  # int64, the last tokens
+    learns: bool = True  # until memory runs out
+
+
+class Suffix:
+    """A host drafter. Safe to share between threads.
+
+    capacity: nodes (44 bytes each, at most 52, text included). When they run out the outputs of
+        the requests that ended first are dropped whole. requests: outputs kept, at most.
+    depth: longest stored suffix. factor, offset: a match of m tokens proposes at most
+        `factor * m + offset` nodes. least: probability below which nothing is proposed.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 1 << 20,
+        requests: int = 10_000,
+        depth: int = 64,
+        factor: float = 1.0,
+        offset: float = 0.0,
+        least: float = 0.1,
+    ):
+        if depth < 2:
+            raise ValueError(f"depth must be at least 2, got {depth}")
+        if not 8 * depth <= capacity < 2**31:
+            raise ValueError(
+                f"capacity must be {8 * depth} (8 per level) to 2**31 - 1, got {capacity}"
+            )
+        if requests < 1:
+            raise ValueError(f"requests must be at least 1, got {requests}")
+        self._depth = depth
+        self._rule = (factor, offset, least)
+        self._kept = requests
+        # Two sequences for each running request beside the outputs that are kept.
+        self._forest = _compiled.empty_forest(capacity, 4 * requests, depth)
+        self._free = list(range(4 * requests))[::-1]
+        self._root = self._plant()
+        self._requests: dict[Hashable, _Request] = {}
+        self._ended: deque[int] = deque()  # sequences in the tree of all, the oldest first
+        self._lock = threading.Lock()
+
+    def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
+        """Reads `prompt` into the request's own tree."""
+        ids = _ids(prompt)
+        with self._lock:
+            if request in self._requests:
+                raise ValueError(f"request {request} has already begun: end it first")
+            self._make_room()
+            if len(self._free) < 2 or not _compiled.spare(self._forest):
+                raise ValueError(f"{len(self._requests)} requests fill the suffix tree")
+            sequences = [self._free.pop(), self._free.pop()]
+            for sequence in sequences:
+                _compiled.open_sequence(self._forest, sequence)
+            state = _Request(self._plant(), *sequences, ids[-self._depth :])
+            self._requests[request] = state
+            state.learns = self._append(state.root, state.own, ids)
+
+    def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
+        """Reads `tokens` into the request's own tree and the tree of all outputs."""
+        ids = _ids(tokens)
+        with self._lock:
+            state = self._get(request)
+            state.recent = np.concatenate([state.recent, ids])[-self._depth :]
+            if state.learns:
+                state.learns = self._append(state.root, state.own, ids) and self._append(
+                    self._root, state.output, ids
+                )
+
+    def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
+        """The better-scoring tree of the request's own and that of all outputs (ties: own)."""
+        with self._lock:
+            state = self._get(request)
+            own, shared = (
+                _compiled.speculate(
+                    self._forest, root, state.recent, max(nodes, 0), depth, *self._rule
+                )
+                for root in (state.root, self._root)
+            )
+        tokens, parents, _ = shared if shared[2] > own[2] else own
+        return Draft(tokens, parents)
+
+    def end(self, request: Hashable) -> None:
+        """Drops the request's own tree; its output stays until newer ones need the room."""
+        with self._lock:
+            state = self._get(request)
+            del self._requests[request]
+            _compiled.fell_tree(self._forest, state.root)
+            self._close(state.own)
+            self._ended.append(state.output)
+            if len(self._ended) > self._kept:
+                self._drop_oldest()
+
+    @property
+    def size(self) -> int:
+        """Nodes in use."""
+        return int(self._forest.pool[0]["used"])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory when full."""
+        return sum(array.nbytes for array in self._forest)
+
+    def _get(self, request: Hashable) -> _Request:
+        if request not in self._requests:
+            raise ValueError(f"request {request} has not begun, or has ended")
+        return self._requests[request]
+
+    def _plant(self) -> int:
+        none = _compiled.NONE
+        return _compiled.plant(self._forest, none, none, 1, none, 0)
+
+    def _close(self, sequence: int) -> None:
+        _compiled.open_sequence(self._forest, sequence)  # no room: its text is free
+        self._free.append(sequence)
+
+    def _drop_oldest(self) -> None:
+        sequence = self._ended.popleft()
+        _compiled.uproot(self._forest, self._root, sequence)
+        self._close(sequence)
+
+    def _make_room(self) -> None:
+        while self._ended and (
+            _compiled.spare(self._forest) < 2 * self._depth or len(self._free) < 2
+        ):
+            self._drop_oldest()
+
+    def _append(self, root: int, sequence: int, ids: np.ndarray) -> bool:
+        """Whether all of `ids` found room, old outputs being dropped for it."""
+        while True:
+            ids = ids[_compiled.append(self._forest, root, sequence, ids) :]
+            if not ids.size:
+                return True
+            if not self._ended:
+                return False
+            self._drop_oldest()
+
+
+def _ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    ids = np.asarray(tokens, np.int64)
+    # A negative id is huge when read as unsigned, so that one reduction catches both ends.
+    if ids.ndim != 1 or (ids.size and ids.view(np.uint64).max() >= 2**31):
+        raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
+    return ids
