@@ -77,7 +77,7 @@ def head_scores(
     kv_heads, total = k.shape[1], k.shape[2]
     qg = grouped(q, kv_heads)
     rows = qg.shape[:4]
-    size, _ = key_blocks(total, key_block)
+    size, count = key_blocks(total, key_block)
     first, last = slots if slots is not None else (0, total)
 
     def logits_of(keys, mask):
@@ -88,6 +88,12 @@ def head_scores(
         (kb, pb), new = read_block(j, size, total, k, k_pos[..., None])
         pb = jnp.where(new, pb[..., 0], -1)
         return logits_of(kb, visible_by_position(q_pos, pb, window))
+
+    def sweep(step, state):
+        # One block needs no loop: XLA then shares its logits with the attention before it.
+        if count == 1:
+            return step(0, state)
+        return jax.lax.fori_loop(first // size, -(-last // size), step, state)
 
     if lse is None:
 
@@ -102,9 +108,7 @@ def head_scores(
             if window is not None:
                 own_mask &= q_pos[:, None, :, None] - q_pos[:, None, None, :] < window
             state = statistics(logits_of(own[0], own_mask), state)
-        m, mass = jax.lax.fori_loop(
-            first // size, -(-last // size), lambda j, s: statistics(block_logits(j), s), state
-        )
+        m, mass = sweep(lambda j, s: statistics(block_logits(j), s), state)
         row_lse = jnp.where(mass > 0, m + jnp.log(jnp.where(mass > 0, mass, 1.0)), jnp.inf)
     else:
         row_lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(rows)
@@ -119,7 +123,7 @@ def head_scores(
         return jax.lax.dynamic_update_slice_in_dim(scores, jnp.maximum(old, column), start, axis=3)
 
     scores = jnp.zeros((*rows[:3], total), jnp.float32)
-    scores = jax.lax.fori_loop(first // size, -(-last // size), columns, scores)
+    scores = sweep(columns, scores)
     if reduce == "mean":
         rows_that_count = jnp.maximum((q_pos >= 0).sum(1), 1).astype(jnp.float32)
         scores = scores / rows_that_count[:, None, None, None]
@@ -140,10 +144,11 @@ def importance_scores(
     reduce: Reduce,
     pool: tuple[Pool, int] | None,
     group: Literal["mean", "max"],
+    lse: jax.Array | None = None,
 ) -> jax.Array:
     """`head_scores`, pooled per query head, then reduced over each group: float32 [B, K, T]."""
     scores = head_scores(
-        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce
+        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce, lse=lse
     )
     if pool is not None:
         per_head = valid.shape[1] > 1

@@ -151,7 +151,7 @@ def observe_layer(
         p, rows, observer.positions, visible, cos_sin[0], cos_sin[1], kind, context,
         config=config, lora=lora, lora_scale=observer.lora_scale,
     )  # fmt: skip
-    return rows, Queries(proj.q, observer.positions, (proj.k, visible))
+    return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
 
 
 @partial(jax.jit, static_argnames=("config", "chunk"))

@@ -62,17 +62,20 @@ class Compile:
 
 
 def training_flops(config: ModelConfig, prompt: int, response: int, tokens: int) -> float:
-    """FLOPs of one row of a step: the forward of prompt and response, and the lookahead rows'
-    forward, recomputed forward and backward (4 forwards in all). No LM head is run."""
+    """FLOPs of one row of a step, by hand; no LM head is run.
+
+    The forward pass of prompt and response, the response's logits once more for its scores, and
+    the lookahead rows: their weights forward and backward, their attention and scores (three
+    products a key) forward, recomputed and backward.
+    """
     d, f = config.hidden_size, config.mlp_dim
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     weights = 2 * (2 * d * heads + 2 * d * kv + 3 * d * f)  # per row and layer
-
-    def rows(count: int, seen: float) -> float:
-        return count * (weights + 4 * heads * seen)
-
-    forward = rows(prompt, prompt / 2) + rows(response, prompt + response / 2)
-    return config.num_layers * (forward + 4 * rows(tokens, prompt + tokens / 2))
+    product = 2 * heads  # per query and key: logits, or weighted values
+    per_layer = prompt * (weights + 2 * product * prompt / 2)
+    per_layer += response * (weights + 2 * product * (prompt + response / 2) + product * prompt)
+    per_layer += tokens * (2 * weights + 9 * product * (prompt + tokens / 2))
+    return config.num_layers * per_layer
 
 
 def compile_training_step(options: Compile) -> dict[str, Any]:

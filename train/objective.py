@@ -7,6 +7,8 @@ Letters: B batch, T prompt, Y response, M lookahead tokens, N query heads, L lay
 Source: LookaheadKV (arXiv 2603.10899), section 3: KL per layer and query head.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -37,6 +39,7 @@ def _attention_on_prompt(
         softcap=config.attn_softcap,
         window=kind.window,
         reduce="mean",
+        lse=queries.lse,
     )
 
 
@@ -81,7 +84,9 @@ def lookahead_loss(
     response_rope = rope_tables(config, response.positions, prompt.span)
     lookahead_rope = rope_tables(config, lookahead.positions, prompt.span)
 
-    @jax.checkpoint
+    # Products with weights are kept for the backward pass (M rows); attention logits [N, M, T],
+    # which are not small, are computed again.
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     def predict(p, lora, rows, context, kind, target):
         rows, queries = observe_layer(
             p, rows, lookahead, lookahead_rope, kind, context, lora, config

@@ -27,6 +27,7 @@ class Queries(NamedTuple):
     q: jax.Array  # [B, M, N, H] rotated
     pos: jax.Array  # [B, M] int32, -1 = no query
     own: tuple[jax.Array, jax.Array] | None  # keys [B, K, M, H], visible [B, M, M]
+    lse: jax.Array | None = None  # [B, N, M] float32 of its attention logits, where known
 
 
 class LayerView(NamedTuple):
@@ -73,6 +74,7 @@ class LayerView(NamedTuple):
             reduce=reduce,
             pool=pool,
             group=group,
+            lse=self.queries.lse,
         )
         return jnp.where(valid, scores, 0.0)
 
