@@ -5,7 +5,8 @@ notice that a function in another file has changed. First what both drafters use
 counting trie, then the suffix tree; trie.py and suffix.py say what they are for.
 """
 
-from typing import NamedTuple, no_type_check
+from collections.abc import Callable
+from typing import Any, NamedTuple, no_type_check
 
 import numba
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 NONE = -1
 PUBLIC, PRIVATE = 0, 1  # the node of this number heads the list of that side's leaves
 PROMPT, OUTPUT = 1, 2  # what a proposed node is known from, added up
-ESCAPE = 0.25  # occurrences that count against each source, see `blend`
+ESCAPE = 1.0  # occurrences that count against each source, see `blend`
 WIDTH = 32  # children of one node that a proposal looks at, the most recently seen first
 
 NODE = np.dtype(
@@ -42,7 +43,7 @@ STATE = np.dtype(
 )
 
 
-def compiled(function):
+def compiled(function: Callable) -> Callable[..., Any]:
     """numba's nopython mode, without the interpreter lock, cached on disk where that is allowed."""
     try:
         return numba.njit(function, cache=True, nogil=True)
@@ -438,19 +439,17 @@ def propose(nodes, table, state, active, root, recent, limit, depth):
                 n_options += 1
         if n == limit or n_options == 0:
             break
-        best, fallback = NONE, NONE
+        best, least = NONE, 0
         for i in range(n_options):
-            if fallback == NONE or option_score[i] > option_score[fallback]:
-                fallback = i
             known, up = option_kind[i], option_parent[i]
+            excess = 0  # an option within its quotas goes before any that is not
             if known != PROMPT + OUTPUT and kinds[known] >= kind_quota:
-                continue
+                excess += 1
             if up > 0 and taken[branch[up]] >= branch_quota:
-                continue
-            if best == NONE or option_score[i] > option_score[best]:
-                best = i
-        if best == NONE:
-            best = fallback
+                excess += 2
+            better = best == NONE or excess < least
+            if better or (excess == least and option_score[i] > option_score[best]):
+                best, least = i, excess
         up, token = option_parent[best], option_token[best]
         tokens[n] = token
         parents[n] = up - 1

@@ -15,6 +15,8 @@ import numpy as np
 from lookahead_jax.drafters import _compiled
 from lookahead_jax.drafters.base import Draft
 
+_RUNNING = 256  # requests at a time for which outputs need not be dropped; each has two sequences
+
 
 @dataclass
 class _Request:
@@ -28,8 +30,9 @@ class _Request:
 class Suffix:
     """A host drafter. Safe to share between threads.
 
-    capacity: nodes (44 bytes each, at most 52, text included). When they run out the outputs of
-        the requests that ended first are dropped whole. requests: outputs kept, at most.
+    capacity: nodes (44 bytes each, at most 52, text included) of all trees together. When they
+        run out the outputs of the requests that ended first are dropped whole; when there is
+        none, the request stops learning. requests: outputs kept (4 * depth bytes each).
     depth: longest stored suffix. factor, offset: a match of m tokens proposes at most
         `factor * m + offset` nodes. least: probability below which nothing is proposed.
     """
@@ -55,9 +58,9 @@ class Suffix:
         self._depth = depth
         self._rule = (factor, offset, least)
         self._kept = requests
-        # Two sequences for each running request beside the outputs that are kept.
-        self._forest = _compiled.empty_forest(capacity, 4 * requests, depth)
-        self._free = list(range(4 * requests))[::-1]
+        sequences = requests + 2 * _RUNNING
+        self._forest = _compiled.empty_forest(capacity, sequences, depth)
+        self._free = list(range(sequences))[::-1]
         self._root = self._plant()
         self._requests: dict[Hashable, _Request] = {}
         self._ended: deque[int] = deque()  # sequences in the tree of all, the oldest first
@@ -72,10 +75,10 @@ class Suffix:
             self._make_room()
             if len(self._free) < 2 or not _compiled.spare(self._forest):
                 raise ValueError(f"{len(self._requests)} requests fill the suffix tree")
-            sequences = [self._free.pop(), self._free.pop()]
-            for sequence in sequences:
-                _compiled.open_sequence(self._forest, sequence)
-            state = _Request(self._plant(), *sequences, ids[-self._depth :])
+            own, output = self._free.pop(), self._free.pop()
+            _compiled.open_sequence(self._forest, own)
+            _compiled.open_sequence(self._forest, output)
+            state = _Request(self._plant(), own, output, ids[-self._depth :])
             self._requests[request] = state
             state.learns = self._append(state.root, state.own, ids)
 
