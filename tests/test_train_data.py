@@ -76,6 +76,46 @@ def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(
         open_rows(config.out, model_folder, batch=6)
 
 
+def test_sources_are_streamed_in_order_up_to_a_limit(tmp_path, model_folder, monkeypatch):
+    """JSON lines, parquet, and what the hub is asked for (here a folder in its layout)."""
+    prompts = tiny.prompts((5,) * 9)
+    rows = [{"prompt": p, "response": [i]} for i, p in enumerate(prompts)]
+    lines = write_rows(tmp_path / "rows.jsonl", rows[:3])
+    table = tmp_path / "rows.parquet"
+    data.datasets.Dataset.from_list(rows[3:5]).to_parquet(table)
+    (tmp_path / "hub" / "test").mkdir(parents=True)
+    write_rows(tmp_path / "hub" / "test" / "part.jsonl", rows[5:])
+    sources = (str(lines), str(table), f"hf:{tmp_path / 'hub'}@test")
+    assert list(data.read_rows(sources)) == rows
+    streams = []
+
+    def load_dataset(*args, **options):
+        streams.append((args, options))
+        return opened(*args, **options)
+
+    opened = data.datasets.load_dataset
+    monkeypatch.setattr(data.datasets, "load_dataset", load_dataset)
+    config = data.DataConfig(
+        model=model_folder, source=sources, out=tmp_path / "data", limit=6, shard_rows=4
+    )
+    data.prepare(config)
+    data.prepare(config)  # nothing is left to do
+    stored = [row["prompt"].tolist() for row in open_rows(config.out, model_folder).dataset]
+    assert stored == prompts[:6]
+    assert all(options["streaming"] for _, options in streams)
+    with pytest.raises(ValueError, match="begun with another limit"):
+        data.prepare(data.dataclasses.replace(config, limit=7))
+    monkeypatch.setattr(
+        data.datasets, "load_dataset", lambda *names, **how: [how | {"names": names}]
+    )
+    (asked,) = data.read_rows(("hf:some/chats:small@test",))
+    assert asked == dict(names=("some/chats", "small"), split="test", streaming=True)
+    with pytest.raises(ValueError, match="or hf:owner/name"):
+        list(data.read_rows(("some/chats",)))
+    with pytest.raises(ValueError, match="limit=0"):
+        data.prepare(data.dataclasses.replace(config, limit=0))
+
+
 def test_chats_go_through_the_template(model_folder):
     class Words:
         """As much of a tokenizer as the chats need."""

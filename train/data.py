@@ -2,7 +2,8 @@
 
     python -m lookahead_jax.train.data --model DIR --source FILE ... --out DATA
 
-Sources are JSON lines or parquet files. A row has `messages` (the chat template is applied; the
+Sources are JSON lines or parquet files, or data sets of the Hugging Face hub (`hf:owner/name`); all
+are read as streams, `--limit` rows at most. A row has `messages` (the chat template is applied; the
 last answer is the response) or `prompt` and perhaps `response`, as text or as token ids. Responses
 that are missing (all of them with --regenerate) are generated greedily by the model. The rows are
 written shard by shard; a restarted run skips the finished ones.
@@ -12,8 +13,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +41,7 @@ COMPLETE = "complete.json"
 _IDS = datasets.List(datasets.Value("int32"))
 _FEATURES = datasets.Features({"prompt": _IDS, "response": _IDS})
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_HUB = "hf:"  # a prefix, so that a mistyped file name asks no server
 _GROUP = 16  # batches whose rows are sorted by length together, so that a batch pads little
 
 
@@ -48,12 +51,15 @@ class DataConfig:
 
     model: Path
     """Folder of the model the modules are for; its own responses train best."""
-    source: tuple[Path, ...]
-    """JSON lines or parquet files with `messages`, or `prompt` and perhaps `response`."""
+    source: tuple[str, ...]
+    """JSON lines or parquet files, or hf:owner/name[:subset][@split] (default split: train), with
+    `messages`, or `prompt` and perhaps `response`."""
     out: Path
     """Folder of the token rows, made if need be."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights; None is that of the checkpoint."""
+    limit: int | None = None
+    """Source rows that are read, at most."""
     max_prompt: int = 16384
     """Rows with a longer prompt (in tokens) are left out."""
     max_response: int = 512
@@ -72,6 +78,8 @@ class DataConfig:
 
 def prepare(config: DataConfig) -> None:
     """Writes `config.out`; see the module's text. Raises ValueError for rows it cannot read."""
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit={config.limit}: at least one row")
     if config.batch < 1 or config.shard_rows < 1 or not 0 <= config.part < config.parts:
         raise ValueError("batch, shard_rows and parts start at 1, and part is below parts")
     model = load(config.model, dtype=config.dtype)
@@ -81,13 +89,13 @@ def prepare(config: DataConfig) -> None:
         "source": [str(path) for path in config.source],
         **{
             n: getattr(config, n)
-            for n in ("max_prompt", "max_response", "regenerate", "shard_rows")
+            for n in ("limit", "max_prompt", "max_response", "regenerate", "shard_rows")
         },
     }
     _check_settings(config.out, settings)
     datasets.disable_progress_bars()
-    rows, shards = read_rows(config.source), 0
-    with tqdm(unit=" rows", desc=str(config.out)) as progress:
+    rows, shards = itertools.islice(read_rows(config.source), config.limit), 0
+    with tqdm(total=config.limit, unit=" rows", desc=str(config.out)) as progress:
         while part := list(itertools.islice(rows, config.shard_rows)):
             path = _shard(config.out, shards)
             if shards % config.parts == config.part and not path.is_dir():
@@ -101,17 +109,27 @@ def prepare(config: DataConfig) -> None:
         atomic_write(config.out / COMPLETE, json.dumps(summary, indent=2) + "\n")
 
 
-def read_rows(sources: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """The rows of the source files, in order, read as a stream."""
-    for path in sources:
-        if path.suffix not in _READERS:
-            raise ValueError(f"{path}: expected a file that ends in {', '.join(_READERS)}")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        reader = _READERS[path.suffix]
-        yield from datasets.load_dataset(
-            reader, data_files=str(path), split="train", streaming=True
+def read_rows(sources: Sequence[str | os.PathLike[str]]) -> Iterator[dict[str, Any]]:
+    """The rows of the sources, in order, read as a stream (a restart reads them anew)."""
+    for source in sources:
+        yield from _open_stream(str(source))
+
+
+def _open_stream(source: str) -> Iterable[dict[str, Any]]:
+    if source.startswith(_HUB):
+        name, _, split = source.removeprefix(_HUB).partition("@")
+        name, _, subset = name.partition(":")
+        return datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+    path = Path(source)
+    if path.suffix not in _READERS:
+        raise ValueError(
+            f"{path}: expected a file that ends in {', '.join(_READERS)}, or {_HUB}owner/name"
         )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return datasets.load_dataset(
+        _READERS[path.suffix], data_files=source, split="train", streaming=True
+    )
 
 
 def prepare_rows(
