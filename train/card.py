@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,9 @@ download. It continues Python source code and looks things up in its prompt. It 
 of cache eviction on a CPU, not an assistant: it follows no instructions and knows no facts.
 
 Format: `config.json` (`model_type` llama, tied embeddings), `model.safetensors` (float32), byte-
-level BPE in `tokenizer.json`. Rows were at most 576 tokens long in training; positions up to 2048
-were reached by random gaps between positions, so longer prompts work less well (see the table).
+level BPE in `tokenizer.json`. Rows were at most {{longest}} tokens long in training; positions up
+to 2048 were reached by random gaps between positions, so longer prompts work less well (see the
+table).
 
 ## What it was trained on
 
@@ -42,18 +44,17 @@ Wilson intervals:
 {{accuracy}}
 
 `lookup` asks for 1 of 48 names, `multi_lookup` for 4 of 48; `records` for the six fields of one
-of 8 schemas, which the question does not name; `tagged` for the six values of one of 4 tags in
-the order of the document; `spans` for one of 4 spans of 12 words; `chains` for 4 hops among 8
-chains. `tagged` is not solved: the model finds the tag's first value and not the order of the
-others. `multi_lookup` fails mostly at the fourth name, `chains` mostly at the end, where the
-model adds a word instead of stopping.
+of 8 schemas, which the question does not name; `tagged` for the six values of one of 6 tags in
+the order of the document; `spans` for one of 4 spans of 12 words; `chains` for 4 hops among 14
+chains. A row of `tagged` names the value before it under its tag: without that, an earlier model
+of this size found a tag's first value and never the order of the others.
 
 ## Loss over training
 
 Text loss is in nats per token, task loss in nats per answer token, both on training rows. Half of
-the tokens are text, so about a third of it was seen; no document was seen twice.
+the tokens are text; no document was seen twice.
 
-{{curve}}
+{{curves}}
 
 ## Examples
 
@@ -63,19 +64,20 @@ Greedy continuations of three openings, not selected:
 ## Recipe
 
 Muon for the matrices, Adam for embeddings and norms; constant rates after the warm-up, linear decay
-to zero. Float32, one CPU core. The stages were set while the run went on: for the first 850 steps
-the rows of the tasks read ` name = value` and the copies stood at a fixed distance, and no lookup
-was learned; with the present tasks (values next to their names, copies at varying distances) they
-came within 200 steps. The planned length of the last stage was changed at steps 1050, 1350 and 1500
-(to 550, 750 and 650 steps), and with it the decay: it began at step 1110, the rate went up once, at
-1350 from 0.68 to 0.85 of its peak, and down at 1500 from 0.67 to 0.58. A run of this recipe from
-the start does as many steps with the present tasks throughout and one straight decay; that was not
-repeated, so its result may differ.
+to zero. Float32, one CPU core. Two runs, the second (`start`) from the weights of the first, with
+rates raised again and one straight decay. In the first, the stages were set while it went on: for
+850 steps the rows of the tasks read ` name = value` and the copies stood at a fixed distance, and
+no lookup was learned; with values next to their names and copies at varying distances they came
+within 200 steps. The planned length of its last stage, and with it the decay, was changed at steps
+1050, 1350 and 1500. It had rows of `tagged` without the value before, up to 4 tags and 10 chains;
+the second run has the present tasks. One seed each; the whole was not repeated, so the result of
+this recipe may differ.
 
-{{recipe}}
+{{recipes}}
 
     python -m lookahead_jax.train.corpus --out CORPUS
-    python -m lookahead_jax.train.base --corpus CORPUS --out RUN
+    python -m lookahead_jax.train.base --corpus CORPUS --out FIRST
+    python -m lookahead_jax.train.base --corpus CORPUS --out RUN --start FIRST ...
     python -m lookahead_jax.train.package --corpus CORPUS --run RUN \\
         --out lookahead_jax/assets/base
 
@@ -88,7 +90,7 @@ held out of training (PSF-2.0, see its first lines).
 """
 
 
-def loss_curve(run: pathlib.Path, points: int = 24) -> list[str]:
+def loss_curve(run: pathlib.Path, points: int = 16) -> list[str]:
     """The metrics of a run as a table, averaged over equal stretches of steps."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = list({line["step"]: line for line in lines}.values())
@@ -107,12 +109,21 @@ def loss_curve(run: pathlib.Path, points: int = 24) -> list[str]:
     return rows
 
 
+def lineage(run: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+    """The runs that led to this one and their settings, the first one first."""
+    recipe = json.loads((run / "run.json").read_text())
+    start = recipe.get("start")
+    before = [] if start in (None, "None") else lineage(pathlib.Path(start))
+    recipe = {name: recipe[name] for name in recipe if name not in ("corpus", "out")}
+    if before:
+        recipe["start"] = "the run above"
+    return [*before, (run, recipe)]
+
+
 def card(corpus: pathlib.Path, run: pathlib.Path, sections: dict[str, list[str]]) -> str:
     """The model card: a fixed frame around what was measured."""
     manifest = json.loads((corpus / "manifest.json").read_text())
-    recipe = json.loads((run / "run.json").read_text())
-    for name in ("corpus", "out"):
-        recipe.pop(name)
+    runs = lineage(run)
     sources = [
         f"| {name} | {s['version']} | {s['license']} | {s['files']} | {s['bytes'] / 1e6:.1f} MB |"
         for name, s in manifest["sources"].items()
@@ -123,7 +134,11 @@ def card(corpus: pathlib.Path, run: pathlib.Path, sections: dict[str, list[str]]
         "sources": "\n".join(
             ["| source | version | licence | files | text |", "|---" * 5 + "|", *sources]
         ),
-        "recipe": "```json\n" + json.dumps(recipe, indent=1) + "\n```",
+        "longest": str(max(length for _, recipe in runs for length in recipe["lengths"])),
+        "curves": "\n\n".join("\n".join(loss_curve(path)) for path, _ in runs),
+        "recipes": "\n\n".join(
+            "```json\n" + json.dumps(recipe, indent=1) + "\n```" for _, recipe in runs
+        ),
         "split": " ".join(
             f"{k}: {v['files']} files, {v['tokens'] / 1e6:.2f} M tokens."
             for k, v in manifest.items()

@@ -25,7 +25,7 @@ from lookahead_jax.generation import generate
 from lookahead_jax.params import Params
 from lookahead_jax.policies import make_policy
 from lookahead_jax.train.base import evaluate, exact_match, read_params
-from lookahead_jax.train.card import card, loss_curve
+from lookahead_jax.train.card import card
 
 # The model knows no roles: a conversation is its messages one after the other.
 CHAT_TEMPLATE = (
@@ -176,7 +176,6 @@ def main(config: PackageConfig) -> None:
         "figures": [f"- {k.replace('_', ' ')}: {v:,.4g}" for k, v in figures.items()],
         "completions": completions(config.out),
         "accuracy": accuracy_table(params, model, words, valid, config),
-        "curve": loss_curve(config.run),
     }
     (config.out / "README.md").write_text(card(config.corpus, config.run, sections))
 
