@@ -1,14 +1,16 @@
-"""The decoding loop, on the device: forward one block, choose, commit, until every row is done.
+"""Decoding, on the device: propose a tree, run it, accept a path, commit it, until all is done.
 
-The last emitted token is always pending: its keys and values enter the cache with the step that
-reads it. A burst of steps runs under one `lax.while_loop`; the host looks in between bursts, and
-the tokens do not depend on how long the bursts are.
+Plain decoding is the tree of one node. The last emitted token is always pending: it is the root
+of the next tree, and its keys and values enter the cache with the step that reads it. A row that
+is done takes no part in a step and costs its share of it. What is emitted is the target's own
+choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
+number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728).
 """
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lookahead_jax.cache import KVCache, commit
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter, Verified
 from lookahead_jax.layers import Params
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.sampling import (
@@ -27,6 +30,9 @@ from lookahead_jax.sampling import (
     process_logits,
     sampling_rows,
 )
+from lookahead_jax.tree import NODE_BUCKETS, Layout, TokenTree, accept, layout
+
+PLAIN = NoDrafter()
 
 
 @struct.dataclass
@@ -42,6 +48,8 @@ class DecodeState:
     eos: jax.Array  # [E] int32 tokens that end a row
     seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
     sampling: SamplingRows
+    lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
+    draft: Any  # the drafter's state
 
 
 class Decoded(NamedTuple):
@@ -59,35 +67,40 @@ def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
 
 
-def _emit(state: DecodeState, token: jax.Array) -> DecodeState:
-    """Appends one token to every row that is not done."""
-    rows = jnp.arange(token.shape[0])
-    width = state.tokens.shape[1]
-    at = jnp.where(state.done, width, state.count)
-    count = state.count + (~state.done).astype(jnp.int32)
+def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeState:
+    """Appends the first `count` [B] of the tokens [B, P] to each row; only the last may end it."""
+    rows = jnp.arange(emitted.shape[0])[:, None]
+    step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
+    at = jnp.where(step < count[:, None], state.count[:, None] + step, state.tokens.shape[1])
     seen = state.seen
     if seen is not None:
-        ids = jnp.where(state.done, seen.shape[1], token)
+        ids = jnp.where(step < count[:, None], emitted, seen.shape[1])
         seen = seen.at[rows, ids].set(True, mode="drop")
-    ended = (token[:, None] == state.eos[None]).any(1) | (count >= state.limit)
+    last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
+    total = state.count + count
+    ended = (last == state.eos[None]).any(1) | (total >= state.limit)
     return dataclasses.replace(
         state,
-        token=jnp.where(state.done, state.token, token),
-        tokens=state.tokens.at[rows, at].set(token, mode="drop"),
-        count=count,
-        done=state.done | ended,
+        token=jnp.where(count > 0, last[:, 0], state.token),
+        tokens=state.tokens.at[rows, at].set(emitted, mode="drop"),
+        count=total,
+        done=state.done | (ended & (count > 0)),
         seen=seen,
     )
 
 
-def _next_token(logits: jax.Array, position: jax.Array, state: DecodeState) -> jax.Array:
-    """[B, V] logits -> [B] tokens for `position` [B]."""
-    seen = None if state.seen is None else state.seen[:, None]
-    processed = process_logits(logits[:, None], seen, state.sampling)
-    return choose(processed, position[:, None], state.sampling)[:, 0]
+def _seen_on_path(seen: jax.Array | None, tree: TokenTree, laid: Layout) -> jax.Array | None:
+    """[B, V] tokens of the text so far -> [B, P, V], those on the way to each node included."""
+    if seen is None or tree.tokens.shape[1] == 1:
+        return None if seen is None else seen[:, None]
+    batch, width = tree.tokens.shape
+    bi, ni = jnp.arange(batch)[:, None, None], jnp.arange(width)[None, :, None]
+    ids = jnp.where(laid.ancestors & laid.valid[:, None], tree.tokens[:, None], seen.shape[1])
+    every = jnp.broadcast_to(seen[:, None], (batch, width, seen.shape[1]))
+    return every.at[bi, ni, ids].set(True, mode="drop")
 
 
-@partial(jax.jit, static_argnames=("width",), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
 def start(
     cache: KVCache,
     logits: Float[Array, "B V"],
@@ -97,11 +110,13 @@ def start(
     eos: Int[Array, " E"],
     seen: Bool[Array, "B V"] | None,
     width: int,
+    draft: Any = (),
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
-    static room for them. The cache is donated.
+    static room for them, `draft` the state of the drafter that decoding will use. The cache is
+    donated.
     """
     batch = logits.shape[0]
     state = DecodeState(
@@ -114,40 +129,123 @@ def start(
         eos=eos,
         seen=seen if sampling.penalized else None,
         sampling=sampling,
+        lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
+        draft=draft,
     )
-    return _emit(state, _next_token(logits, cache.next_pos, state))
+    processed = process_logits(
+        logits[:, None], None if state.seen is None else state.seen[:, None], sampling
+    )
+    token = choose(processed, cache.next_pos[:, None], sampling)
+    return _emit(state, token, (~state.done).astype(jnp.int32))
 
 
-@partial(jax.jit, static_argnames=("config", "steps"), donate_argnames=("state",))
+class Rows(NamedTuple):
+    """Rows of a step that are still to be committed: arguments of `cache.commit`."""
+
+    k: jax.Array  # [L, B, K, P, H]
+    v: jax.Array  # [L, B, K, P, H]
+    positions: jax.Array  # [B, P] int32
+    path: jax.Array  # [B, P] int32
+    count: jax.Array  # [B] int32
+
+
+class Step(NamedTuple):
+    """A tree and what became of it."""
+
+    tree: TokenTree
+    valid: jax.Array  # [B, P] bool nodes that the target looked at
+    path: jax.Array  # [B, P] int32 accepted nodes from the root down
+    count: jax.Array  # [B] int32 how many; also the tokens emitted
+
+
+def _step(
+    params: Params,
+    state: DecodeState,
+    weights: Any,
+    *,
+    config: ModelConfig,
+    drafter: DeviceDrafter,
+    nodes: int,
+) -> tuple[DecodeState, Rows, Step]:
+    """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
+    cache, base = state.cache, state.cache.next_pos[:, None]
+    draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
+    room = jnp.where(state.done, 0, state.limit - state.count)
+    laid = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos)
+    positions = jnp.where(laid.valid, base + laid.depth, -1)
+    x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)
+    visible = None if nodes == 1 else laid.ancestors
+    out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
+    raw = logits(params, out.hidden, config=config)
+    processed = process_logits(raw, _seen_on_path(state.seen, tree, laid), state.sampling)
+    choice = choose(processed, base + laid.depth + 1, state.sampling)
+    accepted = accept(tree, laid, choice)
+    draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
+    counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
+    state = dataclasses.replace(
+        state, draft=draft, lengths=state.lengths + counts.astype(jnp.int32)
+    )
+    state = _emit(state, accepted.emitted, accepted.count)
+    rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)
+    return state, rows, Step(tree, laid.valid, accepted.path, accepted.count)
+
+
+@partial(jax.jit, static_argnames=("config", "drafter", "nodes"), donate_argnames=("state",))
+def decode_step(
+    params: Params,
+    state: DecodeState,
+    weights: Any = None,
+    *,
+    config: ModelConfig,
+    drafter: DeviceDrafter,
+    nodes: int,
+) -> tuple[DecodeState, Step]:
+    """One model step, and its tree. The state is donated.
+
+    For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree.
+    """
+    state, rows, step = _step(params, state, weights, config=config, drafter=drafter, nodes=nodes)
+    return dataclasses.replace(state, cache=commit(state.cache, *rows)), step
+
+
+@partial(
+    jax.jit, static_argnames=("config", "drafter", "nodes", "steps"), donate_argnames=("state",)
+)
 def decode_burst(
-    params: Params, state: DecodeState, *, config: ModelConfig, steps: int
+    params: Params,
+    state: DecodeState,
+    weights: Any = None,
+    *,
+    config: ModelConfig,
+    steps: int,
+    drafter: DeviceDrafter = PLAIN,
+    nodes: int = 1,
 ) -> DecodeState:
-    """Up to `steps` model steps, fewer if every row finishes. The state is donated."""
+    """Up to `steps` model steps, fewer if every row finishes. The state is donated.
+
+    Each step verifies a tree of `nodes` nodes (tree.NODE_BUCKETS) that `drafter` proposes;
+    `state.draft` is the drafter's state and `weights` what it reads. The tokens do not depend on
+    either: without a drafter, one node a step, it is plain decoding.
+    """
 
     def unfinished(carry):
         i, state, _ = carry
         return (i < steps) & ~state.done.all()
 
     def step(carry):
-        # A row enters the cache at the start of the next step: writing before reading lets XLA
+        # Rows enter the cache at the start of the next step: writing before reading lets XLA
         # update the cache in place; the other way round it copies the cache at every step.
-        i, state, row = carry
-        cache = commit(state.cache, *row)
-        positions = jnp.where(state.done, -1, cache.next_pos)[:, None]
-        x = embed(params, state.token[:, None], config=config)
-        out = forward(params, Block(x, positions, cache.rope_span), cache, config=config)
-        running = (~state.done).astype(jnp.int32)
-        row_logits = logits(params, out.hidden, config=config)[:, 0]
-        token = _next_token(row_logits, cache.next_pos + running, state)
-        row = (out.k, out.v, positions, jnp.zeros_like(positions), running)
-        return i + 1, _emit(dataclasses.replace(state, cache=cache), token), row
+        i, state, rows = carry
+        state = dataclasses.replace(state, cache=commit(state.cache, *rows))
+        state, rows, _ = _step(params, state, weights, config=config, drafter=drafter, nodes=nodes)
+        return i + 1, state, rows
 
     cache = state.cache
-    empty = jnp.zeros((*cache.k.shape[:3], 1, cache.k.shape[4]), cache.k.dtype)
-    nothing = jnp.zeros_like(state.token)
-    row = (empty, empty, nothing[:, None], nothing[:, None], nothing)
-    _, state, row = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, row))
-    return dataclasses.replace(state, cache=commit(state.cache, *row))
+    empty = jnp.zeros((*cache.k.shape[:3], nodes, cache.k.shape[4]), cache.k.dtype)
+    nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
+    rows = Rows(empty, empty, nothing, nothing, nothing[:, 0])
+    _, state, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, rows))
+    return dataclasses.replace(state, cache=commit(state.cache, *rows))
 
 
 def decode(

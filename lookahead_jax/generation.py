@@ -19,7 +19,11 @@ from lookahead_jax.batching import bucket_length, check_tokens, pad_batch, slots
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.decoding import DecodeState, decode, decode_burst, seen_tokens, start
+from lookahead_jax.decoding import DecodeState, Step, decode, seen_tokens, start
+from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.base import HostDrafter
+from lookahead_jax.drafters.device import DeviceDrafter
+from lookahead_jax.drafting import Drafting, DraftReport
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules, observer_block
 from lookahead_jax.model import Block, embed, logits
@@ -66,6 +70,7 @@ class Generation:
     kept: np.ndarray  # [L, B, K, S] int32 ascending positions of kept prompt entries, -1 padded
     cache: CacheReport
     timing: Timing
+    drafting: DraftReport
 
 
 def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
@@ -204,8 +209,11 @@ def generate(
     stop: Sequence[str] = (),
     lookahead: LookaheadModules | None = None,
     eos_ids: Sequence[int] | None = None,
+    drafter: str | HostDrafter | DeviceDrafter = "none",
+    draft_nodes: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
     measure: bool = False,
 ) -> Generation:
     """Continues a batch of prompts from a cache of `budget` entries per layer and KV head.
@@ -215,7 +223,13 @@ def generate(
     `on_text(row, piece)` receives text as it becomes certain. Tokens and text do not depend on
     `burst`, the number of steps between looks of the host. `measure` compiles and runs the
     prompt beforehand, with and without eviction, so that `timing` holds neither compilation nor
-    guesses. Raises ValueError for empty prompts and ids out of range.
+    guesses.
+
+    `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
+    proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
+    the same tokens. `on_step` receives every step's tree and accepted path as NumPy arrays.
+
+    Raises ValueError for empty prompts and ids out of range.
     """
     config, params = model.config, model.params
     decoding_params = _for_decoding(params)
@@ -229,6 +243,15 @@ def generate(
     _announce(policy, budget, max(map(len, rows)) + max_new_tokens, config)
     tokens = jnp.asarray(pad_batch(rows, config=config))
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
+
+    drafting = Drafting(
+        make_drafter(drafter) if isinstance(drafter, str) else drafter,
+        draft_nodes,
+        config=config,
+        batch=len(rows),
+        room=tokens.shape[1] + max_new_tokens,
+        on_step=on_step,
+    )
 
     def read(policy: Policy) -> DecodeState:
         result = read_prompt(
@@ -255,7 +278,9 @@ def generate(
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all
-        decode_burst.lower(decoding_params, state, config=config, steps=burst).compile()
+    state = drafting.begin(state, rows, tokens)
+    if measure:
+        drafting.compile(decoding_params, state, burst)
 
     prompt_cache = state.cache
     filled = np.asarray(prompt_cache.length)
@@ -272,10 +297,12 @@ def generate(
     begin = time.perf_counter()
     done = _deliver(outputs, state)
     while not done.all():
-        state = dataclasses.replace(state, done=jnp.asarray(done))
-        state = decode_burst(decoding_params, state, config=config, steps=burst)
+        # Placed as it was: an array without a place would compile the step once more.
+        state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
+        state = drafting.advance(decoding_params, state, burst)
         done = _deliver(outputs, state)
     spent = time.perf_counter() - begin
+    drafting.end(state)
     for output in outputs:
         output.close()
     decoded = sum(len(output.tokens) - 1 for output in outputs)
@@ -292,6 +319,7 @@ def generate(
             eviction_overhead_s=overhead,
             decode_tokens_per_s=decoded / spent if decoded else None,
         ),
+        drafting=drafting.report(state),
     )
 
 

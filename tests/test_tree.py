@@ -23,7 +23,7 @@ def walk(tokens, parents, most, choice):
     """Depths, ancestor sets and validity of one row's nodes, then the path of the choices."""
     depth, above, valid = [], [], []
     for i, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        linked = 0 < i and 0 <= parent < i
+        linked = i > 0 and 0 <= parent < i
         depth.append(depth[parent] + 1 if linked else 0)
         above.append({i} | (above[parent] if linked else set()))
         fine = 0 <= token < VOCAB and depth[i] < most

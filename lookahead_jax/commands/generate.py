@@ -12,7 +12,7 @@ class Generate(RunOptions):
     """Continue a prompt; the text streams to the standard output."""
 
     json: File = None
-    """Also write tokens, text, cache size and timing (measured after a first run) to this file."""
+    """Also write tokens, text, sizes, timing (after a first run) and drafting to this file."""
 
 
 def main(config: Generate) -> None:
@@ -47,6 +47,7 @@ def report(result) -> dict:
         prompt_tokens=result.prompt_tokens,
         cache=asdict(result.cache),
         timing=asdict(result.timing),
+        drafting=asdict(result.drafting),
     )
 
 

@@ -110,6 +110,31 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftingOptions:
+    drafter: Annotated[
+        Literal["none", "trie", "suffix", "prompt_lookup", "recycling", "draft_model"],
+        option("NAME"),
+    ] = "none"
+    """What drafts several tokens a step: trie, suffix, prompt_lookup, recycling or draft_model."""
+    draft_nodes: Annotated[int | None, option("INT")] = None
+    """Nodes of a step's tree: 1, 8, 16, 32, 64 or 128; left out, as many as pay."""
+    draft_model: Folder = None
+    """Folder of the smaller checkpoint that drafter draft_model reads."""
+
+    def make(self, dtype: str | None):
+        """The drafter these options name."""
+        from lookahead_jax.drafters import make_drafter
+
+        if (self.drafter == "draft_model") != (self.draft_model is not None):
+            raise UsageError("--drafter draft_model and --draft-model DIR go together")
+        if self.draft_model is None:
+            return make_drafter(self.drafter)
+        import lookahead_jax as lk
+
+        return make_drafter("draft_model", model=lk.load(self.draft_model, dtype=dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """What `generate` and `inspect` share: a model, a prompt, and how to continue it."""
 
@@ -117,6 +142,7 @@ class RunOptions:
     input: PromptOptions = field(default_factory=PromptOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    drafting: DraftingOptions = field(default_factory=DraftingOptions)
     max_new_tokens: int = 128
     """Tokens to generate at most, per row."""
     stop: Repeated = ()
@@ -138,6 +164,8 @@ class RunOptions:
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             seeds=[self.seed] * len(prompts),
+            drafter=self.drafting.make(self.source.dtype),
+            draft_nodes=self.drafting.draft_nodes,
             **arguments,
         )
 

@@ -1,0 +1,98 @@
+"""prompt_lookup: what followed the last n-gram where it stood before (Saxena 2023).
+
+https://github.com/apoorvumang/prompt-lookup-decoding; defaults and choice of the match are those
+of `PromptLookupCandidateGenerator` in transformers 5.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.drafters.device import Verified, Weights
+from lookahead_jax.tree import TokenTree, chain
+
+
+@struct.dataclass
+class Texts:
+    """Everything emitted so far but each row's root."""
+
+    tokens: jax.Array  # [B, S] int32, -1 behind the end
+    length: jax.Array  # [B] int32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLookup:
+    """A chain: the continuation of the leftmost earlier occurrence of the text's last n-gram.
+
+    The longest n-gram that has one decides. Prompt and output are one text.
+    """
+
+    ngram: int = 2
+    """Longest n-gram that is looked up."""
+    tokens: int = 10
+    """Longest continuation that is drafted."""
+
+    weights = None
+
+    def __post_init__(self) -> None:
+        if self.ngram < 1 or self.tokens < 1:
+            raise ValueError(f"ngram={self.ngram} and tokens={self.tokens} must both be at least 1")
+
+    def init(self, batch: int, room: int, config: ModelConfig) -> Texts:
+        return Texts(jnp.full((batch, room), -1, jnp.int32), jnp.zeros(batch, jnp.int32))
+
+    def begin(self, weights: Weights, state: Texts, rows: jax.Array, prompts: jax.Array) -> Texts:
+        width = state.tokens.shape[1]
+        prompts = prompts[:, :width]
+        pad = [(0, 0), (0, width - prompts.shape[1])]
+        prompts = jnp.pad(prompts, pad, constant_values=-1)
+        return Texts(
+            state.tokens.at[rows].set(prompts),
+            state.length.at[rows].set((prompts >= 0).sum(1, dtype=jnp.int32)),
+        )
+
+    def propose(
+        self, weights: Weights, state: Texts, root: jax.Array, nodes: int
+    ) -> tuple[Texts, TokenTree]:
+        text = _append(state, root[:, None], jnp.ones_like(state.length)).tokens
+        begin = _continuation(text, state.length + 1, self.ngram)
+        steps = jnp.arange(min(self.tokens, nodes - 1), dtype=jnp.int32)[None]
+        at = begin[:, None] + steps
+        found = (begin >= 0)[:, None] & (at < text.shape[1])
+        drafted = jnp.take_along_axis(text, jnp.where(found, at, 0), axis=1)
+        return state, chain(root, jnp.where(found, drafted, -1), nodes)
+
+    def update(self, weights: Weights, state: Texts, verified: Verified) -> Texts:
+        # The root and all that was emitted but the new root: the tokens of the accepted nodes.
+        path = jnp.take_along_axis(verified.tree.tokens, verified.accepted.path, axis=1)
+        return _append(state, path, verified.accepted.count)
+
+
+def _append(state: Texts, tokens: jax.Array, count: jax.Array) -> Texts:
+    """Writes the first `count` [B] of `tokens` [B, P] behind each text, as far as it has room."""
+    step = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    width = state.tokens.shape[1]
+    at = jnp.where(step < count[:, None], state.length[:, None] + step, width)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return Texts(
+        state.tokens.at[rows, at].set(tokens, mode="drop"),
+        jnp.minimum(state.length + count, width),
+    )
+
+
+def _continuation(text: jax.Array, length: jax.Array, longest: int) -> jax.Array:
+    """Where the text [B, S] goes on after an earlier occurrence of its end: [B], -1 if none."""
+    width = text.shape[1]
+    index = jnp.arange(width, dtype=jnp.int32)[None]
+    begin = jnp.full_like(length, -1)
+    match = jnp.ones(text.shape, bool)  # [B, S] the n tokens that end here are the text's last n
+    for n in range(1, longest + 1):
+        wanted = jnp.take_along_axis(text, jnp.maximum(length - n, 0)[:, None], axis=1)
+        back = jnp.pad(text, [(0, 0), (n - 1, 0)], constant_values=-1)[:, :width]
+        match &= (back == wanted) & (wanted >= 0)
+        earlier = match & (index < length[:, None] - 1) & (length > n)[:, None]
+        begin = jnp.where(earlier.any(1), jnp.argmax(earlier, axis=1).astype(jnp.int32) + 1, begin)
+    return begin

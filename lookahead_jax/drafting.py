@@ -1,0 +1,172 @@
+"""Decoding with a drafter, seen from the host: who proposes, how many nodes, what came of it."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.decoding import DecodeState, Step, decode_burst, decode_step
+from lookahead_jax.drafters.base import Draft, HostDrafter
+from lookahead_jax.drafters.device import DeviceDrafter, Given, NoDrafter
+from lookahead_jax.drafters.host import NOTHING, pack
+from lookahead_jax.layers import Params
+from lookahead_jax.tree import NODE_BUCKETS
+
+DEFAULT_NODES = 32
+_request = itertools.count()  # numbers requests of this process, whichever drafter they use
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftReport:
+    """What drafting came to, all rows together."""
+
+    steps: int  # target forwards, counted once for every row that took part
+    mean_accepted: float | None  # tokens emitted per target forward; None if there was none
+    drafter_us: float | None  # microseconds of a host drafter per step; None: on the device
+    histogram: list[int]  # entry i: forwards that emitted i + 1 tokens
+
+
+class Drafting:
+    """Steps of a batch with a drafter of either form.
+
+    A row of the batch joins with `begin` and leaves with `end`; `advance` runs the model.
+    """
+
+    def __init__(
+        self,
+        drafter: HostDrafter | DeviceDrafter,
+        nodes: int | None,
+        *,
+        config: ModelConfig,
+        batch: int,
+        room: int,
+        on_step: Callable[[Step], Any] | None = None,
+    ):
+        plain = isinstance(drafter, NoDrafter)
+        if nodes is None:
+            nodes = 1 if plain else DEFAULT_NODES
+        if nodes not in NODE_BUCKETS or (plain and nodes > 1):
+            possible = "1" if plain else ", ".join(map(str, NODE_BUCKETS))
+            raise ValueError(f"a step with this drafter has {possible} nodes, not {nodes}")
+        self.nodes = nodes
+        self._config = config
+        self._room = room
+        self._on_step = on_step
+        self._host = None if isinstance(drafter, DeviceDrafter) else drafter
+        self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
+        self._requests: list[int | None] = [None] * batch
+        self._observed = [0] * batch
+        self._drafting_s = 0.0
+        self._steps = 0
+
+    def begin(
+        self, state: DecodeState, prompts: Sequence[Sequence[int]], tokens: jax.Array
+    ) -> DecodeState:
+        """All rows join with their prompts, also given as an array [B, T] padded with -1."""
+        if self._host is None:
+            return _open(
+                state, self._device.weights, tokens,
+                drafter=self._device, room=self._room, config=self._config,
+            )  # fmt: skip
+        for row, prompt in enumerate(prompts):
+            self._requests[row] = request = next(_request)
+            self._host.begin(request, prompt)
+        return state
+
+    def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
+        """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
+        if self._host is not None:
+            state = dataclasses.replace(
+                state, draft=pack(self._propose(self._host, state), self.nodes)
+            )
+        program, options = self._program(burst)
+        result = program(params, state, self._device.weights, **options)
+        if isinstance(result, DecodeState):
+            return result
+        if self._on_step is not None:
+            self._on_step(jax.tree.map(np.asarray, result[1]))
+        return result[0]
+
+    def compile(self, params: Params, state: DecodeState, burst: int) -> None:
+        """Compiles what `advance` will run, without running it."""
+        if self._host is not None:
+            state = dataclasses.replace(state, draft=pack([NOTHING] * len(state.token), self.nodes))
+        program, options = self._program(burst)
+        program.lower(params, state, self._device.weights, **options).compile()
+
+    def end(self, state: DecodeState) -> None:
+        """All rows leave."""
+        tokens, counts = jax.device_get((state.tokens, state.count))
+        begin = time.perf_counter()
+        for row, request in enumerate(self._requests):
+            if self._host is not None and request is not None:
+                self._observe(row, tokens[row], int(counts[row]))
+                self._host.end(request)
+                self._requests[row] = None
+        self._drafting_s += time.perf_counter() - begin
+
+    def report(self, state: DecodeState) -> DraftReport:
+        """The steps of the rows in `state` so far."""
+        lengths = np.asarray(state.lengths).sum(0)
+        steps = int(lengths.sum())
+        emitted = int(lengths @ np.arange(1, lengths.size + 1))
+        return DraftReport(
+            steps=steps,
+            mean_accepted=emitted / steps if steps else None,
+            drafter_us=self._drafting_s / self._steps * 1e6 if self._steps else None,
+            histogram=np.trim_zeros(lengths, "b").tolist(),
+        )
+
+    def _program(self, burst: int) -> tuple[Any, dict[str, Any]]:
+        options = dict(config=self._config, drafter=self._device, nodes=self.nodes)
+        if self._host is not None or self._on_step is not None:
+            return decode_step, options
+        return decode_burst, {**options, "steps": burst}
+
+    def _propose(self, host: HostDrafter, state: DecodeState) -> list[Draft]:
+        """What the host drafter says about every row that is running."""
+        tokens, counts, limits, done = jax.device_get(
+            (state.tokens, state.count, state.limit, state.done)
+        )
+        begin = time.perf_counter()
+        drafts = []
+        for row, request in enumerate(self._requests):
+            if request is None or done[row]:
+                drafts.append(NOTHING)
+                continue
+            self._observe(row, tokens[row], int(counts[row]))
+            depth = min(int(limits[row] - counts[row]), self.nodes) - 1
+            drafts.append(host.propose(request, self.nodes - 1, depth) if depth > 0 else NOTHING)
+        self._drafting_s += time.perf_counter() - begin
+        self._steps += 1
+        return drafts
+
+    def _observe(self, row: int, tokens: np.ndarray, count: int) -> None:
+        """Tells the host drafter what a row has emitted since it was last told."""
+        request, new = self._requests[row], tokens[self._observed[row] : count]
+        if self._host is not None and request is not None and new.size:
+            self._host.observe(request, new.tolist())
+        self._observed[row] = count
+
+
+@partial(jax.jit, static_argnames=("drafter", "room", "config"), donate_argnames=("state",))
+def _open(
+    state: DecodeState,
+    weights: Any,
+    prompts: jax.Array,
+    *,
+    drafter: DeviceDrafter,
+    room: int,
+    config: ModelConfig,
+) -> DecodeState:
+    """The state with a device drafter's, in which every row has begun with its prompt."""
+    rows = jnp.arange(prompts.shape[0], dtype=jnp.int32)
+    draft = drafter.begin(weights, drafter.init(len(rows), room, config), rows, prompts)
+    return dataclasses.replace(state, draft=draft)
