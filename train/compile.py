@@ -8,6 +8,7 @@ allocates per chip; FLOPs are counted by hand, since a compiler counts a loop's 
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -82,6 +83,8 @@ def compile_training_step(options: Compile) -> dict[str, Any]:
     """Compiles and reports; raises the compiler's own error where the step does not fit."""
     if options.model not in SHAPES:
         raise ValueError(f"unknown model {options.model!r}; known: {', '.join(SHAPES)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("the TPU compiler is not installed: pip install 'lookahead-jax[tpu-aot]'")
     config = ModelConfig.from_hf(SHAPES[options.model])
     jax.config.update("jax_platforms", "cpu")
     for name, value in ENVIRONMENT.items():
@@ -96,7 +99,7 @@ def compile_training_step(options: Compile) -> dict[str, Any]:
     def state():
         return init_state(init_modules(jax.random.key(0), sizes, config), optimizer)
 
-    def rows(length: int) -> jax.ShapeDtypeStruct:
+    def rows(length: int) -> Any:  # a shape, where Batch declares arrays
         return jax.ShapeDtypeStruct((1, options.batch, length), jnp.int32)
 
     step = compile_step(mesh, config=config, optimizer=optimizer, chunk=options.prompt)
@@ -130,7 +133,7 @@ def _collectives(program: Any) -> dict[str, int] | str:
     try:
         text = program.as_text()
     except jax.errors.JaxRuntimeError as error:
-        return f"not readable: {str(error).splitlines()[0][:80]}"
+        return f"not available: {str(error).splitlines()[0][:80]}"
     names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
     return {name: text.count(f" {name}(") + text.count(f" {name}-start(") for name in names}
 
