@@ -61,9 +61,11 @@ def _pooled(prefix: str, settings: tuple[Setting, ...], kinds: tuple[tuple[str, 
 _POOLS = (("none", 1), ("max", 3), ("max", 7), ("avg", 5))
 _FEW = (("none", 1), ("max", 7))
 _SNAP = _pooled("", _grid(window=(1, 4, 8, 16, 32)), _POOLS)
-_SNAP_FEW = _pooled("", _grid(window=(4, 8, 32)), _FEW)
-_DRAFTS = _pooled("draft_", _grid(draft_tokens=(8, 32), draft_window=(4, 8)), _FEW)
-_LAQ = _pooled("", _DRAFTS, _FEW)
+_SNAP_FEW = _pooled("", _grid(window=(4, 8)), _FEW)
+_LAQ = (
+    (),  # the defaults of its public code
+    *_pooled("", _grid(draft_tokens=(8, 32), draft_window=(4, 8), draft_pool=("none",)), _FEW),
+)
 
 METHODS: dict[str, tuple[Setting, ...]] = {
     "random": ((),),
