@@ -13,9 +13,9 @@ import numpy as np
 
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.decoding import DecodeState, Step, decode_burst, decode_step
-from lookahead_jax.drafters.base import Draft, HostDrafter
+from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafters.device import DeviceDrafter, Given, NoDrafter
-from lookahead_jax.drafters.host import NOTHING, pack
+from lookahead_jax.drafters.host import NOTHING, Host, pack
 from lookahead_jax.layers import Params
 from lookahead_jax.tree import NODE_BUCKETS
 
@@ -41,7 +41,7 @@ class Drafting:
 
     def __init__(
         self,
-        drafter: HostDrafter | DeviceDrafter,
+        drafter: Host | DeviceDrafter,
         nodes: int | None,
         *,
         config: ModelConfig,
@@ -83,9 +83,8 @@ class Drafting:
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
         if self._host is not None:
-            state = dataclasses.replace(
-                state, draft=pack(self._propose(self._host, state), self.nodes)
-            )
+            drafts = self._propose(self._host, state)
+            state = dataclasses.replace(state, draft=pack(drafts, self.nodes))
         program, options = self._program(burst)
         result = program(params, state, self._device.weights, **options)
         if isinstance(result, DecodeState):
@@ -130,7 +129,7 @@ class Drafting:
             return decode_step, options
         return decode_burst, {**options, "steps": burst}
 
-    def _propose(self, host: HostDrafter, state: DecodeState) -> list[Draft]:
+    def _propose(self, host: Host, state: DecodeState) -> list[Draft]:
         """What the host drafter says about every row that is running."""
         tokens, counts, limits, done = jax.device_get(
             (state.tokens, state.count, state.limit, state.done)

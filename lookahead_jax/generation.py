@@ -21,8 +21,8 @@ from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.decoding import DecodeState, Step, decode, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
-from lookahead_jax.drafters.base import HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter
+from lookahead_jax.drafters.host import Host
 from lookahead_jax.drafting import Drafting, DraftReport
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules, observer_block
@@ -209,7 +209,7 @@ def generate(
     stop: Sequence[str] = (),
     lookahead: LookaheadModules | None = None,
     eos_ids: Sequence[int] | None = None,
-    drafter: str | HostDrafter | DeviceDrafter = "none",
+    drafter: str | Host | DeviceDrafter = "none",
     draft_nodes: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
