@@ -62,9 +62,15 @@ _POOLS = (("none", 1), ("max", 3), ("max", 7), ("avg", 5))
 _FEW = (("none", 1), ("max", 7))
 _SNAP = _pooled("", _grid(window=(1, 4, 8, 16, 32)), _POOLS)
 _SNAP_FEW = _pooled("", _grid(window=(4, 8)), _FEW)
+_DRAFT = (
+    ("draft_tokens", "16"),
+    ("draft_pool", "none"),
+)  # as long as the answers, cut at their end
 _LAQ = (
     (),  # the defaults of its public code
-    *_pooled("", _grid(draft_tokens=(8, 32), draft_window=(4, 8), draft_pool=("none",)), _FEW),
+    (*_DRAFT, ("draft_window", "4"), ("pool", "none")),
+    (*_DRAFT, ("draft_window", "8"), ("pool", "none")),
+    (*_DRAFT, ("draft_window", "8"), ("pool", "max")),
 )
 
 METHODS: dict[str, tuple[Setting, ...]] = {
