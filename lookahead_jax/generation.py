@@ -104,19 +104,22 @@ def read_prompt(
     modules: LookaheadModules | None = None,
     eos_ids: Sequence[int] = (),
     with_scores: bool = False,
+    room: int | None = None,
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
 
+    At most `new_tokens` will follow; the cache has slots for `room` of them (None: for all).
     Policies that use lookahead modules read them after the prompt. Two-pass policies first keep
     everything, decode a response of `policy.response_tokens` tokens on it (or on a copy that
     their `draft_policy` has cut to the same budget), and cut by what that response looks at.
     """
+    room = new_tokens if room is None else room
     if policy.two_pass:
         return _read_twice(
             params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
-            eos_ids=eos_ids, with_scores=with_scores,
+            eos_ids=eos_ids, with_scores=with_scores, room=room,
         )  # fmt: skip
-    slots = slots_for(policy, tokens.shape[1], budget, new_tokens, config=config)
+    slots = slots_for(policy, tokens.shape[1], budget, room, config=config)
     observer = None
     if policy.uses_modules:
         if modules is None:
@@ -141,6 +144,7 @@ def _read_twice(
     new_tokens: int,
     eos_ids: Sequence[int],
     with_scores: bool,
+    room: int,
 ) -> Prefilled:
     """`read_prompt` for policies that see a response before they cut."""
     width, answer = tokens.shape[1], policy.response_tokens
@@ -160,7 +164,7 @@ def _read_twice(
         params, copy, full.logits, config=config, max_new_tokens=answer, eos_ids=eos_ids
     ).tokens
     again = read_again(params, tokens, policy.window_rows(budget), response, full.cache, config)
-    slots = slots_for(policy, full.cache.slots, budget, new_tokens, config=config)
+    slots = slots_for(policy, full.cache.slots, budget, room, config=config)
     cache, scores = compress(
         params, full.cache, again, config=config, policy=policy, budget=budget, slots=slots,
         with_scores=with_scores,
@@ -232,7 +236,7 @@ def generate(
     Raises ValueError for empty prompts and ids out of range.
     """
     config, params = model.config, model.params
-    decoding_params = _for_decoding(params)
+    decoding_params = for_decoding(params)
     rows = encode_prompts(model, prompts)
     eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
     seeds = [0] * len(rows) if seeds is None else list(seeds)
@@ -240,7 +244,7 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
     if max_new_tokens < 1 or budget < 1:
         raise ValueError("max_new_tokens and budget must be at least 1")
-    _announce(policy, budget, max(map(len, rows)) + max_new_tokens, config)
+    announce(policy, budget, max(map(len, rows)) + max_new_tokens, config)
     tokens = jnp.asarray(pad_batch(rows, config=config))
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
 
@@ -323,7 +327,7 @@ def generate(
     )
 
 
-def _for_decoding(params: Params) -> Params:
+def for_decoding(params: Params) -> Params:
     """On CPU, and up to a gibibyte, a copy with layers apart: decoding reads it twice as fast.
 
     Prompts are still read with stacked layers, which is what bounds their memory.
@@ -337,7 +341,7 @@ def _for_decoding(params: Params) -> Params:
     return unstack(params)
 
 
-def _announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
+def announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
     """Warns of what the user asked for and will not quite get."""
     if (notice := policy.notice(budget)) is not None:
         warnings.warn(notice, stacklevel=3)
@@ -391,7 +395,7 @@ def score(
     is out of range.
     """
     check_tokens(tokens, config=model.config)
-    _announce(policy, budget, tokens.shape[1], model.config)
+    announce(policy, budget, tokens.shape[1], model.config)
     width = tokens.shape[1]
     padded = np.full((len(tokens), bucket_length(width)), -1, np.int32)
     padded[:, :width] = tokens
