@@ -76,9 +76,34 @@ class Drafting:
                 drafter=self._device, room=self._room, config=self._config,
             )  # fmt: skip
         for row, prompt in enumerate(prompts):
-            self._requests[row] = request = next(_request)
-            self._host.begin(request, prompt)
+            self.join(row, prompt)
         return state
+
+    @property
+    def device(self) -> DeviceDrafter:
+        """Where single rows begin on the device; the plain one if the host drafts."""
+        return self._device if self._host is None else NoDrafter()
+
+    def empty(self) -> Any:
+        """The state of `device` for a batch in which no row has begun."""
+        return self.device.init(len(self._requests), self._room, self._config)
+
+    def join(self, row: int, prompt: Sequence[int]) -> None:
+        """One row begins, as far as the host is concerned."""
+        if self._host is not None:
+            request = next(_request)
+            self._host.begin(request, prompt)
+            self._requests[row], self._observed[row] = request, 0
+
+    def leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
+        """One row leaves after it has emitted `tokens`; nothing happens if it had not joined."""
+        request = self._requests[row]
+        if self._host is not None and request is not None:
+            try:
+                self._observe(row, np.asarray(tokens, np.int32), len(tokens))
+            finally:
+                self._requests[row] = None
+                self._host.end(request)
 
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
@@ -104,11 +129,8 @@ class Drafting:
         """All rows leave."""
         tokens, counts = jax.device_get((state.tokens, state.count))
         begin = time.perf_counter()
-        for row, request in enumerate(self._requests):
-            if self._host is not None and request is not None:
-                self._observe(row, tokens[row], int(counts[row]))
-                self._host.end(request)
-                self._requests[row] = None
+        for row, count in enumerate(counts.tolist()):
+            self.leave(row, tokens[row, :count])
         self._drafting_s += time.perf_counter() - begin
 
     def report(self, state: DecodeState) -> DraftReport:
