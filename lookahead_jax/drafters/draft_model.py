@@ -1,0 +1,147 @@
+"""draft_model: a smaller model of the same vocabulary drafts a dynamic tree.
+
+DySpec (Xiong et al. 2024, arXiv:2410.11744) in its threshold form, with the likeliest children
+instead of drawn ones: what the target chooses decides anyway. B batch, P nodes, W nodes a level.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lookahead_jax.cache import KVCache, commit, empty_cache
+from lookahead_jax.checkpoint import Model
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.drafters.device import Verified, Weights
+from lookahead_jax.model import Block, embed, forward, logits
+from lookahead_jax.policies.full import Full
+from lookahead_jax.prefill import prefill
+from lookahead_jax.tree import TokenTree, layout, root_only
+
+
+@struct.dataclass
+class DraftCache:
+    """The draft model's cache of everything but the root, the last accepted path on its way in."""
+
+    cache: KVCache
+    k: jax.Array  # [L, B, K, depth + 1, H]
+    v: jax.Array  # [L, B, K, depth + 1, H]
+    count: jax.Array  # [B] int32 rows of k and v that count
+
+    def whole(self) -> KVCache:
+        """The cache with the path in it; written before it is read, see decoding.decode_burst."""
+        steps = jnp.arange(self.k.shape[3], dtype=jnp.int32)[None]
+        path = jnp.broadcast_to(steps, (self.count.shape[0], steps.shape[1]))
+        positions = self.cache.next_pos[:, None] + path
+        return commit(self.cache, self.k, self.v, positions, path, self.count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftModel:
+    """Level by level the W likeliest paths, as long as one has a probability of 1 / P.
+
+    W is as many as fill the nodes at `depth` levels. The draft model keeps its whole cache, for
+    prompt and output; it runs once per level and once over the accepted path.
+    """
+
+    model: Model = dataclasses.field(compare=False, repr=False)
+    depth: int = 7
+    """Longest drafted path."""
+    config: ModelConfig = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth={self.depth} must be at least 1")
+        object.__setattr__(self, "config", self.model.config)
+
+    @property
+    def weights(self) -> Weights:
+        return self.model.params
+
+    def init(self, batch: int, room: int, config: ModelConfig) -> DraftCache:
+        own = self.config
+        if own.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the draft model has {own.vocab_size} tokens and the target {config.vocab_size}: "
+                "they must share a tokenizer"
+            )
+        dtype = self.model.params["embed"].dtype
+        span = jnp.full(batch, room, jnp.int32)
+        rows = (own.num_layers, batch, own.num_kv_heads, self.depth + 1, own.head_dim)
+        return DraftCache(
+            empty_cache(own, batch, room, dtype, span),
+            jnp.zeros(rows, dtype), jnp.zeros(rows, dtype), jnp.zeros(batch, jnp.int32),
+        )  # fmt: skip
+
+    def begin(
+        self, weights: Weights, state: DraftCache, rows: jax.Array, prompts: jax.Array
+    ) -> DraftCache:
+        cache = state.cache
+        new = prefill(
+            weights, prompts, config=self.config, policy=Full(), budget=0, slots=cache.slots,
+            new_tokens=jnp.maximum(cache.rope_span[rows] - (prompts >= 0).sum(1), 0),
+        ).cache  # fmt: skip
+        put = partial(jax.tree.map, lambda old, row: old.at[rows].set(row))
+        layered = partial(jax.tree.map, lambda old, row: old.at[:, rows].set(row))
+        cache = KVCache(
+            *layered((cache.k, cache.v, cache.pos, cache.length),
+                     (new.k, new.v, new.pos, new.length)),
+            *put((cache.next_pos, cache.rope_span), (new.next_pos, new.rope_span)),
+        )  # fmt: skip
+        return dataclasses.replace(state, cache=cache, count=state.count.at[rows].set(0))
+
+    def propose(
+        self, weights: Weights, state: DraftCache, root: jax.Array, nodes: int
+    ) -> tuple[DraftCache, TokenTree]:
+        cache = state.whole()
+        state = dataclasses.replace(state, cache=cache, count=jnp.zeros_like(state.count))
+        tree = root_only(root)
+        if nodes == 1:
+            return state, tree
+        depth = min(self.depth, nodes - 1)
+        width = (nodes - 1) // depth
+        value = jnp.zeros((root.shape[0], 1), jnp.float32)  # log probability of the newest level
+        for _ in range(depth):
+            newest = value.shape[1]
+            chances = self._successors(weights, cache, tree, newest) + value[..., None]
+            best, token = jax.lax.top_k(chances, width)
+            value, at = jax.lax.top_k(best.reshape(len(root), -1), width)
+            token = jnp.take_along_axis(token.reshape(len(root), -1), at, axis=1)
+            likely = value >= -jnp.log(jnp.float32(nodes))
+            above = tree.tokens.shape[1] - newest + at // width
+            tree = TokenTree(
+                jnp.concatenate([tree.tokens, jnp.where(likely, token, -1)], axis=1),
+                jnp.concatenate([tree.parents, above.astype(jnp.int32)], axis=1),
+            )
+        pad = [(0, 0), (0, nodes - tree.tokens.shape[1])]
+        return state, jax.tree.map(lambda a: jnp.pad(a, pad, constant_values=-1), tree)
+
+    def update(self, weights: Weights, state: DraftCache, verified: Verified) -> DraftCache:
+        width = min(self.depth + 1, verified.tree.tokens.shape[1])
+        path, count = verified.accepted.path[:, :width], verified.accepted.count
+        tokens = jnp.take_along_axis(verified.tree.tokens, path, axis=1)
+        steps = jnp.arange(width, dtype=jnp.int32)[None]
+        cache = state.cache
+        positions = jnp.where(steps < count[:, None], cache.next_pos[:, None] + steps, -1)
+        block = Block(embed(weights, tokens, config=self.config), positions, cache.rope_span)
+        out = forward(weights, block, cache, config=self.config)
+        pad = [(0, 0), (0, 0), (0, 0), (0, self.depth + 1 - width), (0, 0)]
+        return DraftCache(cache, jnp.pad(out.k, pad), jnp.pad(out.v, pad), count)
+
+    def _successors(
+        self, weights: Weights, cache: KVCache, tree: TokenTree, newest: int
+    ) -> jax.Array:
+        """Log probabilities [B, newest, V] behind the last `newest` nodes; -inf behind no node."""
+        batch, size = tree.tokens.shape
+        laid = layout(
+            tree, vocab_size=self.config.vocab_size,
+            most=jnp.full(batch, size, jnp.int32), ends=jnp.zeros(0, jnp.int32),
+        )  # fmt: skip
+        positions = jnp.where(laid.valid, cache.next_pos[:, None] + laid.depth, -1)
+        x = embed(weights, jnp.where(laid.valid, tree.tokens, -1), config=self.config)
+        block = Block(x, positions, cache.rope_span, laid.ancestors)
+        hidden = forward(weights, block, cache, config=self.config).hidden[:, size - newest :]
+        chances = jax.nn.log_softmax(logits(weights, hidden, config=self.config), axis=-1)
+        return jnp.where(laid.valid[:, size - newest :, None], chances, -jnp.inf)
