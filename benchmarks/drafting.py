@@ -1,0 +1,449 @@
+"""Drafted decoding on four kinds of text: tokens per step, drafter time, speed over plain decoding.
+
+The model inside the package, float32, greedy, batch 1, full cache; drafting_texts.py makes the
+prompts. Sections run in the order given; each replaces its part of the report when it ends.
+
+    cost        seconds of a step of P nodes: c(P), and c(P) / c(1)
+    completion, question, editing, free_text
+                every drafter at fixed P and as the controller chooses ("auto"). `speed` is plain
+                over drafted seconds, both from the first token on, the drafter's reading of the
+                prompt included; plain runs stand right before the drafted ones. It is the median
+                over the repetitions. Tokens per step are those of the first repetition.
+    replay      the host drafters where the source's own text is written: no model, so no loops
+    peer        prompt lookup of transformers on the same weights and prompts
+
+A warm drafter has observed the outputs of the kind's other prompts, a cold one nothing. An output
+loops if its last max(3 p, 16) tokens have some period p. The best speed that was possible is the
+largest of mean_accepted(P) c(1) / c(P) over the measured P, 1 (plain) included.
+
+    python -m venv PEER && PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3'
+    python benchmarks/drafting.py --peer PEER/bin/python
+"""
+
+import argparse
+import dataclasses
+import datetime
+import inspect
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from drafting_texts import Text, Texts
+
+import lookahead_jax as lk
+from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.device import NoDrafter
+from lookahead_jax.params import unstack
+from lookahead_jax.tree import NODE_BUCKETS, TokenTree
+
+HERE = Path(__file__).resolve().parent
+KINDS = ("completion", "question", "editing", "free_text")
+SECTIONS = ("cost", *KINDS, "replay", "peer")
+DRAFTERS = {  # label -> (name, warm)
+    "trie": ("trie", False),
+    "trie, warm": ("trie", True),
+    "suffix": ("suffix", False),
+    "suffix, warm": ("suffix", True),
+    "prompt_lookup": ("prompt_lookup", False),
+    "recycling": ("recycling", False),
+}
+HOST = ("trie", "trie, warm", "suffix", "suffix, warm")
+REPEATED = (8, 64, None)  # None: the controller's choice; other P run once, for their acceptance
+LOOKUP_NODES = 16  # room for the ten tokens of transformers' prompt lookup
+
+
+class Run(NamedTuple):
+    tokens: list[int]
+    steps: int  # forwards after the prompt's
+    seconds: float  # from the first token on
+    drafter_us: float | None
+
+
+class Measured(NamedTuple):
+    repetition: int
+    row: int
+    nodes: int | None
+    plain: Run
+    drafted: Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Star(NoDrafter):
+    """A tree without a dead node, at no cost: for c(P)."""
+
+    def propose(self, weights, state, root, nodes):
+        tokens = jnp.broadcast_to(2 + jnp.arange(nodes, dtype=jnp.int32), (len(root), nodes))
+        parents = jnp.zeros_like(tokens).at[:, 0].set(-1)
+        return state, TokenTree(tokens.at[:, 0].set(root), parents)
+
+
+class Bench:
+    """The model, the texts, and what has been compiled."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        model = lk.load(lk.EMBEDDED_MODEL, dtype="float32")
+        # Once, not at every call of `generate`.
+        self.model = dataclasses.replace(model, params=unstack(model.params))
+        assert model.tokenizer is not None
+        self.texts = Texts(model.tokenizer.backend)
+        self._ready: set[tuple[Any, int | None]] = set()
+
+    def make(self, kind: str) -> list[Text]:
+        """The measured prompts, then those that only warm drafters."""
+        options = self.options
+        return self.texts.make(kind, options.prompts + options.warm, options.new_tokens)
+
+    def run(self, prompt: list[int], drafter: Any = None, nodes: int | None = 1) -> Run:
+        drafter = NoDrafter() if drafter is None else drafter
+        settings = dict(policy=lk.make_policy("full"), max_new_tokens=self.options.new_tokens)
+        reading = 0.0
+        key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), nodes)
+        if key not in self._ready:
+            self._ready.add(key)
+            fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
+            lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=nodes, **settings)
+        if not dataclasses.is_dataclass(drafter):
+            begin = drafter.begin
+
+            def clocked(request, tokens):
+                nonlocal reading
+                start = time.perf_counter()
+                begin(request, tokens)
+                reading += time.perf_counter() - start
+
+            drafter.begin = clocked
+        out = lk.generate(self.model, [prompt], drafter=drafter, draft_nodes=nodes, **settings)
+        speed = out.timing.decode_tokens_per_s
+        seconds = (len(out.tokens[0]) - 1) / speed if speed else 0.0
+        report = out.drafting
+        return Run(out.tokens[0], report.steps, seconds + reading, report.drafter_us)
+
+    def cost(self) -> dict:
+        """Microseconds of a step of P nodes, all of them looked at."""
+        prompt = self.make("completion")[0].prompt
+        times: dict[int, list[float]] = {nodes: [] for nodes in NODE_BUCKETS}
+        for _ in range(2 * self.options.repetitions + 1):
+            for nodes, measured in times.items():
+                run = self.run(prompt, Star() if nodes > 1 else None, nodes)
+                measured.append(1e6 * run.seconds / max(run.steps, 1))
+        median = {nodes: statistics.median(measured) for nodes, measured in times.items()}
+        return {
+            "step_us": {str(nodes): round(us, 1) for nodes, us in median.items()},
+            "ratio": {str(nodes): round(us / median[1], 3) for nodes, us in median.items()},
+        }
+
+    def kind(self, name: str) -> dict:
+        options, texts = self.options, self.make(name)
+        outputs = [self.run(text.prompt).tokens for text in texts]
+        count = min(options.prompts, len(texts))
+        measured: dict[str, list[Measured]] = {label: [] for label in DRAFTERS}
+        for repetition in range(options.repetitions):
+            every = [*options.nodes, None]
+            wanted = [n for n in every if repetition == 0 or n in REPEATED]
+            for row in range(count):
+                for label in DRAFTERS:
+                    plain = self.run(texts[row].prompt)
+                    for nodes in wanted:
+                        drafter = prepared(label, outputs[:row] + outputs[row + 1 :])
+                        drafted = self.run(texts[row].prompt, drafter, nodes)
+                        measured[label].append(Measured(repetition, row, nodes, plain, drafted))
+        looping = [loops(tokens) for tokens in outputs[:count]]
+        groups = {"all": range(count)}
+        groups["not_looping"] = [row for row in range(count) if not looping[row]]
+        groups["looping"] = [row for row in range(count) if looping[row]]
+        agreement = [_agree(o, t.truth) for o, t in zip(outputs, texts[:count], strict=False)]
+        return {
+            "prompts": count,
+            "warmed_on": len(texts) - 1,
+            "tokens": sum(map(len, outputs[:count])),
+            "looping": sum(looping),
+            # `question` and `editing` are what they are called if the model answers.
+            "equal_to_truth": round(statistics.mean(agreement), 3),
+            "drafters": {
+                label: {
+                    str(nodes or "auto"): {
+                        group: tally([m for m in runs if m.nodes == nodes and m.row in rows])
+                        for group, rows in groups.items()
+                        if rows
+                    }
+                    for nodes in [*options.nodes, None]
+                }
+                for label, runs in measured.items()
+            },
+        }
+
+    def replay(self) -> dict:
+        """Tokens per step of the host drafters on the sources' own text."""
+        result = {}
+        for kind in (*KINDS, "edited_code"):
+            texts = self.make(kind)
+            count = min(self.options.prompts, len(texts))
+            truths = [text.truth for text in texts]
+            result[kind] = {"prompts": count, "tokens": sum(map(len, truths[:count]))}
+            for label in HOST:
+                result[kind][label] = {}
+                for nodes in self.options.nodes:
+                    emitted = steps = 0
+                    for row in range(count):
+                        drafter = prepared(label, truths[:row] + truths[row + 1 :])
+                        steps += replayed(drafter, texts[row], nodes)
+                        emitted += len(truths[row]) - 1
+                    result[kind][label][str(nodes)] = round(emitted / steps, 3)
+        return result
+
+    def peer(self) -> dict | str:
+        options = self.options
+        if not options.peer or not Path(options.peer).exists():
+            return "not run"
+        texts = {kind: self.make(kind)[: options.prompts] for kind in KINDS}
+        ask = {
+            "model": str(lk.EMBEDDED_MODEL),
+            "cores": len(os.sched_getaffinity(0)),
+            "prompts": {kind: [text.prompt for text in made] for kind, made in texts.items()},
+            "new_tokens": options.new_tokens,
+            "repetitions": options.repetitions,
+        }
+        # The function travels as source: the peer's environment has no jax.
+        program = inspect.getsource(peer_side) + "\npeer_side()\n"
+        answer = subprocess.run(
+            [options.peer, "-c", program], input=json.dumps(ask), text=True, check=True,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        result = json.loads(answer.stdout.splitlines()[-1])
+        for kind, made in texts.items():
+            theirs = result["kinds"][kind].pop("outputs")
+            ours = [self.run(t.prompt, make_drafter("prompt_lookup"), LOOKUP_NODES) for t in made]
+            tokens = sum(len(run.tokens) for run in ours)
+            forwards = sum(run.steps + 1 for run in ours)
+            differing = sum(a.tokens != b for a, b in zip(ours, theirs, strict=True))
+            result["kinds"][kind] |= {
+                "ours_tokens_per_forward": round(tokens / forwards, 3),
+                "rows_unlike_ours": differing,
+            }
+        return result
+
+
+def peer_side() -> None:
+    """Runs where transformers is. The prompt's forward counts: it verifies a draft as well."""
+    import json
+    import statistics
+    import sys
+    import time
+
+    import torch
+    import transformers
+
+    ask = json.load(sys.stdin)
+    torch.set_num_threads(ask["cores"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(ask["model"], dtype=torch.float32)
+    forwards = []
+    model.eval().register_forward_pre_hook(lambda *_: forwards.append(1))
+
+    def run(prompt, new_tokens, **options):
+        forwards.clear()
+        ids = torch.tensor([prompt])
+        begin = time.perf_counter()
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=new_tokens, **options,
+        )  # fmt: skip
+        return out[0, len(prompt) :].tolist(), len(forwards), time.perf_counter() - begin
+
+    lookup, kinds = {"prompt_lookup_num_tokens": 10}, {}
+    for kind, prompts in ask["prompts"].items():
+        runs = [[] for _ in range(ask["repetitions"] + 1)]  # the first warms up
+        for repetition in runs:
+            for prompt in prompts:
+                first = run(prompt, 1)
+                plain = run(prompt, ask["new_tokens"])
+                repetition.append((first, plain, run(prompt, ask["new_tokens"], **lookup)))
+        drafted = [row[2] for row in runs[0]]
+        speeds = [
+            sum(p[2] - f[2] for f, p, _ in rows) / sum(d[2] - f[2] for f, _, d in rows)
+            for rows in runs[1:]
+        ]
+        kinds[kind] = {
+            "tokens_per_forward": round(
+                sum(len(d[0]) for d in drafted) / sum(d[1] for d in drafted), 3
+            ),
+            "speed": round(statistics.median(speeds), 3),
+            "outputs": [row[1][0] for row in runs[0]],
+            "rows_changed_by_lookup": sum(row[1][0] != row[2][0] for row in runs[0]),
+        }
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print("\n" + json.dumps({"versions": versions, "kinds": kinds}))
+
+
+def _agree(tokens: list[int], truth: list[int]) -> float:
+    """Share of the truth's tokens that stand in the same place."""
+    return sum(a == b for a, b in zip(tokens, truth, strict=False)) / len(truth)
+
+
+def loops(tokens: list[int]) -> bool:
+    """Whether the last max(3 p, 16) tokens have period p, for some p."""
+    for period in range(1, len(tokens) // 3 + 1):
+        end = tokens[-max(3 * period, 16) :]
+        if len(end) >= 16 and end[period:] == end[:-period]:
+            return True
+    return False
+
+
+def prepared(label: str, outputs: list[list[int]]) -> Any:
+    """A fresh drafter; a warm one has observed `outputs`."""
+    name, warm = DRAFTERS[label]
+    drafter = make_drafter(name)
+    for i, tokens in enumerate(outputs if warm else []):
+        drafter.begin(("warm", i), [])
+        drafter.observe(("warm", i), tokens)
+        drafter.end(("warm", i))
+    return drafter
+
+
+def replayed(drafter: Any, text: Text, nodes: int) -> int:
+    """Steps until `text.truth`, whose first token is given, has been emitted."""
+    drafter.begin("replay", text.prompt)
+    steps, told, at = 0, 0, 1
+    while at < len(text.truth):
+        drafter.observe("replay", text.truth[told:at])
+        told, left = at, len(text.truth) - at
+        draft = drafter.propose("replay", nodes - 1, min(left, nodes) - 1)
+        nodes_at = zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)
+        children = {key: node for node, key in enumerate(nodes_at)}
+        node = -1
+        while at < len(text.truth) - 1 and (node, text.truth[at]) in children:
+            node, at = children[node, text.truth[at]], at + 1
+        at, steps = at + 1, steps + 1
+    return steps
+
+
+def tally(runs: list[Measured]) -> dict:
+    """What one drafter at one P came to on some of the prompts."""
+    first = [m.drafted for m in runs if m.repetition == 0]
+    steps = sum(run.steps for run in first)
+    drafter_us = [run.drafter_us for run in first if run.drafter_us is not None]
+    speeds = []
+    for repetition in sorted({m.repetition for m in runs}):
+        part = [m for m in runs if m.repetition == repetition]
+        seconds = sum(m.drafted.seconds for m in part)
+        speeds.append(sum(m.plain.seconds for m in part) / seconds if seconds else 1.0)
+    return {
+        "mean_accepted": round(sum(len(r.tokens) - 1 for r in first) / steps, 3) if steps else None,
+        "drafter_us": round(statistics.mean(drafter_us), 1) if drafter_us else None,
+        "speed": round(statistics.median(speeds), 3),
+        "speed_range": [round(min(speeds), 3), round(max(speeds), 3)],
+        "runs": len(runs),
+        "differing_rows": sum(m.plain.tokens != m.drafted.tokens for m in runs),
+    }
+
+
+def summary(report: dict) -> dict:
+    """The best speed that c(P) and acceptance allow beside what was reached, and the mix."""
+    result: dict[str, Any] = {"kinds": {}, "mean_accepted_of_the_mix": {}}
+    cost = report.get("cost", {}).get("ratio")
+    kinds = {kind: report[kind]["drafters"] for kind in KINDS if kind in report}
+    for kind, drafters in kinds.items():
+        result["kinds"][kind] = {}
+        for label, runs in drafters.items():
+            done = {n: r["all"] for n, r in runs.items() if r["all"]["mean_accepted"]}
+            if cost is None or "auto" not in done:
+                continue
+            possible = {n: r["mean_accepted"] / cost[n] for n, r in done.items() if n != "auto"}
+            nodes, best = max((possible | {"1": 1.0}).items(), key=lambda item: item[1])
+            result["kinds"][kind][label] = {
+                "best_nodes": int(nodes),
+                "best_speed": round(best, 3),
+                "reached": round(done["auto"]["speed"] / best, 3),
+            }
+    if len(kinds) == len(KINDS):  # as many tokens of each kind: the harmonic mean
+        for label in DRAFTERS:
+            means = [kinds[kind][label].get("64", {}).get("all") for kind in KINDS]
+            if all(means):
+                inverse = statistics.mean(1 / m["mean_accepted"] for m in means)
+                result["mean_accepted_of_the_mix"][label] = round(1 / inverse, 3)
+    return result
+
+
+def table(report: dict) -> str:
+    """The report as Markdown."""
+    lines = []
+    if "cost" in report:
+        ratios = ", ".join(f"{n}: {r:.2f}" for n, r in report["cost"]["ratio"].items())
+        lines += [f"c(P)/c(1) {ratios}; a plain step {report['cost']['step_us']['1']:.0f} us", ""]
+    lines += [
+        "| Kind | Drafter | tokens/step 8, 64, auto | 64 without loops | drafter us | "
+        "speed 8, 64, auto | best possible (P) | reached |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind in (kind for kind in KINDS if kind in report):
+        for label, runs in report[kind]["drafters"].items():
+            shown = [runs[n]["all"] for n in ("8", "64", "auto") if n in runs]
+            apart = runs.get("64", {}).get("not_looping", {}).get("mean_accepted")
+            best = report["summary"]["kinds"][kind].get(label)
+            cells = [
+                kind,
+                label,
+                ", ".join(f"{r['mean_accepted'] or 0:.2f}" for r in shown),
+                f"{apart:.2f}" if apart else "-",
+                f"{shown[-1]['drafter_us']:.0f}" if shown[-1]["drafter_us"] else "-",
+                ", ".join(f"{r['speed']:.2f}" for r in shown),
+                f"{best['best_speed']:.2f} ({best['best_nodes']})" if best else "-",
+                f"{best['reached']:.0%}" if best else "-",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--prompts", type=int, default=6, help="measured prompts of each kind")
+    parser.add_argument("--warm", type=int, default=12, help="more prompts, for warm drafters")
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--nodes", type=int, nargs="+", default=NODE_BUCKETS[1:])
+    parser.add_argument("--peer", help="Python of the environment with transformers")
+    parser.add_argument("--out", default=str(HERE / "results" / "drafting.json"))
+    options = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    bench, out = Bench(options), Path(options.out)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
+    settings = {k: v for k, v in vars(options).items() if k not in ("sections", "peer", "out")}
+    for section in options.sections:
+        begin = time.perf_counter()
+        result = bench.kind(section) if section in KINDS else getattr(bench, section)()
+        report = json.loads(out.read_text()) if out.exists() else {}
+        report[section] = result
+        report["summary"] = summary(report)
+        report.setdefault("runs", {})[section] = {
+            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+            "load_average": os.getloadavg(),
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "seconds": round(time.perf_counter() - begin, 1),
+            "settings": settings,
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{section}: {time.perf_counter() - begin:.0f} s", flush=True)
+    print("\n" + table(report))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+
+
+if __name__ == "__main__":
+    main()
