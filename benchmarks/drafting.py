@@ -404,7 +404,7 @@ def table(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--prompts", type=int, default=6, help="measured prompts of each kind")
+    parser.add_argument("--prompts", type=int, default=4, help="measured prompts of each kind")
     parser.add_argument("--warm", type=int, default=12, help="more prompts, for warm drafters")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--repetitions", type=int, default=3)
