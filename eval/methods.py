@@ -104,7 +104,7 @@ def write_chosen(
     content[str(length)] = {
         "budgets": budgets,
         "settings": {
-            task: {m: [dict(METHODS[m][i]) for i in best] for m, best in methods.items()}
+            task: {m: [_text(METHODS[m][i]) for i in best] for m, best in methods.items()}
             for task, methods in chosen.items()
         },
     }
@@ -120,9 +120,15 @@ def read_chosen(task: str, method: str, length: int, budgets: tuple[int, ...]) -
     if len(METHODS[method]) == 1:
         return [METHODS[method][0]] * len(budgets)
     content = json.loads(CHOSEN.read_text()).get(str(length), {"settings": {}})
-    settings = content["settings"].get(task, {}).get(method)
-    if settings is None or tuple(content["budgets"]) != budgets:
+    texts = content["settings"].get(task, {}).get(method)
+    known = {_text(setting): setting for setting in METHODS[method]}
+    fits = tuple(content.get("budgets", ())) == budgets
+    if texts is None or not fits or not known.keys() >= set(texts):
         raise ValueError(
             f"no setting of {method} was chosen for {task} at {length} tokens; run --tune first"
         )
-    return [tuple(setting.items()) for setting in settings]
+    return [known[text] for text in texts]
+
+
+def _text(setting: Setting) -> str:
+    return " ".join(f"{name}={value}" for name, value in setting)
