@@ -18,21 +18,27 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.checkpoint import Model, load
     from lookahead_jax.config import ModelConfig
     from lookahead_jax.decoding import decode
+    from lookahead_jax.engine import Engine
     from lookahead_jax.generation import Generation, generate, read_prompt, score, token_logits
     from lookahead_jax.lookahead import LookaheadModules, load_modules
     from lookahead_jax.model import Block, embed, forward, logits
     from lookahead_jax.policies import make_policy
     from lookahead_jax.prefill import extend, prefill
+    from lookahead_jax.requests import Event, Request, Result
     from lookahead_jax.sampling import Sampling
 
 __all__ = [
     "EMBEDDED_MODEL",
     "Block",
+    "Engine",
+    "Event",
     "Generation",
     "KVCache",
     "LookaheadModules",
     "Model",
     "ModelConfig",
+    "Request",
+    "Result",
     "Sampling",
     "decode",
     "embed",
@@ -64,11 +70,13 @@ _HOME = {
     "checkpoint": ("Model", "load"),
     "config": ("ModelConfig",),
     "decoding": ("decode",),
+    "engine": ("Engine",),
     "generation": ("Generation", "generate", "read_prompt", "score", "token_logits"),
     "lookahead": ("LookaheadModules", "load_modules"),
     "model": ("Block", "embed", "forward", "logits"),
     "policies": ("make_policy",),
     "prefill": ("extend", "prefill"),
+    "requests": ("Event", "Request", "Result"),
     "sampling": ("Sampling",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

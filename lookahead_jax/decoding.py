@@ -45,7 +45,7 @@ class DecodeState:
     count: jax.Array  # [B] int32 emitted so far
     limit: jax.Array  # [B] int32 most tokens to emit
     done: jax.Array  # [B] bool
-    eos: jax.Array  # [E] int32 tokens that end a row
+    eos: jax.Array  # [B, E] int32 tokens that end a row, -1 = none
     seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
@@ -78,7 +78,7 @@ def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeSta
         seen = seen.at[rows, ids].set(True, mode="drop")
     last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
     total = state.count + count
-    ended = (last == state.eos[None]).any(1) | (total >= state.limit)
+    ended = (last == state.eos).any(1) | (total >= state.limit)
     return dataclasses.replace(
         state,
         token=jnp.where(count > 0, last[:, 0], state.token),
@@ -89,15 +89,20 @@ def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeSta
     )
 
 
-def _seen_on_path(seen: jax.Array | None, tree: TokenTree, laid: Layout) -> jax.Array | None:
-    """[B, V] tokens of the text so far -> [B, P, V], those on the way to each node included."""
-    if seen is None or tree.tokens.shape[1] == 1:
-        return None if seen is None else seen[:, None]
+def _seen_on_path(state: DecodeState, tree: TokenTree, laid: Layout) -> jax.Array | None:
+    """Tokens of the text so far [B, P, V], those on the way to each node included."""
+    if state.seen is None or tree.tokens.shape[1] == 1:
+        return None if state.seen is None else state.seen[:, None]
     batch, width = tree.tokens.shape
+    every = jnp.broadcast_to(state.seen[:, None], (batch, width, state.seen.shape[1]))
     bi, ni = jnp.arange(batch)[:, None, None], jnp.arange(width)[None, :, None]
-    ids = jnp.where(laid.ancestors & laid.valid[:, None], tree.tokens[:, None], seen.shape[1])
-    every = jnp.broadcast_to(seen[:, None], (batch, width, seen.shape[1]))
-    return every.at[bi, ni, ids].set(True, mode="drop")
+    ids = jnp.where(laid.ancestors & laid.valid[:, None], tree.tokens[:, None], every.shape[2])
+    return jax.lax.cond(
+        (state.sampling.penalty != 1.0).any(),
+        lambda every: every.at[bi, ni, ids].set(True, mode="drop"),
+        lambda every: every,
+        every,
+    )
 
 
 @partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
@@ -107,7 +112,7 @@ def start(
     *,
     sampling: SamplingRows,
     limit: Int[Array, " B"],
-    eos: Int[Array, " E"],
+    eos: Int[Array, "... E"],
     seen: Bool[Array, "B V"] | None,
     width: int,
     draft: Any = (),
@@ -115,8 +120,8 @@ def start(
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
-    static room for them, `draft` the state of the drafter that decoding will use. The cache is
-    donated.
+    static room for them, `eos` what ends all rows [E] or each [B, E], `draft` the state of the
+    drafter that decoding will use. The cache is donated.
     """
     batch = logits.shape[0]
     state = DecodeState(
@@ -126,7 +131,7 @@ def start(
         count=jnp.zeros(batch, jnp.int32),
         limit=jnp.minimum(limit, width),
         done=limit <= 0,
-        eos=eos,
+        eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
         seen=seen if sampling.penalized else None,
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
@@ -177,7 +182,7 @@ def _step(
     visible = None if nodes == 1 else laid.ancestors
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
-    processed = process_logits(raw, _seen_on_path(state.seen, tree, laid), state.sampling)
+    processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
     choice = choose(processed, base + laid.depth + 1, state.sampling)
     accepted = accept(tree, laid, choice)
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))

@@ -33,6 +33,15 @@ class DraftReport:
     histogram: list[int]  # entry i: forwards that emitted i + 1 tokens
 
 
+class RowError(Exception):
+    """The host drafter failed at one row; no row has made a step."""
+
+    def __init__(self, row: int, error: Exception):
+        super().__init__(f"row {row}: {type(error).__name__}: {error}")
+        self.row = row
+        self.error = error
+
+
 class Drafting:
     """Steps of a batch with a drafter of either form.
 
@@ -125,6 +134,10 @@ class Drafting:
         program, options = self._program(burst)
         program.lower(params, state, self._device.weights, **options).compile()
 
+    def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
+        """Compiles every step that `advance` may take. Nothing may run in `state`."""
+        return self.advance(params, state, burst)
+
     def end(self, state: DecodeState) -> None:
         """All rows leave."""
         tokens, counts = jax.device_get((state.tokens, state.count))
@@ -162,9 +175,13 @@ class Drafting:
             if request is None or done[row]:
                 drafts.append(NOTHING)
                 continue
-            self._observe(row, tokens[row], int(counts[row]))
-            depth = min(int(limits[row] - counts[row]), self.nodes) - 1
-            drafts.append(host.propose(request, self.nodes - 1, depth) if depth > 0 else NOTHING)
+            try:
+                self._observe(row, tokens[row], int(counts[row]))
+                depth = min(int(limits[row] - counts[row]), self.nodes) - 1
+                draft = host.propose(request, self.nodes - 1, depth) if depth > 0 else NOTHING
+            except Exception as error:
+                raise RowError(row, error) from error
+            drafts.append(draft)
         self._drafting_s += time.perf_counter() - begin
         self._steps += 1
         return drafts

@@ -7,6 +7,7 @@ Letters: B batch, P rows of a step (tree nodes), V vocabulary.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,11 @@ GREEDY = Sampling()
 
 @struct.dataclass
 class SamplingRows:
-    """The settings of a batch of requests; what no row uses is left out of the program."""
+    """The settings of a batch of requests; what no row uses is left out of the program.
+
+    What is in it is skipped at run time while no row asks for it. A row gets the same numbers
+    either way, so rows of any settings can share a program that has everything.
+    """
 
     seed: jax.Array  # [B] uint32
     temperature: jax.Array  # [B] float32, 0 = greedy
@@ -99,7 +104,12 @@ def process_logits(
     logits = logits / temperature[:, None, None]
     if not rows.filtered:
         return logits
+    off = (rows.top_k >= logits.shape[-1]) & (rows.top_p >= 1.0) & (rows.min_p <= 0.0)
+    return jax.lax.cond(off.all(), lambda logits: logits, partial(_filter, rows), logits)
 
+
+def _filter(rows: SamplingRows, logits: jax.Array) -> jax.Array:
+    """Top-k, top-p and min-p; a sort of the vocabulary."""
     vocab = logits.shape[-1]
     ordered = -jnp.sort(-logits, axis=-1)
     rank = jnp.arange(vocab, dtype=jnp.int32)[None, None]
@@ -107,7 +117,9 @@ def process_logits(
     ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
     p = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(p, axis=-1) - p  # probability of the tokens ahead of this one
-    keep = (ordered > -jnp.inf) & ((before < rows.top_p[:, None, None]) | (rank == 0))
+    # A sum of float32 can reach 1 before its end: top_p = 1 must not drop what comes after.
+    top_p = jnp.where(rows.top_p < 1.0, rows.top_p, jnp.inf)[:, None, None]
+    keep = (ordered > -jnp.inf) & ((before < top_p) | (rank == 0))
     likely = p >= rows.min_p[:, None, None] * p[..., :1]
     lowest = jnp.min(jnp.where(keep & likely, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)
@@ -127,7 +139,10 @@ def choose(
         key = jax.random.fold_in(jax.random.key(seed), position)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    gumbel = jax.vmap(jax.vmap(noise, (None, 0)))(rows.seed, positions)
-    random = (rows.temperature > 0)[:, None, None]
-    noisy = logits + jnp.where(random, gumbel, 0.0)
-    return jnp.argmax(noisy, axis=-1).astype(jnp.int32)
+    def noisy(logits):
+        gumbel = jax.vmap(jax.vmap(noise, (None, 0)))(rows.seed, positions)
+        return logits + jnp.where(random[:, None, None], gumbel, 0.0)
+
+    random = rows.temperature > 0
+    logits = jax.lax.cond(random.any(), noisy, lambda logits: logits, logits)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)

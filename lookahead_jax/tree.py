@@ -59,7 +59,7 @@ def layout(
     *,
     vocab_size: int,
     most: Int[Array, " B"],
-    ends: Int[Array, " E"],
+    ends: Int[Array, "#B E"],
 ) -> Layout:
     """Depth, ancestors and validity of every node.
 
@@ -77,7 +77,7 @@ def layout(
     if width == 1:
         ancestors = jnp.ones((tokens.shape[0], 1, 1), bool)
         return Layout(jnp.zeros_like(tokens), parents, ancestors, own & (most > 0)[:, None])
-    own &= ~(tokens[..., None] == ends[None, None]).any(-1) | (index == 0)
+    own &= ~(tokens[..., None] == ends[:, None]).any(-1) | (index == 0)
     same = (tokens[:, :, None] == tokens[:, None]) & (parents[:, :, None] == parents[:, None])
     before = (index[0][:, None] > index[0][None])[None]
     twin = same & before & own[:, None] & linked[:, None]

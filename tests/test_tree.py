@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lookahead_jax.tree import NODE_BUCKETS, TokenTree, accept, chain, layout, root_only
 
 ROWS, NODES, VOCAB = 3, 8, 5
-ENDS = jnp.asarray([4], jnp.int32)
+ENDS = jnp.asarray([[4]], jnp.int32)
 
 
 @jax.jit
@@ -29,7 +29,7 @@ def walk(tokens, parents, most, choice):
         fine = 0 <= token < VOCAB and depth[i] < most
         if i > 0:
             twins = [j for j in range(1, i) if 0 <= parents[j] < j and parents[j] == parent]
-            fine &= linked and valid[parent] and token not in ENDS.tolist()
+            fine &= linked and valid[parent] and token not in ENDS.tolist()[0]
             fine &= all(tokens[j] != token for j in twins)
         valid.append(bool(fine))
     path = [0] if valid[0] else []
@@ -95,7 +95,7 @@ def test_sound_trees_with_agreeing_choices(seed):
 def test_a_chain_that_is_right_is_accepted_whole(width):
     drafted = jnp.arange(2, 12, dtype=jnp.int32)[None]
     tree = chain(jnp.asarray([1], jnp.int32), drafted, width)
-    most, none = jnp.asarray([100], jnp.int32), jnp.zeros(0, jnp.int32)
+    most, none = jnp.asarray([100], jnp.int32), jnp.zeros((1, 0), jnp.int32)
     laid = layout(tree, vocab_size=50, most=most, ends=none)
     accepted = accept(tree, laid, tree.tokens + 1)
     count = min(width, 11)

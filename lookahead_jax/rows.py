@@ -1,0 +1,249 @@
+"""The batch that an engine runs: rows that are empty, are taken by a request, and are free again.
+
+Every array has its final size from the beginning, so nothing is compiled for a request but the
+reading of its prompt, once per padded length.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from lookahead_jax.batching import bucket_length, pad_batch
+from lookahead_jax.cache import empty_cache
+from lookahead_jax.checkpoint import Model
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.decoding import DecodeState, seen_tokens, start
+from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter
+from lookahead_jax.drafting import Drafting
+from lookahead_jax.generation import for_decoding, read_prompt
+from lookahead_jax.layers import Params
+from lookahead_jax.lookahead import LookaheadModules
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.prefill import Prefilled
+from lookahead_jax.requests import MAX_EOS_IDS, Limits
+from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
+from lookahead_jax.tree import NODE_BUCKETS
+
+
+def _with_everything(rows: SamplingRows) -> SamplingRows:
+    return dataclasses.replace(rows, sampled=True, filtered=True, penalized=True)
+
+
+def empty_rows(
+    params: Params,
+    *,
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    width: int,
+    ends: int,
+    draft: Any,
+) -> DecodeState:
+    """A batch in which nothing runs: room for `width` tokens and `ends` end tokens a row.
+
+    Everything is placed where the parameters are: an array without a place would compile the
+    first steps once more.
+    """
+
+    def zeros(dtype=jnp.int32):
+        return jnp.zeros(batch, dtype)
+
+    state = DecodeState(
+        cache=empty_cache(config, batch, slots, params["embed"].dtype, zeros()),
+        token=zeros(),
+        tokens=jnp.full((batch, width), -1, jnp.int32),
+        count=zeros(),
+        limit=zeros(),
+        done=jnp.ones(batch, bool),
+        eos=jnp.full((batch, ends), -1, jnp.int32),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        sampling=_with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
+        lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
+        draft=draft,
+    )
+    place = params["embed"].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(state, place)
+
+
+class Opening(NamedTuple):
+    """A prompt that has been read, and how its request goes on; one row of everything."""
+
+    prompt: jax.Array  # [1, T] int32
+    read: Prefilled
+    sampling: SamplingRows
+    limit: jax.Array  # [1] int32
+    eos: jax.Array  # [1, E] int32
+
+
+@partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state",))
+def insert_row(
+    state: DecodeState,
+    weights: Any,
+    row: Int[Array, ""],
+    opening: Opening,
+    *,
+    config: ModelConfig,
+    drafter: DeviceDrafter,
+) -> DecodeState:
+    """A request takes row `row` with the cache of its prompt, and emits its first token.
+
+    The other rows stay as they are. The prompt's cache may have fewer slots than `state`; what
+    else the row's last tenant left is marked as empty. `state` is donated.
+    """
+    read = opening.read
+    new = start(
+        read.cache, read.logits, sampling=opening.sampling, limit=opening.limit, eos=opening.eos,
+        seen=seen_tokens(opening.prompt, config.vocab_size), width=state.tokens.shape[1],
+    )  # fmt: skip
+    spare = [(0, 0)] * 3 + [(0, state.cache.slots - new.cache.slots)]
+    pos = jnp.pad(new.cache.pos, spare, constant_values=-1)
+
+    def put(axis, whole, one):
+        return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
+
+    # Of the cache, what has one entry per row has only that axis; the rest begins with layers.
+    cache = jax.tree.map(
+        lambda whole, one: put(min(whole.ndim - 1, 1), whole, one),
+        state.cache,
+        dataclasses.replace(new.cache, pos=pos),
+    )
+    rest = jax.tree.map(
+        partial(put, 0),
+        dataclasses.replace(state, cache=None, draft=None),
+        dataclasses.replace(new, cache=None, draft=None),
+    )
+    draft = drafter.begin(weights, state.draft, row[None], opening.prompt)
+    return dataclasses.replace(rest, cache=cache, draft=draft)
+
+
+class RunningBatch:
+    """The state of all rows, and what is done to it; who sits where is the engine's business."""
+
+    def __init__(
+        self,
+        model: Model,
+        drafting: Drafting,
+        limits: Limits,
+        *,
+        policy: Policy,
+        budget: int,
+        rows: int,
+        modules: LookaheadModules | None,
+        burst: int,
+    ):
+        self._model = model
+        self._drafting = drafting
+        self._limits = limits
+        self._policy = policy
+        self._budget = budget
+        self._modules = modules
+        self._size = rows
+        self._burst = burst
+        self._params = for_decoding(model.params)
+        self._halted: set[int] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Every row is empty, whatever has become of it."""
+        width = bucket_length(self._limits.max_prompt_tokens)
+        new = self._limits.max_new_tokens
+        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        largest = jax.eval_shape(lambda tokens: self._prefill(tokens, new, new, ()), tokens)
+        self._halted.clear()
+        self._state = empty_rows(
+            self._model.params,
+            config=self._model.config,
+            batch=self._size,
+            slots=largest.cache.slots,
+            width=new,
+            ends=MAX_EOS_IDS,
+            draft=self._drafting.empty(),
+        )
+
+    def read(
+        self,
+        tokens: Sequence[int],
+        new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        eos_ids: Sequence[int],
+    ) -> Opening:
+        """Reads a prompt and cuts its cache; the batch is not touched."""
+        config = self._model.config
+        prompt = jnp.asarray(pad_batch([tokens], config=config))
+        return Opening(
+            prompt=prompt,
+            # Waits, so that an error belongs to this request; no room, the batch has it.
+            read=jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids)),
+            sampling=_with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
+            limit=jnp.asarray([new_tokens], jnp.int32),
+            eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
+        )
+
+    def insert(self, row: int, opening: Opening) -> None:
+        """A request takes a free row and emits its first token."""
+        drafter = self._drafting.device
+        # The tree of a host drafter belongs to the last step; its shape may differ in the next.
+        plain = isinstance(drafter, NoDrafter)
+        self._state = insert_row(
+            dataclasses.replace(self._state, draft=()) if plain else self._state,
+            drafter.weights,
+            jnp.asarray(row, jnp.int32),
+            opening,
+            config=self._model.config,
+            drafter=drafter,
+        )
+        self._halted.discard(row)
+
+    def advance(self) -> None:
+        """A burst of steps, of one step if the host drafts."""
+        if self._halted:
+            done = np.array(self._state.done)
+            done[list(self._halted)] = True
+            # Placed as it was: an array without a place would compile the step once more.
+            done = jax.device_put(done, self._state.done.sharding)
+            self._state = dataclasses.replace(self._state, done=done)
+            self._halted.clear()
+        self._state = self._drafting.advance(self._params, self._state, self._burst)
+
+    def halt(self, row: int) -> None:
+        """A row takes no part from the next step on."""
+        self._halted.add(row)
+
+    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each row's tokens [B, W], how many [B], whether it is done [B], its steps [B]."""
+        state = self._state
+        tokens, count, done, lengths = jax.device_get(
+            (state.tokens, state.count, state.done, state.lengths)
+        )
+        return tokens, count, done, lengths.sum(1)
+
+    def warm_up(self, widths: Iterable[int]) -> None:
+        """Compiles what prompts of these padded lengths need. Only while nothing runs."""
+        for width in widths:
+            tokens = [0] * min(width, self._limits.max_prompt_tokens)
+            opening = self.read(tokens, 1, GREEDY, 0, ())
+            self.insert(0, opening._replace(limit=jnp.zeros(1, jnp.int32)))
+        self._state = self._drafting.warm_up(self._params, self._state, self._burst)
+
+    def _prefill(
+        self, tokens: jax.Array, new_tokens: int, room: int, eos_ids: Sequence[int]
+    ) -> Prefilled:
+        return read_prompt(
+            self._model.params, tokens, config=self._model.config, policy=self._policy,
+            budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
+            eos_ids=_padded(eos_ids),
+        )  # fmt: skip
+
+
+def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:
+    return (*eos_ids, *[-1] * (MAX_EOS_IDS - len(eos_ids)))

@@ -1,0 +1,300 @@
+"""Requests that come and go in a batch of three rows: each gets what it would get alone."""
+
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax.checkpoint import load
+from lookahead_jax.drafters.base import Draft
+from lookahead_jax.engine import Engine
+from lookahead_jax.generation import generate
+from lookahead_jax.lookahead import LookaheadConfig, init_modules
+from lookahead_jax.policies.laq import LAQ
+from lookahead_jax.policies.lookaheadkv import LookaheadKV
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.requests import MAX_EOS_IDS, Request
+from lookahead_jax.sampling import GREEDY, Sampling, process_logits, sampling_rows
+from tests import tiny
+
+POLICY, BUDGET, NEW = SnapKV(window=4, pool="avg", kernel=3), 12, 16
+CHECKPOINT = Path(__file__).parent / "fixtures" / "models" / "llama3"
+FULL = Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
+SETTINGS = [GREEDY, FULL, Sampling(temperature=1.5)]
+PROMPTS = tiny.prompts((30, 9, 17, 16, 25, 5, 31, 12), vocab=320)
+LIMITS = [16, 3, 16, 9, 1, 16, 12, 16]
+
+compilations = []
+
+
+def count_compilation(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        compilations.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(count_compilation)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load(CHECKPOINT, dtype=jnp.float32)
+
+
+def make_engine(model, **options):
+    sizes = dict(policy=POLICY, budget=BUDGET, rows=3, max_new_tokens=NEW, max_prompt_tokens=32)
+    return Engine(model, **{**sizes, "burst": 4, "eos_ids": (), **options})
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """One for many tests: what a request leaves behind must not show in the next."""
+    engine = make_engine(model)
+    engine.warm_up()
+    return engine
+
+
+def request(i, **options):
+    prompt, sampling = PROMPTS[i % 8], SETTINGS[i % 3]
+    given = dict(prompt=prompt, max_new_tokens=LIMITS[i % 8], sampling=sampling, seed=50 + i)
+    return Request(**{**given, **options})
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """Tokens of each request with nobody beside it, to the full length."""
+    return [
+        generate(
+            model, [PROMPTS[i]], policy=POLICY, budget=BUDGET, max_new_tokens=NEW, eos_ids=(),
+            sampling=SETTINGS[i % 3], seeds=[50 + i],
+        ).tokens[0]
+        for i in range(8)
+    ]  # fmt: skip
+
+
+def drain(engine):
+    events = []
+    while engine.alive:
+        events += engine.step()
+    return events
+
+
+def results(events):
+    return {event.id: event.result for event in events if event.result is not None}
+
+
+@pytest.mark.parametrize(("drafter", "nodes"), [("none", None), ("prompt_lookup", 8), ("trie", 8)])
+def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
+    model, engine, alone, drafter, nodes
+):
+    if drafter != "none":
+        engine = make_engine(model, drafter=drafter, draft_nodes=nodes)
+        engine.warm_up()
+    # The first burst after a request has joined sees arrays from other programs than the warm-up.
+    engine.run([request(i) for i in range(3)])
+    before = len(compilations)
+    ids = [engine.submit(request(i)) for i in (0, 1, 2, 3, 4)]
+    events = engine.step() + engine.step()
+    ids += [engine.submit(request(i)) for i in (5, 6, 7)]
+    events += drain(engine)
+    assert len(compilations) == before
+    ended = results(events)
+    for i, id in enumerate(ids):
+        assert ended[id].tokens == alone[i][: LIMITS[i]]
+        assert ended[id].text == model.tokenizer.decode(ended[id].tokens)
+        assert ended[id].finish == "length"
+        assert ended[id].prompt_tokens == len(PROMPTS[i])
+        mine = [event for event in events if event.id == id]
+        assert [token for event in mine for token in event.tokens] == ended[id].tokens
+        assert "".join(event.text for event in mine) == ended[id].text
+        assert [event.result is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+        timing = ended[id].timing
+        assert 0 <= timing.started_s <= timing.first_token_s <= timing.ended_s
+        if drafter == "none":
+            assert ended[id].steps == LIMITS[i] - 1
+    assert engine.waiting == 0
+
+
+def test_a_cancelled_request_ends_within_a_burst_and_frees_its_row(engine, alone):
+    ids = [engine.submit(request(0, max_new_tokens=NEW)) for _ in range(4)]
+    assert {event.id for event in engine.step()} == set(ids[:3])
+    assert engine.cancel(ids[1])
+    assert engine.cancel(ids[3])
+    events = engine.step()
+    ended = results(events)
+    assert ended[ids[1]].finish == ended[ids[3]].finish == "cancelled"
+    assert ended[ids[1]].tokens == alone[0][: len(ended[ids[1]].tokens)] != []
+    assert ended[ids[3]].tokens == []
+    assert ended[ids[3]].timing.started_s is None
+    assert not engine.cancel(ids[1])
+    other = engine.submit(request(2))
+    ended = results(drain(engine))
+    assert ended[other].tokens == alone[2]
+    assert ended[ids[0]].tokens == ended[ids[2]].tokens == alone[0]
+
+
+def test_stop_strings_and_ends_are_each_requests_own(model, engine, alone):
+    decode = model.tokenizer.decode
+    text = decode(alone[0])
+    stop = text[6:8]
+    eos = alone[0][3]
+    stopped, ended, free = engine.run(
+        [
+            request(0, stop=[stop]),
+            request(0, eos_ids=[319, eos]),
+            request(0),
+        ]
+    )
+    assert stopped.finish == "stop"
+    assert stopped.text == text[: text.find(stop)]
+    assert ended.finish == "eos"
+    assert ended.tokens == alone[0][: alone[0].index(eos) + 1]
+    assert free.finish == "length"
+    assert free.tokens == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(prompt=[1] * 33), "33 tokens, more than max_prompt_tokens = 32"),
+        (dict(prompt=[]), "empty"),
+        (dict(prompt=[320]), "outside the vocabulary"),
+        (dict(max_new_tokens=NEW + 1), f"max_new_tokens = {NEW} tokens, not {NEW + 1}"),
+        (dict(max_new_tokens=0), "not 0"),
+        (dict(eos_ids=range(MAX_EOS_IDS + 1)), "eos_ids"),
+        (dict(stop=[""]), "stop string is empty"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_when_submitted(engine, change, message):
+    with pytest.raises(ValueError, match=message):
+        engine.submit(request(0, **change))
+    with pytest.raises(ValueError, match=message):
+        engine.run([request(1), request(0, **change)])
+    assert engine.alive == 0
+
+
+def test_sizes_below_one_are_refused(model):
+    with pytest.raises(ValueError, match="rows must be at least 1, not 0"):
+        make_engine(model, rows=0)
+    with pytest.raises(ValueError, match="max_prompt_tokens must be at least 1"):
+        make_engine(model, max_new_tokens=64, max_prompt_tokens=None)
+
+
+def test_nothing_to_do(engine):
+    assert engine.step() == []
+    assert engine.run() == []
+    assert not engine.wait(0.0)
+    assert not engine.cancel(12345)
+
+
+class Moody:
+    """A host drafter that fails for prompts that begin with a given token."""
+
+    def __init__(self):
+        self.open = set()
+        self.tempers = {}
+
+    def begin(self, request, prompt):
+        if prompt[0] == 1:
+            raise RuntimeError("no room")
+        self.open.add(request)
+        self.tempers[request] = prompt[0]
+
+    def observe(self, request, tokens):
+        assert request in self.open
+
+    def propose(self, request, nodes, depth):
+        if self.tempers[request] == 2:
+            raise RuntimeError("no idea")
+        return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+    def end(self, request):
+        self.open.remove(request)
+
+
+def test_errors_end_requests_and_leak_no_row(model, engine, alone):
+    drafter = Moody()
+    moody = make_engine(model, drafter=drafter, draft_nodes=8)
+    bad = [request(0, prompt=[1, 5, 6]), request(0, prompt=[2, 5, 6])]
+    begun, proposed, neighbour = moody.run([*bad, request(0)])
+    assert neighbour.tokens == alone[0]
+    assert begun.finish == proposed.finish == "error"
+    assert begun.error == "RuntimeError: no room"
+    assert begun.tokens == []
+    assert proposed.error == "RuntimeError: no idea"
+    assert len(proposed.tokens) == 1
+    assert [r.tokens for r in moody.run([request(0), request(2)])] == [alone[0], alone[2]]
+    assert drafter.open == set()
+
+    def fail(event):
+        raise ValueError("the client is gone")
+
+    gone, *others = engine.run([request(0, on_event=fail), request(0), request(2), request(5)])
+    assert gone.finish == "error"
+    assert gone.error == "ValueError: the client is gone"
+    assert [r.tokens for r in others] == [alone[0], alone[2], alone[5]]
+
+
+def test_any_thread_may_submit_and_cancel(engine, alone):
+    heard, stop = {}, threading.Event()
+
+    def work():
+        while not stop.is_set():
+            if engine.wait(0.05):
+                engine.step()
+
+    def client(i):
+        for _ in range(3):
+            events, ended = [], threading.Event()
+
+            def listen(event, events=events, ended=ended):
+                events.append(event)
+                if event.result is not None:
+                    ended.set()
+
+            id = engine.submit(request(i, on_event=listen))
+            if i == 3:
+                engine.cancel(id)
+            assert ended.wait(60)
+            heard.setdefault(i, []).append(events[-1].result)
+
+    worker = threading.Thread(target=work)
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(6)]
+    for thread in [worker, *clients]:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    stop.set()
+    worker.join()
+    assert engine.alive == engine.waiting == 0
+    for i in range(6):
+        assert len(heard[i]) == 3
+        if i != 3:
+            assert all(result.tokens == alone[i][: LIMITS[i]] for result in heard[i])
+
+
+@pytest.mark.parametrize("kind", ["modules", "two_pass"])
+def test_policies_that_read_more_than_the_prompt(model, kind):
+    modules, policy = None, LAQ(draft_tokens=2)
+    if kind == "modules":
+        policy = LookaheadKV()
+        sizes = LookaheadConfig(tokens=2, rank=0, alpha=1.0, targets=(), init="normal")
+        modules = init_modules(jax.random.key(0), sizes, model.config)
+    given = dict(policy=policy, budget=BUDGET, lookahead=modules)
+    expected = generate(
+        model, [PROMPTS[0]], max_new_tokens=NEW, sampling=SETTINGS[0], eos_ids=(), **given
+    ).tokens[0]
+    for result in make_engine(model, **given).run([request(0), request(0)]):
+        assert result.tokens == expected
+
+
+def test_a_filter_that_is_off_changes_nothing_beside_one_that_is_on():
+    logits = jnp.asarray(np.linspace(0, -30, 400), jnp.float32)  # sums to 1 long before its end
+    rows = sampling_rows(
+        [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)], [0, 0], 400
+    )
+    out = process_logits(jnp.stack([logits, logits])[:, None], None, rows)
+    np.testing.assert_array_equal(out[0, 0], logits)
+    assert np.isneginf(np.asarray(out[1, 0])).any()
