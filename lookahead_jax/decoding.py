@@ -213,16 +213,14 @@ def decode_step(
     return dataclasses.replace(state, cache=commit(state.cache, *rows)), step
 
 
-@partial(
-    jax.jit, static_argnames=("config", "drafter", "nodes", "steps"), donate_argnames=("state",)
-)
+@partial(jax.jit, static_argnames=("config", "drafter", "nodes"), donate_argnames=("state",))
 def decode_burst(
     params: Params,
     state: DecodeState,
     weights: Any = None,
     *,
     config: ModelConfig,
-    steps: int,
+    steps: int | Int[Array, ""],
     drafter: DeviceDrafter = PLAIN,
     nodes: int = 1,
 ) -> DecodeState:

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.decoding import DecodeState, Step, decode_burst, decode_step
+from lookahead_jax.controller import Controller
+from lookahead_jax.decoding import PLAIN, DecodeState, Step, decode_burst, decode_step
 from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafters.device import DeviceDrafter, Given, NoDrafter
 from lookahead_jax.drafters.host import NOTHING, Host, pack
 from lookahead_jax.layers import Params
 from lookahead_jax.tree import NODE_BUCKETS
 
-DEFAULT_NODES = 32
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use
 
 
@@ -59,12 +59,13 @@ class Drafting:
         on_step: Callable[[Step], Any] | None = None,
     ):
         plain = isinstance(drafter, NoDrafter)
-        if nodes is None:
-            nodes = 1 if plain else DEFAULT_NODES
-        if nodes not in NODE_BUCKETS or (plain and nodes > 1):
+        if nodes is None and plain:
+            nodes = 1
+        if nodes is not None and (nodes not in NODE_BUCKETS or (plain and nodes > 1)):
             possible = "1" if plain else ", ".join(map(str, NODE_BUCKETS))
             raise ValueError(f"a step with this drafter has {possible} nodes, not {nodes}")
-        self.nodes = nodes
+        self._fixed = nodes
+        self._controller = Controller()
         self._config = config
         self._room = room
         self._on_step = on_step
@@ -72,6 +73,8 @@ class Drafting:
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
         self._requests: list[int | None] = [None] * batch
         self._observed = [0] * batch
+        self._compiled: set[int] = set()
+        self.compile_s = 0.0  # spent on compiling steps so far
         self._drafting_s = 0.0
         self._steps = 0
 
@@ -80,7 +83,7 @@ class Drafting:
     ) -> DecodeState:
         """All rows join with their prompts, also given as an array [B, T] padded with -1."""
         if self._host is None:
-            return _open(
+            return attach(
                 state, self._device.weights, tokens,
                 drafter=self._device, room=self._room, config=self._config,
             )  # fmt: skip
@@ -116,27 +119,42 @@ class Drafting:
 
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
+        if self._fixed is not None:
+            return self._run(params, state, self._fixed, burst)
+        nodes = self._controller.choose()
+        before = np.asarray(state.lengths)
+        begin = time.perf_counter()
+        state = self._run(params, state, nodes, burst if self._controller.settled(nodes) else 1)
+        new = np.asarray(state.lengths) - before  # waits for the device
+        seconds = time.perf_counter() - begin
+        steps = int(new.sum(1).max())
+        if steps:
+            gain = float((new @ np.arange(1, new.shape[1] + 1)).sum() / new.sum())
+            self._controller.record(nodes, steps, gain, seconds)
+        return state
+
+    def _run(self, params: Params, state: DecodeState, nodes: int, burst: int) -> DecodeState:
+        program, options, drafter = self._program(nodes, burst)
         if self._host is not None:
-            drafts = self._propose(self._host, state)
-            state = dataclasses.replace(state, draft=pack(drafts, self.nodes))
-        program, options = self._program(burst)
-        result = program(params, state, self._device.weights, **options)
+            draft = pack(self._propose(self._host, state, nodes), nodes) if nodes > 1 else ()
+            state = dataclasses.replace(state, draft=draft)
+        if nodes not in self._compiled:
+            self._compiled.add(nodes)
+            begin = time.perf_counter()
+            program.lower(params, state, drafter.weights, **options).compile()
+            self.compile_s += time.perf_counter() - begin
+        result = program(params, state, drafter.weights, **options)
         if isinstance(result, DecodeState):
             return result
         if self._on_step is not None:
             self._on_step(jax.tree.map(np.asarray, result[1]))
         return result[0]
 
-    def compile(self, params: Params, state: DecodeState, burst: int) -> None:
-        """Compiles what `advance` will run, without running it."""
-        if self._host is not None:
-            state = dataclasses.replace(state, draft=pack([NOTHING] * len(state.token), self.nodes))
-        program, options = self._program(burst)
-        program.lower(params, state, self._device.weights, **options).compile()
-
     def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Compiles every step that `advance` may take. Nothing may run in `state`."""
-        return self.advance(params, state, burst)
+        for nodes in NODE_BUCKETS if self._fixed is None else [self._fixed]:
+            state = self._run(params, state, nodes, burst)
+        return state
 
     def end(self, state: DecodeState) -> None:
         """All rows leave."""
@@ -158,13 +176,16 @@ class Drafting:
             histogram=np.trim_zeros(lengths, "b").tolist(),
         )
 
-    def _program(self, burst: int) -> tuple[Any, dict[str, Any]]:
-        options = dict(config=self._config, drafter=self._device, nodes=self.nodes)
-        if self._host is not None or self._on_step is not None:
-            return decode_step, options
-        return decode_burst, {**options, "steps": burst}
+    def _program(self, nodes: int, burst: int) -> tuple[Any, dict[str, Any], DeviceDrafter]:
+        """The function for steps of `nodes` nodes, its options, and its drafter."""
+        asks_host = self._host is not None and nodes > 1
+        drafter = self._device if self._host is None or asks_host else PLAIN
+        options = dict(config=self._config, drafter=drafter, nodes=nodes)
+        if asks_host or self._on_step is not None:
+            return decode_step, options, drafter
+        return decode_burst, {**options, "steps": burst}, drafter
 
-    def _propose(self, host: Host, state: DecodeState) -> list[Draft]:
+    def _propose(self, host: Host, state: DecodeState, nodes: int) -> list[Draft]:
         """What the host drafter says about every row that is running."""
         tokens, counts, limits, done = jax.device_get(
             (state.tokens, state.count, state.limit, state.done)
@@ -177,8 +198,8 @@ class Drafting:
                 continue
             try:
                 self._observe(row, tokens[row], int(counts[row]))
-                depth = min(int(limits[row] - counts[row]), self.nodes) - 1
-                draft = host.propose(request, self.nodes - 1, depth) if depth > 0 else NOTHING
+                depth = min(int(limits[row] - counts[row]), nodes) - 1
+                draft = host.propose(request, nodes - 1, depth) if depth > 0 else NOTHING
             except Exception as error:
                 raise RowError(row, error) from error
             drafts.append(draft)
@@ -195,7 +216,7 @@ class Drafting:
 
 
 @partial(jax.jit, static_argnames=("drafter", "room", "config"), donate_argnames=("state",))
-def _open(
+def attach(
     state: DecodeState,
     weights: Any,
     prompts: jax.Array,
@@ -204,7 +225,7 @@ def _open(
     room: int,
     config: ModelConfig,
 ) -> DecodeState:
-    """The state with a device drafter's, in which every row has begun with its prompt."""
+    """Decoding with a device drafter: its state, every row begun with its prompt [B, T]."""
     rows = jnp.arange(prompts.shape[0], dtype=jnp.int32)
     draft = drafter.begin(weights, drafter.init(len(rows), room, config), rows, prompts)
     return dataclasses.replace(state, draft=draft)

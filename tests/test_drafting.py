@@ -7,6 +7,8 @@ few compiled programs cover the pairs; the full product runs with `-m slow`.
 import dataclasses
 import functools
 import itertools
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,16 @@ import pytest
 
 from lookahead_jax import batching
 from lookahead_jax.cache import commit
+from lookahead_jax.checkpoint import GenerationDefaults, Model
 from lookahead_jax.decoding import PLAIN, decode_burst, decode_step, seen_tokens, start
 from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafters.combine import merge
 from lookahead_jax.drafters.device import Given
+from lookahead_jax.drafters.draft_model import DraftModel
 from lookahead_jax.drafters.host import pack
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.recycling import CANDIDATES, Recycling, template
+from lookahead_jax.drafting import attach
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
@@ -46,11 +52,23 @@ BATCHES = {8: range(8), 3: (3, 1, 2), 1: (5,)}  # rows of the tables above
 TOLERANCE = 2e-5  # float32 sums in another order, see tests/test_prefill.py
 
 
-def opened(policy: str, rows, eos=(), draft=()):
-    model = tiny.config()
-    prompts = tiny.prompts(LENGTHS)
-    tokens = jnp.asarray(batching.pad_batch([prompts[r] for r in rows], config=model))
-    tokens = jnp.pad(tokens, [(0, 0), (0, 64 - tokens.shape[1])], constant_values=-1)
+def opened(policy: str, rows, eos=()):
+    """Rows that have read their prompts and emitted one token; rows of one program for all."""
+    state, tokens = opened_all(policy, tuple(eos))
+    layered = {"k", "v", "pos", "length"}
+
+    def pick(path, leaf):
+        named = getattr(path[-1], "name", "")
+        at = np.asarray(rows)
+        return jnp.asarray(leaf[:, at] if named in layered else leaf[at])
+
+    return jax.tree_util.tree_map_with_path(pick, state), jnp.asarray(tokens[np.asarray(rows)])
+
+
+@functools.cache
+def opened_all(policy: str, eos: tuple[int, ...]):
+    model, rows = tiny.config(), range(8)
+    tokens = jnp.asarray(batching.pad_batch(tiny.prompts(LENGTHS), config=model))
     result = read(tiny.params(model), tokens, model, *POLICIES[policy], new_tokens=NEW)
     state = start(
         result.cache, result.logits,
@@ -59,12 +77,11 @@ def opened(policy: str, rows, eos=(), draft=()):
             sampled=True, filtered=True, penalized=True,  # one program for every batch
         ),
         limit=jnp.asarray([LIMITS[r] for r in rows], jnp.int32),
-        eos=jnp.asarray(list(eos) or [-2], jnp.int32),
+        eos=jnp.asarray(eos or (-2, -2), jnp.int32),
         seen=seen_tokens(tokens, model.vocab_size),
         width=NEW,
-        draft=draft,
     )  # fmt: skip
-    return state, tokens
+    return jax.tree.map(np.asarray, (state, tokens))
 
 
 def entries(cache, row: int):
@@ -249,23 +266,53 @@ def test_rejected_rows_are_not_stored():
     np.testing.assert_array_equal(after.pos[:, 1], before.pos[:, 1])
 
 
-@pytest.mark.parametrize("drafter", [PromptLookup(), Recycling()], ids=lambda d: type(d).__name__)
-def test_device_drafters_in_bursts(drafter):
-    """Inside the loop, with rows that end; both learn, so that they draft something."""
+def draft_model(**options) -> DraftModel:
+    """A model that drafts for itself: everything it proposes first is right when greedy."""
     model = tiny.config()
-    texts, _ = undrafted("snapkv", ends("snapkv"))
-    draft = drafter.init(8, 64 + NEW, model)
-    state, tokens = opened("snapkv", range(8), ends("snapkv"))
-    draft = drafter.begin(None, draft, jnp.arange(8, dtype=jnp.int32), tokens)
-    state = dataclasses.replace(state, draft=draft)
+    return DraftModel(
+        model=Model(
+            params=tiny.params(model),
+            config=model,
+            tokenizer=None,
+            generation=NO_DEFAULTS,
+            path=Path(),
+        ),
+        **options,
+    )
+
+
+NO_DEFAULTS = GenerationDefaults(
+    eos_ids=(), bos_id=None, pad_id=None, temperature=None, top_k=None, top_p=None
+)
+DEVICE = {"lookup": PromptLookup, "recycling": Recycling, "model": partial(draft_model, depth=3)}
+
+
+@pytest.mark.parametrize("name", DEVICE)
+def test_device_drafters_in_bursts(name):
+    """Inside the loop, with rows that end; both learn, so that they draft something."""
+    model, drafter, policy = tiny.config(), DEVICE[name](), "full"
+    texts, _ = undrafted(policy, ends(policy))
+    state, tokens = opened(policy, range(8), ends(policy))
+    state = attach(state, drafter.weights, tokens, drafter=drafter, room=64 + NEW, config=model)
     while not np.asarray(state.done).all():
         state = decode_burst(
-            tiny.params(model), state, None, config=model, drafter=drafter, nodes=8, steps=5
+            tiny.params(model),
+            state,
+            drafter.weights,
+            config=model,
+            drafter=drafter,
+            nodes=8,
+            steps=5,
         )
     for i, text in enumerate(texts):
         assert np.asarray(state.tokens[i, : int(state.count[i])]).tolist() == text
-    learned = state.draft
-    if isinstance(drafter, PromptLookup):
+    learned, steps = state.draft, np.asarray(state.lengths).sum(1)
+    if name == "model":  # row 0 is greedy and nothing of its cache is cut: 4 tokens a step
+        assert steps[0] == -(-(len(texts[0]) - 1) // 4)
+        counts = [len(text) - 1 for text in texts]
+        lengths = np.asarray([len(p) for p in tiny.prompts(LENGTHS)])
+        np.testing.assert_array_equal(learned.whole().next_pos, lengths + counts)
+    if name == "lookup":
         prompts = tiny.prompts(LENGTHS)
         for i, text in enumerate(texts):  # all but the root, which is pending
             length = int(learned.length[i])
@@ -283,7 +330,7 @@ def test_prompt_lookup_takes_the_leftmost_match_of_the_longest_ngram():
     state = drafter.init(64, room, tiny.config())
     state = drafter.begin(None, state, jnp.arange(64, dtype=jnp.int32), jnp.asarray(prompts))
     root = jnp.asarray([text[-1] for text in texts], jnp.int32)
-    _, tree = drafter.propose(None, state, root, nodes)
+    _, tree = jax.jit(drafter.propose, static_argnums=(0, 3))(None, state, root, nodes)
     for i, text in enumerate(texts):
         expected = []
         for n in (3, 2, 1):
@@ -305,3 +352,13 @@ def test_recycling_templates(nodes):
     assert ((ranks >= 0) & (ranks < CANDIDATES)).all()
     pairs = set(zip(parents.tolist(), ranks.tolist(), strict=True))
     assert len(pairs) == nodes  # siblings have different ranks
+
+
+def test_merged_drafts_are_their_union_by_prefix():
+    first = Draft(np.asarray([5, 6, 7], np.int32), np.asarray([-1, 0, 1], np.int32))
+    second = Draft(np.asarray([9, 5, 8, 6], np.int32), np.asarray([-1, -1, 1, 1], np.int32))
+    tokens, parents = merge([first, second], 10)
+    assert tokens.tolist() == [5, 9, 6, 7, 8]
+    assert parents.tolist() == [-1, -1, 0, 2, 0]
+    tokens, parents = merge([first, second], 2)
+    assert tokens.tolist() == [5, 9]

@@ -137,7 +137,7 @@ class DraftModel:
         batch, size = tree.tokens.shape
         laid = layout(
             tree, vocab_size=self.config.vocab_size,
-            most=jnp.full(batch, size, jnp.int32), ends=jnp.zeros(0, jnp.int32),
+            most=jnp.full(batch, size, jnp.int32), ends=jnp.zeros((1, 0), jnp.int32),
         )  # fmt: skip
         positions = jnp.where(laid.valid, cache.next_pos[:, None] + laid.depth, -1)
         x = embed(weights, jnp.where(laid.valid, tree.tokens, -1), config=self.config)
