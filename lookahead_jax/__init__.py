@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "EMBEDDED_MODULES",
     "Block",
     "Engine",
     "Event",
@@ -62,6 +63,8 @@ __all__ = [
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "base"
 """Folder of the small model that ships with the package."""
+EMBEDDED_MODULES = Path(__file__).parent / "assets" / "lookahead"
+"""Folder of that model's lookahead modules."""
 
 _HOME = {
     "batching": ("pad_batch", "slots_for"),

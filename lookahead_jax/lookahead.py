@@ -180,6 +180,7 @@ def save_modules(
         "format": FORMAT,
         **dataclasses.asdict(modules.config),
         "base_fingerprint": fingerprint(params),
+        "base_fingerprint_float16": fingerprint(params, through=np.float16),
         "tensors_sha256": hashlib.sha256(content).hexdigest(),
         "version": _version(),
     }
@@ -202,10 +203,12 @@ def load_modules(
     """
     path = Path(directory)
     described = _read_config(path)
-    if described["base_fingerprint"] != fingerprint(params):
+    half = _dtype(params) == jnp.float16
+    base = str(described["base_fingerprint_float16" if half else "base_fingerprint"])
+    if base != fingerprint(params):
         raise ValueError(
             f"{path}: these lookahead modules were trained for another base model "
-            f"({str(described['base_fingerprint'])[:12]}, this one is {fingerprint(params)[:12]})"
+            f"({base[:12]}, this one is {fingerprint(params)[:12]})"
         )
     modules_config = described["config"]
     content = (path / TENSOR_FILE).read_bytes()
@@ -241,7 +244,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     path = path / CONFIG_FILE
     kinds = {
         "format": int, "tokens": int, "rank": int, "alpha": (int, float), "targets": list,
-        "init": str, "base_fingerprint": str, "tensors_sha256": str,
+        "init": str, "base_fingerprint": str, "base_fingerprint_float16": str,
+        "tensors_sha256": str,
     }  # fmt: skip
     for name, kind in kinds.items():
         value = described.get(name)

@@ -13,6 +13,7 @@ import tokenizers
 import lookahead_jax as lk
 from lookahead_jax.checkpoint import save_params
 from lookahead_jax.cli import main
+from lookahead_jax.commands.options import EvictionOptions, ModelOptions
 from lookahead_jax.files import atomic_path, atomic_write
 from tests import tiny
 
@@ -64,6 +65,23 @@ def fault(capsys, *args: object) -> tuple[int, str]:
 
 def run(*args: object) -> None:
     assert main([str(arg) for arg in args]) == 0
+
+
+def test_the_policy_left_out_is_lookaheadkv_where_there_are_modules(tmp_path):
+    embedded, other = ModelOptions(), ModelOptions(model=tmp_path)
+    own = EvictionOptions().resolve(embedded)
+    assert (own.name, own.folder) == ("lookaheadkv", lk.EMBEDDED_MODULES)
+    assert EvictionOptions().resolve(other)[::2] == ("snapkv", None)
+    named = EvictionOptions(lookahead=tmp_path).resolve(other)
+    assert (named.name, named.folder) == ("lookaheadkv", tmp_path)
+    assert EvictionOptions(policy="h2o").resolve(embedded)[::2] == ("h2o", None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_embedded_modules_fit_the_embedded_model_in_every_type(dtype):
+    model = lk.load(lk.EMBEDDED_MODEL, dtype=dtype)
+    modules = lk.load_modules(lk.EMBEDDED_MODULES, params=model.params, config=model.config)
+    assert modules.embeddings.dtype == dtype
 
 
 def test_generate_streams_the_text_of_the_function(model_dir, model, tmp_path, capsys):

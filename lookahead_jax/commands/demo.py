@@ -36,7 +36,7 @@ def main(config: Demo) -> None:
 
     import lookahead_jax as lk
 
-    policy = config.eviction.make()
+    eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     if model.tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer.json, and the demo reads text")
@@ -44,7 +44,7 @@ def main(config: Demo) -> None:
     room = model.config.max_position - config.max_new_tokens
     prompt = ids[:room]
     evict = dict(
-        policy=policy, budget=config.eviction.budget, lookahead=config.eviction.modules(model)
+        policy=eviction.policy, budget=config.eviction.budget, lookahead=eviction.modules(model)
     )
 
     def run(arguments):
@@ -64,7 +64,7 @@ def main(config: Demo) -> None:
     followed = _followed(model, prompt, full.tokens[0], evict)
     cut = f", of {len(ids):,}: the model reads {model.config.max_position:,}" * (len(ids) > room)
     print(f"{config.file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
-    name = f"{config.eviction.policy}, {config.eviction.budget} per head"
+    name = f"{eviction.name}, {config.eviction.budget} per head"
     print(table(name, full, evicted, followed))
     print(f"\nContinued from the evicted cache:\n{model.tokenizer.decode(evicted.tokens[0])}")
 

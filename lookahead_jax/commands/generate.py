@@ -18,14 +18,14 @@ class Generate(RunOptions):
 def main(config: Generate) -> None:
     if config.json is not None:
         check_parent(config.json)
-    policy = config.eviction.make()
+    eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     prompts = config.input.read(model)
     stream = len(prompts) == 1 and model.tokenizer is not None
     result = config.run(
         model,
         prompts,
-        policy,
+        eviction,
         on_text=_print if stream else None,
         measure=config.json is not None,
     )

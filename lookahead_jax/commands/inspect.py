@@ -21,12 +21,12 @@ class Inspect(RunOptions):
 
 def main(config: Inspect) -> None:
     check_parent(config.out)
-    policy = config.eviction.make()
+    eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     prompts = config.input.read(model)
     if len(prompts) != 1:
         raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
-    result = config.run(model, prompts, policy)
+    result = config.run(model, prompts, eviction)
     prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
     page = render(
         prompt=prompt,
@@ -36,7 +36,7 @@ def main(config: Inspect) -> None:
         generated=" ".join(map(str, result.tokens[0])) if result.text is None else result.text[0],
         facts={
             "Model": str(config.source.model or "embedded"),
-            "Policy": " ".join([config.eviction.policy, *config.eviction.policy_arg]),
+            "Policy": " ".join([eviction.name, *config.eviction.policy_arg]),
             "Budget": f"{config.eviction.budget:,} per layer and head",
             "Prompt": f"{len(offsets):,} tokens",
             "Cache": f"{megabytes(result.cache.bytes)}, full {megabytes(result.cache.full_bytes)}",

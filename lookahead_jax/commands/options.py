@@ -3,7 +3,7 @@
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -61,19 +61,36 @@ class PromptOptions:
         return [text]
 
 
+class Eviction(NamedTuple):
+    """What the eviction options come to for one model."""
+
+    name: str
+    policy: Any
+    folder: Path | None  # of the lookahead modules
+
+    def modules(self, model):
+        """The lookahead modules, if there is a folder of them."""
+        import lookahead_jax as lk
+
+        if self.folder is None:
+            return None
+        return lk.load_modules(self.folder, params=model.params, config=model.config)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvictionOptions:
-    policy: Annotated[str, option("NAME")] = "snapkv"
-    """How prompt entries are chosen; `full` keeps all of them."""
+    policy: Annotated[Text, option("NAME")] = None
+    """How prompt entries are chosen; `full` keeps all. Left out, lookaheadkv where there are
+    lookahead modules (--lookahead, or the embedded model's own), else snapkv."""
     policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
     """A setting of the policy, as name=value."""
     budget: int = 256
     """Prompt entries kept per layer and KV head."""
     lookahead: Folder = None
-    """Folder of trained lookahead modules, which policy lookaheadkv reads."""
+    """Folder of trained lookahead modules; left out, those of the embedded model are for it."""
 
-    def make(self):
-        """The policy with its settings."""
+    def resolve(self, source: ModelOptions) -> Eviction:
+        """The policy with its settings, and where the modules it reads are."""
         import lookahead_jax as lk
 
         if self.budget < 1:
@@ -84,15 +101,11 @@ class EvictionOptions:
             if not name or not equals:
                 raise UsageError(f"--policy-arg takes NAME=VALUE, not {pair!r}")
             settings[name] = value
-        return lk.make_policy(self.policy, **settings)
-
-    def modules(self, model):
-        """The lookahead modules, if a folder is named."""
-        import lookahead_jax as lk
-
-        if self.lookahead is None:
-            return None
-        return lk.load_modules(self.lookahead, params=model.params, config=model.config)
+        own = lk.EMBEDDED_MODULES if source.model is None else None
+        folder = self.lookahead or own
+        name = self.policy or ("lookaheadkv" if folder else "snapkv")
+        policy = lk.make_policy(name, **settings)
+        return Eviction(name, policy, folder if policy.uses_modules else self.lookahead)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,16 +163,16 @@ class RunOptions:
     seed: int = 0
     """Seed of the sampling, for every row: a row comes out the same alone and among others."""
 
-    def run(self, model, prompts, policy, **arguments):
+    def run(self, model, prompts, eviction: Eviction, **arguments):
         """Continues the prompts with `lk.generate`, which `arguments` are handed to."""
         import lookahead_jax as lk
 
         return lk.generate(
             model,
             prompts,
-            policy=policy,
+            policy=eviction.policy,
             budget=self.eviction.budget,
-            lookahead=self.eviction.modules(model),
+            lookahead=eviction.modules(model),
             sampling=lk.Sampling(**asdict(self.sampling)),
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,

@@ -25,14 +25,14 @@ def main(config: Score) -> None:
     import lookahead_jax as lk
 
     check_parent(config.out)
-    policy = config.eviction.make()
+    eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     scored = lk.score(
         model,
         read_tokens(config.tokens, model.config),
-        policy=policy,
+        policy=eviction.policy,
         budget=config.eviction.budget,
-        lookahead=config.eviction.modules(model),
+        lookahead=eviction.modules(model),
     )
     save_arrays(
         config.out,
