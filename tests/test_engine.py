@@ -13,8 +13,8 @@ from lookahead_jax.drafters.base import Draft
 from lookahead_jax.engine import Engine
 from lookahead_jax.generation import generate
 from lookahead_jax.lookahead import LookaheadConfig, init_modules
-from lookahead_jax.policies.laq import LAQ
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
+from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.requests import MAX_EOS_IDS, Request
 from lookahead_jax.sampling import GREEDY, Sampling, process_logits, sampling_rows
@@ -23,7 +23,7 @@ from tests import tiny
 POLICY, BUDGET, NEW = SnapKV(window=4, pool="avg", kernel=3), 12, 16
 CHECKPOINT = Path(__file__).parent / "fixtures" / "models" / "llama3"
 FULL = Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2)
-SETTINGS = [GREEDY, FULL, Sampling(temperature=1.5)]
+SETTINGS = [GREEDY, FULL, Sampling(temperature=1.5, top_p=0.9, repetition_penalty=0.9)]
 PROMPTS = tiny.prompts((30, 9, 17, 16, 25, 5, 31, 12), vocab=320)
 LIMITS = [16, 3, 16, 9, 1, 16, 12, 16]
 
@@ -277,7 +277,7 @@ def test_any_thread_may_submit_and_cancel(engine, alone):
 
 @pytest.mark.parametrize("kind", ["modules", "two_pass"])
 def test_policies_that_read_more_than_the_prompt(model, kind):
-    modules, policy = None, LAQ(draft_tokens=2)
+    modules, policy = None, Oracle(response_tokens=2)
     if kind == "modules":
         policy = LookaheadKV()
         sizes = LookaheadConfig(tokens=2, rank=0, alpha=1.0, targets=(), init="normal")
