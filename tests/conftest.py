@@ -27,6 +27,18 @@ def check_signature(function):
 install_import_hook("lookahead_jax", f"{__name__}.check_signature")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="all combinations of the product tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        skip = pytest.mark.skip(reason="all combinations; --full runs them")
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drop_compiled_programs():
     """Every program XLA compiles maps memory, and Linux allows a process 65,530 maps."""

@@ -1,7 +1,7 @@
 """Drafted output is undrafted output: every drafter, tree, batch and setting, and the cache too.
 
 One batch holds rows of different settings, and every row gets trees of another kind, so that a
-few compiled programs cover the pairs; the full product runs with `-m slow`.
+few compiled programs cover the pairs; the full product runs with `--full`.
 """
 
 import dataclasses
@@ -241,7 +241,7 @@ def test_any_tree_leaves_tokens_and_cache_as_they_were(policy, batch, nodes, shi
     run_given(policy, BATCHES[batch], nodes, shift, ends(policy) if ended else (), poison)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("nodes", NODE_BUCKETS[1:5])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_full_product(batch, nodes):
