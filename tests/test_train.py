@@ -192,7 +192,7 @@ def test_config_file_and_overrides(tmp_path, capsys):
             lookahead.parse(args)
         assert stopped.value.code == 2
     assert "epochs" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"one of the presets \(published\)"):
+    with pytest.raises(ValueError, match=r"one of the presets \(embedded, published\)"):
         lookahead.parse(["nothing"])
 
 
