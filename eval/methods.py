@@ -28,14 +28,7 @@ FOLDS = {
     "multi_lookup": "c",
     "code": "c",
 }
-SHIPPED = (
-    f"{LOOKAHEAD}={_ASSETS / 'lookahead'}",
-    *(f"{LOOKAHEAD}={_ASSETS / 'comparison' / f'all-{seed}'}" for seed in (1, 2)),
-    *(
-        f"{LOOKAHEAD}_unseen={_ASSETS / 'comparison' / f'without-{{fold}}-{seed}'}"
-        for seed in (0, 1, 2)
-    ),
-)
+SHIPPED = tuple(f"{LOOKAHEAD}={_ASSETS / folder}" for folder in ("lookahead", "comparison/all-1"))
 """The modules that ship: LABEL=DIR, as `--modules` takes them."""
 
 Setting = tuple[tuple[str, str], ...]
