@@ -8,12 +8,12 @@ import json
 from itertools import product
 from pathlib import Path
 
+from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.files import atomic_write
 from lookahead_jax.policies import make_policy
 from lookahead_jax.policies.base import Policy
 
 CHOSEN = Path(__file__).parent / "chosen_settings.json"
-_ASSETS = Path(__file__).parent.parent / "lookahead_jax" / "assets"
 ORACLE = "oracle"
 LOOKAHEAD = "lookaheadkv"
 
@@ -28,7 +28,9 @@ FOLDS = {
     "multi_lookup": "c",
     "code": "c",
 }
-SHIPPED = tuple(f"{LOOKAHEAD}={_ASSETS / folder}" for folder in ("lookahead", "comparison/all-1"))
+SHIPPED = tuple(
+    f"{LOOKAHEAD}={EMBEDDED_MODEL.parent / folder}" for folder in ("lookahead", "comparison/all-1")
+)
 """The modules that ship: LABEL=DIR, as `--modules` takes them."""
 
 Setting = tuple[tuple[str, str], ...]
