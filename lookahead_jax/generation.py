@@ -30,14 +30,19 @@ from lookahead_jax.model import Block, embed, logits
 from lookahead_jax.params import unstack
 from lookahead_jax.policies.base import Policy, scores_by_position
 from lookahead_jax.policies.full import Full, Whole
+from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefill import Prefilled, compress, prefill
 from lookahead_jax.prompt import hidden_states
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
-DEFAULT_POLICY = SnapKV()  # preset factory
 DEFAULT_BUDGET = 256
+
+
+def default_policy(lookahead: LookaheadModules | None) -> Policy:
+    """What reads the lookahead modules where there are any, else SnapKV (preset factory)."""
+    return SnapKV() if lookahead is None else LookaheadKV()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +210,7 @@ def generate(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
     *,
-    policy: Policy = DEFAULT_POLICY,
+    policy: Policy | None = None,
     budget: int = DEFAULT_BUDGET,
     max_new_tokens: int = 128,
     sampling: Sampling = GREEDY,
@@ -222,8 +227,9 @@ def generate(
 ) -> Generation:
     """Continues a batch of prompts from a cache of `budget` entries per layer and KV head.
 
-    `prompts` are texts or rows of token ids. One seed per row (default 0 for all: a row's output
-    does not depend on its neighbours; give different seeds to sample one prompt several times).
+    `prompts` are texts or rows of token ids. `policy` left out is LookaheadKV where `lookahead`
+    modules are given, else SnapKV. One seed per row (default 0 for all: a row's output does not
+    depend on its neighbours; give different seeds to sample one prompt several times).
     `on_text(row, piece)` receives text as it becomes certain. Tokens and text do not depend on
     `burst`, the number of steps between looks of the host. `measure` compiles and runs the
     prompt beforehand, with and without eviction, so that `timing` holds neither compilation nor
@@ -236,6 +242,7 @@ def generate(
     Raises ValueError for empty prompts and ids out of range.
     """
     config, params = model.config, model.params
+    policy = policy or default_policy(lookahead)
     decoding_params = for_decoding(params)
     rows = encode_prompts(model, prompts)
     eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
@@ -383,7 +390,7 @@ def score(
     model: Model,
     tokens: np.ndarray,
     *,
-    policy: Policy = DEFAULT_POLICY,
+    policy: Policy | None = None,
     budget: int = DEFAULT_BUDGET,
     lookahead: LookaheadModules | None = None,
 ) -> Scored:
@@ -393,6 +400,7 @@ def score(
     is out of range.
     """
     check_tokens(tokens, config=model.config)
+    policy = policy or default_policy(lookahead)
     announce(policy, budget, tokens.shape[1], model.config)
     width = tokens.shape[1]
     padded = np.full((len(tokens), bucket_length(width)), -1, np.int32)
