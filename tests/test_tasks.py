@@ -5,6 +5,7 @@ import pytest
 import tokenizers
 
 import lookahead_jax as lk
+from lookahead_jax.eval.tasks.code import code_prompts, code_stream
 from lookahead_jax.eval.tasks.prompts import TASKS, make_batch, make_example, text_lines
 from lookahead_jax.eval.tasks.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
 from lookahead_jax.train.base import exact_match
@@ -14,6 +15,7 @@ from lookahead_jax.train.mixture import (
     task_rows,
     text_rows,
 )
+from lookahead_jax.train.task_prompts import CODE, SHORTEST, PromptsConfig, prompt
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,31 @@ def test_the_embedded_model_solves_fresh_prompts(task):
     )
     # Measured: 1.000 of 200 each; two failures of 32 would be below the 95 % that it claims.
     assert right.mean() >= 0.95
+
+
+def test_held_out_code_has_two_splits_without_a_common_window():
+    tokenizer = lk.load(lk.EMBEDDED_MODEL).tokenizer.backend
+    bos = tokenizer.token_to_id("<s>")
+    windows = {}
+    for split in ("validation", "test"):
+        stream = code_stream(tokenizer, split, bos)
+        prompts = code_prompts(stream, bos, count=64, length=512)
+        assert prompts.shape == (64, 512)
+        assert (prompts[:, 0] == bos).all()
+        windows[split] = {row[1:].tobytes() for row in prompts}
+        assert len(windows[split]) == 64
+    assert not windows["validation"] & windows["test"]
+    with pytest.raises(ValueError, match="no prompt of 99"):
+        code_prompts(stream[:50], bos, count=1, length=99)
+
+
+@pytest.mark.parametrize("task", [*TASKS, CODE])
+def test_training_prompts_differ_in_length_and_are_functions_of_their_number(task, words, tmp_path):
+    config = PromptsConfig(corpus=tmp_path, out=tmp_path / "out", longest=400)
+    stream = np.random.default_rng(0).choice(words.filler, 3000)
+    rows = [prompt(task, number, words, stream, config) for number in range(12)]
+    assert rows[3] == prompt(task, 3, words, stream, config)
+    lengths = [len(row) for row in rows]
+    assert SHORTEST <= min(lengths) < max(lengths) <= 400
+    assert all(row[0] == words.bos for row in rows)
+    assert len({tuple(row) for row in rows}) == 12
