@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--budget", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=40)
-    parser.add_argument("--modules", type=Path, default=lk.EMBEDDED_MODEL.parent / "lookahead")
+    parser.add_argument("--modules", type=Path, default=lk.EMBEDDED_MODULES)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
