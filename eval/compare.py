@@ -37,14 +37,13 @@ from lookahead_jax.eval.methods import (
     write_chosen,
 )
 from lookahead_jax.eval.summary import best_settings, write_summary
-from lookahead_jax.eval.tasks.code import Split, code_prompts, code_stream
+from lookahead_jax.eval.tasks.code import CODE, Split, code_prompts, code_stream
 from lookahead_jax.eval.tasks.prompts import comments, make_example, text_lines
 from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.files import save_arrays
 from lookahead_jax.lookahead import LookaheadModules, load_modules
 from lookahead_jax.params import fingerprint
 
-CODE = "code"
 TASKS = ("records", "tagged", "spans", "chains", "multi_lookup", CODE)
 ANSWER = 16  # tokens that the longest answer of a task may have
 SEEDS: dict[Split, int] = {"test": 7_000_000, "validation": 8_000_000}

@@ -21,13 +21,14 @@ from lookahead_jax.batching import slots_for
 from lookahead_jax.cache import KVCache
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.decoding import decode
-from lookahead_jax.generation import read_again
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules, observer_block
-from lookahead_jax.model import Block, embed, forward, layer_kinds, logits
+from lookahead_jax.model import layer_kinds
 from lookahead_jax.policies.base import LayerView, Policy, select
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefill import compress, prefill
+from lookahead_jax.reading import read_again
+from lookahead_jax.scoring import forced_logits
 
 RESPONSE = 32  # tokens of the model's own response, which the oracle reads
 
@@ -48,17 +49,6 @@ class Outcome(NamedTuple):
 
     choice: jax.Array  # [U, B, Y] int32 the greedy token at each place of the answer
     kl: jax.Array  # [U, B, Y] float32 nats, KL(full cache || evicted cache) of the next token
-
-
-@partial(jax.jit, static_argnames=("config",))
-def forced_logits(params: Params, cache: KVCache, first: jax.Array, forced: jax.Array, *, config):
-    """Logits at every token of `forced` [B, Y], the first of which `first` [B, V] foretells."""
-    step = jnp.arange(forced.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(forced >= 0, cache.next_pos[:, None] + step, -1)
-    block = Block(embed(params, forced, config=config), positions, cache.rope_span)
-    out = forward(params, block, cache, config=config)
-    rest = logits(params, out.hidden[:, :-1], config=config)
-    return jnp.concatenate([first[:, None], rest], axis=1)
 
 
 def read_full(
@@ -156,7 +146,7 @@ def _scores(
     response = reference.response[:, : policy.response_tokens]
     if draft is not None:
         response = decode(
-            params, masked(cache, draft), reference.logits,
+            params, masked(cache.fork(1), draft), reference.logits,
             config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
         ).tokens  # fmt: skip
     observer = read_again(params, tokens, policy.window_rows(budget), response, cache, config)
@@ -198,8 +188,8 @@ def _keep(
 
 
 def masked(cache: KVCache, keep: jax.Array) -> KVCache:
-    """A copy of the cache that has evicted everything but `keep` [L, B, K, S], in place."""
-    return dataclasses.replace(cache.fork(1), pos=jnp.where(keep, cache.pos, -1))
+    """The cache after it has evicted everything but `keep` [L, B, K, S], each slot in its place."""
+    return dataclasses.replace(cache, pos=jnp.where(keep, cache.pos, -1))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -210,7 +200,7 @@ def outcome(
     full = jax.nn.log_softmax(reference.scores, axis=-1)
 
     def one(keep):
-        cache = dataclasses.replace(reference.cache, pos=jnp.where(keep, reference.cache.pos, -1))
+        cache = masked(reference.cache, keep)
         scores = forced_logits(params, cache, reference.logits, reference.forced, config=config)
         log_p = jax.nn.log_softmax(scores, axis=-1)
         kl = (jnp.exp(full) * (full - log_p)).sum(-1)

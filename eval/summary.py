@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lookahead_jax.eval.methods import DRAFT_FREE, LOOKAHEAD, ORACLE
+from lookahead_jax.eval.tasks.code import CODE
 from lookahead_jax.files import atomic_write
 
-CODE = "code"
 MEASURES = ("score", "kl", "recall")
 RESAMPLES = 2000
 Z = 1.96
@@ -97,7 +97,7 @@ def summarise(cells: Cells, task: str, seeds: dict[str, int]) -> dict[str, Any]:
 
 
 def learned(cells: Cells) -> list[str]:
-    """The methods that are trained modules: whatever is not a policy's own name."""
+    """The methods that are trained modules, by their labels."""
     return [name for name in cells if name.startswith(LOOKAHEAD)]
 
 

@@ -19,13 +19,15 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.config import ModelConfig
     from lookahead_jax.decoding import decode
     from lookahead_jax.engine import Engine
-    from lookahead_jax.generation import Generation, generate, read_prompt, score, token_logits
+    from lookahead_jax.generation import Generation, generate
     from lookahead_jax.lookahead import LookaheadModules, load_modules
     from lookahead_jax.model import Block, embed, forward, logits
     from lookahead_jax.policies import make_policy
     from lookahead_jax.prefill import extend, prefill
+    from lookahead_jax.reading import read_prompt
     from lookahead_jax.requests import Event, Request, Result
     from lookahead_jax.sampling import Sampling
+    from lookahead_jax.scoring import score, token_logits
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -74,13 +76,15 @@ _HOME = {
     "config": ("ModelConfig",),
     "decoding": ("decode",),
     "engine": ("Engine",),
-    "generation": ("Generation", "generate", "read_prompt", "score", "token_logits"),
+    "generation": ("Generation", "generate"),
     "lookahead": ("LookaheadModules", "load_modules"),
     "model": ("Block", "embed", "forward", "logits"),
     "policies": ("make_policy",),
     "prefill": ("extend", "prefill"),
+    "reading": ("read_prompt",),
     "requests": ("Event", "Request", "Result"),
     "sampling": ("Sampling",),
+    "scoring": ("score", "token_logits"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -14,9 +14,9 @@ import numpy as np
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.controller import Controller
 from lookahead_jax.decoding import PLAIN, DecodeState, Step, decode_burst, decode_step
-from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafters.base import Draft, HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter, Given, NoDrafter
-from lookahead_jax.drafters.host import NOTHING, Host, pack
+from lookahead_jax.drafters.host import NOTHING, pack
 from lookahead_jax.layers import Params
 from lookahead_jax.tree import NODE_BUCKETS
 
@@ -50,7 +50,7 @@ class Drafting:
 
     def __init__(
         self,
-        drafter: Host | DeviceDrafter,
+        drafter: HostDrafter | DeviceDrafter,
         nodes: int | None,
         *,
         config: ModelConfig,
@@ -185,7 +185,7 @@ class Drafting:
             return decode_step, options, drafter
         return decode_burst, {**options, "steps": burst}, drafter
 
-    def _propose(self, host: Host, state: DecodeState, nodes: int) -> list[Draft]:
+    def _propose(self, host: HostDrafter, state: DecodeState, nodes: int) -> list[Draft]:
         """What the host drafter says about every row that is running."""
         tokens, counts, limits, done = jax.device_get(
             (state.tokens, state.count, state.limit, state.done)

@@ -17,8 +17,8 @@ from typing import Literal
 from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.base import HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter
-from lookahead_jax.drafters.host import Host
 from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.generation import announce
 from lookahead_jax.lookahead import LookaheadModules
@@ -58,7 +58,7 @@ class Engine:
         max_prompt_tokens: int | None = None,
         lookahead: LookaheadModules | None = None,
         eos_ids: Sequence[int] | None = None,
-        drafter: str | Host | DeviceDrafter = "none",
+        drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | None = None,
         burst: int = 16,
     ):

@@ -8,32 +8,29 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
-from lookahead_jax.batching import bucket_length, check_tokens, pad_batch, slots_for
+from lookahead_jax.batching import pad_batch
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.decoding import DecodeState, Step, decode, seen_tokens, start
+from lookahead_jax.decoding import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.base import HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter
-from lookahead_jax.drafters.host import Host
 from lookahead_jax.drafting import Drafting, DraftReport
 from lookahead_jax.layers import Params
-from lookahead_jax.lookahead import LookaheadModules, observer_block
-from lookahead_jax.model import Block, embed, logits
+from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.params import unstack
-from lookahead_jax.policies.base import Policy, scores_by_position
-from lookahead_jax.policies.full import Full, Whole
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import Prefilled, compress, prefill
-from lookahead_jax.prompt import hidden_states
+from lookahead_jax.reading import read_prompt
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
@@ -98,114 +95,6 @@ def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list
     return rows
 
 
-def read_prompt(
-    params: Params,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    policy: Policy,
-    budget: int,
-    new_tokens: int,
-    modules: LookaheadModules | None = None,
-    eos_ids: Sequence[int] = (),
-    with_scores: bool = False,
-    room: int | None = None,
-) -> Prefilled:
-    """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
-
-    At most `new_tokens` will follow; the cache has slots for `room` of them (None: for all).
-    Policies that use lookahead modules read them after the prompt. Two-pass policies first keep
-    everything, decode a response of `policy.response_tokens` tokens on it (or on a copy that
-    their `draft_policy` has cut to the same budget), and cut by what that response looks at.
-    """
-    room = new_tokens if room is None else room
-    if policy.two_pass:
-        return _read_twice(
-            params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
-            eos_ids=eos_ids, with_scores=with_scores, room=room,
-        )  # fmt: skip
-    slots = slots_for(policy, tokens.shape[1], budget, room, config=config)
-    observer = None
-    if policy.uses_modules:
-        if modules is None:
-            raise ValueError(
-                f"policy {type(policy).__name__} reads lookahead modules; name their folder"
-            )
-        length = (tokens >= 0).sum(1, dtype=jnp.int32)
-        observer = observer_block(modules, length, length + new_tokens)
-    return prefill(
-        params, tokens, config=config, policy=policy, budget=budget, slots=slots,
-        new_tokens=new_tokens, observer=observer, with_scores=with_scores,
-    )  # fmt: skip
-
-
-def _read_twice(
-    params: Params,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    policy: Policy,
-    budget: int,
-    new_tokens: int,
-    eos_ids: Sequence[int],
-    with_scores: bool,
-    room: int,
-) -> Prefilled:
-    """`read_prompt` for policies that see a response before they cut."""
-    width, answer = tokens.shape[1], policy.response_tokens
-    full = prefill(
-        params, tokens, config=config, policy=Whole(), budget=0, new_tokens=new_tokens,
-        slots=slots_for(Whole(), width, 0, answer, config=config),
-    )  # fmt: skip
-    if (draft := policy.draft_policy) is None:
-        copy = full.cache.fork(1)
-    else:
-        again = read_again(params, tokens, draft.window_rows(budget), None, full.cache, config)
-        slots = slots_for(draft, full.cache.slots, budget, answer, config=config)
-        copy, _ = compress(
-            params, full.cache, again, config=config, policy=draft, budget=budget, slots=slots
-        )
-    response = decode(
-        params, copy, full.logits, config=config, max_new_tokens=answer, eos_ids=eos_ids
-    ).tokens
-    again = read_again(params, tokens, policy.window_rows(budget), response, full.cache, config)
-    slots = slots_for(policy, full.cache.slots, budget, room, config=config)
-    cache, scores = compress(
-        params, full.cache, again, config=config, policy=policy, budget=budget, slots=slots,
-        with_scores=with_scores,
-    )  # fmt: skip
-    if scores is not None:
-        scores = scores_by_position(scores, full.cache.pos, width)
-    return Prefilled(cache, full.logits, scores)
-
-
-def read_again(
-    params: Params,
-    tokens: jax.Array,
-    rows: int,
-    response: jax.Array | None,
-    cache: KVCache,
-    config: ModelConfig,
-) -> Block:
-    """The last `rows` tokens of each prompt, then `response` [B, Y], as rows over its full cache.
-
-    The cache holds the prompt's rows already: they are seen there, not in the block.
-    """
-    first = cache.next_pos[:, None] - rows
-    positions = first + jnp.arange(rows, dtype=jnp.int32)[None]
-    ids = jnp.take_along_axis(tokens, jnp.maximum(positions, 0), axis=1)
-    ids = jnp.where(positions >= 0, ids, -1)
-    if response is not None:
-        ids = jnp.concatenate([ids, response], axis=1)
-    step = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    return Block(
-        x=embed(params, ids, config=config),
-        positions=jnp.where(ids >= 0, first + step[None], -1),
-        rope_span=cache.rope_span,
-        visible=jnp.broadcast_to((step >= rows)[None, None], (*ids.shape, ids.shape[1])),
-    )
-
-
 def generate(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
@@ -218,7 +107,7 @@ def generate(
     stop: Sequence[str] = (),
     lookahead: LookaheadModules | None = None,
     eos_ids: Sequence[int] | None = None,
-    drafter: str | Host | DeviceDrafter = "none",
+    drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
@@ -376,46 +265,3 @@ def _seconds(run: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
-
-
-class Scored(NamedTuple):
-    """What a policy thinks of every prompt entry."""
-
-    scores: jax.Array  # [L, B, K, T] float32
-    kept: jax.Array  # [L, B, K, C] int32 ascending positions, -1 padded
-    logits: jax.Array  # [B, V] float32 after the last prompt token
-
-
-def score(
-    model: Model,
-    tokens: np.ndarray,
-    *,
-    policy: Policy | None = None,
-    budget: int = DEFAULT_BUDGET,
-    lookahead: LookaheadModules | None = None,
-) -> Scored:
-    """Scores every prompt entry and selects `budget` per layer and KV head; decodes nothing.
-
-    `tokens` is int32 [B, T], right-padded with -1. Raises ValueError if it is not, or if an id
-    is out of range.
-    """
-    check_tokens(tokens, config=model.config)
-    policy = policy or default_policy(lookahead)
-    announce(policy, budget, tokens.shape[1], model.config)
-    width = tokens.shape[1]
-    padded = np.full((len(tokens), bucket_length(width)), -1, np.int32)
-    padded[:, :width] = tokens
-    result = read_prompt(
-        model.params, jnp.asarray(padded), config=model.config, policy=policy, budget=budget,
-        new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
-    )  # fmt: skip
-    most = int(np.max(np.asarray(result.cache.length)))
-    scores = cast(jax.Array, result.scores)  # asked for
-    return Scored(scores[..., :width], result.cache.pos[..., :most], result.logits)
-
-
-def token_logits(
-    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig
-) -> Float[Array, "B T V"]:
-    """Float32 next-token logits at every position of a right-padded batch; keeps no cache."""
-    return logits(params, hidden_states(params, tokens, config=config), config=config)

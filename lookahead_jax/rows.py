@@ -22,11 +22,12 @@ from lookahead_jax.config import ModelConfig
 from lookahead_jax.decoding import DecodeState, seen_tokens, start
 from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter
 from lookahead_jax.drafting import Drafting
-from lookahead_jax.generation import for_decoding, read_prompt
+from lookahead_jax.generation import for_decoding
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefill import Prefilled
+from lookahead_jax.reading import read_prompt
 from lookahead_jax.requests import MAX_EOS_IDS, Limits
 from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
 from lookahead_jax.tree import NODE_BUCKETS

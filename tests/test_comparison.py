@@ -9,8 +9,8 @@ from lookahead_jax.eval import methods
 from lookahead_jax.eval.masked import RESPONSE, keep_masks, outcome, read_full
 from lookahead_jax.eval.summary import best_settings, duel, summarise, verdicts, wilson
 from lookahead_jax.files import save_arrays
-from lookahead_jax.generation import read_prompt
 from lookahead_jax.policies import make_policy
+from lookahead_jax.reading import read_prompt
 from tests import tiny
 
 MODEL = tiny.config()

@@ -12,11 +12,13 @@ import pytest
 from lookahead_jax import batching
 from lookahead_jax.checkpoint import load
 from lookahead_jax.decoding import decode
-from lookahead_jax.generation import generate, read_prompt, score
+from lookahead_jax.generation import generate
 from lookahead_jax.policies import make_policy
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.reading import read_prompt
 from lookahead_jax.sampling import Sampling
+from lookahead_jax.scoring import score
 from lookahead_jax.sharding import batch_sharding, make_mesh, param_shardings
 from lookahead_jax.streaming import OutputRow
 from tests import tiny

@@ -20,6 +20,7 @@ LAYERS = [
     {"prompt", "prefill", "batching", "streaming", "drafters"},
     {"decoding", "controller"},
     {"drafting"},
+    {"reading"},
     {"generation", "scoring", "requests", "rows", "engine"},
     {"inspect"},
     {"commands"},

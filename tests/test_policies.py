@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookahead_jax.batching import slots_for
-from lookahead_jax.generation import read_prompt
 from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.model import Block, embed
 from lookahead_jax.params import init_params, unstack
@@ -28,6 +27,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefill import compress, prefill
+from lookahead_jax.reading import read_prompt
 from tests import reference, tiny
 
 LENGTHS = (70, 33, 61)

@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 
 import lookahead_jax as lk
-from lookahead_jax.eval.tasks.code import code_prompts, code_stream
+from lookahead_jax.eval.tasks.code import CODE, code_prompts, code_stream
 from lookahead_jax.eval.tasks.prompts import TASKS, make_batch, make_example, text_lines
 from lookahead_jax.eval.tasks.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
 from lookahead_jax.train.base import exact_match
@@ -15,7 +15,7 @@ from lookahead_jax.train.mixture import (
     task_rows,
     text_rows,
 )
-from lookahead_jax.train.task_prompts import CODE, SHORTEST, PromptsConfig, prompt
+from lookahead_jax.train.task_prompts import SHORTEST, PromptsConfig, prompt
 
 
 @pytest.fixture(scope="module")

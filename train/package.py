@@ -17,6 +17,7 @@ import tyro
 
 from lookahead_jax.checkpoint import load, save_params
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.eval.summary import wilson
 from lookahead_jax.eval.tasks.code import HELDOUT
 from lookahead_jax.eval.tasks.prompts import TASKS, Filler, text_lines
 from lookahead_jax.eval.tasks.words import Words
@@ -61,10 +62,8 @@ class PackageConfig:
 
 def interval(right: np.ndarray) -> str:
     """Share of successes with its 95 % Wilson interval, as a cell of a table."""
-    n, p, z = len(right), float(right.mean()), 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return f"{p:.3f} ({max(0.0, middle - half):.3f}-{min(1.0, middle + half):.3f})"
+    low, high = wilson(float(right.mean()), len(right))
+    return f"{right.mean():.3f} ({low:.3f}-{high:.3f})"
 
 
 def accuracy_table(

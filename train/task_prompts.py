@@ -15,11 +15,11 @@ import numpy as np
 import tokenizers
 import tyro
 
+from lookahead_jax.eval.tasks.code import CODE
 from lookahead_jax.eval.tasks.prompts import TASKS, comments, make_example, text_lines
 from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.files import atomic_write
 
-CODE = "code"
 SHORTEST = 160  # tokens of the shortest prompts; the tasks' knobs below fit into them
 
 

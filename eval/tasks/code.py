@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 
 HELDOUT = Path(__file__).parent / "heldout_code.jsonl"
+CODE = "code"  # the name of this task; its answers are the model's own continuations
 Split = Literal["validation", "test"]
 
 

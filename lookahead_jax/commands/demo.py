@@ -99,6 +99,7 @@ def _followed(model, prompt: list[int], target: list[int], evict: dict) -> np.nd
     import jax.numpy as jnp
 
     import lookahead_jax as lk
+    from lookahead_jax.scoring import forced_logits
 
     read = lk.read_prompt(
         model.params,
@@ -109,11 +110,6 @@ def _followed(model, prompt: list[int], target: list[int], evict: dict) -> np.nd
         modules=evict["lookahead"],
         new_tokens=len(target),
     )
-    fed = jnp.asarray([target[:-1]], jnp.int32)
-    positions = read.cache.next_pos[:, None] + jnp.arange(fed.shape[1], dtype=jnp.int32)[None]
-    x = lk.embed(model.params, fed, config=model.config)
-    block = lk.Block(x, positions, read.cache.rope_span)
-    out = lk.forward(model.params, block, read.cache, config=model.config)
-    logits = lk.logits(model.params, out.hidden, config=model.config)
-    chosen = [read.logits.argmax(-1), *logits.argmax(-1).T]
-    return np.asarray(jnp.concatenate(chosen)) == np.asarray(target)
+    fed = jnp.asarray([target], jnp.int32)
+    scores = forced_logits(model.params, read.cache, read.logits, fed, config=model.config)
+    return np.asarray(scores.argmax(-1))[0] == np.asarray(target)

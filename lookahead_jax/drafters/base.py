@@ -1,7 +1,7 @@
 """What a drafter that runs on the host is: it watches tokens go by and proposes continuations."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ class Draft(NamedTuple):
     parents: np.ndarray  # int32 [n]
 
 
+@runtime_checkable
 class HostDrafter(Protocol):
     """Requests join, are observed token by token, and leave; each is known by a number."""
 

@@ -1,19 +1,12 @@
 """Drafts of a host drafter -> the token tree of a batch."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.drafters.base import Draft, HostDrafter
+from lookahead_jax.drafters.base import Draft
 from lookahead_jax.tree import TokenTree
-
-
-@runtime_checkable
-class Host(HostDrafter, Protocol):
-    """A `HostDrafter` that isinstance can recognize."""
-
 
 NOTHING = Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
