@@ -257,6 +257,9 @@ def test_misuse_is_one_line_and_status_2(args, message, capsys):
         (["--prompt", "a", "--top-p", "1.5"], "top_p"),
         (["--prompt", "a", "--lookahead", "absent"], "absent"),
         (["--prompt", "a", "--model", "nowhere"], "nowhere"),
+        (["--prompt", "a", "--drafter", "magic"], r"magic.*suffix, .*trie\+suffix"),
+        (["--prompt", "a", "--drafter", "trie+magic"], r"magic.*trie\+suffix"),
+        (["--prompt", "a", "--drafter", "trie+recycling"], r"trie\+recycling.*: trie\+suffix"),
     ],
 )
 def test_failures_are_one_line_and_write_nothing(

@@ -24,12 +24,14 @@ def main(config: Inspect) -> None:
 
     check_parent(config.out)
     eviction = config.eviction.resolve(config.source)
+    drafter = config.drafting.make(config.source.dtype)
     model = config.source.load()
     prompts = config.input.read(model)
     if len(prompts) != 1:
         raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
     plain, steps = config.drafting.drafter == "none", []
-    result = config.run(model, prompts, eviction, on_step=None if plain else steps.append)
+    on_step = None if plain else steps.append
+    result = config.run(model, prompts, eviction, drafter, on_step=on_step)
     name = partial(_name, model.tokenizer)
     prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
     page = render(
