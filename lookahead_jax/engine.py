@@ -16,6 +16,7 @@ from typing import Literal
 
 from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model
+from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter
@@ -42,7 +43,8 @@ class Engine:
       max_prompt_tokens: the longest prompt; None: what the model's positions leave. Policies that
         keep more than the budget need room for it.
       eos_ids: end a row unless its request names others (None: the checkpoint's).
-      drafter, draft_nodes: as for `generate`; a host drafter learns from all requests.
+      drafter, draft_nodes, evict_every: as for `generate`; a host drafter learns from all
+        requests.
       burst: steps between two looks of the host: a cancelled or finished row is free, and a
         waiting request begins, after at most as many.
     """
@@ -60,6 +62,7 @@ class Engine:
         eos_ids: Sequence[int] | None = None,
         drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | None = None,
+        evict_every: int | None = None,
         burst: int = 16,
     ):
         if max_prompt_tokens is None:
@@ -75,16 +78,21 @@ class Engine:
         self.limits = Limits(max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
         self._model = model
         self._eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
+        eviction = None
+        if evict_every is not None:
+            eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
         self._drafting = Drafting(
             make_drafter(drafter) if isinstance(drafter, str) else drafter,
             draft_nodes,
             config=model.config,
             batch=rows,
             room=max_prompt_tokens + max_new_tokens,
+            eviction=eviction,
+            modules=lookahead,
         )
         self._batch = RunningBatch(
             model, self._drafting, self.limits, policy=policy, budget=budget, rows=rows,
-            modules=lookahead, burst=burst,
+            modules=lookahead, eviction=eviction, burst=burst,
         )  # fmt: skip
         self._rows: list[Job | None] = [None] * rows
         self._ids = itertools.count()

@@ -18,6 +18,7 @@ from lookahead_jax.batching import pad_batch
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
@@ -109,6 +110,7 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | None = None,
+    evict_every: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -126,9 +128,13 @@ def generate(
 
     `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
     proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
-    the same tokens. `on_step` receives every step's tree and accepted path as NumPy arrays.
+    the same tokens. With `evict_every` = E the policy cuts each row again while it decodes, at
+    every position that is a multiple of E: its heads hold `budget` to `budget` + E entries,
+    however long the text becomes. `on_step` receives every step's tree and accepted path as NumPy
+    arrays.
 
-    Raises ValueError for empty prompts and ids out of range.
+    Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
+    decoding where it should.
     """
     config, params = model.config, model.params
     policy = policy or default_policy(lookahead)
@@ -143,6 +149,9 @@ def generate(
     announce(policy, budget, max(map(len, rows)) + max_new_tokens, config)
     tokens = jnp.asarray(pad_batch(rows, config=config))
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
+    eviction = None
+    if evict_every is not None:
+        eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
 
     drafting = Drafting(
         make_drafter(drafter) if isinstance(drafter, str) else drafter,
@@ -150,13 +159,19 @@ def generate(
         config=config,
         batch=len(rows),
         room=tokens.shape[1] + max_new_tokens,
+        eviction=eviction,
+        modules=lookahead,
         on_step=on_step,
     )
 
-    def read(policy: Policy) -> DecodeState:
+    def read(policy: Policy, eviction: DecodeEviction | None) -> DecodeState:
+        room = None
+        if eviction is not None:
+            room = eviction.room(tokens.shape[1], max_new_tokens, config)
         result = read_prompt(
             params, tokens, config=config, policy=policy, budget=budget,
-            new_tokens=max_new_tokens, modules=lookahead, eos_ids=eos_ids,
+            new_tokens=max_new_tokens, modules=lookahead, eos_ids=eos_ids, room=room,
+            with_scores=eviction is not None and policy.accumulates,
         )  # fmt: skip
         state = start(
             result.cache, result.logits,
@@ -165,16 +180,17 @@ def generate(
             eos=jnp.asarray(eos_ids, jnp.int32),
             seen=seen_tokens(tokens, config.vocab_size) if packed.penalized else None,
             width=max_new_tokens,
+            sums=opening_sums(eviction, result),
         )  # fmt: skip
         return jax.block_until_ready(state)
 
     overhead = None
     if measure:
-        read(policy)
-        read(Full())
-        keep_all = _seconds(lambda: read(Full()))
+        read(policy, eviction)
+        read(Full(), None)
+        keep_all = _seconds(lambda: read(Full(), None))
     begin = time.perf_counter()
-    state = read(policy)
+    state = read(policy, eviction)
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all

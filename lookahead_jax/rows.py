@@ -19,6 +19,7 @@ from lookahead_jax.batching import bucket_length, pad_batch
 from lookahead_jax.cache import empty_cache
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding import DecodeState, seen_tokens, start
 from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter
 from lookahead_jax.drafting import Drafting
@@ -46,8 +47,11 @@ def empty_rows(
     width: int,
     ends: int,
     draft: Any,
+    summed: bool,
 ) -> DecodeState:
     """A batch in which nothing runs: room for `width` tokens and `ends` end tokens a row.
+
+    `summed` says that a policy adds up scores while decoding.
 
     Everything is placed where the parameters are: an array without a place would compile the
     first steps once more.
@@ -56,8 +60,9 @@ def empty_rows(
     def zeros(dtype=jnp.int32):
         return jnp.zeros(batch, dtype)
 
+    cache = empty_cache(config, batch, slots, params["embed"].dtype, zeros())
     state = DecodeState(
-        cache=empty_cache(config, batch, slots, params["embed"].dtype, zeros()),
+        cache=cache,
         token=zeros(),
         tokens=jnp.full((batch, width), -1, jnp.int32),
         count=zeros(),
@@ -68,6 +73,7 @@ def empty_rows(
         sampling=_with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         draft=draft,
+        sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
@@ -83,6 +89,7 @@ class Opening(NamedTuple):
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
+    sums: jax.Array | None  # [L, 1, K, S] float32, see decode_eviction.opening_sums
 
 
 @partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state",))
@@ -112,18 +119,18 @@ def insert_row(
         return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
 
     # Of the cache, what has one entry per row has only that axis; the rest begins with layers.
-    cache = jax.tree.map(
+    cache, sums = jax.tree.map(
         lambda whole, one: put(min(whole.ndim - 1, 1), whole, one),
-        state.cache,
-        dataclasses.replace(new.cache, pos=pos),
+        (state.cache, state.sums),
+        (dataclasses.replace(new.cache, pos=pos), opening.sums),
     )
     rest = jax.tree.map(
         partial(put, 0),
-        dataclasses.replace(state, cache=None, draft=None),
+        dataclasses.replace(state, cache=None, draft=None, sums=None),
         dataclasses.replace(new, cache=None, draft=None),
     )
     draft = drafter.begin(weights, state.draft, row[None], opening.prompt)
-    return dataclasses.replace(rest, cache=cache, draft=draft)
+    return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
 
 
 class RunningBatch:
@@ -139,6 +146,7 @@ class RunningBatch:
         budget: int,
         rows: int,
         modules: LookaheadModules | None,
+        eviction: DecodeEviction | None,
         burst: int,
     ):
         self._model = model
@@ -147,6 +155,7 @@ class RunningBatch:
         self._policy = policy
         self._budget = budget
         self._modules = modules
+        self._eviction = eviction
         self._size = rows
         self._burst = burst
         self._params = for_decoding(model.params)
@@ -156,9 +165,11 @@ class RunningBatch:
     def clear(self) -> None:
         """Every row is empty, whatever has become of it."""
         width = bucket_length(self._limits.max_prompt_tokens)
-        new = self._limits.max_new_tokens
+        new = room = self._limits.max_new_tokens
+        if self._eviction is not None:
+            room = self._eviction.room(width, new, self._model.config)
         tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
-        largest = jax.eval_shape(lambda tokens: self._prefill(tokens, new, new, ()), tokens)
+        largest = jax.eval_shape(lambda tokens: self._prefill(tokens, new, room, ()), tokens)
         self._halted.clear()
         self._state = empty_rows(
             self._model.params,
@@ -168,6 +179,7 @@ class RunningBatch:
             width=new,
             ends=MAX_EOS_IDS,
             draft=self._drafting.empty(),
+            summed=self._sums,
         )
 
     def read(
@@ -181,13 +193,15 @@ class RunningBatch:
         """Reads a prompt and cuts its cache; the batch is not touched."""
         config = self._model.config
         prompt = jnp.asarray(pad_batch([tokens], config=config))
+        # Waits, so that an error belongs to this request; no room, the batch has it.
+        read = jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids))
         return Opening(
             prompt=prompt,
-            # Waits, so that an error belongs to this request; no room, the batch has it.
-            read=jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids)),
+            read=read._replace(scores=None),
             sampling=_with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
             limit=jnp.asarray([new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
+            sums=opening_sums(self._eviction, read),
         )
 
     def insert(self, row: int, opening: Opening) -> None:
@@ -242,8 +256,12 @@ class RunningBatch:
         return read_prompt(
             self._model.params, tokens, config=self._model.config, policy=self._policy,
             budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
-            eos_ids=_padded(eos_ids),
+            eos_ids=_padded(eos_ids), with_scores=self._sums,
         )  # fmt: skip
+
+    @property
+    def _sums(self) -> bool:
+        return self._eviction is not None and self._eviction.policy.accumulates
 
 
 def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:

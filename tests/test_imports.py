@@ -18,6 +18,7 @@ LAYERS = [
     {"model"},
     {"observe", "policies", "tree", "lookahead", "sampling"},
     {"prompt", "prefill", "batching", "streaming", "drafters"},
+    {"decode_eviction"},
     {"decoding", "controller"},
     {"drafting"},
     {"reading"},

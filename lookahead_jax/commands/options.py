@@ -156,6 +156,9 @@ class RunOptions:
     drafting: DraftingOptions = field(default_factory=DraftingOptions)
     max_new_tokens: int = 128
     """Tokens to generate at most, per row."""
+    evict_every: Annotated[int | None, option("INT")] = None
+    """Cut the cache back to the budget again every so many tokens: constant memory, however long
+    the text. With policy streaming_llm, keydiff, h2o or lookaheadkv."""
     stop: Repeated = ()
     """Ends the text before this string."""
     seed: int = 0
@@ -177,6 +180,7 @@ class RunOptions:
             seeds=[self.seed] * len(prompts),
             drafter=drafter,
             draft_nodes=self.drafting.draft_nodes,
+            evict_every=self.evict_every,
             **arguments,
         )
 
