@@ -124,11 +124,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftingOptions:
-    drafter: Annotated[
-        Literal["none", "trie", "suffix", "prompt_lookup", "recycling", "draft_model"],
-        option("NAME"),
-    ] = "none"
-    """What drafts several tokens a step: trie, suffix, prompt_lookup, recycling or draft_model."""
+    drafter: Annotated[str, option("NAME")] = "none"
+    """What drafts several tokens a step: trie, suffix, both as trie+suffix, prompt_lookup,
+    recycling or draft_model."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Nodes of a step's tree: 1, 8, 16, 32, 64 or 128; left out, as many as pay."""
     draft_model: Folder = None
@@ -166,7 +164,7 @@ class RunOptions:
     seed: int = 0
     """Seed of the sampling, for every row: a row comes out the same alone and among others."""
 
-    def run(self, model, prompts, eviction: Eviction, **arguments):
+    def run(self, model, prompts, eviction: Eviction, drafter, **arguments):
         """Continues the prompts with `lk.generate`, which `arguments` are handed to."""
         import lookahead_jax as lk
 
@@ -180,7 +178,7 @@ class RunOptions:
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             seeds=[self.seed] * len(prompts),
-            drafter=self.drafting.make(self.source.dtype),
+            drafter=drafter,
             draft_nodes=self.drafting.draft_nodes,
             evict_every=self.evict_every,
             **arguments,
