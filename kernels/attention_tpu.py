@@ -26,53 +26,70 @@ from lookahead_jax.kernels.importance_tpu import (
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 _LANES = 128
 _ROWS = 512  # stacked rows of a tile
-_PART = 512  # slots whose logits exist at once
+_PART = 512  # slots of one product
+_LOGITS = 1 << 19  # logits of a grid step, in vector memory
+
+
+def _across(a, width):
+    """[R, 128] with equal lanes -> [R, width]."""
+    return jnp.concatenate([a] * -(-width // _LANES), axis=1)[:, :width]
 
 
 def _kernel(
     bounds_ref, window_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref, k_ref, v_ref,
-    k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, *, scale, softcap, windowed, size,
+    k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, logits_ref,
+    *, scale, softcap, windowed, size,
 ):  # fmt: skip
     block = pl.program_id(3)
-    settings = dict(scale=scale, softcap=softcap)
+    window = window_ref[0] if windowed else None
 
-    def accumulate(logits, seen, v):
-        logits = jnp.where(seen, logits, -jnp.inf)
+    def logits_of(k, k_pos, window):
+        return masked_logits(
+            q_ref[...], k, k_pos, q_pos_ref[...], window, scale=scale, softcap=softcap
+        )
+
+    def accumulate(parts, lanes_max, values_of):
+        """Adds the slots whose logits lie in `logits_ref`; the maxima of each lane are known."""
         m = m_ref[...]
-        m_new = jnp.maximum(m, logits.max(-1, keepdims=True))
-        p = jnp.exp(logits - m_new)
+        m_new = jnp.broadcast_to(lanes_max.max(-1, keepdims=True), m.shape)
         shrink = jnp.exp(m - m_new)
-        parts = [p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)]
-        mass_ref[...] = mass_ref[...] * shrink + functools.reduce(jnp.add, parts)
-        weighted = jax.lax.dot_general(
-            p.astype(v.dtype), v, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32,
-            precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
-        )  # fmt: skip
-        acc_ref[...] = acc_ref[...] * shrink + weighted
-        m_ref[...] = m_new
+        mass, acc = mass_ref[...] * shrink, acc_ref[...] * _across(shrink, acc_ref.shape[1])
+        for part in parts:
+            p = jnp.exp(logits_ref[:, part] - _across(m_new, part.stop - part.start))
+            mass = sum((p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)), mass)
+            v = values_of(part)
+            acc += jax.lax.dot_general(
+                p.astype(v.dtype), v, (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+                precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
+            )  # fmt: skip
+        m_ref[...], mass_ref[...], acc_ref[...] = m_new, mass, acc
+
+    def store(part, logits, seen, lanes_max):
+        logits = jnp.where(seen, logits, -jnp.inf)
+        logits_ref[:, part] = logits
+        chunks = (logits[:, i : i + _LANES] for i in range(0, logits.shape[1], _LANES))
+        return functools.reduce(jnp.maximum, chunks, lanes_max)
 
     @pl.when(block == 0)
     def _():
         m_ref[...] = jnp.full_like(m_ref, _FLOOR)
         mass_ref[...] = jnp.zeros_like(mass_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        own_k = own_k_ref[...]
-        everywhere = jnp.zeros((1, own_k.shape[0]), jnp.int32)
-        logits, _ = masked_logits(
-            q_ref[...], own_k, everywhere, q_pos_ref[...], None, **settings
-        )
-        accumulate(logits, own_seen_ref[...].astype(jnp.int32) > 0, own_v_ref[...])
+        part = slice(0, own_k_ref.shape[0])
+        everywhere = jnp.zeros((1, part.stop), jnp.int32)
+        logits, _ = logits_of(own_k_ref[...], everywhere, None)
+        seen = own_seen_ref[...].astype(jnp.int32) > 0
+        accumulate([part], store(part, logits, seen, m_ref[...]), lambda _: own_v_ref[...])
 
     @pl.when(live(bounds_ref, block, size))
     def _():
-        for i in range(0, size, _PART):
-            part = slice(i, min(i + _PART, size))
-            k_pos = k_pos_ref[:, part]
-            logits, seen = masked_logits(
-                q_ref[...], k_ref[part], k_pos, q_pos_ref[...],
-                window_ref[0] if windowed else None, **settings,
-            )  # fmt: skip
-            accumulate(logits, seen, _alive(v_ref[part], k_pos))
+        parts = [slice(i, min(i + _PART, size)) for i in range(0, size, _PART)]
+        lanes_max = m_ref[...]
+        for part in parts:
+            logits, seen = logits_of(k_ref[part], k_pos_ref[:, part], window)
+            lanes_max = store(part, logits, seen, lanes_max)
+        accumulate(parts, lanes_max, lambda part: _alive(v_ref[part], k_pos_ref[:, part]))
 
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
@@ -80,8 +97,8 @@ def _kernel(
         seen = mass > 0
         mass = jnp.where(seen, mass, 1.0)
         out_ref[...] = (acc_ref[...] / mass).astype(out_ref.dtype)
-        lse = jnp.where(seen, m_ref[...] + jnp.log(mass), -jnp.inf)
-        lse_ref[...] = jnp.broadcast_to(lse, (lse.shape[0], _LANES)).T[:1]
+        lse = jnp.where(seen, m_ref[:, :1] + jnp.log(mass), -jnp.inf)
+        lse_ref[...] = jnp.broadcast_to(lse, m_ref.shape).T[:1]
 
 
 def _alive(v, k_pos):
@@ -115,7 +132,7 @@ def attend(
     row_pos = pad_axis(jnp.tile(q_pos, (1, groups)), 1, tile, -1)[..., None]
     seen = pad_axis(pad_axis(jnp.tile(own, (1, groups, 1)), 1, tile), 2, _LANES)
     own_k, own_v = (pad_axis(a, 2, _LANES) for a in (k, v))
-    size = block_size(ctx_k, key_block)
+    size = min(block_size(ctx_k, key_block), _LOGITS // tile // _LANES * _LANES)
     pos = pad_axis(ctx_pos, 2, size, -1)[:, :, None]
     per_head = pos.shape[1] > 1
     windows = jnp.zeros(1, jnp.int32) if window is None else jnp.asarray(window).reshape(1)
@@ -157,9 +174,10 @@ def attend(
                 pl.BlockSpec((None, None, 1, tile), lambda b, h, i, *_: (b, h, 0, i)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((tile, 1), jnp.float32),
+                pltpu.VMEM((tile, _LANES), jnp.float32),
                 pltpu.VMEM((tile, _LANES), jnp.float32),
                 pltpu.VMEM((tile, dim), jnp.float32),
+                pltpu.VMEM((tile, max(size, own_k.shape[2])), jnp.float32),
             ],
         ),
         out_shape=[

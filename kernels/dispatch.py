@@ -28,6 +28,26 @@ def log_once(message: str) -> None:
     logging.getLogger(__name__).debug(message)
 
 
+def choose(
+    implementation: Implementation | None,
+    preferred: Implementation,
+    unsupported: Callable[[Implementation], str | None],
+) -> Implementation:
+    """The implementation to run: the one named, or `preferred`, or XLA where that cannot.
+
+    `unsupported` says why an implementation cannot take the arguments, or None. One that was
+    named and cannot raises NotImplementedError; falling back from `preferred` is logged once.
+    """
+    name = preferred if implementation is None else implementation
+    reason = None if name == "xla" else unsupported(name)
+    if reason is None:
+        return name
+    if implementation is not None:
+        raise NotImplementedError(f"{name}: {reason}")
+    log_once(f"{name} is not used: {reason}")
+    return "xla"
+
+
 def per_shard(
     local: Callable[..., Any],
     arrays: Sequence[jax.Array | None],
@@ -42,43 +62,42 @@ def per_shard(
     do not divide the rows or heads, nothing is split. Axes that are manual already are left alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(*arrays)
-    free = {n for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t != AxisType.Manual}
-    sizes = {
-        letter: [
-            a.shape[names.index(letter)]
-            for a, names in zip(arrays, letters, strict=True)
-            if a is not None and letter in names
-        ]
-        for letter in _AXES
+    free = {
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
     }
-
-    def axes(letter: str, size: int | None) -> tuple[str, ...] | None:
-        wanted = tuple(a for a in _AXES.get(letter, ()) if a in free)
-        ways = math.prod(mesh.shape[a] for a in wanted)
-        lengths = [n for n in sizes.get(letter, []) if n > 1]
-        if not wanted or size == 1 or any(n % ways for n in lengths):
-            return None
-        return wanted
-
-    def spec(names: str, shape: tuple[int, ...] | None) -> PartitionSpec:
-        return PartitionSpec(
-            *(axes(n, None if shape is None else shape[i]) for i, n in enumerate(names))
-        )
-
-    specs = tuple(
-        PartitionSpec() if a is None else spec(names, a.shape)
-        for a, names in zip(arrays, letters, strict=True)
-    )
-    out = tuple(spec(names, None) for names in out_letters)
     if not free:
         return local(*arrays)
-    return jax.shard_map(
+    sizes: dict[str, set[int]] = {letter: {1} for letter in _AXES}
+    for array, names in zip(arrays, letters, strict=True):
+        for i, name in enumerate(names):
+            if array is not None and name in _AXES:
+                sizes[name].add(array.shape[i])
+
+    def split(letter: str) -> tuple[str, ...] | None:
+        wanted = tuple(a for a in _AXES.get(letter, ()) if a in free)
+        ways = math.prod(mesh.shape[a] for a in wanted)
+        together = {
+            n for name, axes in _AXES.items() if axes == _AXES.get(letter) for n in sizes[name]
+        }
+        fits = all(n == 1 or n % ways == 0 for n in together)
+        return wanted if wanted and fits and max(sizes[letter]) > 1 else None
+
+    def spec(names: str, array: jax.Array | None) -> PartitionSpec:
+        whole = [array is not None and array.shape[i] == 1 for i in range(len(names))]
+        return PartitionSpec(
+            *(None if one else split(name) for name, one in zip(names, whole, strict=True))
+        )
+
+    in_specs = tuple(spec(n, a) for n, a in zip(letters, arrays, strict=True))
+    out_specs = tuple(spec(n, None) for n in out_letters)
+    run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=specs,
-        out_specs=out if len(out) > 1 else out[0],
+        in_specs=in_specs,
+        out_specs=out_specs if len(out_specs) > 1 else out_specs[0],
         axis_names=free,
         check_vma=False,
-    )(*arrays)
+    )
+    return run(*arrays)

@@ -210,6 +210,10 @@ def row_lse(
     """Log-sum-exp of each row's logits, float32 [B, K, G, M]; -inf where a row sees nothing."""
     batch, heads, groups, rows, dim = q.shape
     q, q_pos, k_pos, windows, tile, size = _layout(q, q_pos, k, k_pos, window, key_block)
+    kernel = functools.partial(
+        _lse_kernel, scale=scale, softcap=softcap, windowed=window is not None,
+        with_own=own is not None, size=size,
+    )  # fmt: skip
     if own is None:
         own = jnp.zeros((batch, heads, 1, dim), q.dtype), jnp.zeros((batch, 1, 1), jnp.int8)
     own_k = pad_axis(own[0], 2, _LANES)
@@ -227,10 +231,7 @@ def row_lse(
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
 
     lse = pl.pallas_call(
-        functools.partial(
-            _lse_kernel, scale=scale, softcap=softcap, windowed=window is not None,
-            with_own=own is not None, size=size,
-        ),  # fmt: skip
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, heads, tiles, blocks),
@@ -273,6 +274,10 @@ def column_scores(
     batch, heads, groups, _, dim = q.shape
     q, q_pos, k_pos, windows, tile, size = _layout(q, q_pos, k, k_pos, window, key_block)
     lse = pad_axis(lse, 3, tile)[..., None]
+    kernel = functools.partial(
+        _columns_kernel, scale=scale, softcap=softcap, windowed=window is not None,
+        maximum=maximum, size=size,
+    )  # fmt: skip
     per_head = k_pos.shape[1] > 1
     tiles, blocks = q.shape[3] // tile, k_pos.shape[3] // size
 
@@ -286,10 +291,7 @@ def column_scores(
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
 
     return pl.pallas_call(
-        functools.partial(
-            _columns_kernel, scale=scale, softcap=softcap, windowed=window is not None,
-            maximum=maximum, size=size,
-        ),  # fmt: skip
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, heads, blocks, tiles),
@@ -300,9 +302,7 @@ def column_scores(
                 pl.BlockSpec((None, None, size, dim), at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
             ],
-            out_specs=pl.BlockSpec(
-                (None, None, groups, size), lambda b, h, j, i, *_: (b, h, 0, j)
-            ),
+            out_specs=pl.BlockSpec((None, None, groups, size), lambda b, h, j, i, *_: (b, h, 0, j)),
         ),
         out_shape=jax.ShapeDtypeStruct((batch, heads, groups, k.shape[2]), jnp.float32),
         compiler_params=pltpu.CompilerParams(
