@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard, target_platform
+from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
 
 # Floor of the running row maximum. Masked logits are -inf, so a row that sees nothing keeps
 # this finite maximum, collects no mass, and comes out as zeros instead of NaN.
@@ -105,8 +105,7 @@ def block_attention(
     that cannot; a named one runs or raises NotImplementedError. On several devices call it under
     `jax.set_mesh`: kernels then run on each device's rows and heads.
     """
-    preferred = "pallas_tpu" if target_platform() == "tpu" else "xla"
-    name = choose(implementation, preferred, lambda name: _unsupported(name, q, context))
+    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, context))
     run = _xla if name == "xla" or context is None else functools.partial(_pallas, name)
     return run(
         q, k, v, own_visible, q_pos, context,

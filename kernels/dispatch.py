@@ -22,6 +22,15 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def preferred(head_dim: int) -> Implementation:
+    """What runs where nobody names an implementation: the kernels on TPU, XLA elsewhere.
+
+    On TPU XLA stores arrays whose last axis is shorter than 128 lanes with slots innermost: a
+    kernel would need a padded copy of keys and values first.
+    """
+    return "pallas_tpu" if target_platform() == "tpu" and head_dim % 128 == 0 else "xla"
+
+
 @functools.cache
 def log_once(message: str) -> None:
     """Says a reason for falling back once per process."""
@@ -30,15 +39,15 @@ def log_once(message: str) -> None:
 
 def choose(
     implementation: Implementation | None,
-    preferred: Implementation,
+    head_dim: int,
     unsupported: Callable[[Implementation], str | None],
 ) -> Implementation:
-    """The implementation to run: the one named, or `preferred`, or XLA where that cannot.
+    """The implementation to run: the one named, or the preferred one, or XLA where that cannot.
 
     `unsupported` says why an implementation cannot take the arguments, or None. One that was
-    named and cannot raises NotImplementedError; falling back from `preferred` is logged once.
+    named and cannot raises NotImplementedError; falling back is logged once.
     """
-    name = preferred if implementation is None else implementation
+    name = preferred(head_dim) if implementation is None else implementation
     reason = None if name == "xla" else unsupported(name)
     if reason is None:
         return name

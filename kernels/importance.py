@@ -27,7 +27,7 @@ from lookahead_jax.kernels.attention import (
     sweep_range,
     visible_by_position,
 )
-from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard, target_platform
+from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
 
 Reduce = Literal["mean", "sum", "max"]
 Pool = Literal["avg", "max"]
@@ -81,8 +81,7 @@ def head_scores(
     reduction; `mean` divides by the number of rows that count. Invisible entries score 0. `slots`
     and `implementation` as in `attention.block_attention`.
     """
-    preferred = "pallas_tpu" if target_platform() == "tpu" else "xla"
-    name = choose(implementation, preferred, lambda name: _unsupported(name, q, k))
+    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
     run = _xla if name == "xla" else functools.partial(_pallas, name)
     return run(
         q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
