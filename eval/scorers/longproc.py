@@ -33,7 +33,10 @@ def path_traversal(prediction: str, reference: str, metadata: Mapping[str, Any])
     return float(tagged(prediction, "Route") == reference.strip())
 
 
-_IDLE = r"\b(a|an|the|on|in|at|step|thinks|think|believes|believe|is|are|of|location|know|knows|belief)\b"
+_IDLE = (
+    r"\b(a|an|the|on|in|at|step|thinks|think|believes|believe|is|are|of|location|know|knows|belief)"
+    r"\b"
+)
 
 
 def _beliefs(text: str) -> list[str]:

@@ -16,8 +16,8 @@ SECONDS = 3
 _HEADERS = (
     "cstdio iostream vector algorithm numeric cmath cstring set map queue stack list fstream "
     "climits cassert iomanip sstream bitset"
-).split()
-_PRELUDE = "".join(f"#include <{name}>\n" for name in _HEADERS) + "using namespace std;\n"
+)
+_PRELUDE = "".join(f"#include <{name}>\n" for name in _HEADERS.split()) + "using namespace std;\n"
 
 
 def _limits(memory: int, seconds: int, processes: int) -> None:

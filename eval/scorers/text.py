@@ -47,7 +47,7 @@ def classification(prediction: str, answer: str, classes: Sequence[str]) -> floa
     from the list it walks over and so may skip a neighbour; that is part of the score.)
     """
     named = [name for name in classes if name in prediction]
-    for name in named:  # noqa: B909
+    for name in named:
         if name in answer and name != answer:
             named.remove(name)
     return 1.0 / len(named) if answer in named else 0.0
