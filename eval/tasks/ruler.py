@@ -22,7 +22,7 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +127,7 @@ def _drawn(rng: random.Random, kind: str, material: Material) -> str:
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
 
 
-def insert_sentences(text: str, sentences: list[str], depths: list[float]) -> str:
+def insert_sentences(text: str, sentences: Sequence[str], depths: Sequence[int]) -> str:
     """`sentences` at sentence ends of `text`, at ascending `depths` in percent."""
     whole = re.split(r"(?<=[.!?])\s+", text.strip())
     places = [int(len(whole) * depth / 100) for depth in depths]
@@ -146,8 +146,10 @@ def niah(
 ) -> Text:  # fmt: skip
     """Needles `One of the special magic numbers for KEY is: VALUE.` in noise, essays, needles."""
     keys = max(keys, queries)
-    names = [_drawn(rng, key, material) for _ in range(keys)]
-    found = {name: [_drawn(rng, value, material) for _ in range(values)] for name in names}
+    found: dict[str, list[str]] = {}
+    while len(found) < keys:
+        name = _drawn(rng, key, material)
+        found.setdefault(name, [_drawn(rng, value, material) for _ in range(values)])
     needles = [NEEDLE.format(kind=value, key=k, value=v) for k, vs in found.items() for v in vs]
     rng.shuffle(needles)
     if haystack == "essay":
