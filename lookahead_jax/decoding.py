@@ -4,7 +4,8 @@ Plain decoding is the tree of one node. The last emitted token is always pending
 of the next tree, and its keys and values enter the cache with the step that reads it. A row that
 is done takes no part in a step and costs its share of it. What is emitted is the target's own
 choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
-number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728).
+number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728). Drafters
+that draw are the exception: see acceptance.py.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from lookahead_jax.acceptance import accept_drawn
 from lookahead_jax.cache import KVCache, commit
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.decode_eviction import DecodeEviction, evict
-from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter, Verified
+from lookahead_jax.drafters.device import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.model import Block, embed, forward, logits
@@ -181,7 +183,13 @@ def _step(
 ) -> tuple[DecodeState, Rows, Step]:
     """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
     cache, base = state.cache, state.cache.next_pos[:, None]
-    draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
+    drawn = None
+    if isinstance(drafter, DrawingDrafter) and nodes > 1:
+        draft, tree, drawn = drafter.draw(
+            weights, state.draft, state.token, nodes, cache.next_pos, state.sampling
+        )
+    else:
+        draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
     room = jnp.where(state.done, 0, state.limit - state.count)
     if eviction is not None:
         room = jnp.minimum(room, eviction.until_cut(cache.next_pos))
@@ -192,8 +200,14 @@ def _step(
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
     processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
-    choice = choose(processed, base + laid.depth + 1, state.sampling)
-    accepted = accept(tree, laid, choice)
+    if drawn is None:
+        accepted = accept(tree, laid, choose(processed, base + laid.depth + 1, state.sampling))
+    else:
+        with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
+        accepted = accept_drawn(
+            tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
+            state.sampling,
+        )  # fmt: skip
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(

@@ -185,6 +185,17 @@ class RunOptions:
         )
 
 
+def as_options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
+    """The fields of a configuration file as the command line would give them."""
+    options: list[str] = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            options += as_options(value, f"{prefix}{name}.")
+        else:
+            options += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
+    return options
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, or of the standard input if `path` is -."""
     try:

@@ -14,6 +14,7 @@ DRAFTERS = {
     "prompt_lookup": "prompt_lookup.PromptLookup",
     "recycling": "recycling.Recycling",
     "draft_model": "draft_model.DraftModel",
+    "drawn_model": "drawn_model.DrawnModel",
 }
 
 COMBINED = "trie+suffix"  # two host drafters, see `make_drafter`
