@@ -23,6 +23,7 @@ from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.generation import announce
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.prompt_store import PromptStore
 from lookahead_jax.requests import Event, Job, Limits, Request, Result
 from lookahead_jax.rows import RunningBatch
 
@@ -45,6 +46,8 @@ class Engine:
       drafter, draft_nodes: as for `generate`; a host drafter learns from all requests.
       burst: steps between two looks of the host: a cancelled or finished row is free, and a
         waiting request begins, after at most as many.
+      prompt_store_bytes: of read prompts to keep: an equal prompt is not read again, and goes on
+        from the same numbers. The least recently used make room. 0 keeps none.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Engine:
         drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | None = None,
         burst: int = 16,
+        prompt_store_bytes: int = 0,
     ):
         if max_prompt_tokens is None:
             max_prompt_tokens = model.config.max_position - max_new_tokens
@@ -82,9 +86,10 @@ class Engine:
             batch=rows,
             room=max_prompt_tokens + max_new_tokens,
         )
+        self._store = PromptStore(prompt_store_bytes)
         self._batch = RunningBatch(
             model, self._drafting, self.limits, policy=policy, budget=budget, rows=rows,
-            modules=lookahead, burst=burst,
+            modules=lookahead, burst=burst, store=self._store,
         )  # fmt: skip
         self._rows: list[Job | None] = [None] * rows
         self._ids = itertools.count()
@@ -106,17 +111,29 @@ class Engine:
         with self._changed:
             return len(self._alive)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of read prompts that are kept at the moment."""
+        return self._store.bytes
+
     def submit(self, request: Request) -> int:
         """Queues a request; the number by which events and `cancel` know it.
 
         Raises ValueError, naming the limit, for what this engine cannot serve.
         """
-        job = self._job(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[int]:
+        """Queues requests next to each other, or, with `submit`'s ValueError, none of them."""
+        jobs = [
+            Job(next(self._ids), request, self._model, self.limits, self._eos_ids)
+            for request in requests
+        ]
         with self._changed:
-            self._alive[job.id] = job
-            self._waiting.append(job)
+            self._alive.update((job.id, job) for job in jobs)
+            self._waiting.extend(jobs)
             self._changed.notify_all()
-        return job.id
+        return [job.id for job in jobs]
 
     def cancel(self, request: int) -> bool:
         """Ends a request within a burst; False if it has ended already, or never was."""
@@ -158,17 +175,11 @@ class Engine:
 
     def run(self, requests: Sequence[Request] = ()) -> list[Result]:
         """Serves `requests` and all that wait; the results, in the order of submission."""
-        jobs = [self._job(request) for request in requests]
-        with self._changed:
-            self._alive.update((job.id, job) for job in jobs)
-            self._waiting.extend(jobs)
+        self.submit_all(requests)
         results = []
         while self.alive:
             results += [event.result for event in self.step() if event.result is not None]
         return sorted(results, key=lambda result: result.id)
-
-    def _job(self, request: Request) -> Job:
-        return Job(next(self._ids), request, self._model, self.limits, self._eos_ids)
 
     def warm_up(self, lengths: Iterable[int] | None = None) -> None:
         """Compiles what prompts of `lengths` tokens need (None: of every length allowed).
@@ -187,7 +198,7 @@ class Engine:
                 job.start()
                 request = job.request
                 try:
-                    opening = self._batch.read(
+                    opening, job.reused_tokens = self._batch.read(
                         job.tokens, request.max_new_tokens, request.sampling, request.seed,
                         job.eos_ids,
                     )  # fmt: skip

@@ -48,6 +48,7 @@ class Result:
     finish: Finish | Literal["cancelled", "error"]
     error: str | None  # why, if finish is "error"
     prompt_tokens: int
+    reused_tokens: int  # of the prompt, those that an earlier request had read
     steps: int  # forwards of the model after the prompt; one emits one token or more
     timing: RequestTiming
 
@@ -106,6 +107,7 @@ class Job:
         self.eos_ids = ends
         self.row: int | None = None
         self.steps = 0
+        self.reused_tokens = 0
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
         self.output = OutputRow(model.tokenizer, request.stop, self._pieces.append)
@@ -143,6 +145,7 @@ class Job:
             finish=finish,
             error=error,
             prompt_tokens=len(self.tokens),
+            reused_tokens=self.reused_tokens,
             steps=self.steps,
             timing=RequestTiming(
                 started_s=self._started, first_token_s=self._first, ended_s=self._elapsed()

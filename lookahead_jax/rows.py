@@ -27,6 +27,7 @@ from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefill import Prefilled
+from lookahead_jax.prompt_store import PromptStore
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.requests import MAX_EOS_IDS, Limits
 from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
@@ -140,6 +141,7 @@ class RunningBatch:
         rows: int,
         modules: LookaheadModules | None,
         burst: int,
+        store: PromptStore,
     ):
         self._model = model
         self._drafting = drafting
@@ -149,6 +151,7 @@ class RunningBatch:
         self._modules = modules
         self._size = rows
         self._burst = burst
+        self._store = store
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
         self.clear()
@@ -177,18 +180,27 @@ class RunningBatch:
         sampling: Sampling,
         seed: int,
         eos_ids: Sequence[int],
-    ) -> Opening:
-        """Reads a prompt and cuts its cache; the batch is not touched."""
+    ) -> tuple[Opening, int]:
+        """Reads a prompt and cuts its cache, and how many tokens of it had been read before.
+
+        The batch is not touched.
+        """
         config = self._model.config
         prompt = jnp.asarray(pad_batch([tokens], config=config))
-        return Opening(
+        # All that the reading depends on: RoPE on the tokens to follow, two-pass policies on ends.
+        key = (np.asarray(tokens, np.int32).tobytes(), new_tokens, tuple(eos_ids))
+        kept = self._store.get(key)
+        # Waits, so that an error belongs to this request; no room, the batch has it.
+        read = kept or jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids))
+        self._store.put(key, read)
+        opening = Opening(
             prompt=prompt,
-            # Waits, so that an error belongs to this request; no room, the batch has it.
-            read=jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids)),
+            read=read,
             sampling=_with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
             limit=jnp.asarray([new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
         )
+        return opening, 0 if kept is None else len(tokens)
 
     def insert(self, row: int, opening: Opening) -> None:
         """A request takes a free row and emits its first token."""
@@ -232,9 +244,10 @@ class RunningBatch:
         """Compiles what prompts of these padded lengths need. Only while nothing runs."""
         for width in widths:
             tokens = [0] * min(width, self._limits.max_prompt_tokens)
-            opening = self.read(tokens, 1, GREEDY, 0, ())
+            opening, _ = self.read(tokens, 1, GREEDY, 0, ())
             self.insert(0, opening._replace(limit=jnp.zeros(1, jnp.int32)))
         self._state = self._drafting.warm_up(self._params, self._state, self._burst)
+        self._store.clear()
 
     def _prefill(
         self, tokens: jax.Array, new_tokens: int, room: int, eos_ids: Sequence[int]

@@ -21,10 +21,10 @@ LAYERS = [
     {"decoding", "controller"},
     {"drafting"},
     {"reading"},
-    {"generation", "scoring", "requests", "rows", "engine"},
-    {"inspect"},
+    {"generation", "scoring", "requests", "prompt_store", "rows", "engine"},
+    {"inspect", "server"},
     {"commands"},
-    {"cli", "server", "lm_eval", "train", "eval"},
+    {"cli", "lm_eval", "train", "eval"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
