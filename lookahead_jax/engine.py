@@ -22,6 +22,7 @@ from lookahead_jax.drafters.device import DeviceDrafter
 from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.generation import announce
 from lookahead_jax.lookahead import LookaheadModules
+from lookahead_jax.openings import PromptReader
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prompt_store import PromptStore
 from lookahead_jax.requests import Event, Job, Limits, Request, Result
@@ -42,6 +43,8 @@ class Engine:
       max_new_tokens: the most a request may ask for.
       max_prompt_tokens: the longest prompt; None: what the model's positions leave. Policies that
         keep more than the budget need room for it.
+      max_question_tokens: the longest prompt behind a document; every row has room for it. 0: no
+        documents.
       eos_ids: end a row unless its request names others (None: the checkpoint's).
       drafter, draft_nodes: as for `generate`; a host drafter learns from all requests.
       burst: steps between two looks of the host: a cancelled or finished row is free, and a
@@ -59,6 +62,7 @@ class Engine:
         rows: int,
         max_new_tokens: int,
         max_prompt_tokens: int | None = None,
+        max_question_tokens: int = 0,
         lookahead: LookaheadModules | None = None,
         eos_ids: Sequence[int] | None = None,
         drafter: str | HostDrafter | DeviceDrafter = "none",
@@ -67,7 +71,7 @@ class Engine:
         prompt_store_bytes: int = 0,
     ):
         if max_prompt_tokens is None:
-            max_prompt_tokens = model.config.max_position - max_new_tokens
+            max_prompt_tokens = model.config.max_position - max_new_tokens - max_question_tokens
         sizes = dict(
             budget=budget, rows=rows, max_new_tokens=max_new_tokens,
             max_prompt_tokens=max_prompt_tokens, burst=burst,
@@ -75,8 +79,14 @@ class Engine:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
-        announce(policy, budget, max_prompt_tokens + max_new_tokens, model.config)
-        self.limits = Limits(max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+        if max_question_tokens < 0:
+            raise ValueError(f"max_question_tokens must be at least 0, not {max_question_tokens}")
+        self.limits = Limits(
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            max_question_tokens=max_question_tokens,
+        )
+        announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
         self._model = model
         self._eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
         self._drafting = Drafting(
@@ -84,12 +94,15 @@ class Engine:
             draft_nodes,
             config=model.config,
             batch=rows,
-            room=max_prompt_tokens + max_new_tokens,
+            room=bucket_length(self.limits.longest) + max_new_tokens,
         )
         self._store = PromptStore(prompt_store_bytes)
+        self._reader = PromptReader(
+            model, self.limits, self._store, policy=policy, budget=budget, modules=lookahead
+        )
         self._batch = RunningBatch(
-            model, self._drafting, self.limits, policy=policy, budget=budget, rows=rows,
-            modules=lookahead, burst=burst, store=self._store,
+            model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
+            burst=burst,
         )  # fmt: skip
         self._rows: list[Job | None] = [None] * rows
         self._ids = itertools.count()
@@ -189,7 +202,7 @@ class Engine:
         if any(self._rows):
             raise ValueError("warm up before the first request, not while one runs")
         lengths = range(1, self.limits.max_prompt_tokens + 1) if lengths is None else lengths
-        self._batch.warm_up(sorted({bucket_length(length) for length in lengths}))
+        self._batch.warm_up(self._reader.samples(lengths))
 
     def _admit(self, events: list[Event]) -> None:
         """Waiting requests take the free rows, first come, first served."""
@@ -198,9 +211,9 @@ class Engine:
                 job.start()
                 request = job.request
                 try:
-                    opening, job.reused_tokens = self._batch.read(
+                    opening, job.reused_tokens = self._reader.read(
                         job.tokens, request.max_new_tokens, request.sampling, request.seed,
-                        job.eos_ids,
+                        job.eos_ids, document=job.document,
                     )  # fmt: skip
                     self._drafting.join(row, job.tokens)
                 except Exception as error:

@@ -75,14 +75,19 @@ class Generation:
     drafting: DraftReport
 
 
-def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Texts through the tokenizer, token rows as they are, less the padding at their end."""
+def encode_prompts(
+    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
+) -> list[list[int]]:
+    """Texts through the tokenizer, token rows as they are, less the padding at their end.
+
+    `special` puts around a text what the tokenizer does (BOS, ...).
+    """
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise ValueError("this model has no tokenizer.json: give token ids")
-            row = model.tokenizer.encode(prompt)
+            row = model.tokenizer.encode(prompt, special=special)
         else:
             row = [int(token) for token in prompt]
             while row and row[-1] == -1:

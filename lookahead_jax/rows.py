@@ -5,9 +5,9 @@ reading of its prompt, once per padded length.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from lookahead_jax.batching import bucket_length, pad_batch
 from lookahead_jax.cache import empty_cache
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
@@ -24,18 +23,10 @@ from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter
 from lookahead_jax.drafting import Drafting
 from lookahead_jax.generation import for_decoding
 from lookahead_jax.layers import Params
-from lookahead_jax.lookahead import LookaheadModules
-from lookahead_jax.policies.base import Policy
-from lookahead_jax.prefill import Prefilled
-from lookahead_jax.prompt_store import PromptStore
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.requests import MAX_EOS_IDS, Limits
-from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
+from lookahead_jax.openings import Opening, with_everything
+from lookahead_jax.requests import MAX_EOS_IDS
+from lookahead_jax.sampling import GREEDY, sampling_rows
 from lookahead_jax.tree import NODE_BUCKETS
-
-
-def _with_everything(rows: SamplingRows) -> SamplingRows:
-    return dataclasses.replace(rows, sampled=True, filtered=True, penalized=True)
 
 
 def empty_rows(
@@ -66,7 +57,7 @@ def empty_rows(
         done=jnp.ones(batch, bool),
         eos=jnp.full((batch, ends), -1, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),
-        sampling=_with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
+        sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         draft=draft,
     )
@@ -74,16 +65,6 @@ def empty_rows(
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
     return jax.device_put(state, place)
-
-
-class Opening(NamedTuple):
-    """A prompt that has been read, and how its request goes on; one row of everything."""
-
-    prompt: jax.Array  # [1, T] int32
-    read: Prefilled
-    sampling: SamplingRows
-    limit: jax.Array  # [1] int32
-    eos: jax.Array  # [1, E] int32
 
 
 @partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state",))
@@ -134,73 +115,34 @@ class RunningBatch:
         self,
         model: Model,
         drafting: Drafting,
-        limits: Limits,
         *,
-        policy: Policy,
-        budget: int,
         rows: int,
-        modules: LookaheadModules | None,
+        slots: int,
+        new_tokens: int,
         burst: int,
-        store: PromptStore,
     ):
         self._model = model
         self._drafting = drafting
-        self._limits = limits
-        self._policy = policy
-        self._budget = budget
-        self._modules = modules
         self._size = rows
+        self._slots = slots
+        self._new_tokens = new_tokens
         self._burst = burst
-        self._store = store
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
         self.clear()
 
     def clear(self) -> None:
         """Every row is empty, whatever has become of it."""
-        width = bucket_length(self._limits.max_prompt_tokens)
-        new = self._limits.max_new_tokens
-        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
-        largest = jax.eval_shape(lambda tokens: self._prefill(tokens, new, new, ()), tokens)
         self._halted.clear()
         self._state = empty_rows(
             self._model.params,
             config=self._model.config,
             batch=self._size,
-            slots=largest.cache.slots,
-            width=new,
+            slots=self._slots,
+            width=self._new_tokens,
             ends=MAX_EOS_IDS,
             draft=self._drafting.empty(),
         )
-
-    def read(
-        self,
-        tokens: Sequence[int],
-        new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        eos_ids: Sequence[int],
-    ) -> tuple[Opening, int]:
-        """Reads a prompt and cuts its cache, and how many tokens of it had been read before.
-
-        The batch is not touched.
-        """
-        config = self._model.config
-        prompt = jnp.asarray(pad_batch([tokens], config=config))
-        # All that the reading depends on: RoPE on the tokens to follow, two-pass policies on ends.
-        key = (np.asarray(tokens, np.int32).tobytes(), new_tokens, tuple(eos_ids))
-        kept = self._store.get(key)
-        # Waits, so that an error belongs to this request; no room, the batch has it.
-        read = kept or jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids))
-        self._store.put(key, read)
-        opening = Opening(
-            prompt=prompt,
-            read=read,
-            sampling=_with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
-            limit=jnp.asarray([new_tokens], jnp.int32),
-            eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
-        )
-        return opening, 0 if kept is None else len(tokens)
 
     def insert(self, row: int, opening: Opening) -> None:
         """A request takes a free row and emits its first token."""
@@ -240,24 +182,8 @@ class RunningBatch:
         )
         return tokens, count, done, lengths.sum(1)
 
-    def warm_up(self, widths: Iterable[int]) -> None:
-        """Compiles what prompts of these padded lengths need. Only while nothing runs."""
-        for width in widths:
-            tokens = [0] * min(width, self._limits.max_prompt_tokens)
-            opening, _ = self.read(tokens, 1, GREEDY, 0, ())
+    def warm_up(self, openings: Iterable[Opening]) -> None:
+        """Compiles what requests that open like these need. Only while nothing runs."""
+        for opening in openings:
             self.insert(0, opening._replace(limit=jnp.zeros(1, jnp.int32)))
         self._state = self._drafting.warm_up(self._params, self._state, self._burst)
-        self._store.clear()
-
-    def _prefill(
-        self, tokens: jax.Array, new_tokens: int, room: int, eos_ids: Sequence[int]
-    ) -> Prefilled:
-        return read_prompt(
-            self._model.params, tokens, config=self._model.config, policy=self._policy,
-            budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
-            eos_ids=_padded(eos_ids),
-        )  # fmt: skip
-
-
-def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:
-    return (*eos_ids, *[-1] * (MAX_EOS_IDS - len(eos_ids)))

@@ -21,7 +21,7 @@ LAYERS = [
     {"decoding", "controller"},
     {"drafting"},
     {"reading"},
-    {"generation", "scoring", "requests", "prompt_store", "rows", "engine"},
+    {"generation", "scoring", "requests", "prompt_store", "openings", "rows", "engine"},
     {"inspect", "server"},
     {"commands"},
     {"cli", "lm_eval", "train", "eval"},

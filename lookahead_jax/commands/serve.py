@@ -34,6 +34,8 @@ class Serve:
     """The most tokens a continuation may have."""
     max_prompt_tokens: Annotated[int | None, option("INT")] = None
     """The longest prompt; left out, what the model's positions leave beside --max-tokens."""
+    max_question_tokens: int = 0
+    """The longest prompt behind a `document`, for which every row has room; 0 takes none."""
     prompt_store_mb: int = 256
     """Megabytes of read prompts to keep: an equal one is not read again. 0 keeps none."""
     limits: ServerLimits = field(default_factory=ServerLimits)
@@ -60,6 +62,7 @@ def main(config: Serve) -> None:
         rows=config.rows,
         max_new_tokens=config.max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
+        max_question_tokens=config.max_question_tokens,
         drafter=config.drafting.make(config.source.dtype),
         draft_nodes=config.drafting.draft_nodes,
         prompt_store_bytes=config.prompt_store_mb * 10**6,

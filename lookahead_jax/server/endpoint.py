@@ -44,8 +44,8 @@ class Endpoint:
                     answer = await self._answer(call, body, stream)
                 finally:
                     leaving.cancel()
-                if answer is not None:
-                    await answer(scope, receive, send)
+            if answer is not None:
+                await answer(scope, receive, send)
         except Gone:
             pass
         except Refused as refused:
@@ -115,14 +115,16 @@ def check_model(given: str, name: str) -> None:
 
 def _requests(body: AnyBody, tokens: int, tokenizer: Tokenizer) -> list[Request]:
     """One request per prompt and choice; the choices of a prompt have seeds in a row."""
+    document = None
     if isinstance(body, CompletionBody):
-        prompts = body.prompt
+        prompts, document = body.prompt, body.document
     else:
         text = tokenizer.render_chat([message.model_dump() for message in body.messages])
         prompts = [tokenizer.encode(text, special=False)]
     return [
         Request(
             prompt=prompt,
+            document=document,
             max_new_tokens=tokens,
             sampling=body.sampling,
             seed=body.seed + choice,

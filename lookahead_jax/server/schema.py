@@ -146,6 +146,8 @@ class Body(_Strict):
 
 class CompletionBody(Body):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    document: Annotated[str | list[int] | None, PlainValidator(_document)] = None
+    """Not OpenAI's: read and cut on its own, before every prompt; see `requests.Request`."""
 
 
 class Message(_Strict):

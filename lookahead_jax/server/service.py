@@ -33,10 +33,9 @@ class Service:
         self._closed: Refused | None = None  # why nothing more is taken on
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine")
-        self._loop: asyncio.AbstractEventLoop
-        # Places taken by requests that the engine does not know yet; other threads give them back.
-        self._lock = threading.Lock()
-        self._pending = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()  # of what follows
+        self._taken = 0
 
     def start(self) -> None:
         """Begins to step the engine."""
@@ -50,12 +49,10 @@ class Service:
 
     def drain(self, seconds: float) -> None:
         """From any thread: takes nothing more on; what has not ended after `seconds` fails."""
-        self._closed = self._closed or Refused(
-            503, "the server is shutting down", code="shutting_down"
-        )
-        self._loop.call_soon_threadsafe(
-            self._loop.call_later, seconds, self._abort_all, self._closed
-        )
+        why = Refused(503, "the server is shutting down", code="shutting_down")
+        self._closed = self._closed or why
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, self._abort_all, why)
 
     def check(self) -> None:
         """Raises `Refused` if the service takes nothing on."""
@@ -70,7 +67,7 @@ class Service:
         """
         self.check()
         self.take(1)
-        call = Call(self, self._loop)
+        call = Call(self)
         self._calls.add(call)
         try:
             yield call
@@ -86,14 +83,20 @@ class Service:
     def take(self, places: int) -> None:
         """Takes places in the queue; `Refused` with status 429 if there are not as many."""
         with self._lock:
-            if self.engine.alive + self._pending + places > self.places:
+            if self._taken + places > self.places:
                 raise Refused(429, "the queue is full", code="queue_full", headers=_RETRY)
-            self._pending += places
+            self._taken += places
 
     def give_back(self, places: int) -> None:
-        """From any thread: the engine knows of these requests, or never will."""
+        """From any thread: as many continuations have ended, or will never begin."""
         with self._lock:
-            self._pending -= places
+            self._taken -= places
+
+    @property
+    def taken(self) -> int:
+        """Places that are taken at the moment."""
+        with self._lock:
+            return self._taken
 
     def _abort_all(self, why: Refused) -> None:
         for call in list(self._calls):
@@ -107,24 +110,25 @@ class Service:
                     self.engine.step()
         except Exception:
             _log.exception("the engine's thread failed; the server has to be started again")
-            self._closed = Refused(503, "the engine has failed", code="engine_failed")
-            self._loop.call_soon_threadsafe(self._abort_all, self._closed)
+            why = self._closed = Refused(503, "the engine has failed", code="engine_failed")
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._abort_all, why)
 
 
 class Call:
     """One HTTP request: what it has asked of the engine, and how it may be ended from outside."""
 
-    def __init__(self, service: Service, loop: asyncio.AbstractEventLoop):
+    def __init__(self, service: Service):
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call belongs to a task")
+        self.task = task
         self.why: Exception | None = None
         self._service = service
-        self._loop = loop
-        self.task = task
+        self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._timers: list[asyncio.TimerHandle] = []
-        self._places = 1  # taken, and not given back
+        self._places = 1  # to give back if the engine never hears of the request
         self._lock = threading.Lock()
         self._ids: list[int] = []
         self._closed = False
@@ -152,11 +156,9 @@ class Call:
                 f"{count} continuations are more than the {self._service.places} there is room for"
             )
         self._service.take(count - 1)
-        self._places = 0  # from here on the thread's
-        # Shielded: whatever becomes of this task, the thread has to give the places back.
-        failed = await asyncio.shield(
-            self._loop.run_in_executor(None, self._submit, count, make)
-        )  # fmt: skip
+        self._places = 0
+        # Shielded: whatever becomes of this task, the thread sees to the places.
+        failed = await asyncio.shield(self._loop.run_in_executor(None, self._submit, count, make))
         if failed is not None:
             raise failed
 
@@ -181,9 +183,8 @@ class Call:
             ]
             ids = self._service.engine.submit_all(requests)
         except Exception as error:
-            return error
-        finally:
             self._service.give_back(count)
+            return error
         with self._lock:
             self._ids = ids
             late = self._closed
@@ -198,5 +199,6 @@ class Call:
     def _hear(self, index: int, event: Event) -> None:
         """In the engine's thread."""
         if event.result is not None:
+            self._service.give_back(1)
             self._service.metrics.ended(event.result)
         self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
