@@ -78,14 +78,19 @@ class Generation:
     drafting: DraftReport
 
 
-def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Texts through the tokenizer, token rows as they are, less the padding at their end."""
+def encode_prompts(
+    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
+) -> list[list[int]]:
+    """Texts through the tokenizer, token rows as they are, less the padding at their end.
+
+    `special` puts around a text what the tokenizer does (BOS, ...).
+    """
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise ValueError("this model has no tokenizer.json: give token ids")
-            row = model.tokenizer.encode(prompt)
+            row = model.tokenizer.encode(prompt, special=special)
         else:
             row = [int(token) for token in prompt]
             while row and row[-1] == -1:
@@ -227,7 +232,7 @@ def generate(
     report = CacheReport(
         kept_per_head=filled.tolist(),
         bytes=state.cache.bytes,
-        full_bytes=_full_bytes(state.cache, tokens.shape[1] + room),
+        full_bytes=_full_bytes(state.cache, tokens.shape[1] + asked_width + max_new_tokens),
     )
     outputs = [
         OutputRow(model.tokenizer, stop, None if on_text is None else partial(on_text, i))

@@ -22,10 +22,10 @@ LAYERS = [
     {"decoding", "controller"},
     {"drafting"},
     {"reading"},
-    {"generation", "scoring", "requests", "rows", "engine"},
-    {"inspect"},
+    {"generation", "scoring", "requests", "prompt_store", "openings", "rows", "engine"},
+    {"inspect", "server"},
     {"commands"},
-    {"cli", "server", "lm_eval", "train", "eval"},
+    {"cli", "lm_eval", "train", "eval"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
