@@ -19,7 +19,7 @@ from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.scoring import token_logits
 from lookahead_jax.tree import TokenTree, accept, layout
 from tests import tiny
-from tests.test_drafting import draft_model
+from tests.drafted import draft_model
 from tests.test_prefill import read
 
 V, ROWS = 6, 40_000

@@ -19,7 +19,7 @@ from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.sampling import GREEDY, sampling_rows
 from tests import reference, tiny
-from tests.test_drafting import bush, perfect, spoil
+from tests.drafted import bush, perfect, spoil
 from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weights
 
 BUDGET, INTERVAL, NEW = 12, 8, 30
