@@ -49,12 +49,14 @@ def compare(model, prompts, policy, mine, theirs) -> dict:
         if different:
             at.append(different[0])
             margins.append(margin(model, prompt, policy, one[: different[0] + 1]))
-    quantiles = dict(zip(("p50", "p90", "max"), np.quantile(margins, (0.5, 0.9, 1)))) if at else {}
+    shares = {"p50": 0.5, "p90": 0.9, "max": 1.0} if at else {}
     return {
         "rows_equal": 1 - len(at) / len(prompts),
         "first_differences": len(at),
         "decisions_up_to_there": sum(at) + len(at) + (len(prompts) - len(at)) * NEW_TOKENS,
-        "margin_at_a_first_difference": {k: float(v) for k, v in quantiles.items()},
+        "margin_at_a_first_difference": {
+            name: float(np.quantile(margins, share)) for name, share in shares.items()
+        },
     }
 
 
