@@ -14,7 +14,8 @@ from lookahead_jax.decoding import decode
 from lookahead_jax.engine import Engine
 from lookahead_jax.generation import generate
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prompt_store import PromptStore, Read, extend
+from lookahead_jax.prefill import extend
+from lookahead_jax.prompt_store import PromptStore, Read
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.requests import Request
 from tests import tiny
