@@ -35,7 +35,7 @@ def render(
         "facts": dict(facts),
     }
     template = files("lookahead_jax").joinpath("templates/inspect.html").read_text("utf-8")
-    return template.replace("__DATA__", _embed(data))
+    return template.replace("__DATA__", embed_json(data))
 
 
 def _segments(prompt: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list:
@@ -87,7 +87,7 @@ def _marks(prompt: str, offsets: Sequence[tuple[int, int]], mark: str) -> list[t
     return ranges
 
 
-def _embed(data: object) -> str:
+def embed_json(data: object) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
