@@ -97,7 +97,7 @@ class _Scale:
         pad = (high - low) * 0.06 or abs(low) * 0.1 or 1.0
         self.low, self.high = low - pad, high + pad
 
-    def __call__(self, x: float) -> float:
+    def __call__(self, x: float | int) -> float:
         x = math.log(max(x, 1e-9)) if self._log else x
         return LEFT + (x - self.low) / (self.high - self.low) * (W - LEFT - RIGHT)
 
@@ -110,14 +110,14 @@ class _Scale:
 
 
 def _span(point: Point) -> tuple[float, ...]:
-    return tuple(x for x in (point.x, point.x_low, point.x_high) if x is not None)
+    return tuple(float(x) for x in (point.x, point.x_low, point.x_high) if x is not None)
 
 
-def _y(share: float) -> float:
-    return H - BOTTOM - share * (H - TOP - BOTTOM)
+def _y(share: float | int) -> float:
+    return float(H - BOTTOM - share * (H - TOP - BOTTOM))
 
 
-def number(x: float) -> str:
+def number(x: float | int) -> str:
     """Short, for axes."""
     return f"{x:g}" if abs(x) < 10_000 else f"{x / 1000:g}k"
 
@@ -126,7 +126,7 @@ def chart_svg(chart: Chart) -> str:
     """A chart as an SVG element; every point is a link to its rows."""
     scale = _Scale(chart)
     parts = [f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{html.escape(chart.title)}">']
-    for tick in (0, 0.25, 0.5, 0.75, 1):
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = _y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{W - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{tick:g}</text>')
@@ -140,7 +140,7 @@ def chart_svg(chart: Chart) -> str:
     parts.append(f'<text class="axis" x="{middle}" y="{H - 6}" text-anchor="middle">{label}</text>')
     count = len(chart.lines)
     for i, line in enumerate(chart.lines):
-        shift = 0 if line.across else 2.2 * (i - (count - 1) / 2)  # so that intervals stay apart
+        shift = 0.0 if line.across else 2.2 * (i - (count - 1) / 2)  # so that intervals stay apart
         parts += _line_svg(line, scale, shift)
     return "".join([*parts, "</svg>"])
 
@@ -177,7 +177,7 @@ def _line_svg(line: Line, scale: _Scale, shift: float) -> list[str]:
 def heat_svg(heat: Heat) -> str:
     """A heat map as an SVG element."""
     left, top, wide, tall = 92, 8, 58, 24
-    width, height = left + wide * len(heat.columns) + 8, top + tall * len(heat.rows) + 42
+    width, height = left + wide * max(len(heat.columns), 3), top + tall * len(heat.rows) + 42
     parts = [
         f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
         f'aria-label="{html.escape(heat.title)}">'

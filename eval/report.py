@@ -104,7 +104,7 @@ class Report:
             group = [c for c in cells if getattr(c, x) == value]
             if (stat := self.over(group)) is not None:
                 note = f"{policy}, {x} {value}: {described(stat)}"
-                points.append(Point(value, *stat[:3], self.href(group), note))
+                points.append(Point(float(value), *stat[:3], self.href(group), note))
         return Line(policy, self.colors[policy], points, across=policy == "full" and x == "budget")
 
     def over_budget(self, model: str, protocol: str) -> Iterator[Section]:
