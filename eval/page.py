@@ -40,7 +40,7 @@ def section_html(section: "Section") -> str:
     )
 
 
-def megabytes(count: float | None) -> str:
+def megabytes(count: int | None) -> str:
     """Bytes for people."""
     return "–" if count is None else f"{count / 1e6:,.1f}"
 
