@@ -23,7 +23,7 @@ TEXT = "def add(a, b):\n    return a + b\n" * 6
 def model_dir(tmp_path_factory):
     """A tiny Llama with one token per byte."""
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_bytes_model(folder, VOCABULARY)
+    tiny.save_bytes_model(folder, vocab_size=VOCABULARY)
     return folder
 
 

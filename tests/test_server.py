@@ -25,7 +25,7 @@ KEY = "sesame"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tiny.save_bytes_model(folder)
+    tiny.save_bytes_model(folder, num_hidden_layers=1)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     return load(folder)
 

@@ -47,10 +47,11 @@ def params(model: ModelConfig, seed: int = 0) -> Params:
     return {**weights, "embed": weights["embed"] * 5.0, "layers": layers}
 
 
-def save_bytes_model(folder: Path, vocab: int = 256) -> None:
+def save_bytes_model(folder: Path, **overrides) -> None:
     """A checkpoint folder: a tiny Llama with one token per byte."""
-    (folder / "config.json").write_text(json.dumps({**LLAMA, "vocab_size": vocab}))
-    model = config(vocab_size=vocab)
+    overrides = {"vocab_size": 256, **overrides}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **overrides}))
+    model = config(**overrides)
     save_params(folder, params(model), model)
     level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(level.alphabet())
