@@ -16,6 +16,7 @@ from typing import Literal
 
 from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model
+from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter
@@ -46,7 +47,8 @@ class Engine:
       max_question_tokens: the longest prompt behind a document; every row has room for it. 0: no
         documents.
       eos_ids: end a row unless its request names others (None: the checkpoint's).
-      drafter, draft_nodes: as for `generate`; a host drafter learns from all requests.
+      drafter, draft_nodes, evict_every: as for `generate`; a host drafter learns from all
+        requests.
       burst: steps between two looks of the host: a cancelled or finished row is free, and a
         waiting request begins, after at most as many.
       prompt_store_bytes: of read prompts to keep: an equal prompt is not read again, and goes on
@@ -67,6 +69,7 @@ class Engine:
         eos_ids: Sequence[int] | None = None,
         drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | None = None,
+        evict_every: int | None = None,
         burst: int = 16,
         prompt_store_bytes: int = 0,
     ):
@@ -89,20 +92,26 @@ class Engine:
         announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
         self._model = model
         self._eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
+        eviction = None
+        if evict_every is not None:
+            eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
         self._drafting = Drafting(
             make_drafter(drafter) if isinstance(drafter, str) else drafter,
             draft_nodes,
             config=model.config,
             batch=rows,
             room=bucket_length(self.limits.longest) + max_new_tokens,
+            eviction=eviction,
+            modules=lookahead,
         )
         self._store = PromptStore(prompt_store_bytes)
         self._reader = PromptReader(
-            model, self.limits, self._store, policy=policy, budget=budget, modules=lookahead
-        )
+            model, self.limits, self._store, policy=policy, budget=budget, modules=lookahead,
+            eviction=eviction,
+        )  # fmt: skip
         self._batch = RunningBatch(
             model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
-            burst=burst,
+            summed=eviction is not None and policy.accumulates, burst=burst,
         )  # fmt: skip
         self._rows: list[Job | None] = [None] * rows
         self._ids = itertools.count()

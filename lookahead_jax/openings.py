@@ -12,10 +12,11 @@ import numpy as np
 from lookahead_jax.batching import bucket_length, pad_batch
 from lookahead_jax.cache import KVCache
 from lookahead_jax.checkpoint import Model
+from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefill import Prefilled, extend
-from lookahead_jax.prompt_store import PromptStore
+from lookahead_jax.prompt_store import PromptStore, Read
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.requests import MAX_EOS_IDS, Limits
 from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
@@ -30,7 +31,9 @@ class Opening(NamedTuple):
     """A prompt that has been read, and how its request goes on; one row of everything."""
 
     prompt: jax.Array  # [1, T] int32
-    read: Prefilled
+    cache: KVCache
+    logits: jax.Array  # [1, V] float32 after the prompt
+    sums: jax.Array | None  # [L, 1, K, S] float32, see decode_eviction.opening_sums
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
@@ -61,6 +64,7 @@ class PromptReader:
         policy: Policy,
         budget: int,
         modules: LookaheadModules | None,
+        eviction: DecodeEviction | None,
     ):
         self._model = model
         self._limits = limits
@@ -68,9 +72,13 @@ class PromptReader:
         self._policy = policy
         self._budget = budget
         self._modules = modules
-        tokens = jax.ShapeDtypeStruct((1, bucket_length(limits.max_prompt_tokens)), jnp.int32)
-        new, behind = limits.max_new_tokens, self._behind_documents
-        largest = jax.eval_shape(lambda tokens: self._prefill(tokens, new, behind, ()), tokens)
+        self._eviction = eviction
+        width, new = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
+        room = new if eviction is None else eviction.room(width, new, model.config)
+        largest = jax.eval_shape(
+            lambda tokens: self._prefill(tokens, new, limits.max_question_tokens + room, ()),
+            jax.ShapeDtypeStruct((1, width), jnp.int32),
+        )
         self.slots: int = largest.cache.slots
         """Cache slots that a row needs for the longest prompt, its question and its output."""
 
@@ -96,7 +104,7 @@ class PromptReader:
             # All of a row's slots, all of a row's tokens: one program inserts every question.
             cache = _widened(read.cache, slots=self.slots)
             cache, logits = extend(self._model.params, asked, cache, config=config)
-            read = Prefilled(cache, logits, None)
+            read = Read(cache, logits, read.sums)
             prompt = np.full((1, bucket_length(self._limits.longest)), -1, np.int32)
             prompt[0, : len(tokens)] = tokens
         else:
@@ -105,7 +113,7 @@ class PromptReader:
         opening = Opening(
             prompt=jnp.asarray(prompt),
             # Waits, so that an error belongs to this request; no room, the batch has it.
-            read=jax.block_until_ready(read),
+            **jax.block_until_ready(read)._asdict(),
             sampling=with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
             limit=jnp.asarray([new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
@@ -131,14 +139,15 @@ class PromptReader:
 
     def _kept(
         self, tokens: Sequence[int], new_tokens: int, eos_ids: Sequence[int]
-    ) -> tuple[Prefilled, int]:
+    ) -> tuple[Read, int]:
         """A prompt that is read, by an earlier request or now, and how much was read earlier."""
         # All that the reading depends on: RoPE on the tokens to follow, two-pass policies on ends.
         key = (np.asarray(tokens, np.int32).tobytes(), new_tokens, tuple(eos_ids))
         if (kept := self._store.get(key)) is not None:
             return kept, len(tokens)
         prompt = jnp.asarray(pad_batch([tokens], config=self._model.config))
-        read = jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids))
+        full = jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids))
+        read = Read(full.cache, full.logits, opening_sums(self._eviction, full))
         self._store.put(key, read)
         return read, 0
 
@@ -149,6 +158,7 @@ class PromptReader:
             self._model.params, tokens, config=self._model.config, policy=self._policy,
             budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
             eos_ids=_padded(eos_ids),
+            with_scores=self._eviction is not None and self._policy.accumulates,
         )  # fmt: skip
 
 

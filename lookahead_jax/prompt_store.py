@@ -2,8 +2,19 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import NamedTuple
 
-from lookahead_jax.prefill import Prefilled
+import jax
+
+from lookahead_jax.cache import KVCache
+
+
+class Read(NamedTuple):
+    """A prompt that has been read and cut, and what else goes on from it."""
+
+    cache: KVCache
+    logits: jax.Array  # [1, V] float32
+    sums: jax.Array | None  # [L, 1, K, S] float32, see decode_eviction.opening_sums
 
 
 class PromptStore:
@@ -16,17 +27,17 @@ class PromptStore:
         if limit < 0:
             raise ValueError(f"a prompt store cannot have {limit} bytes")
         self._limit = limit
-        self._kept: OrderedDict[Hashable, Prefilled] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Read] = OrderedDict()
         self.bytes = 0
 
-    def get(self, key: Hashable) -> Prefilled | None:
+    def get(self, key: Hashable) -> Read | None:
         """The prompt read under `key`, if it is still here."""
         read = self._kept.get(key)
         if read is not None:
             self._kept.move_to_end(key)
         return read
 
-    def put(self, key: Hashable, read: Prefilled) -> None:
+    def put(self, key: Hashable, read: Read) -> None:
         """Keeps a prompt, unless it alone is too large; others may have to go for it."""
         size = _size(read)
         if size > self._limit or key in self._kept:
@@ -43,5 +54,6 @@ class PromptStore:
         self.bytes = 0
 
 
-def _size(read: Prefilled) -> int:
-    return read.cache.bytes + read.logits.nbytes
+def _size(read: Read) -> int:
+    sums = 0 if read.sums is None else read.sums.nbytes
+    return read.cache.bytes + read.logits.nbytes + sums

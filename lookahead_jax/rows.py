@@ -38,8 +38,11 @@ def empty_rows(
     width: int,
     ends: int,
     draft: Any,
+    summed: bool,
 ) -> DecodeState:
     """A batch in which nothing runs: room for `width` tokens and `ends` end tokens a row.
+
+    `summed` says that a policy adds up scores while decoding.
 
     Everything is placed where the parameters are: an array without a place would compile the
     first steps once more.
@@ -48,8 +51,9 @@ def empty_rows(
     def zeros(dtype=jnp.int32):
         return jnp.zeros(batch, dtype)
 
+    cache = empty_cache(config, batch, slots, params["embed"].dtype, zeros())
     state = DecodeState(
-        cache=empty_cache(config, batch, slots, params["embed"].dtype, zeros()),
+        cache=cache,
         token=zeros(),
         tokens=jnp.full((batch, width), -1, jnp.int32),
         count=zeros(),
@@ -60,6 +64,7 @@ def empty_rows(
         sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         draft=draft,
+        sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
@@ -82,30 +87,35 @@ def insert_row(
     The other rows stay as they are. The prompt's cache may have fewer slots than `state`; what
     else the row's last tenant left is marked as empty. `state` is donated.
     """
-    read = opening.read
     new = start(
-        read.cache, read.logits, sampling=opening.sampling, limit=opening.limit, eos=opening.eos,
-        seen=seen_tokens(opening.prompt, config.vocab_size), width=state.tokens.shape[1],
+        opening.cache, opening.logits, sampling=opening.sampling, limit=opening.limit,
+        eos=opening.eos, seen=seen_tokens(opening.prompt, config.vocab_size),
+        width=state.tokens.shape[1],
     )  # fmt: skip
-    spare = [(0, 0)] * 3 + [(0, state.cache.slots - new.cache.slots)]
-    pos = jnp.pad(new.cache.pos, spare, constant_values=-1)
+
+    def pad(slots, empty):
+        spare = state.cache.slots - slots.shape[-1]
+        return jnp.pad(slots, [(0, 0)] * 3 + [(0, spare)], constant_values=empty)
+
+    pos = pad(new.cache.pos, -1)
+    sums = None if state.sums is None else pad(opening.sums, 0.0)
 
     def put(axis, whole, one):
         return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
 
     # Of the cache, what has one entry per row has only that axis; the rest begins with layers.
-    cache = jax.tree.map(
+    cache, sums = jax.tree.map(
         lambda whole, one: put(min(whole.ndim - 1, 1), whole, one),
-        state.cache,
-        dataclasses.replace(new.cache, pos=pos),
+        (state.cache, state.sums),
+        (dataclasses.replace(new.cache, pos=pos), sums),
     )
     rest = jax.tree.map(
         partial(put, 0),
-        dataclasses.replace(state, cache=None, draft=None),
+        dataclasses.replace(state, cache=None, draft=None, sums=None),
         dataclasses.replace(new, cache=None, draft=None),
     )
     draft = drafter.begin(weights, state.draft, row[None], opening.prompt)
-    return dataclasses.replace(rest, cache=cache, draft=draft)
+    return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
 
 
 class RunningBatch:
@@ -119,6 +129,7 @@ class RunningBatch:
         rows: int,
         slots: int,
         new_tokens: int,
+        summed: bool,
         burst: int,
     ):
         self._model = model
@@ -126,6 +137,7 @@ class RunningBatch:
         self._size = rows
         self._slots = slots
         self._new_tokens = new_tokens
+        self._summed = summed
         self._burst = burst
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
@@ -142,6 +154,7 @@ class RunningBatch:
             width=self._new_tokens,
             ends=MAX_EOS_IDS,
             draft=self._drafting.empty(),
+            summed=self._summed,
         )
 
     def insert(self, row: int, opening: Opening) -> None:

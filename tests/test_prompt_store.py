@@ -14,8 +14,8 @@ from lookahead_jax.decoding import decode
 from lookahead_jax.engine import Engine
 from lookahead_jax.generation import generate
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import Prefilled, extend
-from lookahead_jax.prompt_store import PromptStore
+from lookahead_jax.prefill import extend
+from lookahead_jax.prompt_store import PromptStore, Read
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.requests import Request
 from tests import tiny
@@ -70,7 +70,7 @@ def composed(model, document, question):
 
 def prefilled(config, slots):
     cache = empty_cache(config, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32))
-    return Prefilled(cache, jnp.zeros((1, config.vocab_size)), None)
+    return Read(cache, jnp.zeros((1, config.vocab_size)), None)
 
 
 def test_the_least_recently_used_make_room_within_the_bound():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.sampling import SamplingRows
 from lookahead_jax.tree import Accepted, Layout, TokenTree, root_only
 
 State = Any  # a drafter's own pytree
@@ -55,6 +56,28 @@ class DeviceDrafter(Protocol):
 
     def update(self, weights: Weights, state: State, verified: Verified) -> State:
         """Learns from a step; rows whose root is not valid took no part."""
+        ...
+
+
+@runtime_checkable
+class DrawingDrafter(DeviceDrafter, Protocol):
+    """Draws its trees, and says from what: they are accepted by their probability."""
+
+    def draw(
+        self,
+        weights: Weights,
+        state: State,
+        root: jax.Array,
+        nodes: int,
+        positions: jax.Array,
+        rows: SamplingRows,
+    ) -> tuple[State, TokenTree, jax.Array]:
+        """Like `propose`, for `nodes` > 1; roots stand at `positions` [B] int32.
+
+        Also returns the float32 probabilities [B, P, V] that the children of each node were drawn
+        from, without replacement and in the order of their indices. Whether a node exists may
+        depend on what was drawn before it, never on its own token.
+        """
         ...
 
 
