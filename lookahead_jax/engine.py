@@ -45,7 +45,7 @@ class Engine:
       max_prompt_tokens: the longest prompt; None: what the model's positions leave. Policies that
         keep more than the budget need room for it.
       max_question_tokens: the longest prompt behind a document; every row has room for it. 0: no
-        documents.
+        documents. Not together with evict_every, which would have to score the question too.
       eos_ids: end a row unless its request names others (None: the checkpoint's).
       drafter, draft_nodes, evict_every: as for `generate`; a host drafter learns from all
         requests.
@@ -93,6 +93,8 @@ class Engine:
         self._model = model
         self._eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
         eviction = None
+        if evict_every is not None and max_question_tokens:
+            raise ValueError("documents (max_question_tokens) and evict_every exclude each other")
         if evict_every is not None:
             eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
         self._drafting = Drafting(

@@ -8,10 +8,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import save_params
 from lookahead_jax.cli import main
 from lookahead_jax.commands.options import EvictionOptions, ModelOptions
 from lookahead_jax.files import atomic_path, atomic_write
@@ -25,16 +23,7 @@ TEXT = "def add(a, b):\n    return a + b\n" * 6
 def model_dir(tmp_path_factory):
     """A tiny Llama with one token per byte."""
     folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps({**tiny.LLAMA, "vocab_size": VOCABULARY}))
-    config = tiny.config(vocab_size=VOCABULARY)
-    save_params(folder, tiny.params(config), config)
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = sorted(level.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tiny.save_bytes_model(folder, vocab_size=VOCABULARY)
     return folder
 
 

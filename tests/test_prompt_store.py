@@ -14,7 +14,8 @@ from lookahead_jax.decoding import decode
 from lookahead_jax.engine import Engine
 from lookahead_jax.generation import generate
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prompt_store import PromptStore, Read, extend
+from lookahead_jax.prefill import extend
+from lookahead_jax.prompt_store import PromptStore, Read
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.requests import Request
 from tests import tiny
@@ -171,8 +172,13 @@ def test_documents_have_limits(engine, change, message):
         engine.submit(Request(**given))
 
 
-def test_a_question_may_not_have_less_than_no_tokens(model):
-    with pytest.raises(ValueError, match="max_question_tokens must be at least 0, not -1"):
-        Engine(
-            model, policy=POLICY, budget=BUDGET, rows=1, max_new_tokens=1, max_question_tokens=-1
-        )
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_question_tokens=-1), "max_question_tokens must be at least 0, not -1"),
+        (dict(max_question_tokens=1, evict_every=8), "evict_every exclude each other"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model, policy=POLICY, budget=BUDGET, rows=1, max_new_tokens=1, **options)

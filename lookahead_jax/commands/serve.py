@@ -34,6 +34,8 @@ class Serve:
     """The most tokens a continuation may have."""
     max_prompt_tokens: Annotated[int | None, option("INT")] = None
     """The longest prompt; left out, what the model's positions leave beside --max-tokens."""
+    evict_every: Annotated[int | None, option("INT")] = None
+    """Cut the cache back to the budget every so many new tokens; see lookahead generate --help."""
     max_question_tokens: int = 0
     """The longest prompt behind a `document`, for which every row has room; 0 takes none."""
     prompt_store_mb: int = 256
@@ -53,6 +55,7 @@ def main(config: Serve) -> None:
 
     key = None if config.api_key_file is None else read_key(config.api_key_file)
     eviction = config.eviction.resolve(config.source)
+    drafter = config.drafting.make(config.source.dtype)
     model = config.source.load()
     engine = lk.Engine(
         model,
@@ -63,8 +66,9 @@ def main(config: Serve) -> None:
         max_new_tokens=config.max_tokens,
         max_prompt_tokens=config.max_prompt_tokens,
         max_question_tokens=config.max_question_tokens,
-        drafter=config.drafting.make(config.source.dtype),
+        drafter=drafter,
         draft_nodes=config.drafting.draft_nodes,
+        evict_every=config.evict_every,
         prompt_store_bytes=config.prompt_store_mb * 10**6,
     )
     name = "embedded" if config.source.model is None else config.source.model.resolve().name

@@ -140,7 +140,7 @@ class Body(_Strict):
     @pydantic.model_validator(mode="after")
     def _only_streams_have_options(self):
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options need stream = true")
+            raise _wrong("stream_options", "stream_options need stream = true")
         return self
 
 
@@ -162,7 +162,8 @@ class ChatBody(Body):
     @pydantic.model_validator(mode="after")
     def _one_maximum(self):
         if None not in (self.max_tokens, self.max_completion_tokens):
-            raise ValueError("max_tokens and max_completion_tokens are one; give one of them")
+            name = "max_completion_tokens"
+            raise _wrong(name, f"{name} is another name of max_tokens; give one of them")
         return self
 
 

@@ -12,8 +12,8 @@ from starlette.types import Receive, Scope, Send
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.service import Call
 
-_BODY_SECONDS = 30.0  # to send a body in, or the rest of one that nobody reads
-_LAST_WORD_SECONDS = 5.0  # to take the error that ends a stream
+_BODY_SECONDS = 30.0  # to send a body in
+_LAST_SECONDS = 5.0  # to send the rest of one that nobody reads, or to take a stream's last error
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -50,7 +50,7 @@ async def discard_body(scope: Scope, receive: Receive) -> None:
     if "expect" in Headers(scope=scope):  # it asks before it sends
         return
     with contextlib.suppress(TimeoutError, Gone):
-        async with asyncio.timeout(_BODY_SECONDS):
+        async with asyncio.timeout(_LAST_SECONDS):
             async for _ in _chunks(receive):
                 pass
 
@@ -100,7 +100,7 @@ class EventStream:
     async def fail(self, why: Refused) -> None:
         """Ends with an error in place of [DONE], if the client takes it."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORD_SECONDS):
+            async with asyncio.timeout(_LAST_SECONDS):
                 await self.put(why.body)
                 await self.close()
 
