@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lookahead_jax.kernels.importance_tpu import (
+    LOG2E,
     block_size,
     live,
     masked_logits,
@@ -52,10 +53,10 @@ def _kernel(
         """Adds the slots whose logits lie in `logits_ref`; the maxima of each lane are known."""
         m = m_ref[...]
         m_new = jnp.broadcast_to(lanes_max.max(-1, keepdims=True), m.shape)
-        shrink = jnp.exp(m - m_new)
+        shrink = jnp.exp2(m - m_new)
         mass, acc = mass_ref[...] * shrink, acc_ref[...] * _across(shrink, acc_ref.shape[1])
         for part in parts:
-            p = jnp.exp(logits_ref[:, part] - _across(m_new, part.stop - part.start))
+            p = jnp.exp2(logits_ref[:, part] - _across(m_new, part.stop - part.start))
             mass = sum((p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)), mass)
             v = values_of(part)
             acc += jax.lax.dot_general(
@@ -97,7 +98,7 @@ def _kernel(
         seen = mass > 0
         mass = jnp.where(seen, mass, 1.0)
         out_ref[...] = (acc_ref[...] / mass).astype(out_ref.dtype)
-        lse = jnp.where(seen, m_ref[:, :1] + jnp.log(mass), -jnp.inf)
+        lse = jnp.where(seen, m_ref[:, :1] / LOG2E + jnp.log(mass), -jnp.inf)
         lse_ref[...] = jnp.broadcast_to(lse, m_ref.shape).T[:1]
 
 

@@ -9,6 +9,7 @@ Letters: B batch, M observing rows, N query heads, K KV heads, G = N / K, H head
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 _NEVER = jnp.iinfo(jnp.int32).max  # position of an empty slot, as the kernels compare it
+LOG2E = 1.0 / math.log(2.0)
 _LANES = 128
 _STATISTICS_BLOCK = 512  # keys whose logits exist at once while row sums are found
 _ROWS = 256  # rows of a tile, all heads of a group together
@@ -68,13 +70,18 @@ def read_at(bounds_ref, batch, head, heads: int, block, size: int):
 
 
 def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap):
-    """Logits [R, S] in float32 of one tile on one block, and which of them are visible."""
-    logits = jax.lax.dot_general(
+    """Logits [R, S] of one tile on one block, float32 in units of log(2), and who sees whom.
+
+    Powers of two are what the hardware has: exp(x - lse) would cost one more product an element.
+    """
+    raw = jax.lax.dot_general(
         q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
-    ) * scale  # fmt: skip
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits * (1.0 / softcap))
+    )  # fmt: skip
+    if softcap is None:
+        logits = raw * (scale * LOG2E)
+    else:
+        logits = (softcap * LOG2E) * jnp.tanh(raw * (scale / softcap))
     k_pos = jnp.where(k_pos < 0, _NEVER, k_pos)
     seen = k_pos <= q_pos
     if window is not None:
@@ -97,8 +104,8 @@ def _lse_kernel(
         parts = [logits[:, i : i + _LANES] for i in range(0, logits.shape[1], _LANES)]
         m = m_ref[...]
         m_new = functools.reduce(jnp.maximum, parts, m)
-        new = sum(jnp.exp(part - m_new) for part in parts)
-        mass_ref[...] = mass_ref[...] * jnp.exp(m - m_new) + new
+        new = sum(jnp.exp2(part - m_new) for part in parts)
+        mass_ref[...] = mass_ref[...] * jnp.exp2(m - m_new) + new
         m_ref[...] = m_new
 
     def rows():
@@ -131,9 +138,9 @@ def _lse_kernel(
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
         m = m_ref[...].max(-1, keepdims=True)
-        mass = (mass_ref[...] * jnp.exp(m_ref[...] - m)).sum(-1, keepdims=True)
+        mass = (mass_ref[...] * jnp.exp2(m_ref[...] - m)).sum(-1, keepdims=True)
         seen = mass > 0
-        lse = jnp.where(seen, m + jnp.log(jnp.where(seen, mass, 1.0)), -jnp.inf)
+        lse = jnp.where(seen, m / LOG2E + jnp.log(jnp.where(seen, mass, 1.0)), -jnp.inf)
         out_ref[...] = lse.reshape(groups, tile, 1)
 
 
@@ -157,7 +164,7 @@ def _columns_kernel(
             q, k_ref[...], k_pos_ref[...], q_pos, window_ref[0] if windowed else None,
             scale=scale, softcap=softcap,
         )  # fmt: skip
-        p = jnp.where(seen, jnp.exp(logits - lse_ref[...].reshape(groups * tile, 1)), 0.0)
+        p = jnp.where(seen, jnp.exp2(logits - lse_ref[...].reshape(groups * tile, 1)), 0.0)
         p = p.reshape(groups, tile, p.shape[-1])
         if maximum:
             out_ref[...] = jnp.maximum(out_ref[...], p.max(1))
@@ -273,7 +280,7 @@ def column_scores(
     """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T]."""
     batch, heads, groups, _, dim = q.shape
     q, q_pos, k_pos, windows, tile, size = _layout(q, q_pos, k, k_pos, window, key_block)
-    lse = pad_axis(lse, 3, tile)[..., None]
+    lse = pad_axis(lse * LOG2E, 3, tile)[..., None]
     kernel = functools.partial(
         _columns_kernel, scale=scale, softcap=softcap, windowed=window is not None,
         maximum=maximum, size=size,

@@ -194,8 +194,8 @@ class Drafting:
 
     def _propose(self, host: HostDrafter, state: DecodeState, nodes: int) -> list[Draft]:
         """What the host drafter says about every row that is running."""
-        tokens, counts, limits, done = jax.device_get(
-            (state.tokens, state.count, state.limit, state.done)
+        tokens, counts, limits, done = (
+            np.asarray(a) for a in (state.tokens, state.count, state.limit, state.done)
         )
         begin = time.perf_counter()
         drafts = []

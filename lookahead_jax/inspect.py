@@ -85,7 +85,7 @@ def render(
         data["steps"] = _drawn(steps)
         section = "\n" + _template("steps.html")
     page = _template("inspect.html").replace("__STEPS__", section)
-    return page.replace("__DATA__", _embed(data))
+    return page.replace("__DATA__", embed_json(data))
 
 
 def _template(name: str) -> str:
@@ -161,7 +161,7 @@ def _marks(prompt: str, offsets: Sequence[tuple[int, int]], mark: str) -> list[t
     return ranges
 
 
-def _embed(data: object) -> str:
+def embed_json(data: object) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -126,23 +126,26 @@ class SamplingOptions:
 class DraftingOptions:
     drafter: Annotated[str, option("NAME")] = "none"
     """What drafts several tokens a step: trie, suffix, both as trie+suffix, prompt_lookup,
-    recycling or draft_model."""
+    recycling, draft_model or drawn_model."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Nodes of a step's tree: 1, 8, 16, 32, 64 or 128; left out, as many as pay."""
     draft_model: Folder = None
-    """Folder of the smaller checkpoint that drafter draft_model reads."""
+    """Folder of the smaller checkpoint that draft_model and drawn_model read."""
 
     def make(self, dtype: str | None):
         """The drafter these options name."""
         from lookahead_jax.drafters import make_drafter
 
-        if (self.drafter == "draft_model") != (self.draft_model is not None):
-            raise UsageError("--drafter draft_model and --draft-model DIR go together")
+        reads = self.drafter in ("draft_model", "drawn_model")
+        if reads != (self.draft_model is not None):
+            raise UsageError(
+                "--draft-model DIR goes together with --drafter draft_model or drawn_model"
+            )
         if self.draft_model is None:
             return make_drafter(self.drafter)
         import lookahead_jax as lk
 
-        return make_drafter("draft_model", model=lk.load(self.draft_model, dtype=dtype))
+        return make_drafter(self.drafter, model=lk.load(self.draft_model, dtype=dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,9 +104,10 @@ class NoDrafter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(NoDrafter):
-    """Trees that the host has made: the state is the tree of the next step."""
+    """Trees that the host has made: the state is those of the next step, from `host.pack`."""
 
     def propose(
-        self, weights: Weights, state: TokenTree, root: jax.Array, nodes: int
+        self, weights: Weights, state: jax.Array, root: jax.Array, nodes: int
     ) -> tuple[State, TokenTree]:
-        return state, TokenTree(state.tokens.at[:, 0].set(root), state.parents)
+        tokens, parents = state
+        return state, TokenTree(tokens.at[:, 0].set(root), parents)
