@@ -37,7 +37,7 @@ def server(tmp_path_factory):
         max_new_tokens=NEW, max_prompt_tokens=PROMPT, burst=4, prompt_store_bytes=STORED,
     )  # fmt: skip
     engine.warm_up()
-    with running(model, engine, rows=ROWS, max_queue=24, max_body_bytes=20_000) as server:
+    with running(model, engine, max_queue=24, max_body_bytes=20_000) as server:
         yield server
 
 

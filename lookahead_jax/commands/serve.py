@@ -72,7 +72,7 @@ def main(config: Serve) -> None:
         prompt_store_bytes=config.prompt_store_mb * 10**6,
     )
     name = "embedded" if config.source.model is None else config.source.model.resolve().name
-    service = Service(engine, rows=config.rows, limits=config.limits)
+    service = Service(engine, config.limits)
     server = Server(service, model, name=name, api_key=key)
     with bind(config.host, config.port, has_key=key is not None) as socket:
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
