@@ -124,6 +124,11 @@ class Engine:
         self._cancelled: set[int] = set()
 
     @property
+    def rows(self) -> int:
+        """Requests that may decode at the same time."""
+        return len(self._rows)
+
+    @property
     def waiting(self) -> int:
         """Requests that have no row yet."""
         with self._changed:

@@ -15,7 +15,7 @@ import openai
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.engine import Engine
 from lookahead_jax.server.limits import ServerLimits
-from lookahead_jax.server.run import Server, listen
+from lookahead_jax.server.run import Server, bind
 from lookahead_jax.server.service import Service
 
 NAME = "tiny"
@@ -60,12 +60,12 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    model: Model, engine: Engine, *, rows: int, key: str | None = None, **limits: float
+    model: Model, engine: Engine, *, key: str | None = None, **limits: float
 ) -> Iterator[Running]:
     """Serves `engine` until the block ends; fails if the server does not end by itself."""
-    service = Service(engine, rows=rows, limits=ServerLimits(**limits))
+    service = Service(engine, ServerLimits(**limits))
     server = Server(service, model, name=NAME, api_key=key)
-    with listen("127.0.0.1", 0, has_key=True) as socket:
+    with bind("127.0.0.1", 0, has_key=True) as socket:
         thread = threading.Thread(target=lambda: server.run(sockets=[socket]), daemon=True)
         thread.start()
         until(lambda: server.started)

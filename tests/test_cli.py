@@ -308,7 +308,8 @@ def test_the_traceback_is_there_when_asked_for(monkeypatch, capsys):
 def test_python_m_shows_the_commands():
     command = [sys.executable, "-m", "lookahead_jax", "--help"]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert all(name in run.stdout for name in ("generate", "score", "logits", "inspect", "demo"))
+    commands = ("generate", "score", "logits", "inspect", "demo", "serve")
+    assert all(name in run.stdout for name in commands)
 
 
 def test_atomic_writes_leave_the_old_file_on_failure(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from lookahead_jax.cli import main
 from lookahead_jax.commands.serve import read_key
 from lookahead_jax.server.limits import ServerLimits
-from lookahead_jax.server.run import listen
+from lookahead_jax.server.run import bind
 from tests import tiny
 
 
@@ -90,20 +90,21 @@ def test_a_key_is_one_line_of_ascii(tmp_path, content):
 
 def test_others_are_let_in_without_a_key_only_with_a_warning():
     with pytest.warns(UserWarning, match="without a key"):
-        listen("0.0.0.0", 0, has_key=False).close()
+        bind("0.0.0.0", 0, has_key=False).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        listen("0.0.0.0", 0, has_key=True).close()
-        listen("127.0.0.1", 0, has_key=False).close()
-        listen("localhost", 0, has_key=False).close()
+        bind("0.0.0.0", 0, has_key=True).close()
+        bind("127.0.0.1", 0, has_key=False).close()
+        bind("localhost", 0, has_key=False).close()
 
 
 def test_a_port_in_use_is_an_error():
     with (
-        listen("127.0.0.1", 0, has_key=True) as taken,
+        bind("127.0.0.1", 0, has_key=True) as taken,
         pytest.raises(OSError, match="in use"),
     ):
-        listen("127.0.0.1", taken.getsockname()[1], has_key=True)
+        taken.listen()
+        bind("127.0.0.1", taken.getsockname()[1], has_key=True)
 
 
 def test_limits_have_a_least_value():

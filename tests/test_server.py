@@ -42,7 +42,7 @@ def server(model):
     """One for all tests that leave it as it was."""
     engine = make_engine(model)
     engine.warm_up()
-    with running(model, engine, rows=ROWS, max_body_bytes=100_000) as server:
+    with running(model, engine, max_body_bytes=100_000) as server:
         yield server
 
 
@@ -416,7 +416,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server, gate):
 
 def test_a_full_queue_and_a_long_wait(model, spare, spare_gate):
     limits = dict(max_queue=1, queue_seconds=1.0)
-    with running(model, spare, rows=ROWS, **limits) as server, ThreadPoolExecutor(8) as pool:
+    with running(model, spare, **limits) as server, ThreadPoolExecutor(8) as pool:
         client = server.client()
         many = [pool.submit(client.completions.create, **fields(n=ROWS, max_tokens=NEW))]
         until(lambda: spare.alive == ROWS)
@@ -437,7 +437,7 @@ def test_a_full_queue_and_a_long_wait(model, spare, spare_gate):
 
 
 def test_a_request_that_takes_too_long(model, spare, spare_gate):
-    with running(model, spare, rows=ROWS, request_seconds=1.0) as server:
+    with running(model, spare, request_seconds=1.0) as server:
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(server.send, "POST", "/v1/completions", fields(max_tokens=NEW))
             until(lambda: spare.alive == 1)
@@ -457,7 +457,7 @@ def test_a_request_that_takes_too_long(model, spare, spare_gate):
 
 
 def test_the_key_is_asked_for_everywhere_but_for_health(model, spare):
-    with running(model, spare, rows=ROWS, key=KEY) as server:
+    with running(model, spare, key=KEY) as server:
         assert server.client(KEY).models.list().data
         assert server.client(KEY).completions.create(**fields()).choices
         for wrong in ("", "sesam", "sesame2", "Sesame", "\u00e9"):
@@ -473,7 +473,7 @@ def test_the_key_is_asked_for_everywhere_but_for_health(model, spare):
 
 
 def test_a_signal_lets_requests_finish_and_takes_no_more(model, spare, spare_gate):
-    with running(model, spare, rows=ROWS) as server, ThreadPoolExecutor(4) as pool:
+    with running(model, spare) as server, ThreadPoolExecutor(4) as pool:
         idle = server.connect()
         idle.request("GET", "/health")
         idle.getresponse().read()
@@ -493,7 +493,7 @@ def test_a_signal_lets_requests_finish_and_takes_no_more(model, spare, spare_gat
 
 
 def test_what_does_not_finish_in_time_fails_explicitly(model, spare, spare_gate):
-    with running(model, spare, rows=ROWS, shutdown_seconds=1.0) as server:
+    with running(model, spare, shutdown_seconds=1.0) as server:
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(server.send, "POST", "/v1/completions", fields(max_tokens=NEW))
             until(lambda: spare.alive == 1)
@@ -530,7 +530,7 @@ def test_a_dead_engine_fails_everything_and_says_so(model, spare, monkeypatch, c
         raise RuntimeError("no device")
 
     monkeypatch.setattr(spare, "step", fail)
-    with running(model, spare, rows=ROWS) as server, ThreadPoolExecutor(2) as pool:
+    with running(model, spare) as server, ThreadPoolExecutor(2) as pool:
         waits = pool.submit(server.send, "POST", "/v1/completions", fields())
         until(lambda: spare.alive == 1)
         release.set()

@@ -45,7 +45,7 @@ class Serve:
 
 def main(config: Serve) -> None:
     try:
-        from lookahead_jax.server.run import Server, listen
+        from lookahead_jax.server.run import Server, bind
         from lookahead_jax.server.service import Service
     except ImportError as error:
         raise ValueError(
@@ -72,9 +72,9 @@ def main(config: Serve) -> None:
         prompt_store_bytes=config.prompt_store_mb * 10**6,
     )
     name = "embedded" if config.source.model is None else config.source.model.resolve().name
-    service = Service(engine, rows=config.rows, limits=config.limits)
+    service = Service(engine, config.limits)
     server = Server(service, model, name=name, api_key=key)
-    with listen(config.host, config.port, has_key=key is not None) as socket:
+    with bind(config.host, config.port, has_key=key is not None) as socket:
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up()
         host, port = socket.getsockname()[:2]

@@ -40,7 +40,7 @@ class Endpoint:
                 unread = False
                 leaving = asyncio.create_task(watch(receive, call))
                 try:
-                    body = parse(self._kind, content)
+                    body = await asyncio.to_thread(parse, self._kind, content)
                     answer = await self._answer(call, body, stream)
                 finally:
                     leaving.cancel()

@@ -15,8 +15,11 @@ from lookahead_jax.server.service import Service
 _LAST_SECONDS = 10  # after the time to finish: for the errors of those that did not
 
 
-def listen(host: str, port: int, *, has_key: bool) -> socket.socket:
-    """A bound socket; port 0 takes a free one. Warns where others can come in without a key."""
+def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
+    """A socket that is bound, and listens once a server runs on it; port 0 takes a free one.
+
+    Warns where others can come in without a key.
+    """
     try:
         family, _, _, _, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -26,7 +29,14 @@ def listen(host: str, port: int, *, has_key: bool) -> socket.socket:
             f"listening at {host} without a key: whoever reaches it can use it (--api-key-file)",
             stacklevel=2,
         )
-    return socket.create_server((address, port), family=family, backlog=1024)
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((address, port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 class Server(uvicorn.Server):

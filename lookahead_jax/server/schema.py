@@ -167,10 +167,10 @@ class ChatBody(Body):
         return self
 
 
-AnyBody = TypeVar("AnyBody", bound=Body)
+_Kind = TypeVar("_Kind", bound=Body)
 
 
-def parse(kind: type[AnyBody], content: bytes) -> AnyBody:
+def parse(kind: type[_Kind], content: bytes) -> _Kind:
     """The fields of a body; `Refused` with status 400 names the first that is wrong."""
     try:
         fields = from_json(content, allow_inf_nan=False)

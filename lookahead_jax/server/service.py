@@ -24,11 +24,11 @@ _RETRY = {"Retry-After": "1"}
 class Service:
     """An engine that several HTTP requests use; its methods belong to the event loop."""
 
-    def __init__(self, engine: Engine, *, rows: int, limits: ServerLimits):
+    def __init__(self, engine: Engine, limits: ServerLimits):
         self.engine = engine
         self.limits = limits
         self.metrics = Metrics(engine)
-        self.places = rows + limits.max_queue
+        self.places = engine.rows + limits.max_queue
         self._calls: set[Call] = set()
         self._closed: Refused | None = None  # why nothing more is taken on
         self._stop = threading.Event()
