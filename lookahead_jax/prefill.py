@@ -45,7 +45,7 @@ class Prefilled(NamedTuple):
     scores: jax.Array | None  # [L, B, K, T] float32, if asked for
 
 
-def _cut(view: LayerView, kept: Kept, slots: int):
+def cut_layer(view: LayerView, kept: Kept, slots: int):
     """The kept entries of a layer, padded to `slots`: k, v, pos and how many."""
 
     def take(a):
@@ -62,7 +62,7 @@ def _cut(view: LayerView, kept: Kept, slots: int):
     )
 
 
-def _slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
+def static_slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
     """The most entries a head keeps, and the rounded slots, which must hold them."""
     limit = policy.max_entries(tokens, budget, config)
     slots = round_up(slots, SLOT_MULTIPLE)
@@ -97,7 +97,7 @@ def prefill(
     may keep.
     """
     padded = tokens.shape[1]
-    limit, slots = _slots(policy, padded, budget, slots, config)
+    limit, slots = static_slots(policy, padded, budget, slots, config)
     tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
@@ -122,7 +122,7 @@ def prefill(
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, layer_budget, limit, budget)
-        entry = _cut(view, kept, slots)
+        entry = cut_layer(view, kept, slots)
         return (x, buffers, rows), (entry, scores[..., :padded] if with_scores else None)
 
     carry = (x, layer_buffers(prompt, x.dtype, config), None if observer is None else observer.x)
@@ -159,7 +159,7 @@ def compress(
     The second pass of the two-pass policies (oracle, LAQ), and re-scoring while decoding.
     Returns the smaller cache and the scores float32 [L, B, K, S] over the old slots, if asked.
     """
-    limit, slots = _slots(policy, cache.slots, budget, slots, config)
+    limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     rope = rope_tables(config, observer.positions, cache.rope_span)
 
     def step(rows, inputs):
@@ -172,7 +172,7 @@ def compress(
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, layer_budget, limit, budget)
-        return rows, (_cut(view, kept, slots), scores if with_scores else None)
+        return rows, (cut_layer(view, kept, slots), scores if with_scores else None)
 
     budgets = policy.layer_budgets(cache.next_pos, budget, config)
     _, ((k, v, pos, filled), scores) = scan_layers(
