@@ -47,7 +47,7 @@ class TailAttention(Full):
         seen = visible_by_position(queries.pos, view.pos, view.window)[:, :, None]
         probs = jax.nn.softmax(jnp.where(seen, raw, -jnp.inf), axis=-1)
         probs = jnp.where(seen, probs, 0.0)  # a row that sees nothing is no number
-        weight = jnp.linspace(0.0, 1.0, rows, dtype=jnp.float32)[:, None]
+        weight = jnp.linspace(0.0, 1.0, rows, dtype=jnp.float32)[None, None, None, :, None]
         return (probs * weight).max((2, 3))
 
 

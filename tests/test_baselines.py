@@ -64,7 +64,7 @@ def test_speckv_without_drafts_says_what_is_missing():
 
 def tiny_model(config):
     defaults = GenerationDefaults(
-        bos_id=None, eos_ids=(), do_sample=False, temperature=1.0, top_k=None, top_p=None
+        bos_id=None, eos_ids=(), pad_id=None, temperature=None, top_k=None, top_p=None
     )
     return Model(
         params=weights(config),
