@@ -148,7 +148,12 @@ def model_folder(name: str) -> Path:
 
 def modules_folder(config: RunConfig, model: str) -> Path | None:
     """Where the lookahead modules for a model are, if there are any."""
-    return config.lookahead or (EMBEDDED_MODULES if model == EMBEDDED else None)
+    return modules_folder_of(config.lookahead, model)
+
+
+def modules_folder_of(given: Path | None, model: str) -> Path | None:
+    """The folder that was given, or what ships for the embedded model."""
+    return given or (EMBEDDED_MODULES if model == EMBEDDED else None)
 
 
 def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cell]:
