@@ -8,13 +8,19 @@ in the number of context slots: the context is swept in blocks with a running so
 Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H head dim, S slots.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
 
 # Floor of the running row maximum. Masked logits are -inf, so a row that sees nothing keeps
 # this finite maximum, collects no mass, and comes out as zeros instead of NaN.
 _FLOOR = -1e30
 KEY_BLOCK = 512
+Slots = tuple[jax.Array | int, jax.Array | int]  # half-open range; arrays are scalars or [B, K]
 
 
 def softcap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:
@@ -83,23 +89,99 @@ def block_attention(
     scale: float,
     softcap: float | None,
     window: jax.Array | int | None,
-    slots: tuple[jax.Array | int, jax.Array | int] | None = None,
-    key_block: int = KEY_BLOCK,
+    slots: Slots | None = None,
+    key_block: int | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention of P rows over the context and the block, computed in float32.
 
     Returns the output [B, P, N, H] in the dtype of `q` and the log-sum-exp of each row's logits,
     float32 [B, N, P] (-inf for a row that sees nothing; its output is zeros). `slots` bounds the
-    slots worth reading, as a half-open range; with traced bounds the sweep skips the rest at run
-    time, and is then not reverse-differentiable. Slots with position -1 may hold anything, NaN
-    included.
+    slots worth reading, as a half-open range, for all rows or for each row and KV head; with
+    traced bounds XLA's sweep skips the rest at run time, and is then not reverse-differentiable.
+    Slots with position -1 may hold anything, NaN included.
+
+    `implementation` None takes the platform's own (Pallas on TPU, XLA elsewhere), or XLA where
+    that cannot; a named one runs or raises NotImplementedError. On several devices call it under
+    `jax.set_mesh`: kernels then run on each device's rows and heads.
     """
+    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, context))
+    run = _xla if name == "xla" or context is None else functools.partial(_pallas, name)
+    return run(
+        q, k, v, own_visible, q_pos, context,
+        scale=scale, softcap=softcap, window=window, slots=slots, key_block=key_block,
+    )  # fmt: skip
+
+
+def _unsupported(name: Implementation, q: jax.Array, context: Any) -> str | None:
+    """Why a kernel cannot take these arguments, or None."""
+    if context is None:
+        return "attention without a context is left to XLA"
+    if name == "pallas_gpu":
+        from lookahead_jax.kernels.attention_gpu import unsupported
+    else:
+        from lookahead_jax.kernels.importance_tpu import unsupported
+    return unsupported(q, context[0])
+
+
+def own_seen(own_visible: jax.Array, q_pos: jax.Array, window: jax.Array | int | None) -> jax.Array:
+    """The block's own visibility with the sliding window: bool [B, P, P]."""
+    if window is None:
+        return own_visible
+    return own_visible & (q_pos[:, :, None] - q_pos[:, None, :] < window)
+
+
+def slot_bounds(slots: Slots | None, batch: int, heads: int, total: int) -> jax.Array:
+    """The range of slots worth reading, for each row and KV head: int32 [B, K, 2]."""
+    first, last = slots if slots is not None else (0, total)
+    ends = [jnp.broadcast_to(jnp.asarray(a, jnp.int32), (batch, heads)) for a in (first, last)]
+    return jnp.stack(ends, axis=-1)
+
+
+def sweep_range(slots: Slots | None, total: int, size: int):
+    """The blocks of `size` slots that hold the range of any row and head."""
+    first, last = slots if slots is not None else (0, total)
+    first = first.min() if isinstance(first, jax.Array) else first
+    last = last.max() if isinstance(last, jax.Array) else last
+    return first // size, -(-last // size)
+
+
+def _pallas(
+    name, q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots, key_block
+):
+    """A kernel on each device's rows and heads; same arguments and results as `_xla`."""
+    from lookahead_jax.kernels.gradients import Places, Static, attend
+
+    if name == "pallas_gpu":
+        from lookahead_jax.kernels import attention_gpu as backend
+    else:
+        from lookahead_jax.kernels import attention_tpu as backend
+    static = Static(functools.partial(backend.attend, key_block=key_block), scale, softcap)
+    ctx_k, ctx_v, ctx_pos = context
+    bounds = slot_bounds(slots, q.shape[0], k.shape[1], ctx_k.shape[2])
+    seen = own_seen(own_visible, q_pos, window).astype(jnp.int8)
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+
+    def local(q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window):
+        b, p, n, h = q.shape
+        places = Places(q_pos, ctx_pos, seen, bounds.reshape(-1), window)
+        out, lse = attend(static, grouped(q, k.shape[1]), k, v, ctx_k, ctx_v, places)
+        return out.transpose(0, 3, 1, 2, 4).reshape(b, p, n, h), lse.reshape(b, n, p)
+
+    return per_shard(
+        local,
+        (q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window),
+        ("BPNH", "BKPH", "BKPH", "BKSH", "BKSH", "BP", "BKS", "BPP", "BKE", ""),
+        ("BPNH", "BNP"),
+    )
+
+
+def _xla(q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots, key_block):
+    """The formula: the context in blocks with a running softmax. It defines the semantics."""
     b, p, n, h = q.shape
     kv_heads = k.shape[1]
     qg = grouped(q, kv_heads)
-    own = own_visible[:, None]
-    if window is not None:
-        own = own & (q_pos[:, None, :, None] - q_pos[:, None, None, :] < window)
+    own = own_seen(own_visible, q_pos, window)[:, None]
 
     def logits_of(keys, mask):
         raw = jnp.einsum("bkgph,bksh->bkgps", qg, keys, preferred_element_type=jnp.float32)
@@ -116,7 +198,7 @@ def block_attention(
     if context is not None and context[0].shape[2] > 0:
         ctx_k, ctx_v, ctx_pos = context
         total = ctx_k.shape[2]
-        size, count = key_blocks(total, key_block)
+        size, count = key_blocks(total, key_block or KEY_BLOCK)
 
         def step(j, state):
             (kb, vb, pb), new = read_block(j, size, total, ctx_k, ctx_v, ctx_pos[..., None])
@@ -128,8 +210,7 @@ def block_attention(
         if count == 1:
             state = step(0, state)
         else:
-            first, last = slots if slots is not None else (0, total)
-            state = jax.lax.fori_loop(first // size, -(-last // size), step, state)
+            state = jax.lax.fori_loop(*sweep_range(slots, total, size), step, state)
 
     m, mass, out = state
     out = out / jnp.where(mass > 0, mass, 1.0)[..., None]

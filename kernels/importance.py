@@ -9,6 +9,7 @@ Letters: B batch, M observing queries, N query heads, K KV heads, G = N / K, H h
 Source: LookaheadKV (arXiv 2603.10899), section 3; SnapKV (arXiv 2404.14469) for the pooling.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -16,12 +17,17 @@ import jax.numpy as jnp
 
 from lookahead_jax.kernels.attention import (
     KEY_BLOCK,
+    Slots,
     grouped,
     key_blocks,
+    own_seen,
     read_block,
+    slot_bounds,
     softcap_logits,
+    sweep_range,
     visible_by_position,
 )
+from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
 
 Reduce = Literal["mean", "sum", "max"]
 Pool = Literal["avg", "max"]
@@ -64,21 +70,83 @@ def head_scores(
     window: jax.Array | int | None,
     reduce: Reduce,
     lse: jax.Array | None = None,  # [B, N, M] float32, if the attention has already found it
-    slots: tuple[jax.Array | int, jax.Array | int] | None = None,
-    key_block: int = KEY_BLOCK,
+    slots: Slots | None = None,
+    key_block: int | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Probability of each entry under the observers, float32 [B, N, T], per query head.
 
     The softmax runs over everything an observer sees: the entries and, with `own`, the
     observers' own keys (which get no score). Rows with position -1 are left out of the
-    reduction; `mean` divides by the number of rows that count. Invisible entries score 0.
+    reduction; `mean` divides by the number of rows that count. Invisible entries score 0. `slots`
+    and `implementation` as in `attention.block_attention`.
     """
+    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
+    run = _xla if name == "xla" else functools.partial(_pallas, name)
+    return run(
+        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
+        lse=lse, slots=slots, key_block=key_block,
+    )  # fmt: skip
+
+
+def _unsupported(name: Implementation, q: jax.Array, k: jax.Array) -> str | None:
+    """Why a kernel cannot take these arguments, or None."""
+    if name == "pallas_gpu":
+        from lookahead_jax.kernels.importance_gpu import unsupported
+    else:
+        from lookahead_jax.kernels.importance_tpu import unsupported
+    return unsupported(q, k)
+
+
+def _rows_that_count(q_pos: jax.Array) -> jax.Array:
+    """How many observers each batch row has, at least 1: float32 [B]."""
+    return jnp.maximum((q_pos >= 0).sum(1), 1).astype(jnp.float32)
+
+
+def _pallas(
+    name, q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block
+):
+    """Kernels on each device's rows and heads; same arguments and results as `_xla`."""
+    from lookahead_jax.kernels.gradients import Places, Static, column_scores, row_lse
+
+    if name == "pallas_gpu":
+        from lookahead_jax.kernels import importance_gpu as backend
+    else:
+        from lookahead_jax.kernels import importance_tpu as backend
+    sweeps = [
+        functools.partial(f, key_block=key_block) for f in (backend.row_lse, backend.column_scores)
+    ]
+    find, sums = (Static(sweep, scale, softcap) for sweep in sweeps)
+    own_k, seen = (None, None) if own is None else own
+    seen = None if seen is None else own_seen(seen, q_pos, window).astype(jnp.int8)
+    bounds = slot_bounds(slots, q.shape[0], k.shape[1], k.shape[2])
+    window = None if window is None else jnp.asarray(window, jnp.int32)
+
+    def local(q, q_pos, k, k_pos, own_k, seen, lse, bounds, window):
+        qg = grouped(q, k.shape[1])
+        places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window)
+        found = row_lse(find, qg, k, own_k, places) if lse is None else lse.reshape(qg.shape[:4])
+        found = jnp.where(jnp.isfinite(found), found, jnp.inf)
+        if reduce == "mean":
+            found += jnp.log(_rows_that_count(q_pos))[:, None, None, None]
+        scores = column_scores(sums, reduce == "max", qg, k, found, places)
+        return scores.reshape(q.shape[0], q.shape[2], k.shape[2])
+
+    return per_shard(
+        local,
+        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window),
+        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", ""),
+        ("BNT",),
+    )
+
+
+def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block):
+    """The formula, in blocks of keys. It defines the semantics."""
     b, _, n, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     qg = grouped(q, kv_heads)
     rows = qg.shape[:4]
-    size, count = key_blocks(total, key_block)
-    first, last = slots if slots is not None else (0, total)
+    size, count = key_blocks(total, key_block or KEY_BLOCK)
 
     def logits_of(keys, mask):
         raw = jnp.einsum("bkgmh,bksh->bkgms", qg, keys, preferred_element_type=jnp.float32)
@@ -93,7 +161,7 @@ def head_scores(
         # One block needs no loop: XLA then shares its logits with the attention before it.
         if count == 1:
             return step(0, state)
-        return jax.lax.fori_loop(first // size, -(-last // size), step, state)
+        return jax.lax.fori_loop(*sweep_range(slots, total, size), step, state)
 
     if lse is None:
 
@@ -104,10 +172,8 @@ def head_scores(
 
         state = (jnp.full(rows, _FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32))
         if own is not None:
-            own_mask = own[1][:, None]
-            if window is not None:
-                own_mask &= q_pos[:, None, :, None] - q_pos[:, None, None, :] < window
-            state = statistics(logits_of(own[0], own_mask), state)
+            mask = own_seen(own[1], q_pos, window)[:, None]
+            state = statistics(logits_of(own[0], mask), state)
         m, mass = sweep(lambda j, s: statistics(block_logits(j), s), state)
         row_lse = jnp.where(mass > 0, m + jnp.log(jnp.where(mass > 0, mass, 1.0)), jnp.inf)
     else:
@@ -125,8 +191,7 @@ def head_scores(
     scores = jnp.zeros((*rows[:3], total), jnp.float32)
     scores = sweep(columns, scores)
     if reduce == "mean":
-        rows_that_count = jnp.maximum((q_pos >= 0).sum(1), 1).astype(jnp.float32)
-        scores = scores / rows_that_count[:, None, None, None]
+        scores = scores / _rows_that_count(q_pos)[:, None, None, None]
     return scores.reshape(b, n, total)
 
 
@@ -145,11 +210,13 @@ def importance_scores(
     pool: tuple[Pool, int] | None,
     group: Literal["mean", "max"],
     lse: jax.Array | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """`head_scores`, pooled per query head, then reduced over each group: float32 [B, K, T]."""
     scores = head_scores(
-        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce, lse=lse
-    )
+        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
+        lse=lse, implementation=implementation,
+    )  # fmt: skip
     if pool is not None:
         per_head = valid.shape[1] > 1
         valid = jnp.repeat(valid, q.shape[2] // k.shape[1], axis=1) if per_head else valid

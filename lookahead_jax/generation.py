@@ -18,6 +18,7 @@ from lookahead_jax.batching import pad_batch, pad_drafts
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
@@ -78,14 +79,19 @@ class Generation:
     drafting: DraftReport
 
 
-def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Texts through the tokenizer, token rows as they are, less the padding at their end."""
+def encode_prompts(
+    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
+) -> list[list[int]]:
+    """Texts through the tokenizer, token rows as they are, less the padding at their end.
+
+    `special` puts around a text what the tokenizer does (BOS, ...).
+    """
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise ValueError("this model has no tokenizer.json: give token ids")
-            row = model.tokenizer.encode(prompt)
+            row = model.tokenizer.encode(prompt, special=special)
         else:
             row = [int(token) for token in prompt]
             while row and row[-1] == -1:
@@ -128,6 +134,7 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | None = None,
+    evict_every: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -148,9 +155,13 @@ def generate(
 
     `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
     proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
-    the same tokens. `on_step` receives every step's tree and accepted path as NumPy arrays.
+    the same tokens. With `evict_every` = E the policy cuts each row again while it decodes, at
+    every position that is a multiple of E: its heads hold `budget` to `budget` + E entries,
+    however long the text becomes. `on_step` receives every step's tree and accepted path as NumPy
+    arrays.
 
-    Raises ValueError for empty prompts and ids out of range.
+    Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
+    decoding where it should.
     """
     config, params = model.config, model.params
     policy = policy or default_policy(lookahead)
@@ -168,10 +179,13 @@ def generate(
     tokens = place_rows(pad_batch(rows, config=config), params["embed"].sharding)
     behind = None if asked is None else jnp.asarray(pad_batch(asked, config=config))
     whole = tokens if asked is None else jnp.asarray(pad_batch(texts, config=config))
-    room = max_new_tokens + (0 if behind is None else behind.shape[1])
+    asked_width = 0 if behind is None else behind.shape[1]
     expected = pad_drafts(drafts, len(rows), policy.draft_tokens) if policy.uses_draft else None
     asks = requests_to_repeat(model.tokenizer) if policy.replays else ((), ())
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
+    eviction = None
+    if evict_every is not None:
+        eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
 
     drafting = Drafting(
         make_drafter(drafter) if isinstance(drafter, str) else drafter,
@@ -179,15 +193,22 @@ def generate(
         config=config,
         batch=len(rows),
         room=whole.shape[1] + max_new_tokens,
+        eviction=eviction,
+        modules=lookahead,
         on_step=on_step,
     )
 
-    def read(policy: Policy) -> DecodeState:
+    def read(policy: Policy, eviction: DecodeEviction | None) -> DecodeState:
+        added = max_new_tokens
+        if eviction is not None:
+            added = eviction.room(tokens.shape[1], max_new_tokens, config)
         result = read_prompt(
             params, tokens, config=config, policy=policy, budget=budget,
-            new_tokens=room, modules=lookahead, eos_ids=eos_ids, draft=expected, asks=asks,
+            new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
+            eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
+            draft=expected, asks=asks,
         )  # fmt: skip
-        cache, logits = result.cache, result.logits
+        cache, logits, sums = result.cache, result.logits, opening_sums(eviction, result)
         if behind is not None:
             cache, logits = extend(params, behind, cache, config=config)
         state = start(
@@ -197,16 +218,17 @@ def generate(
             eos=jnp.asarray(eos_ids, jnp.int32),
             seen=seen_tokens(whole, config.vocab_size) if packed.penalized else None,
             width=max_new_tokens,
+            sums=sums,
         )  # fmt: skip
         return jax.block_until_ready(state)
 
     overhead = None
     if measure:
-        read(policy)
-        read(Full())
-        keep_all = _seconds(lambda: read(Full()))
+        read(policy, eviction)
+        read(Full(), None)
+        keep_all = _seconds(lambda: read(Full(), None))
     begin = time.perf_counter()
-    state = read(policy)
+    state = read(policy, eviction)
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all
@@ -216,7 +238,7 @@ def generate(
     report = CacheReport(
         kept_per_head=filled.tolist(),
         bytes=state.cache.bytes,
-        full_bytes=_full_bytes(state.cache, tokens.shape[1] + room),
+        full_bytes=_full_bytes(state.cache, tokens.shape[1] + asked_width + max_new_tokens),
     )
     outputs = [
         OutputRow(model.tokenizer, stop, None if on_text is None else partial(on_text, i))

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from lookahead_jax.cache import KVCache
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.kernels.attention import Slots, block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
 from lookahead_jax.layers import Params, by_rows, linear, mlp, rms_norm
 from lookahead_jax.rope import apply_rope, rope_tables
@@ -68,7 +68,7 @@ class Context(NamedTuple):
     k: jax.Array  # [B, K, S, H]
     v: jax.Array  # [B, K, S, H]
     pos: jax.Array  # [B, K or 1, S] int32, -1 = empty
-    slots: tuple[jax.Array | int, jax.Array | int] | None = None  # range worth reading
+    slots: Slots | None = None  # range worth reading
 
 
 NO_WINDOW = np.iinfo(np.int32).max
@@ -227,12 +227,12 @@ def block_visible(block: Block) -> jax.Array:
 
 
 def cache_context(cache: KVCache, layer: jax.Array) -> Context:
-    """One layer of the cache as a context; only slots that some head has filled are read."""
+    """One layer of the cache as a context; only the slots that are filled are worth reading."""
 
     def at(a):
         return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
 
-    return Context(at(cache.k), at(cache.v), at(cache.pos), (0, at(cache.length).max()))
+    return Context(at(cache.k), at(cache.v), at(cache.pos), (0, at(cache.length)))
 
 
 def forward(

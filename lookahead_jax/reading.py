@@ -99,15 +99,15 @@ def _read_twice(
     else:
         again = read_again(params, tokens, draft.window_rows(budget), None, full.cache, config)
         slots = slots_for(draft, full.cache.slots, budget, answer, config=config)
-        copy, _ = compress(
+        copy = compress(
             params, full.cache, again, config=config, policy=draft, budget=budget, slots=slots
-        )
+        ).cache
     response = decode(
         params, copy, full.logits, config=config, max_new_tokens=answer, eos_ids=eos_ids
     ).tokens
     again = read_again(params, tokens, policy.window_rows(budget), response, full.cache, config)
     slots = slots_for(policy, full.cache.slots, budget, room, config=config)
-    cache, scores = compress(
+    cache, scores, _ = compress(
         params, full.cache, again, config=config, policy=policy, budget=budget, slots=slots,
         with_scores=with_scores,
     )  # fmt: skip

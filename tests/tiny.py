@@ -1,12 +1,16 @@
 """Small random models and prompts for the tests."""
 
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from lookahead_jax.batching import pad_batch
+from lookahead_jax.checkpoint import save_params
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
 from lookahead_jax.params import init_params
@@ -41,6 +45,21 @@ def params(model: ModelConfig, seed: int = 0) -> Params:
     sharper = {"q": 3.0, "k": 3.0}
     layers = {name: w * sharper.get(name, 1.0) for name, w in weights["layers"].items()}
     return {**weights, "embed": weights["embed"] * 5.0, "layers": layers}
+
+
+def save_bytes_model(folder: Path, **overrides) -> None:
+    """A checkpoint folder: a tiny Llama with one token per byte."""
+    overrides = {"vocab_size": 256, **overrides}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **overrides}))
+    model = config(**overrides)
+    save_params(folder, params(model), model)
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(level.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def prompts(lengths: tuple[int, ...], seed: int = 0, vocab: int = 97) -> list[list[int]]:

@@ -81,6 +81,7 @@ class Suffix:
             state = _Request(self._plant(), own, output, ids[-self._depth :])
             self._requests[request] = state
             state.learns = self._append(state.root, state.own, ids)
+        self.propose(request, 1, 1)  # for the first of all: what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Reads `tokens` into the request's own tree and the tree of all outputs."""

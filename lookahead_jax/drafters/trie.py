@@ -86,6 +86,7 @@ class Trie:
                 _compiled.close_root(*self._store, root)
                 raise
             self._requests[request] = state
+        self.propose(request, 1, 1)  # for the first of all: what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts the n-grams that `tokens` complete."""

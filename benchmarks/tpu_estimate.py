@@ -1,0 +1,255 @@
+"""What the TPU compiler says about the kernels: an estimate, made without any TPU.
+
+Each kernel is compiled ahead of time for real shapes (package libtpu, extra `tpu-aot`), and the
+compiler's dumps are read: memory, spills, and the final static schedule (VLIW bundles of a grid
+step times the steps, at the chip's clock). The schedule knows no waiting for memory and counts
+code that runs only at a row's first or last step as if it ran at each; so the longer of schedule
+and roofline is what to expect at best. Nothing here has been timed on a TPU.
+
+    python benchmarks/tpu_estimate.py --out benchmarks/results/tpu_estimate.json
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lookahead_jax.files import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ("importance_row_lse", "importance_column_scores", "block_attention")
+UNITS = [
+    "MATMUL",
+    "MATPUSH",
+    "XLU",
+    "VALU",
+    "VPOP",
+    "EUP",
+    "VLOAD",
+    "FILL",
+    "VSTORE",
+    "SPILL",
+    "SALU",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A chip as published; the clock follows from the peak and the number of matrix units."""
+
+    topology: str
+    cores: int
+    clock: float  # Hz; of v6e not published, assumed equal to v5p's
+    bandwidth: float  # byte/s
+    flops: float  # bfloat16
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x4", 1, 1.5e9, 819e9, 197e12),
+    "v5p": Chip("v5p:2x2x1", 2, 1.75e9, 2765e9, 459e12),
+    "v6e": Chip("v6e:2x4", 1, 1.75e9, 1640e9, 918e12),
+}
+
+
+def read_schedule(dump: Path, kernel: str) -> dict[str, Any] | None:
+    """Bundles of the grid loop's body, its trips, and how full its slots are; None: not dumped."""
+    found = sorted(dump.glob(f"*-{kernel}*-final_bundles.txt"))
+    found = [path for path in found if "schedule-analysis" not in path.name]
+    if not found:
+        return None
+    text = found[-1].read_text()
+    table = next(dump.glob(f"{found[-1].name.partition('-')[0]}-{kernel}*utilization.txt"))
+    lines = table.read_text().splitlines()
+    capacity = [int(n) for n in lines[2].split()]
+    rows = [[int(n) for n in line.split()] for line in lines[4:] if line[:1].isdigit()]
+    first = int(re.search(r"^\s*(0x[0-9a-f]+) LB:", text, re.M).group(1), 16)
+    # The loop closes with the last branch backwards; its bound is the grid's steps and two more.
+    closes = re.findall(r"^\s*(0x[0-9a-f]+)\s[^\n]*sbr\.rel \(!%p\d+_p\d+\) target", text, re.M)
+    last = int(closes[-1], 16)
+    trips = re.findall(r"scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test", text)
+    used = [sum(row[i] for row in rows[first:last]) for i in range(len(UNITS))]
+    shares = (round(n / c / (last - first), 2) for n, c in zip(used, capacity, strict=True))
+    return {
+        "bundles": last - first,
+        "trips": int(trips[-1]) - 2,
+        "spills": sum(row[UNITS.index("SPILL")] for row in rows),
+        "occupied": {unit: share for unit, share in zip(UNITS, shares, strict=True) if share},
+    }
+
+
+def read_vmem(dump: Path, kernel: str) -> int | None:
+    """Bytes of vector memory that the kernel's buffers take, from the compiler's report."""
+    sizes = []
+    for path in dump.glob("*vmem_report.html"):
+        data = re.search(r"const DATA ?= ?(\{.*?\});\s*\n", path.read_text(), re.S)
+        entries = json.loads(data.group(1))["hlo_breakdowns"] if data else {}
+        sizes += [e["total_size"] for name, e in entries.items() if name.startswith(kernel)]
+    return max(sizes, default=None)
+
+
+def call(spec: Any) -> Any:
+    """The public operation on the spec's arguments by name."""
+    from lookahead_jax.kernels.attention import block_attention
+    from lookahead_jax.kernels.importance import head_scores
+
+    common = dict(scale=0.088, softcap=None, window=None, implementation="pallas_tpu")
+
+    def scores(a):
+        return head_scores(
+            a["q"], a["q_pos"], a["k"], a["pos"], (a["own_k"], a["visible"]),
+            lse=a.get("lse"), reduce="mean", **common,
+        )  # fmt: skip
+
+    def attention(a):
+        return block_attention(
+            a["q"], a["own_k"], a["own_v"], a["visible"], a["q_pos"], (a["k"], a["v"], a["pos"]),
+            slots=(0, a["length"]), **common,
+        )  # fmt: skip
+
+    return scores if spec.op == "scores" else attention
+
+
+def compile_spec(spec: Any, mesh: Any, dtype: Any, softcap: Any = None) -> Any:
+    """The operation compiled for a mesh: rows over data, heads over tensor."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    def place(name, shape):
+        size = mesh.shape["tensor"]
+        axis = 2 if name == "q" else 1
+        split = name in ("q", "own_k", "own_v", "k", "v", "length", "lse", "pos")
+        split = split and shape.shape[axis] % size == 0
+        names = [None] * len(shape.shape)
+        names[0] = "data" if shape.shape[0] % mesh.shape["data"] == 0 else None
+        if split:
+            names[axis] = "tensor"
+        sharding = NamedSharding(mesh, PartitionSpec(*names))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    arguments = {name: place(name, shape) for name, shape in spec.shapes(dtype).items()}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(call(spec)).lower(arguments).compile()
+
+
+def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
+    """Compiles one spec for one chip and reads what the compiler has written."""
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from lookahead_jax.sharding import make_mesh
+
+    chip = CHIPS[kind]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+    for path in dump.iterdir():
+        path.unlink()
+    program = compile_spec(spec, make_mesh(devices=topology.devices[:1]), jnp.bfloat16)
+    memory = program.memory_analysis()
+    kernels, seconds = {}, 0.0
+    for name in KERNELS:
+        if (schedule := read_schedule(dump, name)) is not None:
+            steps = schedule["trips"] * chip.cores  # the dump shows one core's share
+            schedule["bundles_per_key"] = round(
+                schedule["bundles"] * steps / (spec.batch * spec.kv_heads * spec.keys), 3
+            )
+            schedule["ms"] = round(1e3 * schedule["bundles"] * schedule["trips"] / chip.clock, 4)
+            schedule["vmem_bytes"] = read_vmem(dump, name)
+            kernels[name] = schedule
+            seconds += schedule["ms"] / 1e3
+    written = memory.output_size_in_bytes
+    return {
+        "spec": spec.name,
+        "chip": kind,
+        "bytes": spec.key_bytes + written,
+        "flops": spec.flops,
+        "exponentials": spec.pairs * (1 if spec.known else 2),
+        "temporaries": memory.temp_size_in_bytes,
+        "kernels": kernels,
+        "schedule_ms": round(1e3 * seconds, 4),
+        "memory_ms": round(1e3 * (spec.key_bytes + written) / chip.bandwidth, 4),
+        "matrix_ms": round(1e3 * spec.flops / chip.flops, 4),
+    }
+
+
+def sharded(kind: str = "v5e") -> list[dict[str, Any]]:
+    """Both operations on 2x4 chips: batch over 2, heads over 4; which collectives there are."""
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from lookahead_jax.kernels.specs import SPECS
+    from lookahead_jax.sharding import make_mesh
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[kind].topology)
+    mesh = make_mesh(data=2, tensor=4, devices=topology.devices)
+    found = []
+    for name in ("scores_32k", "tree_64_32k"):
+        spec = dataclasses.replace(SPECS[name], batch=4)
+        program = compile_spec(spec, mesh, jnp.bfloat16)
+        text = program.as_text()
+        collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+        found.append(
+            {
+                "spec": name,
+                "mesh": dict(mesh.shape),
+                "kernel_calls": text.count('custom_call_target="tpu_custom_call"'),
+                "temporaries": program.memory_analysis().temp_size_in_bytes,
+                "arguments": program.memory_analysis().argument_size_in_bytes,
+                **{c: text.count(f" {c}(") + text.count(f" {c}-start(") for c in collectives},
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--specs", nargs="*", help="names in kernels/specs.py; default: all")
+    parser.add_argument("--chips", nargs="*", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    from lookahead_jax.train.compile import ENVIRONMENT
+
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
+        flags = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=final_.*"
+        )
+        before = os.environ.get("LIBTPU_INIT_ARGS", "")  # read when the compiler is loaded
+        os.environ.update(ENVIRONMENT, JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=f"{before} {flags}")
+        import jax
+
+        from lookahead_jax.kernels.specs import SPECS
+
+        rows = [
+            estimate(SPECS[name], chip, dump)
+            for chip in options.chips
+            for name in options.specs or SPECS
+        ]
+        report = {
+            "what": "static estimate of the TPU compiler; nothing was run on a TPU",
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+            ).stdout.strip(),
+            "jax": jax.__version__,
+            "rows": rows,
+            "sharded": sharded(),
+        }
+    content = json.dumps(report, indent=1)
+    if options.out is None:
+        print(content)
+    else:
+        atomic_write(options.out, content + "\n")
+        for row in rows:
+            times = {k: row[k] for k in ("schedule_ms", "memory_ms", "matrix_ms")}
+            print(row["chip"], row["spec"], times)
+
+
+if __name__ == "__main__":
+    main()

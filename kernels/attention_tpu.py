@@ -1,0 +1,197 @@
+"""Attention of a few rows over a cache on TPU: decoding (P = 1) and tree verification.
+
+Flash decoding: a grid step holds one block of the cache's slots for one KV head, and the rows of
+all query heads that read it, stacked (G * P rows feed the matrix unit). Blocks past a head's
+filled slots are neither copied nor computed. The rows' own keys follow their own mask.
+
+Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H head dim, S slots,
+R = G * P stacked rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lookahead_jax.kernels.importance_tpu import (
+    LOG2E,
+    block_size,
+    live,
+    masked_logits,
+    pad_axis,
+    read_at,
+)
+
+_FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
+_LANES = 128
+_ROWS = 512  # stacked rows of a tile
+_PART = 512  # slots of one product
+_LOGITS = 1 << 19  # logits of a grid step, in vector memory
+
+
+def _across(a, width):
+    """[R, 128] with equal lanes -> [R, width]."""
+    return jnp.concatenate([a] * -(-width // _LANES), axis=1)[:, :width]
+
+
+def _kernel(
+    bounds_ref, window_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref, k_ref, v_ref,
+    k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, logits_ref,
+    *, scale, softcap, windowed, size,
+):  # fmt: skip
+    block = pl.program_id(3)
+    window = window_ref[0] if windowed else None
+
+    def logits_of(k, k_pos, window):
+        return masked_logits(
+            q_ref[...], k, k_pos, q_pos_ref[...], window, scale=scale, softcap=softcap
+        )
+
+    def accumulate(parts, lanes_max, values_of):
+        """Adds the slots whose logits lie in `logits_ref`; the maxima of each lane are known."""
+        m = m_ref[...]
+        m_new = jnp.broadcast_to(lanes_max.max(-1, keepdims=True), m.shape)
+        shrink = jnp.exp2(m - m_new)
+        mass, acc = mass_ref[...] * shrink, acc_ref[...] * _across(shrink, acc_ref.shape[1])
+        for part in parts:
+            p = jnp.exp2(logits_ref[:, part] - _across(m_new, part.stop - part.start))
+            mass = sum((p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)), mass)
+            v = values_of(part)
+            acc += jax.lax.dot_general(
+                p.astype(v.dtype), v, (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+                precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
+            )  # fmt: skip
+        m_ref[...], mass_ref[...], acc_ref[...] = m_new, mass, acc
+
+    def store(part, logits, seen, lanes_max):
+        logits = jnp.where(seen, logits, -jnp.inf)
+        logits_ref[:, part] = logits
+        chunks = (logits[:, i : i + _LANES] for i in range(0, logits.shape[1], _LANES))
+        return functools.reduce(jnp.maximum, chunks, lanes_max)
+
+    @pl.when(block == 0)
+    def _():
+        m_ref[...] = jnp.full_like(m_ref, _FLOOR)
+        mass_ref[...] = jnp.zeros_like(mass_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        part = slice(0, own_k_ref.shape[0])
+        everywhere = jnp.zeros((1, part.stop), jnp.int32)
+        logits, _ = logits_of(own_k_ref[...], everywhere, None)
+        seen = own_seen_ref[...].astype(jnp.int32) > 0
+        accumulate([part], store(part, logits, seen, m_ref[...]), lambda _: own_v_ref[...])
+
+    @pl.when(live(bounds_ref, block, size))
+    def _():
+        parts = [slice(i, min(i + _PART, size)) for i in range(0, size, _PART)]
+        lanes_max = m_ref[...]
+        for part in parts:
+            logits, seen = logits_of(k_ref[part], k_pos_ref[:, part], window)
+            lanes_max = store(part, logits, seen, lanes_max)
+        accumulate(parts, lanes_max, lambda part: _alive(v_ref[part], k_pos_ref[:, part]))
+
+    @pl.when(block == pl.num_programs(3) - 1)
+    def _():
+        mass = mass_ref[...].sum(-1, keepdims=True)
+        seen = mass > 0
+        mass = jnp.where(seen, mass, 1.0)
+        out_ref[...] = (acc_ref[...] / mass).astype(out_ref.dtype)
+        lse = jnp.where(seen, m_ref[:, :1] / LOG2E + jnp.log(mass), -jnp.inf)
+        lse_ref[...] = jnp.broadcast_to(lse, m_ref.shape).T[:1]
+
+
+def _alive(v, k_pos):
+    """Values [S, H] with those of empty slots zeroed: they may be NaN, and 0 * NaN is NaN."""
+    slots, dim = v.shape
+    alive = jnp.broadcast_to((k_pos >= 0).astype(jnp.int32), (_LANES, slots)).T
+    alive = jnp.concatenate([alive] * -(-dim // _LANES), axis=1)[:, :dim]
+    return jnp.where(alive > 0, v, jnp.zeros_like(v))
+
+
+def attend(
+    q: jax.Array,  # [B, K, G, P, H]
+    k: jax.Array,  # [B, K, P, H] the rows' own keys
+    v: jax.Array,  # [B, K, P, H]
+    own: jax.Array,  # [B, P, P] int8, row i sees row j
+    q_pos: jax.Array,  # [B, P] int32
+    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [B, K, S, H], pos [B, K or 1, S]
+    bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
+    window: jax.Array | int | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    key_block: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, K, G, P, H] in the dtype of `q`, log-sum-exp [B, K, G, P] float32."""
+    batch, heads, groups, nodes, dim = q.shape
+    ctx_k, ctx_v, ctx_pos = context
+    rows = groups * nodes
+    tile = min(_ROWS, -(-rows // 16) * 16)
+    stacked = pad_axis(q.reshape(batch, heads, rows, dim), 2, tile)
+    row_pos = pad_axis(jnp.tile(q_pos, (1, groups)), 1, tile, -1)[..., None]
+    seen = pad_axis(pad_axis(jnp.tile(own, (1, groups, 1)), 1, tile), 2, _LANES)
+    own_k, own_v = (pad_axis(a, 2, _LANES) for a in (k, v))
+    size = min(block_size(ctx_k, key_block), _LOGITS // tile // _LANES * _LANES)
+    pos = pad_axis(ctx_pos, 2, size, -1)[:, :, None]
+    per_head = pos.shape[1] > 1
+    windows = jnp.zeros(1, jnp.int32) if window is None else jnp.asarray(window).reshape(1)
+    tiles, blocks = stacked.shape[2] // tile, pos.shape[3] // size
+
+    def at_rows(b, h, i, j, *_):
+        return b, h, i, 0
+
+    def at_own(b, h, *_):
+        return b, h, 0, 0
+
+    def at_keys(b, h, i, j, bounds_ref, _):
+        return b, h, read_at(bounds_ref, b, h, heads, j, size), 0
+
+    def at_pos(b, h, i, j, bounds_ref, _):
+        return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
+
+    pairs = batch * heads * rows * ctx_k.shape[2]
+    read = sum(a.size * a.dtype.itemsize for a in (stacked, ctx_k, ctx_v, pos))
+    out, lse = pl.pallas_call(
+        functools.partial(
+            _kernel, scale=scale, softcap=softcap, windowed=window is not None, size=size
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, heads, tiles, blocks),
+            in_specs=[
+                pl.BlockSpec((None, None, tile, dim), at_rows),
+                pl.BlockSpec((None, tile, 1), lambda b, h, i, *_: (b, i, 0)),
+                pl.BlockSpec((None, None, *own_k.shape[2:]), at_own),
+                pl.BlockSpec((None, None, *own_v.shape[2:]), at_own),
+                pl.BlockSpec((None, tile, seen.shape[2]), lambda b, h, i, *_: (b, i, 0)),
+                pl.BlockSpec((None, None, size, dim), at_keys),
+                pl.BlockSpec((None, None, size, dim), at_keys),
+                pl.BlockSpec((None, None, 1, size), at_pos),
+            ],
+            out_specs=[
+                pl.BlockSpec((None, None, tile, dim), at_rows),
+                pl.BlockSpec((None, None, 1, tile), lambda b, h, i, *_: (b, h, 0, i)),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((tile, _LANES), jnp.float32),
+                pltpu.VMEM((tile, _LANES), jnp.float32),
+                pltpu.VMEM((tile, dim), jnp.float32),
+                pltpu.VMEM((tile, max(size, own_k.shape[2])), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(stacked.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, stacked.shape[2]), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * pairs * dim, transcendentals=pairs, bytes_accessed=read
+        ),
+        name="block_attention",
+    )(bounds, windows, stacked, row_pos, own_k, own_v, seen, ctx_k, ctx_v, pos)
+    out = out[:, :, :rows].reshape(q.shape)
+    return out, lse[:, :, 0, :rows].reshape(batch, heads, groups, nodes)
