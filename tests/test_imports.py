@@ -21,7 +21,7 @@ LAYERS = [
     {"decode_eviction"},
     {"decoding", "controller"},
     {"drafting"},
-    {"reading", "replay"},
+    {"reading", "replay", "kv_prediction"},
     {"generation", "scoring", "requests", "prompt_store", "openings", "rows", "engine"},
     {"speculation"},
     {"inspect", "server"},
