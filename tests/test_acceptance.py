@@ -120,6 +120,7 @@ def test_an_ending_child_ends_the_text_as_often_as_the_target_would():
     assert (np.asarray(result.count)[np.asarray(result.emitted[:, 0]) == end] == 1).all()
 
 
+@pytest.mark.slow
 def test_drawn_model_keeps_the_law_of_the_model():
     """Three tokens of 1,024 seeds against every text of four choices each, and greedy rows."""
     model, top, new, batch = tiny.config(), 4, 4, 1024

@@ -215,7 +215,8 @@ def model() -> Model:
     )
 
 
-@pytest.mark.parametrize("name", ["h2o", pytest.param("lookaheadkv", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h2o", "lookaheadkv"])
 def test_engine_and_generate_cut_alike(name):
     """Rows that join and leave; the cache has room for budget and interval, not for the text."""
     prompts = tiny.prompts((40, 33, 60), seed=4)
