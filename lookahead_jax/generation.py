@@ -247,8 +247,9 @@ def generate(
     begin = time.perf_counter()
     done = _deliver(outputs, state)
     while not done.all():
-        # Placed as it was: an array without a place would compile the step once more.
-        state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
+        if (done != np.asarray(state.done)).any():  # a stop string has ended a row
+            # Placed as it was: an array without a place would compile the step once more.
+            state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
         state = drafting.advance(decoding_params, state, burst)
         done = _deliver(outputs, state)
     spent = time.perf_counter() - begin - drafting.compile_s
