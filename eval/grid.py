@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 
@@ -51,8 +51,8 @@ class RunConfig:
     """Folder of the benchmarks' files, see docs/evaluation.md."""
     lookahead: Path | None = None
     """Folder of lookahead modules; left out, the embedded model has its own."""
-    draft_model: Path | None = None
-    """Folder of the small model that speckv and specpc draft with."""
+    draft_model: str | None = None
+    """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
     chat: bool = True
     """Use the chat template of models that have one, where the benchmark does."""
     max_new_tokens: int | None = None
@@ -103,13 +103,42 @@ def parse(args: Sequence[str]) -> RunConfig:
     )
 
 
-def policy_of(spec: str) -> Policy:
-    """`name` or `name:field=value,...` -> the policy."""
+class Method(NamedTuple):
+    """What a policy's name stands for: the policy, and what a small model does before it."""
+
+    policy: Policy
+    prune: int | None  # tokens that SpecPC leaves of a prompt; 0: as many as the budget
+    select: dict[str, int]  # settings of speculation.select_tokens
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a small model is needed."""
+        return self.prune is not None or self.policy.uses_draft
+
+
+def method_of(spec: str) -> Method:
+    """`name` or `name:field=value,...` -> the method.
+
+    Besides the policies: `specpc` drops prompt tokens down to the budget, `speckv_pc` drops them
+    down to `prune` (2048) and goes on as `speckv`. Their `select_pool` and `select_neighbours` are
+    published as 64 for Qwen and 32 for Llama models, and 32 in speckv_pc.
+    """
     name, _, settings = spec.partition(":")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
     if any(not value for _, _, value in pairs):
         raise ValueError(f"policy {spec!r}: settings are name=value, separated by commas")
-    return make_policy(name, **{field: value for field, _, value in pairs})
+    fields = {field: value for field, _, value in pairs}
+    if name not in ("specpc", "speckv_pc"):
+        return Method(make_policy(name, **fields), None, {})
+    size = "64" if name == "specpc" else "32"
+    select = {k: int(fields.pop(f"select_{k}", size)) for k in ("pool", "neighbours")}
+    prune = int(fields.pop("prune", "0" if name == "specpc" else "2048"))
+    return Method(make_policy("full" if name == "specpc" else "speckv", **fields), prune, select)
+
+
+def policy_of(spec: str) -> Policy:
+    """The policy of a method."""
+    return method_of(spec).policy
 
 
 def model_folder(name: str) -> Path:
@@ -119,7 +148,12 @@ def model_folder(name: str) -> Path:
 
 def modules_folder(config: RunConfig, model: str) -> Path | None:
     """Where the lookahead modules for a model are, if there are any."""
-    return config.lookahead or (EMBEDDED_MODULES if model == EMBEDDED else None)
+    return modules_folder_of(config.lookahead, model)
+
+
+def modules_folder_of(given: Path | None, model: str) -> Path | None:
+    """The folder that was given, or what ships for the embedded model."""
+    return given or (EMBEDDED_MODULES if model == EMBEDDED else None)
 
 
 def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cell]:

@@ -6,6 +6,7 @@ in batches. What has been answered before is skipped.
 
 import contextlib
 import json
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,8 +20,10 @@ from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.eval.grid import (
+    Method,
     RunConfig,
     cells,
+    method_of,
     model_folder,
     modules_folder,
     policy_of,
@@ -34,6 +37,7 @@ from lookahead_jax.files import atomic_write
 from lookahead_jax.generation import Generation
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.sharding import make_mesh
+from lookahead_jax.speculation import select_tokens, speculate
 from lookahead_jax.tokenizer import Tokenizer
 
 LONGEST_VIEW = 8192  # tokens of a prompt whose kept tokens are stored
@@ -65,6 +69,11 @@ class Runner:
         self._done = done
         self._rows, self._views = rows, views
         self._model, self._tokenizer, self._modules = load(config, name)
+        self._draft: Model | None = None
+        if any(method_of(spec).speculates for spec in config.policies):
+            if config.draft_model is None:
+                raise ValueError("speckv and specpc need --draft-model, the small model they ask")
+            self._draft = lk.load(model_folder(config.draft_model), dtype=config.dtype)
         self._warm: set[tuple] = set()
 
     def prompts(self, task: Task, length: int) -> tuple[list[Example], list[Prompt]]:
@@ -107,32 +116,54 @@ class Runner:
         shape = [max(map(len, part)) for part in (contexts, questions or [[0]])]
         warm = (cell.policy, cell.budget, cell.drafter, hidden, new, *map(bucket_length, shape))
 
-        def answer(drafter: Any) -> Generation:
+        method = method_of(cell.policy)
+
+        def answer(drafter: Any) -> tuple[Generation, float]:
+            begin = time.perf_counter()
+            read, drafts = self._speculate(method, contexts, cell.budget)
+            spent = time.perf_counter() - begin
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a policy notes was said once, at the start
-                return lk.generate(
-                    self._model, contexts, questions=questions, policy=policy_of(cell.policy),
+                result = lk.generate(
+                    self._model, read, questions=questions, policy=method.policy,
                     budget=max(cell.budget, 1), max_new_tokens=new, lookahead=self._modules,
-                    drafter=drafter, stop=examples[0].stop,
+                    drafts=drafts, drafter=drafter, stop=examples[0].stop,
                 )  # fmt: skip
+            return result, result.timing.ttft_s + spent
 
         if warm not in self._warm:
             answer(make_drafter(cell.drafter))
             self._warm.add(warm)
         peak = Peak()
-        result = answer(drafter)
+        result, first = answer(drafter)
         memory, bound = peak.read()
         measured = {
             "batch": len(contexts),
-            "ttft_s": result.timing.ttft_s,
+            "ttft_s": first,
             "decode_tokens_per_s": result.timing.decode_tokens_per_s,
             "peak_bytes": memory,
             "peak_is_bound": bound,
             "cache_bytes": result.cache.bytes,
-            "full_bytes": result.cache.full_bytes,
+            "full_bytes": None if method.prune is not None else result.cache.full_bytes,
             "draft_lengths": result.drafting.histogram,
         }
         return result, measured
+
+    def _speculate(
+        self, method: Method, rows: list[list[int]], budget: int
+    ) -> tuple[list[list[int]], list[list[int]] | None]:
+        """What is left of the prompts, and the small model's answers, if the method asks it."""
+        if self._draft is None or not method.speculates:
+            return rows, None
+        found = speculate(
+            self._draft, rows, tokens=max(method.policy.draft_tokens, 1),
+            eos_ids=self._model.generation.eos_ids, attention=method.prune is not None,
+        )  # fmt: skip
+        if found.attention is not None:
+            keep = method.prune or budget
+            chosen = [select_tokens(a, keep, **method.select) for a in found.attention]
+            rows = [[row[i] for i in kept] for row, kept in zip(rows, chosen, strict=True)]
+        return rows, found.answers
 
     def _keep(
         self, cell: Cell, task: Task, examples: Sequence[Example], prompts: Sequence[Prompt],
@@ -157,7 +188,7 @@ class Runner:
             )  # fmt: skip
         self._rows.append(rows)
         self._done.update(key_of(row) for row in rows)
-        if cell.budget:
+        if cell.budget and method_of(cell.policy).prune is None:
             self._views.append(self._seen(cell, examples, result))
 
     def _seen(self, cell: Cell, examples: Sequence[Example], result: Generation) -> Iterator[dict]:

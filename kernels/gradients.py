@@ -90,7 +90,7 @@ def _without_mass(lse):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def row_lse(static: Static, q, k, own_k, places: Places):
+def row_lse(static: Static, q, k, own_k, places: Places) -> jax.Array:
     """Log-sum-exp of each row's logits [B, K, G, M]; q [B, K, G, M, H], own_k may be None."""
     own = None if own_k is None else (own_k, places.own_seen)
     return static.kernel(
@@ -125,7 +125,7 @@ row_lse.defvjp(_row_lse_forward, _row_lse_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def column_scores(static: Static, maximum: bool, q, k, lse, places: Places):
+def column_scores(static: Static, maximum: bool, q, k, lse, places: Places) -> jax.Array:
     """exp(logits - lse) summed over a head's rows, or their maximum: float32 [B, K, G, T]."""
     return static.kernel(
         q, places.q_pos, k, places.k_pos, lse, places.bounds, places.window,
@@ -153,7 +153,7 @@ column_scores.defvjp(_column_scores_forward, _column_scores_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(static: Static, q, k, v, ctx_k, ctx_v, places: Places):
+def attend(static: Static, q, k, v, ctx_k, ctx_v, places: Places) -> tuple[jax.Array, jax.Array]:
     """Output [B, K, G, M, H] and log-sum-exp [B, K, G, M] of rows over a context and themselves."""
     return static.kernel(
         q, k, v, places.own_seen, places.q_pos, (ctx_k, ctx_v, places.k_pos), places.bounds,

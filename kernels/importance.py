@@ -10,7 +10,7 @@ Source: LookaheadKV (arXiv 2603.10899), section 3; SnapKV (arXiv 2404.14469) for
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +125,13 @@ def _pallas(
     def local(q, q_pos, k, k_pos, own_k, seen, lse, bounds, window):
         qg = grouped(q, k.shape[1])
         places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window)
-        found = row_lse(find, qg, k, own_k, places) if lse is None else lse.reshape(qg.shape[:4])
+        found: Any = (
+            row_lse(find, qg, k, own_k, places) if lse is None else lse.reshape(qg.shape[:4])
+        )
         found = jnp.where(jnp.isfinite(found), found, jnp.inf)
         if reduce == "mean":
             found += jnp.log(_rows_that_count(q_pos))[:, None, None, None]
-        scores = column_scores(sums, reduce == "max", qg, k, found, places)
+        scores: Any = column_scores(sums, reduce == "max", qg, k, found, places)
         return scores.reshape(q.shape[0], q.shape[2], k.shape[2])
 
     return per_shard(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.batching import pad_batch
+from lookahead_jax.batching import pad_batch, pad_drafts
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
@@ -33,6 +33,7 @@ from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefill import extend
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.sharding import place_rows
 from lookahead_jax.streaming import Finish, OutputRow
@@ -129,6 +130,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     lookahead: LookaheadModules | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
     eos_ids: Sequence[int] | None = None,
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | None = None,
@@ -144,7 +146,8 @@ def generate(
     cache: what is kept of a prompt is then chosen without knowing them. `policy` left out is
     LookaheadKV where `lookahead` modules are given, else SnapKV. One seed per row (default 0 for
     all: a row's output does not depend on its neighbours; give different seeds to sample one
-    prompt several times).
+    prompt several times). `drafts` are what a small model expects as answers
+    (`speculation.speculate`), for the policy that observes with them.
     `on_text(row, piece)` receives text as it becomes certain. Tokens and text do not depend on
     `burst`, the number of steps between looks of the host. `measure` compiles and runs the
     prompt beforehand, with and without eviction, so that `timing` holds neither compilation nor
@@ -177,6 +180,8 @@ def generate(
     behind = None if asked is None else jnp.asarray(pad_batch(asked, config=config))
     whole = tokens if asked is None else jnp.asarray(pad_batch(texts, config=config))
     asked_width = 0 if behind is None else behind.shape[1]
+    expected = pad_drafts(drafts, len(rows), policy.draft_tokens) if policy.uses_draft else None
+    asks = requests_to_repeat(model.tokenizer) if policy.replays else ((), ())
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
     eviction = None
     if evict_every is not None:
@@ -201,6 +206,7 @@ def generate(
             params, tokens, config=config, policy=policy, budget=budget,
             new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
             eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
+            draft=expected, asks=asks,
         )  # fmt: skip
         cache, logits, sums = result.cache, result.logits, opening_sums(eviction, result)
         if behind is not None:

@@ -53,7 +53,7 @@ class Prefilled(NamedTuple):
     scores: jax.Array | None  # [L, B, K, T] float32, if asked for
 
 
-def _cut(view: LayerView, kept: Kept, slots: int):
+def cut_layer(view: LayerView, kept: Kept, slots: int):
     """The kept entries of a layer, padded to `slots`: k, v, pos and how many."""
 
     def take(a):
@@ -70,7 +70,7 @@ def _cut(view: LayerView, kept: Kept, slots: int):
     )
 
 
-def _slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
+def static_slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
     """The most entries a head keeps, and the rounded slots, which must hold them."""
     limit = policy.max_entries(tokens, budget, config)
     slots = round_up(slots, SLOT_MULTIPLE)
@@ -105,7 +105,7 @@ def prefill(
     may keep.
     """
     padded = tokens.shape[1]
-    limit, slots = _slots(policy, padded, budget, slots, config)
+    limit, slots = static_slots(policy, padded, budget, slots, config)
     tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
@@ -130,7 +130,7 @@ def prefill(
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, layer_budget, limit, budget)
-        entry = _cut(view, kept, slots)
+        entry = cut_layer(view, kept, slots)
         return (x, buffers, rows), (entry, scores[..., :padded] if with_scores else None)
 
     carry = (x, layer_buffers(prompt, x.dtype, config), None if observer is None else observer.x)
@@ -169,7 +169,7 @@ def compress(
     `observer` may be missing (a policy that looks at the entries alone) and `sums` are the scores
     so far of a policy that adds them up.
     """
-    limit, slots = _slots(policy, cache.slots, budget, slots, config)
+    limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     if observer is not None:
         rope = rope_tables(config, observer.positions, cache.rope_span)
 
@@ -185,7 +185,7 @@ def compress(
         scores = policy.score(view)
         kept = select(policy, view, scores, layer_budget, limit, budget)
         after = None if before is None else _sums(scores, kept, slots)
-        return rows, (_cut(view, kept, slots), scores if with_scores else None, after)
+        return rows, (cut_layer(view, kept, slots), scores if with_scores else None, after)
 
     budgets = policy.layer_budgets(cache.next_pos, budget, config)
     _, ((k, v, pos, filled), scores, after) = scan_layers(

@@ -19,7 +19,7 @@ from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.scoring import token_logits
 from lookahead_jax.tree import TokenTree, accept, layout
 from tests import tiny
-from tests.test_drafting import draft_model
+from tests.drafted import draft_model
 from tests.test_prefill import read
 
 V, ROWS = 6, 40_000
@@ -120,6 +120,7 @@ def test_an_ending_child_ends_the_text_as_often_as_the_target_would():
     assert (np.asarray(result.count)[np.asarray(result.emitted[:, 0]) == end] == 1).all()
 
 
+@pytest.mark.slow
 def test_drawn_model_keeps_the_law_of_the_model():
     """Three tokens of 1,024 seeds against every text of four choices each, and greedy rows."""
     model, top, new, batch = tiny.config(), 4, 4, 1024

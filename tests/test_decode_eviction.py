@@ -19,7 +19,7 @@ from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.sampling import GREEDY, sampling_rows
 from tests import reference, tiny
-from tests.test_drafting import bush, perfect, spoil
+from tests.drafted import bush, perfect, spoil
 from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weights
 
 BUDGET, INTERVAL, NEW = 12, 8, 30
@@ -215,7 +215,8 @@ def model() -> Model:
     )
 
 
-@pytest.mark.parametrize("name", ["h2o", pytest.param("lookaheadkv", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h2o", "lookaheadkv"])
 def test_engine_and_generate_cut_alike(name):
     """Rows that join and leave; the cache has room for budget and interval, not for the text."""
     prompts = tiny.prompts((40, 33, 60), seed=4)

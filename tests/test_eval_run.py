@@ -11,7 +11,7 @@ import pytest
 import lookahead_jax as lk
 from lookahead_jax.eval import run as runner
 from lookahead_jax.eval.__main__ import main
-from lookahead_jax.eval.grid import RunConfig, cells, parse
+from lookahead_jax.eval.grid import RunConfig, cells, method_of, parse
 from lookahead_jax.eval.rows import ROWS, VIEWS, RowFile, key_of, read_rows
 from lookahead_jax.sharding import make_mesh
 
@@ -143,6 +143,29 @@ def test_rows_over_a_mesh_answer_as_on_one_device(model):
     together = lk.generate(spread, prompts, **settings)
     assert together.tokens == alone.tokens
     np.testing.assert_array_equal(together.kept, alone.kept)
+
+
+def test_methods_with_a_small_model_answer_like_the_others(tmp_path):
+    config = RunConfig(
+        out=tmp_path / "run", draft_model="embedded",
+        **{**GRID, "protocols": ("seen",), "views": 0, "count": 2, "budgets": (64,)}
+        | {"policies": ("speckv:window=8,draft_tokens=4", "specpc:select_neighbours=8")},
+    )  # fmt: skip
+    runner.run(config)
+    rows = list(read_rows(config.out / ROWS))
+    assert {row["policy"] for row in rows} == set(config.policies)
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="--draft-model"):
+        runner.run(dataclasses.replace(config, out=tmp_path / "other", draft_model=None))
+
+
+def test_names_of_methods():
+    method = method_of("speckv_pc:prune=512,window=8,select_pool=16")
+    assert (method.prune, method.policy.window) == (512, 8)
+    assert method.select == {"pool": 16, "neighbours": 32}
+    assert method_of("specpc").prune == 0
+    with pytest.raises(ValueError, match="name=value"):
+        method_of("snapkv:window")
 
 
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):

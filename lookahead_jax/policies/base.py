@@ -95,6 +95,9 @@ class Policy:
 
     two_pass: ClassVar[bool] = False
     uses_modules: ClassVar[bool] = False  # reads lookahead modules (lookahead.py)
+    uses_draft: ClassVar[bool] = False  # observes with what a small model expects as the answer
+    replays: ClassVar[bool] = False  # two-pass: reads the context once more (replay.py)
+    draft_tokens: ClassVar[int] = 0  # how many of these are read, at most
     response_tokens: ClassVar[int] = 0  # a two-pass policy reads a response of this length
     draft_policy: ClassVar["Policy | None"] = None  # decoded on a copy that this cuts; None: on all
     decode_observers: ClassVar[Literal["nobody", "tokens", "modules"] | None] = None

@@ -1,0 +1,160 @@
+"""Importance scoring on NVIDIA GPUs from Hopper on, written for Mosaic GPU.
+
+A warpgroup takes a run of key blocks for one KV head. Keys are the rows of the tensor-core
+product and a head's observers its columns, so that the sum over observers stays within a few
+threads. Keys stream through shared memory once; the group's queries stay there.
+
+Never run on a GPU so far: proved in interpret mode, and by compiling for an H100. XLA stays the
+default on GPUs until a measurement on a card says otherwise.
+
+Letters: B batch, M observing rows, N query heads, K KV heads, G = N / K, H head dim, T entries.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lookahead_jax.kernels import attention_gpu as attention
+from lookahead_jax.kernels.attention_gpu import COLUMN, KEYS, LOG2E, NEVER, ROW
+
+_STAGES = 3  # blocks of keys on their way
+_BLOCKS = 16  # blocks of keys that one warpgroup reads, one after the other
+_QUERY_BYTES = 96 * 1024  # of a group, resident in shared memory
+
+
+def unsupported(q: jax.Array, k: jax.Array) -> str | None:
+    """Why the kernels cannot take these arguments, or None."""
+    groups = q.shape[2] // k.shape[1]
+    size = -(-q.shape[1] // 8) * 8 * groups * q.shape[3] * q.dtype.itemsize
+    if size > _QUERY_BYTES:
+        return f"{q.shape[1]} observers of {groups} heads do not fit into shared memory"
+    return attention.unsupported(q, k)
+
+
+def row_lse(
+    q: jax.Array,  # [B, K, G, M, H]
+    q_pos: jax.Array,  # [B, M] int32
+    k: jax.Array,  # [B, K, T, H]
+    k_pos: jax.Array,  # [B, K or 1, T] int32
+    own: tuple[jax.Array, jax.Array] | None,  # keys [B, K, M, H], seen [B, M, M] int8
+    bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
+    window: jax.Array | int | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    key_block: int | None = None,
+) -> jax.Array:
+    """Log-sum-exp of each row's logits, float32 [B, K, G, M]; -inf where a row sees nothing."""
+    del key_block  # blocks are what a tensor-core product takes
+    settings = dict(scale=scale, softcap=softcap)
+    count = q.shape[2] * q.shape[3]
+    rows, low, high = attention.stacked_rows(q, q_pos, window)
+    m, mass, _ = attention.partial_attention(
+        rows, low, high, k, None, k_pos, bounds[1::2], **settings
+    )
+    m, mass = m[:, :, :count], mass[:, :, :count]
+    if own is None:
+        mine = jnp.zeros_like(m[:, 0]), jnp.zeros_like(mass[:, 0]), None
+    else:
+        mine = attention.own_part(q, own[0], None, own[1], **settings)
+    return attention.merge((m, mass, None), mine)[0].reshape(q.shape[:4])
+
+
+def column_scores(
+    q: jax.Array,  # [B, K, G, M, H]
+    q_pos: jax.Array,  # [B, M] int32
+    k: jax.Array,  # [B, K, T, H]
+    k_pos: jax.Array,  # [B, K or 1, T] int32
+    lse: jax.Array,  # [B, K, G, M] float32; +inf takes a row out
+    bounds: jax.Array,  # [B * K * 2] int32
+    window: jax.Array | int | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    maximum: bool,
+    key_block: int | None = None,
+) -> jax.Array:
+    """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T]."""
+    del bounds, key_block  # every key is read: its block has to be written anyway
+    batch, heads, groups, rows, dim = q.shape
+    total = k.shape[2]
+    blocks = total // KEYS
+    pad = -rows % 8
+    width = rows + pad
+    q = jnp.pad(q, [(0, 0)] * 3 + [(0, pad), (0, 0)]).reshape(-1, groups, width, dim)
+    low, high = attention.row_range(q_pos, window)
+    low, high = (jnp.pad(a, ((0, 0), (0, pad)), constant_values=-1) for a in (low, high))
+    lse = jnp.pad(lse * LOG2E, [(0, 0)] * 3 + [(0, pad)]).reshape(-1, groups, width)
+    shared = k_pos.shape[1] == 1
+    k_pos = jnp.where(k_pos < 0, NEVER, k_pos).reshape(-1)
+
+    def kernel(
+        q_gm, low_gm, high_gm, lse_gm, k_pos_gm, k_gm, out_gm,
+        q_sm, low_sm, high_sm, lse_sm, out_sm, barrier,
+    ):  # fmt: skip
+        bh, run = lax.axis_index("bh"), lax.axis_index("run")
+        row = lax.div(bh, jnp.int32(heads))
+        attention.fetch(
+            [
+                *((q_gm.at[bh, g], q_sm.at[g]) for g in range(groups)),
+                (low_gm.at[row], low_sm),
+                (high_gm.at[row], high_sm),
+                (lse_gm.at[bh], lse_sm),
+            ],
+            barrier,
+        )
+        first = run * _BLOCKS
+
+        def step(at, k_pos_sm, k_sm):
+            seen = attention.visible(
+                attention.load(k_pos_sm, ROW), attention.load(low_sm, COLUMN),
+                attention.load(high_sm, COLUMN), (KEYS, width), 0,
+            )  # fmt: skip
+            for g in range(groups):
+
+                def product(ref, g=g):
+                    plgpu.wgmma(ref, k_sm, q_sm.at[g].transpose((1, 0)))
+                    return ref[...]
+
+                raw = pl.run_scoped(product, plgpu.ACC((KEYS, width), jnp.float32))
+                logits = attention.logits_of(raw, scale, softcap)
+                norm = lax.broadcast_in_dim(attention.load(lse_sm.at[g], COLUMN), logits.shape, [1])
+                p = jnp.where(seen, jnp.exp2(logits - norm), 0.0)
+                out_sm[g] = p.max(axis=1) if maximum else p.sum(axis=1)
+            plgpu.commit_smem()
+            here = pl.ds((first + at[0]) * KEYS, KEYS)
+            plgpu.copy_smem_to_gmem(out_sm, out_gm.at[bh, :, here])
+            plgpu.wait_smem_to_gmem(0)
+
+        plgpu.emit_pipeline(
+            step,
+            grid=(jnp.minimum(blocks - first, _BLOCKS),),
+            in_specs=[
+                plgpu.BlockSpec(
+                    (KEYS,), lambda j: ((row if shared else bh) * blocks + first + j,)
+                ),
+                plgpu.BlockSpec(
+                    (KEYS, dim), lambda j: (bh * blocks + first + j, 0),
+                    transforms=attention.tiled(k.dtype),
+                ),
+            ],
+            max_concurrent_steps=_STAGES,
+        )(k_pos_gm, k_gm)  # fmt: skip
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((batch * heads, groups, total), jnp.float32),
+        grid=(-(-blocks // _BLOCKS), batch * heads),
+        grid_names=("run", "bh"),
+        compiler_params=attention.PARAMETERS,
+        scratch_types=[
+            plgpu.SMEM((groups, width, dim), q.dtype, transforms=attention.tiled(q.dtype)),
+            plgpu.SMEM((width,), jnp.int32),
+            plgpu.SMEM((width,), jnp.int32),
+            plgpu.SMEM((groups, width), jnp.float32),
+            plgpu.SMEM((groups, KEYS), jnp.float32),
+            plgpu.Barrier(),
+        ],
+    )(q, low, high, lse, k_pos, k.reshape(-1, dim)).reshape(batch, heads, groups, total)
