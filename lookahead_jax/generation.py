@@ -245,13 +245,17 @@ def generate(
         for i in range(len(rows))
     ]
     begin = time.perf_counter()
-    done = _deliver(outputs, state)
-    while not done.all():
-        if (done != np.asarray(state.done)).any():  # a stop string has ended a row
-            # Placed as it was: an array without a place would compile the step once more.
-            state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
-        state = drafting.advance(decoding_params, state, burst)
+    try:
         done = _deliver(outputs, state)
+        while not done.all():
+            if (done != np.asarray(state.done)).any():  # a stop string has ended a row
+                # Placed as it was: an array without a place would compile the step once more.
+                state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
+            state = drafting.advance(decoding_params, state, burst)
+            done = _deliver(outputs, state)
+    except BaseException:
+        drafting.abandon()
+        raise
     spent = time.perf_counter() - begin - drafting.compile_s
     drafting.end(state)
     for output in outputs:
