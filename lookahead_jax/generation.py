@@ -161,7 +161,7 @@ def generate(
     arrays.
 
     Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
-    decoding where it should.
+    decoding (h2o: behind questions) where it should.
     """
     config, params = model.config, model.params
     policy = policy or default_policy(lookahead)
@@ -186,6 +186,11 @@ def generate(
     eviction = None
     if evict_every is not None:
         eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
+        if asked is not None and policy.accumulates:
+            raise ValueError(
+                f"policy {type(policy).__name__} adds up scores and would miss those of questions: "
+                "leave evict_every out, or ask in the prompt"
+            )
 
     drafting = Drafting(
         make_drafter(drafter) if isinstance(drafter, str) else drafter,
