@@ -161,6 +161,16 @@ def test_a_chat_goes_through_the_models_own_template(model, server):
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_an_answer_can_be_sent_back_as_it_came(server):
+    given = dict(model=NAME, max_tokens=1)
+    ask, create = {"role": "user", "content": "a"}, server.client().chat.completions.create
+    said = create(messages=[ask], **given).choices[0].message
+    written = {"role": "assistant", "content": said.content}
+    answers = [create(messages=[ask, m, ask], **given) for m in (said, written)]
+    assert answers[0].choices == answers[1].choices
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+
+
 def test_several_prompts_and_choices_have_seeds_in_a_row(model, server):
     prompts = [[1, 2, 3], [4, 5, 6, 7]]
     answer = server.client().completions.create(
@@ -253,6 +263,12 @@ WRONG = [
     ("chat/completions", chat(messages=[]), 400, "messages"),
     ("chat/completions", chat(messages=["a"]), 400, "messages.0"),
     ("chat/completions", chat(messages=[{"role": "user"}]), 400, "messages.0.content"),
+    (
+        "chat/completions",
+        chat(messages=[{"role": "assistant", "content": None}]),
+        400,
+        "messages.0.content",
+    ),
     ("chat/completions", chat(messages=[{"role": "tool", "content": ""}]), 400, "messages.0.role"),
     (
         "chat/completions",

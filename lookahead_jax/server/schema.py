@@ -154,6 +154,14 @@ class Message(_Strict):
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, PlainValidator(_content)]
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        """Clients send an answer back as it came, with a refusal that is null."""
+        if not isinstance(value, dict):
+            return value
+        return {name: given for name, given in value.items() if given is not None}
+
 
 class ChatBody(Body):
     messages: Annotated[list[Message], AfterValidator(_some)]
