@@ -1,22 +1,29 @@
-"""How often the same request ends differently alone and in a batch, and how close the call was.
+"""How often the same request ends differently when the work is grouped differently.
 
-Two groupings of the same float32 sums round differently, so a decision whose two best logits
-nearly tie may fall either way. Prompts are windows of the packaged example, greedy, on the model
-inside the package: each alone, and in batches of 8 with other lengths and paddings.
+Two groupings of the same sums round differently, so a decision whose two best logits nearly tie
+may fall either way. Prompts are windows of the packaged example, greedy, on the model inside the
+package: each alone, against batches of 8 with other lengths and paddings, and against steps of 16
+nodes with two drafters. float32 with highest precision is what the tests demand; bfloat16 is only
+recorded.
 
-    python benchmarks/near_ties.py
+    python benchmarks/near_ties.py --dtype float32 --out benchmarks/results/near_ties.json
+    python benchmarks/near_ties.py --dtype bfloat16 --out benchmarks/results/near_ties_bf16.json
 """
 
 import argparse
 import json
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import lookahead_jax as lk
+from lookahead_jax.drafters import make_drafter
 
-BATCH, NEW_TOKENS, BUDGET = 8, 48, 96
+BATCH, NEW_TOKENS, BUDGET, NODES = 8, 48, 96, 16
+DRAFTERS = ("trie", "recycling")
 
 
 def margin(model, prompt: list[int], policy, emitted: list[int]) -> float:
@@ -34,13 +41,34 @@ def margin(model, prompt: list[int], policy, emitted: list[int]) -> float:
     return float((first - second) / np.abs(logits).max())
 
 
+def compare(model, prompts, policy, mine, theirs) -> dict:
+    """Rows that differ, where they first do, and how close that call was for `mine`."""
+    at, margins = [], []
+    for prompt, one, other in zip(prompts, mine, theirs, strict=True):
+        different = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+        if different:
+            at.append(different[0])
+            margins.append(margin(model, prompt, policy, one[: different[0] + 1]))
+    shares = {"p50": 0.5, "p90": 0.9, "max": 1.0} if at else {}
+    return {
+        "rows_equal": 1 - len(at) / len(prompts),
+        "first_differences": len(at),
+        "decisions_up_to_there": sum(at) + len(at) + (len(prompts) - len(at)) * NEW_TOKENS,
+        "margin_at_a_first_difference": {
+            name: float(np.quantile(margins, share)) for name, share in shares.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--out", help="file for the report; it is printed in any case")
     options = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    model = lk.load(lk.EMBEDDED_MODEL, dtype=jnp.float32)
+    model = lk.load(lk.EMBEDDED_MODEL, dtype=options.dtype)
     text = model.tokenizer.encode((lk.EMBEDDED_MODEL.parent / "example.txt").read_text("utf-8"))
     rng = np.random.default_rng(options.seed)
     prompts = []
@@ -57,19 +85,24 @@ def main() -> None:
         for i in range(0, len(prompts), BATCH)
         for tokens in lk.generate(model, prompts[i : i + BATCH], **settings).tokens
     ]
-    margins = []
-    for prompt, mine, theirs in zip(prompts, alone, together, strict=True):
-        different = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b]
-        if different:
-            margins.append(margin(model, prompt, policy, mine[: different[0] + 1]))
-    report = {
-        "rows": len(prompts),
-        "decisions": len(prompts) * NEW_TOKENS,
-        "rows_that_differ": len(margins),
-        "largest_margin_at_a_first_difference": max(margins, default=None),
-        "seed": options.seed,
-    }
-    print(json.dumps(report, indent=2))
+    report = {"batches": compare(model, prompts, policy, alone, together)}
+    for name in DRAFTERS:
+        drafter, drafted, steps = make_drafter(name), [], 0
+        for prompt in prompts:
+            result = lk.generate(model, [prompt], drafter=drafter, draft_nodes=NODES, **settings)
+            drafted.append(result.tokens[0])
+            steps += result.drafting.steps
+        emitted = len(prompts) * (NEW_TOKENS - 1)
+        report[name] = compare(model, prompts, policy, alone, drafted) | {
+            "nodes": NODES, "emitted_per_step": round(emitted / steps, 3)
+        }  # fmt: skip
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    settings = {k: v for k, v in vars(options).items() if k != "out"}
+    report = {"commit": commit.stdout.strip(), "jax": jax.__version__, **settings, **report}
+    content = json.dumps(report, indent=2) + "\n"
+    print(content, end="")
+    if options.out:
+        Path(options.out).write_text(content)
 
 
 if __name__ == "__main__":

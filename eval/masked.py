@@ -150,11 +150,11 @@ def _scores(
             config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
         ).tokens  # fmt: skip
     observer = read_again(params, tokens, policy.window_rows(budget), response, cache, config)
-    _, scores = compress(
+    again = compress(
         params, cache, observer, config=config, policy=policy, budget=1, with_scores=True,
         slots=slots_for(policy, cache.slots, 1, 0, config=config),
     )  # fmt: skip
-    return cast(jax.Array, scores)  # asked for
+    return cast(jax.Array, again.scores)  # asked for
 
 
 @partial(jax.jit, static_argnames=("config", "policy", "budgets"))

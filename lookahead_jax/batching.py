@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
@@ -38,6 +40,20 @@ def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarr
         batch[i, : len(row)] = row
     check_tokens(batch, config=config)
     return batch
+
+
+def pad_drafts(drafts: Sequence[Sequence[int]] | None, rows: int, width: int) -> jax.Array:
+    """The first `width` tokens of every draft, int32 [rows, width] padded with -1.
+
+    Raises ValueError unless there is one draft per row.
+    """
+    if drafts is None or len(drafts) != rows:
+        given = "no drafts" if drafts is None else f"{len(drafts)} drafts"
+        raise ValueError(f"{given} for {rows} prompts, of a policy that observes with drafts")
+    padded = np.full((rows, width), -1, np.int32)
+    for row, draft in zip(padded, drafts, strict=True):
+        row[: min(len(draft), width)] = draft[:width]
+    return jnp.asarray(padded)
 
 
 def check_tokens(tokens: np.ndarray, *, config: ModelConfig) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from lookahead_jax.commands import demo, generate, inspect, logits, score
+from lookahead_jax.commands import demo, generate, inspect, logits, score, serve
 from lookahead_jax.commands.options import UsageError
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     logits.Logits: logits.main,
     inspect.Inspect: inspect.main,
     demo.Demo: demo.main,
+    serve.Serve: serve.main,
 }
 DESCRIPTION = "Long prompts through a fixed-budget KV cache."
 EXPECTED = (ValueError, OSError, NotImplementedError, MemoryError)

@@ -4,7 +4,8 @@ Plain decoding is the tree of one node. The last emitted token is always pending
 of the next tree, and its keys and values enter the cache with the step that reads it. A row that
 is done takes no part in a step and costs its share of it. What is emitted is the target's own
 choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
-number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728).
+number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728). Drafters
+that draw are the exception: see acceptance.py.
 """
 
 import dataclasses
@@ -17,10 +18,13 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from lookahead_jax.acceptance import accept_drawn
 from lookahead_jax.cache import KVCache, commit
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter, Verified
+from lookahead_jax.decode_eviction import DecodeEviction, evict
+from lookahead_jax.drafters.device import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
 from lookahead_jax.layers import Params
+from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.sampling import (
     GREEDY,
@@ -50,6 +54,7 @@ class DecodeState:
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
     draft: Any  # the drafter's state
+    sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
 
 
 class Decoded(NamedTuple):
@@ -116,12 +121,14 @@ def start(
     seen: Bool[Array, "B V"] | None,
     width: int,
     draft: Any = (),
+    sums: Float[Array, "L B K S"] | None = None,
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
     static room for them, `eos` what ends all rows [E] or each [B, E], `draft` the state of the
-    drafter that decoding will use. The cache is donated.
+    drafter that decoding will use, `sums` what `decode_eviction.opening_sums` says if the row will
+    be cut again. The cache is donated.
     """
     batch = logits.shape[0]
     state = DecodeState(
@@ -136,6 +143,7 @@ def start(
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         draft=draft,
+        sums=sums,
     )
     processed = process_logits(
         logits[:, None], None if state.seen is None else state.seen[:, None], sampling
@@ -171,11 +179,20 @@ def _step(
     config: ModelConfig,
     drafter: DeviceDrafter,
     nodes: int,
+    eviction: DecodeEviction | None,
 ) -> tuple[DecodeState, Rows, Step]:
     """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
     cache, base = state.cache, state.cache.next_pos[:, None]
-    draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
+    drawn = None
+    if isinstance(drafter, DrawingDrafter) and nodes > 1:
+        draft, tree, drawn = drafter.draw(
+            weights, state.draft, state.token, nodes, cache.next_pos, state.sampling
+        )
+    else:
+        draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
     room = jnp.where(state.done, 0, state.limit - state.count)
+    if eviction is not None:
+        room = jnp.minimum(room, eviction.until_cut(cache.next_pos))
     laid = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos)
     positions = jnp.where(laid.valid, base + laid.depth, -1)
     x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)
@@ -183,8 +200,14 @@ def _step(
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
     processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
-    choice = choose(processed, base + laid.depth + 1, state.sampling)
-    accepted = accept(tree, laid, choice)
+    if drawn is None:
+        accepted = accept(tree, laid, choose(processed, base + laid.depth + 1, state.sampling))
+    else:
+        with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
+        accepted = accept_drawn(
+            tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
+            state.sampling,
+        )  # fmt: skip
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
@@ -195,41 +218,73 @@ def _step(
     return state, rows, Step(tree, laid.valid, accepted.path, accepted.count)
 
 
-@partial(jax.jit, static_argnames=("config", "drafter", "nodes"), donate_argnames=("state",))
+def _settle(
+    params: Params,
+    state: DecodeState,
+    rows: Rows,
+    modules: LookaheadModules | None,
+    *,
+    config: ModelConfig,
+    eviction: DecodeEviction | None,
+) -> DecodeState:
+    """The accepted rows of a step enter the cache; where that makes it due, it is cut."""
+    cache, sums = commit(state.cache, *rows), state.sums
+    if eviction is not None:
+        cache, sums = evict(
+            params, cache, sums, state.tokens, state.count, rows.count, modules,
+            config=config, eviction=eviction,
+        )  # fmt: skip
+    return dataclasses.replace(state, cache=cache, sums=sums)
+
+
+_STATIC = ("config", "drafter", "nodes", "eviction")
+
+
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
 def decode_step(
     params: Params,
     state: DecodeState,
     weights: Any = None,
+    modules: LookaheadModules | None = None,
     *,
     config: ModelConfig,
     drafter: DeviceDrafter,
     nodes: int,
+    eviction: DecodeEviction | None = None,
 ) -> tuple[DecodeState, Step]:
     """One model step, and its tree. The state is donated.
 
-    For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree.
+    For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree. The rest is
+    as for `decode_burst`.
     """
-    state, rows, step = _step(params, state, weights, config=config, drafter=drafter, nodes=nodes)
-    return dataclasses.replace(state, cache=commit(state.cache, *rows)), step
+    state, rows, step = _step(
+        params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
+    )
+    return _settle(params, state, rows, modules, config=config, eviction=eviction), step
 
 
-@partial(jax.jit, static_argnames=("config", "drafter", "nodes"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
 def decode_burst(
     params: Params,
     state: DecodeState,
     weights: Any = None,
+    modules: LookaheadModules | None = None,
     *,
     config: ModelConfig,
     steps: int | Int[Array, ""],
     drafter: DeviceDrafter = PLAIN,
     nodes: int = 1,
+    eviction: DecodeEviction | None = None,
 ) -> DecodeState:
     """Up to `steps` model steps, fewer if every row finishes. The state is donated.
 
     Each step verifies a tree of `nodes` nodes (tree.NODE_BUCKETS) that `drafter` proposes;
     `state.draft` is the drafter's state and `weights` what it reads. The tokens do not depend on
-    either: without a drafter, one node a step, it is plain decoding.
+    either: without a drafter, one node a step, it is plain decoding. With `eviction` every row
+    is cut back to its budget at multiples of the interval (`modules` are for a policy that reads
+    them); the cache must have room for the budget and one interval.
     """
+    settle = partial(_settle, config=config, eviction=eviction)
 
     def unfinished(carry):
         i, state, _ = carry
@@ -239,8 +294,10 @@ def decode_burst(
         # Rows enter the cache at the start of the next step: writing before reading lets XLA
         # update the cache in place; the other way round it copies the cache at every step.
         i, state, rows = carry
-        state = dataclasses.replace(state, cache=commit(state.cache, *rows))
-        state, rows, _ = _step(params, state, weights, config=config, drafter=drafter, nodes=nodes)
+        state = settle(params, state, rows, modules)
+        state, rows, _ = _step(
+            params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
+        )
         return i + 1, state, rows
 
     cache = state.cache
@@ -248,7 +305,7 @@ def decode_burst(
     nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
     rows = Rows(empty, empty, nothing, nothing, nothing[:, 0])
     _, state, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, rows))
-    return dataclasses.replace(state, cache=commit(state.cache, *rows))
+    return settle(params, state, rows, modules)
 
 
 def decode(

@@ -13,11 +13,13 @@ import numpy as np
 
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.controller import Controller
+from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.decoding import PLAIN, DecodeState, Step, decode_burst, decode_step
 from lookahead_jax.drafters.base import Draft, HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter, Given, NoDrafter
 from lookahead_jax.drafters.host import NOTHING, pack
 from lookahead_jax.layers import Params
+from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.tree import NODE_BUCKETS
 
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use
@@ -56,6 +58,8 @@ class Drafting:
         config: ModelConfig,
         batch: int,
         room: int,
+        eviction: DecodeEviction | None = None,
+        modules: LookaheadModules | None = None,
         on_step: Callable[[Step], Any] | None = None,
     ):
         plain = isinstance(drafter, NoDrafter)
@@ -68,6 +72,9 @@ class Drafting:
         self._controller = Controller()
         self._config = config
         self._room = room
+        self._eviction = eviction
+        # A program is compiled for what it is given: modules that nobody reads stay away.
+        self._modules = modules if eviction is not None and eviction.policy.uses_modules else None
         self._on_step = on_step
         self._host = None if isinstance(drafter, DeviceDrafter) else drafter
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
@@ -141,9 +148,9 @@ class Drafting:
         if nodes not in self._compiled:
             self._compiled.add(nodes)
             begin = time.perf_counter()
-            program.lower(params, state, drafter.weights, **options).compile()
+            program.lower(params, state, drafter.weights, self._modules, **options).compile()
             self.compile_s += time.perf_counter() - begin
-        result = program(params, state, drafter.weights, **options)
+        result = program(params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
             return result
         if self._on_step is not None:
@@ -180,15 +187,15 @@ class Drafting:
         """The function for steps of `nodes` nodes, its options, and its drafter."""
         asks_host = self._host is not None and nodes > 1
         drafter = self._device if self._host is None or asks_host else PLAIN
-        options = dict(config=self._config, drafter=drafter, nodes=nodes)
+        options = dict(config=self._config, drafter=drafter, nodes=nodes, eviction=self._eviction)
         if asks_host or self._on_step is not None:
             return decode_step, options, drafter
         return decode_burst, {**options, "steps": burst}, drafter
 
     def _propose(self, host: HostDrafter, state: DecodeState, nodes: int) -> list[Draft]:
         """What the host drafter says about every row that is running."""
-        tokens, counts, limits, done = jax.device_get(
-            (state.tokens, state.count, state.limit, state.done)
+        tokens, counts, limits, done = (
+            np.asarray(a) for a in (state.tokens, state.count, state.limit, state.done)
         )
         begin = time.perf_counter()
         drafts = []

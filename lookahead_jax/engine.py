@@ -16,13 +16,16 @@ from typing import Literal
 
 from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model
+from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter
 from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.generation import announce
 from lookahead_jax.lookahead import LookaheadModules
+from lookahead_jax.openings import PromptReader
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.prompt_store import PromptStore
 from lookahead_jax.requests import Event, Job, Limits, Request, Result
 from lookahead_jax.rows import RunningBatch
 
@@ -41,10 +44,15 @@ class Engine:
       max_new_tokens: the most a request may ask for.
       max_prompt_tokens: the longest prompt; None: what the model's positions leave. Policies that
         keep more than the budget need room for it.
+      max_question_tokens: the longest prompt behind a document; every row has room for it. 0: no
+        documents. Not together with evict_every, which would have to score the question too.
       eos_ids: end a row unless its request names others (None: the checkpoint's).
-      drafter, draft_nodes: as for `generate`; a host drafter learns from all requests.
+      drafter, draft_nodes, evict_every: as for `generate`; a host drafter learns from all
+        requests.
       burst: steps between two looks of the host: a cancelled or finished row is free, and a
         waiting request begins, after at most as many.
+      prompt_store_bytes: of read prompts to keep: an equal prompt is not read again, and goes on
+        from the same numbers. The least recently used make room. 0 keeps none.
     """
 
     def __init__(
@@ -56,14 +64,17 @@ class Engine:
         rows: int,
         max_new_tokens: int,
         max_prompt_tokens: int | None = None,
+        max_question_tokens: int = 0,
         lookahead: LookaheadModules | None = None,
         eos_ids: Sequence[int] | None = None,
         drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | None = None,
+        evict_every: int | None = None,
         burst: int = 16,
+        prompt_store_bytes: int = 0,
     ):
         if max_prompt_tokens is None:
-            max_prompt_tokens = model.config.max_position - max_new_tokens
+            max_prompt_tokens = model.config.max_position - max_new_tokens - max_question_tokens
         sizes = dict(
             budget=budget, rows=rows, max_new_tokens=max_new_tokens,
             max_prompt_tokens=max_prompt_tokens, burst=burst,
@@ -71,20 +82,38 @@ class Engine:
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, not {size}")
-        announce(policy, budget, max_prompt_tokens + max_new_tokens, model.config)
-        self.limits = Limits(max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens)
+        if max_question_tokens < 0:
+            raise ValueError(f"max_question_tokens must be at least 0, not {max_question_tokens}")
+        self.limits = Limits(
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            max_question_tokens=max_question_tokens,
+        )
+        announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
         self._model = model
         self._eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
+        eviction = None
+        if evict_every is not None and max_question_tokens:
+            raise ValueError("documents (max_question_tokens) and evict_every exclude each other")
+        if evict_every is not None:
+            eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
         self._drafting = Drafting(
             make_drafter(drafter) if isinstance(drafter, str) else drafter,
             draft_nodes,
             config=model.config,
             batch=rows,
-            room=max_prompt_tokens + max_new_tokens,
+            room=bucket_length(self.limits.longest) + max_new_tokens,
+            eviction=eviction,
+            modules=lookahead,
         )
+        self._store = PromptStore(prompt_store_bytes)
+        self._reader = PromptReader(
+            model, self.limits, self._store, policy=policy, budget=budget, modules=lookahead,
+            eviction=eviction,
+        )  # fmt: skip
         self._batch = RunningBatch(
-            model, self._drafting, self.limits, policy=policy, budget=budget, rows=rows,
-            modules=lookahead, burst=burst,
+            model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
+            summed=eviction is not None and policy.accumulates, burst=burst,
         )  # fmt: skip
         self._rows: list[Job | None] = [None] * rows
         self._ids = itertools.count()
@@ -93,6 +122,11 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._alive: dict[int, Job] = {}
         self._cancelled: set[int] = set()
+
+    @property
+    def rows(self) -> int:
+        """Requests that may decode at the same time."""
+        return len(self._rows)
 
     @property
     def waiting(self) -> int:
@@ -106,17 +140,29 @@ class Engine:
         with self._changed:
             return len(self._alive)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of read prompts that are kept at the moment."""
+        return self._store.bytes
+
     def submit(self, request: Request) -> int:
         """Queues a request; the number by which events and `cancel` know it.
 
         Raises ValueError, naming the limit, for what this engine cannot serve.
         """
-        job = self._job(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[int]:
+        """Queues requests next to each other, or, with `submit`'s ValueError, none of them."""
+        jobs = [
+            Job(next(self._ids), request, self._model, self.limits, self._eos_ids)
+            for request in requests
+        ]
         with self._changed:
-            self._alive[job.id] = job
-            self._waiting.append(job)
+            self._alive.update((job.id, job) for job in jobs)
+            self._waiting.extend(jobs)
             self._changed.notify_all()
-        return job.id
+        return [job.id for job in jobs]
 
     def cancel(self, request: int) -> bool:
         """Ends a request within a burst; False if it has ended already, or never was."""
@@ -158,17 +204,11 @@ class Engine:
 
     def run(self, requests: Sequence[Request] = ()) -> list[Result]:
         """Serves `requests` and all that wait; the results, in the order of submission."""
-        jobs = [self._job(request) for request in requests]
-        with self._changed:
-            self._alive.update((job.id, job) for job in jobs)
-            self._waiting.extend(jobs)
+        self.submit_all(requests)
         results = []
         while self.alive:
             results += [event.result for event in self.step() if event.result is not None]
         return sorted(results, key=lambda result: result.id)
-
-    def _job(self, request: Request) -> Job:
-        return Job(next(self._ids), request, self._model, self.limits, self._eos_ids)
 
     def warm_up(self, lengths: Iterable[int] | None = None) -> None:
         """Compiles what prompts of `lengths` tokens need (None: of every length allowed).
@@ -178,7 +218,7 @@ class Engine:
         if any(self._rows):
             raise ValueError("warm up before the first request, not while one runs")
         lengths = range(1, self.limits.max_prompt_tokens + 1) if lengths is None else lengths
-        self._batch.warm_up(sorted({bucket_length(length) for length in lengths}))
+        self._batch.warm_up(self._reader.samples(lengths))
 
     def _admit(self, events: list[Event]) -> None:
         """Waiting requests take the free rows, first come, first served."""
@@ -187,9 +227,9 @@ class Engine:
                 job.start()
                 request = job.request
                 try:
-                    opening = self._batch.read(
+                    opening, job.reused_tokens = self._reader.read(
                         job.tokens, request.max_new_tokens, request.sampling, request.seed,
-                        job.eos_ids,
+                        job.eos_ids, document=job.document,
                     )  # fmt: skip
                     self._drafting.join(row, job.tokens)
                 except Exception as error:

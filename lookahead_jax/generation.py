@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.batching import pad_batch
+from lookahead_jax.batching import pad_batch, pad_drafts
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
@@ -30,8 +31,11 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefill import extend
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.sharding import place_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
 DEFAULT_BUDGET = 256
@@ -75,14 +79,19 @@ class Generation:
     drafting: DraftReport
 
 
-def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Texts through the tokenizer, token rows as they are, less the padding at their end."""
+def encode_prompts(
+    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
+) -> list[list[int]]:
+    """Texts through the tokenizer, token rows as they are, less the padding at their end.
+
+    `special` puts around a text what the tokenizer does (BOS, ...).
+    """
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             if model.tokenizer is None:
                 raise ValueError("this model has no tokenizer.json: give token ids")
-            row = model.tokenizer.encode(prompt)
+            row = model.tokenizer.encode(prompt, special=special)
         else:
             row = [int(token) for token in prompt]
             while row and row[-1] == -1:
@@ -95,10 +104,25 @@ def encode_prompts(model: Model, prompts: Sequence[str | Sequence[int]]) -> list
     return rows
 
 
+def encode_questions(
+    model: Model, questions: Sequence[str | Sequence[int]], prompts: int
+) -> list[list[int]]:
+    """What is read behind prompts: as `encode_prompts`, but nothing is put around a text."""
+    if len(questions) != prompts:
+        raise ValueError(f"{len(questions)} questions for {prompts} prompts")
+    rows = []
+    for question in questions:
+        if isinstance(question, str) and model.tokenizer is not None:
+            question = model.tokenizer.encode(question, special=False)
+        rows.append(question)
+    return encode_prompts(model, rows)
+
+
 def generate(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
     *,
+    questions: Sequence[str | Sequence[int]] | None = None,
     policy: Policy | None = None,
     budget: int = DEFAULT_BUDGET,
     max_new_tokens: int = 128,
@@ -106,9 +130,11 @@ def generate(
     seeds: Sequence[int] | None = None,
     stop: Sequence[str] = (),
     lookahead: LookaheadModules | None = None,
+    drafts: Sequence[Sequence[int]] | None = None,
     eos_ids: Sequence[int] | None = None,
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | None = None,
+    evict_every: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -116,9 +142,12 @@ def generate(
 ) -> Generation:
     """Continues a batch of prompts from a cache of `budget` entries per layer and KV head.
 
-    `prompts` are texts or rows of token ids. `policy` left out is LookaheadKV where `lookahead`
-    modules are given, else SnapKV. One seed per row (default 0 for all: a row's output does not
-    depend on its neighbours; give different seeds to sample one prompt several times).
+    `prompts` are texts or rows of token ids. `questions`, one for each, are read behind the cut
+    cache: what is kept of a prompt is then chosen without knowing them. `policy` left out is
+    LookaheadKV where `lookahead` modules are given, else SnapKV. One seed per row (default 0 for
+    all: a row's output does not depend on its neighbours; give different seeds to sample one
+    prompt several times). `drafts` are what a small model expects as answers
+    (`speculation.speculate`), for the policy that observes with them.
     `on_text(row, piece)` receives text as it becomes certain. Tokens and text do not depend on
     `burst`, the number of steps between looks of the host. `measure` compiles and runs the
     prompt beforehand, with and without eviction, so that `timing` holds neither compilation nor
@@ -126,9 +155,13 @@ def generate(
 
     `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
     proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
-    the same tokens. `on_step` receives every step's tree and accepted path as NumPy arrays.
+    the same tokens. With `evict_every` = E the policy cuts each row again while it decodes, at
+    every position that is a multiple of E: its heads hold `budget` to `budget` + E entries,
+    however long the text becomes. `on_step` receives every step's tree and accepted path as NumPy
+    arrays.
 
-    Raises ValueError for empty prompts and ids out of range.
+    Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
+    decoding where it should.
     """
     config, params = model.config, model.params
     policy = policy or default_policy(lookahead)
@@ -140,53 +173,72 @@ def generate(
         raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
     if max_new_tokens < 1 or budget < 1:
         raise ValueError("max_new_tokens and budget must be at least 1")
-    announce(policy, budget, max(map(len, rows)) + max_new_tokens, config)
-    tokens = jnp.asarray(pad_batch(rows, config=config))
+    asked = None if questions is None else encode_questions(model, questions, len(rows))
+    texts = rows if asked is None else [a + b for a, b in zip(rows, asked, strict=True)]
+    announce(policy, budget, max(map(len, texts)) + max_new_tokens, config)
+    tokens = place_rows(pad_batch(rows, config=config), params["embed"].sharding)
+    behind = None if asked is None else jnp.asarray(pad_batch(asked, config=config))
+    whole = tokens if asked is None else jnp.asarray(pad_batch(texts, config=config))
+    asked_width = 0 if behind is None else behind.shape[1]
+    expected = pad_drafts(drafts, len(rows), policy.draft_tokens) if policy.uses_draft else None
+    asks = requests_to_repeat(model.tokenizer) if policy.replays else ((), ())
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
+    eviction = None
+    if evict_every is not None:
+        eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
 
     drafting = Drafting(
         make_drafter(drafter) if isinstance(drafter, str) else drafter,
         draft_nodes,
         config=config,
         batch=len(rows),
-        room=tokens.shape[1] + max_new_tokens,
+        room=whole.shape[1] + max_new_tokens,
+        eviction=eviction,
+        modules=lookahead,
         on_step=on_step,
     )
 
-    def read(policy: Policy) -> DecodeState:
+    def read(policy: Policy, eviction: DecodeEviction | None) -> DecodeState:
+        added = max_new_tokens
+        if eviction is not None:
+            added = eviction.room(tokens.shape[1], max_new_tokens, config)
         result = read_prompt(
             params, tokens, config=config, policy=policy, budget=budget,
-            new_tokens=max_new_tokens, modules=lookahead, eos_ids=eos_ids,
+            new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
+            eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
+            draft=expected, asks=asks,
         )  # fmt: skip
+        cache, logits, sums = result.cache, result.logits, opening_sums(eviction, result)
+        if behind is not None:
+            cache, logits = extend(params, behind, cache, config=config)
         state = start(
-            result.cache, result.logits,
+            cache, logits,
             sampling=packed,
             limit=jnp.full(len(rows), max_new_tokens, jnp.int32),
             eos=jnp.asarray(eos_ids, jnp.int32),
-            seen=seen_tokens(tokens, config.vocab_size) if packed.penalized else None,
+            seen=seen_tokens(whole, config.vocab_size) if packed.penalized else None,
             width=max_new_tokens,
+            sums=sums,
         )  # fmt: skip
         return jax.block_until_ready(state)
 
     overhead = None
     if measure:
-        read(policy)
-        read(Full())
-        keep_all = _seconds(lambda: read(Full()))
+        read(policy, eviction)
+        read(Full(), None)
+        keep_all = _seconds(lambda: read(Full(), None))
     begin = time.perf_counter()
-    state = read(policy)
+    state = read(policy, eviction)
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all
-    state = drafting.begin(state, rows, tokens)
+    state = drafting.begin(state, texts, whole)
 
-    prompt_cache = state.cache
-    filled = np.asarray(prompt_cache.length)
-    kept = np.asarray(prompt_cache.pos[..., : int(filled.max())])
+    filled, kept = _kept(state.cache, [len(row) for row in rows])
     report = CacheReport(
         kept_per_head=filled.tolist(),
-        bytes=prompt_cache.bytes,
-        full_bytes=_full_bytes(prompt_cache, tokens.shape[1] + max_new_tokens),
+        bytes=state.cache.bytes,
+        full_bytes=_full_bytes(state.cache, tokens.shape[1] + asked_width + max_new_tokens),
     )
     outputs = [
         OutputRow(model.tokenizer, stop, None if on_text is None else partial(on_text, i))
@@ -195,8 +247,9 @@ def generate(
     begin = time.perf_counter()
     done = _deliver(outputs, state)
     while not done.all():
-        # Placed as it was: an array without a place would compile the step once more.
-        state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
+        if (done != np.asarray(state.done)).any():  # a stop string has ended a row
+            # Placed as it was: an array without a place would compile the step once more.
+            state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
         state = drafting.advance(decoding_params, state, burst)
         done = _deliver(outputs, state)
     spent = time.perf_counter() - begin - drafting.compile_s
@@ -254,6 +307,17 @@ def _deliver(outputs: Sequence[OutputRow], state: DecodeState) -> np.ndarray:
         output.feed(tokens[i, len(output.tokens) : count[i]].tolist())
         done[i] |= output.stopped
     return done
+
+
+def _kept(cache: KVCache, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """How many entries of each prompt there are [L, B, K], and their positions [L, B, K, S].
+
+    A question's entries stand behind them.
+    """
+    pos = np.asarray(cache.pos)
+    mine = (pos >= 0) & (pos < np.array(lengths)[None, :, None, None])
+    filled = mine.sum(-1, dtype=np.int32)
+    return filled, np.where(mine, pos, -1)[..., : int(filled.max())]
 
 
 def _full_bytes(cache: KVCache, tokens: int) -> int:

@@ -1,10 +1,54 @@
-"""The page of `lookahead inspect`: a prompt in which every token shows how many heads kept it."""
+"""The page of `lookahead inspect`: what the cache kept of a prompt, and what a drafter proposed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from typing import NamedTuple
 
 import numpy as np
+
+from lookahead_jax.decoding import Step
+
+
+class DraftedStep(NamedTuple):
+    """One step of one row. Node 0 is the token emitted last; indices are into `names`."""
+
+    names: list[str]  # text of each node
+    parents: list[int]  # before their children; -1 for node 0
+    ignored: list[int]  # nodes that the model did not look at
+    path: list[int]  # accepted nodes from node 0 down
+    own: str | None  # what the model chose behind the path; None if the text ended before
+
+
+def drafted_steps(
+    steps: Sequence[Step], tokens: Sequence[int], name: Callable[[int], str]
+) -> list[DraftedStep]:
+    """What `generate(on_step=...)` handed over about its first row, for `render`.
+
+    `tokens` are the row's, the first of which no step emitted; `name` is a token's text. Nodes
+    without a token or without an earlier node to continue are left out.
+    """
+    drawn, at = [], 1
+    for step in steps:
+        count = int(step.count[0])
+        if count == 0:
+            continue
+        place, names, parents, ignored = {-1: -1}, [], [], []
+        drafted = zip(step.tree.tokens[0], step.tree.parents[0], step.valid[0], strict=True)
+        for node, (token, parent, valid) in enumerate(drafted):
+            parent = int(parent) if node else -1
+            if token < 0 or parent not in place or (node and parent < 0):
+                continue
+            place[node] = len(names)
+            if not valid:
+                ignored.append(len(names))
+            names.append(name(int(token)))
+            parents.append(place[parent])
+        path = [place[int(node)] for node in step.path[0, :count]]
+        at += count
+        own = name(tokens[at - 1]) if at <= len(tokens) else None
+        drawn.append(DraftedStep(names, parents, ignored, path, own))
+    return drawn
 
 
 def render(
@@ -16,12 +60,14 @@ def render(
     generated: str,
     facts: Mapping[str, str],
     mark: str | None = None,
+    steps: Sequence[DraftedStep] | None = None,
 ) -> str:
     """One self-contained HTML page (no network; all text is data, none of it markup).
 
     `offsets` [T] are character ranges of the tokens in `prompt`, `pieces` [T] their names, shown
     for tokens without characters; `kept` [L][K] are ascending positions per layer and KV head;
-    `facts` stand at the top in their order; every occurrence of `mark` is underlined.
+    `facts` stand at the top in their order; every occurrence of `mark` is underlined. With
+    `steps` the page has a section that lists them and draws the tree of each.
     Raises ValueError if lengths or positions do not fit together, or if `mark` does not occur.
     """
     if len(offsets) != len(pieces):
@@ -34,8 +80,36 @@ def render(
         "generated": generated,
         "facts": dict(facts),
     }
-    template = files("lookahead_jax").joinpath("templates/inspect.html").read_text("utf-8")
-    return template.replace("__DATA__", _embed(data))
+    section = ""
+    if steps is not None:
+        data["steps"] = _drawn(steps)
+        section = "\n" + _template("steps.html")
+    page = _template("inspect.html").replace("__STEPS__", section)
+    return page.replace("__DATA__", embed_json(data))
+
+
+def _template(name: str) -> str:
+    return files("lookahead_jax").joinpath("templates", name).read_text("utf-8")
+
+
+def _drawn(steps: Sequence[DraftedStep]) -> dict:
+    """The steps, every text once: `tokens` and `own` are indices into `names`, -1 for none."""
+    index: dict[str, int] = {}
+
+    def number(text: str | None) -> int:
+        return -1 if text is None else index.setdefault(text, len(index))
+
+    drawn = [
+        {
+            "tokens": [number(name) for name in step.names],
+            "parents": step.parents,
+            "off": step.ignored,
+            "path": step.path,
+            "own": number(step.own),
+        }
+        for step in steps
+    ]
+    return {"names": list(index), "list": drawn}
 
 
 def _segments(prompt: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list:
@@ -87,7 +161,7 @@ def _marks(prompt: str, offsets: Sequence[tuple[int, int]], mark: str) -> list[t
     return ranges
 
 
-def _embed(data: object) -> str:
+def embed_json(data: object) -> str:
     """JSON that cannot end the script element it stands in."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

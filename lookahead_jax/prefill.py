@@ -37,6 +37,14 @@ from lookahead_jax.prompt import (
 from lookahead_jax.rope import rope_tables
 
 
+class Compressed(NamedTuple):
+    """A cache that has been cut again."""
+
+    cache: KVCache
+    scores: jax.Array | None  # [L, B, K, S] float32 over the old slots, if asked for
+    sums: jax.Array | None  # [L, B, K, S] float32 over the new slots, if scores add up
+
+
 class Prefilled(NamedTuple):
     """A prompt, read and cut."""
 
@@ -45,7 +53,7 @@ class Prefilled(NamedTuple):
     scores: jax.Array | None  # [L, B, K, T] float32, if asked for
 
 
-def _cut(view: LayerView, kept: Kept, slots: int):
+def cut_layer(view: LayerView, kept: Kept, slots: int):
     """The kept entries of a layer, padded to `slots`: k, v, pos and how many."""
 
     def take(a):
@@ -62,7 +70,7 @@ def _cut(view: LayerView, kept: Kept, slots: int):
     )
 
 
-def _slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
+def static_slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
     """The most entries a head keeps, and the rounded slots, which must hold them."""
     limit = policy.max_entries(tokens, budget, config)
     slots = round_up(slots, SLOT_MULTIPLE)
@@ -97,7 +105,7 @@ def prefill(
     may keep.
     """
     padded = tokens.shape[1]
-    limit, slots = _slots(policy, padded, budget, slots, config)
+    limit, slots = static_slots(policy, padded, budget, slots, config)
     tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
@@ -122,7 +130,7 @@ def prefill(
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, layer_budget, limit, budget)
-        entry = _cut(view, kept, slots)
+        entry = cut_layer(view, kept, slots)
         return (x, buffers, rows), (entry, scores[..., :padded] if with_scores else None)
 
     carry = (x, layer_buffers(prompt, x.dtype, config), None if observer is None else observer.x)
@@ -146,43 +154,54 @@ def prefill(
 def compress(
     params: Params,
     cache: KVCache,
-    observer: Block,
+    observer: Block | None,
     *,
     config: ModelConfig,
     policy: Policy,
     budget: int,
     slots: int,
+    sums: Float[Array, "L B K S"] | None = None,
     with_scores: bool = False,
-) -> tuple[KVCache, jax.Array | None]:
+) -> Compressed:
     """Cuts a cache that has been filled, by what `observer` pays attention to in it.
 
-    The second pass of the two-pass policies (oracle, LAQ), and re-scoring while decoding.
-    Returns the smaller cache and the scores float32 [L, B, K, S] over the old slots, if asked.
+    The second pass of the two-pass policies (oracle, LAQ), and cutting while decoding, where
+    `observer` may be missing (a policy that looks at the entries alone) and `sums` are the scores
+    so far of a policy that adds them up.
     """
-    limit, slots = _slots(policy, cache.slots, budget, slots, config)
-    rope = rope_tables(config, observer.positions, cache.rope_span)
+    limit, slots = static_slots(policy, cache.slots, budget, slots, config)
+    if observer is not None:
+        rope = rope_tables(config, observer.positions, cache.rope_span)
 
     def step(rows, inputs):
-        p, lora, (kind, layer_budget) = inputs
-        context = cache_context(cache, kind.index)
-        rows, queries = observe_layer(p, rows, observer, rope, kind, context, lora, config)
+        p, lora, (kind, layer_budget, before) = inputs
+        context, queries = cache_context(cache, kind.index), None
+        if observer is not None:
+            rows, queries = observe_layer(p, rows, observer, rope, kind, context, lora, config)
         view = LayerView(
             context.k, context.v, context.pos, cache.next_pos, kind.index, kind.window, queries,
-            None, cache.rope_span, kind.rope, config,
+            None, cache.rope_span, kind.rope, config, before,
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, layer_budget, limit, budget)
-        return rows, (_cut(view, kept, slots), scores if with_scores else None)
+        after = None if before is None else _sums(scores, kept, slots)
+        return rows, (cut_layer(view, kept, slots), scores if with_scores else None, after)
 
     budgets = policy.layer_budgets(cache.next_pos, budget, config)
-    _, ((k, v, pos, filled), scores) = scan_layers(
+    _, ((k, v, pos, filled), scores, after) = scan_layers(
         step,
-        observer.x,
+        None if observer is None else observer.x,
         params["layers"],
-        observer.lora,
-        (layer_kinds(config), budgets),
+        None if observer is None else observer.lora,
+        (layer_kinds(config), budgets, sums),
     )
-    return dataclasses.replace(cache, k=k, v=v, pos=pos, length=filled), scores
+    return Compressed(dataclasses.replace(cache, k=k, v=v, pos=pos, length=filled), scores, after)
+
+
+def _sums(scores: jax.Array, kept: Kept, slots: int) -> jax.Array:
+    """The scores [B, K, S] of what has been kept, in its new slots; 0 in empty ones."""
+    found = jnp.where(kept.pos >= 0, jnp.take_along_axis(scores, kept.index, axis=2), 0.0)
+    return jnp.pad(found, [(0, 0), (0, 0), (0, slots - kept.pos.shape[-1])])
 
 
 @partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("cache",))

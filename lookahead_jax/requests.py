@@ -20,6 +20,9 @@ class Request:
 
     prompt: str | Sequence[int]
     max_new_tokens: int
+    document: str | Sequence[int] | None = None
+    """Read and cut on its own, as if nothing followed; the prompt is read behind what was kept,
+    and all of it stays. Other requests with the same document need not read it again."""
     sampling: Sampling = GREEDY
     seed: int = 0
     stop: Sequence[str] = ()
@@ -48,6 +51,7 @@ class Result:
     finish: Finish | Literal["cancelled", "error"]
     error: str | None  # why, if finish is "error"
     prompt_tokens: int
+    reused_tokens: int  # of the prompt, those that an earlier request had read
     steps: int  # forwards of the model after the prompt; one emits one token or more
     timing: RequestTiming
 
@@ -68,13 +72,27 @@ class Limits:
 
     max_prompt_tokens: int
     max_new_tokens: int
+    max_question_tokens: int
 
-    def check(self, request: Request, tokens: Sequence[int], eos_ids: Sequence[int]) -> None:
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may hold before it emits any."""
+        return self.max_prompt_tokens + self.max_question_tokens
+
+    def check(
+        self, request: Request, tokens: Sequence[int], document: int, eos_ids: Sequence[int]
+    ) -> None:
         """Raises ValueError with the limit that a request goes beyond."""
-        if len(tokens) > self.max_prompt_tokens:
+        name, first = ("document", document) if document else ("prompt", len(tokens))
+        if first > self.max_prompt_tokens:
             raise ValueError(
-                f"the prompt has {len(tokens)} tokens, more than max_prompt_tokens = "
+                f"the {name} has {first} tokens, more than max_prompt_tokens = "
                 f"{self.max_prompt_tokens}"
+            )
+        if document and len(tokens) - document > self.max_question_tokens:
+            raise ValueError(
+                f"the prompt behind the document has {len(tokens) - document} tokens, more than "
+                f"max_question_tokens = {self.max_question_tokens}"
             )
         if not 1 <= request.max_new_tokens <= self.max_new_tokens:
             raise ValueError(
@@ -96,16 +114,23 @@ class Job:
     def __init__(
         self, id: int, request: Request, model: Model, limits: Limits, eos_ids: Sequence[int]
     ):
-        (tokens,) = encode_prompts(model, [request.prompt])
+        if request.document is None:
+            document, (prompt,) = [], encode_prompts(model, [request.prompt])
+        else:
+            (document,) = encode_prompts(model, [request.document])
+            (prompt,) = encode_prompts(model, [request.prompt], special=False)
+        tokens = document + prompt
         ends = tuple(eos_ids if request.eos_ids is None else request.eos_ids)
-        limits.check(request, tokens, ends)
+        limits.check(request, tokens, len(document), ends)
         pad_batch([tokens], config=model.config)  # checks the ids
         self.id = id
         self.request = request
         self.tokens = tokens
+        self.document = len(document)  # tokens of the document, 0 if there is none
         self.eos_ids = ends
         self.row: int | None = None
         self.steps = 0
+        self.reused_tokens = 0
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
         self.output = OutputRow(model.tokenizer, request.stop, self._pieces.append)
@@ -143,6 +168,7 @@ class Job:
             finish=finish,
             error=error,
             prompt_tokens=len(self.tokens),
+            reused_tokens=self.reused_tokens,
             steps=self.steps,
             timing=RequestTiming(
                 started_s=self._started, first_token_s=self._first, ended_s=self._elapsed()

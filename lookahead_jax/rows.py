@@ -5,9 +5,9 @@ reading of its prompt, once per padded length.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from lookahead_jax.batching import bucket_length, pad_batch
 from lookahead_jax.cache import empty_cache
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
@@ -24,17 +23,10 @@ from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter
 from lookahead_jax.drafting import Drafting
 from lookahead_jax.generation import for_decoding
 from lookahead_jax.layers import Params
-from lookahead_jax.lookahead import LookaheadModules
-from lookahead_jax.policies.base import Policy
-from lookahead_jax.prefill import Prefilled
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.requests import MAX_EOS_IDS, Limits
-from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
+from lookahead_jax.openings import Opening, with_everything
+from lookahead_jax.requests import MAX_EOS_IDS
+from lookahead_jax.sampling import GREEDY, sampling_rows
 from lookahead_jax.tree import NODE_BUCKETS
-
-
-def _with_everything(rows: SamplingRows) -> SamplingRows:
-    return dataclasses.replace(rows, sampled=True, filtered=True, penalized=True)
 
 
 def empty_rows(
@@ -46,8 +38,11 @@ def empty_rows(
     width: int,
     ends: int,
     draft: Any,
+    summed: bool,
 ) -> DecodeState:
     """A batch in which nothing runs: room for `width` tokens and `ends` end tokens a row.
+
+    `summed` says that a policy adds up scores while decoding.
 
     Everything is placed where the parameters are: an array without a place would compile the
     first steps once more.
@@ -56,8 +51,9 @@ def empty_rows(
     def zeros(dtype=jnp.int32):
         return jnp.zeros(batch, dtype)
 
+    cache = empty_cache(config, batch, slots, params["embed"].dtype, zeros())
     state = DecodeState(
-        cache=empty_cache(config, batch, slots, params["embed"].dtype, zeros()),
+        cache=cache,
         token=zeros(),
         tokens=jnp.full((batch, width), -1, jnp.int32),
         count=zeros(),
@@ -65,24 +61,15 @@ def empty_rows(
         done=jnp.ones(batch, bool),
         eos=jnp.full((batch, ends), -1, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),
-        sampling=_with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
+        sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         draft=draft,
+        sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, PartitionSpec())
     return jax.device_put(state, place)
-
-
-class Opening(NamedTuple):
-    """A prompt that has been read, and how its request goes on; one row of everything."""
-
-    prompt: jax.Array  # [1, T] int32
-    read: Prefilled
-    sampling: SamplingRows
-    limit: jax.Array  # [1] int32
-    eos: jax.Array  # [1, E] int32
 
 
 @partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state",))
@@ -100,30 +87,35 @@ def insert_row(
     The other rows stay as they are. The prompt's cache may have fewer slots than `state`; what
     else the row's last tenant left is marked as empty. `state` is donated.
     """
-    read = opening.read
     new = start(
-        read.cache, read.logits, sampling=opening.sampling, limit=opening.limit, eos=opening.eos,
-        seen=seen_tokens(opening.prompt, config.vocab_size), width=state.tokens.shape[1],
+        opening.cache, opening.logits, sampling=opening.sampling, limit=opening.limit,
+        eos=opening.eos, seen=seen_tokens(opening.prompt, config.vocab_size),
+        width=state.tokens.shape[1],
     )  # fmt: skip
-    spare = [(0, 0)] * 3 + [(0, state.cache.slots - new.cache.slots)]
-    pos = jnp.pad(new.cache.pos, spare, constant_values=-1)
+
+    def pad(slots, empty):
+        spare = state.cache.slots - slots.shape[-1]
+        return jnp.pad(slots, [(0, 0)] * 3 + [(0, spare)], constant_values=empty)
+
+    pos = pad(new.cache.pos, -1)
+    sums = None if state.sums is None else pad(opening.sums, 0.0)
 
     def put(axis, whole, one):
         return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
 
     # Of the cache, what has one entry per row has only that axis; the rest begins with layers.
-    cache = jax.tree.map(
+    cache, sums = jax.tree.map(
         lambda whole, one: put(min(whole.ndim - 1, 1), whole, one),
-        state.cache,
-        dataclasses.replace(new.cache, pos=pos),
+        (state.cache, state.sums),
+        (dataclasses.replace(new.cache, pos=pos), sums),
     )
     rest = jax.tree.map(
         partial(put, 0),
-        dataclasses.replace(state, cache=None, draft=None),
+        dataclasses.replace(state, cache=None, draft=None, sums=None),
         dataclasses.replace(new, cache=None, draft=None),
     )
     draft = drafter.begin(weights, state.draft, row[None], opening.prompt)
-    return dataclasses.replace(rest, cache=cache, draft=draft)
+    return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
 
 
 class RunningBatch:
@@ -133,21 +125,19 @@ class RunningBatch:
         self,
         model: Model,
         drafting: Drafting,
-        limits: Limits,
         *,
-        policy: Policy,
-        budget: int,
         rows: int,
-        modules: LookaheadModules | None,
+        slots: int,
+        new_tokens: int,
+        summed: bool,
         burst: int,
     ):
         self._model = model
         self._drafting = drafting
-        self._limits = limits
-        self._policy = policy
-        self._budget = budget
-        self._modules = modules
         self._size = rows
+        self._slots = slots
+        self._new_tokens = new_tokens
+        self._summed = summed
         self._burst = burst
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
@@ -155,39 +145,16 @@ class RunningBatch:
 
     def clear(self) -> None:
         """Every row is empty, whatever has become of it."""
-        width = bucket_length(self._limits.max_prompt_tokens)
-        new = self._limits.max_new_tokens
-        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
-        largest = jax.eval_shape(lambda tokens: self._prefill(tokens, new, new, ()), tokens)
         self._halted.clear()
         self._state = empty_rows(
             self._model.params,
             config=self._model.config,
             batch=self._size,
-            slots=largest.cache.slots,
-            width=new,
+            slots=self._slots,
+            width=self._new_tokens,
             ends=MAX_EOS_IDS,
             draft=self._drafting.empty(),
-        )
-
-    def read(
-        self,
-        tokens: Sequence[int],
-        new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        eos_ids: Sequence[int],
-    ) -> Opening:
-        """Reads a prompt and cuts its cache; the batch is not touched."""
-        config = self._model.config
-        prompt = jnp.asarray(pad_batch([tokens], config=config))
-        return Opening(
-            prompt=prompt,
-            # Waits, so that an error belongs to this request; no room, the batch has it.
-            read=jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids)),
-            sampling=_with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
-            limit=jnp.asarray([new_tokens], jnp.int32),
-            eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
+            summed=self._summed,
         )
 
     def insert(self, row: int, opening: Opening) -> None:
@@ -228,23 +195,8 @@ class RunningBatch:
         )
         return tokens, count, done, lengths.sum(1)
 
-    def warm_up(self, widths: Iterable[int]) -> None:
-        """Compiles what prompts of these padded lengths need. Only while nothing runs."""
-        for width in widths:
-            tokens = [0] * min(width, self._limits.max_prompt_tokens)
-            opening = self.read(tokens, 1, GREEDY, 0, ())
+    def warm_up(self, openings: Iterable[Opening]) -> None:
+        """Compiles what requests that open like these need. Only while nothing runs."""
+        for opening in openings:
             self.insert(0, opening._replace(limit=jnp.zeros(1, jnp.int32)))
         self._state = self._drafting.warm_up(self._params, self._state, self._burst)
-
-    def _prefill(
-        self, tokens: jax.Array, new_tokens: int, room: int, eos_ids: Sequence[int]
-    ) -> Prefilled:
-        return read_prompt(
-            self._model.params, tokens, config=self._model.config, policy=self._policy,
-            budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
-            eos_ids=_padded(eos_ids),
-        )  # fmt: skip
-
-
-def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:
-    return (*eos_ids, *[-1] * (MAX_EOS_IDS - len(eos_ids)))

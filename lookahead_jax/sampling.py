@@ -6,14 +6,14 @@ Letters: B batch, P rows of a step (tree nodes), V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,14 +135,36 @@ def choose(
     if not rows.sampled:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def noise(seed, position):
-        key = jax.random.fold_in(jax.random.key(seed), position)
+    def gumbel(key):
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     def noisy(logits):
-        gumbel = jax.vmap(jax.vmap(noise, (None, 0)))(rows.seed, positions)
-        return logits + jnp.where(random[:, None, None], gumbel, 0.0)
+        noise = keyed_noise(gumbel, rows.seed, positions)
+        return logits + jnp.where(random[:, None, None], noise, 0.0)
 
     random = rows.temperature > 0
     logits = jax.lax.cond(random.any(), noisy, lambda logits: logits, logits)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def keyed_noise(
+    draw: Callable[[jax.Array], jax.Array],
+    seeds: UInt[Array, " B"],
+    positions: Int[Array, "B P"],
+    use: int | None = None,
+    *,
+    distinct: bool = False,
+) -> Float[Array, "B P ..."]:
+    """`draw(key)` for each position of each row, from (seed, position) and nothing else.
+
+    `use` numbers what the noise is for, where a position needs it more than once; `distinct` gives
+    entries of the same position noise of their own, by their place in P.
+    """
+
+    def one(seed, position, place):
+        key = jax.random.fold_in(jax.random.key(seed), position)
+        key = key if use is None else jax.random.fold_in(key, use)
+        return draw(jax.random.fold_in(key, place) if distinct else key)
+
+    places = jnp.arange(positions.shape[1], dtype=jnp.int32)
+    return jax.vmap(jax.vmap(one, (None, 0, 0)), (0, 0, None))(seeds, positions, places)

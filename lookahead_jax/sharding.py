@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -102,3 +104,17 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """For arrays with a leading batch axis, whatever follows it."""
     return sharding(("batch",), mesh)
+
+
+def place_rows(rows: np.ndarray, like: jax.sharding.Sharding) -> jax.Array:
+    """A batch on the device, split over the mesh of `like` if there is one that divides it.
+
+    On a single device, or where the rows do not divide, they are left to the compiler.
+    """
+    if not isinstance(like, NamedSharding):
+        return jnp.asarray(rows)
+    mesh = like.mesh
+    ways = math.prod(mesh.shape.get(name, 1) for name in RULES["batch"])
+    if len(rows) % ways or not isinstance(mesh, Mesh):
+        return jnp.asarray(rows)
+    return jax.device_put(rows, batch_sharding(mesh))

@@ -69,11 +69,12 @@ def attention_logits(q, k, q_pos, k_pos, config, window):
     return np.where(seen[None], logits, -np.inf)
 
 
-def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None):
+def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None, gone=None):
     """Runs `tokens` [T], then the residual rows `rows` [M, D]; -> ([Layer, ...], hidden [W, D]).
 
     `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows behind the prompt. Of the
     prompt these see all, or the positions `kept[layer][KV head]`.
+    From position `gone[layer][KV head, i]` on nobody sees entry i.
     """
     params = {
         "layers": {name: np.asarray(w, np.float64) for name, w in params["layers"].items()},
@@ -111,8 +112,13 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None)
         group = heads // config.num_kv_heads
         if kept is not None:
             for n in range(heads):
-                gone = np.setdiff1d(np.arange(prompt), kept[index][n // group])
-                logits[n][np.ix_(position >= prompt, gone)] = -np.inf
+                others = np.setdiff1d(np.arange(prompt), kept[index][n // group])
+                logits[n][np.ix_(position >= prompt, others)] = -np.inf
+        if gone is not None:
+            for n in range(heads):
+                until = np.full(width, width)
+                until[:prompt] = gone[index][n // group][:prompt]
+                logits[n][position[:, None] >= until[None]] = -np.inf
         probs = softmax(logits)
         out = np.stack([probs[n] @ v[n // group] for n in range(heads)], axis=1)
         out = linear("o", out.reshape(width, -1))

@@ -8,10 +8,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import save_params
 from lookahead_jax.cli import main
 from lookahead_jax.commands.options import EvictionOptions, ModelOptions
 from lookahead_jax.files import atomic_path, atomic_write
@@ -25,16 +23,7 @@ TEXT = "def add(a, b):\n    return a + b\n" * 6
 def model_dir(tmp_path_factory):
     """A tiny Llama with one token per byte."""
     folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps({**tiny.LLAMA, "vocab_size": VOCABULARY}))
-    config = tiny.config(vocab_size=VOCABULARY)
-    save_params(folder, tiny.params(config), config)
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = sorted(level.alphabet())
-    vocabulary = {piece: i for i, piece in enumerate(alphabet)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = level
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tiny.save_bytes_model(folder, vocab_size=VOCABULARY)
     return folder
 
 
@@ -187,6 +176,27 @@ def test_inspect_shows_tokens_without_text(model_dir, tmp_path):
     assert '"tokens":30' in out.read_text()
 
 
+def test_inspect_lists_the_steps(model_dir, model, tmp_path):
+    out, steps = tmp_path / "page.html", []
+    drafting = {"drafter": "prompt_lookup", "draft_nodes": 8}
+    run(
+        "inspect", "--model", model_dir, "--prompt", TEXT, "--budget", 16, "--max-new-tokens", 12,
+        "--drafter", "prompt_lookup", "--draft-nodes", 8, "--out", out,
+    )  # fmt: skip
+    result = lk.generate(
+        model, [TEXT], budget=16, max_new_tokens=12, on_step=steps.append, **drafting
+    )
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])["steps"]
+    emitted = result.tokens[0][:1]
+    for drawn, step in zip(data["list"], steps, strict=True):
+        assert drawn["path"] == step.path[0, : step.count[0]].tolist()
+        path = [data["names"][drawn["tokens"][node]] for node in drawn["path"]]
+        assert path[0] == model.tokenizer.decode(emitted[-1:])
+        emitted = result.tokens[0][: len(emitted) + int(step.count[0])]
+        assert data["names"][drawn["own"]] == model.tokenizer.decode(emitted[-1:])
+    assert emitted == result.tokens[0]
+
+
 def test_demo_prints_the_table(model_dir, tmp_path, capsys):
     file = tmp_path / "long.py"
     file.write_text(TEXT * 4)
@@ -236,6 +246,9 @@ def test_misuse_is_one_line_and_status_2(args, message, capsys):
         (["--prompt", "a", "--top-p", "1.5"], "top_p"),
         (["--prompt", "a", "--lookahead", "absent"], "absent"),
         (["--prompt", "a", "--model", "nowhere"], "nowhere"),
+        (["--prompt", "a", "--drafter", "magic"], r"magic.*suffix, .*trie\+suffix"),
+        (["--prompt", "a", "--drafter", "trie+magic"], r"magic.*trie\+suffix"),
+        (["--prompt", "a", "--drafter", "trie+recycling"], r"trie\+recycling.*: trie\+suffix"),
     ],
 )
 def test_failures_are_one_line_and_write_nothing(
@@ -295,7 +308,8 @@ def test_the_traceback_is_there_when_asked_for(monkeypatch, capsys):
 def test_python_m_shows_the_commands():
     command = [sys.executable, "-m", "lookahead_jax", "--help"]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert all(name in run.stdout for name in ("generate", "score", "logits", "inspect", "demo"))
+    commands = ("generate", "score", "logits", "inspect", "demo", "serve")
+    assert all(name in run.stdout for name in commands)
 
 
 def test_atomic_writes_leave_the_old_file_on_failure(tmp_path):

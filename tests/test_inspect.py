@@ -7,7 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from lookahead_jax.inspect import render
+from lookahead_jax.decoding import Step
+from lookahead_jax.inspect import DraftedStep, drafted_steps, render
+from lookahead_jax.tree import TokenTree
 
 HOSTILE = "</script><script>alert(1)</script><!-- \" ' & \x00\x1b\u2028\ud83d <img src=//evil>"
 
@@ -67,16 +69,19 @@ def test_hostile_text_stays_text():
         generated=HOSTILE,
         facts={HOSTILE: HOSTILE},
         mark="<script>",
+        steps=[DraftedStep([HOSTILE], [-1], [], [0], HOSTILE)],
     )
-    assert found.tags == page().tags
+    assert found.tags == page(steps=[]).tags
+    assert found.data["steps"]["names"] == [HOSTILE]
     assert found.data["segments"] == [[HOSTILE, 1]]
     assert found.data["generated"] == HOSTILE
     assert found.data["facts"] == {HOSTILE: HOSTILE}
 
 
 def test_the_page_asks_for_nothing():
-    source = render(prompt="", offsets=[], pieces=[], kept=[[[]]], generated="", facts={})
-    assert page().addresses == []
+    source = render(prompt="", offsets=[], pieces=[], kept=[[[]]], generated="", facts={}, steps=[])
+    assert page(steps=[]).addresses == []
+    source = source.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
     assert not re.search(r"https?:|//[a-z]|@import|url\(|fetch\(|innerHTML", source)
     assert "default-src 'none'" in source
 
@@ -120,6 +125,50 @@ def test_marks_are_ranges_of_tokens():
         prompt="abab", offsets=[(0, 2), (2, 4)], pieces=["ab"] * 2, mark="ba", kept=[[[]]]
     ).data["marks"] == [[0, 2]]
     assert page().data["marks"] == []
+
+
+def step(tokens, parents, valid, path) -> Step:
+    """A step of a batch of one row."""
+    padded = path + [0] * (len(tokens) - len(path))
+    ids, above, accepted = (np.asarray([row], np.int32) for row in (tokens, parents, padded))
+    count = np.asarray([len(path)], np.int32)
+    return Step(TokenTree(ids, above), np.asarray([valid]), accepted, count)
+
+
+def test_steps_are_drawn_as_they_were():
+    # Below the root 10: 11 with the children 12 and 13 (accepted), a hole, a node on the hole,
+    # one that continues a later node, and a duplicate of 11 that was not looked at.
+    tokens, parents = [10, 11, 12, 13, -1, 15, 16, 11], [-1, 0, 1, 1, 0, 4, 7, 0]
+    valid = [True, True, True, True, False, False, False, False]
+    steps = [
+        step(tokens, parents, valid, [0, 1, 3]),
+        step([20], [-1], [True], [0]),
+        step([21], [-1], [False], []),  # took no part
+        step([21, 22], [-1, 0], [True, True], [0, 1]),
+    ]
+    emitted = [10, 11, 13, 20, 21, 22]  # a stop string ends the row before the last choice
+    found = drafted_steps(steps, emitted, str)
+    assert found == [
+        DraftedStep(["10", "11", "12", "13", "11"], [-1, 0, 1, 1, 0], [4], [0, 1, 3], "20"),
+        DraftedStep(["20"], [-1], [], [0], "21"),
+        DraftedStep(["21", "22"], [-1, 0], [], [0, 1], None),
+    ]
+    data = page(steps=found).data["steps"]
+    for drawn, expected in zip(data["list"], found, strict=True):
+        assert [data["names"][i] for i in drawn["tokens"]] == expected.names
+        assert drawn["parents"] == expected.parents
+        assert drawn["off"] == expected.ignored
+        assert drawn["path"] == expected.path
+    assert [drawn["own"] for drawn in data["list"][:2]] == [
+        data["names"].index(name) for name in ("20", "21")
+    ]
+    assert data["list"][2]["own"] == -1
+
+
+def test_without_a_drafter_the_page_has_no_steps():
+    found = page()
+    assert "steps" not in found.data
+    assert len(found.tags) < len(page(steps=[]).tags)
 
 
 @pytest.mark.parametrize(

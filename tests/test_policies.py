@@ -111,7 +111,7 @@ def read_oracle(model, tokens, policy, budget=BUDGET):
     params = weights(model)
     block = Block(embed(params, answer, config=model), positions, full.cache.rope_span)
     slots = slots_for(policy, full.cache.slots, budget, 8, config=model)
-    cache, scores = compress(
+    cache, scores, _ = compress(
         params, full.cache, block, config=model, policy=policy, budget=budget, slots=slots,
         with_scores=True,
     )  # fmt: skip
@@ -394,7 +394,7 @@ def test_compress_keeps_what_prefill_keeps(model_name, pool):
     one_pass = read(model, tokens, policy)
     full = read(model, tokens, Full())
     slots = slots_for(policy, full.cache.slots, BUDGET, 8, config=model)
-    cache, scores = compress(
+    cache, scores, _ = compress(
         weights(model), full.cache, observer(model, tokens), config=model, policy=policy,
         budget=BUDGET, slots=slots, with_scores=True,
     )  # fmt: skip
@@ -427,7 +427,7 @@ def test_compress_of_a_cut_cache_chooses_among_what_is_left():
     tokens = tiny.batch(LENGTHS, PLAIN)
     policy = make_policy("ada", inner="lookaheadkv", pool="max", kernel=3)
     first = read(PLAIN, tokens, policy, budget=20)
-    cache, scores = compress(
+    cache, scores, _ = compress(
         weights(PLAIN), first.cache, observer(PLAIN, tokens), config=PLAIN, policy=policy,
         budget=10, slots=128, with_scores=True,
     )  # fmt: skip

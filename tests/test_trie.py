@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.drafters import _compiled
+from lookahead_jax.drafters import _compiled, _trie
 from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafters.trie import Trie
 
@@ -64,7 +64,7 @@ def stored(trie: Trie, root: int) -> dict[tuple, float]:
 def check_store(trie: Trie) -> None:
     """All links agree: children, table, rings of leaves, free list, sizes."""
     nodes, table, state = trie._store
-    roots = {_compiled.PUBLIC} | {r.root for r in trie._requests.values()}
+    roots = {_trie.PUBLIC} | {r.root for r in trie._requests.values()}
     live = {i for i in range(2, state[0]["fresh"]) if nodes[i]["born"]}
     assert trie.size == len(live)
     assert sorted(table[table > 0] - 1) == sorted(live - roots)
@@ -73,7 +73,7 @@ def check_store(trie: Trie) -> None:
         assert nodes[i]["root"] == nodes[parent]["root"]
         assert _compiled.find(nodes, table, parent, nodes[i]["token"]) == i
     leaves = set()
-    for head in (_compiled.PUBLIC, _compiled.PRIVATE):
+    for head in (_trie.PUBLIC, _trie.PRIVATE):
         at = nodes[head]["older"]
         while at != head:
             assert nodes[nodes[at]["newer"]]["older"] == at
@@ -137,7 +137,7 @@ def play(trie: Trie, counts: Counts, script) -> None:
 def test_counts_of_every_ngram(script, nodes, depth):
     trie, counts = Trie(capacity=20_000, branch=3, context=2, half_life=np.inf), Counts(5)
     play(trie, counts, script)
-    assert stored(trie, _compiled.PUBLIC) == counts.public
+    assert stored(trie, _trie.PUBLIC) == counts.public
     for request, state in trie._requests.items():
         assert stored(trie, state.root) == counts.private[request]
         check_draft(trie, counts, request, nodes, depth)
@@ -155,7 +155,7 @@ def test_at_the_bound(scripts, capacity):
         play(trie, counts, script)
         check_store(trie)
         assert trie.size <= capacity - 2
-        for ngram, count in stored(trie, _compiled.PUBLIC).items():
+        for ngram, count in stored(trie, _trie.PUBLIC).items():
             assert 0 < count <= counts.public[ngram]
         for request, state in trie._requests.items():
             for ngram, count in stored(trie, state.root).items():
@@ -194,7 +194,7 @@ def test_prompts_are_private_and_leave():
     assert draft(trie, "a") == [(5,)]
     trie.end("a")
     trie.end("b")
-    assert stored(trie, _compiled.PUBLIC).keys() == {(4,), (5,), (4, 5), (3,), (3, 4)}
+    assert stored(trie, _trie.PUBLIC).keys() == {(4,), (5,), (4, 5), (3,), (3, 4)}
 
 
 def test_a_longer_match_weighs_more_and_a_shorter_one_fills_up():
@@ -237,11 +237,11 @@ def test_old_counts_fade():
     trie = Trie(capacity=1_000, branch=1, context=1, half_life=2)
     trie.begin(0, [])
     trie.observe(0, [1, 2, 1, 2, 3, 4, 5, 6, 1, 3, 1])
-    counts = stored(trie, _compiled.PUBLIC)
+    counts = stored(trie, _trie.PUBLIC)
     np.testing.assert_allclose(counts[1, 2], 2 ** -(9 / 2) + 2 ** -(7 / 2), rtol=1e-5)
     assert next(iter(draft(trie, 0))) == (3,)
     trie.observe(0, [7] * 300)  # past the point where the weight starts over
-    np.testing.assert_allclose(stored(trie, _compiled.PUBLIC)[7, 7], 1 / (1 - 2**-0.5), rtol=1e-5)
+    np.testing.assert_allclose(stored(trie, _trie.PUBLIC)[7, 7], 1 / (1 - 2**-0.5), rtol=1e-5)
 
 
 def test_the_newest_survive_and_neither_side_starves():
@@ -251,14 +251,14 @@ def test_the_newest_survive_and_neither_side_starves():
     warm = rng.integers(0, 10**6, 200)
     trie.observe(0, warm)
     trie.begin(1, rng.integers(0, 10**6, 5_000))
-    kept = stored(trie, _compiled.PUBLIC)
+    kept = stored(trie, _trie.PUBLIC)
     assert all(tuple(warm[i : i + 4]) in kept for i in range(197))
     trie.observe(0, rng.integers(0, 10**6, 5_000))
     assert len(stored(trie, trie._requests[1].root)) >= 900
     assert trie.size == 1_998
     tail = rng.integers(0, 10**6, 100)
     trie.observe(0, tail)
-    kept = stored(trie, _compiled.PUBLIC)
+    kept = stored(trie, _trie.PUBLIC)
     assert all(tuple(tail[i : i + 4]) in kept for i in range(97))
     check_store(trie)
 
@@ -301,7 +301,7 @@ def test_saved_and_loaded(tmp_path):
     trie, path = saved(tmp_path)
     again = Trie.load(path, vocabulary="ours", capacity=3_000, branch=3, context=2)
     check_store(again)
-    before, after = (stored(t, _compiled.PUBLIC) for t in (trie, again))
+    before, after = (stored(t, _trie.PUBLIC) for t in (trie, again))
     assert list(before) == list(after)  # siblings in the same order too
     np.testing.assert_allclose(list(after.values()), list(before.values()), rtol=1e-6)
     trie.end(0)

@@ -1,15 +1,24 @@
 """Small random models and prompts for the tests."""
 
 import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from lookahead_jax.batching import pad_batch
+from lookahead_jax.checkpoint import save_params
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
 from lookahead_jax.params import init_params
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.prefill import extend
+from lookahead_jax.reading import read_prompt
+from lookahead_jax.sampling import Sampling, process_logits, sampling_rows
 
 LLAMA = dict(
     model_type="llama",
@@ -43,6 +52,21 @@ def params(model: ModelConfig, seed: int = 0) -> Params:
     return {**weights, "embed": weights["embed"] * 5.0, "layers": layers}
 
 
+def save_bytes_model(folder: Path, **overrides) -> None:
+    """A checkpoint folder: a tiny Llama with one token per byte."""
+    overrides = {"vocab_size": 256, **overrides}
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **overrides}))
+    model = config(**overrides)
+    save_params(folder, params(model), model)
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(level.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate(alphabet)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def prompts(lengths: tuple[int, ...], seed: int = 0, vocab: int = 97) -> list[list[int]]:
     """Random rows of the given lengths."""
     rng = np.random.default_rng(seed)
@@ -57,17 +81,65 @@ def batch(lengths: tuple[int, ...], model: ModelConfig, seed: int = 0) -> jax.Ar
 def assert_tokens_match(tokens: np.ndarray, other: np.ndarray, logits: np.ndarray) -> int:
     """Rows of tokens [B, W] are equal up to near-ties; returns how many rows end in one.
 
-    `logits` [B, W, V] are those that chose `tokens`. Where two runs group their sums
-    differently, float32 rounds differently: the first difference of a row must be a decision
-    whose margin is below 1e-5 of the largest logit; what follows it is another text.
+    `logits` [B, W, V] are those that chose `tokens`.
     """
-    ties = 0
-    for row, mine, theirs in zip(logits, tokens, other, strict=True):
-        different = np.flatnonzero(mine != theirs)
-        if different.size:
-            at = different[0]
-            first, second = np.sort(row[at])[::-1][:2]
-            margin = (first - second) / np.abs(row[at]).max()
-            assert margin < 1e-5, f"step {at}: {mine[at]} != {theirs[at]}, margin {margin:.1e}"
-            ties += 1
-    return ties
+    rows = zip(tokens.tolist(), other.tolist(), logits, strict=True)
+    return sum(
+        not same_tokens(theirs, mine, lambda before, row=row: row[len(before)])
+        for mine, theirs, row in rows
+    )
+
+
+def same_tokens(
+    tokens: list[int], other: list[int], scores: Callable[[list[int]], np.ndarray]
+) -> bool:
+    """Whether two runs emitted the same; if not, it must have been a near-tie.
+
+    Where two runs group their sums differently, float32 rounds differently: at the first
+    difference both must have chosen among the best of `scores(before)` [V], by less than 1e-5 of
+    the largest; what follows it is another text. `before` are the tokens that both have.
+    """
+    at = next((i for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), None)
+    if at is None:
+        assert len(tokens) == len(other)
+        return True
+    values = scores(other[:at])
+    largest = np.abs(values[np.isfinite(values)]).max()
+    margin = (values.max() - values[[tokens[at], other[at]]].min()) / largest
+    assert margin < 1e-5, f"step {at}: {tokens[at]} != {other[at]}, margin {margin:.1e}"
+    return False
+
+
+def decision(
+    params: Params,
+    model: ModelConfig,
+    prompt: list[int],
+    emitted: list[int],
+    *,
+    policy: Policy,
+    budget: int,
+    sampling: Sampling,
+    seed: int,
+    new_tokens: int,
+) -> np.ndarray:
+    """The scores [V] of which the token behind `emitted` is the largest: `scores` of same_tokens.
+
+    One row by itself; `new_tokens` are those of the run, and no fewer than `emitted`.
+    """
+    read = read_prompt(
+        params, jnp.asarray(pad_batch([prompt], config=model)), config=model, policy=policy,
+        budget=budget, new_tokens=new_tokens,
+    )  # fmt: skip
+    cache, logits = read.cache, read.logits
+    if emitted:
+        fed = np.full((1, new_tokens), -1, np.int32)
+        fed[0, : len(emitted)] = emitted
+        _, logits = extend(params, jnp.asarray(fed), cache, config=model)
+    seen = np.zeros((1, 1, model.vocab_size), bool)
+    seen[0, 0, prompt + emitted] = True
+    rows = sampling_rows([sampling], [seed], model.vocab_size)
+    processed = process_logits(logits[:, None], jnp.asarray(seen), rows)[0, 0]
+    if sampling.temperature == 0:
+        return np.asarray(processed)
+    key = jax.random.fold_in(jax.random.key(np.uint32(seed)), len(prompt) + len(emitted))
+    return np.asarray(processed + jax.random.gumbel(key, processed.shape, jnp.float32))

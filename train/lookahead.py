@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoint import Model, load
+from lookahead_jax.commands.options import as_options
 from lookahead_jax.files import atomic_write
 from lookahead_jax.lookahead import LookaheadConfig, LookaheadModules, init_modules, save_modules
 from lookahead_jax.params import Params, fingerprint
@@ -107,23 +108,13 @@ def parse(args: Sequence[str]) -> TrainConfig:
         if not path.is_file():
             names = ", ".join(sorted(file.stem for file in _PRESETS.glob("*.json")))
             raise ValueError(f"{args[0]}: neither a .json file nor one of the presets ({names})")
-        options, args = _options(json.loads(path.read_text(encoding="utf-8"))), args[1:]
+        options, args = as_options(json.loads(path.read_text(encoding="utf-8"))), args[1:]
     return tyro.cli(
         TrainConfig,
         args=[*options, *args],
         prog="python -m lookahead_jax.train.lookahead [CONFIG]",
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
-
-
-def _options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
-    options = []
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            options += _options(value, f"{prefix}{name}.")
-        else:
-            options += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
-    return options
 
 
 def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> LookaheadModules | None:

@@ -19,6 +19,7 @@ def main(config: Generate) -> None:
     if config.json is not None:
         check_parent(config.json)
     eviction = config.eviction.resolve(config.source)
+    drafter = config.drafting.make(config.source.dtype)
     model = config.source.load()
     prompts = config.input.read(model)
     stream = len(prompts) == 1 and model.tokenizer is not None
@@ -26,6 +27,7 @@ def main(config: Generate) -> None:
         model,
         prompts,
         eviction,
+        drafter,
         on_text=_print if stream else None,
         measure=config.json is not None,
     )

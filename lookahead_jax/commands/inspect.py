@@ -1,17 +1,17 @@
-"""`lookahead inspect`: a page that shows which prompt tokens the cache kept."""
+"""`lookahead inspect`: a page that shows what the cache kept and what was drafted."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 from lookahead_jax.commands.options import OutFile, RunOptions, Text, megabytes
 from lookahead_jax.files import atomic_write, check_parent
-from lookahead_jax.inspect import render
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(RunOptions):
-    """Write an HTML page on which every prompt token shows how many heads kept it."""
+    """Write an HTML page: how many heads kept each prompt token, and the tree of every step."""
 
     out: OutFile = Path("inspect.html")
     """The page to write."""
@@ -20,13 +20,19 @@ class Inspect(RunOptions):
 
 
 def main(config: Inspect) -> None:
+    from lookahead_jax.inspect import drafted_steps, render  # imports jax
+
     check_parent(config.out)
     eviction = config.eviction.resolve(config.source)
+    drafter = config.drafting.make(config.source.dtype)
     model = config.source.load()
     prompts = config.input.read(model)
     if len(prompts) != 1:
         raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
-    result = config.run(model, prompts, eviction)
+    plain, steps = config.drafting.drafter == "none", []
+    on_step = None if plain else steps.append
+    result = config.run(model, prompts, eviction, drafter, on_step=on_step)
+    name = partial(_name, model.tokenizer)
     prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
     page = render(
         prompt=prompt,
@@ -42,6 +48,7 @@ def main(config: Inspect) -> None:
             "Cache": f"{megabytes(result.cache.bytes)}, full {megabytes(result.cache.full_bytes)}",
         },
         mark=config.mark,
+        steps=None if plain else drafted_steps(steps, result.tokens[0], name),
     )
     atomic_write(config.out, page)
     print(config.out)
@@ -54,9 +61,11 @@ def _pieces(tokenizer, prompt, ids: list[int]) -> tuple[str, list[tuple[int, int
     """
     if isinstance(prompt, str):
         _, offsets = tokenizer.encode_with_offsets(prompt)
-        return prompt, offsets, [tokenizer.decode([i], skip_special=False) for i in ids]
-    if tokenizer is None:
-        pieces = [f"{i} " for i in ids]
-    else:
-        pieces = [tokenizer.decode([i], skip_special=False) for i in ids]
+        return prompt, offsets, [_name(tokenizer, i) for i in ids]
+    pieces = [_name(tokenizer, i) for i in ids]
     return "".join(pieces), list(pairwise(accumulate(map(len, pieces), initial=0))), pieces
+
+
+def _name(tokenizer, token: int) -> str:
+    """A token's text, by itself."""
+    return f"{token} " if tokenizer is None else tokenizer.decode([token], skip_special=False)

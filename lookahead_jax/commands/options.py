@@ -124,27 +124,28 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftingOptions:
-    drafter: Annotated[
-        Literal["none", "trie", "suffix", "prompt_lookup", "recycling", "draft_model"],
-        option("NAME"),
-    ] = "none"
-    """What drafts several tokens a step: trie, suffix, prompt_lookup, recycling or draft_model."""
+    drafter: Annotated[str, option("NAME")] = "none"
+    """What drafts several tokens a step: trie, suffix, both as trie+suffix, prompt_lookup,
+    recycling, draft_model or drawn_model."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Nodes of a step's tree: 1, 8, 16, 32, 64 or 128; left out, as many as pay."""
     draft_model: Folder = None
-    """Folder of the smaller checkpoint that drafter draft_model reads."""
+    """Folder of the smaller checkpoint that draft_model and drawn_model read."""
 
     def make(self, dtype: str | None):
         """The drafter these options name."""
         from lookahead_jax.drafters import make_drafter
 
-        if (self.drafter == "draft_model") != (self.draft_model is not None):
-            raise UsageError("--drafter draft_model and --draft-model DIR go together")
+        reads = self.drafter in ("draft_model", "drawn_model")
+        if reads != (self.draft_model is not None):
+            raise UsageError(
+                "--draft-model DIR goes together with --drafter draft_model or drawn_model"
+            )
         if self.draft_model is None:
             return make_drafter(self.drafter)
         import lookahead_jax as lk
 
-        return make_drafter("draft_model", model=lk.load(self.draft_model, dtype=dtype))
+        return make_drafter(self.drafter, model=lk.load(self.draft_model, dtype=dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +159,15 @@ class RunOptions:
     drafting: DraftingOptions = field(default_factory=DraftingOptions)
     max_new_tokens: int = 128
     """Tokens to generate at most, per row."""
+    evict_every: Annotated[int | None, option("INT")] = None
+    """Cut the cache back to the budget again every so many tokens: constant memory, however long
+    the text. With policy streaming_llm, keydiff, h2o or lookaheadkv."""
     stop: Repeated = ()
     """Ends the text before this string."""
     seed: int = 0
     """Seed of the sampling, for every row: a row comes out the same alone and among others."""
 
-    def run(self, model, prompts, eviction: Eviction, **arguments):
+    def run(self, model, prompts, eviction: Eviction, drafter, **arguments):
         """Continues the prompts with `lk.generate`, which `arguments` are handed to."""
         import lookahead_jax as lk
 
@@ -177,10 +181,22 @@ class RunOptions:
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             seeds=[self.seed] * len(prompts),
-            drafter=self.drafting.make(self.source.dtype),
+            drafter=drafter,
             draft_nodes=self.drafting.draft_nodes,
+            evict_every=self.evict_every,
             **arguments,
         )
+
+
+def as_options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
+    """The fields of a configuration file as the command line would give them."""
+    options: list[str] = []
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            options += as_options(value, f"{prefix}{name}.")
+        else:
+            options += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
+    return options
 
 
 def read_text(path: Path) -> str:

@@ -14,16 +14,24 @@ DRAFTERS = {
     "prompt_lookup": "prompt_lookup.PromptLookup",
     "recycling": "recycling.Recycling",
     "draft_model": "draft_model.DraftModel",
+    "drawn_model": "drawn_model.DrawnModel",
 }
+
+COMBINED = "trie+suffix"  # two host drafters, see `make_drafter`
 
 
 def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
-    Raises ValueError, listing what is possible, for an unknown name or argument.
+    `trie+suffix` is both merged into one tree (combine.Combine), each as it is without settings;
+    so for all host drafters. Raises ValueError, listing what is possible, for an unknown name or
+    argument, and for a combination of drafters that run on the device.
     """
+    names = name.split("+")
+    if len(names) > 1:
+        return _combined(name, [make_drafter(part) for part in names])
     if name not in DRAFTERS:
-        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}")
+        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}, {COMBINED}")
     module, kind = DRAFTERS[name].split(".")
     # Imported when asked for: the trie compiles its code when it is imported.
     make = getattr(import_module(f"lookahead_jax.drafters.{module}"), kind)
@@ -31,3 +39,12 @@ def make_drafter(name: str, **arguments: Any) -> Any:
         return make(**arguments)
     except TypeError as error:
         raise ValueError(f"drafter {name}: {error}") from None
+
+
+def _combined(name: str, drafters: list[Any]) -> Any:
+    from lookahead_jax.drafters.base import HostDrafter
+    from lookahead_jax.drafters.combine import Combine
+
+    if len(drafters) > 2 or not all(isinstance(drafter, HostDrafter) for drafter in drafters):
+        raise ValueError(f"{name!r} cannot be combined; two that run on the host can: {COMBINED}")
+    return Combine(*drafters)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.sampling import SamplingRows
 from lookahead_jax.tree import Accepted, Layout, TokenTree, root_only
 
 State = Any  # a drafter's own pytree
@@ -58,6 +59,28 @@ class DeviceDrafter(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawingDrafter(DeviceDrafter, Protocol):
+    """Draws its trees, and says from what: they are accepted by their probability."""
+
+    def draw(
+        self,
+        weights: Weights,
+        state: State,
+        root: jax.Array,
+        nodes: int,
+        positions: jax.Array,
+        rows: SamplingRows,
+    ) -> tuple[State, TokenTree, jax.Array]:
+        """Like `propose`, for `nodes` > 1; roots stand at `positions` [B] int32.
+
+        Also returns the float32 probabilities [B, P, V] that the children of each node were drawn
+        from, without replacement and in the order of their indices. Whether a node exists may
+        depend on what was drawn before it, never on its own token.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoDrafter:
     """Plain decoding: a tree of one node."""
@@ -81,9 +104,10 @@ class NoDrafter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(NoDrafter):
-    """Trees that the host has made: the state is the tree of the next step."""
+    """Trees that the host has made: the state is those of the next step, from `host.pack`."""
 
     def propose(
-        self, weights: Weights, state: TokenTree, root: jax.Array, nodes: int
+        self, weights: Weights, state: jax.Array, root: jax.Array, nodes: int
     ) -> tuple[State, TokenTree]:
-        return state, TokenTree(state.tokens.at[:, 0].set(root), state.parents)
+        tokens, parents = state
+        return state, TokenTree(tokens.at[:, 0].set(root), parents)

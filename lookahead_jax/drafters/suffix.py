@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lookahead_jax.drafters import _compiled
+from lookahead_jax.drafters import _suffix, _suffix_draft
+from lookahead_jax.drafters._compiled import NONE
 from lookahead_jax.drafters.base import Draft
 
 _RUNNING = 256  # requests at a time for which outputs need not be dropped; each has two sequences
@@ -59,7 +60,7 @@ class Suffix:
         self._rule = (factor, offset, least)
         self._kept = requests
         sequences = requests + 2 * _RUNNING
-        self._forest = _compiled.empty_forest(capacity, sequences, depth)
+        self._forest = _suffix.empty_forest(capacity, sequences, depth)
         self._free = list(range(sequences))[::-1]
         self._root = self._plant()
         self._requests: dict[Hashable, _Request] = {}
@@ -73,14 +74,15 @@ class Suffix:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
             self._make_room()
-            if len(self._free) < 2 or not _compiled.spare(self._forest):
+            if len(self._free) < 2 or not _suffix.spare(self._forest):
                 raise ValueError(f"{len(self._requests)} requests fill the suffix tree")
             own, output = self._free.pop(), self._free.pop()
-            _compiled.open_sequence(self._forest, own)
-            _compiled.open_sequence(self._forest, output)
+            _suffix.open_sequence(self._forest, own)
+            _suffix.open_sequence(self._forest, output)
             state = _Request(self._plant(), own, output, ids[-self._depth :])
             self._requests[request] = state
             state.learns = self._append(state.root, state.own, ids)
+        self.propose(request, 1, 1)  # for the first of all: what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Reads `tokens` into the request's own tree and the tree of all outputs."""
@@ -98,7 +100,7 @@ class Suffix:
         with self._lock:
             state = self._get(request)
             own, shared = (
-                _compiled.speculate(
+                _suffix_draft.speculate(
                     self._forest, root, state.recent, max(nodes, 0), depth, *self._rule
                 )
                 for root in (state.root, self._root)
@@ -111,7 +113,7 @@ class Suffix:
         with self._lock:
             state = self._get(request)
             del self._requests[request]
-            _compiled.fell_tree(self._forest, state.root)
+            _suffix.fell_tree(self._forest, state.root)
             self._close(state.own)
             self._ended.append(state.output)
             if len(self._ended) > self._kept:
@@ -133,28 +135,27 @@ class Suffix:
         return self._requests[request]
 
     def _plant(self) -> int:
-        none = _compiled.NONE
-        return _compiled.plant(self._forest, none, none, 1, none, 0)
+        return _suffix.plant(self._forest, NONE, NONE, 1, NONE, 0)
 
     def _close(self, sequence: int) -> None:
-        _compiled.open_sequence(self._forest, sequence)  # no room: its text is free
+        _suffix.open_sequence(self._forest, sequence)  # no room: its text is free
         self._free.append(sequence)
 
     def _drop_oldest(self) -> None:
         sequence = self._ended.popleft()
-        _compiled.uproot(self._forest, self._root, sequence)
+        _suffix.uproot(self._forest, self._root, sequence)
         self._close(sequence)
 
     def _make_room(self) -> None:
         while self._ended and (
-            _compiled.spare(self._forest) < 2 * self._depth or len(self._free) < 2
+            _suffix.spare(self._forest) < 2 * self._depth or len(self._free) < 2
         ):
             self._drop_oldest()
 
     def _append(self, root: int, sequence: int, ids: np.ndarray) -> bool:
         """Whether all of `ids` found room, old outputs being dropped for it."""
         while True:
-            ids = ids[_compiled.append(self._forest, root, sequence, ids) :]
+            ids = ids[_suffix.append(self._forest, root, sequence, ids) :]
             if not ids.size:
                 return True
             if not self._ended:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lookahead_jax.drafters import _compiled
+from lookahead_jax.drafters import _trie, _trie_draft
+from lookahead_jax.drafters._compiled import NONE
 from lookahead_jax.drafters.base import Draft
 from lookahead_jax.files import save_arrays
 
@@ -62,7 +63,7 @@ class Trie:
             raise ValueError(f"half_life must be positive, got {half_life}")
         self._growth = 2.0 ** (1.0 / half_life)
         self._context = context
-        self._store = _compiled.empty(capacity)
+        self._store = _trie.empty(capacity)
         self._requests: dict[Hashable, _Request] = {}
         self._lock = threading.Lock()
 
@@ -71,34 +72,35 @@ class Trie:
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
-            root = _compiled.open_root(*self._store)
-            if root == _compiled.NONE:
+            root = _trie.open_root(*self._store)
+            if root == NONE:
                 raise ValueError(
                     f"{len(self._requests)} requests fill the trie: give it more capacity"
                 )
-            active = np.full(self._length, _compiled.NONE, np.int32)
+            active = np.full(self._length, NONE, np.int32)
             born = np.zeros(self._length, np.uint32)
-            recent = np.full(self._context, _compiled.NONE, np.int32)
+            recent = np.full(self._context, NONE, np.int32)
             state = _Request(root, active, born, recent)
             try:
                 self._count(state, prompt, root)
             except ValueError:
-                _compiled.close_root(*self._store, root)
+                _trie.close_root(*self._store, root)
                 raise
             self._requests[request] = state
+        self.propose(request, 1, 1)  # for the first of all: what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts the n-grams that `tokens` complete."""
         with self._lock:
-            self._count(self._get(request), tokens, _compiled.PUBLIC)
+            self._count(self._get(request), tokens, _trie.PUBLIC)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
-        """The best tree of at most `nodes` nodes and `depth` levels; see `_compiled.propose`."""
+        """The best tree of at most `nodes` nodes and `depth` levels; see `_trie_draft.propose`."""
         with self._lock:
             state = self._get(request)
             if nodes < 1 or depth < 1:
                 return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
-            tokens, parents = _compiled.propose(
+            tokens, parents = _trie_draft.propose(
                 *self._store, state.active, state.root, state.recent, nodes, depth
             )
         return Draft(tokens, parents)
@@ -106,7 +108,7 @@ class Trie:
     def end(self, request: Hashable) -> None:
         """Forgets the n-grams that begin in the prompt of `request`."""
         with self._lock:
-            _compiled.close_root(*self._store, self._get(request).root)
+            _trie.close_root(*self._store, self._get(request).root)
             del self._requests[request]
 
     def save(self, path: str | os.PathLike, *, vocabulary: str = "") -> None:
@@ -115,7 +117,7 @@ class Trie:
         vocabulary: names what the ids mean, a hash of the tokenizer say, and is checked by `load`.
         """
         with self._lock:
-            packed = _compiled.pack(self._store[0], self._store[2])
+            packed = _trie.pack(self._store[0], self._store[2])
         save_arrays(
             path, format=np.array([_FORMAT, vocabulary]), **dict(zip(_SAVED, packed, strict=True))
         )
@@ -133,7 +135,7 @@ class Trie:
             room = trie._store[0].size - 2
             if arrays[0].size > room:
                 raise ValueError(f"its {arrays[0].size} nodes need more capacity than {room + 2}")
-            if not _compiled.unpack(*trie._store, *arrays):
+            if not _trie.unpack(*trie._store, *arrays):
                 raise ValueError("a node has two children for one token")
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"cannot load a trie from {path}: {error}") from None
@@ -158,7 +160,7 @@ class Trie:
     def _count(self, request: _Request, tokens: Sequence[int] | np.ndarray, root: int) -> None:
         ids = np.asarray(tokens, np.int64)
         _, active, born, recent = request
-        if ids.ndim != 1 or not _compiled.observe(
+        if ids.ndim != 1 or not _trie.observe(
             *self._store, active, born, recent, root, ids, self._growth
         ):
             raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")

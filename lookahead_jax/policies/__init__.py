@@ -10,12 +10,14 @@ from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
+from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.random import Random
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
 from lookahead_jax.policies.tova import Tova
 
@@ -32,6 +34,8 @@ POLICIES: dict[str, type[Policy]] = {
     "expected_attention": ExpectedAttention,
     "laq": LAQ,
     "laq++": LAQPlusPlus,
+    "speckv": SpecKV,
+    "kvzip": KVzip,
     "lookaheadkv": LookaheadKV,
     "oracle": Oracle,
 }
@@ -67,7 +71,7 @@ def _make_ada(arguments: dict[str, Any]) -> Ada:
     own = _parse_fields("ada", Ada, {k: v for k, v in arguments.items() if k == "alpha"})
     inner = arguments.get("inner", "snapkv")
     rest = {k: v for k, v in arguments.items() if k not in ("alpha", "inner")}
-    wrappable = [name for name in POLICIES if name not in ("ada", "full")]
+    wrappable = [name for name in POLICIES if name not in ("ada", "full", "speckv", "kvzip")]
     if not isinstance(inner, Policy):
         if inner not in wrappable:
             known = ", ".join(wrappable)

@@ -81,7 +81,7 @@ class Ada(Policy):
     ) -> jax.Array:
         heads = candidates.shape[1]
         total = jnp.minimum(heads * budget, candidates.sum(1))  # [B]
-        best = _count_best(ranked, total)
+        best = count_best(ranked, total)
         part, whole = self._ratio.numerator, self._ratio.denominator
         scaled = (whole - part) * best + part * budget[:, None]  # [B, K], in 1/whole
         floors = jnp.minimum(scaled // whole, candidates)
@@ -94,7 +94,7 @@ class Ada(Policy):
         return min(tokens, -(-most.numerator // most.denominator))
 
 
-def _count_best(ranked: jax.Array, total: jax.Array) -> jax.Array:
+def count_best(ranked: jax.Array, total: jax.Array) -> jax.Array:
     """How many of the row's `total` [B] best entries lie in each head: int32 [B, K]."""
     batch, heads, tokens = ranked.shape
     order = jnp.argsort(-ranked.reshape(batch, -1), axis=1, stable=True)

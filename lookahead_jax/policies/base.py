@@ -44,6 +44,7 @@ class LayerView(NamedTuple):
     span: jax.Array  # [B] int32 total length the rows were opened for (RoPE factors)
     rope: jax.Array  # int32 scalar, which RoPE table the layer uses
     config: ModelConfig
+    sums: jax.Array | None = None  # [B, K, T] float32 scores from before, if they add up
 
     def attention_scores(
         self,
@@ -94,8 +95,15 @@ class Policy:
 
     two_pass: ClassVar[bool] = False
     uses_modules: ClassVar[bool] = False  # reads lookahead modules (lookahead.py)
+    uses_draft: ClassVar[bool] = False  # observes with what a small model expects as the answer
+    replays: ClassVar[bool] = False  # two-pass: reads the context once more (replay.py)
+    draft_tokens: ClassVar[int] = 0  # how many of these are read, at most
     response_tokens: ClassVar[int] = 0  # a two-pass policy reads a response of this length
     draft_policy: ClassVar["Policy | None"] = None  # decoded on a copy that this cuts; None: on all
+    decode_observers: ClassVar[Literal["nobody", "tokens", "modules"] | None] = None
+    """Who is asked when a cache is cut while decoding: the tokens since the last cut, say. None:
+    the policy cannot cut there."""
+    accumulates: ClassVar[bool] = False  # then scores add up from one cut to the next
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # named sets of fields
 
     def notice(self, budget: int) -> str | None:

@@ -1,6 +1,7 @@
 """h2o: heavy hitters, the entries that all prompt queries looked at most (arXiv 2306.14048)."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,16 @@ from lookahead_jax.policies.base import Chunk, LayerView, Policy, share
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """Attention summed over all prompt queries, group mean; the last `window` tokens are kept.
+    """Attention summed over all queries, group mean; the last `window` tokens are kept.
 
-    The prefill form, as in the code behind most published tables; four variants share the name
-    (the original updates its sums while decoding, others average over the queries that can see
-    an entry, or sum over a window). A window that would eat the budget is cut to C // 2.
+    Cut once, the prefill form, as in the code behind most published tables; cut while decoding,
+    the sums go on, as in the original. (Two more variants share the name: the average over the
+    queries that can see an entry, the sum over a window.) A window that would eat the budget is
+    cut to C // 2.
     """
+
+    decode_observers: ClassVar[Literal["tokens"]] = "tokens"
+    accumulates: ClassVar[bool] = True
 
     window: int = 32
     """Last prompt tokens, always kept."""
@@ -54,6 +59,8 @@ class H2O(Policy):
         )
 
     def score(self, view: LayerView) -> jax.Array:
+        if view.sums is not None:
+            return view.sums + view.attention_scores(reduce="sum", pool=None, group="mean")
         if view.stats is None:
             raise ValueError("h2o needs all prompt queries; it cannot re-score a stored cache")
         return reduce_group(view.stats, view.config.num_kv_heads, "mean")

@@ -1,6 +1,7 @@
 """keydiff: keys that point away from the others (arXiv 2504.15364)."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ class KeyDiff(Policy):
 
     One pass over the whole prompt, as in kvpress (the paper works block by block).
     """
+
+    decode_observers: ClassVar[Literal["nobody"]] = "nobody"
 
     def score(self, view: LayerView) -> jax.Array:
         k = jnp.where((view.pos >= 0)[..., None], view.k, jnp.zeros((), view.k.dtype))

@@ -29,7 +29,7 @@ class LAQ(Policy):
 
     two_pass: ClassVar[bool] = True
 
-    draft_tokens: int = 8
+    draft_tokens: int = 8  # pyright: ignore[reportIncompatibleVariableOverride]
     """Tokens that are drafted and observe, at most; what follows an end of sequence does not."""
     pool: PoolName = "max"
     """Smoothing of the scores along the prompt."""

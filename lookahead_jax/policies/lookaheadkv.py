@@ -1,7 +1,7 @@
 """lookaheadkv: learned lookahead tokens ask for what the answer will need (arXiv 2603.10899)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 
@@ -18,6 +18,7 @@ class LookaheadKV(Policy):
     """
 
     uses_modules: ClassVar[bool] = True
+    decode_observers: ClassVar[Literal["modules"]] = "modules"
 
     window: int = 0
     """Last prompt tokens, always kept."""

@@ -1,6 +1,7 @@
 """streaming_llm: attention sinks and the most recent tokens (arXiv 2309.17453)."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ class StreamingLLM(Policy):
     Kept keys keep the RoPE phase of their original position (the original re-numbers them inside
     the cache). Sinks that would eat the budget are cut to C // 2.
     """
+
+    decode_observers: ClassVar[Literal["nobody"]] = "nobody"
 
     sinks: int = 4
     """First prompt tokens, always kept."""

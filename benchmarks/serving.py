@@ -1,0 +1,147 @@
+"""Tokens per second of `lookahead serve` at 8 concurrent requests against one at a time.
+
+Two servers, each in a process of its own: one with 8 rows, one with a single row. Every repetition
+sends the same requests one at a time to both, and 8 at a time to the first, in random order; the
+prompts differ from each other, nothing is kept between requests, and each asks for as many tokens.
+
+    python benchmarks/serving.py --out benchmarks/results/serving.json
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lookahead_jax as lk
+from lookahead_jax.files import atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+CONCURRENT = 8
+
+
+@contextlib.contextmanager
+def serving(rows: int, prompt: int, new: int, budget: int) -> Iterator[tuple[str, int]]:
+    """A server of its own: its address and process."""
+    command = [sys.executable, "-m", "lookahead_jax", "serve", "--port", "0", "--rows", str(rows)]
+    command += ["--max-tokens", str(new), "--max-prompt-tokens", str(prompt)]
+    command += ["--budget", str(budget), "--prompt-store-mb", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            lines = []
+            for line in process.stderr or ():
+                lines.append(line)
+                if found := re.search(r"at (http://\S+)", line):
+                    yield found[1], process.pid
+                    break
+            else:
+                raise RuntimeError(f"the server did not start: {''.join(lines)}")
+        finally:
+            process.terminate()
+
+
+def ask(url: str, prompt: list[int], new: int) -> int:
+    """Sends one request; how many tokens came."""
+    body = {"model": "embedded", "prompt": prompt, "max_tokens": new}
+    request = urllib.request.Request(
+        f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as response:
+        return json.load(response)["usage"]["completion_tokens"]
+
+
+def tokens_per_s(url: str, prompts: list[list[int]], new: int, concurrent: int) -> float:
+    """Generated tokens per second of wall time over all requests, prompts included."""
+    with ThreadPoolExecutor(concurrent) as pool:
+        began = time.perf_counter()
+        count = sum(pool.map(lambda prompt: ask(url, prompt, new), prompts))
+        return count / (time.perf_counter() - began)
+
+
+def resident_mb(pid: int) -> float | None:
+    """Memory of a process, where /proc tells."""
+    path = Path(f"/proc/{pid}/statm")
+    if not path.exists():
+        return None
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Rates of all repetitions, their ratios, and the memory of the larger server."""
+    tokenizer = lk.load(lk.EMBEDDED_MODEL).tokenizer
+    ids = tokenizer.encode((lk.EMBEDDED_MODEL.parent / "example.txt").read_text())
+    dice = random.Random(0)
+    begins = [dice.randrange(len(ids) - options.prompt) for _ in range(options.requests)]
+    prompts = [ids[begin : begin + options.prompt] for begin in begins]
+    sizes = (options.prompt, options.new, options.budget)
+    with serving(CONCURRENT, *sizes) as (many, pid), serving(1, *sizes) as (single, _):
+        cases = {
+            "concurrent": (many, CONCURRENT),
+            "one_at_a_time": (many, 1),
+            "one_at_a_time_one_row": (single, 1),
+        }
+        for url, concurrent in cases.values():
+            tokens_per_s(url, prompts, options.new, concurrent)
+        before = resident_mb(pid)
+        rates: dict[str, list[float]] = {name: [] for name in cases}
+        for _ in range(options.repetitions):
+            for name in dice.sample(list(cases), len(cases)):
+                url, concurrent = cases[name]
+                rates[name].append(tokens_per_s(url, prompts, options.new, concurrent))
+        after = resident_mb(pid)
+    return {
+        "tokens_per_s": rates,
+        "ratio": compare(rates["concurrent"], rates["one_at_a_time"]),
+        "ratio_to_one_row": compare(rates["concurrent"], rates["one_at_a_time_one_row"]),
+        "resident_mb": {"before": before, "after": after},
+    }
+
+
+def compare(rates: list[float], base: list[float]) -> dict[str, float]:
+    """Median and range of the ratios of paired repetitions."""
+    ratios = [a / b for a, b in zip(rates, base, strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of every prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens of every continuation")
+    parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=16)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    content = json.dumps(
+        {
+            "commit": commit.stdout.strip(),
+            "device": jax.devices()[0].device_kind,
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "jax": jax.__version__,
+            **{k: v for k, v in vars(options).items() if k != "out"},
+            **measure(options),
+        },
+        indent=1,
+    )
+    print(content)
+    if options.out is not None:
+        atomic_write(options.out, content + "\n")
+
+
+if __name__ == "__main__":
+    main()

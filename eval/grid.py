@@ -1,0 +1,179 @@
+"""What a run is: the configuration file, its grid of cells, and what stands behind the names."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from lookahead_jax import EMBEDDED_MODEL, EMBEDDED_MODULES
+from lookahead_jax.commands.options import as_options
+from lookahead_jax.eval.rows import Cell
+from lookahead_jax.eval.tasks.base import Task
+from lookahead_jax.eval.tasks.registry import find_task
+from lookahead_jax.policies import make_policy
+from lookahead_jax.policies.base import Policy
+
+CONFIGS = Path(__file__).parent / "configs"
+EMBEDDED = "embedded"
+Protocol = Literal["seen", "hidden"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A grid of model x policy x budget x task x length x drafter x protocol."""
+
+    out: Path
+    """Folder of the run, made if need be; the same command resumes it."""
+    models: tuple[str, ...] = (EMBEDDED,)
+    """Folders of checkpoints; `embedded` is the model that ships with the package."""
+    policies: tuple[str, ...] = ("full", "snapkv")
+    """Policies, settings after a colon: snapkv:window=8,pool=none."""
+    budgets: tuple[int, ...] = (256,)
+    """Entries kept per layer and KV head; the policy `full` has no use for them."""
+    tasks: tuple[str, ...] = ("own",)
+    """Tasks, or families of tasks such as ruler, longbench, own."""
+    lengths: tuple[int, ...] = (512,)
+    """Tokens of a prompt: what is generated, and where prompts from files lose their middle."""
+    drafters: tuple[str, ...] = ("none",)
+    """Drafters: none, trie, suffix, prompt_lookup, recycling."""
+    protocols: tuple[Protocol, ...] = ("seen",)
+    """seen: the question is there while the prompt is cut; hidden: it is read afterwards."""
+    count: int = 32
+    """Examples of each task, at most."""
+    seed: int = 0
+    """Of the generated examples."""
+    batch: int = 8
+    """Examples at a time."""
+    data: Path | None = None
+    """Folder of the benchmarks' files, see docs/evaluation.md."""
+    lookahead: Path | None = None
+    """Folder of lookahead modules; left out, the embedded model has its own."""
+    draft_model: str | None = None
+    """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
+    chat: bool = True
+    """Use the chat template of models that have one, where the benchmark does."""
+    max_new_tokens: int | None = None
+    """Ends every answer here, whatever its task allows."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; left out, the checkpoint's own."""
+    tensor: int = 1
+    """Devices that share every layer."""
+    fsdp: int = 1
+    """Devices that share the weights; rows of a batch are split over what is left."""
+    views: int = 2
+    """Examples per task whose kept tokens are stored for the report."""
+    allow_exec: bool = False
+    """Run the programs that a model writes, under limits, where a score needs it."""
+
+    def tasks_found(self) -> list[Task]:
+        """All tasks; ValueError for unknown names and for programs that nobody allowed."""
+        found = {task.name: task for name in self.tasks for task in find_task(name)}
+        if not self.allow_exec and (refused := [t.name for t in found.values() if t.executes]):
+            raise ValueError(
+                f"{', '.join(refused)} runs programs that the model writes; --allow-exec permits it"
+            )
+        return list(found.values())
+
+
+FIXED = ("seed", "chat", "max_new_tokens", "dtype", "lookahead", "draft_model")
+"""Fields that change what a row means: a resumed run must not change them."""
+
+
+def parse(args: Sequence[str]) -> RunConfig:
+    """[CONFIG] and overrides -> a run; the file's fields are read and refused by the same rules.
+
+    CONFIG is a .json file, or the name of one that ships.
+    """
+    options: list[str] = []
+    if args and not args[0].startswith("-"):
+        path = Path(args[0])
+        path = path if path.suffix == ".json" else CONFIGS / f"{args[0]}.json"
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
+            raise ValueError(f"{args[0]}: neither a .json file nor one of those shipped ({names})")
+        options, args = as_options(json.loads(path.read_text(encoding="utf-8"))), args[1:]
+    return tyro.cli(
+        RunConfig,
+        args=[*options, *args],
+        prog="python -m lookahead_jax.eval [CONFIG]",
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+class Method(NamedTuple):
+    """What a policy's name stands for: the policy, and what a small model does before it."""
+
+    policy: Policy
+    prune: int | None  # tokens that SpecPC leaves of a prompt; 0: as many as the budget
+    select: dict[str, int]  # settings of speculation.select_tokens
+
+    @property
+    def speculates(self) -> bool:
+        """Whether a small model is needed."""
+        return self.prune is not None or self.policy.uses_draft
+
+
+def method_of(spec: str) -> Method:
+    """`name` or `name:field=value,...` -> the method.
+
+    Besides the policies: `specpc` drops prompt tokens down to the budget, `speckv_pc` drops them
+    down to `prune` (2048) and goes on as `speckv`. Their `select_pool` and `select_neighbours` are
+    published as 64 for Qwen and 32 for Llama models, and 32 in speckv_pc.
+    """
+    name, _, settings = spec.partition(":")
+    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
+    if any(not value for _, _, value in pairs):
+        raise ValueError(f"policy {spec!r}: settings are name=value, separated by commas")
+    fields = {field: value for field, _, value in pairs}
+    if name not in ("specpc", "speckv_pc"):
+        return Method(make_policy(name, **fields), None, {})
+    size = "64" if name == "specpc" else "32"
+    select = {k: int(fields.pop(f"select_{k}", size)) for k in ("pool", "neighbours")}
+    prune = int(fields.pop("prune", "0" if name == "specpc" else "2048"))
+    return Method(make_policy("full" if name == "specpc" else "speckv", **fields), prune, select)
+
+
+def policy_of(spec: str) -> Policy:
+    """The policy of a method."""
+    return method_of(spec).policy
+
+
+def model_folder(name: str) -> Path:
+    """Where the weights of a model are."""
+    return EMBEDDED_MODEL if name == EMBEDDED else Path(name)
+
+
+def modules_folder(config: RunConfig, model: str) -> Path | None:
+    """Where the lookahead modules for a model are, if there are any."""
+    return modules_folder_of(config.lookahead, model)
+
+
+def modules_folder_of(given: Path | None, model: str) -> Path | None:
+    """The folder that was given, or what ships for the embedded model."""
+    return given or (EMBEDDED_MODULES if model == EMBEDDED else None)
+
+
+def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cell]:
+    """All cells of one model, task and length.
+
+    What keeps everything comes last, what needs two passes before it: on accelerators the mark of
+    the highest memory use never falls.
+    """
+    order = sorted(config.policies, key=lambda spec: (spec == "full", policy_of(spec).two_pass))
+    for spec in order:
+        budgets = (0,) if spec == "full" else sorted(set(config.budgets))
+        for budget in budgets:
+            for drafter in config.drafters:
+                for protocol in config.protocols:
+                    yield Cell(model, spec, budget, task, length, drafter, protocol)
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What must stay the same when a run is resumed."""
+    return {
+        name: str(value) if isinstance(value := getattr(config, name), Path) else value
+        for name in FIXED
+    }

@@ -1,0 +1,63 @@
+"""Programs that a model wrote, compiled and run under limits; nothing here runs unasked.
+
+The limits bound time, memory, file size and processes, and the environment is empty. They are no
+wall: a program still reads what the user may read. Use a container for models you do not trust.
+"""
+
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+SECONDS = 3
+_HEADERS = (
+    "cstdio iostream vector algorithm numeric cmath cstring set map queue stack list fstream "
+    "climits cassert iomanip sstream bitset"
+)
+_PRELUDE = "".join(f"#include <{name}>\n" for name in _HEADERS.split()) + "using namespace std;\n"
+
+
+def _limits(memory: int, seconds: int, processes: int) -> None:
+    """What the child may use; called between fork and exec."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, 2**26))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.getuid() != 0:  # for root there is no such limit
+        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+
+
+def run_limited(
+    command: Sequence[str], given: str, *, folder: Path, seconds: int = SECONDS, memory: int = 2**29
+) -> str | None:
+    """What `command` prints, given `given`; None if it fails or goes beyond a limit."""
+    try:
+        done = subprocess.run(
+            command, input=given.encode(), cwd=folder, timeout=seconds, capture_output=True,
+            env={"PATH": os.defpath}, preexec_fn=lambda: _limits(memory, seconds, 64), check=True,
+        )  # fmt: skip
+        return done.stdout.decode()
+    except (subprocess.SubprocessError, UnicodeDecodeError, OSError):
+        return None
+
+
+def run_cpp(program: str, cases: Sequence[tuple[str, str]]) -> bool:
+    """The C++11 program compiles and turns every input into exactly its output.
+
+    Raises RuntimeError without a g++: a missing compiler is no wrong answer.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise RuntimeError("pseudo_to_code needs g++, and there is none on this machine")
+    with tempfile.TemporaryDirectory(prefix="lookahead-exec-") as name:
+        folder = Path(name)
+        (folder / "program.cpp").write_text(_PRELUDE + program, encoding="utf-8")
+        build = [compiler, "-std=c++11", "-O", "-o", "program", "program.cpp"]
+        if run_limited(build, "", folder=folder, seconds=60, memory=2**32) is None:
+            return False
+        run = [str(folder / "program")]
+        return all(run_limited(run, given, folder=folder) == right for given, right in cases)

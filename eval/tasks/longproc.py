@@ -1,0 +1,79 @@
+"""LongProc and MT-Bench, from local files.
+
+    longproc/<task>_<size>.jsonl   input_prompt, reference_output, metadata (JSON text or object)
+    mt_bench/question.jsonl        question_id, category, turns
+
+LongProc's prompts come whole, so no question can be hidden from them. MT-Bench has no score
+without a judge: its first turns serve to compare outputs and draft lengths.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+
+from lookahead_jax.eval.scorers import longproc as scores
+from lookahead_jax.eval.tasks.base import Example, Source, Task, field, rows_of
+
+SIZES = {"0.5k": 1024, "2k": 3072, "8k": 9216}  # tokens of an answer
+TASKS: dict[str, tuple[str, ...]] = {
+    "path_traversal": ("0.5k", "2k", "8k"),
+    "html_to_tsv": ("0.5k", "2k", "8k"),
+    "pseudo_to_code": ("0.5k", "2k"),
+    "tom_tracking": ("0.5k", "2k", "8k"),
+    "countdown": ("0.5k", "2k", "8k"),
+    "travel_planning": ("2k", "8k"),
+}
+
+
+def _make(name: str, size: str, source: Source) -> list[Example]:
+    path = source.file(f"longproc/{name}_{size}.jsonl")
+    found = []
+    for i, row in enumerate(rows_of(path, source.count)):
+        metadata = row.get("metadata") or {}
+        found.append(
+            Example(
+                id=str(i),
+                context=field(row, "input_prompt", path),
+                question="",
+                answers=(field(row, "reference_output", path),),
+                max_new_tokens=SIZES[size],
+                extra=json.loads(metadata) if isinstance(metadata, str) else metadata,
+            )
+        )
+    return found
+
+
+def _score(name: str, prediction: str, example: Example) -> float:
+    return getattr(scores, name)(prediction, example.answers[0], example.extra)
+
+
+def _mt_bench(source: Source) -> list[Example]:
+    path = source.file("mt_bench/question.jsonl")
+    return [
+        Example(
+            id=str(row.get("question_id", i)),
+            context=field(row, "turns", path)[0],
+            question="",
+            max_new_tokens=1024,
+            extra={"category": row.get("category", "")},
+        )
+        for i, row in enumerate(rows_of(path, source.count))
+    ]
+
+
+def tasks() -> list[Task]:
+    """longproc/<task>_<size> and mt_bench."""
+    found = [Task(name="mt_bench", make=_mt_bench, score=None)]
+    for name, sizes in TASKS.items():
+        for size in sizes:
+            make: Callable[[Source], list[Example]] = functools.partial(_make, name, size)
+            found.append(
+                Task(
+                    name=f"longproc/{name}_{size}",
+                    make=make,
+                    score=functools.partial(_score, name),
+                    binary=name != "html_to_tsv",
+                    executes=name == "pseudo_to_code",
+                )
+            )
+    return found

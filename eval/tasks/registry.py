@@ -1,0 +1,24 @@
+"""All tasks by name; `TASKS[task.name] = task` adds one (docs/add-a-task.md)."""
+
+from lookahead_jax.eval.tasks import infinitebench, longbench, longproc, own, ruler
+from lookahead_jax.eval.tasks.base import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for module in (own, ruler, longbench, infinitebench, longproc)
+    for task in module.tasks()
+}
+
+
+def find_task(name: str) -> list[Task]:
+    """The task of this name, or all tasks of the family before the slash.
+
+    Raises ValueError, naming the families, if there is none.
+    """
+    if name in TASKS:
+        return [TASKS[name]]
+    family = [task for key, task in TASKS.items() if key.startswith(f"{name}/")]
+    if not family:
+        known = sorted({key.partition("/")[0] for key in TASKS})
+        raise ValueError(f"unknown task {name!r}; families: {', '.join(known)}")
+    return family

@@ -1,0 +1,163 @@
+"""What the trie proposes, compiled: several suffixes of the context merged into one tree."""
+
+from typing import no_type_check
+
+import numpy as np
+
+from lookahead_jax.drafters._compiled import NONE, compiled, find
+from lookahead_jax.drafters._trie import PUBLIC
+
+PROMPT, OUTPUT = 1, 2  # what a proposed node is known from, added up
+ESCAPE = 1.0  # occurrences that count against each source, see `blend`
+WIDTH = 32  # children of one node that a proposal looks at, the most recently seen first
+
+
+@compiled
+@no_type_check
+def walk(nodes, table, root, tokens):
+    node = root
+    for token in tokens:
+        node = find(nodes, table, node, token)
+        if node == NONE:
+            break
+    return node
+
+
+@compiled
+@no_type_check
+def anchors(nodes, table, state, active, root, recent):
+    """Where the last tokens were seen: (nodes, occurrences that went on), the longest match first.
+
+    The private trie comes before the public one at each length. What is being written now has no
+    continuation yet and does not count.
+    """
+    found = np.empty(2 * recent.size, np.int32)
+    seen = np.empty(2 * recent.size, np.float32)
+    n = 0
+    for length in range(recent.size, 0, -1):
+        if recent[recent.size - length] == NONE:  # fewer tokens so far
+            continue
+        for origin in (root, PUBLIC):
+            node = walk(nodes, table, origin, recent[recent.size - length :])
+            if node == NONE or nodes[node].first == NONE:
+                continue
+            count = nodes[node].count / state[0].weight
+            if length < active.size and node == active[length]:
+                count -= 1.0
+            if count > 0:
+                found[n] = node
+                seen[n] = count
+                n += 1
+    return found[:n], seen[:n]
+
+
+@compiled
+@no_type_check
+def blend(nodes, weight, sources, seen, tokens, scores, kinds):
+    """Tokens after the sources, their probabilities and kinds (below); returns how many.
+
+    Prediction by partial matching: a source seen c times keeps c / (c + ESCAPE) of the mass that
+    the sources before it have left, and the rest goes to those after it.
+    """
+    n, left = 0, 1.0
+    for s in range(sources.size):
+        if sources[s] == NONE:
+            continue
+        share = left / (seen[s] + ESCAPE)
+        left *= ESCAPE / (seen[s] + ESCAPE)
+        known = OUTPUT if nodes[sources[s]].root == PUBLIC else PROMPT
+        child = nodes[sources[s]].first
+        for _ in range(WIDTH):
+            if child == NONE:
+                break
+            token = nodes[child].token
+            score = share * nodes[child].count / weight
+            i = 0
+            while i < n and tokens[i] != token:
+                i += 1
+            if i == n and n < tokens.size:
+                tokens[n] = token
+                scores[n] = 0
+                kinds[n] = 0
+                n += 1
+            if i < n:
+                scores[i] += score
+                kinds[i] |= known
+            child = nodes[child].next
+    return n
+
+
+@compiled
+@no_type_check
+def propose(nodes, table, state, active, root, recent, limit, depth):
+    """The best tree of at most `limit` nodes: (tokens, parents), int32 [n].
+
+    Best first by path probability over all anchors at once. Two quotas hold while anything else
+    is left: a child of the root and all below it take at most half the nodes (or one whole path),
+    and so do, at three quarters, the nodes known only from the prompt or only from outputs.
+    """
+    sources, seen = anchors(nodes, table, state, active, root, recent)
+    weight = state[0].weight
+    at = np.empty((limit + 1, sources.size), np.int32)  # source nodes of each chosen node; 0: root
+    at[0] = sources
+    tokens = np.empty(limit, np.int32)
+    parents = np.empty(limit, np.int32)
+    deep = np.zeros(limit + 1, np.int32)
+    score = np.ones(limit + 1, np.float32)
+    branch = np.zeros(limit + 1, np.int32)
+    taken = np.zeros(limit + 2, np.int32)  # nodes of each branch
+    kinds = np.zeros(4, np.int32)  # chosen nodes, by what they are known from
+    branch_quota, kind_quota = max(depth, limit // 2), limit - limit // 4
+    options = limit * 2 * WIDTH
+    option_token = np.empty(options, np.int32)
+    option_parent = np.empty(options, np.int32)
+    option_score = np.empty(options, np.float32)
+    option_kind = np.empty(options, np.int8)
+    found = np.empty(2 * WIDTH, np.int32)
+    probability = np.empty(2 * WIDTH, np.float32)
+    kind = np.empty(2 * WIDTH, np.int8)
+    n_options, n = 0, 0
+    expand = 0
+    while True:
+        if deep[expand] < depth:
+            if expand > 0:
+                for s in range(sources.size):
+                    seen[s] = 0 if at[expand, s] == NONE else nodes[at[expand, s]].count / weight
+            here = blend(nodes, weight, at[expand], seen, found, probability, kind)
+            for i in range(here):
+                option_token[n_options] = found[i]
+                option_parent[n_options] = expand
+                option_score[n_options] = score[expand] * min(probability[i], 1.0)
+                option_kind[n_options] = kind[i]
+                n_options += 1
+        if n == limit or n_options == 0:
+            break
+        best, least = NONE, 0
+        for i in range(n_options):
+            known, up = option_kind[i], option_parent[i]
+            excess = 0  # an option within its quotas goes before any that is not
+            if known != PROMPT + OUTPUT and kinds[known] >= kind_quota:
+                excess += 1
+            if up > 0 and taken[branch[up]] >= branch_quota:
+                excess += 2
+            better = best == NONE or excess < least
+            if better or (excess == least and option_score[i] > option_score[best]):
+                best, least = i, excess
+        up, token = option_parent[best], option_token[best]
+        tokens[n] = token
+        parents[n] = up - 1
+        n += 1
+        expand = n
+        deep[n] = deep[up] + 1
+        score[n] = option_score[best]
+        branch[n] = n if up == 0 else branch[up]
+        taken[branch[n]] += 1
+        kinds[option_kind[best]] += 1
+        for s in range(sources.size):
+            at[n, s] = NONE if at[up, s] == NONE else find(nodes, table, at[up, s], token)
+        n_options -= 1
+        option_token[best] = option_token[n_options]
+        option_parent[best] = option_parent[n_options]
+        option_score[best] = option_score[n_options]
+        option_kind[best] = option_kind[n_options]
+    return tokens[:n], parents[:n]

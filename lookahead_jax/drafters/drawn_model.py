@@ -1,0 +1,77 @@
+"""drawn_model: the draft model's tree with drawn children, accepted by their probability.
+
+DySpec (Xiong et al. 2024, arXiv:2410.11744) in its threshold form. A child's slot is worth the
+probability of the path to its parent times what its elder siblings have left of the parent's
+distribution: known before its token is drawn, as acceptance.accept_drawn asks. B batch, P nodes,
+W nodes a level, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.acceptance import DRAW
+from lookahead_jax.drafters.device import Weights
+from lookahead_jax.drafters.draft_model import DraftCache, DraftModel
+from lookahead_jax.sampling import SamplingRows, keyed_noise
+from lookahead_jax.tree import TokenTree, root_only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnModel(DraftModel):
+    """Level by level the W most valuable slots, as long as one is worth 1 / P.
+
+    Greedy rows get the likeliest children in place of drawn ones.
+    """
+
+    def draw(
+        self,
+        weights: Weights,
+        state: DraftCache,
+        root: jax.Array,
+        nodes: int,
+        positions: jax.Array,
+        rows: SamplingRows,
+    ) -> tuple[DraftCache, TokenTree, jax.Array]:
+        """A tree behind each row's `root` [B], which stands at `positions` [B].
+
+        Also returns the probabilities [B, P, V] that the children of each node were drawn from.
+        """
+        cache = state.whole()
+        state = dataclasses.replace(state, cache=cache, count=jnp.zeros_like(state.count))
+        tree, batch = root_only(root), len(root)
+        depth = min(self.depth, nodes - 1)
+        width = (nodes - 1) // depth
+        warmth = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
+        value = jnp.ones((batch, 1), jnp.float32)  # probability of the paths to the newest level
+        drawn = []
+        for level in range(depth):
+            newest = value.shape[1]
+            chances = self._successors(weights, cache, tree, newest) / warmth
+            q = jax.nn.softmax(jnp.where(jnp.isneginf(chances), -1e30, chances), axis=-1)
+            drawn.append(q)
+            noise = keyed_noise(
+                lambda key, shape=q.shape[-1:]: jax.random.gumbel(key, shape),
+                rows.seed, jnp.broadcast_to(positions[:, None] + level, (batch, newest)), DRAW,
+                distinct=True,
+            )  # fmt: skip
+            noise = jnp.where(rows.temperature[:, None, None] > 0, noise, 0.0)
+            # The first of the perturbed probabilities are draws without replacement, in order.
+            _, token = jax.lax.top_k(jnp.log(q) + noise, width)
+            chance = jnp.take_along_axis(q, token, axis=-1)
+            left = 1.0 - (jnp.cumsum(chance, axis=-1) - chance)
+            slot, at = jax.lax.top_k((value[..., None] * left).reshape(batch, -1), width)
+            token = jnp.take_along_axis(token.reshape(batch, -1), at, axis=1)
+            worth = slot >= 1.0 / nodes
+            above = tree.tokens.shape[1] - newest + at // width
+            paths = (value[..., None] * chance).reshape(batch, -1)
+            value = jnp.where(worth, jnp.take_along_axis(paths, at, axis=1), 0.0)
+            tree = TokenTree(
+                jnp.concatenate([tree.tokens, jnp.where(worth, token, -1)], axis=1),
+                jnp.concatenate([tree.parents, above.astype(jnp.int32)], axis=1),
+            )
+        spare = nodes - tree.tokens.shape[1]
+        tree = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, spare)], constant_values=-1), tree)
+        inner = jnp.concatenate(drawn, axis=1)  # nodes of the last level have no children
+        return state, tree, jnp.pad(inner, [(0, 0), (0, nodes - inner.shape[1]), (0, 0)])

@@ -1,0 +1,86 @@
+"""What OpenAI's clients read: whole answers, the chunks of a stream, counts of tokens."""
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lookahead_jax.requests import Result
+
+_FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One answer on its way; `chat` says which of the two endpoints gives it."""
+
+    chat: bool
+    model: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
+        """All choices at once; the first `choices` belong to the first prompt, and so on."""
+        return self._object("") | {
+            "choices": [self._whole_choice(i, result) for i, result in enumerate(results)],
+            "usage": usage(results, choices),
+        }
+
+    def begin(self, choices: int) -> list[dict[str, Any]]:
+        """What a stream says before any text."""
+        first = {"role": "assistant", "content": ""}
+        return [self._chunk(i, delta=first) for i in range(choices)] if self.chat else []
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """More text of one choice."""
+        return self._chunk(index, delta={"content": text}, text=text)
+
+    def end(self, index: int, result: Result) -> dict[str, Any]:
+        """The end of one choice."""
+        return self._chunk(index, delta={}, text="", finish=_FINISH[result.finish])
+
+    def counts(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
+        """The chunk after the last choice, if the client wants the counts."""
+        return self._object(".chunk") | {"choices": [], "usage": usage(results, choices)}
+
+    def _object(self, suffix: str) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self.chat else "text_completion"
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _whole_choice(self, index: int, result: Result) -> dict[str, Any]:
+        text = result.text or ""
+        said = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if self.chat
+            else {"text": text}
+        )
+        return {
+            "index": index, **said, "logprobs": None, "finish_reason": _FINISH[result.finish]
+        }  # fmt: skip
+
+    def _chunk(
+        self, index: int, *, delta: Mapping[str, str], text: str = "", finish: str | None = None
+    ) -> dict[str, Any]:
+        said = {"delta": delta} if self.chat else {"text": text}
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        return self._object(".chunk") | {"choices": [choice]}
+
+
+def usage(results: Sequence[Result], choices: int) -> dict[str, Any]:
+    """Counts of tokens; a prompt with several choices counts once."""
+    prompts = sum(result.prompt_tokens for result in results[::choices])
+    generated = sum(len(result.tokens) for result in results)
+    reused = sum(result.reused_tokens for result in results[::choices])
+    return {
+        "prompt_tokens": prompts,
+        "completion_tokens": generated,
+        "total_tokens": prompts + generated,
+        "prompt_tokens_details": {"cached_tokens": reused},
+    }

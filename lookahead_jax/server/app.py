@@ -1,0 +1,123 @@
+"""The routes, the key, and errors that belong to no endpoint."""
+
+import contextlib
+import hmac
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lookahead_jax.checkpoint import Model
+from lookahead_jax.server.endpoint import Endpoint, check_model
+from lookahead_jax.server.errors import Refused
+from lookahead_jax.server.schema import ChatBody, CompletionBody
+from lookahead_jax.server.service import Service
+
+
+def make_app(service: Service, model: Model, *, name: str, api_key: str | None) -> ASGIApp:
+    """The whole server: OpenAI's endpoints for one model, /health and /metrics.
+
+    With `api_key` everything but /health asks for it.
+    """
+    entry = {
+        "id": name, "object": "model", "created": int(time.time()), "owned_by": "lookahead_jax"
+    }  # fmt: skip
+
+    async def models(request: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def one_model(request: HttpRequest) -> Response:
+        check_model(request.path_params["name"], name)
+        return JSONResponse(entry)
+
+    async def health(request: HttpRequest) -> Response:
+        service.check()
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(request: HttpRequest) -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await service.stop()
+
+    routes = [
+        Route("/v1/completions", Endpoint(service, model, name, CompletionBody), methods=["POST"]),
+        Route("/v1/chat/completions", Endpoint(service, model, name, ChatBody), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+    ]
+    handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return _Door(app, service, {route.path for route in routes}, api_key)
+
+
+class _Door:
+    """Asks for the key, and counts what goes out."""
+
+    def __init__(self, app: ASGIApp, service: Service, paths: set[str], key: str | None):
+        self._app = app
+        self._service = service
+        self._paths = paths
+        self._key = key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 499  # the client left before there was an answer
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            app = self._app if self._may_enter(scope) else _NO_KEY.response()
+            await app(scope, receive, counted)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._service.metrics.responded(path, status)
+
+    def _may_enter(self, scope: Scope) -> bool:
+        if self._key is None or scope["path"] == "/health":
+            return True
+        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode(), self._key.encode())
+        return same and kind.lower() == "bearer"
+
+
+_NO_KEY = Refused(
+    401,
+    "the key is missing or wrong; send it as Authorization: Bearer KEY",
+    code="invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+)
+
+
+async def _refused(request: HttpRequest, refused: Refused) -> Response:
+    return refused.response()
+
+
+async def _http_error(request: HttpRequest, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return Refused(error.status_code, message, headers=error.headers).response()
+
+
+async def _failed(request: HttpRequest, error: Exception) -> Response:
+    return Refused(500, "the server failed; its log says why").response()

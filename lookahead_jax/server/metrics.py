@@ -1,0 +1,65 @@
+"""Counts and times of a server, in Prometheus's text format."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from lookahead_jax.engine import Engine
+from lookahead_jax.requests import Result
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class Metrics:
+    """What one server has done since it began; of no other, even in the same process."""
+
+    def __init__(self, engine: Engine):
+        self._registry = CollectorRegistry()
+        self._responses = self._counter(
+            "http_responses", "Answers by path and status.", "path", "status"
+        )
+        self._finished = self._counter(
+            "continuations", "Continuations by how they ended.", "finish"
+        )
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were begun.")
+        self._reused = self._counter("reused_prompt_tokens", "Of these, not read again.")
+        self._generated = self._counter("generated_tokens", "Tokens that were generated.")
+        self._steps = self._counter("steps", "Forwards of the model, counted once for every row.")
+        self._queue = self._seconds("queue_seconds", "Until the prompt began to be read.")
+        self._first = self._seconds("first_token_seconds", "Until the first token.")
+        self._total = self._seconds("continuation_seconds", "Until the end of a continuation.")
+        gauges = {
+            "waiting": ("Continuations that wait for a row.", lambda: engine.waiting),
+            "running": (
+                "Continuations that have a row.",
+                lambda: max(engine.alive - engine.waiting, 0),
+            ),
+            "prompt_store_bytes": ("Bytes of kept prompts.", lambda: engine.stored_bytes),
+        }
+        for name, (text, read) in gauges.items():
+            Gauge(f"lookahead_{name}", text, registry=self._registry).set_function(read)
+
+    def responded(self, path: str, status: int) -> None:
+        """One answer; 499 stands for a client that left before it."""
+        self._responses.labels(path, str(status)).inc()
+
+    def ended(self, result: Result) -> None:
+        """One continuation."""
+        self._finished.labels(result.finish).inc()
+        self._generated.inc(len(result.tokens))
+        self._steps.inc(result.steps)
+        self._total.observe(result.timing.ended_s)
+        if result.timing.started_s is not None:
+            self._prompt.inc(result.prompt_tokens)
+            self._reused.inc(result.reused_tokens)
+            self._queue.observe(result.timing.started_s)
+        if result.timing.first_token_s is not None:
+            self._first.observe(result.timing.first_token_s)
+
+    def text(self) -> bytes:
+        """Everything, as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"lookahead_{name}", text, labels, registry=self._registry)
+
+    def _seconds(self, name: str, text: str) -> Histogram:
+        return Histogram(f"lookahead_{name}", text, registry=self._registry, buckets=_SECONDS)

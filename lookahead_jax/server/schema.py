@@ -1,0 +1,210 @@
+"""The bodies of requests: what is read, what is refused, and what stands for a field left out.
+
+A field that is left out, or null, means what the same option of `lookahead generate` means when it
+is left out. Every other field is refused by name, unless it has the value that changes nothing.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+from pydantic import AfterValidator, Field, PlainValidator
+from pydantic_core import from_json
+
+from lookahead_jax.sampling import Sampling
+from lookahead_jax.server.errors import Refused
+
+MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 16, 1000, 128
+# Fields of OpenAI's API that this server does not have, and the values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "metadata": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_TEMPLATES = ("chat_template", "chat_template_kwargs")
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """One prompt or several, as texts or token ids."""
+    if isinstance(value, str) or _are_ids(value):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(p, str) or _are_ids(p) for p in value):
+        raise ValueError("must be a text, a list of token ids, or a list of such prompts")
+    if not value or not all(value):
+        raise ValueError("must not be empty")
+    return value
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
+def _document(value: Any) -> str | list[int]:
+    if not (isinstance(value, str) or _are_ids(value)) or not value:
+        raise ValueError("must be a text or a list of token ids, and not empty")
+    return value
+
+
+def _stops(value: Any) -> list[str]:
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(stop, str) for stop in value):
+        raise ValueError("must be a text or a list of texts")
+    if len(value) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in value):
+        raise ValueError(f"must be up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+    return value
+
+
+def _content(value: Any) -> str:
+    """A text, or the texts of a list of parts one after the other."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a text or a list of text parts")
+    for part in value:
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+            raise ValueError('parts must be {"type": "text", "text": ...}; this model reads text')
+        if not isinstance(part["text"], str):
+            raise ValueError("the text of a part must be a text")
+    return "".join(part["text"] for part in value)
+
+
+def _some(messages: list["Message"]) -> list["Message"]:
+    if not messages:
+        raise ValueError("must not be empty")
+    return messages
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class Body(_Strict):
+    """What both endpoints take."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    stop: Annotated[list[str], PlainValidator(_stops)] = []
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str = ""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @pydantic.model_validator(mode="after")
+    def _only_streams_have_options(self):
+        if self.stream_options is not None and not self.stream:
+            raise _wrong("stream_options", "stream_options need stream = true")
+        return self
+
+
+class CompletionBody(Body):
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    document: Annotated[str | list[int] | None, PlainValidator(_document)] = None
+    """Not OpenAI's: read and cut on its own, before every prompt; see `requests.Request`."""
+
+
+class Message(_Strict):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, PlainValidator(_content)]
+
+
+class ChatBody(Body):
+    messages: Annotated[list[Message], AfterValidator(_some)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_maximum(self):
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            name = "max_completion_tokens"
+            raise _wrong(name, f"{name} is another name of max_tokens; give one of them")
+        return self
+
+
+_Kind = TypeVar("_Kind", bound=Body)
+
+
+def parse(kind: type[_Kind], content: bytes) -> _Kind:
+    """The fields of a body; `Refused` with status 400 names the first that is wrong."""
+    try:
+        fields = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}", code="invalid_json") from error
+    if not isinstance(fields, dict):
+        raise Refused(400, "the body must be a JSON object", code="invalid_json")
+    given = {name: value for name, value in fields.items() if value is not None}
+    for name in [name for name in given if name in _NEUTRAL]:
+        value = given.pop(name)
+        if not any(type(value) in _alike(type(n)) and value == n for n in _NEUTRAL[name]):
+            raise _wrong(name, f"{name} is not supported here; leave it out")
+    for name in _TEMPLATES:
+        if name in given:
+            raise _wrong(name, f"{name}: a chat is written with the model's own template only")
+    try:
+        return kind.model_validate(given)
+    except pydantic.ValidationError as error:
+        raise _complaint(error) from None
+
+
+def _alike(kind: type) -> tuple[type, ...]:
+    return (int, float) if kind is int else (kind,)
+
+
+def _complaint(error: pydantic.ValidationError) -> Refused:
+    """The first fault, with the way to it as its name."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return _wrong(name, f"there is no field {name!r}", "unknown_field")
+    return _wrong(name, f"{name}: {message}" if name else message)
+
+
+def _wrong(name: str, message: str, code: str = "invalid_value") -> Refused:
+    return Refused(400, message, param=name or None, code=code)

@@ -1,0 +1,281 @@
+"""Decoding with a drafter, held against the undrafted run after every step.
+
+Rows of different settings, scripted drafters that give every row trees of another kind, and two
+policies whose caches have one size, so that few programs are compiled.
+"""
+
+import dataclasses
+import functools
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax import batching
+from lookahead_jax.checkpoint import GenerationDefaults, Model
+from lookahead_jax.decoding import PLAIN, decode_step, seen_tokens, start
+from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafting import Drafting
+from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefill import prefill
+from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
+from tests import tiny
+
+NEW = 24
+LENGTHS = (60, 33, 17, 61, 5, 42, 60, 28)
+PROMPTS = tiny.prompts(LENGTHS)
+POLICIES = {"full": (Full(), 1), "snapkv": (SnapKV(window=4, pool="avg", kernel=3), 24)}
+SETTINGS = [
+    GREEDY,
+    Sampling(temperature=1.3),
+    Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
+    Sampling(temperature=0.8, repetition_penalty=1.3),
+    Sampling(repetition_penalty=2.0),
+    Sampling(temperature=1.1, top_p=0.8, repetition_penalty=1.2),
+    GREEDY,
+    Sampling(temperature=2.0, min_p=0.1),
+]
+LIMITS = [24, 24, 5, 24, 24, 17, 1, 24]
+BATCHES = {8: range(8), 3: (3, 1, 2), 1: (5,)}  # rows of the tables above
+TOLERANCE = 2e-5  # float32 sums in another order, see tests/test_prefill.py
+
+
+def opened(policy: str, rows, eos=()):
+    """Rows that have read their prompts and emitted one token; rows of one program for all."""
+    state, tokens = opened_all(policy, tuple(eos))
+    layered = {"k", "v", "pos", "length"}
+
+    def pick(path, leaf):
+        named = getattr(path[-1], "name", "")
+        at = np.asarray(rows)
+        return jnp.asarray(leaf[:, at] if named in layered else leaf[at])
+
+    return jax.tree_util.tree_map_with_path(pick, state), jnp.asarray(tokens[np.asarray(rows)])
+
+
+@functools.cache
+def opened_all(policy: str, eos: tuple[int, ...]):
+    model, rows = tiny.config(), range(8)
+    tokens = jnp.asarray(batching.pad_batch(PROMPTS, config=model))
+    kind, budget = POLICIES[policy]
+    slots = batching.slots_for(Full(), tokens.shape[1], 1, NEW, config=model)  # one program
+    result = prefill(
+        tiny.params(model), tokens, config=model, policy=kind, budget=budget, slots=slots,
+        new_tokens=NEW,
+    )  # fmt: skip
+    state = start(
+        result.cache, result.logits,
+        sampling=dataclasses.replace(
+            sampling_rows([SETTINGS[r] for r in rows], [7 + r for r in rows], model.vocab_size),
+            sampled=True, filtered=True, penalized=True,  # one program for every batch
+        ),
+        limit=jnp.asarray([LIMITS[r] for r in rows], jnp.int32),
+        eos=jnp.asarray(eos or (-2, -2), jnp.int32),
+        seen=seen_tokens(tokens, model.vocab_size),
+        width=NEW,
+    )  # fmt: skip
+    return jax.tree.map(np.asarray, (state, tokens))
+
+
+def decision(policy: str, row: int, emitted):
+    """The scores among which a row's token behind `emitted` was chosen."""
+    kind, budget = POLICIES[policy]
+    model = tiny.config()
+    return tiny.decision(
+        tiny.params(model), model, PROMPTS[row], emitted, policy=kind, budget=budget,
+        sampling=SETTINGS[row], seed=7 + row, new_tokens=NEW,
+    )  # fmt: skip
+
+
+def entries(cache, row: int):
+    """What one row of a cache holds, in order of slots: positions, keys, values."""
+    length = np.asarray(cache.length[:, row])
+    filled = np.arange(cache.slots) < length[..., None]
+    pos = np.where(filled, cache.pos[:, row], -1)
+    k, v = (np.where(filled[..., None], a[:, row], 0) for a in (cache.k, cache.v))
+    return pos, k, v, int(cache.next_pos[row])
+
+
+@functools.cache
+def undrafted(policy: str, eos=()):
+    """Step by step: tokens of each row, and what its cache held after every step."""
+    state, _ = opened(policy, range(8), eos)
+    snapshots = [{1: entries(state.cache, row)} for row in range(8)]
+    while not np.asarray(state.done).all():
+        running = ~np.asarray(state.done)
+        state, _ = decode_step(
+            tiny.params(tiny.config()), state, config=tiny.config(), drafter=PLAIN, nodes=1
+        )
+        for row in np.flatnonzero(running):
+            snapshots[row][int(state.count[row])] = entries(state.cache, row)
+    assert np.asarray(state.lengths)[:, 1:].sum() == 0
+    texts = [
+        row[:n].tolist()
+        for row, n in zip(np.asarray(state.tokens), np.asarray(state.count), strict=True)
+    ]
+    return texts, snapshots
+
+
+@functools.cache
+def ends(policy: str) -> tuple[int, ...]:
+    """Two tokens that end some rows in the middle, as seen in a run without any end."""
+    texts, _ = undrafted(policy)
+    return texts[0][9], texts[3][13]
+
+
+def chain_of(tokens) -> Draft:
+    return Draft(np.asarray(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32))
+
+
+def wrong(rng, truth, nodes):
+    return chain_of([(t + 1) % 97 for t in truth[: nodes - 1]])
+
+
+def perfect(rng, truth, nodes):
+    """The whole text to come and, past its end, noise: over the limit and behind an eos."""
+    return chain_of((truth + rng.integers(0, 97, nodes).tolist())[: nodes - 1])
+
+
+def zeros(rng, truth, nodes):
+    return chain_of([0] * (nodes - 1))
+
+
+def twins(rng, truth, nodes):
+    """The right first token twice; only behind the second does the text go on."""
+    ahead = truth[: nodes - 2]
+    tokens = [*ahead[:1], *ahead]
+    return Draft(
+        np.asarray(tokens, np.int32),
+        np.asarray([-1, -1, *range(1, len(ahead))][: len(tokens)], np.int32),
+    )
+
+
+def bush(rng, truth, nodes):
+    """The right path in the middle of wrong siblings, some of them with the right children."""
+    tokens, parents, tip = [], [], -1
+    for token in truth:
+        if len(tokens) + 3 > nodes - 1:
+            break
+        tokens += [(token + 1) % 97, token, token]
+        parents += [tip, tip, len(tokens) - 3]
+        tip = len(tokens) - 2
+    return Draft(np.asarray(tokens, np.int32), np.asarray(parents, np.int32))
+
+
+def noise(rng, truth, nodes):
+    """Any numbers, ids that do not exist and parents that come later among them."""
+    tokens = rng.choice([*truth[:3], -7, -1, 0, 5, 97, 1000], nodes - 1)
+    return Draft(tokens.astype(np.int32), rng.integers(-3, nodes + 2, nodes - 1, np.int32))
+
+
+def nothing(rng, truth, nodes):
+    return chain_of([])
+
+
+KINDS = [wrong, perfect, zeros, twins, bush, noise, nothing]
+
+
+class Scripted:
+    """A host drafter that knows what will be emitted: row r gets KINDS[r + shift]."""
+
+    def __init__(self, texts, shift):
+        self.texts, self.shift, self.rng = texts, shift, np.random.default_rng(shift)
+        self.at: dict[int, list[int]] = {}  # row, tokens emitted
+
+    def begin(self, request, prompt):
+        self.at[request] = [PROMPTS.index(list(prompt)), 0]
+
+    def observe(self, request, tokens):
+        self.at[request][1] += len(tokens)
+
+    def propose(self, request, nodes, depth):
+        row, emitted = self.at[request]
+        return kind(row, self.shift)(self.rng, self.texts[row][emitted:], nodes + 1)
+
+    def end(self, request):
+        del self.at[request]
+
+
+def kind(row: int, shift: int):
+    return KINDS[(row + shift) % len(KINDS)]
+
+
+def taught(name: str, texts):
+    """A host drafter that has seen the outputs to come, among others: it drafts something."""
+    drafter = make_drafter(name)
+    for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        drafter.begin(row, prompt)
+        drafter.observe(row, text)
+        drafter.end(row)
+    return drafter
+
+
+def spoil(cache):
+    """NaN wherever the cache holds nothing."""
+    empty = np.arange(cache.slots) >= np.asarray(cache.length)[..., None]
+    k, v = (
+        jnp.asarray(np.where(empty[..., None], np.float32(np.nan), a)) for a in (cache.k, cache.v)
+    )
+    return dataclasses.replace(cache, k=k, v=v)
+
+
+def run(drafter, policy, batch, nodes, ended=False, poison=False):
+    """Decodes with a drafter, checked after every step; the state and the rows without a tie."""
+    model, rows = tiny.config(), BATCHES[batch]
+    eos = ends(policy) if ended else ()
+    texts, snapshots = undrafted(policy, eos)
+    state, tokens = opened(policy, rows, eos)
+    drafting = Drafting(drafter, nodes, config=model, batch=batch, room=64 + NEW)
+    state = drafting.begin(state, [PROMPTS[r] for r in rows], tokens)
+    same = set(rows)
+    for _ in range(NEW):
+        done, before = np.asarray(state.done), np.asarray(state.count)
+        if done.all():
+            break
+        if poison:
+            state = dataclasses.replace(state, cache=spoil(state.cache))
+        state = drafting.advance(tiny.params(model), state, 1)
+        count, emitted = np.asarray(state.count), np.asarray(state.tokens)
+        assert (count > before).tolist() == (~done).tolist()
+        for i, r in enumerate(rows):
+            n = int(count[i])
+            if r in same and not tiny.same_tokens(
+                emitted[i, :n].tolist(), texts[r][:n], partial(decision, policy, r)
+            ):
+                same.remove(r)
+            if r in same:
+                assert_same_entries(entries(state.cache, i), snapshots[r][n])
+    assert [int(n) for r, n in zip(rows, count, strict=True) if r in same] == [
+        len(texts[r]) for r in rows if r in same
+    ]
+    drafting.end(state)
+    return state, same
+
+
+def assert_same_entries(mine, theirs):
+    np.testing.assert_array_equal(mine[0], theirs[0])
+    assert mine[3] == theirs[3]
+    for a, b in zip(mine[1:3], theirs[1:3], strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
+
+
+def draft_model(**options):
+    """A model that drafts for itself."""
+    model = tiny.config()
+    return make_drafter(
+        "draft_model",
+        model=Model(
+            params=tiny.params(model), config=model, tokenizer=None, generation=NO_DEFAULTS,
+            path=Path(),
+        ),
+        **options,
+    )  # fmt: skip
+
+
+NO_DEFAULTS = GenerationDefaults(
+    eos_ids=(), bos_id=None, pad_id=None, temperature=None, top_k=None, top_p=None
+)

@@ -1,0 +1,172 @@
+"""SpecKV, SpecPC and KVzip against float64 restatements, batched and ragged."""
+
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lookahead_jax as lk
+from lookahead_jax.checkpoint import GenerationDefaults, Model
+from lookahead_jax.policies import make_policy
+from lookahead_jax.reading import read_prompt
+from lookahead_jax.speculation import select_tokens, speculate
+from tests import reference, tiny
+from tests.test_policies import BUDGET, LENGTHS, RICH, TOLERANCE, kept_sets, protect, weights
+
+SPECKV = make_policy("speckv", draft_tokens=5, window=6, pool="max", kernel=3)
+DRAFTS = np.array([[3, 9, 27, 81, 50], [4, 16, 64, -1, -1], [5, 25, 12, 60, -1]], np.int32)
+
+
+def rows_of(model):
+    return [row[row >= 0] for row in np.asarray(tiny.batch(LENGTHS, model))]
+
+
+def pooled(scores, kernel):
+    return np.stack([reference.pool(row, "max", kernel) for row in scores])
+
+
+def group_max(per_query_head, kv_heads):
+    return per_query_head.reshape(kv_heads, -1, per_query_head.shape[-1]).max(1)
+
+
+def test_speckv_takes_the_largest_attention_of_window_and_draft():
+    result = read_prompt(
+        weights(RICH), tiny.batch(LENGTHS, RICH), config=RICH, policy=SPECKV, budget=BUDGET,
+        new_tokens=8, with_scores=True, draft=jnp.asarray(DRAFTS),
+    )  # fmt: skip
+    sets, scores = kept_sets(result.cache), np.asarray(result.scores)
+    for row, tokens in enumerate(rows_of(RICH)):
+        length, draft = len(tokens), DRAFTS[row][DRAFTS[row] >= 0]
+        layers, _ = reference.run(weights(RICH), RICH, [*tokens, *draft])
+        scored = length - 7
+        for index, layer in enumerate(layers):
+            seen = layer.probs[:, scored:, :scored].max(1)
+            expected = group_max(pooled(seen, 3), RICH.num_kv_heads)
+            np.testing.assert_allclose(
+                scores[index, row, :, :scored], expected, rtol=0, atol=TOLERANCE * expected.max()
+            )
+            _, allowed = protect(RICH, index, length, 7, 0)
+            for head in range(RICH.num_kv_heads):
+                kept = sets[index, row, head]
+                assert len(kept) == min(BUDGET, allowed.sum())
+                assert set(range(scored, length)) <= set(kept)
+
+
+def test_speckv_without_drafts_says_what_is_missing():
+    model = tiny_model(RICH)
+    with pytest.raises(ValueError, match="no drafts for 1 prompts"):
+        lk.generate(model, [[1, 2, 3]], policy=SPECKV, budget=2)
+    with pytest.raises(ValueError, match="small model's answer"):
+        lk.score(model, np.array([[1, 2, 3]], np.int32), policy=SPECKV, budget=2)
+
+
+def tiny_model(config):
+    defaults = GenerationDefaults(
+        bos_id=None, eos_ids=(), pad_id=None, temperature=None, top_k=None, top_p=None
+    )
+    return Model(
+        params=weights(config),
+        config=config,
+        tokenizer=None,
+        generation=defaults,
+        path=Path("tiny"),
+    )
+
+
+@functools.cache
+def replayed(row, chunk, sinks, asks):
+    """KVzip's scores of one row per layer [K, T], from whole sequences and no cache."""
+    tokens = rows_of(RICH)[row]
+    length = len(tokens)
+    scores = [np.zeros((RICH.num_kv_heads, length)) for _ in range(RICH.num_layers)]
+    for first in range(0, length, chunk):
+        part = tokens[first : first + chunk]
+        before = tokens[max(first - 8, 0) : first]
+        ids = [*asks[bool(first)], *before, *part]
+        layers, _ = reference.run(weights(RICH), RICH, [*tokens, *ids])
+        seen = np.zeros(length + len(ids), bool)
+        seen[:sinks] = seen[first : first + chunk] = seen[length:] = True
+        for index, layer in enumerate(layers):
+            logits = np.where(seen[None, None], layer.logits[:, length:], -np.inf)
+            most = reference.softmax(logits).max(1)[:, :length]
+            scores[index] = np.maximum(scores[index], group_max(most, RICH.num_kv_heads))
+    return scores
+
+
+@pytest.mark.parametrize("allocate", ["global", "layer"])
+def test_kvzip_keeps_what_a_replay_looks_at(allocate):
+    policy = make_policy("kvzip", chunk="32", sinks="2", allocate=allocate)
+    asks = ((7, 8, 9), (10, 11))
+    result = read_prompt(
+        weights(RICH), tiny.batch(LENGTHS, RICH), config=RICH, policy=policy, budget=BUDGET,
+        new_tokens=8, with_scores=True, asks=asks,
+    )  # fmt: skip
+    sets, scores = kept_sets(result.cache), np.asarray(result.scores)
+    heads, layers = RICH.num_kv_heads, RICH.num_layers
+    for row, tokens in enumerate(rows_of(RICH)):
+        length = len(tokens)
+        expected = replayed(row, 32, 2, asks)
+        ranked, sizes = [], []
+        for index in range(layers):
+            got = scores[index, row, :, :length]
+            largest = expected[index].max()
+            pinned, allowed = protect(RICH, index, length, 0, 2)
+            shown = np.where(allowed, expected[index], 0.0)
+            where = np.broadcast_to(allowed, got.shape)
+            np.testing.assert_allclose(got[where], shown[where], rtol=0, atol=TOLERANCE * largest)
+            ranked.append(
+                np.where(pinned & allowed, np.inf, np.where(allowed, expected[index], -np.inf))
+            )
+            sizes.append([len(sets[index, row, head]) for head in range(heads)])
+            for head in range(heads):
+                assert set(np.flatnonzero(pinned & allowed)) <= set(sets[index, row, head])
+        if allocate == "layer":
+            for index in range(layers):
+                room = int((ranked[index] > -np.inf).sum())
+                assert sum(sizes[index]) == min(heads * min(BUDGET, length), room)
+            continue
+        total = layers * heads * min(BUDGET, length)
+        assert sum(map(sum, sizes)) == total
+        order = np.sort(np.concatenate([r.ravel() for r in ranked]))[::-1]
+        threshold = order[total - 1]
+        for index in range(layers):
+            for head in range(heads):
+                kept = np.zeros(length, bool)
+                kept[sets[index, row, head]] = True
+                sure = ranked[index][head] > threshold + TOLERANCE
+                never = ranked[index][head] < threshold - TOLERANCE
+                assert kept[sure].all()
+                assert not kept[never].any()
+
+
+def test_the_small_model_s_attention_and_answers():
+    model = tiny_model(RICH)
+    rows = [row.tolist() for row in rows_of(RICH)]
+    found = speculate(model, rows, tokens=6, eos_ids=(), attention=True, window=16, first_layer=1)
+    first = min(1, RICH.num_layers // 2)
+    for i, row in enumerate(rows):
+        layers, _ = reference.run(weights(RICH), RICH, row)
+        weight = np.linspace(0, 1, 16)[:, None]
+        weighted = [(layer.probs[:, -16:] * weight).max((0, 1)) for layer in layers[first:]]
+        expected = np.max(weighted, axis=0)
+        np.testing.assert_allclose(found.attention[i], expected, atol=TOLERANCE)
+    plain = lk.generate(model, rows, policy=make_policy("full"), max_new_tokens=6)
+    assert found.answers == plain.tokens
+
+
+def test_specpc_keeps_neighbourhoods_of_the_best_tokens_and_the_end():
+    attention = np.zeros(300, np.float32)
+    attention[100], attention[200] = 1.0, 0.5
+    kept = select_tokens(attention, 40, pool=1, neighbours=8, window=16)
+    # 0, -1, 1, ... around 100 and 200, 8 each with the token itself; then the first by index.
+    around = {100 + d for d in range(-4, 4)} | {200 + d for d in range(-4, 4)}
+    assert around | set(range(284, 300)) <= set(kept)
+    assert len(kept) == 40
+    assert (np.diff(kept) > 0).all()
+    smooth = select_tokens(attention, 56, pool=32, neighbours=2, window=16)
+    assert {84, 100, 115} <= set(smooth) | {84}
+    assert 100 in smooth
+    assert select_tokens(attention, 300).tolist() == list(range(300))
+    assert len(select_tokens(attention, 10, window=64)) == 10

@@ -1,0 +1,238 @@
+"""Cutting while decoding: against a float64 restatement, drafted and undrafted, in an engine."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lookahead_jax as lk
+from lookahead_jax.checkpoint import GenerationDefaults, Model
+from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
+from lookahead_jax.decoding import decode_burst, decode_step, start
+from lookahead_jax.drafters.device import Given
+from lookahead_jax.drafters.host import pack
+from lookahead_jax.policies import make_policy
+from lookahead_jax.reading import read_prompt
+from lookahead_jax.sampling import GREEDY, sampling_rows
+from tests import reference, tiny
+from tests.drafted import bush, perfect, spoil
+from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weights
+
+BUDGET, INTERVAL, NEW = 12, 8, 30
+LENGTHS = (33, 16, 5)  # off the interval, on it, shorter than the budget
+POLICIES = {
+    "streaming_llm": {"sinks": 2},
+    "keydiff": {},
+    "h2o": {"window": 3},
+    "lookaheadkv": {"window": 2},
+}
+
+
+def eviction(name: str) -> DecodeEviction:
+    policy = make_policy(name, **POLICIES[name])
+    return DecodeEviction(policy=policy, budget=BUDGET, interval=INTERVAL)
+
+
+@functools.cache
+def opened(name: str, config):
+    cut = eviction(name)
+    tokens = tiny.batch(LENGTHS, config)
+    read = read_prompt(
+        weights(config), tokens, config=config, policy=cut.policy, budget=BUDGET, new_tokens=NEW,
+        modules=lookahead_modules(config), with_scores=True,
+        room=cut.room(tokens.shape[1], NEW, config),
+    )  # fmt: skip
+    batch = len(LENGTHS)
+    sums = opening_sums(cut, read)
+    state = start(
+        read.cache, read.logits,
+        sampling=sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size),
+        limit=jnp.asarray([NEW, NEW - 6, NEW], jnp.int32), eos=jnp.asarray([-2], jnp.int32),
+        seen=None, width=NEW, sums=sums,
+    )  # fmt: skip
+    return jax.tree.map(np.asarray, state)
+
+
+def modules(name: str, config):
+    return lookahead_modules(config) if name == "lookaheadkv" else None
+
+
+@functools.cache
+def undrafted(name: str, config):
+    """Plain decoding, a burst of 3 steps at a time; NaN in whatever is not filled."""
+    state = jax.tree.map(jnp.asarray, opened(name, config))
+    while not np.asarray(state.done).all():
+        state = dataclasses.replace(state, cache=spoil(state.cache))
+        state = decode_burst(
+            weights(config), state, None, modules(name, config), config=config, steps=3,
+            eviction=eviction(name),
+        )  # fmt: skip
+        assert int(np.asarray(state.cache.length).max()) <= BUDGET + INTERVAL
+    return jax.tree.map(np.asarray, state)
+
+
+def scores(name, config, text, gone, kept, since):
+    """Per layer and KV head, what the restated policy thinks of every token of `text`."""
+    params, end = weights(config), len(text)
+    if name == "lookaheadkv":
+        mods = lookahead_modules(config)
+        layers, _ = reference.run(
+            params, config, text, mods.embeddings, mods.lora,
+            mods.config.alpha / mods.config.rank, kept=kept, gone=gone,
+        )  # fmt: skip
+        return [
+            reference.group_mean(layer.probs[:, end:, :end].mean(1), config.num_kv_heads)
+            for layer in layers
+        ]
+    layers, _ = reference.run(params, config, text, gone=gone)
+    if name == "h2o":
+        return [
+            reference.group_mean(layer.probs[:, since:, :end].sum(1), config.num_kv_heads)
+            for layer in layers
+        ]
+    if name == "streaming_llm":
+        return [np.tile(np.arange(end), (config.num_kv_heads, 1))] * config.num_layers
+    out = []
+    for layer, heads in zip(layers, kept, strict=True):
+        by_head = np.zeros((config.num_kv_heads, end))
+        for head, entries in enumerate(heads):
+            unit = layer.k[head, entries]
+            unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+            mean = unit.mean(0)
+            by_head[head, entries] = -unit @ (mean / np.linalg.norm(mean))
+        out.append(by_head)
+    return out
+
+
+def restate(name, config, prompt, emitted, kept, sums):
+    """The entries at the end, from those after the prompt: cut where the rules say."""
+    start_at, text = len(prompt), list(prompt) + list(emitted[:-1])
+    gone = np.full((config.num_layers, config.num_kv_heads, len(text)), 10**6)
+    for layer, head in np.ndindex(*gone.shape[:2]):
+        cut = np.setdiff1d(np.arange(start_at), kept[layer][head])
+        gone[layer, head, cut] = start_at
+    since = start_at
+    for end in range(start_at + 1, len(text) + 1):
+        if end % INTERVAL:
+            continue
+        alive = [[np.flatnonzero(g[:end] > end) for g in layer] for layer in gone]
+        found = scores(name, config, text[:end], gone, alive, since)
+        for layer, head in np.ndindex(*gone.shape[:2]):
+            value = found[layer][head].astype(float)
+            if name == "h2o":
+                sums[layer][head][:end] += value
+                value = sums[layer][head][:end].copy()
+            pinned = {"h2o": end - 3, "lookaheadkv": end - 2}.get(name, end)
+            value[pinned:] = np.inf
+            value[:2] = np.inf if name == "streaming_llm" else value[:2]
+            window = config.layer_window[layer]
+            entries = alive[layer][head]
+            if window is not None:
+                entries = entries[end - entries < window]
+            left = np.full(end, -np.inf)
+            left[entries] = value[entries]
+            stay = np.sort(np.argsort(-left, kind="stable")[: min(BUDGET, len(entries))])
+            gone[layer, head, np.setdiff1d(alive[layer][head], stay)] = end
+        since = end
+    ends = [[np.flatnonzero(g > len(text)) for g in layer] for layer in gone]
+    _, hidden = reference.run(weights(config), config, text, gone=gone)
+    table = np.asarray(weights(config)["embed"], np.float64)
+    return ends, hidden[start_at - 1 :] @ table.T
+
+
+CASES = [
+    pytest.param(name, config, id=f"{name}-{'plain' if config is PLAIN else 'rich'}")
+    for name, config in [
+        ("streaming_llm", PLAIN), ("keydiff", RICH), ("h2o", RICH), ("lookaheadkv", PLAIN),
+        ("lookaheadkv", RICH),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_cuts_are_where_and_what_the_rules_say(name, config):
+    before, state = opened(name, config), undrafted(name, config)
+    prompts = tiny.prompts(LENGTHS)
+    at_start, at_end = kept_sets(before.cache), kept_sets(state.cache)
+    for row, prompt in enumerate(prompts):
+        count = int(state.count[row])
+        emitted = state.tokens[row, :count]
+        sums = None
+        if name == "h2o":
+            sums = np.zeros((*at_start.shape[::2], len(prompt) + NEW))
+            for layer, head in np.ndindex(*sums.shape[:2]):
+                kept = at_start[layer, row, head]
+                sums[layer, head, kept] = before.sums[layer, row, head, : len(kept)]
+        ends, logits = restate(name, config, prompt, emitted, at_start[:, row], sums)
+        for layer, head in np.ndindex(config.num_layers, config.num_kv_heads):
+            np.testing.assert_array_equal(at_end[layer, row, head], ends[layer][head])
+        best = logits[:count].argmax(-1)
+        tiny.assert_tokens_match(emitted[None], best[None], logits[None, :count])
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "nodes", "make"),
+    [
+        ("streaming_llm", PLAIN, 8, bush),
+        ("h2o", RICH, 8, bush),
+        ("lookaheadkv", PLAIN, 32, perfect),
+    ],
+    ids=["streaming_llm", "h2o", "lookaheadkv"],
+)
+def test_drafts_leave_tokens_and_cuts_as_they_were(name, config, nodes, make):
+    plain = undrafted(name, config)
+    state, rng = jax.tree.map(jnp.asarray, opened(name, config)), np.random.default_rng(0)
+    while not np.asarray(state.done).all():
+        drafts = [
+            make(rng, row[n:limit].tolist(), nodes)
+            for row, n, limit in zip(plain.tokens, state.count, plain.count, strict=True)
+        ]
+        before = np.asarray(state.cache.next_pos)
+        state = dataclasses.replace(state, draft=pack(drafts, nodes))
+        state, _ = decode_step(
+            weights(config), state, None, modules(name, config), config=config, drafter=Given(),
+            nodes=nodes, eviction=eviction(name),
+        )  # fmt: skip
+        after = np.asarray(state.cache.next_pos)
+        # A step may end on a multiple of the interval; it never begins before one and ends behind.
+        assert ((after - 1) // INTERVAL <= before // INTERVAL).all()
+    np.testing.assert_array_equal(state.tokens, plain.tokens)
+    for mine, other in zip(kept_sets(state.cache).flat, kept_sets(plain.cache).flat, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert int(np.asarray(state.lengths).sum()) < int(plain.count.sum()) - len(LENGTHS)
+
+
+def model() -> Model:
+    defaults = GenerationDefaults(
+        eos_ids=(), bos_id=None, pad_id=None, temperature=None, top_k=None, top_p=None
+    )
+    return Model(
+        params=weights(PLAIN), config=PLAIN, tokenizer=None, generation=defaults, path=Path()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h2o", "lookaheadkv"])
+def test_engine_and_generate_cut_alike(name):
+    """Rows that join and leave; the cache has room for budget and interval, not for the text."""
+    prompts = tiny.prompts((40, 33, 60), seed=4)
+    setting = dict(
+        policy=eviction(name).policy, budget=BUDGET, lookahead=lookahead_modules(PLAIN),
+        evict_every=120, drafter="prompt_lookup", draft_nodes=8,
+    )  # fmt: skip
+    alone = [lk.generate(model(), [p], max_new_tokens=200, **setting) for p in prompts]
+    engine = lk.Engine(model(), rows=2, max_new_tokens=200, max_prompt_tokens=64, **setting)
+    results = engine.run([lk.Request(prompt=p, max_new_tokens=200) for p in prompts])
+    assert [r.tokens for r in results] == [g.tokens[0] for g in alone]
+    assert all(2 * g.cache.full_bytes == 3 * g.cache.bytes for g in alone)  # 256 slots, not 384
+
+
+def test_policies_that_cannot_say_so():
+    with pytest.raises(ValueError, match="SnapKV cannot evict while decoding: use streaming_llm"):
+        lk.generate(model(), [[1, 2]], policy=make_policy("snapkv"), evict_every=4)
+    with pytest.raises(ValueError, match="interval must be at least 1, not 0"):
+        lk.generate(model(), [[1, 2]], policy=make_policy("keydiff"), evict_every=0)

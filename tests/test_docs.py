@@ -1,0 +1,64 @@
+"""The examples of docs/ run as they stand, and the API page leaves nothing out."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lookahead_jax as lk
+from lookahead_jax.drafters import DRAFTERS
+from lookahead_jax.eval.tasks.registry import TASKS
+from lookahead_jax.policies import POLICIES
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_example(page, monkeypatch):
+    """Runs the page's Python; the names it has made."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.S | re.M)
+    code = [line for line in block.splitlines() if line.strip()]
+    assert len(code) < 40, "an example of under 40 lines"
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_add_a_policy(monkeypatch):
+    monkeypatch.setattr("lookahead_jax.policies.POLICIES", POLICIES.copy())
+    result = run_example("add-a-policy.md", monkeypatch)["result"]
+    length = result.prompt_tokens[0]
+    assert result.kept.shape[-1] == 32
+    assert (result.kept[..., -8:] == np.arange(length - 8, length)).all()
+    assert (result.kept[..., 0] < length - 32).any(), "not only the last ones"
+    POLICIES.pop("knorm", None)
+
+
+def test_add_a_drafter(monkeypatch):
+    names = run_example("add-a-drafter.md", monkeypatch)
+    assert names["drafted"].tokens == names["plain"].tokens
+    assert names["drafted"].drafting.mean_accepted > 1.2
+
+
+def test_add_a_task(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    rows = run_example("add-a-task.md", monkeypatch)["rows"]
+    TASKS.pop("mine/next_line")
+    assert [row["id"] for row in rows] == ["0", "1"]
+    assert all(row["score"] in (0.0, 1.0) for row in rows)
+
+
+@pytest.mark.parametrize("name", lk.__all__)
+def test_the_api_page_knows_every_public_name(name):
+    assert f"lk.{name}" in (ROOT / "docs" / "api.md").read_text()
+
+
+def test_the_pages_name_all_policies_drafters_and_task_families():
+    api = (ROOT / "docs" / "api.md").read_text()
+    for name in [*POLICIES, *DRAFTERS]:
+        assert re.search(rf"[ |(]{re.escape(name)}[,) |]", api), name
+    pages = (ROOT / "docs" / "evaluation.md").read_text()
+    for family in {name.partition("/")[0] for name in TASKS}:
+        assert f"`{family}" in pages, family

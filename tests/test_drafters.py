@@ -1,0 +1,58 @@
+"""Drafters by themselves: what they propose, against restatements."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafters.combine import merge
+from lookahead_jax.drafters.prompt_lookup import PromptLookup
+from lookahead_jax.drafters.recycling import CANDIDATES, template
+from lookahead_jax.tree import NODE_BUCKETS
+from tests import tiny
+
+
+def test_prompt_lookup_takes_the_leftmost_match_of_the_longest_ngram():
+    """Against a restatement over random texts of three ids."""
+    drafter, rng = PromptLookup(ngram=3, tokens=4), np.random.default_rng(0)
+    room, nodes = 30, 8
+    texts = [rng.integers(0, 3, rng.integers(1, room)).tolist() for _ in range(64)]
+    prompts = np.full((64, room), -1, np.int32)
+    for i, text in enumerate(texts):
+        prompts[i, : len(text) - 1] = text[:-1]
+    state = drafter.init(64, room, tiny.config())
+    state = drafter.begin(None, state, jnp.arange(64, dtype=jnp.int32), jnp.asarray(prompts))
+    root = jnp.asarray([text[-1] for text in texts], jnp.int32)
+    _, tree = jax.jit(drafter.propose, static_argnums=(0, 3))(None, state, root, nodes)
+    for i, text in enumerate(texts):
+        expected = []
+        for n in (3, 2, 1):
+            starts = [s for s in range(len(text) - n) if text[s : s + n] == text[-n:]]
+            if starts:
+                expected = text[starts[0] + n :][:4]
+                break
+        assert np.asarray(tree.tokens[i]).tolist() == [
+            text[-1], *expected, *[-1] * (nodes - 1 - len(expected))
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", NODE_BUCKETS)
+def test_recycling_templates(nodes):
+    parents, ranks, levels = template(nodes)
+    assert sum(levels) == len(parents) == nodes
+    assert parents[0] == -1
+    assert (parents[1:] < np.arange(1, nodes)).all()
+    assert ((ranks >= 0) & (ranks < CANDIDATES)).all()
+    pairs = set(zip(parents.tolist(), ranks.tolist(), strict=True))
+    assert len(pairs) == nodes  # siblings have different ranks
+
+
+def test_merged_drafts_are_their_union_by_prefix():
+    first = Draft(np.asarray([5, 6, 7], np.int32), np.asarray([-1, 0, 1], np.int32))
+    second = Draft(np.asarray([9, 5, 8, 6], np.int32), np.asarray([-1, -1, 1, 1], np.int32))
+    tokens, parents = merge([first, second], 10)
+    assert tokens.tolist() == [5, 9, 6, 7, 8]
+    assert parents.tolist() == [-1, -1, 0, 2, 0]
+    tokens, parents = merge([first, second], 2)
+    assert tokens.tolist() == [5, 9]

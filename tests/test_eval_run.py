@@ -1,0 +1,182 @@
+"""The runner: a grid end to end on the embedded model, its protocols, and what a kill leaves."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lookahead_jax as lk
+from lookahead_jax.eval import run as runner
+from lookahead_jax.eval.__main__ import main
+from lookahead_jax.eval.grid import RunConfig, cells, method_of, parse
+from lookahead_jax.eval.rows import ROWS, VIEWS, RowFile, key_of, read_rows
+from lookahead_jax.sharding import make_mesh
+
+GRID = dict(
+    policies=("full", "snapkv:window=8"), budgets=(24,), tasks=("own/needle",), lengths=(120,),
+    protocols=("seen", "hidden"), count=3, batch=2, views=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lk.load(lk.EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The runner spreads over all devices; here it has one, like most machines."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = RunConfig(out=tmp_path_factory.mktemp("eval") / "run", **GRID)
+    runner.run(config)
+    return config
+
+
+def answers(out):
+    return {key_of(row): (row["predicted_answer"], row["score"]) for row in read_rows(out / ROWS)}
+
+
+def test_every_cell_has_its_rows(finished):
+    rows = list(read_rows(finished.out / ROWS))
+    expected = {
+        (cell, str(i)) for cell in cells(finished, "embedded", "own/needle", 120) for i in range(3)
+    }
+    assert {key_of(row) for row in rows} == expected
+    assert len(rows) == len(expected)
+    for row in rows:
+        assert row["ttft_s"] > 0
+        assert row["peak_bytes"] > 0
+        assert row["prompt_tokens"] == 120
+        assert row["cache_bytes"] <= row["full_bytes"]
+        assert row["score"] == float(row["predicted_answer"].strip() == row["answer"][0].strip())
+    full = [row["predicted_answer"] for row in rows if row["policy"] == "full"]
+    assert full[:3] == full[3:], "with everything kept, both protocols read the same text"
+
+
+def test_views_hold_the_shares_that_were_kept(finished):
+    views = list(read_rows(finished.out / VIEWS))
+    assert {view["id"] for view in views} == {"0"}
+    for view in views:
+        hidden = view["protocol"] == "hidden"
+        tokens = len(view["pieces"])
+        assert len(view["kept"]) == tokens
+        assert tokens == (115 if hidden else 120)
+        assert sum(view["kept"]) == pytest.approx(24, abs=0.05 * tokens)
+        row = next(r for r in read_rows(finished.out / ROWS) if key_of(r) == key_of(view))
+        assert (row["question"] in "".join(view["pieces"])) != hidden
+
+
+def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    whole = (finished.out / ROWS).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / "settings.json").write_bytes((finished.out / "settings.json").read_bytes())
+    (left / ROWS).write_bytes(b"".join(lines[:5]) + lines[5][:40])  # torn in the middle of a line
+    calls = []
+    generate = lk.generate
+    monkeypatch.setattr(lk, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    runner.run(dataclasses.replace(finished, out=left))
+    assert answers(left) == answers(finished.out)
+    assert sum(1 for _ in read_rows(left / ROWS)) == len(lines)
+    first = len(calls)
+    runner.run(dataclasses.replace(finished, out=left))
+    assert len(calls) == first, "what is done is not done again"
+    with pytest.raises(ValueError, match="begun with another seed"):
+        runner.run(dataclasses.replace(finished, out=left, seed=1))
+
+
+def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a"')
+    assert list(read_rows(path)) == [{"a": 1}]
+    file = RowFile(path)
+    file.append([{"a": 2}])
+    file.close()
+    assert [row["a"] for row in read_rows(path)] == [1, 2]
+    path.write_bytes(b'{"a"\n{"a": 1}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        list(read_rows(path))
+
+
+def test_hidden_questions_are_extend_behind_the_cut_cache(model):
+    context, question = list(range(5, 105)), [202, 439, 2012, 2973, 436]
+    policy = lk.make_policy("snapkv", window=8)
+    result = lk.generate(
+        model, [context, context[:70]], questions=[question, question[:3]], policy=policy,
+        budget=24, max_new_tokens=6, eos_ids=(),
+    )  # fmt: skip
+    tokens = jnp.asarray(lk.pad_batch([context, context[:70]], config=model.config))
+    read = lk.read_prompt(
+        model.params, tokens, config=model.config, policy=policy, budget=24, new_tokens=22
+    )
+    kept = np.asarray(read.cache.pos)[..., :24]
+    asked = jnp.asarray(lk.pad_batch([question, question[:3]], config=model.config))
+    cache, logits = lk.extend(model.params, asked, read.cache, config=model.config)
+    answer = lk.decode(model.params, cache, logits, config=model.config, max_new_tokens=6)
+    assert result.tokens == np.asarray(answer.tokens).tolist()
+    np.testing.assert_array_equal(result.kept, kept)
+    assert (result.kept[:, 1] < 70).all()
+    with pytest.raises(ValueError, match="1 questions for 2 prompts"):
+        lk.generate(model, [[1], [2]], questions=[[3]], policy=policy)
+
+
+@pytest.mark.slow
+def test_rows_over_a_mesh_answer_as_on_one_device(model):
+    mesh = make_mesh(data=2, tensor=2)
+    spread = lk.load(lk.EMBEDDED_MODEL, mesh=mesh)
+    prompts = np.random.default_rng(0).integers(5, 4000, (2, 60)).tolist()
+    settings = dict(
+        questions=[[202, 439]] * 2, policy=lk.make_policy("snapkv", window=8), budget=24,
+        max_new_tokens=6, eos_ids=(),
+    )  # fmt: skip
+    alone = lk.generate(model, prompts, **settings)
+    together = lk.generate(spread, prompts, **settings)
+    assert together.tokens == alone.tokens
+    np.testing.assert_array_equal(together.kept, alone.kept)
+
+
+def test_methods_with_a_small_model_answer_like_the_others(tmp_path):
+    config = RunConfig(
+        out=tmp_path / "run", draft_model="embedded",
+        **{**GRID, "protocols": ("seen",), "views": 0, "count": 2, "budgets": (64,)}
+        | {"policies": ("speckv:window=8,draft_tokens=4", "specpc:select_neighbours=8")},
+    )  # fmt: skip
+    runner.run(config)
+    rows = list(read_rows(config.out / ROWS))
+    assert {row["policy"] for row in rows} == set(config.policies)
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="--draft-model"):
+        runner.run(dataclasses.replace(config, out=tmp_path / "other", draft_model=None))
+
+
+def test_names_of_methods():
+    method = method_of("speckv_pc:prune=512,window=8,select_pool=16")
+    assert (method.prune, method.policy.window) == (512, 8)
+    assert method.select == {"pool": 16, "neighbours": 32}
+    assert method_of("specpc").prune == 0
+    with pytest.raises(ValueError, match="name=value"):
+        method_of("snapkv:window")
+
+
+def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps({"out": "run", "budgets": [8, 16], "policies": ["snapkv"]}))
+    config = parse([str(path), "--count", "4"])
+    assert (config.budgets, config.count) == ((8, 16), 4)
+    assert main([str(path), "--tasks", "nothing"]) == 1
+    assert main([str(path), "--tasks", "longproc/pseudo_to_code_2k"]) == 1
+    assert main(["absent"]) == 1
+    said = capsys.readouterr().err
+    assert "unknown task 'nothing'" in said
+    assert "--allow-exec" in said
+    assert "embedded" in said

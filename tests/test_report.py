@@ -1,0 +1,142 @@
+"""The report: its numbers from made-up rows, its links, and what it does with foreign text."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from lookahead_jax.eval import report, stats
+from lookahead_jax.eval.charts import Chart, Heat
+from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, RowFile
+from lookahead_jax.eval.summary import wilson
+
+NASTY = '</script><b onclick="x">&'
+
+
+def row(cell, i, score, *, binary=True, ttft=0.1, **more):
+    return {
+        **cell._asdict(), "id": str(i), "score": score, "binary": binary,
+        "predicted_answer": NASTY, "answer": ["right"], "question": "what?", "answer_prefix": "",
+        "max_new_tokens": 4, "prompt_tokens": 100, "new_tokens": 4, "finish": "eos",
+        "first_of_batch": f"{cell.policy}/{i // 2 * 2}", "batch": 2, "ttft_s": ttft,
+        "decode_tokens_per_s": 9.0, "peak_bytes": 10**8, "peak_is_bound": False,
+        "cache_bytes": 1000, "full_bytes": 2000, "draft_lengths": [3, 1], **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    rows = []
+    for task in ("own/a", "longbench/b"):
+        for length in (100, 200):
+            for policy, budget in (("full", 0), ("snapkv", 16), ("snapkv", 32), ("h2o", 16)):
+                cell = Cell("some/model", policy, budget, task, length, "none", "seen")
+                for i in range(6):
+                    graded = task == "longbench/b"
+                    score = float(rng.random()) if graded else float(rng.integers(0, 2))
+                    ttft = 0.1 * (1 + 0.01 * budget) * (1 + i // 2)
+                    depth = {} if graded else {"depth": 10 * (i % 3)}
+                    rows.append(row(cell, i, score, binary=not graded, ttft=ttft, **depth))
+    drafted = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
+    rows += [row(drafted, i, 1.0) for i in range(4)]
+    judged = Cell("some/model", "snapkv", 16, "mt_bench", 100, "trie", "seen")
+    rows += [row(judged, 0, None, binary=False)]
+    file = RowFile(folder / ROWS)
+    file.append(rows)
+    file.close()
+    views = RowFile(folder / VIEWS)
+    cell = Cell("some/model", "snapkv", 16, "own/a", 100, "none", "seen")
+    view = {"id": "0", "pieces": ["a", NASTY], "kept": [1.0, 0.0]}
+    views.append([{**cell._asdict(), **view, "predicted_answer": "x", "answer": ["y"]}])
+    views.close()
+    return folder
+
+
+def test_means_have_their_intervals(run):
+    cells = stats.read_runs([run])
+    for cell, rows in cells.items():
+        stat = stats.accuracy(rows)
+        if cell.task == "mt_bench":
+            assert stat is None
+            continue
+        values = np.array([r["score"] for r in rows])
+        assert stat.mean == pytest.approx(values.mean())
+        assert stat.n == len(values)
+        if cell.task == "own/a":
+            assert (stat.low, stat.high) == pytest.approx(wilson(values.mean(), len(values)))
+        else:
+            half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+            assert stat.high - stat.mean == pytest.approx(min(half, 1 - stat.mean))
+    both = stats.average([stats.Stat(0.5, 0.2, 0.8, 6), stats.Stat(1.0, 0.6, 1.0, 6)])
+    assert both[:3] == pytest.approx((0.75, 0.75 - 0.25, 0.9))
+
+
+def test_time_is_compared_on_the_same_batches(run):
+    cells = stats.read_runs([run])
+    cell = Cell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
+    found = stats.overhead(cells[cell], cells[cell._replace(policy="full", budget=0)])
+    assert found == pytest.approx([0.32] * 3)
+
+
+def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
+    cell = Cell("some/model", "full", 0, "own/a", 100, "none", "seen")
+    file = RowFile(tmp_path / ROWS)
+    file.append([row(cell, 0, 0.25)])
+    file.close()
+    rows = stats.read_runs([run, tmp_path])[cell]
+    assert [r["score"] for r in rows if r["id"] == "0"] == [0.25]
+    assert rows[0]["line"] == 1
+    with pytest.raises(ValueError, match="no rows in"):
+        stats.read_runs([tmp_path / "absent"])
+
+
+def test_charts_hold_the_numbers_of_their_cells(run):
+    made = report.Report([run])
+    sections = dict(made.sections())["model: question seen while the prompt is cut"]
+    first = sections[0].charts[0]
+    assert isinstance(first, Chart)
+    lines = {line.label: line for line in first.lines}
+    assert lines["full"].across
+    point = lines["snapkv"].points[1]
+    cells = [
+        Cell("some/model", "snapkv", 32, task, 100, "none", "seen")
+        for task in ("own/a", "longbench/b")
+    ]
+    expected = stats.average([made.stats[cell] for cell in cells])
+    assert (point.x, point.y, point.low, point.high) == pytest.approx((32, *expected[:3]))
+    assert point.href == made.href(cells)
+    needles = next(s for s in sections if s.title.startswith("Needles")).charts[0]
+    assert isinstance(needles, Heat)
+    field = needles.fields[1][0]
+    rows = [r for r in made.cells[cells[0]._replace(policy="full", budget=0)] if r["depth"] == 10]
+    assert field.value == pytest.approx(np.mean([r["score"] for r in rows]))
+    (drafting,) = dict(made.sections())["some/model: drafting"]
+    assert drafting.charts[0].shares == pytest.approx([0.75, 0.25])
+
+
+def test_the_page_is_whole_and_its_links_open_rows(run, tmp_path, capsys):
+    paths = report.write(report.ReportConfig(runs=(run,), out=tmp_path, rows=5))
+    page = paths[0].read_text("utf-8")
+    assert NASTY not in page
+    assert not re.search(r"(src|href)=\"(?!#)", page), "the page asks nobody for anything"
+    data = json.loads(re.search(r"^const DATA = (.*);$", page, re.M)[1])
+    links = set(re.findall(r'href="#r=([0-9,]+)', page))
+    assert {int(n) for link in links for n in link.split(",")} == set(range(len(data["cells"])))
+    for cell in data["cells"]:
+        assert len(cell["rows"]) == min(cell["total"], 5)
+        assert all(r[2] == NASTY for r in cell["rows"])
+    assert data["views"][0]["pieces"] == ["a", NASTY]
+    pictures = [path for path in paths if path.suffix == ".png"]
+    if pictures:
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+        assert len(pictures) == page.count('<section class="card">')
+    else:
+        assert "need matplotlib" in capsys.readouterr().out
+
+
+def test_a_folder_without_rows_is_one_line_on_stderr(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("error: no rows")

@@ -1,0 +1,76 @@
+"""Our scorers against the published ones (tests/fixtures/make_scorers.py ran those)."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lookahead_jax.eval.scorers import infinitebench, longproc, rouge, sandbox, text
+
+GOLDEN = Path(__file__).parent / "fixtures" / "scorers.json"
+
+
+def golden():
+    content = json.loads(GOLDEN.read_text("utf-8"))
+    del content["prompts"]  # of test_benchmarks.py
+    cases = {}
+    for benchmark, found in content.items():
+        for case in found:
+            cases.setdefault((benchmark, case["scorer"]), []).append(case)
+    return cases
+
+
+CASES = golden()
+
+
+def ours(benchmark, name, case):
+    prediction = case["prediction"]
+    if benchmark == "longproc":
+        return getattr(longproc, name)(prediction, case["reference"], case["metadata"] or {})
+    answers = case["answers"]
+    if name in ("choice", "buggy_function"):
+        return getattr(infinitebench, name)(prediction, answers, case["options"])
+    if name == "classification":
+        score = functools.partial(text.classification, classes=case["all_classes"])
+        return text.best(score, prediction, answers)
+    if name in ("rouge_l", "rouge_lsum"):
+        return text.best(getattr(rouge, name), prediction, answers)
+    if benchmark == "longbench":
+        return text.best(getattr(text, name), prediction, answers)
+    module = text if benchmark == "ruler" else infinitebench
+    return getattr(module, name)(prediction, answers)
+
+
+@pytest.mark.parametrize(("benchmark", "name"), list(CASES))
+def test_scores_are_the_published_ones(benchmark, name):
+    cases = CASES[benchmark, name]
+    for case in cases:
+        assert ours(benchmark, name, case) == pytest.approx(case["score"], abs=1e-12), case
+    assert len({case["score"] for case in cases}) > 1, "the cases tell nothing apart"
+
+
+def test_the_remaining_scorers():
+    assert text.letter("**The correct answer is (B)**", "B") == 1
+    assert text.letter("The correct answer is C.", "B") == 0
+    assert text.letter("B", "B") == 0
+    assert infinitebench.longest_run("values: 3, 7, 9", ["3", "7", "8", "1"]) == 0.5
+    assert text.code_similarity("# no\n\nx = 1\ny = 2", "x = 1") == 1
+
+
+PROGRAM = "```c++\nint main() {{ int a; cin >> a; {} cout << a * 2 << endl; }}\n```"
+CASES_IO = {"testcases": [[["4"], ["8"]], [["-1"], ["-2"]]]}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_programs_run_under_limits(tmp_path):
+    score = functools.partial(longproc.pseudo_to_code, reference="", metadata=CASES_IO)
+    assert score(PROGRAM.format("")) == 1
+    assert score(PROGRAM.format("a++;")) == 0
+    assert score(PROGRAM.format("for (;;);")) == 0  # the time limit
+    assert score("no program") == 0
+    assert sandbox.run_limited(["/bin/sh", "-c", "env"], "", folder=tmp_path) is not None
+    hungry = ["/bin/sh", "-c", "head -c 1000000000 /dev/zero > big"]
+    assert sandbox.run_limited(hungry, "", folder=tmp_path) is None
+    assert (tmp_path / "big").stat().st_size <= 2**26

@@ -1,0 +1,113 @@
+"""`lookahead serve` as a user starts and ends it."""
+
+import re
+import signal
+import subprocess
+import sys
+import warnings
+
+import openai
+import pytest
+
+from lookahead_jax.cli import main
+from lookahead_jax.commands.serve import read_key
+from lookahead_jax.server.limits import ServerLimits
+from lookahead_jax.server.run import bind
+from tests import tiny
+
+
+@pytest.mark.slow
+def test_it_answers_as_generate_does_and_ends_on_ctrl_c(tmp_path, capsys):
+    tiny.save_bytes_model(tmp_path)
+    key = tmp_path / "key"
+    key.write_text("sesame\n")
+    shared = ["--model", str(tmp_path), "--policy", "snapkv", "--policy-arg", "window=4"]
+    shared += ["--budget", "12", "--drafter", "prompt_lookup", "--draft-nodes", "8"]
+    sizes = ["--rows", "2", "--max-tokens", "12", "--max-prompt-tokens", "32", "--port", "0"]
+    command = [sys.executable, "-m", "lookahead_jax", "serve", *shared, *sizes]
+    command += ["--api-key-file", str(key), "--shutdown-seconds", "20"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if found := re.search(r"serving (\S+) at (http://127.0.0.1:\d+/v1)", line):
+                    break
+            assert found, lines
+            client = openai.OpenAI(base_url=found[2], api_key="sesame", max_retries=0)
+            prompt = "one two one two one two"
+            answer = client.completions.create(
+                model=found[1], prompt=prompt, max_tokens=12, temperature=0.7, seed=5
+            )
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+        assert process.stderr.read().endswith("lookahead: stopped\n")
+    assert found[1] == tmp_path.name
+    settings = ["--prompt", prompt, "--max-new-tokens", "12", "--temperature", "0.7", "--seed", "5"]
+    assert main(["generate", *shared, *settings]) == 0
+    assert capsys.readouterr().out == answer.choices[0].text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--max-queue", "-1"], "max_queue must be at least 0, not -1"),
+        (["--rows", "0"], "rows must be at least 1, not 0"),
+        (["--max-tokens", "4000"], "max_prompt_tokens must be at least 1"),
+        (["--prompt-store-mb", "-1"], "-1000000 bytes"),
+        (["--api-key-file", "empty"], "empty must hold one key"),
+        (["--host", "no host", "--max-prompt-tokens", "1"], "no address to listen at"),
+    ],
+)
+def test_misuse_is_one_line(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text(" \n")
+    assert main(["serve", *args]) in (1, 2)
+    out = capsys.readouterr().err
+    assert message in out
+    assert out.count("\n") == 1
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("lookahead_jax.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve"]) == 1
+    assert "pip install 'lookahead-jax[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"two\nlines", "é".encode()])
+def test_a_key_is_one_line_of_ascii(tmp_path, content):
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="one key of printable ASCII"):
+        read_key(path)
+    path.write_bytes(b"  sk-4471\n")
+    assert read_key(path) == "sk-4471"
+
+
+def test_others_are_let_in_without_a_key_only_with_a_warning():
+    with pytest.warns(UserWarning, match="without a key"):
+        bind("0.0.0.0", 0, has_key=False).close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bind("0.0.0.0", 0, has_key=True).close()
+        bind("127.0.0.1", 0, has_key=False).close()
+        bind("localhost", 0, has_key=False).close()
+
+
+def test_a_port_in_use_is_an_error():
+    with (
+        bind("127.0.0.1", 0, has_key=True) as taken,
+        pytest.raises(OSError, match="in use"),
+    ):
+        taken.listen()
+        bind("127.0.0.1", taken.getsockname()[1], has_key=True)
+
+
+def test_limits_have_a_least_value():
+    assert ServerLimits(max_queue=0, shutdown_seconds=0.0).max_queue == 0
+    with pytest.raises(ValueError, match="queue_seconds must be at least 1, not nan"):
+        ServerLimits(queue_seconds=float("nan"))

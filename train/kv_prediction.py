@@ -1,0 +1,192 @@
+"""Trains the maps of KV Prediction for a base and a smaller model, and says what they are worth.
+
+    python -m lookahead_jax.train.kv_prediction --out RUN
+
+Both models stay as they are; only the maps learn, by the mean absolute error of keys and values
+(the consistency term of arXiv 2410.08391; its two language-modelling terms, which train the small
+model as well, are not here). Without --aux the small model is the base's own first layers. Texts
+are held-out code: one half to learn from, the other to test on.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import lookahead_jax as lk
+from lookahead_jax.checkpoint import Model
+from lookahead_jax.config import ModelConfig
+from lookahead_jax.eval.tasks.code import Split, code_stream
+from lookahead_jax.files import atomic_write, save_arrays
+from lookahead_jax.kv_prediction import (
+    KVMaps,
+    init_maps,
+    plain_kv,
+    prediction_loss,
+    prefill_predicted,
+)
+from lookahead_jax.layers import Params
+from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictionConfig:
+    """A training of maps."""
+
+    out: Path
+    """Folder of the maps and the report, made if need be."""
+    model: Path | None = None
+    """Folder of the base; left out, the embedded model."""
+    aux: Path | None = None
+    """Folder of a smaller model with the same tokens; left out, the base's first layers."""
+    aux_layers: int = 2
+    """How many of them."""
+    steps: int = 300
+    """Updates."""
+    batch: int = 8
+    """Texts of an update."""
+    length: int = 256
+    """Tokens of a text."""
+    rate: float = 2e-3
+    """Peak learning rate of Adam."""
+    tests: int = 64
+    """Texts of the test."""
+    seed: int = 0
+    """Of the texts drawn."""
+
+
+@partial(jax.jit, static_argnames=("config", "aux_config", "optimizer"), donate_argnames=("state",))
+def train_step(
+    state: tuple[KVMaps, Any],
+    params: Params,
+    aux_params: Params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    aux_config: ModelConfig,
+    optimizer: Any,
+) -> tuple[tuple[KVMaps, Any], jax.Array]:
+    """One update of (maps, optimizer state) on texts int32 [B, T]; the loss before it."""
+    maps, moments = state
+    base = plain_kv(params, tokens, config=config)
+    aux = plain_kv(aux_params, tokens, config=aux_config)
+    loss, gradient = jax.value_and_grad(prediction_loss)(maps, aux, base, tokens >= 0)
+    updates, moments = optimizer.update(gradient, moments, maps)
+    return (jax.tree.map(jnp.add, maps, updates), moments), loss
+
+
+def first_layers(model: Model, count: int) -> tuple[Params, ModelConfig]:
+    """The model cut off after its first layers. Raises ValueError for more than it has."""
+    config = model.config
+    if not 1 <= count <= config.num_layers:
+        raise ValueError(f"the model has {config.num_layers} layers, not {count}")
+    layers = jax.tree.map(lambda a: a[:count], model.params["layers"])
+    cut = dataclasses.replace(
+        config,
+        num_layers=count,
+        layer_window=config.layer_window[:count],
+        layer_rope=config.layer_rope[:count],
+    )
+    return {**model.params, "layers": layers}, cut
+
+
+def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.ndarray:
+    """Random windows of held-out code, int32 [count, length], each after what begins a text."""
+    bos = model.generation.bos_id
+    if model.tokenizer is None or bos is None:
+        raise ValueError("the texts need the model's tokenizer and its bos token")
+    stream = code_stream(model.tokenizer.backend, split, bos)
+    starts = np.random.default_rng(seed).integers(0, len(stream) - length, count)
+    rows = stream[starts[:, None] + np.arange(length)]
+    rows[:, 0] = bos
+    return rows
+
+
+def compare(
+    model: Model, aux: tuple[Params, ModelConfig], maps: KVMaps, tokens: jax.Array
+) -> dict[str, float]:
+    """The predicted cache against the base's own: next token, divergence, seconds of each."""
+    shape = dict(config=model.config, new_tokens=1)
+
+    def own() -> jax.Array:
+        policy = lk.make_policy("full")
+        return lk.read_prompt(model.params, tokens, policy=policy, budget=0, **shape).logits
+
+    def predicted() -> jax.Array:
+        given = dict(aux_params=aux[0], aux_config=aux[1])
+        return prefill_predicted(model.params, tokens, maps, **given, **shape).logits
+
+    seconds = []
+    for read in (own, predicted):
+        jax.block_until_ready(read())
+        spent = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            jax.block_until_ready(read())
+            spent.append(time.perf_counter() - begin)
+        seconds.append(float(np.median(spent)))
+    true, guess = (jax.nn.log_softmax(read(), axis=-1) for read in (own, predicted))
+    return {
+        "same_next_token": float((true.argmax(-1) == guess.argmax(-1)).mean()),
+        "kl_nats": float((jnp.exp(true) * (true - guess)).sum(-1).mean()),
+        "own_s": seconds[0],
+        "predicted_s": seconds[1],
+    }
+
+
+def train(config: PredictionConfig) -> dict[str, Any]:
+    """Trains, tests and writes OUT/maps.npz and OUT/report.json; returns the report."""
+    model = lk.load(config.model or lk.EMBEDDED_MODEL)
+    if config.aux is None:
+        aux = first_layers(model, config.aux_layers)
+    else:
+        small = lk.load(config.aux)
+        aux = (small.params, small.config)
+    optimizer = make_optimizer(OptimizerConfig(rate=config.rate, warmup=10), config.steps)
+    maps = init_maps(jax.random.key(config.seed), model.config, aux[1])
+    rows = texts(
+        model, "validation", config.steps * config.batch, config.length, config.seed
+    ).reshape(config.steps, config.batch, config.length)
+    tests = jnp.asarray(texts(model, "test", config.tests, config.length, config.seed))
+    before = compare(model, aux, maps, tests)
+    state, losses = (maps, optimizer.init(maps)), []
+    for batch in tqdm(rows, unit=" steps"):
+        state, loss = train_step(
+            state, model.params, aux[0], jnp.asarray(batch), config=model.config,
+            aux_config=aux[1], optimizer=optimizer,
+        )  # fmt: skip
+        losses.append(float(loss))
+    config.out.mkdir(parents=True, exist_ok=True)
+    save_arrays(config.out / "maps.npz", k=np.asarray(state[0].k), v=np.asarray(state[0].v))
+    report = {
+        "loss_first": losses[0],
+        "loss_last": float(np.mean(losses[-10:])),
+        "untrained": before,
+        "trained": compare(model, aux, state[0], tests),
+    }
+    atomic_write(config.out / "report.json", json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def main() -> int:
+    """The command line; a failure is one line on stderr."""
+    config = tyro.cli(PredictionConfig, prog="python -m lookahead_jax.train.kv_prediction")
+    try:
+        print(json.dumps(train(config), indent=1))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
