@@ -16,8 +16,10 @@ def test_tpus_get_the_kernels_where_they_fit(dim, slots, kernels):
         out, lse = attention(a, None, implementation=None)
         return out, scores(a, None, implementation=None, reduce="mean", lse=lse)
 
+    found = arguments(4, slots, 2, dim, dtype=jnp.bfloat16)
+
     def program():
-        traced = jax.jit(run).trace(*arguments(4, slots, 2, dim, dtype=jnp.bfloat16))
+        traced = jax.jit(run).trace(*found)
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
     tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
