@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.kernel_cases import arguments, attention, scores
 
@@ -23,6 +23,7 @@ def test_tpus_get_the_kernels_where_they_fit(dim, slots, kernels):
         return traced.lower(lowering_platforms=("tpu",)).as_text()
 
     tpu = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=tpu)):
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=tpu)
+    with jax.sharding.use_abstract_mesh(mesh):
         assert program().count("@tpu_custom_call") == kernels
     assert "@tpu_custom_call" not in program()
