@@ -100,12 +100,12 @@ def per_shard(
         )
 
     in_specs = tuple(spec(n, a) for n, a in zip(letters, arrays, strict=True))
-    out_specs = tuple(spec(n, None) for n in out_letters)
+    out_specs = [spec(n, None) for n in out_letters]
     run = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=in_specs,
-        out_specs=out_specs if len(out_specs) > 1 else out_specs[0],
+        out_specs=tuple(out_specs) if len(out_specs) > 1 else out_specs[0],
         axis_names=free,
         check_vma=False,
     )
