@@ -36,6 +36,7 @@ def test_add_a_policy(monkeypatch):
     POLICIES.pop("knorm", None)
 
 
+@pytest.mark.slow
 def test_add_a_drafter(monkeypatch):
     names = run_example("add-a-drafter.md", monkeypatch)
     assert names["drafted"].tokens == names["plain"].tokens

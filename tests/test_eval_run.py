@@ -152,6 +152,7 @@ def test_a_run_over_four_devices_answers_the_same(finished, tmp_path, monkeypatc
     assert answers(tmp_path / "run") == answers(finished.out)
 
 
+@pytest.mark.slow
 def test_methods_with_a_small_model_answer_like_the_others(tmp_path):
     config = RunConfig(
         out=tmp_path / "run", draft_model="embedded",
