@@ -43,6 +43,7 @@ def test_add_a_drafter(monkeypatch):
     assert names["drafted"].drafting.mean_accepted > 1.2
 
 
+@pytest.mark.slow
 def test_add_a_task(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     rows = run_example("add-a-task.md", monkeypatch)["rows"]

@@ -51,6 +51,7 @@ def test_eviction_touches_log_likelihoods_only_when_asked(model):
     assert cut[0] == pytest.approx(cut[1])
 
 
+@pytest.mark.slow
 def test_generation_has_the_policy_and_stops_where_it_is_told(model):
     text = "import os\nimport sys\n\n\ndef main():\n    print(os.path.join("
     requests = [
