@@ -5,12 +5,13 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.drafters import _compiled, _trie
+from lookahead_jax.drafters import _compiled, _trie, _trie_draft
 from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafters.trie import Trie
 
@@ -233,6 +234,22 @@ def test_prompt_and_outputs_both_have_a_say():
     assert sum(t >= 200 for t in first) >= 4
 
 
+def test_as_many_options_as_there_can_be():
+    def text(last):
+        return [token for y in range(1, 33) for z in range(last, last + 32) for token in (0, y, z)]
+
+    trie = Trie(branch=2, context=1)
+    trie.begin(0, text(100))
+    trie.observe(0, [*text(200), 0])
+    checked = numba.njit(_trie_draft.propose.py_func, boundscheck=True)
+    state = trie._requests[0]
+    for nodes in (7, 63):
+        tree = checked(*trie._store, state.active, state.root, state.recent, nodes, nodes)
+        assert len(tree[0]) == nodes
+        for found, expected in zip(trie.propose(0, nodes, nodes), tree, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_old_counts_fade():
     trie = Trie(capacity=1_000, branch=1, context=1, half_life=2)
     trie.begin(0, [])
@@ -309,6 +326,11 @@ def test_saved_and_loaded(tmp_path):
         t.begin(1, [])
         t.observe(1, [3, 1])
     assert draft(trie, 1) == draft(again, 1) != []
+    faded = Trie.load(path, vocabulary="ours", capacity=3_000, half_life=1)
+    faded.begin(0, [])
+    faded.observe(0, [6] * 500)  # all else counts nothing any more
+    faded.save(path)
+    assert Trie.load(path, capacity=3_000).size == len(stored(faded, _trie.PUBLIC))
     empty = Trie(capacity=1_000)
     empty.save(path)
     assert Trie.load(path, capacity=1_000).size == 0
@@ -323,7 +345,8 @@ def test_saved_and_loaded(tmp_path):
         ({"tokens": np.array([1.0, 2.0])}, "tokens is float64"),
         ({"parents": np.array([1, 0], np.int32)}, "does not come before"),
         ({"tokens": np.array([1, 1], np.int32)}, "two children"),
-        ({"counts": np.array([1, np.nan], np.float32)}, "not positive"),
+        ({"counts": np.array([1, np.nan], np.float32)}, "not finite"),
+        ({"counts": np.array([1, -1], np.float32)}, "negative"),
         ({"ranks": np.zeros(3, np.int32)}, r"ranks is int32 \[3\]"),
         ({"counts": np.array([None, None])}, "pickle"),
     ],

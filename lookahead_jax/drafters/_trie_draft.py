@@ -119,7 +119,7 @@ def propose(nodes, table, state, active, root, recent, limit, depth):
     n_options, n = 0, 0
     expand = 0
     while True:
-        if deep[expand] < depth:
+        if n < limit and deep[expand] < depth:  # there is room for the options of `limit` nodes
             if expand > 0:
                 for s in range(sources.size):
                     seen[s] = 0 if at[expand, s] == NONE else nodes[at[expand, s]].count / weight

@@ -183,6 +183,6 @@ def _read(path: str | os.PathLike, vocabulary: str) -> list[np.ndarray]:
         raise ValueError("negative token ids")
     if not np.all((parents >= -1) & (parents < np.arange(parents.size))):
         raise ValueError("a parent does not come before its child")
-    if not np.all((counts > 0) & np.isfinite(counts)):
-        raise ValueError("a count is not positive")
+    if not np.all((counts >= 0) & np.isfinite(counts)):  # an old one may have faded to 0
+        raise ValueError("a count is negative or not finite")
     return arrays
