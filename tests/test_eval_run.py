@@ -145,6 +145,13 @@ def test_rows_over_a_mesh_answer_as_on_one_device(model):
     np.testing.assert_array_equal(together.kept, alone.kept)
 
 
+@pytest.mark.slow
+def test_a_run_over_four_devices_answers_the_same(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    runner.run(dataclasses.replace(finished, out=tmp_path / "run", tensor=2))
+    assert answers(tmp_path / "run") == answers(finished.out)
+
+
 def test_methods_with_a_small_model_answer_like_the_others(tmp_path):
     config = RunConfig(
         out=tmp_path / "run", draft_model="embedded",

@@ -54,7 +54,7 @@ def test_generation_has_the_policy_and_stops_where_it_is_told(model):
     ]
     found = model.generate(requests)
     assert all("\n" not in found[i] for i in (0, 2))
-    expected = lk.generate(model.model, [text], policy=model.policy, budget=8, max_new_tokens=6)
+    expected = lk.generate(model.model, [text] * 2, policy=model.policy, budget=8, max_new_tokens=8)
     assert found[1] == expected.text[0]
 
 

@@ -521,7 +521,18 @@ def test_what_does_not_finish_in_time_fails_explicitly(model, spare, spare_gate)
         assert spare.alive == 0
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_second_signal_waits_for_nobody(model, spare, spare_gate):
+    with running(model, spare, shutdown_seconds=600.0) as server, ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(server.send, "POST", "/v1/completions", fields())
+        until(lambda: spare.alive == 1)
+        server.stop()
+        assert not waits.done()
+        server.stop()
+        status, content = waits.result(30)
+        assert (status, content["error"]["code"]) == (503, "shutting_down")
+        spare_gate.open()
+
+
 def test_a_dead_engine_fails_everything_and_says_so(model, spare, monkeypatch, caplog):
     release = threading.Event()
 

@@ -41,6 +41,9 @@ def server(tmp_path_factory):
         yield server
 
 
+# Beartype, which checks every call in the tests, rolls global dice in the server's threads.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
