@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.kernels.attention import KEY_BLOCK, block_attention
-from lookahead_jax.kernels.dispatch import log_once, per_shard
+from lookahead_jax.kernels.dispatch import log_once, per_shard, placed
 
 Implementation = Literal["xla", "splash", "cudnn"]
 _SPLASH_BLOCK = 512
@@ -45,6 +45,8 @@ def causal_attention(
 
     def supported(name: Implementation):
         reason = _unsupported(name, q, softcap)
+        if name == "splash" and not placed():
+            reason = "there are several devices and no mesh in use"
         if reason is not None:
             log_once(f"{name} attention is not used: {reason}")
         return functools.partial(forms["xla" if reason else name], **settings)

@@ -22,13 +22,24 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def placed() -> bool:
+    """Whether kernels can know over which devices they run: by the mesh in use, or there is one.
+
+    XLA cannot partition a kernel: on several devices it has to be told (`per_shard`).
+    """
+    return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
 def preferred(head_dim: int) -> Implementation:
     """What runs where nobody names an implementation: the kernels on TPU, XLA elsewhere.
+
+    On several TPU devices without a mesh in use that is XLA too, see `placed`.
 
     On TPU XLA stores arrays whose last axis is shorter than 128 lanes with slots innermost: a
     kernel would need a padded copy of keys and values first.
     """
-    return "pallas_tpu" if target_platform() == "tpu" and head_dim % 128 == 0 else "xla"
+    fits = target_platform() == "tpu" and head_dim % 128 == 0
+    return "pallas_tpu" if fits and placed() else "xla"
 
 
 @functools.cache

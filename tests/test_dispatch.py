@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from lookahead_jax.kernels import dispatch
+from lookahead_jax.sharding import make_mesh
 from tests.kernel_cases import arguments, attention, scores
 
 
@@ -27,3 +29,13 @@ def test_tpus_get_the_kernels_where_they_fit(dim, slots, kernels):
     with jax.sharding.use_abstract_mesh(mesh):
         assert program().count("@tpu_custom_call") == kernels
     assert "@tpu_custom_call" not in program()
+
+
+def test_several_tpus_get_kernels_only_under_a_mesh(monkeypatch):
+    """XLA cannot partition a kernel; without a mesh it would fail on sharded arrays."""
+    monkeypatch.setattr(dispatch, "target_platform", lambda: "tpu")
+    assert jax.device_count() == 4
+    assert dispatch.preferred(128) == "xla"
+    with jax.set_mesh(make_mesh(tensor=2)):
+        assert dispatch.preferred(128) == "pallas_tpu"
+        assert dispatch.preferred(64) == "xla"
