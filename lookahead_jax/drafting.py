@@ -94,8 +94,12 @@ class Drafting:
                 state, self._device.weights, tokens,
                 drafter=self._device, room=self._room, config=self._config,
             )  # fmt: skip
-        for row, prompt in enumerate(prompts):
-            self.join(row, prompt)
+        try:
+            for row, prompt in enumerate(prompts):
+                self.join(row, prompt)
+        except BaseException:
+            self.abandon()
+            raise
         return state
 
     @property
@@ -170,6 +174,11 @@ class Drafting:
         for row, count in enumerate(counts.tolist()):
             self.leave(row, tokens[row, :count])
         self._drafting_s += time.perf_counter() - begin
+
+    def abandon(self) -> None:
+        """All rows leave, whatever they have emitted: a drafter outlives what has failed."""
+        for row in range(len(self._requests)):
+            self.leave(row, ())
 
     def report(self, state: DecodeState) -> DraftReport:
         """The steps of the rows in `state` so far."""

@@ -162,7 +162,7 @@ def generate(
     arrays.
 
     Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
-    decoding where it should.
+    decoding (h2o: behind questions) where it should.
     """
     config, params = model.config, model.params
     policy = policy or default_policy(lookahead)
@@ -187,6 +187,11 @@ def generate(
     eviction = None
     if evict_every is not None:
         eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
+        if asked is not None and policy.accumulates:
+            raise ValueError(
+                f"policy {type(policy).__name__} adds up scores and would miss those of questions: "
+                "leave evict_every out, or ask in the prompt"
+            )
 
     drafting = Drafting(
         make_drafter(drafter) if isinstance(drafter, str) else drafter,
@@ -246,13 +251,17 @@ def generate(
         for i in range(len(rows))
     ]
     begin = time.perf_counter()
-    done = _deliver(outputs, state)
-    while not done.all():
-        if (done != np.asarray(state.done)).any():  # a stop string has ended a row
-            # Placed as it was: an array without a place would compile the step once more.
-            state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
-        state = drafting.advance(decoding_params, state, burst)
+    try:
         done = _deliver(outputs, state)
+        while not done.all():
+            if (done != np.asarray(state.done)).any():  # a stop string has ended a row
+                # Placed as it was: an array without a place would compile the step once more.
+                state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
+            state = drafting.advance(decoding_params, state, burst)
+            done = _deliver(outputs, state)
+    except BaseException:
+        drafting.abandon()
+        raise
     spent = time.perf_counter() - begin - drafting.compile_s
     drafting.end(state)
     for output in outputs:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax.drafters.base import Draft
-from lookahead_jax.drafters.combine import merge
+from lookahead_jax.drafters.combine import Combine, merge
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.recycling import CANDIDATES, template
 from lookahead_jax.tree import NODE_BUCKETS
@@ -56,3 +56,30 @@ def test_merged_drafts_are_their_union_by_prefix():
     assert parents.tolist() == [-1, -1, 0, 2, 0]
     tokens, parents = merge([first, second], 2)
     assert tokens.tolist() == [5, 9]
+
+
+class Room:
+    """A host drafter that has room for some requests."""
+
+    def __init__(self, room):
+        self.room = room
+        self.open = []
+
+    def begin(self, request, prompt):
+        if len(self.open) == self.room:
+            raise ValueError("full")
+        self.open.append(request)
+
+    def end(self, request):
+        self.open.remove(request)
+
+
+def test_a_request_joins_both_drafters_or_neither():
+    first, second = Room(3), Room(1)
+    both = Combine(first, second)
+    both.begin(0, [1])
+    with pytest.raises(ValueError, match="full"):
+        both.begin(1, [1])
+    assert first.open == second.open == [0]
+    both.end(0)
+    assert first.open == second.open == []

@@ -13,6 +13,7 @@ import pytest
 from lookahead_jax.checkpoint import load
 from lookahead_jax.controller import Controller
 from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.engine import Engine
 from lookahead_jax.generation import generate
 from lookahead_jax.lookahead import LookaheadConfig, init_modules
@@ -252,6 +253,15 @@ def test_errors_end_requests_and_leak_no_row(model, engine, alone):
     assert proposed.error == "RuntimeError: no idea"
     assert len(proposed.tokens) == 1
     assert [r.tokens for r in moody.run([request(0), request(2)])] == [alone[0], alone[2]]
+    assert drafter.open == set()
+    with pytest.raises(RowError, match="no idea"):
+        generate(
+            model, [[2, 5, 6]], policy=POLICY, budget=BUDGET, max_new_tokens=NEW, eos_ids=(),
+            drafter=drafter, draft_nodes=8,
+        )  # fmt: skip
+    drafting = Drafting(drafter, 8, config=model.config, batch=2, room=8)
+    with pytest.raises(RuntimeError, match="no room"):
+        drafting.begin(moody._batch._state, [[3], [1]], jnp.asarray([[3], [1]]))
     assert drafter.open == set()
 
     def fail(event):

@@ -200,6 +200,7 @@ def test_four_devices_keep_and_generate_the_same():
         (dict(seeds=[1, 2]), "2 seeds for 1 prompts"),
         (dict(budget=0), "at least 1"),
         (dict(policy=make_policy("lookaheadkv")), "lookahead modules"),
+        (dict(policy=make_policy("h2o"), questions=["a"], evict_every=4), "H2O adds up scores"),
     ],
 )
 def test_bad_requests_are_named(model, change, complaint):

@@ -18,8 +18,13 @@ class Combine:
         self._both = (first, second)
 
     def begin(self, request: int, prompt: Sequence[int]) -> None:
-        for drafter in self._both:
-            drafter.begin(request, prompt)
+        first, second = self._both
+        first.begin(request, prompt)
+        try:
+            second.begin(request, prompt)
+        except BaseException:  # the request has joined neither or both
+            first.end(request)
+            raise
 
     def observe(self, request: int, tokens: Sequence[int]) -> None:
         for drafter in self._both:
