@@ -12,6 +12,7 @@ and roofline is what to expect at best. Nothing here has been timed on a TPU.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -69,16 +70,19 @@ def read_schedule(dump: Path, kernel: str) -> dict[str, Any] | None:
     lines = table.read_text().splitlines()
     capacity = [int(n) for n in lines[2].split()]
     rows = [[int(n) for n in line.split()] for line in lines[4:] if line[:1].isdigit()]
-    first = int(re.search(r"^\s*(0x[0-9a-f]+) LB:", text, re.M).group(1), 16)
-    # The loop closes with the last branch backwards; its bound is the grid's steps and two more.
-    closes = re.findall(r"^\s*(0x[0-9a-f]+)\s[^\n]*sbr\.rel \(!%p\d+_p\d+\) target", text, re.M)
-    last = int(closes[-1], 16)
-    trips = re.findall(r"scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test", text)
+    first, last, steps = 0, len(rows), 1  # a grid of one step has no loop
+    if (body := re.search(r"^\s*(0x[0-9a-f]+) LB:", text, re.M)) is not None:
+        first = int(body.group(1), 16)
+        # The loop closes with the last branch backwards; its bound is the grid's steps and two.
+        closes = re.findall(r"^\s*(0x[0-9a-f]+)\s[^\n]*sbr\.rel \(!%p\d+_p\d+\) target", text, re.M)
+        last = int(closes[-1], 16)
+        ends = re.findall(r"scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test", text)
+        steps = int(ends[-1]) - 2
     used = [sum(row[i] for row in rows[first:last]) for i in range(len(UNITS))]
     shares = (round(n / c / (last - first), 2) for n, c in zip(used, capacity, strict=True))
     return {
         "bundles": last - first,
-        "trips": int(trips[-1]) - 2,
+        "trips": steps,
         "spills": sum(row[UNITS.index("SPILL")] for row in rows),
         "occupied": {unit: share for unit, share in zip(UNITS, shares, strict=True) if share},
     }
@@ -206,6 +210,72 @@ def sharded(kind: str = "v5e") -> list[dict[str, Any]]:
     return found
 
 
+def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any]:
+    """A whole step of Llama 3.1 8B over `nodes` rows, its heads split over the 2x4 chips."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    import lookahead_jax as lk
+    from lookahead_jax.model import Block, forward
+    from lookahead_jax.params import abstract_params
+    from lookahead_jax.sharding import make_mesh, param_shardings, sharding
+    from lookahead_jax.train.shapes import SHAPES
+
+    chip = CHIPS[kind]
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+    mesh = make_mesh(tensor=len(topology.devices), devices=topology.devices)
+    config = lk.ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
+    lead = (config.num_layers, 1, config.num_kv_heads)
+    place = sharding(("layer", "batch", "kv_heads"), mesh)
+    nowhere = sharding((), mesh)
+
+    def shape(dims, dtype, where=nowhere):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
+
+    keys = shape((*lead, entries, config.head_dim), jnp.bfloat16, place)
+    row = shape((1,), jnp.int32)
+    cache = lk.KVCache(
+        k=keys, v=keys, pos=shape((*lead, entries), jnp.int32, place),
+        length=shape(lead, jnp.int32, place), next_pos=row, rope_span=row,
+    )  # fmt: skip
+    params = jax.tree.map(
+        lambda a, where: shape(a.shape, a.dtype, where),
+        abstract_params(config, jnp.bfloat16), param_shardings(config, mesh),
+    )  # fmt: skip
+
+    def step(params, cache, tokens, visible):
+        positions = jnp.broadcast_to(cache.next_pos[:, None], tokens.shape)
+        x = lk.embed(params, tokens, config=config)
+        block = Block(x, positions, cache.rope_span, visible)
+        hidden = forward(params, block, cache, config=config).hidden
+        return lk.logits(params, hidden, config=config).argmax(-1)
+
+    for path in dump.iterdir():
+        path.unlink()
+    tokens, visible = shape((1, nodes), jnp.int32), shape((1, nodes, nodes), jnp.bool_)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = jax.jit(step).lower(params, cache, tokens, visible).compile()
+    memory, text = program.memory_analysis(), program.as_text()
+    gathered = re.findall(r"= \(?\w+\[([\d,]+)\][^\n]*? all-gather(?:-start)?\(", text)
+    sizes = [math.prod(int(n) for n in dims.split(",")) for dims in gathered]
+    schedule = read_schedule(dump, "block_attention")
+    seconds = config.num_layers * schedule["bundles"] * schedule["trips"] / chip.clock
+    return {
+        "step": f"{nodes} nodes over {entries} slots",
+        "chips": f"{chip.topology}, tensor {len(topology.devices)}",
+        "arguments_per_chip": memory.argument_size_in_bytes,
+        "temporaries_per_chip": memory.temp_size_in_bytes,
+        "attention_schedule_ms": round(1e3 * seconds, 3),
+        "memory_ms": round(1e3 * memory.argument_size_in_bytes / chip.bandwidth, 3),
+        "largest_all_gather_elements": max(sizes, default=0),
+        "collectives_in_text": {
+            name: text.count(f" {name}(") + text.count(f" {name}-start(")
+            for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--specs", nargs="*", help="names in kernels/specs.py; default: all")
@@ -240,6 +310,7 @@ def main() -> None:
             "jax": jax.__version__,
             "rows": rows,
             "sharded": sharded(),
+            "steps": [model_step(n, 1024, "v5e", dump) for n in (1, 64)],
         }
     content = json.dumps(report, indent=1)
     if options.out is None:

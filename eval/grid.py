@@ -53,7 +53,7 @@ class RunConfig:
     """Folder of lookahead modules; left out, the embedded model has its own."""
     draft_model: str | None = None
     """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
-    chat: bool = True
+    chat: tyro.conf.FlagConversionOff[bool] = True
     """Use the chat template of models that have one, where the benchmark does."""
     max_new_tokens: int | None = None
     """Ends every answer here, whatever its task allows."""
@@ -65,8 +65,8 @@ class RunConfig:
     """Devices that share the weights; rows of a batch are split over what is left."""
     views: int = 2
     """Examples per task whose kept tokens are stored for the report."""
-    allow_exec: bool = False
-    """Run the programs that a model writes, under limits, where a score needs it."""
+    allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Run the programs that a model writes, under limits, where a score needs it; not in files."""
 
     def tasks_found(self) -> list[Task]:
         """All tasks; ValueError for unknown names and for programs that nobody allowed."""
@@ -94,12 +94,14 @@ def parse(args: Sequence[str]) -> RunConfig:
         if not path.is_file():
             names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
             raise ValueError(f"{args[0]}: neither a .json file nor one of those shipped ({names})")
-        options, args = as_options(json.loads(path.read_text(encoding="utf-8"))), args[1:]
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if "allow_exec" in fields:
+            raise ValueError(f"{path}: only --allow-exec on the command line permits programs")
+        options, args = as_options(fields), args[1:]
     return tyro.cli(
         RunConfig,
         args=[*options, *args],
         prog="python -m lookahead_jax.eval [CONFIG]",
-        config=(tyro.conf.FlagConversionOff,),
     )
 
 

@@ -9,7 +9,7 @@ from lookahead_jax.eval.rows import Cell
 from lookahead_jax.eval.stats import spread
 
 if TYPE_CHECKING:
-    from lookahead_jax.eval.report import Report, Section
+    from lookahead_jax.eval.figures import Report, Section
 
 LONGEST = 240  # characters of a prediction that the page shows
 

@@ -76,6 +76,11 @@ class Runner:
             self._draft = lk.load(model_folder(config.draft_model), dtype=config.dtype)
         self._warm: set[tuple] = set()
 
+    @property
+    def max_position(self) -> int:
+        """The most tokens the model was made for."""
+        return self._model.config.max_position
+
     def prompts(self, task: Task, length: int) -> tuple[list[Example], list[Prompt]]:
         """The task's examples at a length, made and assembled once."""
         source = Source(
@@ -260,6 +265,8 @@ def run(config: RunConfig) -> None:
             for task in tasks:
                 for length in config.lengths:
                     bar.set_description(f"{task.name} {length}")
+                    if length > runner.max_position:
+                        tqdm.write(f"notice: {name} was made for {runner.max_position} tokens")
                     examples, made = runner.prompts(task, length)
                     for cell in cells(config, name, task.name, length):
                         spent = 0

@@ -165,7 +165,8 @@ def _pallas(
     def local(q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window):
         b, p, n, h = q.shape
         places = Places(q_pos, ctx_pos, seen, bounds.reshape(-1), window)
-        out, lse = attend(static, grouped(q, k.shape[1]), k, v, ctx_k, ctx_v, places)
+        found: Any = attend(static, grouped(q, k.shape[1]), k, v, ctx_k, ctx_v, places)
+        out, lse = found
         return out.transpose(0, 3, 1, 2, 4).reshape(b, p, n, h), lse.reshape(b, n, p)
 
     return per_shard(

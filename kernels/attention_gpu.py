@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Attention of a few rows over a cache on NVIDIA GPUs from Hopper on, written for Mosaic GPU.
 
 Flash decoding: the cache is split over warpgroups, each of which keeps a running softmax of 64
@@ -26,7 +27,7 @@ NEVER = jnp.iinfo(jnp.int32).max  # position of an empty slot, as the kernels co
 KEYS = 64  # slots of a block
 _ROWS = 64  # of a tensor-core product
 _STAGES = 2  # blocks on their way
-_BLOCKS = 8  # blocks that one warpgroup reads, one after the other
+_WARPGROUPS = 528  # to split the cache for: four on each of an H100's multiprocessors
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -53,9 +54,9 @@ def tiled(dtype: Any) -> tuple[Any, Any]:
 
 def load(ref: Any, layout: Any) -> jax.Array:
     """A shared-memory vector in a register layout; the call differs between jax versions."""
-    if "idx" in inspect.signature(plgpu.load).parameters:
-        return plgpu.load(ref, (), layout=layout)
-    return plgpu.load(ref, layout=layout)
+    read: Any = plgpu.load
+    index = ((),) if "idx" in inspect.signature(read).parameters else ()
+    return read(ref, *index, layout=layout)
 
 
 def fetch(pairs: Any, barrier: Any) -> None:
@@ -102,7 +103,9 @@ def partial_attention(
     batch, heads, slots, dim = k.shape
     rows = q.shape[1]
     blocks = slots // KEYS
-    runs = -(-blocks // _BLOCKS)
+    wanted = -(-_WARPGROUPS // (batch * heads * rows // _ROWS))
+    each = -(-blocks // min(wanted, blocks))  # blocks that one warpgroup reads
+    runs = -(-blocks // each)
     shared = k_pos.shape[1] == 1
     k_pos = jnp.where(k_pos < 0, NEVER, k_pos).reshape(-1)
     with_values = v is not None
@@ -122,9 +125,9 @@ def partial_attention(
             ],
             barrier,
         )
-        first = run * _BLOCKS
+        first = run * each
         filled = lax.div(ends_gm[bh] + KEYS - 1, jnp.int32(KEYS))
-        count = jnp.clip(filled - first, 0, min(_BLOCKS, blocks))
+        count = jnp.clip(filled - first, 0, each)
 
         def step(_, k_pos_sm, k_sm, *more):
             *v_sm, (m, mass, acc) = more
@@ -238,7 +241,7 @@ def stacked_rows(q, q_pos, window):
     return rows, low, high
 
 
-def merge(parts, own):
+def merge(parts: Any, own: Any) -> tuple[jax.Array, Any]:
     """Joins partial softmaxes (maxima, masses, values or None) along axis 1 with `own`'s."""
     parts = [
         jnp.concatenate([a, b[:, None]], axis=1) if a is not None else None

@@ -7,14 +7,13 @@ Letters: B batch, T tokens, N query heads, K KV heads, G = N / K, H head dim.
 """
 
 import functools
-import logging
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from lookahead_jax.kernels.attention import KEY_BLOCK, block_attention
+from lookahead_jax.kernels.dispatch import log_once, per_shard, placed
 
 Implementation = Literal["xla", "splash", "cudnn"]
 _SPLASH_BLOCK = 512
@@ -46,8 +45,10 @@ def causal_attention(
 
     def supported(name: Implementation):
         reason = _unsupported(name, q, softcap)
+        if name == "splash" and not placed():
+            reason = "there are several devices and no mesh in use"
         if reason is not None:
-            _log_once(f"{name} attention is not used: {reason}")
+            log_once(f"{name} attention is not used: {reason}")
         return functools.partial(forms["xla" if reason else name], **settings)
 
     fallback = functools.partial(_xla, **settings)
@@ -76,11 +77,6 @@ def _unsupported(name: Implementation, q: jax.Array, softcap: float | None) -> s
     return None
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(__name__).debug(message)
-
-
 def _xla(q, k, v, *, scale, softcap, window):
     """Chunks of queries, each over its own diagonal block and the blocks before it."""
     batch, tokens, n, h = q.shape
@@ -107,6 +103,7 @@ def _xla(q, k, v, *, scale, softcap, window):
         out, _ = block_attention(
             part(q, 1), part(k, 2), part(v, 2), own, pos, context,
             scale=scale, softcap=softcap, window=window, slots=(first, start),
+            implementation="xla",
         )  # fmt: skip
         return out
 
@@ -136,7 +133,7 @@ def _splash(q, k, v, *, scale, softcap, window):
         out = jnp.asarray(jax.vmap(jax.vmap(attend))(q.transpose(0, 2, 3, 1, 4), k, v))
         return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
-    return _per_shard(local, q, k, v)
+    return per_shard(local, (q, k, v), ("BTNH", "BKTH", "BKTH"), ("BTNH",))
 
 
 def _cudnn(q, k, v, *, scale, softcap, window):
@@ -149,16 +146,3 @@ def _cudnn(q, k, v, *, scale, softcap, window):
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
-
-
-def _per_shard(local, q, k, v):
-    """Runs a kernel that XLA cannot partition on each device's rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return local(q, k, v)
-    data = tuple(a for a in ("data", "fsdp") if a in mesh.axis_names) or None
-    heads = "tensor" if "tensor" in mesh.axis_names else None
-    query, key = PartitionSpec(data, None, heads), PartitionSpec(data, heads)
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(query, key, key), out_specs=query, check_vma=False
-    )(q, k, v)

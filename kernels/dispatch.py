@@ -22,13 +22,24 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def placed() -> bool:
+    """Whether kernels can know over which devices they run: by the mesh in use, or there is one.
+
+    XLA cannot partition a kernel: on several devices it has to be told (`per_shard`).
+    """
+    return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
 def preferred(head_dim: int) -> Implementation:
     """What runs where nobody names an implementation: the kernels on TPU, XLA elsewhere.
+
+    On several TPU devices without a mesh in use that is XLA too, see `placed`.
 
     On TPU XLA stores arrays whose last axis is shorter than 128 lanes with slots innermost: a
     kernel would need a padded copy of keys and values first.
     """
-    return "pallas_tpu" if target_platform() == "tpu" and head_dim % 128 == 0 else "xla"
+    fits = target_platform() == "tpu" and head_dim % 128 == 0
+    return "pallas_tpu" if fits and placed() else "xla"
 
 
 @functools.cache
@@ -100,12 +111,12 @@ def per_shard(
         )
 
     in_specs = tuple(spec(n, a) for n, a in zip(letters, arrays, strict=True))
-    out_specs = tuple(spec(n, None) for n in out_letters)
+    out_specs = [spec(n, None) for n in out_letters]
     run = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=in_specs,
-        out_specs=out_specs if len(out_specs) > 1 else out_specs[0],
+        out_specs=tuple(out_specs) if len(out_specs) > 1 else out_specs[0],
         axis_names=free,
         check_vma=False,
     )

@@ -162,7 +162,8 @@ def attend(static: Static, q, k, v, ctx_k, ctx_v, places: Places) -> tuple[jax.A
 
 
 def _attend_forward(static, q, k, v, ctx_k, ctx_v, places):
-    out, lse = attend(static, q, k, v, ctx_k, ctx_v, places)
+    found: Any = attend(static, q, k, v, ctx_k, ctx_v, places)
+    out, lse = found
     return (out, lse), (q, k, v, ctx_k, ctx_v, places, out, lse)
 
 

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Importance scoring on NVIDIA GPUs from Hopper on, written for Mosaic GPU.
 
 A warpgroup takes a run of key blocks for one KV head. Keys are the rows of the tensor-core
@@ -9,6 +10,8 @@ default on GPUs until a measurement on a card says otherwise.
 
 Letters: B batch, M observing rows, N query heads, K KV heads, G = N / K, H head dim, T entries.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +51,7 @@ def row_lse(
 ) -> jax.Array:
     """Log-sum-exp of each row's logits, float32 [B, K, G, M]; -inf where a row sees nothing."""
     del key_block  # blocks are what a tensor-core product takes
-    settings = dict(scale=scale, softcap=softcap)
+    settings: Any = dict(scale=scale, softcap=softcap)
     count = q.shape[2] * q.shape[3]
     rows, low, high = attention.stacked_rows(q, q_pos, window)
     m, mass, _ = attention.partial_attention(

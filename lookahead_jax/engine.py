@@ -28,6 +28,7 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.prompt_store import PromptStore
 from lookahead_jax.requests import Event, Job, Limits, Request, Result
 from lookahead_jax.rows import RunningBatch
+from lookahead_jax.sharding import mesh_in_use
 
 _log = logging.getLogger(__name__)
 
@@ -187,6 +188,11 @@ class Engine:
         """
         events: list[Event] = []
         self._cancel(events)
+        with mesh_in_use(self._model.params):
+            self._serve(events)
+        return events
+
+    def _serve(self, events: list[Event]) -> None:
         try:
             self._admit(events)
             if any(self._rows):
@@ -200,7 +206,6 @@ class Engine:
             for job in [job for job in self._rows if job is not None]:
                 self._finish(job, events, error)
             self._batch.clear()
-        return events
 
     def run(self, requests: Sequence[Request] = ()) -> list[Result]:
         """Serves `requests` and all that wait; the results, in the order of submission."""
@@ -218,7 +223,8 @@ class Engine:
         if any(self._rows):
             raise ValueError("warm up before the first request, not while one runs")
         lengths = range(1, self.limits.max_prompt_tokens + 1) if lengths is None else lengths
-        self._batch.warm_up(self._reader.samples(lengths))
+        with mesh_in_use(self._model.params):
+            self._batch.warm_up(self._reader.samples(lengths))
 
     def _admit(self, events: list[Event]) -> None:
         """Waiting requests take the free rows, first come, first served."""

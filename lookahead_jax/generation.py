@@ -35,7 +35,7 @@ from lookahead_jax.prefill import extend
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
-from lookahead_jax.sharding import place_rows
+from lookahead_jax.sharding import on_its_mesh, place_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
 DEFAULT_BUDGET = 256
@@ -118,6 +118,7 @@ def encode_questions(
     return encode_prompts(model, rows)
 
 
+@on_its_mesh
 def generate(
     model: Model,
     prompts: Sequence[str | Sequence[int]],

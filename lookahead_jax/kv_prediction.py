@@ -44,7 +44,7 @@ def init_maps(key: jax.Array, base: ModelConfig, aux: ModelConfig) -> KVMaps:
     shape = (base.num_layers, inputs, outputs)
     if inputs == outputs:
         eye = jnp.broadcast_to(jnp.eye(inputs, dtype=jnp.float32), shape)
-        return KVMaps(k=eye, v=eye)
+        return KVMaps(k=eye, v=jnp.copy(eye))  # two buffers: training donates both
     k, v = (jax.random.normal(part, shape, jnp.float32) for part in jax.random.split(key))
     return KVMaps(k=k / inputs**0.5, v=v / inputs**0.5)
 

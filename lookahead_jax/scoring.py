@@ -19,6 +19,7 @@ from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prompt import hidden_states
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.sharding import on_its_mesh
 
 
 class Scored(NamedTuple):
@@ -29,6 +30,7 @@ class Scored(NamedTuple):
     logits: jax.Array  # [B, V] float32 after the last prompt token
 
 
+@on_its_mesh
 def score(
     model: Model,
     tokens: np.ndarray,

@@ -4,9 +4,11 @@ Code names the logical axes of its arrays ("embed", "heads", "batch", ...); only
 what becomes of them on a mesh.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.params import Params, axis_sizes, specs, tree
 
+F = TypeVar("F", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -99,6 +102,24 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
                 f"{' x '.join(RULES[axis])}; choose a smaller {RULES[axis][-1]} axis"
             )
     return tree({path: sharding(spec.axes, mesh) for path, spec in specs(config).items()})
+
+
+def mesh_in_use(params: Params) -> contextlib.AbstractContextManager[Any]:
+    """Sets the mesh of sharded parameters, so that kernels know what they are split over."""
+    placed = params["embed"].sharding
+    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
+
+
+def on_its_mesh(function: F) -> F:
+    """A function of a model, with the mesh of the model's parameters in use."""
+
+    @functools.wraps(function)
+    def run(model, *args, **options):
+        with mesh_in_use(model.params):
+            return function(model, *args, **options)
+
+    return run  # pyright: ignore[reportReturnType]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -95,7 +95,7 @@ def replayed(row, chunk, sinks, asks):
     return scores
 
 
-@pytest.mark.parametrize("allocate", ["global", "layer"])
+@pytest.mark.parametrize("allocate", ["global", pytest.param("layer", marks=pytest.mark.slow)])
 def test_kvzip_keeps_what_a_replay_looks_at(allocate):
     policy = make_policy("kvzip", chunk="32", sinks="2", allocate=allocate)
     asks = ((7, 8, 9), (10, 11))
@@ -141,6 +141,7 @@ def test_kvzip_keeps_what_a_replay_looks_at(allocate):
                 assert not kept[never].any()
 
 
+@pytest.mark.slow
 def test_the_small_model_s_attention_and_answers():
     model = tiny_model(RICH)
     rows = [row.tolist() for row in rows_of(RICH)]

@@ -36,12 +36,14 @@ def test_add_a_policy(monkeypatch):
     POLICIES.pop("knorm", None)
 
 
+@pytest.mark.slow
 def test_add_a_drafter(monkeypatch):
     names = run_example("add-a-drafter.md", monkeypatch)
     assert names["drafted"].tokens == names["plain"].tokens
     assert names["drafted"].drafting.mean_accepted > 1.2
 
 
+@pytest.mark.slow
 def test_add_a_task(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     rows = run_example("add-a-task.md", monkeypatch)["rows"]

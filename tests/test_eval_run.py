@@ -145,6 +145,14 @@ def test_rows_over_a_mesh_answer_as_on_one_device(model):
     np.testing.assert_array_equal(together.kept, alone.kept)
 
 
+@pytest.mark.slow
+def test_a_run_over_four_devices_answers_the_same(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    runner.run(dataclasses.replace(finished, out=tmp_path / "run", tensor=2))
+    assert answers(tmp_path / "run") == answers(finished.out)
+
+
+@pytest.mark.slow
 def test_methods_with_a_small_model_answer_like_the_others(tmp_path):
     config = RunConfig(
         out=tmp_path / "run", draft_model="embedded",
@@ -171,12 +179,16 @@ def test_names_of_methods():
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
     path = tmp_path / "grid.json"
     path.write_text(json.dumps({"out": "run", "budgets": [8, 16], "policies": ["snapkv"]}))
-    config = parse([str(path), "--count", "4"])
+    config = parse([str(path), "--count", "4", "--chat", "False", "--allow-exec"])
+    assert (config.chat, config.allow_exec) == (False, True)
     assert (config.budgets, config.count) == ((8, 16), 4)
     assert main([str(path), "--tasks", "nothing"]) == 1
     assert main([str(path), "--tasks", "longproc/pseudo_to_code_2k"]) == 1
     assert main(["absent"]) == 1
+    path.write_text(json.dumps({"out": "run", "allow_exec": True}))
+    assert main([str(path)]) == 1
     said = capsys.readouterr().err
     assert "unknown task 'nothing'" in said
-    assert "--allow-exec" in said
+    assert "--allow-exec permits it" in said
+    assert "only --allow-exec on the command line" in said
     assert "embedded" in said

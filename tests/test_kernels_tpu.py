@@ -14,14 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.kernels import attention_tpu, importance_tpu
-from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.sharding import make_mesh
-
-B, K = 2, 2
-NO_WINDOW = np.iinfo(np.int32).max
-# Both sides sum up to 640 float32 terms of size 1 in different orders; logits are below 10.
-TOLERANCE = 2e-5
+from tests.kernel_cases import NO_WINDOW, TOLERANCE, arguments, attention, compare, scores
 
 
 @pytest.fixture(autouse=True)
@@ -30,92 +24,29 @@ def interpreted():
         yield
 
 
-def arguments(rows, slots, groups, dim, *, dtype=np.float32, per_head=True, data="ragged", seed=0):
-    """Random arguments; dead slots hold NaN.
-
-    `ragged`: row 0 is full; row 1 is filled in part and with holes, one of its heads holds
-    nothing, and its last row is padding. `empty`: no slot is filled. `blind`: no row sees itself
-    or another either.
-    """
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape), dtype)
-
-    heads = K if per_head else 1
-    pos = np.stack([rng.permutation(2 * slots)[:slots] for _ in range(B * heads)])
-    pos = pos.reshape(B, heads, slots).astype(np.int32)
-    lengths = np.array([[slots] * heads, [slots // 2 + 3, 0][-heads:]])
-    if data != "ragged":
-        lengths[:] = 0
-    pos[np.arange(slots)[None, None] >= lengths[..., None]] = -1
-    pos[1][rng.random((heads, slots)) < 0.2] = -1
-    dead = np.broadcast_to(pos[..., None] < 0, (B, K, slots, dim))
-    k, v = (jnp.where(dead, jnp.nan, normal(B, K, slots, dim)) for _ in range(2))
-    # Row 0 stands among the keys, so that some lie in its future; row 1 behind them all.
-    q_pos = np.stack([slots + np.arange(rows), 2 * slots + np.arange(rows)]).astype(np.int32)
-    q_pos[1, max(rows - 1, 1) :] = -1
-    visible = (q_pos[:, None] <= q_pos[:, :, None]) & (q_pos[:, None] >= 0) & (data != "blind")
-    own = normal(B, K, rows, dim), normal(B, K, rows, dim)
-    ends = np.broadcast_to(lengths, (B, K)).astype(np.int32)
-    places = (jnp.asarray(a) for a in (visible, q_pos, pos, ends))
-    return (normal(B, rows, K * groups, dim), *own, k, v, *places)
-
-
-def attention(a, window, *, implementation, key_block=None, softcap=None):
-    q, own_k, own_v, k, v, visible, q_pos, pos, ends = a
-    return block_attention(
-        q, own_k, own_v, visible, q_pos, (k, v, pos), scale=0.2, softcap=softcap, window=window,
-        slots=None if ends is None else (0, ends), key_block=key_block,
-        implementation=implementation,
-    )  # fmt: skip
-
-
-def scores(
-    a, window, *, implementation, reduce, own=True, lse=None, key_block=None, softcap=None
-):  # fmt: skip
-    q, own_k, _, k, _, visible, q_pos, pos, ends = a
-    return head_scores(
-        q, q_pos, k, pos, (own_k, visible) if own else None, scale=0.2, softcap=softcap,
-        window=window, reduce=reduce, lse=lse, slots=None if ends is None else (0, ends),
-        key_block=key_block, implementation=implementation,
-    )  # fmt: skip
-
-
-def compare(function, cases, key_block, tolerance=TOLERANCE, **settings):
-    """The kernel, with blocks of `key_block`, against XLA on every (arguments, window)."""
-    kernel, plain = (
-        jax.jit(functools.partial(function, implementation=name, key_block=block, **settings))
-        for name, block in (("pallas_tpu", key_block), ("xla", 10_000))
-    )
-    for arguments, window in cases:
-        window = jnp.asarray(window, jnp.int32)
-        got, want = kernel(arguments, window), plain(arguments, window)
-        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert g.dtype == w.dtype
-            g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
-            np.testing.assert_array_equal(np.isfinite(g), np.isfinite(w))
-            finite = np.isfinite(w)
-            np.testing.assert_allclose(g[finite], w[finite], rtol=0, atol=tolerance)
-            assert not np.isnan(g).any()
-
-
 def test_attention_of_float32_trees():
     """640 slots in blocks of 256; 7 nodes x 3 heads are no multiple of a tile of 16 rows."""
     make = functools.partial(arguments, 7, 640, 3, 64)
     cases = [(make(), NO_WINDOW), (make(seed=1), 300), (make(data="empty"), NO_WINDOW)]
-    compare(attention, [*cases, (make(data="blind"), NO_WINDOW)], 256)
+    compare("pallas_tpu", attention, [*cases, (make(data="blind"), NO_WINDOW)], 256)
 
 
 def test_decoding_in_bfloat16_with_softcap():
     make = functools.partial(arguments, 1, 384, 2, 128, dtype=jnp.bfloat16, per_head=False)
     # Probabilities and outputs (up to 3) are rounded to 8 bits, at other maxima than XLA's.
-    compare(attention, [(make(), NO_WINDOW), (make(), 100)], 256, tolerance=0.03, softcap=2.0)
+    compare(
+        "pallas_tpu",
+        attention,
+        [(make(), NO_WINDOW), (make(), 100)],
+        256,
+        tolerance=0.03,
+        softcap=2.0,
+    )
 
 
 def test_attention_of_many_rows_goes_tile_by_tile(monkeypatch):
     monkeypatch.setattr(attention_tpu, "_ROWS", 16)
-    compare(attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128)
+    compare("pallas_tpu", attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128)
 
 
 def test_scores_with_own_keys():
@@ -124,21 +55,21 @@ def test_scores_with_own_keys():
     cases = [(make(), NO_WINDOW), (make(seed=1), 300), (make(data="empty"), NO_WINDOW)]
     cases = [*cases, (make(data="blind"), NO_WINDOW)]
     assert importance_tpu.observer_tile(20, 3) == 32
-    compare(scores, cases, 256, reduce="mean", softcap=3.0)
+    compare("pallas_tpu", scores, cases, 256, reduce="mean", softcap=3.0)
 
 
 def test_scores_of_many_observers_go_tile_by_tile(monkeypatch):
     monkeypatch.setattr(importance_tpu, "_ROWS", 32)
     assert importance_tpu.observer_tile(40, 2) == 16
     cases = [(arguments(40, 256, 2, 64, per_head=False), w) for w in (NO_WINDOW, 90)]
-    compare(scores, cases, 128, reduce="sum", own=False)
+    compare("pallas_tpu", scores, cases, 128, reduce="sum", own=False)
 
 
 def test_largest_bfloat16_scores_with_known_statistics():
     a = arguments(16, 384, 2, 128, dtype=jnp.bfloat16)
     _, lse = attention(a, None, implementation="xla")
     assert np.isinf(np.asarray(lse)).any()  # a row of padding
-    compare(scores, [(a, NO_WINDOW)], 128, reduce="max", lse=lse)
+    compare("pallas_tpu", scores, [(a, NO_WINDOW)], 128, reduce="max", lse=lse)
 
 
 @pytest.mark.parametrize(

@@ -5,27 +5,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.kv_prediction import init_maps, plain_kv, prediction_loss, prefill_predicted
+from lookahead_jax.kv_prediction import (
+    PlainKV,
+    init_maps,
+    predict,
+    prediction_loss,
+    prefill_predicted,
+)
 from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.train.kv_prediction import train_step
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny
-from tests.test_policies import LENGTHS, RICH, weights
+from tests.test_policies import LENGTHS, PLAIN, RICH, weights
 
 SMALL = tiny.config(num_hidden_layers=2, hidden_size=16, num_attention_heads=2,
                     num_key_value_heads=1, intermediate_size=32)  # fmt: skip
 
 
-def test_a_model_predicts_itself():
-    tokens = tiny.batch(LENGTHS, RICH)
-    maps = init_maps(jax.random.key(0), RICH, RICH)
-    params = weights(RICH)
+@pytest.mark.parametrize("model", [PLAIN, pytest.param(RICH, marks=pytest.mark.slow)])
+def test_a_model_predicts_itself(model):
+    tokens = tiny.batch(LENGTHS, model)
+    maps = init_maps(jax.random.key(0), model, model)
+    params = weights(model)
     found = prefill_predicted(
-        params, tokens, maps, config=RICH, aux_params=params, aux_config=RICH, new_tokens=8
+        params, tokens, maps, config=model, aux_params=params, aux_config=model, new_tokens=8
     )
     full = read_prompt(
-        params, tokens, config=RICH, policy=make_policy("full"), budget=0, new_tokens=8
+        params, tokens, config=model, policy=make_policy("full"), budget=0, new_tokens=8
     )
     largest = np.abs(full.logits).max()
     np.testing.assert_allclose(found.logits, full.logits, atol=1e-5 * largest)
@@ -37,25 +44,33 @@ def test_a_model_predicts_itself():
         np.testing.assert_allclose(k[:length], own, atol=1e-5 * np.abs(own).max())
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_maps_towards_the_base():
-    tokens = tiny.batch((30, 17), RICH)
+    tokens = tiny.batch((30, 17), PLAIN)
     optimizer = make_optimizer(OptimizerConfig(rate=3e-2, warmup=1), 30)
-    maps = init_maps(jax.random.key(0), RICH, SMALL)
+    maps = init_maps(jax.random.key(0), PLAIN, SMALL)
     assert maps.k.shape == (3, 8, 16)
     state, losses = (maps, optimizer.init(maps)), []
-    settings = dict(config=RICH, aux_config=SMALL, optimizer=optimizer)
+    settings = dict(config=PLAIN, aux_config=SMALL, optimizer=optimizer)
     for _ in range(30):
-        state, loss = train_step(state, weights(RICH), tiny.params(SMALL), tokens, **settings)
+        state, loss = train_step(state, tiny.params(PLAIN), tiny.params(SMALL), tokens, **settings)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_padding_has_no_part_in_the_loss():
-    tokens = tiny.batch((30, 17), RICH)
-    aux = plain_kv(tiny.params(SMALL), tokens, config=SMALL)
-    base = plain_kv(weights(RICH), tokens, config=RICH)
-    maps = init_maps(jax.random.key(0), RICH, SMALL)
+    tokens = tiny.batch((30, 17), PLAIN)
+    rng = np.random.default_rng(0)
+
+    def drawn(layers, width):
+        shape = (layers, *tokens.shape, width)
+        return PlainKV(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2)))
+
+    aux, base = drawn(2, 8), drawn(3, 16)
+    maps = init_maps(jax.random.key(0), PLAIN, SMALL)
     valid = tokens >= 0
     loss = prediction_loss(maps, aux, base, valid)
     noisy = jax.tree.map(lambda a: jnp.where(valid[None, :, :, None], a, 1e3), base)
     assert prediction_loss(maps, aux, noisy, valid) == pytest.approx(float(loss))
+    guess = np.einsum("btc,cd->btd", np.asarray(aux.k[1]), np.asarray(maps.k[2]))
+    np.testing.assert_allclose(predict(maps, aux).k[2], guess, rtol=1e-4, atol=1e-5)

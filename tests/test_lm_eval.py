@@ -25,16 +25,22 @@ def model():
 
 def test_log_likelihoods_are_the_full_cache_s(model):
     found = model.loglikelihoods(PAIRS)
-    for (context, continuation), (total, greedy) in zip(PAIRS, found, strict=True):
-        tokens = jnp.asarray([context + continuation])
-        raw = lk.token_logits(model.model.params, tokens, config=model.model.config)
-        raw = np.asarray(raw, np.float64)[0, len(context) - 1 : -1]
+    config = model.model.config
+    tokens = lk.pad_batch(
+        [context + continuation for context, continuation in PAIRS], config=config
+    )
+    logits = lk.token_logits(model.model.params, jnp.asarray(tokens), config=config)
+    for i, (context, continuation) in enumerate(PAIRS):
+        total, greedy = found[i]
+        before = len(context) - 1
+        raw = np.asarray(logits[i, before : before + len(continuation)], np.float64)
         log_p = raw - np.log(np.exp(raw - raw.max()).sum(-1, keepdims=True)) - raw.max()
         expected = log_p[np.arange(len(continuation)), continuation].sum()
         assert total == pytest.approx(expected, rel=1e-5)
         assert greedy == (raw.argmax(-1) == continuation).all()
 
 
+@pytest.mark.slow
 def test_eviction_touches_log_likelihoods_only_when_asked(model):
     plain = model.loglikelihoods(PAIRS[:1])
     evicting = HarnessModel(
@@ -45,6 +51,7 @@ def test_eviction_touches_log_likelihoods_only_when_asked(model):
     assert cut[0] == pytest.approx(cut[1])
 
 
+@pytest.mark.slow
 def test_generation_has_the_policy_and_stops_where_it_is_told(model):
     text = "import os\nimport sys\n\n\ndef main():\n    print(os.path.join("
     requests = [
@@ -54,7 +61,7 @@ def test_generation_has_the_policy_and_stops_where_it_is_told(model):
     ]
     found = model.generate(requests)
     assert all("\n" not in found[i] for i in (0, 2))
-    expected = lk.generate(model.model, [text], policy=model.policy, budget=8, max_new_tokens=6)
+    expected = lk.generate(model.model, [text] * 2, policy=model.policy, budget=8, max_new_tokens=8)
     assert found[1] == expected.text[0]
 
 

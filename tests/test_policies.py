@@ -339,8 +339,13 @@ def test_ada_over_pyramid_keeps_both_totals():
         assert per_layer[:, row].tolist() == [PLAIN.num_kv_heads * b for b in budgets]
 
 
+def on_its_own(name):
+    """Policies that need neither a second pass nor a draft (test_laq.py, test_baselines.py)."""
+    return not (POLICIES[name].two_pass or POLICIES[name].uses_draft)
+
+
 MADE = {
-    **{name: make_policy(name) for name in POLICIES if not POLICIES[name].two_pass},
+    **{name: make_policy(name) for name in POLICIES if on_its_own(name)},
     **{name: case[0] for name, case in CASES.items() if not case[0].two_pass},
     "ada-pyramid": Ada(inner=PyramidKV(window=4)),
 }

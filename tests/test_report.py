@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from lookahead_jax.eval import report, stats
+from lookahead_jax.eval import figures, report, stats
 from lookahead_jax.eval.charts import Chart, Heat
 from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, RowFile
 from lookahead_jax.eval.summary import wilson
@@ -94,7 +94,7 @@ def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
 
 
 def test_charts_hold_the_numbers_of_their_cells(run):
-    made = report.Report([run])
+    made = figures.Report([run])
     sections = dict(made.sections())["model: question seen while the prompt is cut"]
     first = sections[0].charts[0]
     assert isinstance(first, Chart)
@@ -129,6 +129,8 @@ def test_the_page_is_whole_and_its_links_open_rows(run, tmp_path, capsys):
         assert len(cell["rows"]) == min(cell["total"], 5)
         assert all(r[2] == NASTY for r in cell["rows"])
     assert data["views"][0]["pieces"] == ["a", NASTY]
+    numbers = json.loads(paths[1].read_text("utf-8"))
+    assert [cell["n"] for cell in numbers] == [cell["total"] for cell in data["cells"]]
     pictures = [path for path in paths if path.suffix == ".png"]
     if pictures:
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)

@@ -63,6 +63,7 @@ PROGRAM = "```c++\nint main() {{ int a; cin >> a; {} cout << a * 2 << endl; }}\n
 CASES_IO = {"testcases": [[["4"], ["8"]], [["-1"], ["-2"]]]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_programs_run_under_limits(tmp_path):
     score = functools.partial(longproc.pseudo_to_code, reference="", metadata=CASES_IO)

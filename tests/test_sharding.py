@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,14 @@ from jax.sharding import PartitionSpec as PS
 from lookahead_jax import model as lm
 from lookahead_jax.checkpoint import load
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.params import fingerprint
-from lookahead_jax.sharding import batch_sharding, make_mesh, param_shardings, partition_spec
+from lookahead_jax.params import fingerprint, init_params
+from lookahead_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    on_its_mesh,
+    param_shardings,
+    partition_spec,
+)
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 
@@ -23,6 +30,21 @@ def config(**fields):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
     return ModelConfig.from_hf({"model_type": "llama"} | sizes | heads | fields)
+
+
+def test_functions_of_a_model_run_under_its_mesh():
+    mesh = make_mesh(tensor=2)
+    params = jax.device_put(
+        init_params(jax.random.key(0), config(), jnp.float32), param_shardings(config(), mesh)
+    )
+
+    @on_its_mesh
+    def axes(model):
+        return jax.sharding.get_abstract_mesh().shape_tuple
+
+    assert axes(SimpleNamespace(params=params)) == tuple(mesh.shape.items())
+    alone = jax.device_put(params, jax.devices()[0])
+    assert axes(SimpleNamespace(params=alone)) == ()
 
 
 def test_mesh_axes_are_auto_and_data_takes_the_rest():

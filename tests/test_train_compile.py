@@ -38,6 +38,9 @@ def test_llama_8b_trains_on_prompts_of_16k(topology, chips, hbm):
     assert 16.06e9 / 8 / 2**30 <= report["arguments_gib"] <= report["peak_gib"] < 0.25 * hbm
     # By hand: 32 rows, each one forward pass of 16,896 tokens and a little more.
     assert 8.0 < report["tflops_per_chip"] * chips / 32 / 16896 * 1e12 / 2e9 < 16.0
+    # In a layer's body: response and lookahead rows, the latter once more for the backward pass.
+    assert report["kernels"]["block_attention"] == 3
+    assert report["kernels"]["importance_column_scores"] == 3
     collectives = report["collectives"]
     if isinstance(collectives, str):  # the program cannot be read on every topology
         assert collectives.startswith("not available")

@@ -7,10 +7,12 @@ TPU needed). A step that does not fit a chip's memory fails here. Memory is what
 allocates per chip; FLOPs are counted by hand, since a compiler counts a loop's body once.
 """
 
+import collections
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -115,11 +117,12 @@ def _compile(options: Compile, config: ModelConfig, dump: Path) -> dict[str, Any
     step = compile_step(mesh, config=config, optimizer=optimizer, chunk=options.prompt)
     begin = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = step.lower(
+        lowered = step.lower(
             abstract_params(config, jnp.bfloat16),
             jax.eval_shape(state),
             Batch(rows(options.prompt), rows(options.response)),
-        ).compile()
+        )
+        program = lowered.compile()
     memory = program.memory_analysis()
     kind = options.topology.partition(":")[0]
     flops = options.batch * training_flops(config, options.prompt, options.response, options.tokens)
@@ -133,6 +136,7 @@ def _compile(options: Compile, config: ModelConfig, dump: Path) -> dict[str, Any
         "peak_gib": round(memory.peak_memory_in_bytes / GIB, 3),
         "hbm_gib": HBM.get(kind),
         "tflops_per_chip": round(flops / len(topology.devices) / 1e12, 2),
+        "kernels": collections.Counter(re.findall(r'kernel_name = "(\w+)"', lowered.as_text())),
         "collectives": _collectives(dump),
         "jax": jax.__version__,
     }

@@ -80,7 +80,8 @@ def train_step(
     base = plain_kv(params, tokens, config=config)
     aux = plain_kv(aux_params, tokens, config=aux_config)
     loss, gradient = jax.value_and_grad(prediction_loss)(maps, aux, base, tokens >= 0)
-    updates, moments = optimizer.update(gradient, moments, maps)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, moments = optimizer.update(gradient, moments, maps)
     return (jax.tree.map(jnp.add, maps, updates), moments), loss
 
 

@@ -142,9 +142,10 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     identity = {name: described[name] for name in _IDENTITY} | {"base": base}
     config.run.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(
-        config.run / "checkpoints", keep=config.keep, identity=identity
-    ) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(config.run / "checkpoints", keep=config.keep, identity=identity) as checkpoints,
+    ):
         state = _steps(config, model, data, mesh, checkpoints, described, on_metrics)
     if state is None:
         return None

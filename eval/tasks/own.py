@@ -12,11 +12,12 @@ import random
 import numpy as np
 
 from lookahead_jax.eval.scorers.text import substring_all
-from lookahead_jax.eval.tasks import ruler
 from lookahead_jax.eval.tasks.base import Example, Source, Task, largest
 from lookahead_jax.eval.tasks.code import code_stream
 from lookahead_jax.eval.tasks.families import FAMILIES, Pool
 from lookahead_jax.eval.tasks.prompts import TASKS, make_example, text_lines
+from lookahead_jax.eval.tasks.ruler import NEEDLE
+from lookahead_jax.eval.tasks.ruler_material import insert_sentences, published, substitute
 from lookahead_jax.eval.tasks.words import Words
 
 ROOM = 16  # tokens that the longest answer of a family may have
@@ -66,7 +67,7 @@ def _own_needle(source: Source) -> list[Example]:
 
 
 def _needle(like: bool, source: Source) -> list[Example]:
-    material = ruler.substitute() if like else ruler.published(source, {"essay", "words"})
+    material = substitute() if like else published(source, {"essay", "words"})
     answer = 32
 
     def made(index: int, units: int) -> Example:
@@ -74,11 +75,11 @@ def _needle(like: bool, source: Source) -> list[Example]:
         depth = DEPTHS[index % len(DEPTHS)]
         adjectives, nouns = material.pairs
         key, value = f"{rng.choice(adjectives)}-{rng.choice(nouns)}", str(rng.randint(10**6, 10**7))
-        fact = ruler.NEEDLE.format(kind="numbers", key=key, value=value)
+        fact = NEEDLE.format(kind="numbers", key=key, value=value)
         start = rng.randrange(len(material.essay))
         repeats = -(-(start + units) // len(material.essay))
         text = " ".join((material.essay * repeats)[start : start + units])
-        context = ruler.insert_sentences(text, [fact], [depth])
+        context = insert_sentences(text, [fact], [depth])
         return Example(
             id=str(index),
             context=(

@@ -15,21 +15,22 @@ essays and a small list of words. Such rows carry that name and are no RULER res
 """
 
 import functools
-import importlib.util
 import itertools
 import json
 import random
-import re
 import string
 import uuid
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lookahead_jax.eval.scorers.text import substring_all, substring_any
-from lookahead_jax.eval.tasks import words as own_words
 from lookahead_jax.eval.tasks.base import Example, Source, Task, largest, listed
-from lookahead_jax.eval.tasks.code import HELDOUT
+from lookahead_jax.eval.tasks.ruler_material import (
+    Material,
+    insert_sentences,
+    published,
+    substitute,
+)
 from lookahead_jax.eval.tasks.ruler_qa import qa
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -42,14 +43,6 @@ NIAH_QUESTION = (
     "\nWhat are all the special magic {kind} for {query} mentioned in the provided text?"
 )
 NIAH_PREFIX = " The special magic {kind} for {query} mentioned in the provided text are"
-
-
-class Material(NamedTuple):
-    """What prompts are written with."""
-
-    essay: list[str]  # words
-    words: list[str]
-    pairs: tuple[list[str], list[str]]  # adjectives, nouns
 
 
 class Text(NamedTuple):
@@ -65,59 +58,6 @@ Builder = Callable[[random.Random, int, Material, int], Text]
 """(rng, units of haystack, material, length asked for) -> a prompt."""
 
 
-@functools.cache
-def essay(path: Path) -> list[str]:
-    """The words of the essays in a file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        text = json.loads(text)["text"]
-    return re.sub(r"\s+", " ", text).split(" ")
-
-
-@functools.cache
-def published_words(path: Path | None) -> dict[str, list[str]]:
-    """nouns, adjectives and verbs of `wonderwords`, from a file or from the package."""
-    if path is not None:
-        return json.loads(path.read_text(encoding="utf-8"))
-    spec = importlib.util.find_spec("wonderwords")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            "RULER's words are those of wonderwords: install it, or put ruler/words.json into the "
-            "--data folder; ruler_like/... runs with other words"
-        )
-    folder = Path(spec.origin).parent / "assets"
-    kinds = {"nouns": "noun", "adjectives": "adjective", "verbs": "verb"}
-    return {
-        kind: (folder / f"{name}list.txt").read_text(encoding="utf-8").split()
-        for kind, name in kinds.items()
-    }
-
-
-def published(source: Source, needs: set[str]) -> Material:
-    """What RULER is made of, as far as a task needs it."""
-    found: list[str] = []
-    if "essay" in needs:
-        found = essay(source.file("ruler/PaulGrahamEssays.json", "ruler/PaulGrahamEssays.txt"))
-    kinds: dict[str, list[str]] = {"nouns": [], "adjectives": [], "verbs": []}
-    if "words" in needs:
-        try:
-            path = source.file("ruler/words.json")
-        except FileNotFoundError:
-            path = None
-        kinds = published_words(path)
-    every = sorted({word for part in kinds.values() for word in part})
-    return Material(found, every, (kinds["adjectives"], kinds["nouns"]))
-
-
-@functools.cache
-def substitute() -> Material:
-    """Held-out code for essays, the embedded model's task words for words."""
-    lines = [json.loads(line)["text"] for line in HELDOUT.read_text("utf-8").splitlines()]
-    names = sorted(set(own_words.WORDS.split()))
-    half = len(names) // 2
-    return Material(" ".join(lines).split(), names, (names[:half], names[half:]))
-
-
 def _drawn(rng: random.Random, kind: str, material: Material) -> str:
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
@@ -125,18 +65,6 @@ def _drawn(rng: random.Random, kind: str, material: Material) -> str:
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     adjectives, nouns = material.pairs
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
-
-
-def insert_sentences(text: str, sentences: Sequence[str], depths: Sequence[int]) -> str:
-    """`sentences` at sentence ends of `text`, at ascending `depths` in percent."""
-    whole = re.split(r"(?<=[.!?])\s+", text.strip())
-    places = [int(len(whole) * depth / 100) for depth in depths]
-    bounds = list(zip([0, *places], [*places, len(whole)], strict=True))
-    parts = [" ".join(whole[a:b]) for a, b in bounds]
-    mixed = [parts[0]]
-    for sentence, part in zip(sentences, parts[1:], strict=True):
-        mixed += [sentence, part]
-    return " ".join(mixed)
 
 
 def niah(
