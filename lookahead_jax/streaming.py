@@ -82,10 +82,14 @@ class OutputRow:
         """Length of the longest end of the text that begins a stop string."""
         if self.stopped:
             return 0
-        return max(
-            (n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])),
-            default=0,
-        )
+        longest = 0
+        for stop in self._stop:
+            tail = self.text[max(len(self.text) - len(stop) + 1, 0) :]
+            at = tail.find(stop[0])
+            while at >= 0 and not stop.startswith(tail[at:]):
+                at = tail.find(stop[0], at + 1)
+            longest = max(longest, len(tail) - at if at >= 0 else 0)
+        return longest
 
     def _show(self, end: int) -> None:
         if self._on_text is not None and end > self._shown:

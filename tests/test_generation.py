@@ -111,6 +111,21 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
         OutputRow(Letters(), [""], None)
 
 
+def test_what_is_shown_before_the_end_is_all_that_is_certain():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        stops = ["".join(rng.choice(list("ab"), rng.integers(1, 6))) for _ in range(3)]
+        shown: list[str] = []
+        row = OutputRow(Letters(), stops, shown.append)
+        for letter in rng.choice(list("abc"), 12):
+            row.feed([ord(letter)])
+            if row.stopped:
+                break
+            ends = [row.text[at:] for at in range(len(row.text))]
+            held = next((e for e in ends if any(s.startswith(e) for s in stops)), "")
+            assert "".join(shown) + held == row.text
+
+
 def test_eos_ends_a_row(model, plain):
     eos = plain.tokens[0][7]
     result = generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=24, eos_ids=[eos])
