@@ -62,7 +62,7 @@ class Drafting:
         modules: LookaheadModules | None = None,
         on_step: Callable[[Step], Any] | None = None,
     ):
-        plain = isinstance(drafter, NoDrafter)
+        plain = type(drafter) is NoDrafter  # others may build on it
         if nodes is None and plain:
             nodes = 1
         if nodes is not None and (nodes not in NODE_BUCKETS or (plain and nodes > 1)):
