@@ -16,6 +16,7 @@ from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules, observer_block
 from lookahead_jax.model import Block, embed
+from lookahead_jax.policies import POLICIES
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefill import Prefilled, compress
 
@@ -33,9 +34,10 @@ class DecodeEviction:
 
     def __post_init__(self) -> None:
         if self.policy.decode_observers is None:
+            able = [name for name, kind in POLICIES.items() if kind.decode_observers is not None]
             raise ValueError(
                 f"policy {type(self.policy).__name__} cannot evict while decoding: "
-                "use streaming_llm, keydiff, h2o or lookaheadkv"
+                f"use {', '.join(able[:-1])} or {able[-1]}"
             )
         for name in ("budget", "interval"):
             if getattr(self, name) < 1:

@@ -80,6 +80,26 @@ class LayerView(NamedTuple):
         return jnp.where(valid, scores, 0.0)
 
 
+def draft_scores(
+    view: LayerView,
+    draft_tokens: int,
+    *,
+    pool: tuple[Pool, int] | None,
+    how: Literal["mean", "max"],
+) -> jax.Array:
+    """Scores by a prompt's last rows and the draft behind them, float32 [B, K, T].
+
+    The last `draft_tokens` observers are the draft; the rows before them score 0. `how` reduces
+    over the observers and over the heads of a group.
+    """
+    if view.queries is None:
+        raise ValueError("this policy scores with the queries of a draft and got none")
+    rows = view.queries.pos.shape[1] - draft_tokens
+    return view.attention_scores(
+        reduce=how, pool=pool, group=how, valid=view.pos < view.length[:, None, None] - rows
+    )
+
+
 def share(wanted: int, budget: int) -> int:
     """Protected entries out of `wanted`: half the budget where they would eat all of it."""
     return wanted if wanted < budget else budget // 2

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import jax
 
-from lookahead_jax.policies.base import LayerView, Policy, share
+from lookahead_jax.policies.base import LayerView, Policy, draft_scores, share
 from lookahead_jax.policies.snapkv import PoolName, SnapKV, check_pooling
 
 
@@ -72,15 +72,8 @@ class LAQ(Policy):
         return share(self.window, budget)
 
     def score(self, view: LayerView) -> jax.Array:
-        if view.queries is None:
-            raise ValueError("laq scores with the queries of a draft and got none")
-        rows = view.queries.pos.shape[1] - self.draft_tokens
-        return view.attention_scores(
-            reduce="mean",
-            pool=None if self.pool == "none" else (self.pool, self.kernel),
-            group="mean",
-            valid=view.pos < view.length[:, None, None] - rows,
-        )
+        pool = None if self.pool == "none" else (self.pool, self.kernel)
+        return draft_scores(view, self.draft_tokens, pool=pool, how="mean")
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         return pos >= length[:, None, None] - self.window_rows(budget)
