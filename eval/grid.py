@@ -53,6 +53,8 @@ class RunConfig:
     """Folder of lookahead modules; left out, the embedded model has its own."""
     draft_model: str | None = None
     """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
+    draft_layers: int | None = None
+    """Only the first layers of the small model: for who has no smaller one."""
     chat: tyro.conf.FlagConversionOff[bool] = True
     """Use the chat template of models that have one, where the benchmark does."""
     max_new_tokens: int | None = None
@@ -78,7 +80,9 @@ class RunConfig:
         return list(found.values())
 
 
-FIXED = ("seed", "chat", "max_new_tokens", "dtype", "lookahead", "draft_model")
+FIXED = (
+    "seed", "chat", "max_new_tokens", "dtype", "lookahead", "draft_model", "draft_layers",
+)  # fmt: skip
 """Fields that change what a row means: a resumed run must not change them."""
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import lookahead_jax as lk
 from lookahead_jax.batching import bucket_length
-from lookahead_jax.checkpoint import Model
+from lookahead_jax.checkpoint import Model, first_layers
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.eval.grid import (
     Method,
@@ -74,6 +74,8 @@ class Runner:
             if config.draft_model is None:
                 raise ValueError("speckv and specpc need --draft-model, the small model they ask")
             self._draft = lk.load(model_folder(config.draft_model), dtype=config.dtype)
+            if config.draft_layers is not None:
+                self._draft = first_layers(self._draft, config.draft_layers)
         self._warm: set[tuple] = set()
 
     @property

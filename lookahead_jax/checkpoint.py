@@ -68,6 +68,25 @@ class Model:
     path: Path
 
 
+def first_layers(model: Model, count: int) -> Model:
+    """The model cut off after its first layers: a small model with the same tokens.
+
+    Nothing trains it to end there, so it guesses worse than a model of that size could. Raises
+    ValueError for more layers than there are.
+    """
+    config = model.config
+    if not 1 <= count <= config.num_layers:
+        raise ValueError(f"the model has {config.num_layers} layers, not {count}")
+    cut = dataclasses.replace(
+        config,
+        num_layers=count,
+        layer_window=config.layer_window[:count],
+        layer_rope=config.layer_rope[:count],
+    )
+    layers = jax.tree.map(lambda a: a[:count], model.params["layers"])
+    return dataclasses.replace(model, params={**model.params, "layers": layers}, config=cut)
+
+
 def load(
     directory: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
 ) -> Model:

@@ -98,21 +98,22 @@ def select_tokens(
     """SpecPC: which of the prompt's tokens stay, ascending indices, at most `keep`.
 
     Scores are smoothed by a centred maximum over `pool` tokens. The last `window` tokens stay;
-    then the best tokens in their order, each with its nearest `neighbours`, closest first, until
-    `keep` are together. 64 and 64 are published for a Qwen pair of models, 32 and 32 for Llama.
+    then the best tokens in their order, each with its nearest `neighbours` (itself included),
+    closest first, until `keep` are together; even sizes reach one further ahead than back. 64 and
+    64 are published for a Qwen pair of models, 32 and 32 for Llama.
     """
     length = len(attention)
     if keep >= length:
         return np.arange(length)
-    half = pool // 2
-    padded = np.pad(attention, (half, pool - 1 - half))
+    back = (pool - 1) // 2
+    padded = np.pad(attention, (back, pool - 1 - back))
     smooth = np.lib.stride_tricks.sliding_window_view(padded, pool).max(1)
     taken = np.zeros(length, bool)
     taken[length - min(window, keep) :] = True
     missing = keep - int(taken.sum())
-    # 0, then -1, 1, -2, 2, ...: the token itself and its neighbours, closest first.
-    steps = np.array(sorted(range(-(neighbours // 2), neighbours - neighbours // 2), key=abs))
-    for best in np.argsort(-smooth[: length - window], kind="stable")[:keep]:
+    first = -((neighbours - 1) // 2)
+    steps = np.array(sorted(range(first, first + neighbours), key=abs))  # 0, -1, 1, -2, 2, ...
+    for best in np.argsort(-smooth, kind="stable")[:keep]:
         if missing <= 0:
             break
         near = best + steps

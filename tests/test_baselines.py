@@ -157,17 +157,25 @@ def test_the_small_model_s_attention_and_answers():
     assert found.answers == plain.tokens
 
 
-def test_specpc_keeps_neighbourhoods_of_the_best_tokens_and_the_end():
-    attention = np.zeros(300, np.float32)
-    attention[100], attention[200] = 1.0, 0.5
-    kept = select_tokens(attention, 40, pool=1, neighbours=8, window=16)
-    # 0, -1, 1, ... around 100 and 200, 8 each with the token itself; then the first by index.
-    around = {100 + d for d in range(-4, 4)} | {200 + d for d in range(-4, 4)}
-    assert around | set(range(284, 300)) <= set(kept)
-    assert len(kept) == 40
-    assert (np.diff(kept) > 0).all()
-    smooth = select_tokens(attention, 56, pool=32, neighbours=2, window=16)
-    assert {84, 100, 115} <= set(smooth) | {84}
-    assert 100 in smooth
+def neighbourhoods(attention, keep, pool, neighbours, window):
+    """SpecPC's choice, one token after the other."""
+    length = len(attention)
+    around = [(j - (pool - 1) // 2, j + pool - 1 - (pool - 1) // 2) for j in range(length)]
+    smooth = [max(attention[max(a, 0) : b + 1]) for a, b in around]
+    line = list(range(length - window, length))
+    offsets = [0] + [sign * d for d in range(1, neighbours) for sign in (-1, 1)]
+    reach = range(-((neighbours - 1) // 2), neighbours - (neighbours - 1) // 2)
+    for best in sorted(range(length), key=lambda j: (-smooth[j], j))[:keep]:
+        line += [best + d for d in offsets if d in reach and 0 <= best + d < length]
+    return sorted(list(dict.fromkeys(line))[:keep])
+
+
+@pytest.mark.parametrize(("pool", "neighbours"), [(1, 8), (32, 32), (7, 5), (64, 1)])
+def test_specpc_keeps_neighbourhoods_of_the_best_tokens_and_the_end(pool, neighbours):
+    rng = np.random.default_rng(pool)
+    for _ in range(8):
+        attention = (rng.random(300) ** 8).astype(np.float32)
+        kept = select_tokens(attention, 90, pool=pool, neighbours=neighbours, window=16)
+        assert kept.tolist() == neighbourhoods(attention, 90, pool, neighbours, 16)
     assert select_tokens(attention, 300).tolist() == list(range(300))
     assert len(select_tokens(attention, 10, window=64)) == 10

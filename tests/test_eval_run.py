@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
+from lookahead_jax.checkpoint import first_layers
 from lookahead_jax.eval import run as runner
 from lookahead_jax.eval.__main__ import main
 from lookahead_jax.eval.grid import RunConfig, cells, method_of, parse
+from lookahead_jax.eval.prompts import assemble
 from lookahead_jax.eval.rows import ROWS, VIEWS, RowFile, key_of, read_rows
+from lookahead_jax.eval.tasks.base import Source
 from lookahead_jax.sharding import make_mesh
+from lookahead_jax.speculation import select_tokens, speculate
 
 GRID = dict(
     policies=("full", "snapkv:window=8"), budgets=(24,), tasks=("own/needle",), lengths=(120,),
@@ -153,16 +157,45 @@ def test_a_run_over_four_devices_answers_the_same(finished, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_methods_with_a_small_model_answer_like_the_others(tmp_path):
+def test_methods_with_a_small_model_are_its_answer_and_its_selection(model, tmp_path):
     config = RunConfig(
-        out=tmp_path / "run", draft_model="embedded",
+        out=tmp_path / "run", draft_model="embedded", draft_layers=2,
         **{**GRID, "protocols": ("seen",), "views": 0, "count": 2, "budgets": (64,)}
-        | {"policies": ("speckv:window=8,draft_tokens=4", "specpc:select_neighbours=8")},
+        | {"policies": (
+            "speckv:window=8,draft_tokens=4", "specpc:select_neighbours=8",
+            "speckv_pc:prune=96,window=8,draft_tokens=4",
+        )},
     )  # fmt: skip
     runner.run(config)
     rows = list(read_rows(config.out / ROWS))
+    assert len(rows) == 6
     assert {row["policy"] for row in rows} == set(config.policies)
-    assert len(rows) == 4
+
+    task = config.tasks_found()[0]
+    source = Source(tokenizer=model.tokenizer, length=120, count=2, seed=0, data=None)
+    examples = task.make(source)
+    prompts = [
+        assemble(e, model.tokenizer, limit=120, chat=bool(model.tokenizer.chat_templates)).whole
+        for e in examples
+    ]
+    found = speculate(
+        first_layers(model, 2), prompts, tokens=4, eos_ids=model.generation.eos_ids, attention=True
+    )
+    left = [
+        [prompt[i] for i in select_tokens(attention, 96, pool=32, neighbours=32)]
+        for prompt, attention in zip(prompts, found.attention, strict=True)
+    ]
+    assert [len(row) for row in left] == [96, 96]
+    policy = lk.make_policy("speckv", window=8, draft_tokens=4)
+    expected = lk.generate(
+        model, left, policy=policy, budget=64, max_new_tokens=examples[0].max_new_tokens,
+        drafts=found.answers, stop=examples[0].stop,
+    )  # fmt: skip
+    answers = {row["id"]: row for row in rows if row["policy"] == config.policies[2]}
+    for example, text in zip(examples, expected.text, strict=True):
+        row = answers[example.id]
+        assert row["predicted_answer"] == text
+        assert row["full_bytes"] is None
     with pytest.raises(ValueError, match="--draft-model"):
         runner.run(dataclasses.replace(config, out=tmp_path / "other", draft_model=None))
 

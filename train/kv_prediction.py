@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import Model
+from lookahead_jax.checkpoint import Model, first_layers
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.eval.tasks.code import Split, code_stream
 from lookahead_jax.files import atomic_write, save_arrays
@@ -85,21 +85,6 @@ def train_step(
     return (jax.tree.map(jnp.add, maps, updates), moments), loss
 
 
-def first_layers(model: Model, count: int) -> tuple[Params, ModelConfig]:
-    """The model cut off after its first layers. Raises ValueError for more than it has."""
-    config = model.config
-    if not 1 <= count <= config.num_layers:
-        raise ValueError(f"the model has {config.num_layers} layers, not {count}")
-    layers = jax.tree.map(lambda a: a[:count], model.params["layers"])
-    cut = dataclasses.replace(
-        config,
-        num_layers=count,
-        layer_window=config.layer_window[:count],
-        layer_rope=config.layer_rope[:count],
-    )
-    return {**model.params, "layers": layers}, cut
-
-
 def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.ndarray:
     """Random windows of held-out code, int32 [count, length], each after what begins a text."""
     bos = model.generation.bos_id
@@ -113,7 +98,7 @@ def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.
 
 
 def compare(
-    model: Model, aux: tuple[Params, ModelConfig], maps: KVMaps, tokens: jax.Array
+    model: Model, aux: Model, maps: KVMaps, tokens: jax.Array
 ) -> dict[str, float]:
     """The predicted cache against the base's own: next token, divergence, seconds of each."""
     shape = dict(config=model.config, new_tokens=1)
@@ -123,7 +108,7 @@ def compare(
         return lk.read_prompt(model.params, tokens, policy=policy, budget=0, **shape).logits
 
     def predicted() -> jax.Array:
-        given = dict(aux_params=aux[0], aux_config=aux[1])
+        given = dict(aux_params=aux.params, aux_config=aux.config)
         return prefill_predicted(model.params, tokens, maps, **given, **shape).logits
 
     seconds = []
@@ -150,10 +135,9 @@ def train(config: PredictionConfig) -> dict[str, Any]:
     if config.aux is None:
         aux = first_layers(model, config.aux_layers)
     else:
-        small = lk.load(config.aux)
-        aux = (small.params, small.config)
+        aux = lk.load(config.aux)
     optimizer = make_optimizer(OptimizerConfig(rate=config.rate, warmup=10), config.steps)
-    maps = init_maps(jax.random.key(config.seed), model.config, aux[1])
+    maps = init_maps(jax.random.key(config.seed), model.config, aux.config)
     rows = texts(
         model, "validation", config.steps * config.batch, config.length, config.seed
     ).reshape(config.steps, config.batch, config.length)
@@ -162,8 +146,8 @@ def train(config: PredictionConfig) -> dict[str, Any]:
     state, losses = (maps, optimizer.init(maps)), []
     for batch in tqdm(rows, unit=" steps"):
         state, loss = train_step(
-            state, model.params, aux[0], jnp.asarray(batch), config=model.config,
-            aux_config=aux[1], optimizer=optimizer,
+            state, model.params, aux.params, jnp.asarray(batch), config=model.config,
+            aux_config=aux.config, optimizer=optimizer,
         )  # fmt: skip
         losses.append(float(loss))
     config.out.mkdir(parents=True, exist_ok=True)
