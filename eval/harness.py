@@ -18,6 +18,7 @@ from lookahead_jax.eval.grid import EMBEDDED, model_folder, modules_folder_of
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.sampling import Sampling
 from lookahead_jax.scoring import forced_logits
 from lookahead_jax.tokenizer import Tokenizer
@@ -142,6 +143,7 @@ class HarnessModel:
             policy=self.policy if evict else lk.make_policy("full"),
             new_tokens=forced.shape[1], modules=self._modules if evict else None,
             eos_ids=self.model.generation.eos_ids,
+            asks=requests_to_repeat(self.policy, self.tokenizer),
         )  # fmt: skip
         logits = forced_logits(params, read.cache, read.logits, jnp.asarray(forced), config=config)
         raw = np.asarray(logits, np.float64)

@@ -182,7 +182,6 @@ def generate(
     whole = tokens if asked is None else jnp.asarray(pad_batch(texts, config=config))
     asked_width = 0 if behind is None else behind.shape[1]
     expected = pad_drafts(drafts, len(rows), policy.draft_tokens) if policy.uses_draft else None
-    asks = requests_to_repeat(model.tokenizer) if policy.replays else ((), ())
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
     eviction = None
     if evict_every is not None:
@@ -212,7 +211,7 @@ def generate(
             params, tokens, config=config, policy=policy, budget=budget,
             new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
             eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
-            draft=expected, asks=asks,
+            draft=expected, asks=requests_to_repeat(policy, model.tokenizer),
         )  # fmt: skip
         cache, logits, sums = result.cache, result.logits, opening_sums(eviction, result)
         if behind is not None:

@@ -18,6 +18,7 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefill import Prefilled, extend
 from lookahead_jax.prompt_store import PromptStore, Read
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.requests import MAX_EOS_IDS, Limits
 from lookahead_jax.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
 
@@ -159,6 +160,7 @@ class PromptReader:
             budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
             eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._policy.accumulates,
+            asks=requests_to_repeat(self._policy, self._model.tokenizer),
         )  # fmt: skip
 
 

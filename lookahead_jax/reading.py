@@ -16,7 +16,7 @@ from lookahead_jax.policies.base import Policy, scores_by_position
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.prefill import Prefilled, compress, prefill
-from lookahead_jax.replay import cut_by_scores, replay
+from lookahead_jax.replay import Requests, cut_by_scores, replay
 
 
 def read_prompt(
@@ -32,7 +32,7 @@ def read_prompt(
     with_scores: bool = False,
     room: int | None = None,
     draft: jax.Array | None = None,
-    asks: tuple[Sequence[int], Sequence[int]] = ((), ()),
+    asks: Requests = Requests(),
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
 
@@ -40,7 +40,7 @@ def read_prompt(
     Policies that use lookahead modules read them after the prompt. Two-pass policies first keep
     everything, decode a response of `policy.response_tokens` tokens on it (or on a copy that
     their `draft_policy` has cut to the same budget), and cut by what that response looks at;
-    `kvzip` instead replays the prompt behind requests to repeat it, `asks` (ids, see replay.py).
+    `kvzip` instead replays the prompt behind requests to repeat it, `asks` (see replay.py).
     Policies that use a draft observe with `draft` int32 [B, draft_tokens], padded with -1.
     """
     room = new_tokens if room is None else room
@@ -126,7 +126,7 @@ def _read_and_replay(
     new_tokens: int,
     with_scores: bool,
     room: int,
-    asks: tuple[Sequence[int], Sequence[int]],
+    asks: Requests,
 ) -> Prefilled:
     """`read_prompt` for kvzip: everything is kept, scored by a second reading, and cut."""
     if not isinstance(policy, KVzip):

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from lookahead_jax.cache import KVCache
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
 from lookahead_jax.model import Block, cache_context, embed, layer_kinds, scan_layers
-from lookahead_jax.policies.base import LayerView, select
+from lookahead_jax.policies.base import LayerView, Policy, select
 from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.prefill import cut_layer, static_slots
 from lookahead_jax.prompt import observe_layer
@@ -19,15 +20,32 @@ from lookahead_jax.rope import rope_tables
 from lookahead_jax.tokenizer import Tokenizer
 
 REPEAT = "\n\nRepeat the previous context exactly."
-REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with"
+REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with "
+ANSWER = "\n\nAnswer: "  # begins the repetition where a model has no chat template
 OVERLAP = 8  # tokens of the chunk before that the second request names
 
 
-def requests_to_repeat(tokenizer: Tokenizer | None) -> tuple[Sequence[int], Sequence[int]]:
-    """What stands before the first chunk, and before the others, as ids; empty without texts."""
-    if tokenizer is None:
-        return (), ()
-    return tokenizer.encode(REPEAT, special=False), tokenizer.encode(REPEAT_FROM, special=False)
+class Requests(NamedTuple):
+    """What stands around the chunks when they are repeated, as token ids."""
+
+    first: Sequence[int] = ()  # before the first chunk
+    later: Sequence[int] = ()  # before the others; the end of the chunk before follows it
+    answer: Sequence[int] = ()  # ends the request and begins the model's answer
+
+
+def requests_to_repeat(policy: Policy, tokenizer: Tokenizer | None) -> Requests:
+    """KVzip's requests, ended by what a chat template puts behind the user's words.
+
+    Empty without texts, and for policies that replay nothing.
+    """
+    if tokenizer is None or not policy.replays:
+        return Requests()
+    answer = ANSWER
+    if tokenizer.chat_templates:
+        words = "user's words"
+        chat = [{"role": "user", "content": words}]
+        answer = tokenizer.render_chat(chat, enable_thinking=False).rpartition(words)[2]
+    return Requests(*(tokenizer.encode(t, special=False) for t in (REPEAT, REPEAT_FROM, answer)))
 
 
 @partial(jax.jit, static_argnames=("config", "policy"))
@@ -61,18 +79,22 @@ def _replay_block(
     params: Params,
     tokens: jax.Array,
     cache: KVCache,
-    ask: Sequence[int],
+    asks: Requests,
     first: int,
     policy: KVzip,
     config: ModelConfig,
 ) -> Block:
     """The request and the chunk as rows behind each context; none where the chunk is empty."""
+
+    def same(ids: Sequence[int]) -> jax.Array:  # [B, n] for all rows
+        return jnp.broadcast_to(jnp.asarray(ids, jnp.int32)[None], (len(tokens), len(ids)))
+
     overlap = tokens[:, max(first - OVERLAP, 0) : first]
     chunk = tokens[:, first : first + policy.chunk]
     missing = policy.chunk - chunk.shape[1]
     chunk = jnp.pad(chunk, [(0, 0), (0, missing)], constant_values=-1)
-    asked = jnp.broadcast_to(jnp.asarray(ask, jnp.int32)[None], (len(tokens), len(ask)))
-    ids = jnp.concatenate([asked, overlap, chunk], axis=1)
+    asked = same(asks.later if first else asks.first)
+    ids = jnp.concatenate([asked, overlap, same(asks.answer), chunk], axis=1)
     ids = jnp.where((chunk[:, :1] >= 0) & (ids >= 0), ids, -1)
     step = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(ids >= 0, cache.next_pos[:, None] + step, -1)
@@ -84,19 +106,18 @@ def replay(
     tokens: jax.Array,
     cache: KVCache,
     *,
-    asks: tuple[Sequence[int], Sequence[int]],
+    asks: Requests,
     config: ModelConfig,
     policy: KVzip,
 ) -> jax.Array:
     """Scores of every slot of a full cache, float32 [L, B, K, S], from replays of `tokens` [B, T].
 
-    `asks` are the ids of REPEAT and REPEAT_FROM (`requests_to_repeat`), or empty.
+    `asks` come from `requests_to_repeat`.
     """
     policy = dataclasses.replace(policy, chunk=min(policy.chunk, tokens.shape[1]))
     scores = None
     for first in range(0, tokens.shape[1], policy.chunk):
-        ask = asks[1] if first else asks[0]
-        block = _replay_block(params, tokens, cache, ask, first, policy, config)
+        block = _replay_block(params, tokens, cache, asks, first, policy, config)
         new = replay_scores(
             params, cache, block, jnp.asarray(first, jnp.int32), config=config, policy=policy
         )

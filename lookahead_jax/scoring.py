@@ -19,6 +19,7 @@ from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prompt import hidden_states
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.sharding import on_its_mesh
 
 
@@ -53,6 +54,7 @@ def score(
     result = read_prompt(
         model.params, jnp.asarray(padded), config=model.config, policy=policy, budget=budget,
         new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
+        asks=requests_to_repeat(policy, model.tokenizer),
     )  # fmt: skip
     most = int(np.max(np.asarray(result.cache.length)))
     scores = cast(jax.Array, result.scores)  # asked for

@@ -1,5 +1,6 @@
 """SpecKV, SpecPC and KVzip against float64 restatements, batched and ragged."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoint import GenerationDefaults, Model
 from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.replay import Requests, requests_to_repeat
 from lookahead_jax.speculation import select_tokens, speculate
 from tests import reference, tiny
 from tests.test_policies import BUDGET, LENGTHS, RICH, TOLERANCE, kept_sets, protect, weights
@@ -84,7 +86,7 @@ def replayed(row, chunk, sinks, asks):
     for first in range(0, length, chunk):
         part = tokens[first : first + chunk]
         before = tokens[max(first - 8, 0) : first]
-        ids = [*asks[bool(first)], *before, *part]
+        ids = [*asks[bool(first)], *before, *asks.answer, *part]
         layers, _ = reference.run(weights(RICH), RICH, [*tokens, *ids])
         seen = np.zeros(length + len(ids), bool)
         seen[:sinks] = seen[first : first + chunk] = seen[length:] = True
@@ -98,7 +100,7 @@ def replayed(row, chunk, sinks, asks):
 @pytest.mark.parametrize("allocate", ["global", pytest.param("layer", marks=pytest.mark.slow)])
 def test_kvzip_keeps_what_a_replay_looks_at(allocate):
     policy = make_policy("kvzip", chunk="32", sinks="2", allocate=allocate)
-    asks = ((7, 8, 9), (10, 11))
+    asks = Requests((7, 8, 9), (10, 11), (12,))
     result = read_prompt(
         weights(RICH), tiny.batch(LENGTHS, RICH), config=RICH, policy=policy, budget=BUDGET,
         new_tokens=8, with_scores=True, asks=asks,
@@ -139,6 +141,20 @@ def test_kvzip_keeps_what_a_replay_looks_at(allocate):
                 never = ranked[index][head] < threshold - TOLERANCE
                 assert kept[sure].all()
                 assert not kept[never].any()
+
+
+def test_a_repetition_begins_where_the_model_answers():
+    tokenizer, kvzip = lk.load(lk.EMBEDDED_MODEL).tokenizer, make_policy("kvzip")
+    plain = dataclasses.replace(tokenizer, chat_templates={})
+    texts = [tokenizer.decode(ids) for ids in requests_to_repeat(kvzip, plain)]
+    assert texts[0] == "\n\nRepeat the previous context exactly."
+    assert texts[1] == "\n\nRepeat the part of the previous context exactly, starting with "
+    assert texts[2] == "\n\nAnswer: "
+    template = "<u>{{ messages[0].content }}</u>{% if add_generation_prompt %}<a>{% endif %}"
+    chatty = dataclasses.replace(tokenizer, chat_templates={"default": template})
+    assert tokenizer.decode(requests_to_repeat(kvzip, chatty).answer) == "</u><a>"
+    assert requests_to_repeat(kvzip, None) == Requests()
+    assert requests_to_repeat(SPECKV, plain) == Requests()
 
 
 @pytest.mark.slow

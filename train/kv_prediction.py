@@ -97,9 +97,7 @@ def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.
     return rows
 
 
-def compare(
-    model: Model, aux: Model, maps: KVMaps, tokens: jax.Array
-) -> dict[str, float]:
+def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[str, float]:
     """The predicted cache against the base's own: next token, divergence, seconds of each."""
     shape = dict(config=model.config, new_tokens=1)
 

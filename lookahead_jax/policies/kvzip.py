@@ -1,4 +1,8 @@
-"""kvzip: what the model looks at while it repeats the context (arXiv 2505.23416)."""
+"""kvzip: what the model looks at while it repeats the context.
+
+Source: arXiv 2505.23416 and its public code (snu-mllab/KVzip), whose requests, chunks and maxima
+these are. There the chat template's system part takes the place of the `sinks`; kvpress keeps four.
+"""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -25,7 +29,7 @@ class KVzip(Policy):
     two_pass: ClassVar[bool] = True
     replays: ClassVar[bool] = True
 
-    chunk: int = 2048
+    chunk: int = 2000
     """Tokens of the context that are replayed at a time."""
     sinks: int = 4
     """First entries, always kept, and seen by every replay."""
