@@ -16,7 +16,7 @@ from lookahead_jax.policies.base import Policy, scores_by_position
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.prefill import Prefilled, compress, prefill
-from lookahead_jax.replay import Requests, cut_by_scores, replay
+from lookahead_jax.replay import NOTHING_ASKED, Requests, cut_by_scores, replay
 
 
 def read_prompt(
@@ -32,7 +32,7 @@ def read_prompt(
     with_scores: bool = False,
     room: int | None = None,
     draft: jax.Array | None = None,
-    asks: Requests = Requests(),
+    asks: Requests = NOTHING_ASKED,
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
 

@@ -33,13 +33,16 @@ class Requests(NamedTuple):
     answer: Sequence[int] = ()  # ends the request and begins the model's answer
 
 
+NOTHING_ASKED = Requests()
+
+
 def requests_to_repeat(policy: Policy, tokenizer: Tokenizer | None) -> Requests:
     """KVzip's requests, ended by what a chat template puts behind the user's words.
 
     Empty without texts, and for policies that replay nothing.
     """
     if tokenizer is None or not policy.replays:
-        return Requests()
+        return NOTHING_ASKED
     answer = ANSWER
     if tokenizer.chat_templates:
         words = "user's words"

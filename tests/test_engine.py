@@ -17,6 +17,7 @@ from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.engine import Engine
 from lookahead_jax.generation import generate
 from lookahead_jax.lookahead import LookaheadConfig, init_modules
+from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.snapkv import SnapKV
@@ -311,9 +312,10 @@ def test_any_thread_may_submit_and_cancel(engine, alone):
             assert all(result.tokens == alone[i][: LIMITS[i]] for result in heard[i])
 
 
-@pytest.mark.parametrize("kind", ["modules", "two_pass"])
+@pytest.mark.parametrize("kind", ["modules", "two_pass", "replay"])
 def test_policies_that_read_more_than_the_prompt(model, kind):
-    modules, policy = None, Oracle(response_tokens=2)
+    modules = None
+    policy = Oracle(response_tokens=2) if kind == "two_pass" else KVzip(allocate="layer")
     if kind == "modules":
         policy = LookaheadKV()
         sizes = LookaheadConfig(tokens=2, rank=0, alpha=1.0, targets=(), init="normal")

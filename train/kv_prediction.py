@@ -130,10 +130,7 @@ def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[s
 def train(config: PredictionConfig) -> dict[str, Any]:
     """Trains, tests and writes OUT/maps.npz and OUT/report.json; returns the report."""
     model = lk.load(config.model or lk.EMBEDDED_MODEL)
-    if config.aux is None:
-        aux = first_layers(model, config.aux_layers)
-    else:
-        aux = lk.load(config.aux)
+    aux = first_layers(model, config.aux_layers) if config.aux is None else lk.load(config.aux)
     optimizer = make_optimizer(OptimizerConfig(rate=config.rate, warmup=10), config.steps)
     maps = init_maps(jax.random.key(config.seed), model.config, aux.config)
     rows = texts(
