@@ -5,7 +5,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lookahead_jax.eval import charts
 from lookahead_jax.eval.charts import Bars, Chart, Heat, HeatCell, Line, Point
@@ -14,6 +14,7 @@ from lookahead_jax.eval.stats import (
     Stat,
     accuracy,
     average,
+    measures,
     overhead,
     read_runs,
     read_views,
@@ -220,25 +221,33 @@ class Report:
         every = [c for c in self.cells if c.model == model and c.drafter != "none"]
         for drafter in self.distinct("drafter", every):
             counts: dict[int, int] = defaultdict(int)
+            means = []
             cells = [c for c in every if c.drafter == drafter]
             for cell in cells:
                 batches = {row["first_of_batch"]: row for row in self.cells[cell]}
                 for row in batches.values():
-                    for i, count in enumerate(row["draft_lengths"]):
+                    steps = row["draft_lengths"]
+                    if sum(steps):
+                        means.append(sum((i + 1) * n for i, n in enumerate(steps)) / sum(steps))
+                    for i, count in enumerate(steps):
                         counts[i] += count
             total = sum(counts.values())
             if not total:
                 continue
             shares = [counts[i] / total for i in range(max(counts) + 1)]
-            mean = sum((i + 1) * share for i, share in enumerate(shares))
+            mean = cast(Stat, spread(means))
             found.append(
                 Bars(
-                    title=f"{drafter}: {mean:.2f} tokens a step, {total} steps",
+                    title=f"{drafter}: {mean.mean:.2f} ({mean.low:.2f} to {mean.high:.2f}) tokens "
+                    f"a step, {total} steps",
                     x_label="tokens that a step emitted", shares=shares,
                     color=charts.PALETTE[len(found) % len(charts.PALETTE)], href=self.href(cells),
                 )
             )  # fmt: skip
-        note = "A last batch that was filled up with copies of its rows counts those, too."
+        note = (
+            "The mean of the batches, with its interval. A last batch that was filled up with "
+            "copies of its rows counts those, too."
+        )
         return Section("Drafting", note, found) if found else None
 
     def numbers(self) -> list[dict[str, Any]]:
@@ -246,10 +255,12 @@ class Report:
         found = []
         for cell, rows in self.cells.items():
             stat = self.stats.get(cell)
+            beside = {k: [round(v, 4) for v in s[:3]] for k, s in measures(rows).items()}
             ttft = spread([r["ttft_s"] for r in {r["first_of_batch"]: r for r in rows}.values()])
             found.append(
                 cell._asdict()
                 | {"n": len(rows), "score": stat and [round(v, 4) for v in stat[:3]]}
+                | ({"measures": beside} if beside else {})
                 | {"ttft_s": ttft and [round(v, 4) for v in ttft[:3]]}
                 | {"cache_bytes": rows[0]["cache_bytes"]}
             )

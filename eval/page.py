@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lookahead_jax.eval.charts import Bars, Chart, Heat, bars_svg, chart_svg, heat_svg
 from lookahead_jax.eval.rows import Cell
-from lookahead_jax.eval.stats import spread
+from lookahead_jax.eval.stats import measures, spread
 
 if TYPE_CHECKING:
     from lookahead_jax.eval.figures import Report, Section
@@ -57,16 +57,21 @@ def _cell_row(report: "Report", cell: Cell) -> str:
     peaks = [row["peak_bytes"] for row in batches if row["peak_bytes"] is not None]
     bound = "≤ " if any(row["peak_is_bound"] for row in batches) else ""
     peak = bound + megabytes(max(peaks)) if peaks else "–"
+    beside = "<br>".join(
+        f"{html.escape(name)} {found.mean:.3f} ({found.low:.2f}–{found.high:.2f})"
+        for name, found in measures(rows).items()
+    )
     values = [
         cell.model.rstrip("/").rsplit("/", 1)[-1], cell.task, cell.length, cell.protocol,
         cell.policy, cell.budget or "all", cell.drafter,
     ]  # fmt: skip
     names = "".join(f"<td>{html.escape(str(v))}</td>" for v in values)
+    href = report.href([cell])
     numbers = "".join(
-        f'<td class="n">{value}</td>'
+        f'<td class="n"><a href="{href}">{value}</a></td>'
         for value in (
-            f'<a href="{report.href([cell])}">{score}</a>', interval, len(rows), first,
-            between, megabytes(rows[0]["cache_bytes"]), peak,
+            score, interval, beside, len(rows), first, between, megabytes(rows[0]["cache_bytes"]),
+            peak,
         )
     )  # fmt: skip
     return f"<tr>{names}{numbers}</tr>"
@@ -75,7 +80,8 @@ def _cell_row(report: "Report", cell: Cell) -> str:
 def cells_html(report: "Report") -> str:
     """Every cell with its numbers; each score opens its rows."""
     heads = (
-        "model", "task", "tokens", "question", "policy", "kept", "drafter", "score", "95 %", "n",
+        "model", "task", "tokens", "question", "policy", "kept", "drafter", "score", "95 %",
+        "beside it", "n",
         "ms to first token", "95 %", "cache MB", "peak MB",
     )  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in heads)
@@ -98,6 +104,7 @@ def data(report: "Report", most: int) -> Mapping[str, Any]:
                 row["id"], row["score"], _cut(row["predicted_answer"]),
                 _cut(" | ".join(row["answer"])), _cut(row["question"]), row["prompt_tokens"],
                 row["new_tokens"], round(row["ttft_s"], 4), row["line"], row.get("depth"),
+                row.get("measures", {}),
             ]
             for row in rows[:most]
         ]  # fmt: skip

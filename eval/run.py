@@ -32,7 +32,7 @@ from lookahead_jax.eval.grid import (
 from lookahead_jax.eval.peak import Peak
 from lookahead_jax.eval.prompts import Prompt, assemble
 from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, Key, RowFile, key_of, read_rows
-from lookahead_jax.eval.tasks.base import Example, Source, Task
+from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
 from lookahead_jax.files import atomic_write
 from lookahead_jax.generation import Generation
 from lookahead_jax.lookahead import LookaheadModules
@@ -181,10 +181,11 @@ class Runner:
         number = f"{cell.policy}/{examples[0].id}"
         rows = []
         for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-            score = None if task.score is None else task.score(texts[i], example)
+            score, measures = scored(task, texts[i], example)
             rows.append(
                 {
                     **cell._asdict(), "id": example.id, "score": score, "binary": task.binary,
+                    **({"measures": measures} if measures else {}),
                     "predicted_answer": texts[i], "answer": list(example.answers),
                     "question": text_of(example.question, self._tokenizer),
                     "answer_prefix": example.prefix, "max_new_tokens": example.max_new_tokens,

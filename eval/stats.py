@@ -56,13 +56,22 @@ def accuracy(rows: Sequence[Row]) -> Stat | None:
     if not values:
         return None
     mean, n = float(np.mean(values)), len(values)
-    if all(row["binary"] for row in rows):
-        low, high = wilson(mean, n)
-    elif n > 1:
-        low, high = normal(np.array(values))
-    else:
-        low, high = 0.0, 1.0
-    return Stat(mean, max(low, 0.0), min(high, 1.0), n)
+    return Stat(mean, *wilson(mean, n), n) if all(r["binary"] for r in rows) else graded(values)
+
+
+def graded(values: Sequence[float]) -> Stat:
+    """Mean of values in [0, 1] with a normal interval; of a single one it says nothing."""
+    low, high = normal(np.array(values)) if len(values) > 1 else (0.0, 1.0)
+    return Stat(float(np.mean(values)), max(low, 0.0), min(high, 1.0), len(values))
+
+
+def measures(rows: Sequence[Row]) -> dict[str, Stat]:
+    """Name -> mean of what a benchmark measures beside the score."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.get("measures", {}).items():
+            found[name].append(value)
+    return {name: graded(values) for name, values in found.items()}
 
 
 def average(stats: Sequence[Stat]) -> Stat:

@@ -9,7 +9,7 @@ import pytest
 import lookahead_jax as lk
 from lookahead_jax.eval.prompts import assemble, truncate
 from lookahead_jax.eval.tasks import infinitebench, longbench, longproc
-from lookahead_jax.eval.tasks.base import Example, Source, listed
+from lookahead_jax.eval.tasks.base import Example, Source, listed, scored
 from lookahead_jax.eval.tasks.registry import TASKS, find_task
 from lookahead_jax.tokenizer import Tokenizer
 
@@ -79,8 +79,10 @@ PERFECT = {
 @pytest.mark.parametrize("name", list(PERFECT))
 def test_a_right_answer_scores_one_and_a_wrong_one_less(name):
     task, example = TASKS[name], made(name)[0]
-    assert task.score(PERFECT[name], example) == pytest.approx(1.0, abs=1e-6)
-    assert task.score("Z 0", example) < 0.2
+    assert scored(task, PERFECT[name], example)[0] == pytest.approx(1.0, abs=1e-6)
+    worst, beside = scored(task, "Z 0", example)
+    assert worst < 0.2
+    assert ("extraction_rate" in beside) == name.startswith("longproc")
     prompt = assemble(example, TOKENIZER, limit=10_000, chat=False)
     assert TOKENIZER.decode(prompt.whole) == whole(example)
     both = TOKENIZER.decode(prompt.context) + TOKENIZER.decode(prompt.question)

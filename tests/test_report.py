@@ -38,8 +38,8 @@ def run(tmp_path_factory):
                     graded = task == "longbench/b"
                     score = float(rng.random()) if graded else float(rng.integers(0, 2))
                     ttft = 0.1 * (1 + 0.01 * budget) * (1 + i // 2)
-                    depth = {} if graded else {"depth": 10 * (i % 3)}
-                    rows.append(row(cell, i, score, binary=not graded, ttft=ttft, **depth))
+                    more = {"measures": {"part": i / 6}} if graded else {"depth": 10 * (i % 3)}
+                    rows.append(row(cell, i, score, binary=not graded, ttft=ttft, **more))
     drafted = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
     rows += [row(drafted, i, 1.0) for i in range(4)]
     judged = Cell("some/model", "snapkv", 16, "mt_bench", 100, "trie", "seen")
@@ -129,7 +129,12 @@ def test_the_page_is_whole_and_its_links_open_rows(run, tmp_path, capsys):
         assert len(cell["rows"]) == min(cell["total"], 5)
         assert all(r[2] == NASTY for r in cell["rows"])
     assert data["views"][0]["pieces"] == ["a", NASTY]
+    assert "part 0.417 (" in page
     numbers = json.loads(paths[1].read_text("utf-8"))
+    for cell in numbers:
+        half = 1.96 * np.std(np.arange(6) / 6, ddof=1) / 6**0.5
+        part = pytest.approx([2.5 / 6, 2.5 / 6 - half, 2.5 / 6 + half], abs=1e-4)
+        assert cell.get("measures", {}) == ({"part": part} if cell["task"] == "longbench/b" else {})
     assert [cell["n"] for cell in numbers] == [cell["total"] for cell in data["cells"]]
     pictures = [path for path in paths if path.suffix == ".png"]
     if pictures:

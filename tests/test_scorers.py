@@ -28,7 +28,9 @@ CASES = golden()
 def ours(benchmark, name, case):
     prediction = case["prediction"]
     if benchmark == "longproc":
-        return getattr(longproc, name)(prediction, case["reference"], case["metadata"] or {})
+        found = getattr(longproc, name)(prediction, case["reference"], case["metadata"] or {})
+        assert found == pytest.approx(case["measures"], abs=1e-12), case
+        return next(iter(found.values()))
     answers = case["answers"]
     if name in ("choice", "buggy_function"):
         return getattr(infinitebench, name)(prediction, answers, case["options"])
@@ -51,6 +53,14 @@ def test_scores_are_the_published_ones(benchmark, name):
     assert len({case["score"] for case in cases}) > 1, "the cases tell nothing apart"
 
 
+def test_a_route_that_ends_early_counts_the_lines_it_has():
+    route = "a\nb\nc\nd"
+    found = longproc.path_traversal("<Route>a\nb</Route>", route, {})
+    assert found == {"accuracy": 0.0, "partial_accuracy": 0.5, "extraction_rate": 1.0}
+    wrong = longproc.path_traversal("<Route>a\nx</Route>", route, {})
+    assert wrong["partial_accuracy"] == 0.5, "the first wrong line counts, as published"
+
+
 def test_the_remaining_scorers():
     assert text.letter("**The correct answer is (B)**", "B") == 1
     assert text.letter("The correct answer is C.", "B") == 0
@@ -66,7 +76,9 @@ CASES_IO = {"testcases": [[["4"], ["8"]], [["-1"], ["-2"]]]}
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_programs_run_under_limits(tmp_path):
-    score = functools.partial(longproc.pseudo_to_code, reference="", metadata=CASES_IO)
+    def score(answer):
+        return longproc.pseudo_to_code(answer, "", CASES_IO)["accuracy"]
+
     assert score(PROGRAM.format("")) == 1
     assert score(PROGRAM.format("a++;")) == 0
     assert score(PROGRAM.format("for (;;);")) == 0  # the time limit

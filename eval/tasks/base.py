@@ -66,16 +66,28 @@ class Source:
 class Task:
     """A benchmark task.
 
-    `score(prediction, example)` is in [0, 1]; None where a judge would be needed. `binary` scores
-    are 0 or 1, so that shares of them have Wilson intervals. `executes` tasks run what the model
-    wrote: only with --allow-exec.
+    `score(prediction, example)` is in [0, 1]; None where a judge would be needed. A benchmark with
+    several measures returns them by name, the one it is known by first. `binary` scores are 0 or
+    1, so that shares of them have Wilson intervals. `executes` tasks run what the model wrote: only
+    with --allow-exec.
     """
 
     name: str
     make: Callable[[Source], list[Example]]
-    score: Callable[[str, Example], float] | None
+    score: Callable[[str, Example], float | Mapping[str, float]] | None
     binary: bool = False
     executes: bool = False
+
+
+def scored(task: Task, text: str, example: Example) -> tuple[float | None, dict[str, float]]:
+    """The score of an answer, and the benchmark's measures beside it."""
+    if task.score is None:
+        return None, {}
+    found = task.score(text, example)
+    if not isinstance(found, Mapping):
+        return found, {}
+    measures = dict(found)
+    return measures.pop(next(iter(measures))), measures
 
 
 def rows_of(path: Path, count: int | None = None) -> Iterator[dict[str, Any]]:

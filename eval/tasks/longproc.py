@@ -43,7 +43,7 @@ def _make(name: str, size: str, source: Source) -> list[Example]:
     return found
 
 
-def _score(name: str, prediction: str, example: Example) -> float:
+def _score(name: str, prediction: str, example: Example) -> scores.Measures:
     return getattr(scores, name)(prediction, example.answers[0], example.extra)
 
 
