@@ -35,6 +35,7 @@ from lookahead_jax.prompt import (
     window_queries,
 )
 from lookahead_jax.rope import rope_tables
+from lookahead_jax.sparse import prompt_keys, read_sparsely
 
 
 class Compressed(NamedTuple):
@@ -106,6 +107,9 @@ def prefill(
     """
     padded = tokens.shape[1]
     limit, slots = static_slots(policy, padded, budget, slots, config)
+    sparse = policy.sparse(padded)
+    if sparse is not None and chunk is None:
+        chunk = CHUNK
     tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
@@ -114,14 +118,18 @@ def prefill(
     def step(carry, inputs):
         before, buffers, rows = carry
         p, lora, (kind, layer_budget) = inputs
-        x, buffers, stats = prompt_layer(p, before, buffers, prompt, kind, policy, config)
+        if sparse is None:
+            x, buffers, stats = prompt_layer(p, before, buffers, prompt, kind, policy, config)
+        else:
+            x, buffers, stats = before, prompt_keys(p, before, buffers, prompt, kind, config), None
         if observer is None:
+            after = None
             queries = window_queries(p, before, prompt, kind, policy.window_rows(budget), config)
         else:
             context = Context(
                 *buffers, prompt.positions[:, None], (0, prompt.chunks * prompt.chunk)
             )
-            rows, queries = observe_layer(
+            after, queries = observe_layer(
                 p, rows, observer, observer_rope, kind, context, lora, config
             )
         view = LayerView(
@@ -129,9 +137,14 @@ def prefill(
             stats, prompt.span, kind.rope, config,
         )  # fmt: skip
         scores = policy.score(view)
+        if sparse is not None and observer is not None:
+            x, context = read_sparsely(
+                p, before, buffers, scores, prompt, sparse, observer.positions, kind, config
+            )
+            after, _ = observe_layer(p, rows, observer, observer_rope, kind, context, lora, config)
         kept = select(policy, view, scores, layer_budget, limit, budget)
         entry = cut_layer(view, kept, slots)
-        return (x, buffers, rows), (entry, scores[..., :padded] if with_scores else None)
+        return (x, buffers, after), (entry, scores[..., :padded] if with_scores else None)
 
     carry = (x, layer_buffers(prompt, x.dtype, config), None if observer is None else observer.x)
     lora = None if observer is None else observer.lora

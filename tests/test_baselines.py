@@ -11,7 +11,8 @@ import pytest
 import lookahead_jax as lk
 from lookahead_jax.checkpoint import GenerationDefaults, Model
 from lookahead_jax.policies import make_policy
-from lookahead_jax.reading import read_prompt
+from lookahead_jax.prefill import prefill
+from lookahead_jax.reading import read_prompt, reread
 from lookahead_jax.replay import Requests, requests_to_repeat
 from lookahead_jax.speculation import select_tokens, speculate
 from tests import reference, tiny
@@ -54,6 +55,78 @@ def test_speckv_takes_the_largest_attention_of_window_and_draft():
                 kept = sets[index, row, head]
                 assert len(kept) == min(BUDGET, allowed.sum())
                 assert set(range(scored, length)) <= set(kept)
+
+
+SPARSE = make_policy("speckv", draft_tokens=5, window=6, pool="none", columns=12, band=12)
+STEP = 16  # rows of a prompt at a time
+LONG = (STEP * 3 + 7, STEP + 7)  # the observed window begins with a chunk
+
+
+def read_sparsely(policy):
+    tokens = tiny.batch(LONG, RICH)
+    tokens = jnp.pad(tokens, [(0, 0), (0, -tokens.shape[1] % STEP)], constant_values=-1)
+    length = (tokens >= 0).sum(1)
+    observer = reread(
+        weights(RICH), tokens, policy.window_rows(BUDGET), jnp.asarray(DRAFTS[:2]), length,
+        length + 8, RICH,
+    )  # fmt: skip
+    return tokens, prefill(
+        weights(RICH), tokens, config=RICH, policy=policy, budget=BUDGET, slots=64, new_tokens=8,
+        observer=observer, chunk=STEP, with_scores=True,
+    )  # fmt: skip
+
+
+def sparse_layers(tokens, draft):
+    """The layers of one row, every entry gone from sight where band and columns leave it."""
+    length = len(tokens)
+    ids = [*tokens, *draft]
+    entry = np.arange(len(ids))
+    # A chunk that begins at s sees what lies at s - band and behind; the rest of the others.
+    banded = -(-(entry + SPARSE.band + 1) // STEP) * STEP
+    gone = np.full((RICH.num_layers, RICH.num_kv_heads, len(ids)), 10**6)
+    scored = np.zeros((RICH.num_layers, RICH.num_kv_heads, length - 7))
+    for index in range(RICH.num_layers):
+        layers, _ = reference.run(weights(RICH), RICH, ids, gone=gone)
+        seen = layers[index].probs[:, length - 7 :, : length - 7].max(1)
+        scored[index] = group_max(seen, RICH.num_kv_heads)
+        for head, scores in enumerate(scored[index]):
+            order = -scores if length > SPARSE.columns + SPARSE.band else np.arange(length - 7)
+            columns = np.argsort(order, kind="stable")[: SPARSE.columns]
+            gone[index, head] = np.where(np.isin(entry, columns), 10**6, banded)
+    return reference.run(weights(RICH), RICH, ids, gone=gone), scored, gone
+
+
+def test_speckv_reads_long_prompts_by_band_and_columns():
+    tokens, found = read_sparsely(SPARSE)
+    for row, ids in enumerate(np.asarray(tokens)):
+        ids, draft = ids[ids >= 0], DRAFTS[row][DRAFTS[row] >= 0]
+        length = len(ids)
+        (layers, hidden), scored, gone = sparse_layers(ids, draft)
+        short = length <= SPARSE.columns + SPARSE.band
+        assert (gone < length).any() != short, "rows that are covered whole are read densely"
+        table = np.asarray(weights(RICH)["embed"], np.float64)
+        logits = hidden[length - 1] @ table.T
+        largest = np.abs(logits).max()
+        np.testing.assert_allclose(found.logits[row], logits, rtol=0, atol=TOLERANCE * largest)
+        scores = np.asarray(found.scores)[:, row, :, : length - 7]
+        np.testing.assert_allclose(scores, scored, rtol=0, atol=TOLERANCE * scored.max())
+        for index, layer in enumerate(layers):
+            for head in range(RICH.num_kv_heads):
+                pos = np.asarray(found.cache.pos)[index, row, head]
+                kept = np.asarray(found.cache.k)[index, row, head][pos >= 0]
+                expected = layer.k[head, pos[pos >= 0]]
+                worst = TOLERANCE * np.abs(expected).max()
+                np.testing.assert_allclose(kept, expected, rtol=0, atol=worst)
+
+
+@pytest.mark.slow
+def test_a_sparse_reading_that_covers_everything_is_the_dense_one():
+    wide = dataclasses.replace(SPARSE, columns=20, band=20)
+    _, sparse = read_sparsely(wide)
+    _, dense = read_sparsely(dataclasses.replace(SPARSE, columns=0))
+    for a, b, exact in zip(sparse.logits, dense.logits, np.array(LONG) <= 40, strict=True):
+        close = np.allclose(a, b, rtol=0, atol=1e-5 * float(np.abs(b).max()))
+        assert close == exact
 
 
 def test_speckv_without_drafts_says_what_is_missing():

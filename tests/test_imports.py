@@ -17,7 +17,7 @@ LAYERS = [
     {"layers", "cache", "cache_files", "checkpoint"},
     {"model"},
     {"observe", "policies", "tree", "lookahead", "sampling"},
-    {"prompt", "prefill", "batching", "streaming", "drafters", "acceptance"},
+    {"prompt", "sparse", "prefill", "batching", "streaming", "drafters", "acceptance"},
     {"decode_eviction"},
     {"decoding", "controller"},
     {"drafting"},

@@ -134,6 +134,10 @@ class Policy:
         """How many of the last prompt tokens act as observers (two-pass: besides the response)."""
         return 0
 
+    def sparse(self, tokens: int) -> tuple[int, int] | None:
+        """(columns, band) if prompts padded to `tokens` are read sparsely (sparse.py)."""
+        return None
+
     def init_stats(self, batch: int, tokens: int, config: ModelConfig) -> Stats:
         """Empty accumulator over all prompt queries; None if the policy does not look at them."""
         return None

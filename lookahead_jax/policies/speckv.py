@@ -4,7 +4,8 @@ Source: arXiv 2506.08373 and its public code (furiosa-ai/draft-based-approx-llm)
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 
@@ -18,11 +19,17 @@ class SpecKV(Policy):
 
     The draft comes from outside (`generate(..., drafts=)`, `speculation.draft`). Its tokens are
     read as observers behind the prompt, inside the layer's step, so one pass suffices. As in the
-    public code the last `window` + 1 prompt tokens observe and are kept; here they count in C, and
-    the prompt is read densely. A window that would eat the budget is cut to C // 2.
+    public code the last `window` + 1 prompt tokens observe and are kept; here they count in C. A
+    window that would eat the budget is cut to C // 2.
+
+    With `columns` prompts that are longer than `columns` + `band` are read sparsely (sparse.py), as
+    the preset "published" does; else densely, which is slower and loses nothing.
     """
 
     uses_draft: ClassVar[bool] = True
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "published": {"columns": 2048, "band": 2048}
+    }
 
     draft_tokens: int = 32  # pyright: ignore[reportIncompatibleVariableOverride]
     """Tokens of the draft that observe, at most."""
@@ -32,6 +39,10 @@ class SpecKV(Policy):
     """Smoothing of the scores along the prompt."""
     kernel: int = 7
     """Entries that the pooling covers; odd."""
+    columns: int = 0
+    """Best entries of each KV head, which all later prompt tokens see; 0 reads densely."""
+    band: int = 2048
+    """Tokens before a chunk of the prompt that it sees besides them."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1 or self.window < 0:
@@ -40,6 +51,14 @@ class SpecKV(Policy):
                 "not negative"
             )
         check_pooling(self.kernel)
+        if self.columns < 0 or self.band < 1:
+            raise ValueError(
+                f"columns={self.columns} must not be negative and band={self.band} at least 1"
+            )
+
+    def sparse(self, tokens: int) -> tuple[int, int] | None:
+        reads = self.columns > 0 and tokens > self.columns + self.band
+        return (self.columns, self.band) if reads else None
 
     def window_rows(self, budget: int) -> int:
         return max(1, share(self.window + 1, budget))
