@@ -32,7 +32,8 @@ def truncate(text: str, tokenizer: Tokenizer, limit: int, cut: Cut) -> str:
 def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) -> Prompt:
     """The example in at most `limit` tokens (before the chat template and the answer's prefix).
 
-    `chat` puts context and question into the chat template, unless the example forbids it.
+    What was said before in a dialogue comes on top of these, whole; without a template the turns
+    stand one under the other. `chat` puts context and question into the chat template, unless the example forbids it.
     Raises ValueError if the question alone does not fit into half of `limit`.
     """
     if isinstance(example.context, tuple) or isinstance(example.question, tuple):
@@ -43,9 +44,14 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
         raise ValueError(
             f"example {example.id}: the question takes more than half of {limit} tokens"
         )
+    said = [words for turn in example.turns for words in turn]
     special = not (chat and example.chat)
     if not special:
-        text = tokenizer.render_chat([{"role": "user", "content": text}])
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": c} for i, c in enumerate([*said, text])]
+        text = tokenizer.render_chat(messages)
+    else:
+        text = "\n\n".join([*said, text])
     # A template may strip the text it is given.
     at = text.rfind(example.question.strip()) if example.question.strip() else len(text)
     if at < 0:

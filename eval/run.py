@@ -64,7 +64,9 @@ def load(config: RunConfig, name: str) -> tuple[Model, Tokenizer, LookaheadModul
 class Runner:
     """One model, and the run's files."""
 
-    def __init__(self, config: RunConfig, name: str, done: set[Key], rows: RowFile, views: RowFile):
+    def __init__(
+        self, config: RunConfig, name: str, done: dict[Key, str], rows: RowFile, views: RowFile
+    ):
         self._config = config
         self._done = done
         self._rows, self._views = rows, views
@@ -89,14 +91,24 @@ class Runner:
             tokenizer=self._tokenizer, length=length, count=self._config.count,
             seed=self._config.seed, data=self._config.data,
         )  # fmt: skip
-        examples = task.make(source)
+        return self._assembled(task.make(source), length)
+
+    def _assembled(
+        self, examples: list[Example], length: int
+    ) -> tuple[list[Example], list[Prompt]]:
+        """Examples with their prompts, the short ones first."""
         chat = self._config.chat and bool(self._tokenizer.chat_templates)
         made = [assemble(e, self._tokenizer, limit=length, chat=chat) for e in examples]
         order = sorted(range(len(made)), key=lambda i: len(made[i].whole))
         return [examples[i] for i in order], [made[i] for i in order]
 
-    def cell(self, cell: Cell, task: Task, examples: list[Example], made: list[Prompt]) -> Iterator:
-        """Answers what is missing of a cell, a batch at a time; yields how many that were."""
+    def cell(
+        self, cell: Cell, task: Task, examples: list[Example], made: list[Prompt]
+    ) -> Iterator[int]:
+        """Answers what is missing of a cell, a batch at a time; yields how many that were.
+
+        Later turns of a dialogue follow when the earlier ones have been answered.
+        """
         missing = [i for i, e in enumerate(examples) if (cell, e.id) not in self._done]
         if cell.protocol == "hidden":
             missing = [i for i in missing if made[i].question]
@@ -109,6 +121,12 @@ class Runner:
             result, measured = self._answer(cell, chosen, prompts, drafter)
             self._keep(cell, task, chosen, prompts, result, measured)
             yield len(group)
+        if task.follow is not None:
+            said = [(e, self._done.get((cell, e.id))) for e in examples]
+            turns = [task.follow(e, answer) for e, answer in said if answer is not None]
+            if later := [example for example in turns if example is not None]:
+                for _ in self.cell(cell, task, *self._assembled(later, cell.length)):
+                    yield 0  # progress counts first turns
 
     def _answer(
         self, cell: Cell, examples: Sequence[Example], prompts: Sequence[Prompt], drafter: Any
@@ -195,7 +213,7 @@ class Runner:
                 }
             )  # fmt: skip
         self._rows.append(rows)
-        self._done.update(key_of(row) for row in rows)
+        self._done |= {key_of(row): row["predicted_answer"] for row in rows}
         if cell.budget and method_of(cell.policy).prune is None:
             self._views.append(self._seen(cell, examples, result))
 
@@ -231,8 +249,8 @@ def text_of(part: str | tuple[int, ...], tokenizer: Tokenizer) -> str:
     return part if isinstance(part, str) else tokenizer.decode(part)
 
 
-def open_run(config: RunConfig) -> tuple[set[Key], RowFile, RowFile]:
-    """The run's folder: what is done, and where rows go.
+def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
+    """The run's folder: what was answered, and where rows go.
 
     Raises ValueError if an earlier run in this folder had other settings.
     """
@@ -248,7 +266,7 @@ def open_run(config: RunConfig) -> tuple[set[Key], RowFile, RowFile]:
     else:
         atomic_write(path, json.dumps(wanted, indent=1) + "\n")
     rows = config.out / ROWS
-    done = {key_of(row) for row in read_rows(rows)}
+    done = {key_of(row): row["predicted_answer"] for row in read_rows(rows)}
     return done, RowFile(rows), RowFile(config.out / VIEWS)
 
 

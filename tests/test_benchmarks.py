@@ -89,10 +89,23 @@ def test_a_right_answer_scores_one_and_a_wrong_one_less(name):
     assert both == (whole(example) if example.question else "")
 
 
-def test_mt_bench_has_prompts_and_no_score():
-    (example,) = made("mt_bench")
+def test_mt_bench_has_turns_and_no_score():
+    (example,), task = made("mt_bench"), TASKS["mt_bench"]
     assert (example.id, example.context) == ("81", "Write a line about a mill.")
-    assert TASKS["mt_bench"].score is None
+    assert task.score is None
+    second = task.follow(example, " It turns.\n")
+    assert (second.id, second.context) == ("81:2", "Now make it rhyme.")
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chatty = dataclasses.replace(TOKENIZER, chat_templates={"default": template})
+    prompt = assemble(second, chatty, limit=100, chat=True)
+    assert TOKENIZER.decode(prompt.whole) == (
+        "<user>Write a line about a mill.<assistant>It turns.<user>Now make it rhyme.<assistant>"
+    )
+    assert not prompt.question
+    assert task.follow(second, "It turns.") is None
 
 
 GENERATED = [task.name for task in find_task("ruler")] + ["ruler_like/cwe", "needle", "needle_like"]

@@ -112,6 +112,43 @@ def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
         list(read_rows(path))
 
 
+def test_a_second_turn_is_asked_behind_the_model_s_own_first_answer(tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "mt_bench"
+    folder.mkdir(parents=True)
+    turns = [["import os", "def main():"], ["x = 1"]]
+    lines = [json.dumps({"question_id": 80 + i, "turns": t}) for i, t in enumerate(turns)]
+    (folder / "question.jsonl").write_text("\n".join(lines) + "\n")
+    config = RunConfig(
+        out=tmp_path / "run", tasks=("mt_bench",), policies=("snapkv:window=4",), budgets=(16,),
+        lengths=(100,), protocols=("seen", "hidden"), data=tmp_path / "data", count=2, batch=2,
+        max_new_tokens=6, chat=False,
+    )  # fmt: skip
+    asked = []
+    generate = lk.generate
+    monkeypatch.setattr(
+        lk, "generate", lambda m, rows, **k: asked.append(rows) or generate(m, rows, **k)
+    )
+    runner.run(config)
+    rows = {row["id"]: row for row in read_rows(config.out / ROWS)}
+    assert set(rows) == {"80", "81", "80:2"}
+    model = lk.load(lk.EMBEDDED_MODEL)
+    first = rows["80"]["predicted_answer"]
+    dialogue = model.tokenizer.encode(f"import os\n\n{first.strip()}\n\ndef main():")
+    assert asked[-1] == [dialogue] * 2
+    assert all(row["score"] is None for row in rows.values())
+
+    # Killed between the turns: the second one is asked behind the answer in the file.
+    lines = (config.out / ROWS).read_bytes().splitlines(keepends=True)
+    (config.out / ROWS).write_bytes(b"".join(lines[:2]))
+    asked.clear()
+    runner.run(config)
+    assert {row["id"]: row["predicted_answer"] for row in read_rows(config.out / ROWS)} == {
+        id: row["predicted_answer"] for id, row in rows.items()
+    }
+    assert asked
+    assert all(rows == [dialogue] * 2 for rows in asked)
+
+
 def test_hidden_questions_are_extend_behind_the_cut_cache(model):
     context, question = list(range(5, 105)), [202, 439, 2012, 2973, 436]
     policy = lk.make_policy("snapkv", window=8)

@@ -30,6 +30,7 @@ class Example:
     question: str | tuple[int, ...]  # empty: nothing can be hidden
     prefix: str = ""
     answers: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()  # of a dialogue, what was said before: (user, model)
     max_new_tokens: int
     chat: bool = True
     cut: Cut = "halves"
@@ -69,7 +70,7 @@ class Task:
     `score(prediction, example)` is in [0, 1]; None where a judge would be needed. A benchmark with
     several measures returns them by name, the one it is known by first. `binary` scores are 0 or
     1, so that shares of them have Wilson intervals. `executes` tasks run what the model wrote: only
-    with --allow-exec.
+    with --allow-exec. `follow(example, prediction)` is the next turn of a dialogue, if there is one.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Task:
     score: Callable[[str, Example], float | Mapping[str, float]] | None
     binary: bool = False
     executes: bool = False
+    follow: Callable[[Example, str], Example | None] | None = None
 
 
 def scored(task: Task, text: str, example: Example) -> tuple[float | None, dict[str, float]]:

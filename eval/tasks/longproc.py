@@ -4,9 +4,12 @@
     mt_bench/question.jsonl        question_id, category, turns
 
 LongProc's prompts come whole, so no question can be hidden from them. MT-Bench has no score
-without a judge: its first turns serve to compare outputs and draft lengths.
+without a judge. Its second turn is asked behind the model's own first answer; as in FastChat the
+whole dialogue is then read anew, and here cut to the budget again. Decoding is greedy, where
+FastChat samples in some categories.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -49,21 +52,38 @@ def _score(name: str, prediction: str, example: Example) -> scores.Measures:
 
 def _mt_bench(source: Source) -> list[Example]:
     path = source.file("mt_bench/question.jsonl")
-    return [
-        Example(
-            id=str(row.get("question_id", i)),
-            context=field(row, "turns", path)[0],
-            question="",
-            max_new_tokens=1024,
-            extra={"category": row.get("category", "")},
+    found = []
+    for i, row in enumerate(rows_of(path, source.count)):
+        first, *later = field(row, "turns", path)
+        found.append(
+            Example(
+                id=str(row.get("question_id", i)),
+                context=first,
+                question="",
+                max_new_tokens=1024,
+                extra={"category": row.get("category", ""), "later": tuple(later)},
+            )
         )
-        for i, row in enumerate(rows_of(path, source.count))
-    ]
+    return found
+
+
+def _next_turn(example: Example, prediction: str) -> Example | None:
+    """The question after this one, with all that was said: ids are 81, 81:2, ..."""
+    if not (later := example.extra["later"]):
+        return None
+    said = (*example.turns, (str(example.context), prediction.strip()))
+    return dataclasses.replace(
+        example,
+        id=f"{example.id.partition(':')[0]}:{len(said) + 1}",
+        context=later[0],
+        turns=said,
+        extra=dict(example.extra) | {"later": later[1:]},
+    )
 
 
 def tasks() -> list[Task]:
     """longproc/<task>_<size> and mt_bench."""
-    found = [Task(name="mt_bench", make=_mt_bench, score=None)]
+    found = [Task(name="mt_bench", make=_mt_bench, score=None, follow=_next_turn)]
     for name, sizes in TASKS.items():
         for size in sizes:
             make: Callable[[Source], list[Example]] = functools.partial(_make, name, size)
