@@ -33,8 +33,8 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
     """The example in at most `limit` tokens (before the chat template and the answer's prefix).
 
     What was said before in a dialogue comes on top of these, whole; without a template the turns
-    stand one under the other. `chat` puts context and question into the chat template, unless the example forbids it.
-    Raises ValueError if the question alone does not fit into half of `limit`.
+    stand one under the other. `chat` puts context and question into the chat template, unless the
+    example forbids it. Raises ValueError if the question alone does not fit into half of `limit`.
     """
     if isinstance(example.context, tuple) or isinstance(example.question, tuple):
         context, question = list(example.context), list(example.question)

@@ -70,7 +70,7 @@ class Task:
     `score(prediction, example)` is in [0, 1]; None where a judge would be needed. A benchmark with
     several measures returns them by name, the one it is known by first. `binary` scores are 0 or
     1, so that shares of them have Wilson intervals. `executes` tasks run what the model wrote: only
-    with --allow-exec. `follow(example, prediction)` is the next turn of a dialogue, if there is one.
+    with --allow-exec. `follow(example, prediction)` is the next turn of a dialogue, if any.
     """
 
     name: str
