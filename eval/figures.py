@@ -79,7 +79,8 @@ class Report:
             if (stat := self.over(group)) is not None:
                 note = f"{policy}, {x} {value}: {described(stat)}"
                 points.append(Point(float(value), *stat[:3], self.href(group), note))
-        return Line(policy, self.colors[policy], points, across=policy == "full" and x == "budget")
+        across = x == "budget" and all(c.budget == 0 for c in cells)
+        return Line(policy, self.colors[policy], points, across=across)
 
     def over_budget(self, model: str, protocol: str) -> Iterator[Section]:
         """Accuracy over budget: the mean of the tasks, then each task."""
@@ -139,8 +140,8 @@ class Report:
         return Section(title, note, list(found), self.legend(every, False)) if found else None
 
     def _at(self, cells: Sequence[Cell], policy: str, length: int, budget: int) -> list[Cell]:
-        budget = 0 if policy == "full" else budget
-        return [c for c in cells if (c.policy, c.length, c.budget) == (policy, length, budget)]
+        found = [c for c in cells if (c.policy, c.length) == (policy, length)]
+        return [c for c in found if c.budget in (0, budget)]  # 0: without a budget
 
     def _overheads(self, cell: Cell) -> list[float]:
         full = self.cells.get(cell._replace(policy="full", budget=0))

@@ -15,6 +15,7 @@ from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
 from lookahead_jax.policies import make_policy
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
 
 CONFIGS = Path(__file__).parent / "configs"
 EMBEDDED = "embedded"
@@ -55,6 +56,8 @@ class RunConfig:
     """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
     draft_layers: int | None = None
     """Only the first layers of the small model: for who has no smaller one."""
+    kv_maps: Path | None = None
+    """Folder of kv_prediction's maps, from python -m lookahead_jax.train.kv_prediction."""
     chat: tyro.conf.FlagConversionOff[bool] = True
     """Use the chat template of models that have one, where the benchmark does."""
     max_new_tokens: int | None = None
@@ -82,6 +85,7 @@ class RunConfig:
 
 FIXED = (
     "seed", "chat", "max_new_tokens", "dtype", "lookahead", "draft_model", "draft_layers",
+    "kv_maps",
 )  # fmt: skip
 """Fields that change what a row means: a resumed run must not change them."""
 
@@ -115,11 +119,17 @@ class Method(NamedTuple):
     policy: Policy
     prune: int | None  # tokens that SpecPC leaves of a prompt; 0: as many as the budget
     select: dict[str, int]  # settings of speculation.select_tokens
+    predicts: bool = False  # a small model reads the prompt (kv_prediction.py)
 
     @property
     def speculates(self) -> bool:
         """Whether a small model is needed."""
         return self.prune is not None or self.policy.uses_draft
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget means anything to it."""
+        return self.prune is not None or not isinstance(self.policy, Full)
 
 
 def method_of(spec: str) -> Method:
@@ -127,13 +137,16 @@ def method_of(spec: str) -> Method:
 
     Besides the policies: `specpc` drops prompt tokens down to the budget, `speckv_pc` drops them
     down to `prune` (2048) and goes on as `speckv`. Their `select_pool` and `select_neighbours` are
-    published as 64 for Qwen and 32 for Llama models, and 32 in speckv_pc.
+    published as 64 for Qwen and 32 for Llama models, and 32 in speckv_pc. `kv_prediction` reads
+    prompts with a small model and keeps everything.
     """
     name, _, settings = spec.partition(":")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
     if any(not value for _, _, value in pairs):
         raise ValueError(f"policy {spec!r}: settings are name=value, separated by commas")
     fields = {field: value for field, _, value in pairs}
+    if name == "kv_prediction":
+        return Method(make_policy("full", **fields), None, {}, predicts=True)
     if name not in ("specpc", "speckv_pc"):
         return Method(make_policy(name, **fields), None, {})
     size = "64" if name == "specpc" else "32"
@@ -168,9 +181,12 @@ def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cel
     What keeps everything comes last, what needs two passes before it: on accelerators the mark of
     the highest memory use never falls.
     """
-    order = sorted(config.policies, key=lambda spec: (spec == "full", policy_of(spec).two_pass))
-    for spec in order:
-        budgets = (0,) if spec == "full" else sorted(set(config.budgets))
+
+    def last(spec: str) -> tuple[bool, bool]:
+        return not method_of(spec).budgeted, policy_of(spec).two_pass
+
+    for spec in sorted(config.policies, key=last):
+        budgets = sorted(set(config.budgets)) if method_of(spec).budgeted else (0,)
         for budget in budgets:
             for drafter in config.drafters:
                 for protocol in config.protocols:

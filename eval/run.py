@@ -35,6 +35,7 @@ from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, Key, RowFile, key_of, rea
 from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
 from lookahead_jax.files import atomic_write
 from lookahead_jax.generation import Generation
+from lookahead_jax.kv_prediction import Predictor, load_predictor
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.sharding import make_mesh
 from lookahead_jax.speculation import select_tokens, speculate
@@ -78,6 +79,11 @@ class Runner:
             self._draft = lk.load(model_folder(config.draft_model), dtype=config.dtype)
             if config.draft_layers is not None:
                 self._draft = first_layers(self._draft, config.draft_layers)
+        self._predictor: Predictor | None = None
+        if any(method_of(spec).predicts for spec in config.policies):
+            if config.kv_maps is None:
+                raise ValueError("kv_prediction needs --kv-maps, the folder of its maps")
+            self._predictor = load_predictor(config.kv_maps, self._model)
         self._warm: set[tuple] = set()
 
     @property
@@ -153,6 +159,7 @@ class Runner:
                     self._model, read, questions=questions, policy=method.policy,
                     budget=max(cell.budget, 1), max_new_tokens=new, lookahead=self._modules,
                     drafts=drafts, drafter=drafter, stop=examples[0].stop,
+                    reader=self._predictor if method.predicts else None,
                 )  # fmt: skip
             return result, result.timing.ttft_s + spent
 

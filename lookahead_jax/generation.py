@@ -31,7 +31,7 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import extend
+from lookahead_jax.prefill import Prefilled, extend
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.replay import requests_to_repeat
 from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
@@ -39,6 +39,8 @@ from lookahead_jax.sharding import on_its_mesh, place_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
 DEFAULT_BUDGET = 256
+Reader = Callable[[jax.Array, int], Prefilled]
+"""Prompts int32 [B, T], padded with -1, and how many tokens will follow -> their cache."""
 
 
 def default_policy(lookahead: LookaheadModules | None) -> Policy:
@@ -136,6 +138,7 @@ def generate(
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | None = None,
     evict_every: int | None = None,
+    reader: Reader | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
@@ -158,8 +161,9 @@ def generate(
     proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
     the same tokens. With `evict_every` = E the policy cuts each row again while it decodes, at
     every position that is a multiple of E: its heads hold `budget` to `budget` + E entries,
-    however long the text becomes. `on_step` receives every step's tree and accepted path as NumPy
-    arrays.
+    however long the text becomes. `reader` reads the prompts instead, and evicts nothing
+    (`kv_prediction.Predictor`): `policy` is then of no use. `on_step` receives every step's tree
+    and accepted path as NumPy arrays.
 
     Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
     decoding (h2o: behind questions) where it should.
@@ -185,6 +189,8 @@ def generate(
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
     eviction = None
     if evict_every is not None:
+        if reader is not None:
+            raise ValueError("a reader evicts nothing: leave evict_every out")
         eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
         if asked is not None and policy.accumulates:
             raise ValueError(
@@ -203,16 +209,18 @@ def generate(
         on_step=on_step,
     )
 
-    def read(policy: Policy, eviction: DecodeEviction | None) -> DecodeState:
+    def read_by(policy: Policy, eviction: DecodeEviction | None) -> Prefilled:
         added = max_new_tokens
         if eviction is not None:
             added = eviction.room(tokens.shape[1], max_new_tokens, config)
-        result = read_prompt(
+        return read_prompt(
             params, tokens, config=config, policy=policy, budget=budget,
             new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
             eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
             draft=expected, asks=requests_to_repeat(policy, model.tokenizer),
         )  # fmt: skip
+
+    def opened(result: Prefilled, eviction: DecodeEviction | None) -> DecodeState:
         cache, logits, sums = result.cache, result.logits, opening_sums(eviction, result)
         if behind is not None:
             cache, logits = extend(params, behind, cache, config=config)
@@ -227,13 +235,21 @@ def generate(
         )  # fmt: skip
         return jax.block_until_ready(state)
 
+    def read() -> DecodeState:
+        if reader is not None:
+            return opened(reader(tokens, asked_width + max_new_tokens), None)
+        return opened(read_by(policy, eviction), eviction)
+
+    def read_all() -> DecodeState:
+        return opened(read_by(Full(), None), None)
+
     overhead = None
     if measure:
-        read(policy, eviction)
-        read(Full(), None)
-        keep_all = _seconds(lambda: read(Full(), None))
+        read()
+        read_all()
+        keep_all = _seconds(read_all)
     begin = time.perf_counter()
-    state = read(policy, eviction)
+    state = read()
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all

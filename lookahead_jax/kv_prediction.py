@@ -5,16 +5,22 @@ keys are mapped before the key norm and RoPE, which the base then applies itself
 only the prompt's last token. Lossy: it trades quality for the time to the first token.
 """
 
+import dataclasses
+import json
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
+from lookahead_jax.checkpoint import Model, first_layers, load
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.files import atomic_write, save_arrays
 from lookahead_jax.layers import Params, linear, rms_norm
 from lookahead_jax.model import embed, layer_kinds, scan_layers
 from lookahead_jax.prefill import Prefilled, extend
@@ -28,6 +34,48 @@ class KVMaps:
 
     k: jax.Array  # [L, A, B]
     v: jax.Array  # [L, A, B]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Reads a base's prompts with a small model: `generate(..., reader=)`."""
+
+    base: Model
+    aux: Model
+    maps: KVMaps
+
+    def __call__(self, tokens: jax.Array, new_tokens: int) -> Prefilled:
+        """Prompts int32 [B, T], padded with -1; `new_tokens` will follow at most."""
+        return prefill_predicted(
+            self.base.params, tokens, self.maps, config=self.base.config,
+            aux_params=self.aux.params, aux_config=self.aux.config, new_tokens=new_tokens,
+        )  # fmt: skip
+
+
+def save_maps(folder: Path, maps: KVMaps, aux: str | None, aux_layers: int | None) -> None:
+    """Writes the maps, and which small model they are for (None: the base itself) cut to how many
+    of its layers."""
+    atomic_write(folder / "aux.json", json.dumps({"aux": aux, "layers": aux_layers}) + "\n")
+    save_arrays(folder / "maps.npz", k=np.asarray(maps.k), v=np.asarray(maps.v))
+
+
+def load_predictor(folder: Path, base: Model) -> Predictor:
+    """What `save_maps` wrote, for the base that it was trained for.
+
+    Raises ValueError where the maps fit neither model.
+    """
+    about = json.loads((folder / "aux.json").read_text(encoding="utf-8"))
+    aux = base if about["aux"] is None else load(about["aux"])
+    if about["layers"] is not None:
+        aux = first_layers(aux, about["layers"])
+    with np.load(folder / "maps.npz") as file:
+        maps = KVMaps(k=jnp.asarray(file["k"]), v=jnp.asarray(file["v"]))
+    widths = [m.config.num_kv_heads * m.config.head_dim for m in (aux, base)]
+    if maps.k.shape != (base.config.num_layers, *widths):
+        raise ValueError(
+            f"{folder}: maps {list(maps.k.shape)} are not those of {base.path} and {aux.path}"
+        )
+    return Predictor(base, aux, maps)
 
 
 class PlainKV(NamedTuple):
@@ -93,14 +141,16 @@ def prediction_loss(maps: KVMaps, aux: PlainKV, base: PlainKV, valid: jax.Array)
 @partial(jax.jit, static_argnames=("config", "slots"))
 def predicted_cache(
     params: Params,
-    kv: PlainKV,
+    maps: KVMaps,
+    aux: PlainKV,
     length: Int[Array, " B"],
     new_tokens: int | Int[Array, ""],
     *,
     config: ModelConfig,
     slots: int,
 ) -> KVCache:
-    """The base's cache of all prompt tokens but each row's last, from predicted keys and values."""
+    """The base's cache of all prompt tokens but each row's last, from the small model's `aux`."""
+    kv = predict(maps, aux)
     layers, batch, width = kv.k.shape[:3]
     slots = round_up(slots, SLOT_MULTIPLE)
     step = jnp.arange(width, dtype=jnp.int32)[None]
@@ -149,9 +199,9 @@ def prefill_predicted(
     The base's layers must be stacked (as `load` leaves them).
     """
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    guess = predict(maps, plain_kv(aux_params, tokens, config=aux_config))
+    aux = plain_kv(aux_params, tokens, config=aux_config)
     cache = predicted_cache(
-        params, guess, length, new_tokens, config=config, slots=tokens.shape[1] + new_tokens
+        params, maps, aux, length, new_tokens, config=config, slots=tokens.shape[1] + new_tokens
     )
     last = jnp.take_along_axis(tokens, (length - 1)[:, None], axis=1)
     cache, logits = extend(params, last, cache, config=config)

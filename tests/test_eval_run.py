@@ -242,6 +242,8 @@ def test_names_of_methods():
     assert (method.prune, method.policy.window) == (512, 8)
     assert method.select == {"pool": 16, "neighbours": 32}
     assert method_of("specpc").prune == 0
+    assert not method_of("kv_prediction").budgeted
+    assert method_of("specpc").budgeted
     with pytest.raises(ValueError, match="name=value"):
         method_of("snapkv:window")
 

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lookahead_jax as lk
 from lookahead_jax.kv_prediction import (
     PlainKV,
     init_maps,
+    load_predictor,
     predict,
     prediction_loss,
     prefill_predicted,
+    save_maps,
 )
 from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
@@ -42,6 +45,36 @@ def test_a_model_predicts_itself(model):
         assert (np.sort(pos[pos >= 0]) == np.arange(length)).all()
         own = np.asarray(full.cache.k)[0, row, 0, :length]
         np.testing.assert_allclose(k[:length], own, atol=1e-5 * np.abs(own).max())
+
+
+def test_generate_reads_with_the_predictor_that_was_stored(tmp_path):
+    base = lk.load(lk.EMBEDDED_MODEL)
+    rng = np.random.default_rng(0)
+    maps = jax.tree.map(
+        lambda a: a + jnp.asarray(0.02 * rng.standard_normal(a.shape), jnp.float32),
+        init_maps(jax.random.key(0), base.config, base.config),
+    )
+    save_maps(tmp_path, maps, None, 2)
+    predictor = load_predictor(tmp_path, base)
+    assert predictor.aux.config.num_layers == 2
+    prompts = rng.integers(5, 4000, (2, 24)).tolist()
+    given = dict(policy=lk.make_policy("full"), max_new_tokens=4, eos_ids=())
+    found = lk.generate(base, prompts, reader=predictor, **given)
+    read = prefill_predicted(
+        base.params, jnp.asarray(lk.pad_batch(prompts, config=base.config)), maps,
+        config=base.config, aux_params=predictor.aux.params, aux_config=predictor.aux.config,
+        new_tokens=4,
+    )  # fmt: skip
+    expected = lk.decode(
+        base.params, read.cache, read.logits, config=base.config, max_new_tokens=4
+    ).tokens
+    assert found.tokens == np.asarray(expected).tolist()
+    assert found.tokens != lk.generate(base, prompts, **given).tokens
+    with pytest.raises(ValueError, match="leave evict_every out"):
+        lk.generate(base, prompts, reader=predictor, evict_every=8, **given)
+    save_maps(tmp_path, jax.tree.map(lambda a: a[:3], maps), None, 2)
+    with pytest.raises(ValueError, match="are not those of"):
+        load_predictor(tmp_path, base)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Trains the maps of KV Prediction for a base and a smaller model, and says what they are worth.
 
     python -m lookahead_jax.train.kv_prediction --out RUN
+    python -m lookahead_jax.eval embedded --policies full kv_prediction --kv-maps RUN --out EVAL
 
 Both models stay as they are; only the maps learn, by the mean absolute error of keys and values
 (the consistency term of arXiv 2410.08391; its two language-modelling terms, which train the small
@@ -26,13 +27,14 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoint import Model, first_layers
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.eval.tasks.code import Split, code_stream
-from lookahead_jax.files import atomic_write, save_arrays
+from lookahead_jax.files import atomic_write
 from lookahead_jax.kv_prediction import (
     KVMaps,
     init_maps,
     plain_kv,
     prediction_loss,
     prefill_predicted,
+    save_maps,
 )
 from lookahead_jax.layers import Params
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -128,7 +130,7 @@ def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[s
 
 
 def train(config: PredictionConfig) -> dict[str, Any]:
-    """Trains, tests and writes OUT/maps.npz and OUT/report.json; returns the report."""
+    """Trains, tests and writes the maps and OUT/report.json; returns the report."""
     model = lk.load(config.model or lk.EMBEDDED_MODEL)
     aux = first_layers(model, config.aux_layers) if config.aux is None else lk.load(config.aux)
     optimizer = make_optimizer(OptimizerConfig(rate=config.rate, warmup=10), config.steps)
@@ -146,7 +148,8 @@ def train(config: PredictionConfig) -> dict[str, Any]:
         )  # fmt: skip
         losses.append(float(loss))
     config.out.mkdir(parents=True, exist_ok=True)
-    save_arrays(config.out / "maps.npz", k=np.asarray(state[0].k), v=np.asarray(state[0].v))
+    aux_layers = config.aux_layers if config.aux is None else None
+    save_maps(config.out, state[0], config.aux and str(config.aux), aux_layers)
     report = {
         "loss_first": losses[0],
         "loss_last": float(np.mean(losses[-10:])),
