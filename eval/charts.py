@@ -106,7 +106,7 @@ class _Scale:
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         step *= next(k for k in (1, 2, 5, 10) if (self.high - self.low) / (k * step) <= 6)
         first = math.ceil(self.low / step)
-        return [i * step for i in range(first, math.floor(self.high / step) + 1)]
+        return [float(i * step) for i in range(first, math.floor(self.high / step) + 1)]
 
 
 def _span(point: Point) -> tuple[float, ...]:

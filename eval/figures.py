@@ -117,9 +117,9 @@ class Report:
             lines = []
             for policy in self.distinct("policy", every):
                 cells = self._at(every, policy, length, budget)
-                cost = spread([r for c in cells for r in self._overheads(c)])
+                cost = spread([share for c in cells for share in overhead(self.cells[c])])
                 stat = self.over(cells)
-                if stat is None or cost is None or policy == "full":
+                if stat is None or cost is None:
                     continue
                 note = (
                     f"{policy}: {described(stat)}; time to the first token {cost.mean:+.0%} "
@@ -133,19 +133,16 @@ class Report:
                 label = "% added to the full cache's time to first token"
                 found.append(Chart(title=title, x_label=label, lines=lines))
         note = (
-            "Mean of the tasks. The time is measured in the same run as the answers: batches of a "
-            "policy against the same examples under the full cache."
+            "Mean of the tasks. The time is measured in the same run as the answers: every batch "
+            "is read with the full cache, too, right before or after. The full cache's own point "
+            "says how far the times can be trusted."
         )
         title = "Accuracy over time to the first token"
-        return Section(title, note, list(found), self.legend(every, False)) if found else None
+        return Section(title, note, list(found), self.legend(every)) if found else None
 
     def _at(self, cells: Sequence[Cell], policy: str, length: int, budget: int) -> list[Cell]:
         found = [c for c in cells if (c.policy, c.length) == (policy, length)]
         return [c for c in found if c.budget in (0, budget)]  # 0: without a budget
-
-    def _overheads(self, cell: Cell) -> list[float]:
-        full = self.cells.get(cell._replace(policy="full", budget=0))
-        return [] if full is None else overhead(self.cells[cell], full)
 
     def lengths(self, model: str, protocol: str) -> Section | None:
         """Policy x length, the mean of the tasks."""
@@ -258,19 +255,20 @@ class Report:
             stat = self.stats.get(cell)
             beside = {k: [round(v, 4) for v in s[:3]] for k, s in measures(rows).items()}
             ttft = spread([r["ttft_s"] for r in {r["first_of_batch"]: r for r in rows}.values()])
+            added = spread(overhead(rows))
             found.append(
                 cell._asdict()
                 | {"n": len(rows), "score": stat and [round(v, 4) for v in stat[:3]]}
                 | ({"measures": beside} if beside else {})
                 | {"ttft_s": ttft and [round(v, 4) for v in ttft[:3]]}
+                | ({"ttft_overhead": [round(v, 4) for v in added[:3]]} if added else {})
                 | {"cache_bytes": rows[0]["cache_bytes"]}
             )
         return found
 
-    def legend(self, cells: Sequence[Cell], full: bool = True) -> list[tuple[str, str]]:
+    def legend(self, cells: Sequence[Cell]) -> list[tuple[str, str]]:
         """(policy, colour) of everything that is drawn."""
-        names = [p for p in self.distinct("policy", cells) if full or p != "full"]
-        return [(name, self.colors[name]) for name in names]
+        return [(name, self.colors[name]) for name in self.distinct("policy", cells)]
 
     def sections(self) -> Iterator[tuple[str, list[Section]]]:
         """Headings with their sections, one per model and protocol."""

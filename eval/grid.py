@@ -68,6 +68,10 @@ class RunConfig:
     """Devices that share every layer."""
     fsdp: int = 1
     """Devices that share the weights; rows of a batch are split over what is left."""
+    pair_times: tyro.conf.FlagConversionOff[bool] = False
+    """Read every batch with the full cache, too, next to the policy's own reading: the report
+    compares times to the first token only so, because load and clocks drift. The full cache must
+    fit into memory."""
     views: int = 2
     """Examples per task whose kept tokens are stored for the report."""
     allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False

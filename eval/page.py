@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lookahead_jax.eval.charts import Bars, Chart, Heat, bars_svg, chart_svg, heat_svg
 from lookahead_jax.eval.rows import Cell
-from lookahead_jax.eval.stats import measures, spread
+from lookahead_jax.eval.stats import measures, overhead, spread
 
 if TYPE_CHECKING:
     from lookahead_jax.eval.figures import Report, Section
@@ -54,6 +54,10 @@ def _cell_row(report: "Report", cell: Cell) -> str:
     ttft = spread([row["ttft_s"] for row in batches])
     first = "–" if ttft is None else f"{1000 * ttft.mean:.1f}"
     between = "" if ttft is None or ttft.n < 2 else f"{1000 * ttft.low:.1f}–{1000 * ttft.high:.1f}"
+    added = spread(overhead(rows))
+    share = ""
+    if added is not None:
+        share = f"{added.mean:+.1%} ({added.low:+.1%} to {added.high:+.1%})"
     peaks = [row["peak_bytes"] for row in batches if row["peak_bytes"] is not None]
     bound = "≤ " if any(row["peak_is_bound"] for row in batches) else ""
     peak = bound + megabytes(max(peaks)) if peaks else "–"
@@ -70,8 +74,8 @@ def _cell_row(report: "Report", cell: Cell) -> str:
     numbers = "".join(
         f'<td class="n"><a href="{href}">{value}</a></td>'
         for value in (
-            score, interval, beside, len(rows), first, between, megabytes(rows[0]["cache_bytes"]),
-            peak,
+            score, interval, beside, len(rows), first, between, share,
+            megabytes(rows[0]["cache_bytes"]), peak,
         )
     )  # fmt: skip
     return f"<tr>{names}{numbers}</tr>"
@@ -82,14 +86,15 @@ def cells_html(report: "Report") -> str:
     heads = (
         "model", "task", "tokens", "question", "policy", "kept", "drafter", "score", "95 %",
         "beside it", "n",
-        "ms to first token", "95 %", "cache MB", "peak MB",
+        "ms to first token", "95 %", "added to full", "cache MB", "peak MB",
     )  # fmt: skip
     head = "".join(f"<th>{name}</th>" for name in heads)
     body = "".join(_cell_row(report, cell) for cell in report.cells)
     return (
         "<h2>All cells</h2>"
         '<section class="card wide"><p class="note">Time to the first token is that of a whole '
-        "batch. Peak: resident memory of the process on a CPU, the allocator's high-water mark on "
+        "batch; what is added to the full cache's is taken from the same batches, one after the "
+        "other. Peak: resident memory of the process on a CPU, the allocator's high-water mark on "
         f"an accelerator.</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         "</section>"
     )

@@ -83,17 +83,14 @@ def average(stats: Sequence[Stat]) -> Stat:
     return Stat(mean, max(mean - below, 0.0), min(mean + above, 1.0), sum(s.n for s in stats))
 
 
-def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
-    """What a policy adds to the full cache's time to the first token, share per example's batch.
+def overhead(rows: Sequence[Row]) -> list[float]:
+    """What a policy adds to the time to the first token, as a share of the full cache's.
 
-    Batches are paired by their examples; one value per batch of the policy.
+    One value per batch that was read both ways, next to each other (`pair_times`).
     """
-    base = {row["id"]: row["ttft_s"] for row in full}
-    ratios: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["id"] in base:
-            ratios[row["first_of_batch"]].append(row["ttft_s"] / base[row["id"]] - 1)
-    return [float(np.mean(values)) for values in ratios.values()]
+    batches = {row["first_of_batch"]: row for row in rows}.values()
+    pairs = [(row["ttft_s"], row.get("full_ttft_s")) for row in batches]
+    return [first / full - 1 for first, full in pairs if full is not None]
 
 
 def spread(values: Sequence[float]) -> Stat | None:

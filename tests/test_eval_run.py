@@ -58,6 +58,7 @@ def test_every_cell_has_its_rows(finished):
     assert len(rows) == len(expected)
     for row in rows:
         assert row["ttft_s"] > 0
+        assert row["full_ttft_s"] is None
         assert row["peak_bytes"] > 0
         assert row["prompt_tokens"] == 120
         assert row["cache_bytes"] <= row["full_bytes"]
@@ -196,7 +197,7 @@ def test_a_run_over_four_devices_answers_the_same(finished, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_methods_with_a_small_model_are_its_answer_and_its_selection(model, tmp_path):
     config = RunConfig(
-        out=tmp_path / "run", draft_model="embedded", draft_layers=2,
+        out=tmp_path / "run", draft_model="embedded", draft_layers=2, pair_times=True,
         **{**GRID, "protocols": ("seen",), "views": 0, "count": 2, "budgets": (64,)}
         | {"policies": (
             "speckv:window=8,draft_tokens=4", "specpc:select_neighbours=8",
@@ -207,6 +208,7 @@ def test_methods_with_a_small_model_are_its_answer_and_its_selection(model, tmp_
     rows = list(read_rows(config.out / ROWS))
     assert len(rows) == 6
     assert {row["policy"] for row in rows} == set(config.policies)
+    assert all(row["full_ttft_s"] > 0 for row in rows)
 
     task = config.tasks_found()[0]
     source = Source(tokenizer=model.tokenizer, length=120, count=2, seed=0, data=None)

@@ -11,6 +11,7 @@ from lookahead_jax.eval.charts import Chart, Heat
 from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, RowFile
 from lookahead_jax.eval.summary import wilson
 
+SEEN = "model: question seen while the prompt is cut"
 NASTY = '</script><b onclick="x">&'
 
 
@@ -39,6 +40,7 @@ def run(tmp_path_factory):
                     score = float(rng.random()) if graded else float(rng.integers(0, 2))
                     ttft = 0.1 * (1 + 0.01 * budget) * (1 + i // 2)
                     more = {"measures": {"part": i / 6}} if graded else {"depth": 10 * (i % 3)}
+                    more["full_ttft_s"] = 0.1 * (1 + i // 2)
                     rows.append(row(cell, i, score, binary=not graded, ttft=ttft, **more))
     drafted = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
     rows += [row(drafted, i, 1.0) for i in range(4)]
@@ -77,8 +79,16 @@ def test_means_have_their_intervals(run):
 def test_time_is_compared_on_the_same_batches(run):
     cells = stats.read_runs([run])
     cell = Cell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
-    found = stats.overhead(cells[cell], cells[cell._replace(policy="full", budget=0)])
-    assert found == pytest.approx([0.32] * 3)
+    assert stats.overhead(cells[cell]) == pytest.approx([0.32] * 3)
+    unpaired = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
+    assert stats.overhead(cells[unpaired]) == []
+    sections = dict(figures.Report([run]).sections())[
+        "model: question seen while the prompt is cut"
+    ]
+    pareto = next(s for s in sections if s.title.startswith("Accuracy over time"))
+    points = {line.label: line.points[0] for line in pareto.charts[-1].lines}  # 200 tokens, 32 kept
+    assert points["full"].x == pytest.approx(0)
+    assert (points["snapkv"].x, points["snapkv"].x_low) == pytest.approx((32, 32))
 
 
 def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
@@ -95,7 +105,7 @@ def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
 
 def test_charts_hold_the_numbers_of_their_cells(run):
     made = figures.Report([run])
-    sections = dict(made.sections())["model: question seen while the prompt is cut"]
+    sections = dict(made.sections())[SEEN]
     first = sections[0].charts[0]
     assert isinstance(first, Chart)
     lines = {line.label: line for line in first.lines}
