@@ -68,6 +68,10 @@ class RunConfig:
     """Devices that share every layer."""
     fsdp: int = 1
     """Devices that share the weights; rows of a batch are split over what is left."""
+    part: int = 0
+    """Which share of the examples this run answers, of `parts`; each into an --out of its own."""
+    parts: int = 1
+    """Into how many shares the examples are divided: one for each host, say."""
     pair_times: tyro.conf.FlagConversionOff[bool] = False
     """Read every batch with the full cache, too, next to the policy's own reading: the report
     compares times to the first token only so, because load and clocks drift. The full cache must
@@ -76,6 +80,10 @@ class RunConfig:
     """Examples per task whose kept tokens are stored for the report."""
     allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False
     """Run the programs that a model writes, under limits, where a score needs it; not in files."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.part < self.parts:
+            raise ValueError(f"part {self.part} of {self.parts}: parts are counted from 0")
 
     def tasks_found(self) -> list[Task]:
         """All tasks; ValueError for unknown names and for programs that nobody allowed."""

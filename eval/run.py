@@ -94,12 +94,14 @@ class Runner:
         return self._model.config.max_position
 
     def prompts(self, task: Task, length: int) -> tuple[list[Example], list[Prompt]]:
-        """The task's examples at a length, made and assembled once."""
+        """This run's share of the task's examples at a length, made and assembled once."""
         source = Source(
             tokenizer=self._tokenizer, length=length, count=self._config.count,
             seed=self._config.seed, data=self._config.data,
         )  # fmt: skip
-        return self._assembled(task.make(source), length)
+        share = slice(self._config.part, None, self._config.parts)
+        examples, made = self._assembled(task.make(source), length)
+        return examples[share], made[share]
 
     def _assembled(
         self, examples: list[Example], length: int
@@ -301,7 +303,8 @@ def run(config: RunConfig) -> None:
                 tqdm.write(f"notice: {spec} at {budget}: {notice}")
     done, rows, views = open_run(config)
     grid = [c for t in tasks for n in config.lengths for c in cells(config, "", t.name, n)]
-    total = len(grid) * config.count * len(config.models)
+    count = len(range(config.part, config.count, config.parts))
+    total = len(grid) * count * len(config.models)
     with contextlib.closing(rows), contextlib.closing(views), tqdm(total=total) as bar:
         for name in config.models:
             runner = Runner(config, name, done, rows, views)
@@ -313,7 +316,7 @@ def run(config: RunConfig) -> None:
                     examples, made = runner.prompts(task, length)
                     for cell in cells(config, name, task.name, length):
                         spent = 0
-                        for count in runner.cell(cell, task, examples, made):
-                            spent += count
-                            bar.update(count)
-                        bar.update(config.count - spent)
+                        for answered in runner.cell(cell, task, examples, made):
+                            spent += answered
+                            bar.update(answered)
+                        bar.update(count - spent)

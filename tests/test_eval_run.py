@@ -195,6 +195,19 @@ def test_a_run_over_four_devices_answers_the_same(finished, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+def test_parts_of_a_run_are_together_the_whole(finished, tmp_path):
+    found = {}
+    for part in (0, 1):
+        out = tmp_path / str(part)
+        runner.run(dataclasses.replace(finished, out=out, part=part, parts=2))
+        assert not found.keys() & answers(out).keys()
+        found |= answers(out)
+    assert found == answers(finished.out)
+    with pytest.raises(ValueError, match="counted from 0"):
+        dataclasses.replace(finished, part=2, parts=2)
+
+
+@pytest.mark.slow
 def test_methods_with_a_small_model_are_its_answer_and_its_selection(model, tmp_path):
     config = RunConfig(
         out=tmp_path / "run", draft_model="embedded", draft_layers=2, pair_times=True,
