@@ -1,5 +1,6 @@
 """The rows of a run: one JSON object per example, appended so that a kill costs at most a batch."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,11 +49,19 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class RowFile:
-    """A file of rows, open for appending; a torn last line is cut off first."""
+    """A file of rows, open for appending; a torn last line is cut off first.
+
+    Raises BlockingIOError if another process has it open.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise BlockingIOError(f"{path} is being written by another run") from None
         self._file.seek(0)
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)

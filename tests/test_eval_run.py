@@ -105,6 +105,8 @@ def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
     path.write_bytes(b'{"a": 1}\n{"a"')
     assert list(read_rows(path)) == [{"a": 1}]
     file = RowFile(path)
+    with pytest.raises(BlockingIOError, match="written by another run"):
+        RowFile(path)
     file.append([{"a": 2}])
     file.close()
     assert [row["a"] for row in read_rows(path)] == [1, 2]

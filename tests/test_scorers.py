@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,23 @@ def test_programs_run_under_limits(tmp_path):
     assert score(PROGRAM.format("a++;")) == 0
     assert score(PROGRAM.format("for (;;);")) == 0  # the time limit
     assert score("no program") == 0
-    assert sandbox.run_limited(["/bin/sh", "-c", "env"], "", folder=tmp_path) is not None
-    hungry = ["/bin/sh", "-c", "head -c 1000000000 /dev/zero > big"]
-    assert sandbox.run_limited(hungry, "", folder=tmp_path) is None
+    assert score(PROGRAM.format("vector<char> big(1u << 30, 1);")) == 0  # the memory limit
+
+
+def test_commands_run_under_limits(tmp_path, monkeypatch):
+    def run(script, **limits):
+        return sandbox.run_limited(["/bin/sh", "-c", script], "in", folder=tmp_path, **limits)
+
+    monkeypatch.setenv("SECRET", "x")
+    assert "SECRET" not in run("env")
+    assert run("cat") == "in"
+    assert run("exit 3") is None
+    assert run("head -c 1000000000 /dev/zero > big") is None
     assert (tmp_path / "big").stat().st_size <= 2**26
+    assert run("head -c 1000000000 /dev/zero") is None, "nor does it fill our memory"
+    begin = time.perf_counter()
+    assert run("sleep 60 & echo $! > left", seconds=20) == ""
+    assert run("sleep 60", seconds=1) is None
+    assert time.perf_counter() - begin < 15
+    left = Path("/proc") / (tmp_path / "left").read_text().strip() / "stat"
+    assert not left.exists() or left.read_text().split()[2] == "Z", "what was left is killed, too"

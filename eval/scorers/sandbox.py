@@ -1,12 +1,15 @@
 """Programs that a model wrote, compiled and run under limits; nothing here runs unasked.
 
-The limits bound time, memory, file size and processes, and the environment is empty. They are no
-wall: a program still reads what the user may read. Use a container for models you do not trust.
+The limits bound time, memory, output, files and processes, the environment is empty, and what a
+program leaves running is killed with it. They are no wall: a program still reads what the user may
+read. Use a container for models you do not trust.
 """
 
+import contextlib
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +25,6 @@ _PRELUDE = "".join(f"#include <{name}>\n" for name in _HEADERS.split()) + "using
 
 def _limits(memory: int, seconds: int, processes: int) -> None:
     """What the child may use; called between fork and exec."""
-    os.setsid()
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, 2**26))
@@ -34,15 +36,29 @@ def _limits(memory: int, seconds: int, processes: int) -> None:
 def run_limited(
     command: Sequence[str], given: str, *, folder: Path, seconds: int = SECONDS, memory: int = 2**29
 ) -> str | None:
-    """What `command` prints, given `given`; None if it fails or goes beyond a limit."""
-    try:
-        done = subprocess.run(
-            command, input=given.encode(), cwd=folder, timeout=seconds, capture_output=True,
-            env={"PATH": os.defpath}, preexec_fn=lambda: _limits(memory, seconds, 64), check=True,
+    """What `command` prints, given `given`; None if it fails or goes beyond a limit.
+
+    What it prints goes to a file, where the limit on files bounds it.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL,
+            env={"PATH": os.defpath}, start_new_session=True,
+            preexec_fn=lambda: _limits(memory, seconds, 64),
         )  # fmt: skip
-        return done.stdout.decode()
-    except (subprocess.SubprocessError, UnicodeDecodeError, OSError):
-        return None
+        try:
+            process.communicate(given.encode(), timeout=seconds)
+        except (subprocess.TimeoutExpired, OSError):
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # also what it has left behind
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        try:
+            return said.read().decode() if process.returncode == 0 else None
+        except UnicodeDecodeError:
+            return None
 
 
 def run_cpp(program: str, cases: Sequence[tuple[str, str]]) -> bool:

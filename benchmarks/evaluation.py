@@ -1,0 +1,89 @@
+"""The evaluation's demonstration: a grid of answers, a smaller one of times, and their report.
+
+The answers do not depend on what else the machine does, the times do: run these on a quiet one.
+
+    python benchmarks/evaluation.py --work DIR --steps answers
+    python benchmarks/evaluation.py --work DIR --steps times report
+
+A step goes on where it was stopped; take a new DIR when the model or its modules have changed. The
+last step writes DIR/report and renews benchmarks/results/evaluation_embedded.json, its rows, and
+the pictures of docs/images.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lookahead_jax.eval import report
+from lookahead_jax.eval.grid import parse
+from lookahead_jax.eval.rows import ROWS
+from lookahead_jax.eval.run import run
+from lookahead_jax.files import atomic_path, atomic_write
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {"answers": "embedded", "times": "embedded_times"}
+SEEN, HIDDEN = (f"embedded-question-{p}-while-the-prompt-is-cut" for p in ("seen", "hidden"))
+PICTURES = {
+    "evaluation-seen-512": f"{SEEN}-accuracy-over-budget-512-tokens",
+    "evaluation-hidden-512": f"{HIDDEN}-accuracy-over-budget-512-tokens",
+    "evaluation-time": f"{SEEN}-accuracy-over-time-to-the-first-token",
+}
+
+
+def keep(work: Path, results: Path, images: Path) -> None:
+    """Copies the report's numbers and pictures, and the rows behind them."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    content = {
+        "commit": commit,
+        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "jax": jax.__version__,
+        "cells": json.loads((work / "report" / "cells.json").read_text()),
+    }
+    atomic_write(results / "evaluation_embedded.json", json.dumps(content, indent=0) + "\n")
+    for step, name in (("answers", "rows"), ("times", "times")):
+        with atomic_path(results / f"evaluation_embedded_{name}.jsonl.gz") as path:
+            rows = (work / step / ROWS).read_bytes()
+            path.write_bytes(gzip.compress(rows, 9, mtime=0))
+    for name, source in PICTURES.items():
+        shutil.copyfile(work / "report" / f"{source}.png", images / f"{name}.png")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--steps", nargs="+", default=[*CONFIGS, "report"])
+    parser.add_argument("--count", help="examples of each task, to try things out")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
+    options = parser.parse_args()
+    if unknown := set(options.steps) - {*CONFIGS, "report"}:
+        parser.error(f"unknown steps: {', '.join(sorted(unknown))}")
+    for step, config in CONFIGS.items():
+        if step in options.steps:
+            fewer = [] if options.count is None else ["--count", options.count]
+            run(parse([config, "--out", str(options.work / step), *fewer]))
+    if "report" in options.steps:
+        runs = tuple(options.work / step for step in CONFIGS)
+        for path in report.write(report.ReportConfig(runs=runs, out=options.work / "report")):
+            print(path)
+        keep(options.work, options.results, options.images)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+
+
+if __name__ == "__main__":
+    main()
