@@ -55,9 +55,9 @@ def _cell_row(report: "Report", cell: Cell) -> str:
     first = "–" if ttft is None else f"{1000 * ttft.mean:.1f}"
     between = "" if ttft is None or ttft.n < 2 else f"{1000 * ttft.low:.1f}–{1000 * ttft.high:.1f}"
     added = spread(overhead(rows))
-    share = ""
-    if added is not None:
-        share = f"{added.mean:+.1%} ({added.low:+.1%} to {added.high:+.1%})"
+    share = "" if added is None else f"{added.mean:+.1%}"
+    if added is not None and added.n > 1:
+        share += f" ({added.low:+.1%} to {added.high:+.1%})"
     peaks = [row["peak_bytes"] for row in batches if row["peak_bytes"] is not None]
     bound = "≤ " if any(row["peak_is_bound"] for row in batches) else ""
     peak = bound + megabytes(max(peaks)) if peaks else "–"

@@ -196,6 +196,8 @@ class Runner:
             "full_bytes": None if method.prune is not None else result.cache.full_bytes,
             "draft_lengths": result.drafting.histogram,
         }
+        if method.speculates:
+            measured |= {"draft_model": config.draft_model, "draft_layers": config.draft_layers}
         return result, measured
 
     def _speculate(

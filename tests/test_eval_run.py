@@ -224,6 +224,7 @@ def test_methods_with_a_small_model_are_its_answer_and_its_selection(model, tmp_
     assert len(rows) == 6
     assert {row["policy"] for row in rows} == set(config.policies)
     assert all(row["full_ttft_s"] > 0 for row in rows)
+    assert {(row["draft_model"], row["draft_layers"]) for row in rows} == {("embedded", 2)}
 
     task = config.tasks_found()[0]
     source = Source(tokenizer=model.tokenizer, length=120, count=2, seed=0, data=None)
