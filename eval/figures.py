@@ -117,7 +117,7 @@ class Report:
             lines = []
             for policy in self.distinct("policy", every):
                 cells = self._at(every, policy, length, budget)
-                cost = spread([share for c in cells for share in overhead(self.cells[c])])
+                cost = spread([share for c in cells for share in self.overheads(c)])
                 stat = self.over(cells)
                 if stat is None or cost is None:
                     continue
@@ -133,9 +133,10 @@ class Report:
                 label = "% added to the full cache's time to first token"
                 found.append(Chart(title=title, x_label=label, lines=lines))
         note = (
-            "Mean of the tasks. The time is measured in the same run as the answers: every batch "
-            "is read with the full cache, too, right before or after. The full cache's own point "
-            "says how far the times can be trusted."
+            "Mean of the tasks. The time is measured in the same run as the answers. With paired "
+            "times every batch is read with the full cache, too, right before or after, and the "
+            "full cache's own point says how far the times can be trusted; without, they are "
+            "compared with the full cache's own rows, and drift with the load of the machine."
         )
         title = "Accuracy over time to the first token"
         return Section(title, note, list(found), self.legend(every)) if found else None
@@ -143,6 +144,11 @@ class Report:
     def _at(self, cells: Sequence[Cell], policy: str, length: int, budget: int) -> list[Cell]:
         found = [c for c in cells if (c.policy, c.length) == (policy, length)]
         return [c for c in found if c.budget in (0, budget)]  # 0: without a budget
+
+    def overheads(self, cell: Cell) -> list[float]:
+        """What each batch of a cell adds to the full cache's time to the first token."""
+        full = self.cells.get(cell._replace(policy="full", budget=0), [])
+        return overhead(self.cells[cell], full)
 
     def lengths(self, model: str, protocol: str) -> Section | None:
         """Policy x length, the mean of the tasks."""
@@ -255,7 +261,7 @@ class Report:
             stat = self.stats.get(cell)
             beside = {k: [round(v, 4) for v in s[:3]] for k, s in measures(rows).items()}
             ttft = spread([r["ttft_s"] for r in {r["first_of_batch"]: r for r in rows}.values()])
-            added = spread(overhead(rows))
+            added = spread(self.overheads(cell))
             found.append(
                 cell._asdict()
                 | {"n": len(rows), "score": stat and [round(v, 4) for v in stat[:3]]}

@@ -73,9 +73,9 @@ class RunConfig:
     parts: int = 1
     """Into how many shares the examples are divided: one for each host, say."""
     pair_times: tyro.conf.FlagConversionOff[bool] = False
-    """Read every batch with the full cache, too, next to the policy's own reading: the report
-    compares times to the first token only so, because load and clocks drift. The full cache must
-    fit into memory."""
+    """Read every batch with the full cache, too, next to the policy's own reading: what a policy
+    adds to the time to the first token then holds where load and clocks drift. The full cache must
+    fit into memory, and on accelerators it sets the mark of the peak."""
     views: int = 2
     """Examples per task whose kept tokens are stored for the report."""
     allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False

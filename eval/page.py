@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lookahead_jax.eval.charts import Bars, Chart, Heat, bars_svg, chart_svg, heat_svg
 from lookahead_jax.eval.rows import Cell
-from lookahead_jax.eval.stats import measures, overhead, spread
+from lookahead_jax.eval.stats import measures, spread
 
 if TYPE_CHECKING:
     from lookahead_jax.eval.figures import Report, Section
@@ -54,7 +54,7 @@ def _cell_row(report: "Report", cell: Cell) -> str:
     ttft = spread([row["ttft_s"] for row in batches])
     first = "–" if ttft is None else f"{1000 * ttft.mean:.1f}"
     between = "" if ttft is None or ttft.n < 2 else f"{1000 * ttft.low:.1f}–{1000 * ttft.high:.1f}"
-    added = spread(overhead(rows))
+    added = spread(report.overheads(cell))
     share = "" if added is None else f"{added.mean:+.1%}"
     if added is not None and added.n > 1:
         share += f" ({added.low:+.1%} to {added.high:+.1%})"
@@ -93,9 +93,9 @@ def cells_html(report: "Report") -> str:
     return (
         "<h2>All cells</h2>"
         '<section class="card wide"><p class="note">Time to the first token is that of a whole '
-        "batch; what is added to the full cache's is taken from the same batches, one after the "
-        "other. Peak: resident memory of the process on a CPU, the allocator's high-water mark on "
-        f"an accelerator.</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        "batch; what is added to the full cache's is the mean over batches. Peak: resident memory "
+        "of the process on a CPU, the allocator's high-water mark on an accelerator.</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         "</section>"
     )
 

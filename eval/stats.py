@@ -83,14 +83,19 @@ def average(stats: Sequence[Stat]) -> Stat:
     return Stat(mean, max(mean - below, 0.0), min(mean + above, 1.0), sum(s.n for s in stats))
 
 
-def overhead(rows: Sequence[Row]) -> list[float]:
+def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
     """What a policy adds to the time to the first token, as a share of the full cache's.
 
-    One value per batch that was read both ways, next to each other (`pair_times`).
+    One value per batch. Batches that were read both ways, next to each other (`pair_times`), are
+    compared with themselves; others with the full cache's own rows, by their examples.
     """
-    batches = {row["first_of_batch"]: row for row in rows}.values()
-    pairs = [(row["ttft_s"], row.get("full_ttft_s")) for row in batches]
-    return [first / full - 1 for first, full in pairs if full is not None]
+    base = {row["id"]: row["ttft_s"] for row in full}
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        beside = row.get("full_ttft_s") or base.get(row["id"])
+        if beside is not None:
+            ratios[row["first_of_batch"]].append(row["ttft_s"] / beside - 1)
+    return [float(np.mean(values)) for values in ratios.values()]
 
 
 def spread(values: Sequence[float]) -> Stat | None:

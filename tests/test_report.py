@@ -79,9 +79,13 @@ def test_means_have_their_intervals(run):
 def test_time_is_compared_on_the_same_batches(run):
     cells = stats.read_runs([run])
     cell = Cell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
-    assert stats.overhead(cells[cell]) == pytest.approx([0.32] * 3)
-    unpaired = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
-    assert stats.overhead(cells[unpaired]) == []
+    full = cells[cell._replace(policy="full", budget=0)]
+    assert stats.overhead(cells[cell], []) == pytest.approx([0.32] * 3)
+    drifted = [r | {"ttft_s": 9.0} for r in full]
+    assert stats.overhead(cells[cell], drifted) == pytest.approx([0.32] * 3)
+    alone = [r | {"full_ttft_s": None} for r in cells[cell]]
+    assert stats.overhead(alone, full) == pytest.approx([0.32] * 3)
+    assert stats.overhead(alone, []) == []
     sections = dict(figures.Report([run]).sections())[
         "model: question seen while the prompt is cut"
     ]
