@@ -7,10 +7,10 @@ read. Use a container for models you do not trust.
 
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,14 +23,18 @@ _HEADERS = (
 _PRELUDE = "".join(f"#include <{name}>\n" for name in _HEADERS.split()) + "using namespace std;\n"
 
 
-def _limits(memory: int, seconds: int, processes: int) -> None:
-    """What the child may use; called between fork and exec."""
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, 2**26))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if os.getuid() != 0:  # for root there is no such limit
-        resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
+# The limits are set by an interpreter that then becomes the command: in a process with threads, as
+# ours is, Python code between fork and exec may hang.
+_LIMITED = """
+import os, resource, sys
+memory, seconds, processes = map(int, sys.argv[1:4])
+for name, limit in (
+    ("CPU", seconds), ("AS", memory), ("FSIZE", 2**26), ("CORE", 0), ("NPROC", processes)
+):
+    if name != "NPROC" or os.getuid() != 0:  # for root there is no such limit
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+os.execv(sys.argv[4], sys.argv[4:])
+"""
 
 
 def run_limited(
@@ -38,13 +42,15 @@ def run_limited(
 ) -> str | None:
     """What `command` prints, given `given`; None if it fails or goes beyond a limit.
 
-    What it prints goes to a file, where the limit on files bounds it.
+    `command` begins with the path of a program. What it prints goes to a file, where the limit on
+    files bounds it.
     """
+    limits = [str(n) for n in (memory, seconds, 64)]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL,
+            [sys.executable, "-I", "-S", "-c", _LIMITED, *limits, *command], cwd=folder,
+            stdin=subprocess.PIPE, stdout=said, stderr=subprocess.DEVNULL,
             env={"PATH": os.defpath}, start_new_session=True,
-            preexec_fn=lambda: _limits(memory, seconds, 64),
         )  # fmt: skip
         try:
             process.communicate(given.encode(), timeout=seconds)
