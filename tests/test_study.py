@@ -74,7 +74,10 @@ def run(folder, name, **fields):
 
 
 def leaves(modules):
-    return [np.asarray(modules.embeddings), *(np.asarray(modules.lora[name]["b"]) for name in ("q", "down"))]
+    return [
+        np.asarray(modules.embeddings),
+        *(np.asarray(modules.lora[name]["b"]) for name in ("q", "down")),
+    ]
 
 
 def test_a_variant_is_a_run_of_its_own_also_after_a_crash(folder, monkeypatch):
@@ -127,7 +130,12 @@ def test_rows_that_a_variant_does_not_learn_from_leave_no_trace(folder):
     )
     shape = dict(config=model.config)
     (_, blind), (_, metrics) = variants_step(
-        model.params, (state, state), batch, jnp.asarray(used[[0, 2]]), optimizers=(optimizer,) * 2, **shape
+        model.params,
+        (state, state),
+        batch,
+        jnp.asarray(used[[0, 2]]),
+        optimizers=(optimizer,) * 2,
+        **shape,
     )
     kept = batch.replace(responses=jnp.where(from_b[..., None], -1, batch.responses))
     want, values = train_step(model.params, state, kept, optimizer=optimizer, **shape)
@@ -151,7 +159,7 @@ def test_a_wrong_study_is_one_clear_error(folder, tmp_path):
     for changed, said in cases:
         with pytest.raises(ValueError, match=rf"study.json: .*{said}"):
             study.read_study(study_of(**changed))
-    with pytest.raises(ValueError, match=r"nothing: neither a .json file nor .* \(comparison\)"):
+    with pytest.raises(ValueError, match=r"nothing: neither a .json file nor .* \(ablations, comparison\)"):
         study.read_study("nothing")
     config = study.StudyConfig(
         study=study_of(), model=folder / "model", data=(f"a={folder / 'a'}",), run=tmp_path / "run"
