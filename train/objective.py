@@ -23,7 +23,10 @@ from lookahead_jax.policies.base import Queries
 from lookahead_jax.prompt import CHUNK, layer_buffers, observe_layer, open_prompt, prompt_layer
 from lookahead_jax.rope import rope_tables
 
-_TINY = 1e-30  # keeps the logarithm of a score that has underflowed finite
+# Floors of a share and of the mass on the prompt. A lone lookahead token may look at little but
+# itself; the inverse of their product, which its gradient holds, must stay a float32.
+_TINY = 1e-20
+_LITTLE = 1e-15
 
 
 def _attention_on_prompt(
@@ -45,9 +48,8 @@ def _attention_on_prompt(
 
 
 def _normalised(scores: jax.Array) -> jax.Array:
-    """Scores as a distribution over the prompt's entries; zeros where there is no mass."""
-    mass = scores.sum(-1, keepdims=True)
-    return scores / jnp.where(mass > 0, mass, 1.0)
+    """Scores as a distribution over the prompt's entries; hardly anything where they have none."""
+    return scores / jnp.maximum(scores.sum(-1, keepdims=True), _LITTLE)
 
 
 def divergence(target: jax.Array, predicted: jax.Array) -> jax.Array:

@@ -124,7 +124,7 @@ def train(config: StudyConfig) -> None:
     """Trains every variant to the end and writes its modules.
 
     Raises ValueError for a study that does not fit model or data, FloatingPointError when too many
-    steps in a row of one variant are skipped.
+    steps in a row are skipped by all variants.
     """
     study = read_study(config.study)
     folders = _folders(config.data)
@@ -199,11 +199,13 @@ def _folders(data: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _joined(labels: Iterable[str], metrics: Sequence[Metrics]) -> Metrics:
-    """The metrics of all variants as one line."""
-    return {f"loss/{label}": m["loss"] for label, m in zip(labels, metrics, strict=True)} | {
+    """The metrics of all variants as one line; a study goes on while any of them learns."""
+    named = list(zip(labels, metrics, strict=True))
+    return {
+        **{f"loss/{label}": m["loss"] for label, m in named},
+        **{f"skipped/{label}": m["skipped"] for label, m in named},
         "prompt_tokens": metrics[0]["prompt_tokens"],
-        "skipped": jnp.stack([m["skipped"] for m in metrics]).sum(),
-        "skipped_in_a_row": jnp.stack([m["skipped_in_a_row"] for m in metrics]).max(),
+        "skipped_in_a_row": jnp.stack([m["skipped_in_a_row"] for m in metrics]).min(),
     }
 
 
