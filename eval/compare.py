@@ -34,6 +34,7 @@ from lookahead_jax.eval.methods import (
     Setting,
     build,
     read_chosen,
+    setting_of,
     write_chosen,
 )
 from lookahead_jax.eval.summary import best_settings, write_summary
@@ -62,6 +63,8 @@ class CompareConfig:
     modules: tuple[str, ...] = ()
     """Trained modules as LABEL=DIR; several with one label are seeds; {fold} in DIR stands for the
     fold of tasks that is tested. Left out, those that ship with the package."""
+    settings: tuple[str, ...] = ()
+    """Fields of the learned policy that are not at their defaults, as NAME=VALUE (`pool=max`)."""
     tasks: tuple[str, ...] = TASKS
     """Tasks, of records, tagged, spans, chains, lookup, multi_lookup and code."""
     methods: tuple[str, ...] = tuple(METHODS)
@@ -234,6 +237,8 @@ def modules_of(config: CompareConfig, task: str) -> Iterator[tuple[str, Path]]:
 
 def compare(config: CompareConfig) -> None:
     """Measures every cell that RUN does not hold yet."""
+    learned = setting_of(config.settings)
+    build(LOOKAHEAD, learned)  # complains before anything is measured
     runner = Runner(config)
     jobs: list[tuple[str, str, str, Path | None]] = []
     for task in config.tasks:
@@ -257,7 +262,11 @@ def compare(config: CompareConfig) -> None:
         if method == "full":
             cell = runner.full(task)
         else:
-            settings = read_chosen(task, method, config.length, runner.budgets)
+            settings = (
+                [learned] * len(runner.budgets)
+                if method == LOOKAHEAD
+                else read_chosen(task, method, config.length, runner.budgets)
+            )
             cell = runner.cell(task, method, settings, modules)
         save_arrays(path, budgets=np.array(runner.budgets), **cell._asdict())
     write_summary(config.out, length=config.length, base=fingerprint(runner.model.params))

@@ -132,24 +132,32 @@ def _scores(
     `draft` [L, B, K, S] is what the copy has kept that a draft is decoded on.
     """
     tokens, cache = reference.tokens, reference.cache
-    if not policy.two_pass:
-        observer = None
-        if modules is not None:
-            observer = observer_block(modules, cache.next_pos, cache.rope_span)
+    if policy.init_stats(*tokens.shape, config) is not None:  # it looks at every prompt row
         read = prefill(
             params, tokens, config=config, policy=policy, budget=budget,
             slots=slots_for(policy, tokens.shape[1], budget, 0, config=config),
-            new_tokens=RESPONSE, observer=observer, with_scores=True,
+            new_tokens=RESPONSE, with_scores=True,
         )  # fmt: skip
         room = [(0, 0), (0, 0), (0, 0), (0, cache.slots - tokens.shape[1])]
         return jnp.pad(cast(jax.Array, read.scores), room)
-    response = reference.response[:, : policy.response_tokens]
+    response = None
+    if policy.two_pass:
+        response = reference.response[:, : policy.response_tokens]
     if draft is not None:
         response = decode(
             params, masked(cache.fork(1), draft), reference.logits,
             config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
         ).tokens  # fmt: skip
-    observer = read_again(params, tokens, policy.window_rows(budget), response, cache, config)
+    rows = policy.window_rows(budget)
+    if policy.uses_modules:
+        if modules is None:
+            raise ValueError(f"policy {type(policy).__name__} needs modules")
+        observer = observer_block(modules, cache.next_pos, cache.rope_span)
+    elif rows or response is not None:
+        observer = read_again(params, tokens, rows, response, cache, config)
+    else:
+        observer = None
+    # Observers see what the prompt's own pass would have shown them: the prompt sees none of them.
     again = compress(
         params, cache, observer, config=config, policy=policy, budget=1, with_scores=True,
         slots=slots_for(policy, cache.slots, 1, 0, config=config),

@@ -28,10 +28,15 @@ FOLDS = {
     "multi_lookup": "c",
     "code": "c",
 }
-SHIPPED = tuple(
-    f"{LOOKAHEAD}={EMBEDDED_MODEL.parent / folder}" for folder in ("lookahead", "comparison/all-1")
+_ASSETS = EMBEDDED_MODEL.parent
+SHIPPED = (
+    *(
+        f"{LOOKAHEAD}={_ASSETS / folder}"
+        for folder in ("lookahead", "comparison/all-1", "comparison/all-2")
+    ),
+    f"{LOOKAHEAD}-unseen={_ASSETS}/comparison/unseen-{{fold}}",
 )
-"""The modules that ship: LABEL=DIR, as `--modules` takes them."""
+"""The modules that ship, for `--modules`: three seeds, and one for each fold that never saw it."""
 
 Setting = tuple[tuple[str, str], ...]
 """Arguments of make_policy, as pairs of text."""
@@ -61,11 +66,14 @@ _DRAFT = (
     ("draft_tokens", "16"),
     ("draft_pool", "none"),
 )  # as long as the answers, cut at their end
+_LONG_DRAFT = (("draft_tokens", "32"), ("draft_pool", "none"))  # as long as continued code
 _LAQ = (
     (),  # the defaults of its public code
     (*_DRAFT, ("draft_window", "4"), ("pool", "none")),
     (*_DRAFT, ("draft_window", "8"), ("pool", "none")),
     (*_DRAFT, ("draft_window", "8"), ("pool", "max")),
+    (*_LONG_DRAFT, ("draft_window", "4"), ("pool", "none")),
+    (*_LONG_DRAFT, ("draft_window", "8"), ("pool", "none")),
 )
 
 METHODS: dict[str, tuple[Setting, ...]] = {
@@ -91,18 +99,28 @@ def build(method: str, setting: Setting) -> Policy:
     return make_policy(method, **dict(setting))
 
 
+def setting_of(fields: tuple[str, ...]) -> Setting:
+    """NAME=VALUE texts as a setting; ValueError for another form."""
+    pairs = [field.partition("=") for field in fields]
+    if not all(name and value for name, _, value in pairs):
+        raise ValueError(f"settings {' '.join(fields)}: expected NAME=VALUE")
+    return tuple((name, value) for name, _, value in pairs)
+
+
 def write_chosen(
     chosen: dict[str, dict[str, list[int]]], length: int, budgets: tuple[int, ...]
 ) -> None:
-    """Notes task -> method -> the number of its best setting at each budget, for one length."""
+    """Notes task -> method -> the number of its best setting at each budget, for one length.
+
+    What was noted of other tasks and methods at these budgets stays.
+    """
     content = json.loads(CHOSEN.read_text()) if CHOSEN.is_file() else {}
-    content[str(length)] = {
-        "budgets": budgets,
-        "settings": {
-            task: {m: [_text(METHODS[m][i]) for i in best] for m, best in methods.items()}
-            for task, methods in chosen.items()
-        },
-    }
+    known = content.get(str(length), {})
+    settings = known.get("settings", {}) if known.get("budgets") == list(budgets) else {}
+    for task, methods in chosen.items():
+        found = {m: [_text(METHODS[m][i]) for i in best] for m, best in methods.items()}
+        settings[task] = settings.get(task, {}) | found
+    content[str(length)] = {"budgets": budgets, "settings": settings}
     atomic_write(CHOSEN, json.dumps(content, indent=1) + "\n")
 
 

@@ -89,10 +89,12 @@ def scan_layers(
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
     layers: Any,
-    lora: Params | None,
+    lora: Any,
     per_layer: Any,
 ) -> tuple[Any, Any]:
     """Runs `step(carry, (parameters, LoRA, per_layer slice))` over the layers, first to last.
+
+    `lora` is one LoRA, none, or a list of them for observers that each have their own.
 
     Stacked parameters go through `lax.scan`: one compiled layer, which is right on accelerators.
     A tuple of per-layer parameters (params.unstack) is unrolled: XLA on CPU copies a layer's

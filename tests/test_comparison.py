@@ -1,5 +1,6 @@
 """The comparison of policies: forced answers on masked caches are what real eviction decodes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from lookahead_jax.eval import methods
 from lookahead_jax.eval.masked import RESPONSE, keep_masks, outcome, read_full
 from lookahead_jax.eval.summary import best_settings, duel, summarise, verdicts, wilson
 from lookahead_jax.files import save_arrays
+from lookahead_jax.lookahead import LookaheadConfig, init_modules
 from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
 from tests import tiny
 
 MODEL = tiny.config()
+MODULES = LookaheadConfig(tokens=3, rank=2, alpha=4.0, targets=("q", "up"), init="normal")
 EOS = (5,)
 BUDGETS = (6, 14, 20)
 ANSWER = 8
@@ -22,18 +25,22 @@ POLICIES = [
     make_policy("ada", window=4),
     make_policy("oracle", response_tokens=RESPONSE),
     make_policy("laq", draft_tokens=4, draft_window=4),
+    make_policy("h2o", window=4),
+    make_policy("lookaheadkv"),
 ]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
 def test_masks_keep_what_real_eviction_keeps_and_choose_what_it_decodes(policy):
     params, tokens = tiny.params(MODEL), tiny.batch((40, 40), MODEL)
+    modules = init_modules(jax.random.key(0), MODULES, MODEL) if policy.uses_modules else None
     shared = dict(config=MODEL, eos_ids=EOS)
     evicted, answers = [], []
     for budget in BUDGETS:
         read = read_prompt(
-            params, tokens, policy=policy, budget=budget, new_tokens=RESPONSE, **shared
-        )
+            params, tokens,
+            policy=policy, budget=budget, new_tokens=RESPONSE, modules=modules, **shared,
+        )  # fmt: skip
         evicted.append(np.asarray(read.cache.pos))
         answers.append(
             decode(params, read.cache, read.logits, max_new_tokens=ANSWER, **shared).tokens
@@ -41,7 +48,7 @@ def test_masks_keep_what_real_eviction_keeps_and_choose_what_it_decodes(policy):
     for u, answer in enumerate(answers):
         reference = read_full(params, tokens, answer, **shared)
         if u == 0:
-            keep = keep_masks(params, reference, policy, BUDGETS, **shared)
+            keep = keep_masks(params, reference, policy, BUDGETS, modules=modules, **shared)
             for mask, pos in zip(keep, evicted, strict=True):
                 kept = np.where(mask, np.asarray(reference.cache.pos), -1)
                 for ours, real in zip(
@@ -90,12 +97,22 @@ def test_best_settings_takes_the_most_exact_and_then_the_least_divergent(tmp_pat
 def test_chosen_settings_come_back_for_their_length_and_budgets(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "CHOSEN", tmp_path / "chosen.json")
     methods.write_chosen({"records": {"snapkv": [3, 0]}}, 512, (4, 8))
-    snapkv = methods.METHODS["snapkv"]
+    methods.write_chosen({"records": {"h2o": [1, 2]}, "code": {"h2o": [0, 0]}}, 512, (4, 8))
+    snapkv, h2o = methods.METHODS["snapkv"], methods.METHODS["h2o"]
+    assert methods.read_chosen("records", "h2o", 512, (4, 8)) == [h2o[1], h2o[2]]
+    assert methods.read_chosen("code", "h2o", 512, (4, 8)) == [h2o[0], h2o[0]]
     assert methods.read_chosen("records", "snapkv", 512, (4, 8)) == [snapkv[3], snapkv[0]]
     assert methods.read_chosen("records", "tova", 512, (4, 8)) == [(), ()]
     for task, length, budgets in [("tagged", 512, (4, 8)), ("records", 99, (4, 8))]:
         with pytest.raises(ValueError, match=r"snapkv.*run --tune"):
             methods.read_chosen(task, "snapkv", length, budgets)
+
+
+def test_settings_of_the_learned_policy_come_as_text():
+    policy = methods.build(methods.LOOKAHEAD, methods.setting_of(("pool=max", "window=8")))
+    assert (policy.pool, policy.window) == ("max", 8)
+    with pytest.raises(ValueError, match="settings pool: expected NAME=VALUE"):
+        methods.setting_of(("pool",))
 
 
 def test_wilson_interval_against_the_textbook():

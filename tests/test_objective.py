@@ -8,7 +8,7 @@ import pytest
 from lookahead_jax.layers import linear, mlp, rms_norm
 from lookahead_jax.lookahead import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.rope import apply_rope, rope_tables
-from lookahead_jax.train.objective import lookahead_loss
+from lookahead_jax.train.objective import divergence, lookahead_loss
 from tests import tiny
 
 CONFIG = LookaheadConfig(
@@ -124,3 +124,19 @@ def test_a_row_without_response_costs_nothing():
     )(modules)
     assert loss == 0
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("own", [0.0, 40.0, 86.0, 120.0])
+def test_a_token_that_looks_at_little_but_itself_has_a_finite_gradient(own):
+    """The prompt's share of its attention falls to 1e-37, and below what float32 can hold."""
+    logits, key = jax.random.normal(jax.random.key(0), (2, 24)), jax.random.key(1)
+    target = jax.nn.softmax(3 * jax.random.normal(key, (1, 1, 24)), axis=-1)
+
+    def loss(logits, own):
+        everything = jnp.concatenate([logits, jnp.full((2, 1), own)], axis=1)
+        shares = jax.nn.softmax(everything, axis=-1)[:, :-1]
+        return divergence(target, shares.mean(0)[None, None])[0, 0]
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(logits, own)
+    assert np.isfinite(value)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)

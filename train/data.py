@@ -218,6 +218,7 @@ class TrainingData:
 
     dataset: datasets.Dataset
     lengths: np.ndarray  # [rows, 2] int64 tokens of prompt and response
+    folder: np.ndarray  # [rows] int64 which of the folders a row is from
     rows: np.ndarray  # [n] int64 rows of the data set that are used
     batch: int
     seed: int
@@ -279,10 +280,11 @@ def open_data(
     Rows whose prompt is longer than `max_prompt`, or that have no response, are not used. Raises
     ValueError if the data are unfinished, made for another model, or fewer than one batch.
     """
-    shards = [shard for path in directories for shard in _shards(path, base_fingerprint)]
-    dataset = datasets.concatenate_datasets(
-        [datasets.Dataset.load_from_disk(str(s)) for s in shards]
-    )
+    parts = [
+        [datasets.Dataset.load_from_disk(str(shard)) for shard in _shards(path, base_fingerprint)]
+        for path in directories
+    ]
+    dataset = datasets.concatenate_datasets([shard for part in parts for shard in part])
     table = dataset.data
     lengths = [
         pyarrow.compute.call_function("list_value_length", [table.column(n)]).to_numpy()
@@ -296,6 +298,7 @@ def open_data(
     return TrainingData(
         dataset=dataset.with_format("numpy"),
         lengths=lengths,
+        folder=np.repeat(np.arange(len(parts)), [sum(map(len, part)) for part in parts]),
         rows=np.flatnonzero(used),
         batch=batch,
         seed=seed,

@@ -7,6 +7,7 @@ Letters: B batch, T prompt, Y response, M lookahead tokens, N query heads, L lay
 Source: LookaheadKV (arXiv 2603.10899), section 3: KL per layer and query head.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -22,7 +23,10 @@ from lookahead_jax.policies.base import Queries
 from lookahead_jax.prompt import CHUNK, layer_buffers, observe_layer, open_prompt, prompt_layer
 from lookahead_jax.rope import rope_tables
 
-_TINY = 1e-30  # keeps the logarithm of a score that has underflowed finite
+# Floors of a share and of the mass on the prompt. A lone lookahead token may look at little but
+# itself; the inverse of their product, which its gradient holds, must stay a float32.
+_TINY = 1e-20
+_LITTLE = 1e-15
 
 
 def _attention_on_prompt(
@@ -44,9 +48,8 @@ def _attention_on_prompt(
 
 
 def _normalised(scores: jax.Array) -> jax.Array:
-    """Scores as a distribution over the prompt's entries; zeros where there is no mass."""
-    mass = scores.sum(-1, keepdims=True)
-    return scores / jnp.where(mass > 0, mass, 1.0)
+    """Scores as a distribution over the prompt's entries; hardly anything where they have none."""
+    return scores / jnp.maximum(scores.sum(-1, keepdims=True), _LITTLE)
 
 
 def divergence(target: jax.Array, predicted: jax.Array) -> jax.Array:
@@ -54,6 +57,84 @@ def divergence(target: jax.Array, predicted: jax.Array) -> jax.Array:
     t, p = _normalised(target), _normalised(predicted)
     logs = jnp.log(jnp.maximum(t, _TINY)) - jnp.log(jnp.maximum(p, _TINY))
     return jnp.where(t > 0, t * logs, 0.0).sum(-1)
+
+
+def lookahead_losses(
+    variants: Sequence[LookaheadModules],
+    params: Params,
+    prompts: Int[Array, "B T"],
+    responses: Int[Array, "B Y"],
+    *,
+    config: ModelConfig,
+    chunk: int | None = CHUNK,
+) -> Float[Array, "V B"]:
+    """The loss of V sets of modules on the same rows: float32 [V, B].
+
+    Mean over layers and query heads of KL(target || predicted). `prompts` and `responses` are
+    int32, right-padded with -1. The target is the attention of the response's queries under the
+    full cache, the prediction that of the lookahead tokens. The prompt and the target are computed
+    once, for all variants, which may differ in everything. Differentiable in `variants` alone. A
+    row without a response has a loss of 0.
+    """
+    width = responses.shape[1]
+    prompts, prompt = open_prompt(prompts, width, chunk, config)
+    answered = (responses >= 0).sum(1, dtype=jnp.int32)
+    steps = prompt.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+    response = Block(
+        x=embed(params, responses, config=config),
+        positions=jnp.where(responses >= 0, steps, -1),
+        rope_span=prompt.span,
+    )
+    observers = [
+        observer_block(modules, prompt.length, prompt.span, dtype=response.x.dtype)
+        for modules in variants
+    ]
+    ropes = [rope_tables(config, o.positions, prompt.span) for o in (response, *observers)]
+
+    # Products with weights are kept for the backward pass (M rows); attention logits [N, M, T],
+    # which are not small, are computed again.
+    @partial(
+        jax.checkpoint,
+        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        static_argnums=0,
+    )
+    def predict(variant, p, lora, rows, context, kind, target):
+        rows, queries = observe_layer(
+            p, rows, observers[variant], ropes[1 + variant], kind, context, lora, config
+        )
+        return rows, divergence(target, _attention_on_prompt(queries, context, kind, config))
+
+    def step(carry, inputs):
+        x, buffers, response_rows, rows, losses = carry
+        p, loras, kind = inputs
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        # No slot bounds: a sweep with traced bounds could not be differentiated.
+        context = Context(*buffers, prompt.positions[:, None])
+        response_rows, queries = observe_layer(
+            p, response_rows, response, ropes[0], kind, context, None, config
+        )
+        target = _attention_on_prompt(queries, context, kind, config)
+        x, buffers, response_rows, context, target = jax.lax.stop_gradient(
+            (x, buffers, response_rows, context, target)
+        )
+        predicted = [
+            predict(i, p, lora, r, context, kind, target)
+            for i, (lora, r) in enumerate(zip(loras, rows, strict=True))
+        ]
+        losses = losses + jnp.stack([loss.mean(-1) for _, loss in predicted])
+        return (x, buffers, response_rows, [rows for rows, _ in predicted], losses), None
+
+    x = embed(params, prompts, config=config)
+    carry = (
+        x,
+        layer_buffers(prompt, x.dtype, config),
+        response.x,
+        [observer.x for observer in observers],
+        jnp.zeros((len(variants), prompts.shape[0]), jnp.float32),
+    )
+    loras = [modules.lora or None for modules in variants]
+    (*_, losses), _ = scan_layers(step, carry, params["layers"], loras, layer_kinds(config))
+    return jnp.where(answered[None] > 0, losses / config.num_layers, 0.0)
 
 
 def lookahead_loss(
@@ -65,59 +146,6 @@ def lookahead_loss(
     config: ModelConfig,
     chunk: int | None = CHUNK,
 ) -> Float[Array, " B"]:
-    """Mean over layers and query heads of KL(target || predicted), per row: float32 [B].
-
-    `prompts` and `responses` are int32, right-padded with -1. The target is the attention of the
-    response's queries under the full cache, the prediction that of the lookahead tokens.
-    Differentiable in `modules` alone. A row without a response has a loss of 0.
-    """
-    width = responses.shape[1]
-    prompts, prompt = open_prompt(prompts, width, chunk, config)
-    answered = (responses >= 0).sum(1, dtype=jnp.int32)
-    steps = prompt.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-    response = Block(
-        x=embed(params, responses, config=config),
-        positions=jnp.where(responses >= 0, steps, -1),
-        rope_span=prompt.span,
-    )
-    lookahead = observer_block(modules, prompt.length, prompt.span, dtype=response.x.dtype)
-    response_rope = rope_tables(config, response.positions, prompt.span)
-    lookahead_rope = rope_tables(config, lookahead.positions, prompt.span)
-
-    # Products with weights are kept for the backward pass (M rows); attention logits [N, M, T],
-    # which are not small, are computed again.
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    def predict(p, lora, rows, context, kind, target):
-        rows, queries = observe_layer(
-            p, rows, lookahead, lookahead_rope, kind, context, lora, config
-        )
-        return rows, divergence(target, _attention_on_prompt(queries, context, kind, config))
-
-    def step(carry, inputs):
-        x, buffers, response_rows, rows, loss = carry
-        p, lora, kind = inputs
-        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
-        # No slot bounds: a sweep with traced bounds could not be differentiated.
-        context = Context(*buffers, prompt.positions[:, None])
-        response_rows, queries = observe_layer(
-            p, response_rows, response, response_rope, kind, context, None, config
-        )
-        target = _attention_on_prompt(queries, context, kind, config)
-        x, buffers, response_rows, context, target = jax.lax.stop_gradient(
-            (x, buffers, response_rows, context, target)
-        )
-        rows, layer_loss = predict(p, lora, rows, context, kind, target)
-        return (x, buffers, response_rows, rows, loss + layer_loss.mean(-1)), None
-
-    x = embed(params, prompts, config=config)
-    carry = (
-        x,
-        layer_buffers(prompt, x.dtype, config),
-        response.x,
-        lookahead.x,
-        jnp.zeros(prompts.shape[0], jnp.float32),
-    )
-    (*_, loss), _ = scan_layers(
-        step, carry, params["layers"], modules.lora or None, layer_kinds(config)
-    )
-    return jnp.where(answered > 0, loss / config.num_layers, 0.0)
+    """`lookahead_losses` of one set of modules: float32 [B]."""
+    shape = dict(config=config, chunk=chunk)
+    return lookahead_losses([modules], params, prompts, responses, **shape)[0]

@@ -3,7 +3,7 @@
 Letters: A micro-batches, B rows of one, T prompt, Y response.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.prompt import CHUNK
 from lookahead_jax.sharding import param_shardings, sharding
-from lookahead_jax.train.objective import lookahead_loss
+from lookahead_jax.train.objective import lookahead_losses
 
 Metrics = dict[str, jax.Array]
 
@@ -61,24 +61,71 @@ def train_step(
     Gradients are summed over the micro-batches. Where the loss or a gradient is not finite, the
     modules and the optimizer stay as they are and the step counts as skipped.
     """
-    rows = (batch.responses >= 0).any(-1).sum(dtype=jnp.int32)
-    total = jnp.maximum(rows, 1).astype(jnp.float32)
+    everything = jnp.ones((1, *batch.prompts.shape[:2]), bool)
+    (state,), (metrics,) = variants_step(
+        params, (state,), batch, everything, config=config, optimizers=(optimizer,), chunk=chunk
+    )
+    return state, metrics
 
-    def mean_loss(modules: LookaheadModules, part: Batch) -> jax.Array:
-        losses = lookahead_loss(
-            modules, params, part.prompts, part.responses, config=config, chunk=chunk
+
+def variants_step(
+    params: Params,
+    states: Sequence[TrainState],
+    batch: Batch,
+    used: jax.Array,
+    *,
+    config: ModelConfig,
+    optimizers: Sequence[optax.GradientTransformation],
+    chunk: int | None = CHUNK,
+) -> tuple[tuple[TrainState, ...], tuple[Metrics, ...]]:
+    """`train_step` of V independent runs on one batch, whose prompts are read once for all.
+
+    Run v learns from the rows of `used` [V, A, B] bool alone.
+    """
+    learned = used & (batch.responses >= 0).any(-1)[None]
+    rows = learned.sum((1, 2), dtype=jnp.int32)
+    count = jnp.maximum(rows, 1).astype(jnp.float32)
+    weights = learned.astype(jnp.float32) / count[:, None, None]
+
+    def mean_losses(variants: list[LookaheadModules], part: Batch, weights: jax.Array):
+        losses = lookahead_losses(
+            variants, params, part.prompts, part.responses, config=config, chunk=chunk
         )
-        return losses.sum() / total
+        losses = (losses * weights).sum(-1)
+        return losses.sum(), losses  # no run's loss depends on another's modules
 
-    def accumulate(carry, part):
-        return jax.tree.map(
-            jnp.add, carry, jax.value_and_grad(mean_loss)(state.modules, part)
-        ), None
+    def accumulate(carry, inputs):
+        part, weights = inputs
+        (_, losses), gradients = gradient_of(variants, part, weights)
+        return jax.tree.map(jnp.add, carry, (losses, gradients)), None
 
-    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.modules))
-    (loss, gradient), _ = jax.lax.scan(accumulate, nothing, batch)
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    gradient_of = jax.value_and_grad(mean_losses, has_aux=True)
+    variants = [state.modules for state in states]
+    nothing = (jnp.zeros(len(states), jnp.float32), jax.tree.map(jnp.zeros_like, variants))
+    (losses, gradients), _ = jax.lax.scan(accumulate, nothing, (batch, weights.swapaxes(0, 1)))
+    sizes = {
+        "prompt_tokens": (batch.prompts >= 0).sum(dtype=jnp.int32),
+        "response_tokens": (batch.responses >= 0).sum(dtype=jnp.int32),
+    }
+    updated, metrics = [], []
+    for state, optimizer, loss, gradient, count in zip(
+        states, optimizers, losses, gradients, rows, strict=True
+    ):
+        norm = optax.tree.norm(gradient)
+        state = _update(state, optimizer, gradient, jnp.isfinite(loss) & jnp.isfinite(norm))
+        updated.append(state)
+        metrics.append(
+            {"loss": loss, "grad_norm": norm, "rows": count}
+            | sizes
+            | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        )
+    return tuple(updated), tuple(metrics)
+
+
+def _update(
+    state: TrainState, optimizer: optax.GradientTransformation, gradient: Any, finite: jax.Array
+) -> TrainState:
+    """The state after an update, or after a skipped one."""
     trained: Any = state.modules
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
@@ -87,22 +134,12 @@ def train_step(
         lambda new, old: jnp.where(finite, new, old), updated, (state.modules, state.optimizer)
     )
     bad = (~finite).astype(jnp.int32)
-    state = TrainState(
+    return TrainState(
         modules=modules,
         optimizer=moments,
         skipped=state.skipped + bad,
         skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
     )
-    metrics = {
-        "loss": loss,
-        "grad_norm": norm,
-        "rows": rows,
-        "prompt_tokens": (batch.prompts >= 0).sum(dtype=jnp.int32),
-        "response_tokens": (batch.responses >= 0).sum(dtype=jnp.int32),
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-    }
-    return state, metrics
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

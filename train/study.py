@@ -1,0 +1,224 @@
+"""Train many sets of lookahead modules at once: seeds, ablations, folds of unseen data.
+
+    python -m lookahead_jax.train.study STUDY --model DIR --data NAME=DIR ... --run DIR
+
+STUDY is a JSON file, or the name of one in train/configs/studies. It has the steps, the batch, and
+`modules`, `optimizer` and `seed` that all variants share; each of its `variants` may override them
+and learn `without` some of the named data. A step reads its prompts once for all variants, which is
+most of the work; otherwise they are runs of `train.lookahead`, except that all see the data in one
+order. The same command resumes. RUN receives study.json, metrics.jsonl (a loss per variant),
+checkpoints/ and, at the end, VARIANT/ for each.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from lookahead_jax.checkpoint import load
+from lookahead_jax.files import atomic_write
+from lookahead_jax.lookahead import LookaheadConfig, init_modules, save_modules
+from lookahead_jax.params import fingerprint
+from lookahead_jax.sharding import make_mesh, param_shardings
+from lookahead_jax.train.checkpoints import Checkpoints
+from lookahead_jax.train.data import TrainingData, open_data
+from lookahead_jax.train.metrics import MetricsLog
+from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.step import Metrics, batch_sharding, init_state, variants_step
+
+_STUDIES = Path(__file__).parent / "configs" / "studies"
+_PATIENCE = 50  # steps in a row without an update that end a study
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One set of modules."""
+
+    modules: LookaheadConfig
+    optimizer: OptimizerConfig
+    seed: int
+    """Of the modules' first values."""
+    without: tuple[str, ...] = ()
+    """Names of the data that it does not learn from."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Variants and the steps they share."""
+
+    steps: int
+    batch: int
+    micro_batches: int
+    data_seed: int
+    """Order of the data."""
+    variants: dict[str, Variant]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What is trained, on what, and where it goes."""
+
+    study: tyro.conf.Positional[str]
+    """A .json file, or the name of one in train/configs/studies."""
+    model: Path
+    """Folder of the base model, which stays as it is."""
+    data: tuple[str, ...]
+    """Folders written by lookahead_jax.train.data, as NAME=DIR."""
+    run: Path
+    """Folder of the run, made if need be."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between looks at the metrics; each step has its line."""
+
+
+def read_study(name: str) -> Study:
+    """The study in a file, every field checked; ValueError says what is wrong with it."""
+    path = Path(name) if name.endswith(".json") else _STUDIES / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in _STUDIES.glob("*.json")))
+        raise ValueError(f"{name}: neither a .json file nor one of the studies ({known})")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    shared = {name: content.pop(name, {}) for name in ("modules", "optimizer")}
+    seed = content.pop("seed", 0)
+    try:
+        variants = {}
+        for label, own in content.pop("variants").items():
+            sizes = shared["modules"] | own.pop("modules", {})
+            variants[label] = Variant(
+                modules=LookaheadConfig(**sizes | {"targets": tuple(sizes["targets"])}),
+                optimizer=OptimizerConfig(**shared["optimizer"] | own.pop("optimizer", {})),
+                seed=own.pop("seed", seed),
+                without=tuple(own.pop("without", ())),
+                **own,
+            )
+        if not variants:
+            raise ValueError("it has no variants")
+        return Study(variants=variants, **content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: int) -> np.ndarray:
+    """Which rows of the batch of `step` each variant learns from: bool [V, A, B]."""
+    folder = data.folder[data.rows_of(step)].reshape(study.micro_batches, -1)
+    return np.stack(
+        [
+            ~np.isin(folder, [names.index(name) for name in variant.without])
+            for variant in study.variants.values()
+        ]
+    )
+
+
+def train(config: StudyConfig) -> None:
+    """Trains every variant to the end and writes its modules.
+
+    Raises ValueError for a study that does not fit model or data, FloatingPointError when too many
+    steps in a row are skipped by all variants.
+    """
+    study = read_study(config.study)
+    folders = _folders(config.data)
+    for label, variant in study.variants.items():
+        if unknown := set(variant.without) - folders.keys():
+            raise ValueError(f"{label} is without {', '.join(unknown)}: no such --data")
+    mesh = make_mesh(data=None, fsdp=1, tensor=1)
+    if study.batch % (study.micro_batches * mesh.shape["data"]):
+        raise ValueError(
+            f"a batch of {study.batch} cannot be split into {study.micro_batches} micro-batches "
+            f"on {mesh.shape['data']} devices"
+        )
+    model = load(config.model, mesh=mesh)
+    base = fingerprint(model.params)
+    data = open_data(
+        tuple(folders.values()), batch=study.batch, seed=study.data_seed, base_fingerprint=base
+    )
+    variants = tuple(study.variants.values())
+    optimizers = tuple(make_optimizer(variant.optimizer, study.steps) for variant in variants)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step_fn = jax.jit(
+        partial(variants_step, config=model.config, optimizers=optimizers),
+        in_shardings=(
+            param_shardings(model.config, mesh), replicated, batch_sharding(mesh), replicated,
+        ),
+        out_shardings=replicated,
+        donate_argnums=1,
+    )  # fmt: skip
+
+    def begin(params):
+        return tuple(
+            init_state(
+                init_modules(jax.random.key(v.seed), v.modules, model.config, params=params), opt
+            )
+            for v, opt in zip(variants, optimizers, strict=True)
+        )
+
+    described = json.loads(json.dumps(dataclasses.asdict(study)))
+    identity = described | {"base": base, "data": list(folders)}
+    config.run.mkdir(parents=True, exist_ok=True)
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(config.run / "checkpoints", keep=1, identity=identity) as checkpoints,
+    ):
+        states = jax.jit(begin, out_shardings=replicated)(model.params)
+        first, states = checkpoints.restore(states) or (0, states)
+        atomic_write(config.run / "study.json", json.dumps(described, indent=2) + "\n")
+        log = MetricsLog(
+            config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE
+        )
+        for step in tqdm(range(first, study.steps), initial=first, total=study.steps):
+            batch = data.load(step, study.micro_batches, batch_sharding(mesh))
+            used = rows_used(study, data, tuple(folders), step)
+            states, metrics = step_fn(model.params, states, batch, used)
+            log.add(step, _joined(study.variants, metrics))
+            done = step + 1
+            if done == study.steps or done % config.save_every == 0:
+                log.flush()
+                checkpoints.save(done, states)
+    for label, state in zip(study.variants, states, strict=True):
+        save_modules(config.run / label, state.modules, params=model.params)
+
+
+def _folders(data: tuple[str, ...]) -> dict[str, Path]:
+    folders = {}
+    for text in data:
+        name, _, folder = text.partition("=")
+        if not folder or name in folders:
+            raise ValueError(f"--data {text}: expected NAME=DIR, every name once")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _joined(labels: Iterable[str], metrics: Sequence[Metrics]) -> Metrics:
+    """The metrics of all variants as one line; a study goes on while any of them learns."""
+    named = list(zip(labels, metrics, strict=True))
+    return {
+        **{f"loss/{label}": m["loss"] for label, m in named},
+        **{f"skipped/{label}": m["skipped"] for label, m in named},
+        "prompt_tokens": metrics[0]["prompt_tokens"],
+        "skipped_in_a_row": jnp.stack([m["skipped_in_a_row"] for m in metrics]).min(),
+    }
+
+
+def main() -> int:
+    """The command line; a failure is one line on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        train(tyro.cli(StudyConfig, prog="python -m lookahead_jax.train.study"))
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
