@@ -18,6 +18,7 @@ from lookahead_jax.batching import pad_batch, pad_drafts
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.controller import Controller
 from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
@@ -134,7 +135,7 @@ def generate(
     drafts: Sequence[Sequence[int]] | None = None,
     eos_ids: Sequence[int] | None = None,
     drafter: str | HostDrafter | DeviceDrafter = "none",
-    draft_nodes: int | None = None,
+    draft_nodes: int | Controller | None = None,
     evict_every: int | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
@@ -155,8 +156,9 @@ def generate(
     guesses.
 
     `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
-    proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
-    the same tokens. With `evict_every` = E the policy cuts each row again while it decodes, at
+    proposes trees of `draft_nodes` nodes, which a step of the model verifies: fewer steps, the
+    same tokens. Left out, as many nodes as pay; a `Controller` given to call after call remembers
+    how many those were. With `evict_every` = E the policy cuts each row again while it decodes, at
     every position that is a multiple of E: its heads hold `budget` to `budget` + E entries,
     however long the text becomes. `on_step` receives every step's tree and accepted path as NumPy
     arrays.

@@ -102,6 +102,7 @@ DRAFTERS = [
     ("none", None),
     ("prompt_lookup", 8),
     ("recycling", 32),
+    ("prompt_lookup+recycling", 16),
     ("trie", 8),
     ("suffix", 8),
     ("trie+suffix", None),
