@@ -80,7 +80,7 @@ class Drafting:
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
         self._requests: list[int | None] = [None] * batch
         self._observed = [0] * batch
-        self.compile_s = 0.0  # spent on compiling steps so far
+        self.compile_s = 0.0  # spent on compiling so far
         self._drafting_s = 0.0
         self._steps = 0
 
@@ -89,8 +89,8 @@ class Drafting:
     ) -> DecodeState:
         """All rows join with their prompts, also given as an array [B, T] padded with -1."""
         if self._host is None:
-            return attach(
-                state, self._device.weights, tokens,
+            return self._call(
+                attach, state, self._device.weights, tokens,
                 drafter=self._device, room=self._room, config=self._config,
             )  # fmt: skip
         try:
@@ -162,15 +162,20 @@ class Drafting:
         if self._host is not None:
             draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
             state = dataclasses.replace(state, draft=draft)
-        known, begin = program._cache_size(), time.perf_counter()
-        result = program(params, state, drafter.weights, self._modules, **options)
-        if program._cache_size() > known:
-            self.compile_s += time.perf_counter() - begin
+        result = self._call(program, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
             return result
         if self._on_step is not None:
             self._on_step(jax.tree.map(np.asarray, result[1]))
         return result[0]
+
+    def _call(self, program: Any, *arguments: Any, **options: Any) -> Any:
+        """Calls a jitted function, and keeps the time apart if that compiled it."""
+        known, begin = program._cache_size(), time.perf_counter()
+        result = program(*arguments, **options)
+        if program._cache_size() > known:
+            self.compile_s += time.perf_counter() - begin
+        return result
 
     def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Compiles every step that `advance` may take. Nothing may run in `state`."""

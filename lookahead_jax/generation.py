@@ -62,7 +62,7 @@ class Timing:
 
     ttft_s: float  # from tokens to the first new token
     eviction_overhead_s: float | None  # of that, what the policy adds to keeping everything
-    decode_tokens_per_s: float | None  # over all rows; None if nothing was decoded
+    decode_tokens_per_s: float | None  # over all rows, drafters included; None if none was decoded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,6 @@ def generate(
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all
-    state = drafting.begin(state, texts, whole)
 
     filled, kept = _kept(state.cache, [len(row) for row in rows])
     report = CacheReport(
@@ -253,6 +252,7 @@ def generate(
         for i in range(len(rows))
     ]
     begin = time.perf_counter()
+    state = drafting.begin(state, texts, whole)
     try:
         done = _deliver(outputs, state)
         while not done.all():
@@ -264,8 +264,8 @@ def generate(
     except BaseException:
         drafting.abandon()
         raise
-    spent = time.perf_counter() - begin - drafting.compile_s
     drafting.end(state)
+    spent = time.perf_counter() - begin - drafting.compile_s
     for output in outputs:
         output.close()
     decoded = sum(len(output.tokens) - 1 for output in outputs)
