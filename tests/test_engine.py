@@ -116,8 +116,7 @@ def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
     adaptive = drafter != "none" and nodes is None
     if adaptive:  # compiles what it tries; what pays is no matter here, so both are tried
         widths = itertools.cycle((1, 8, 8))
-        monkeypatch.setattr(Controller, "choose", lambda _: next(widths))
-        monkeypatch.setattr(Controller, "settled", lambda *_: True)
+        monkeypatch.setattr(Controller, "choose", lambda _, burst: (next(widths), burst))
     if drafter != "none":
         engine = make_engine(model, drafter=drafter, draft_nodes=nodes)
     if not adaptive:
