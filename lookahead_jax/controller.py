@@ -14,7 +14,7 @@ import numpy as np
 from lookahead_jax.tree import NODE_BUCKETS
 
 SHARE = 0.025  # of plain decoding, for trials
-PURSE = 3.0  # plain steps: the most that is saved up
+PURSE = 3.0  # plain steps: the most that is saved up, or owed
 TRIAL = 4  # steps
 BETWEEN_TRIALS = 16  # steps after which a neighbour of the best is tried again, and then
 LONGER = 2.0  # each time so many times as many,
@@ -23,7 +23,26 @@ BETWEEN_PLAIN = 512  # and plain decoding
 MEMORY = 0.15  # weight of the newest step, once there are some
 GUESS = 0.1  # plain steps that a node costs, before any was measured
 LEAST = 0.05  # drafted tokens per step that are told from none
+FASTEST_OF = 3  # records
 OUTLIER = 2.0  # a time this many times longer or shorter than expected is not believed whole
+
+
+@dataclasses.dataclass
+class _Cost:
+    """Seconds of a step of one size."""
+
+    seconds: float = 0.0
+    records: int = 0
+
+    def learn(self, seconds: float, steps: int) -> None:
+        """The fastest at first, since what disturbs a step makes it longer; then an average."""
+        self.records += 1
+        if self.records <= FASTEST_OF:
+            self.seconds = min(self.seconds or seconds, seconds)
+            return
+        expected = self.seconds
+        believed = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
+        self.seconds += (1.0 - (1.0 - MEMORY) ** steps) * (believed - expected)
 
 
 @dataclasses.dataclass
@@ -44,7 +63,8 @@ class _Choice:
     def learn(self, gain: float, spent: float, steps: int) -> None:
         self.steps += steps
         self.since = 0
-        weight = _weight(steps, self.steps)
+        # A mean at first, then a moving average.
+        weight = max(1.0 - (1.0 - MEMORY) ** steps, steps / self.steps)
         before = (gain, spent) if self.gain is None else (self.gain, self.spent)
         self.gain = before[0] + weight * (gain - before[0])
         self.spent = before[1] + weight * (spent - before[1])
@@ -63,7 +83,8 @@ class Controller:
             raise ValueError(f"buckets {tuple(buckets)} lack 1, plain decoding")
         self._nodes = sorted(buckets)
         self._known = {nodes: _Choice() for nodes in self._nodes}
-        self._costs: dict[int, tuple[float, int]] = {}  # of drafted steps: seconds, how many
+        self._plain = _Cost()
+        self._drafted: dict[int, _Cost] = {}  # one node: a step for which nothing was drafted
         self._purse = 0.0  # plain steps
         self._trying: int | None = None
         self._left = 0  # steps of the trial
@@ -100,15 +121,10 @@ class Controller:
         """
         for known in self._known.values():
             known.since += steps
-        if most == 1:
-            if seconds is not None:
-                self._known[1].learn(1.0, self._believed(self._known[1].spent, seconds), steps)
-        else:
-            if seconds is not None:
-                before, count = self._costs.get(nodes, (seconds, 0))
-                weight = _weight(steps, count + steps)
-                cost = before + weight * (self._believed(before, seconds) - before)
-                self._costs[nodes] = cost, count + steps
+        if seconds is not None:
+            cost = self._plain if most == 1 else self._drafted.setdefault(nodes, _Cost())
+            cost.learn(seconds, steps)
+        if most > 1:
             before = self._known[most].drafted
             for bucket, gain in gains.items():
                 if bucket > 1:
@@ -117,6 +133,8 @@ class Controller:
             for bucket, known in self._known.items():  # a text that changes does so for all
                 if bucket > most and bucket not in gains and known.gain is not None and before:
                     known.gain = 1.0 + known.drafted * after / before
+        elif seconds is not None:
+            self._known[1] = _Choice(1.0, self._plain.seconds, since=0)
         self._pay(most, nodes, gains, steps)
 
     def _pay(self, most: int, nodes: int, gains: Mapping[int, float], steps: int) -> None:
@@ -124,11 +142,11 @@ class Controller:
         self._purse += SHARE * steps * emitted
         if most == self._trying:
             if most > 1:
-                self._purse += steps * (emitted - self._cost(nodes) / self._known[1].spent)
+                self._purse += steps * (emitted - self._cost(nodes) / self._plain.seconds)
             self._left -= steps
             if most == 1 or self._left < 1:
                 self._trying = None
-        self._purse = min(self._purse, PURSE)
+        self._purse = min(max(self._purse, -PURSE), PURSE)
 
     def _candidate(self, best: int) -> int | None:
         """What to try instead of the best: a neighbour not seen for long, if there is money."""
@@ -149,30 +167,19 @@ class Controller:
         gain = known.gain
         if gain is None:
             gain = self._known[best].gain if nodes > best else None
-        loss = cost / self._known[1].spent - (gain or 1.0)
+        loss = cost / self._plain.seconds - (gain or 1.0)
         if loss <= 0:
             return TRIAL
         return max(int(min(self._purse / loss, TRIAL)), int(self._purse >= PURSE))
 
     def _cost(self, nodes: int) -> float:
         """Seconds of a drafted step, measured or between and beyond what was measured."""
-        if nodes in self._costs:
-            return self._costs[nodes][0]
-        plain = self._known[1].spent
-        points = sorted({1: plain, **{n: cost for n, (cost, _) in self._costs.items()}}.items())
-        last, cost = points[-1]
-        if nodes < last:
-            return float(np.interp(nodes, *zip(*points, strict=True)))
-        slope = (cost - plain) / (last - 1) if last > 1 else GUESS * plain
-        return cost + max(slope, 0.0) * (nodes - last)
-
-    @staticmethod
-    def _believed(expected: float, seconds: float) -> float:
-        if not expected:
-            return seconds
-        return min(max(seconds, expected / OUTLIER), expected * OUTLIER)
-
-
-def _weight(steps: int, count: int) -> float:
-    """Of the newest `steps` of `count`: a mean at first, then a moving average."""
-    return max(1.0 - (1.0 - MEMORY) ** steps, steps / count)
+        plain = self._plain.seconds
+        known = {1: plain} | {n: cost.seconds for n, cost in self._drafted.items()}
+        if nodes in self._drafted:
+            return known[nodes]
+        at = sorted(known)
+        if nodes < at[-1]:
+            return float(np.interp(nodes, at, [known[n] for n in at]))
+        slope = (known[at[-1]] - plain) / (at[-1] - 1) if at[-1] > 1 else GUESS * plain
+        return known[at[-1]] + max(slope, 0.0) * (nodes - at[-1])

@@ -141,7 +141,8 @@ class Drafting:
         reached = np.asarray(state.reached) - before  # waits for the device
         seconds = time.perf_counter() - begin
         if (ran := int(reached[:, 0].max())) > 0:
-            gains = dict(zip(NODE_BUCKETS, reached.sum(0) / reached[:, 0].sum(), strict=True))
+            means = (reached.sum(0) / reached[:, 0].sum()).tolist()
+            gains: dict[int, float] = dict(zip(NODE_BUCKETS, means, strict=True))
             if isinstance(self._device, DrawingDrafter):
                 gains = {most: gains[most]}  # the first nodes of a drawn tree are no such tree
             elif longest + 1 >= most:  # more might have been drafted
