@@ -79,8 +79,11 @@ class Controller:
     """
 
     def __init__(self, buckets: Sequence[int] = NODE_BUCKETS):
-        if 1 not in buckets:
-            raise ValueError(f"buckets {tuple(buckets)} lack 1, plain decoding")
+        if 1 not in buckets or not set(buckets) <= set(NODE_BUCKETS):
+            raise ValueError(
+                f"buckets {tuple(buckets)} must be some of {NODE_BUCKETS}, among them 1, which is "
+                "plain decoding"
+            )
         self._nodes = sorted(buckets)
         self._known = {nodes: _Choice() for nodes in self._nodes}
         self._plain = _Cost()
@@ -127,7 +130,7 @@ class Controller:
         if most > 1:
             before = self._known[most].drafted
             for bucket, gain in gains.items():
-                if bucket > 1:
+                if bucket > 1 and bucket in self._known:
                     self._known[bucket].learn(gain, self._cost(min(bucket, nodes)), steps)
             after = self._known[most].drafted
             for bucket, known in self._known.items():  # a text that changes does so for all

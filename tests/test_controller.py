@@ -159,6 +159,10 @@ def test_after_another_kind_of_text_it_does_not_lose_much():
     assert np.sum(ratios) * 48 < 12 * 48 * 1.03 + 16 * (MEASURED[16] - 1)  # a burst too many
 
 
-def test_plain_decoding_must_be_possible():
-    with pytest.raises(ValueError, match="lack 1"):
-        Controller([8, 16])
+def test_some_buckets_may_be_left_out():
+    controller = Controller([1, 16])
+    _, choices = simulate(lambda nodes, at: 1 + nodes / 8, controller=controller)
+    assert set(choices) == {1, 16}
+    for wrong in ([8, 16], [1, 12]):
+        with pytest.raises(ValueError, match="among them 1"):
+            Controller(wrong)
