@@ -92,6 +92,11 @@ class Controller:
         self._trying: int | None = None
         self._left = 0  # steps of the trial
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """What it chooses among, ascending."""
+        return tuple(self._nodes)
+
     def choose(self, burst: int) -> tuple[int, int]:
         """The most nodes that the next steps may have, and how many steps: `burst`, or a trial's.
 

@@ -136,7 +136,7 @@ class Drafting:
         begin = time.perf_counter()
         drafts = self._drafts(state, most)
         longest = max((len(draft.tokens) for draft in drafts or ()), default=most)
-        nodes = next(n for n in NODE_BUCKETS if n >= min(longest + 1, most))
+        nodes = next(n for n in self._nodes.buckets if n >= min(longest + 1, most))
         state = self._run(params, state, nodes, 1 if drafts else steps, drafts)
         reached = np.asarray(state.reached) - before  # waits for the device
         seconds = time.perf_counter() - begin
@@ -180,12 +180,14 @@ class Drafting:
 
     def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Compiles every step that `advance` may take. Nothing may run in `state`."""
-        for nodes in [self._nodes] if isinstance(self._nodes, int) else NODE_BUCKETS:
+        for nodes in (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets:
             state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
         return state
 
     def end(self, state: DecodeState) -> None:
         """All rows leave."""
+        if self._host is None:
+            return
         tokens, counts = jax.device_get((state.tokens, state.count))
         begin = time.perf_counter()
         for row, count in enumerate(counts.tolist()):
