@@ -5,9 +5,11 @@ prompts. Sections run in the order given; each replaces its part of the report w
 
     cost        seconds of a step of P nodes: c(P), and c(P) / c(1)
     completion, question, editing, free_text
-                every drafter at fixed P and as the controller chooses ("auto"). `speed` is plain
-                over drafted seconds, both from the first token on, the drafter's reading of the
-                prompt included; plain runs stand right before the drafted ones. It is the median
+                every drafter at fixed P and as a controller chooses: one that knows nothing
+                ("first", the first request of a process) and one that has seen the kind's other
+                prompts and keeps learning ("auto", what a long-lived process gets). `speed` is
+                plain over drafted seconds, both from the first token on, all that the drafter
+                does included; plain runs stand right before the drafted ones. It is the median
                 over the repetitions. Tokens per step are those of the first repetition.
     replay      the host drafters where the source's own text is written: no model, so no loops
     peer        prompt lookup of transformers on the same weights and prompts
@@ -55,7 +57,8 @@ DRAFTERS = {  # label -> (name, warm)
     "recycling": ("recycling", False),
 }
 HOST = ("trie", "trie, warm", "suffix", "suffix, warm")
-REPEATED = (8, 64, None)  # None: the controller's choice; other P run once, for their acceptance
+CHOSEN = ("first", "auto")
+REPEATED = (8, 16, *CHOSEN)  # other P run once, for their acceptance
 LOOKUP_NODES = 16  # room for the ten tokens of transformers' prompt lookup
 
 
@@ -69,7 +72,7 @@ class Run(NamedTuple):
 class Measured(NamedTuple):
     repetition: int
     row: int
-    nodes: int | None
+    nodes: int | str  # P, or one of CHOSEN
     plain: Run
     drafted: Run
 
@@ -101,30 +104,23 @@ class Bench:
         options = self.options
         return self.texts.make(kind, options.prompts + options.warm, options.new_tokens)
 
-    def run(self, prompt: list[int], drafter: Any = None, nodes: int | None = 1) -> Run:
+    def run(
+        self, prompt: list[int], drafter: Any = None, nodes: int | lk.Controller | None = 1
+    ) -> Run:
         drafter = NoDrafter() if drafter is None else drafter
         settings = dict(policy=lk.make_policy("full"), max_new_tokens=self.options.new_tokens)
-        reading = 0.0
-        key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), nodes)
-        if key not in self._ready:
+        fixed = nodes if isinstance(nodes, int) else None
+        key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), fixed)
+        if key not in self._ready:  # every program that a controller may ask for
             self._ready.add(key)
-            fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
-            lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=nodes, **settings)
-        if not dataclasses.is_dataclass(drafter):
-            begin = drafter.begin
-
-            def clocked(request, tokens):
-                nonlocal reading
-                start = time.perf_counter()
-                begin(request, tokens)
-                reading += time.perf_counter() - start
-
-            drafter.begin = clocked
+            for each in NODE_BUCKETS if fixed is None else [fixed]:
+                fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
+                lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=each, **settings)
         out = lk.generate(self.model, [prompt], drafter=drafter, draft_nodes=nodes, **settings)
         speed = out.timing.decode_tokens_per_s
         seconds = (len(out.tokens[0]) - 1) / speed if speed else 0.0
         report = out.drafting
-        return Run(out.tokens[0], report.steps, seconds + reading, report.drafter_us)
+        return Run(out.tokens[0], report.steps, seconds, report.drafter_us)
 
     def cost(self) -> dict:
         """Microseconds of a step of P nodes, all of them looked at."""
@@ -145,15 +141,20 @@ class Bench:
         outputs = [self.run(text.prompt).tokens for text in texts]
         count = min(options.prompts, len(texts))
         measured: dict[str, list[Measured]] = {label: [] for label in DRAFTERS}
+        settled = {label: lk.Controller() for label in DRAFTERS}
+        for row in range(count, len(texts)):
+            for label, controller in settled.items():
+                self.run(texts[row].prompt, prepared(label, []), controller)
         for repetition in range(options.repetitions):
-            every = [*options.nodes, None]
+            every = [*options.nodes, *CHOSEN]
             wanted = [n for n in every if repetition == 0 or n in REPEATED]
             for row in range(count):
                 for label in DRAFTERS:
                     plain = self.run(texts[row].prompt)
                     for nodes in wanted:
                         drafter = prepared(label, outputs[:row] + outputs[row + 1 :])
-                        drafted = self.run(texts[row].prompt, drafter, nodes)
+                        chosen = {"first": None, "auto": settled[label]}.get(nodes, nodes)
+                        drafted = self.run(texts[row].prompt, drafter, chosen)
                         measured[label].append(Measured(repetition, row, nodes, plain, drafted))
         looping = [loops(tokens) for tokens in outputs[:count]]
         groups = {"all": range(count)}
@@ -169,12 +170,12 @@ class Bench:
             "equal_to_truth": round(statistics.mean(agreement), 3),
             "drafters": {
                 label: {
-                    str(nodes or "auto"): {
+                    str(nodes): {
                         group: tally([m for m in runs if m.nodes == nodes and m.row in rows])
                         for group, rows in groups.items()
                         if rows
                     }
-                    for nodes in [*options.nodes, None]
+                    for nodes in [*options.nodes, *CHOSEN]
                 }
                 for label, runs in measured.items()
             },
@@ -355,12 +356,13 @@ def summary(report: dict) -> dict:
             done = {n: r["all"] for n, r in runs.items() if r["all"]["mean_accepted"]}
             if cost is None or "auto" not in done:
                 continue
-            possible = {n: r["mean_accepted"] / cost[n] for n, r in done.items() if n != "auto"}
+            possible = {n: r["mean_accepted"] / cost[n] for n, r in done.items() if n in cost}
             nodes, best = max((possible | {"1": 1.0}).items(), key=lambda item: item[1])
             result["kinds"][kind][label] = {
                 "best_nodes": int(nodes),
                 "best_speed": round(best, 3),
                 "reached": round(done["auto"]["speed"] / best, 3),
+                "reached_first": round(done["first"]["speed"] / best, 3),
             }
     if len(kinds) == len(KINDS):  # as many tokens of each kind: the harmonic mean
         for label in DRAFTERS:
@@ -378,13 +380,14 @@ def table(report: dict) -> str:
         ratios = ", ".join(f"{n}: {r:.2f}" for n, r in report["cost"]["ratio"].items())
         lines += [f"c(P)/c(1) {ratios}; a plain step {report['cost']['step_us']['1']:.0f} us", ""]
     lines += [
-        "| Kind | Drafter | tokens/step 8, 64, auto | 64 without loops | drafter us | "
-        "speed 8, 64, auto | best possible (P) | reached |",
+        "| Kind | Drafter | tokens/step 8, 64, chosen | 64 without loops | drafter us | "
+        "speed 8, 16, first, chosen | best possible (P) | reached |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind in (kind for kind in KINDS if kind in report):
         for label, runs in report[kind]["drafters"].items():
             shown = [runs[n]["all"] for n in ("8", "64", "auto") if n in runs]
+            timed = [runs[n]["all"] for n in ("8", "16", *CHOSEN) if n in runs]
             apart = runs.get("64", {}).get("not_looping", {}).get("mean_accepted")
             best = report["summary"]["kinds"][kind].get(label)
             cells = [
@@ -393,7 +396,7 @@ def table(report: dict) -> str:
                 ", ".join(f"{r['mean_accepted'] or 0:.2f}" for r in shown),
                 f"{apart:.2f}" if apart else "-",
                 f"{shown[-1]['drafter_us']:.0f}" if shown[-1]["drafter_us"] else "-",
-                ", ".join(f"{r['speed']:.2f}" for r in shown),
+                ", ".join(f"{r['speed']:.2f}" for r in timed),
                 f"{best['best_speed']:.2f} ({best['best_nodes']})" if best else "-",
                 f"{best['reached']:.0%}" if best else "-",
             ]
@@ -413,6 +416,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(HERE / "results" / "drafting.json"))
     options = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the commands do
     bench, out = Bench(options), Path(options.out)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.cache_files import load_cache, save_cache
     from lookahead_jax.checkpoint import Model, load
     from lookahead_jax.config import ModelConfig
+    from lookahead_jax.controller import Controller
     from lookahead_jax.decoding import decode
     from lookahead_jax.engine import Engine
     from lookahead_jax.generation import Generation, generate
@@ -33,6 +34,7 @@ __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_MODULES",
     "Block",
+    "Controller",
     "Engine",
     "Event",
     "Generation",
@@ -74,6 +76,7 @@ _HOME = {
     "cache_files": ("load_cache", "save_cache"),
     "checkpoint": ("Model", "load"),
     "config": ("ModelConfig",),
+    "controller": ("Controller",),
     "decoding": ("decode",),
     "engine": ("Engine",),
     "generation": ("Generation", "generate"),

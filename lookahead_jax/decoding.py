@@ -34,7 +34,7 @@ from lookahead_jax.sampling import (
     process_logits,
     sampling_rows,
 )
-from lookahead_jax.tree import NODE_BUCKETS, Layout, TokenTree, accept, layout
+from lookahead_jax.tree import NODE_BUCKETS, Accepted, Layout, TokenTree, accept, layout
 
 PLAIN = NoDrafter()
 
@@ -53,6 +53,7 @@ class DecodeState:
     seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
+    reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
 
@@ -142,6 +143,7 @@ def start(
         seen=seen if sampling.penalized else None,
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
+        reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
         draft=draft,
         sums=sums,
     )
@@ -150,6 +152,13 @@ def start(
     )
     token = choose(processed, cache.next_pos[:, None], sampling)
     return _emit(state, token, (~state.done).astype(jnp.int32))
+
+
+def _reached(accepted: Accepted) -> jax.Array:
+    """How many accepted nodes [B, 6] stand among the first NODE_BUCKETS[i] of each tree [B, P]."""
+    on_path = jnp.arange(accepted.path.shape[1])[None] < accepted.count[:, None]
+    first = accepted.path[..., None] < jnp.asarray(NODE_BUCKETS)[None, None]
+    return (on_path[..., None] & first).sum(1, dtype=jnp.int32)
 
 
 class Rows(NamedTuple):
@@ -211,7 +220,10 @@ def _step(
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
-        state, draft=draft, lengths=state.lengths + counts.astype(jnp.int32)
+        state,
+        draft=draft,
+        lengths=state.lengths + counts.astype(jnp.int32),
+        reached=state.reached + _reached(accepted),
     )
     state = _emit(state, accepted.emitted, accepted.count)
     rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)

@@ -16,7 +16,7 @@ from lookahead_jax.controller import Controller
 from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.decoding import PLAIN, DecodeState, Step, decode_burst, decode_step
 from lookahead_jax.drafters.base import Draft, HostDrafter
-from lookahead_jax.drafters.device import DeviceDrafter, Given, NoDrafter
+from lookahead_jax.drafters.device import DeviceDrafter, DrawingDrafter, Given, NoDrafter
 from lookahead_jax.drafters.host import NOTHING, pack
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
@@ -47,13 +47,14 @@ class RowError(Exception):
 class Drafting:
     """Steps of a batch with a drafter of either form.
 
-    A row of the batch joins with `begin` and leaves with `end`; `advance` runs the model.
+    A row of the batch joins with `begin` and leaves with `end`; `advance` runs the model. `nodes`
+    is the number of nodes of every step, or who chooses it (None: someone new).
     """
 
     def __init__(
         self,
         drafter: HostDrafter | DeviceDrafter,
-        nodes: int | None,
+        nodes: int | Controller | None,
         *,
         config: ModelConfig,
         batch: int,
@@ -63,13 +64,12 @@ class Drafting:
         on_step: Callable[[Step], Any] | None = None,
     ):
         plain = type(drafter) is NoDrafter  # others may build on it
-        if nodes is None and plain:
+        if plain and not isinstance(nodes, int):
             nodes = 1
-        if nodes is not None and (nodes not in NODE_BUCKETS or (plain and nodes > 1)):
+        if isinstance(nodes, int) and (nodes not in NODE_BUCKETS or (plain and nodes > 1)):
             possible = "1" if plain else ", ".join(map(str, NODE_BUCKETS))
             raise ValueError(f"a step with this drafter has {possible} nodes, not {nodes}")
-        self._fixed = nodes
-        self._controller = Controller()
+        self._nodes = Controller() if nodes is None else nodes
         self._config = config
         self._room = room
         self._eviction = eviction
@@ -80,8 +80,7 @@ class Drafting:
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
         self._requests: list[int | None] = [None] * batch
         self._observed = [0] * batch
-        self._compiled: set[int] = set()
-        self.compile_s = 0.0  # spent on compiling steps so far
+        self.compile_s = 0.0  # spent on compiling so far
         self._drafting_s = 0.0
         self._steps = 0
 
@@ -90,8 +89,8 @@ class Drafting:
     ) -> DecodeState:
         """All rows join with their prompts, also given as an array [B, T] padded with -1."""
         if self._host is None:
-            return attach(
-                state, self._device.weights, tokens,
+            return self._call(
+                attach, state, self._device.weights, tokens,
                 drafter=self._device, room=self._room, config=self._config,
             )  # fmt: skip
         try:
@@ -130,45 +129,65 @@ class Drafting:
 
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
-        if self._fixed is not None:
-            return self._run(params, state, self._fixed, burst)
-        nodes = self._controller.choose()
-        before = np.asarray(state.lengths)
+        if isinstance(self._nodes, int):
+            return self._run(params, state, self._nodes, burst, self._drafts(state, self._nodes))
+        most, steps = self._nodes.choose(burst)
+        before, compiled = np.asarray(state.reached), self.compile_s
         begin = time.perf_counter()
-        state = self._run(params, state, nodes, burst if self._controller.settled(nodes) else 1)
-        new = np.asarray(state.lengths) - before  # waits for the device
+        drafts = self._drafts(state, most)
+        longest = max((len(draft.tokens) for draft in drafts or ()), default=most)
+        nodes = next(n for n in self._nodes.buckets if n >= min(longest + 1, most))
+        state = self._run(params, state, nodes, 1 if drafts else steps, drafts)
+        reached = np.asarray(state.reached) - before  # waits for the device
         seconds = time.perf_counter() - begin
-        steps = int(new.sum(1).max())
-        if steps:
-            gain = float((new @ np.arange(1, new.shape[1] + 1)).sum() / new.sum())
-            self._controller.record(nodes, steps, gain, seconds)
+        if (ran := int(reached[:, 0].max())) > 0:
+            means = (reached.sum(0) / reached[:, 0].sum()).tolist()
+            gains: dict[int, float] = dict(zip(NODE_BUCKETS, means, strict=True))
+            if isinstance(self._device, DrawingDrafter):
+                gains = {most: gains[most]}  # the first nodes of a drawn tree are no such tree
+            elif longest + 1 >= most:  # more might have been drafted
+                gains = {n: gain for n, gain in gains.items() if n <= most}
+            measured = self.compile_s == compiled
+            self._nodes.record(most, nodes, gains, ran, seconds / ran if measured else None)
         return state
 
-    def _run(self, params: Params, state: DecodeState, nodes: int, burst: int) -> DecodeState:
+    def _run(
+        self,
+        params: Params,
+        state: DecodeState,
+        nodes: int,
+        burst: int,
+        drafts: Sequence[Draft] | None,
+    ) -> DecodeState:
         program, options, drafter = self._program(nodes, burst)
         if self._host is not None:
-            draft = pack(self._propose(self._host, state, nodes), nodes) if nodes > 1 else ()
+            draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
             state = dataclasses.replace(state, draft=draft)
-        if nodes not in self._compiled:
-            self._compiled.add(nodes)
-            begin = time.perf_counter()
-            program.lower(params, state, drafter.weights, self._modules, **options).compile()
-            self.compile_s += time.perf_counter() - begin
-        result = program(params, state, drafter.weights, self._modules, **options)
+        result = self._call(program, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
             return result
         if self._on_step is not None:
             self._on_step(jax.tree.map(np.asarray, result[1]))
         return result[0]
 
+    def _call(self, program: Any, *arguments: Any, **options: Any) -> Any:
+        """Calls a jitted function, and keeps the time apart if that compiled it."""
+        known, begin = program._cache_size(), time.perf_counter()
+        result = program(*arguments, **options)
+        if program._cache_size() > known:
+            self.compile_s += time.perf_counter() - begin
+        return result
+
     def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Compiles every step that `advance` may take. Nothing may run in `state`."""
-        for nodes in NODE_BUCKETS if self._fixed is None else [self._fixed]:
-            state = self._run(params, state, nodes, burst)
+        for nodes in (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets:
+            state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
         return state
 
     def end(self, state: DecodeState) -> None:
         """All rows leave."""
+        if self._host is None:
+            return
         tokens, counts = jax.device_get((state.tokens, state.count))
         begin = time.perf_counter()
         for row, count in enumerate(counts.tolist()):
@@ -201,8 +220,11 @@ class Drafting:
             return decode_step, options, drafter
         return decode_burst, {**options, "steps": burst}, drafter
 
-    def _propose(self, host: HostDrafter, state: DecodeState, nodes: int) -> list[Draft]:
-        """What the host drafter says about every row that is running."""
+    def _drafts(self, state: DecodeState, nodes: int) -> list[Draft] | None:
+        """What the host drafter says about every row that is running; None if it is not asked."""
+        host = self._host
+        if host is None or nodes == 1:
+            return None
         tokens, counts, limits, done = (
             np.asarray(a) for a in (state.tokens, state.count, state.limit, state.done)
         )

@@ -16,6 +16,7 @@ from typing import Literal
 
 from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model
+from lookahead_jax.controller import Controller
 from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import HostDrafter
@@ -69,7 +70,7 @@ class Engine:
         lookahead: LookaheadModules | None = None,
         eos_ids: Sequence[int] | None = None,
         drafter: str | HostDrafter | DeviceDrafter = "none",
-        draft_nodes: int | None = None,
+        draft_nodes: int | Controller | None = None,
         evict_every: int | None = None,
         burst: int = 16,
         prompt_store_bytes: int = 0,

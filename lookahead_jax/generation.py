@@ -18,6 +18,7 @@ from lookahead_jax.batching import pad_batch, pad_drafts
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.controller import Controller
 from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters import make_drafter
@@ -63,7 +64,7 @@ class Timing:
 
     ttft_s: float  # from tokens to the first new token
     eviction_overhead_s: float | None  # of that, what the policy adds to keeping everything
-    decode_tokens_per_s: float | None  # over all rows; None if nothing was decoded
+    decode_tokens_per_s: float | None  # over all rows, drafters included; None if none was decoded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def generate(
     drafts: Sequence[Sequence[int]] | None = None,
     eos_ids: Sequence[int] | None = None,
     drafter: str | HostDrafter | DeviceDrafter = "none",
-    draft_nodes: int | None = None,
+    draft_nodes: int | Controller | None = None,
     evict_every: int | None = None,
     reader: Reader | None = None,
     burst: int = 16,
@@ -158,8 +159,9 @@ def generate(
     guesses.
 
     `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
-    proposes trees of up to `draft_nodes` nodes, which a step of the model verifies: fewer steps,
-    the same tokens. With `evict_every` = E the policy cuts each row again while it decodes, at
+    proposes trees of `draft_nodes` nodes, which a step of the model verifies: fewer steps, the
+    same tokens. Left out, as many nodes as pay; a `Controller` given to call after call remembers
+    how many those were. With `evict_every` = E the policy cuts each row again while it decodes, at
     every position that is a multiple of E: its heads hold `budget` to `budget` + E entries,
     however long the text becomes. `reader` reads the prompts instead, and evicts nothing
     (`kv_prediction.Predictor`): `policy` is then of no use. `on_step` receives every step's tree
@@ -253,7 +255,6 @@ def generate(
     ttft = time.perf_counter() - begin
     if measure:
         overhead = ttft - keep_all
-    state = drafting.begin(state, texts, whole)
 
     filled, kept = _kept(state.cache, [len(row) for row in rows])
     report = CacheReport(
@@ -266,6 +267,7 @@ def generate(
         for i in range(len(rows))
     ]
     begin = time.perf_counter()
+    state = drafting.begin(state, texts, whole)
     try:
         done = _deliver(outputs, state)
         while not done.all():
@@ -277,8 +279,8 @@ def generate(
     except BaseException:
         drafting.abandon()
         raise
-    spent = time.perf_counter() - begin - drafting.compile_s
     drafting.end(state)
+    spent = time.perf_counter() - begin - drafting.compile_s
     for output in outputs:
         output.close()
     decoded = sum(len(output.tokens) - 1 for output in outputs)

@@ -1,46 +1,80 @@
 """The choice of nodes against simulated machines and texts."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from lookahead_jax.controller import Controller
+from lookahead_jax.controller import SHARE, Controller
+from lookahead_jax.tree import NODE_BUCKETS
 
 COSTS = {1: 1.0, 8: 1.4, 16: 1.9, 32: 2.9, 64: 5.0, 128: 9.0}
+STEEP = {n: float(n) for n in COSTS}  # a machine on which every node costs a plain step
+REPORT = Path(__file__).parents[1] / "benchmarks" / "results" / "drafting.json"
 
 
-def simulate(gains, costs=COSTS, tokens=2000, compile_s=500.0, noise=0.0, seed=0):
-    """Decodes `tokens` tokens; what a step of P nodes emits is gains(P, emitted so far).
+def simulate(
+    gains,
+    costs=COSTS,
+    tokens=2000,
+    noise=0.0,
+    seed=0,
+    burst=16,
+    fills=None,
+    controller=None,
+    nested=True,
+):
+    """Decodes `tokens` tokens; a step of P nodes emits gains(P, emitted so far) on average.
 
-    Returns the time over that of plain decoding, compilation left out, and the last choices.
+    How far each step gets is a matter of chance, the same for trees of every size. `fills` nodes
+    is the largest draft of a host drafter; `nested` drafts tell what smaller ones had been.
+    Returns the time over that of plain decoding and the choices.
     """
-    controller, rng = Controller(), np.random.default_rng(seed)
+    controller = Controller() if controller is None else controller
+    rng = np.random.default_rng(seed)
     emitted = spent = 0.0
-    seen, choices = set(), []
+    choices = []
     while emitted < tokens:
-        nodes = controller.choose()
-        steps = 16 if nodes == 1 and controller.settled(1) else 1
-        gain = gains(nodes, emitted) if nodes > 1 else 1.0
-        seconds = steps * costs[nodes] * rng.uniform(1 - noise, 1 + noise)
-        controller.record(nodes, steps, gain, seconds + (0 if nodes in seen else compile_s))
-        seen.add(nodes)
-        choices.append(nodes)
-        emitted += steps * gain
-        spent += steps * costs[nodes]
+        most, steps = controller.choose(burst)
+        if fills is not None and most > 1:
+            steps = 1
+        need = most if fills is None else min(most, fills + 1)
+        nodes = next(n for n in NODE_BUCKETS if n >= need)
+        luck = []
+        while len(luck) < steps and emitted < tokens:
+            luck.append(rng.gamma(2.0, 0.5))
+            emitted += 1.0 + (gains(nodes, emitted) - 1.0) * luck[-1] if most > 1 else 1.0
+        mean = float(np.mean(luck))
+        reached = {n: 1 + (gains(min(n, nodes), emitted) - 1) * mean for n in costs if n > 1}
+        if not nested:
+            reached = {n: gain for n, gain in reached.items() if n == most}
+        elif fills is None or fills + 1 >= most:
+            reached = {n: gain for n, gain in reached.items() if n <= most}
+        seconds = costs[nodes] * rng.uniform(1 - noise, 1 + noise)
+        controller.record(most, nodes, {1: 1.0, **reached}, len(luck), seconds)
+        choices.append(most)
+        spent += len(luck) * costs[nodes]
     return spent / emitted, choices
 
 
-@pytest.mark.parametrize("tokens", [270, 2000])
+@pytest.mark.parametrize("tokens", [12, 96, 270, 2000])
 @pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_where_nothing_can_be_drafted_it_costs_at_most_three_percent(tokens, noise):
-    ratio, _ = simulate(lambda nodes, at: 1.0, tokens=tokens, noise=noise)
-    assert ratio < 1.03
-    steep = {n: float(n) for n in COSTS}  # a machine on which every node costs a plain step
-    ratio, _ = simulate(lambda nodes, at: 1.0, costs=steep, tokens=8 * tokens, noise=noise)
-    assert ratio < 1.03
+@pytest.mark.parametrize("costs", [COSTS, STEEP])
+def test_where_nothing_can_be_drafted_it_costs_at_most_three_percent(tokens, noise, costs):
+    """Of all requests so far, whatever their length: one controller serves them all."""
+    controller = Controller()
+    ratios = [
+        simulate(lambda nodes, at: 1.0, costs, tokens, noise, seed, controller=controller)[0]
+        for seed in range(8)
+    ]
+    slack = 0.0 if costs is COSTS else 6.0 / tokens  # its first trial was not foreseen to cost 7
+    assert np.max(np.cumsum(ratios) / np.arange(1, 9)) < 1.005 + SHARE * (1 + 2 * noise) + slack
 
 
 @pytest.mark.parametrize(("most", "half"), [(1.2, 8), (2.5, 3), (12.0, 30), (20.0, 100)])
-def test_it_settles_on_the_best_rate(most, half):
+@pytest.mark.parametrize("nested", [True, False])
+def test_it_settles_on_the_best_rate(most, half, nested):
     """A step of P nodes emits up to `most` tokens, half of what it adds with `half` nodes."""
 
     def gain(nodes, at):
@@ -48,9 +82,10 @@ def test_it_settles_on_the_best_rate(most, half):
 
     rates = {n: (gain(n, 0) if n > 1 else 1.0) / c for n, c in COSTS.items()}
     best = max(rates, key=lambda n: rates[n])
-    ratio, choices = simulate(gain)
-    assert ratio < 1.05 / rates[best]
-    assert max(set(choices[-50:]), key=choices[-50:].count) == best
+    ratio, choices = simulate(gain, nested=nested)
+    assert ratio < (1.1 if nested else 1.15) / rates[best]
+    last = max(set(choices[-50:]), key=choices[-50:].count)
+    assert rates[last] > (0.93 if nested else 0.85) * rates[best]
 
 
 def test_it_notices_when_a_text_changes():
@@ -63,6 +98,71 @@ def test_it_notices_when_a_text_changes():
     assert choices[-1] == 1
 
 
-def test_plain_decoding_must_be_possible():
-    with pytest.raises(ValueError, match="lack 1"):
-        Controller([8, 16])
+def test_a_machine_that_becomes_faster_is_noticed():
+    """Plain decoding is measured again, so that drafting does not seem to pay for ever."""
+    costs = dict(COSTS)
+    controller = Controller()
+    simulate(lambda nodes, at: 1.6, costs, 400, controller=controller)
+    assert controller.best() == 8
+    costs.update({1: 0.25, **{n: 0.5 * c for n, c in costs.items() if n > 1}})
+    simulate(lambda nodes, at: 1.6, costs, 2000, controller=controller)
+    assert controller.best() == 1
+
+
+def measured():
+    """Costs and gains of benchmarks/drafting.py: (kind, drafter) -> tokens of an answer, gains."""
+    report = json.loads(REPORT.read_text())
+    costs = {int(n): ratio for n, ratio in report["cost"]["ratio"].items()}
+    table = {}
+    for kind in report["summary"]["kinds"]:
+        tokens = report[kind]["tokens"] / report[kind]["prompts"]
+        for drafter, runs in report[kind]["drafters"].items():
+            gains = {int(n): r["all"]["mean_accepted"] for n, r in runs.items() if n != "auto"}
+            table[kind, drafter] = tokens, {1: 1.0, **gains}
+    return costs, table
+
+
+MEASURED, TABLE = measured()
+
+
+@pytest.mark.parametrize(("kind", "drafter"), TABLE)
+def test_it_reaches_most_of_what_was_measured_to_be_possible(kind, drafter):
+    """Requests of one kind after another: the first costs nothing, later ones are near the best."""
+    tokens, gains = TABLE[kind, drafter]
+    best = max(gains[n] / MEASURED[n] for n in MEASURED)
+    fills = 63 if drafter.startswith(("trie", "suffix")) else None
+    speeds = []
+    for chance in range(8):  # the mean over runs of chance
+        controller = Controller()
+        speeds.append([
+            1 / simulate(lambda n, at: gains[n], MEASURED, tokens, 0.05, 100 * chance + i,
+                         fills=fills, controller=controller)[0]
+            for i in range(24)
+        ])  # fmt: skip
+    first, later = np.mean(speeds, 0)[0], 1 / np.mean(1 / np.asarray(speeds)[:, 12:])
+    assert first > 0.97
+    assert later > 0.85 * best
+    assert later > 0.97
+
+
+def test_after_another_kind_of_text_it_does_not_lose_much():
+    """Code that drafts well, then answers in which nothing can be drafted."""
+    _, gains = TABLE["completion", "prompt_lookup"]
+    controller = Controller()
+    for seed in range(6):
+        simulate(lambda n, at: gains[n], MEASURED, 96, 0.05, seed, controller=controller)
+    ratios = [
+        simulate(lambda n, at: 1.0, MEASURED, 48, 0.05, seed, controller=controller)[0]
+        for seed in range(12)
+    ]
+    assert np.mean(ratios[4:]) < 1.03
+    assert np.sum(ratios) * 48 < 12 * 48 * 1.03 + 16 * (MEASURED[16] - 1)  # a burst too many
+
+
+def test_some_buckets_may_be_left_out():
+    controller = Controller([1, 16])
+    _, choices = simulate(lambda nodes, at: 1 + nodes / 8, controller=controller)
+    assert set(choices) == {1, 16}
+    for wrong in ([8, 16], [1, 12]):
+        with pytest.raises(ValueError, match="among them 1"):
+            Controller(wrong)

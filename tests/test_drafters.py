@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafters.base import Draft
-from lookahead_jax.drafters.combine import Combine, merge
+from lookahead_jax.drafters.combine import Combine, CombineOnDevice, merge, merge_trees
+from lookahead_jax.drafters.host import pack
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
-from lookahead_jax.drafters.recycling import CANDIDATES, template
-from lookahead_jax.tree import NODE_BUCKETS
+from lookahead_jax.drafters.recycling import CANDIDATES, Recycling
+from lookahead_jax.tree import NODE_BUCKETS, TokenTree
 from tests import tiny
+from tests.drafted import draft_model
 
 
 def test_prompt_lookup_takes_the_leftmost_match_of_the_longest_ngram():
@@ -38,14 +41,21 @@ def test_prompt_lookup_takes_the_leftmost_match_of_the_longest_ngram():
 
 
 @pytest.mark.parametrize("nodes", NODE_BUCKETS)
-def test_recycling_templates(nodes):
-    parents, ranks, levels = template(nodes)
-    assert sum(levels) == len(parents) == nodes
+def test_recycling_fills_the_first_nodes_of_one_tree(nodes):
+    """Every path of ranks once, parents first; the table says rank r of token t is 8 t + r + 1."""
+    table = jnp.arange(8 * 5000, dtype=jnp.int32).reshape(5000, CANDIDATES) + 1
+    table = jnp.where(table < 5000, table, -1)
+    _, tree = Recycling().propose(None, table, jnp.zeros(1, jnp.int32), nodes)
+    _, larger = Recycling().propose(None, table, jnp.zeros(1, jnp.int32), 128)
+    tokens, parents = np.asarray(tree.tokens[0]), np.asarray(tree.parents[0])
+    assert len(tokens) == nodes
+    np.testing.assert_array_equal(tokens, larger.tokens[0, :nodes])
+    np.testing.assert_array_equal(parents, larger.parents[0, :nodes])
     assert parents[0] == -1
     assert (parents[1:] < np.arange(1, nodes)).all()
-    assert ((ranks >= 0) & (ranks < CANDIDATES)).all()
-    pairs = set(zip(parents.tolist(), ranks.tolist(), strict=True))
-    assert len(pairs) == nodes  # siblings have different ranks
+    known = tokens > 0
+    np.testing.assert_array_equal((tokens[known] - 1) // 8, tokens[parents[known]])
+    assert len(set(tokens[known])) == known.sum() > 0.7 * nodes - 1
 
 
 def test_merged_drafts_are_their_union_by_prefix():
@@ -56,6 +66,45 @@ def test_merged_drafts_are_their_union_by_prefix():
     assert parents.tolist() == [-1, -1, 0, 2, 0]
     tokens, parents = merge([first, second], 2)
     assert tokens.tolist() == [5, 9]
+
+
+def test_trees_merged_on_the_device_are_those_merged_on_the_host():
+    """Random trees of few tokens, so that they share nodes; some do not fill their arrays."""
+    rng, nodes, rows = np.random.default_rng(0), 16, 40
+
+    def some() -> Draft:
+        found: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+        for _ in range(rng.integers(0, nodes)):
+            found.setdefault((int(rng.integers(-1, len(found))), int(rng.integers(2))), len(found))
+        parents, tokens = np.asarray([*found, (0, 0)], np.int32)[:-1].T
+        return Draft(tokens, parents)
+
+    def trees(drafts):
+        tokens, parents = pack(drafts, nodes)
+        return TokenTree(jnp.asarray(tokens).at[:, 0].set(9), jnp.asarray(parents))
+
+    one, other = ([some() for _ in range(rows)] for _ in range(2))
+    merged = jax.jit(merge_trees)(trees(one), trees(other))
+    shared = 0
+    for row in range(rows):
+        expected = merge([one[row], other[row]], nodes - 1)
+        size = len(expected.tokens)
+        shared += len(one[row].tokens) + len(other[row].tokens) - size
+        assert np.asarray(merged.tokens[row]).tolist() == [
+            9, *expected.tokens, *[-1] * (nodes - 1 - size)
+        ]  # fmt: skip
+        assert np.asarray(merged.parents[row, 1 : size + 1]).tolist() == [
+            p + 1 for p in expected.parents
+        ]
+    assert shared > rows
+
+
+def test_what_cannot_be_combined():
+    for name in ("trie+recycling", "trie+suffix+trie"):
+        with pytest.raises(ValueError, match=r"cannot be combined.*prompt_lookup\+recycling"):
+            make_drafter(name)
+    with pytest.raises(ValueError, match="draft model cannot be combined"):
+        CombineOnDevice(make_drafter("recycling"), draft_model())
 
 
 class Room:

@@ -103,9 +103,10 @@ DRAFTERS = [
     ("none", None),
     ("prompt_lookup", 8),
     ("recycling", 32),
+    ("prompt_lookup+recycling", 16),
     ("trie", 8),
     ("suffix", 8),
-    ("trie+suffix", None),
+    ("trie+suffix", Controller([1, 8])),
 ]
 
 
@@ -113,21 +114,18 @@ DRAFTERS = [
 def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
     model, engine, alone, drafter, nodes, monkeypatch
 ):
-    adaptive = drafter != "none" and nodes is None
-    if adaptive:  # compiles what it tries; what pays is no matter here, so both are tried
+    if isinstance(nodes, Controller):  # what pays is no matter here, so both are tried
         widths = itertools.cycle((1, 8, 8))
-        monkeypatch.setattr(Controller, "choose", lambda _: next(widths))
-        monkeypatch.setattr(Controller, "settled", lambda *_: True)
+        monkeypatch.setattr(nodes, "choose", lambda burst: (next(widths), burst))
     if drafter != "none":
         engine = make_engine(model, drafter=drafter, draft_nodes=nodes)
-    if not adaptive:
-        engine.warm_up()
+    engine.warm_up()
     before = len(compilations)
     ids = [engine.submit(request(i)) for i in (0, 1, 2, 3, 4)]
     events = engine.step() + engine.step()
     ids += [engine.submit(request(i)) for i in (5, 6, 7)]
     events += drain(engine)
-    assert adaptive or len(compilations) == before
+    assert len(compilations) == before
     ended = results(events)
     for i, id in enumerate(ids):
         same = as_alone(model, i, ended[id].tokens, alone)

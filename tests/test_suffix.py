@@ -103,6 +103,12 @@ class Play:
                 self.suffix.end(request)
                 self.ended.append(self.running.pop(request)[1])
 
+    def read(self) -> bool:
+        """Has the trees of all requests built; whether there was room."""
+        for request in self.running:
+            self.suffix.propose(request, 1, 1)
+        return all(state.learns for state in self.suffix._requests.values())
+
     def outputs(self) -> Counter:
         """Counted over the requests whose output is still kept: the newest of the ended ones."""
         kept = self.ended[len(self.ended) - len(self.suffix._ended) :]
@@ -150,6 +156,7 @@ class Play:
 def test_counts_and_scores(script, nodes, depth):
     play = Play(capacity=4_000, requests=8)
     play.run(script)
+    assert play.read()
     play.check(nodes, depth)
 
 
@@ -161,7 +168,7 @@ def test_oldest_outputs_are_dropped(scripts, requests, capacity):
         play.run(script)
         assert len(play.suffix._ended) <= requests
         assert play.suffix.size <= capacity
-        if all(state.learns for state in play.suffix._requests.values()):
+        if play.read():
             play.check(8, 4)
 
 

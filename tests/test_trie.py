@@ -110,6 +110,16 @@ def check_draft(trie: Trie, counts: Counts, request: int, nodes: int, depth: int
         assert any((*suffix, *path) in known for suffix in suffixes if suffix)
 
 
+def check_private(trie: Trie, counts: Counts, request: int) -> None:
+    """What a proposal could look at is all there; nothing counts more than it should."""
+    found = stored(trie, trie._requests[request].root)
+    assert all(count <= counts.private[request][ngram] for ngram, count in found.items())
+    asked = set(counts.text[request][-trie._context :])
+    for begun in (found, counts.private[request]):
+        for ngram in begun:
+            assert ngram[0] not in asked or found[ngram] == counts.private[request][ngram]
+
+
 alphabet = st.sampled_from([0, 1, 2, TOP])
 tokens = st.lists(alphabet, max_size=12)
 events = st.lists(
@@ -128,6 +138,8 @@ def play(trie: Trie, counts: Counts, script) -> None:
         elif what == "observe" and running:
             trie.observe(request, ids)
             counts.observe(request, ids)
+            if len(ids) % 2:
+                trie.propose(request, 3, 2)
         elif what == "end" and running:
             trie.end(request)
             counts.end(request)
@@ -139,9 +151,9 @@ def test_counts_of_every_ngram(script, nodes, depth):
     trie, counts = Trie(capacity=20_000, branch=3, context=2, half_life=np.inf), Counts(5)
     play(trie, counts, script)
     assert stored(trie, _trie.PUBLIC) == counts.public
-    for request, state in trie._requests.items():
-        assert stored(trie, state.root) == counts.private[request]
+    for request in trie._requests:
         check_draft(trie, counts, request, nodes, depth)
+        check_private(trie, counts, request)
     check_store(trie)
     for request in list(trie._requests):
         trie.end(request)
@@ -176,6 +188,21 @@ def test_everything_is_retrievable_at_once():
     trie.observe(0, [3])
     trie.observe(0, [0])
     assert {(7,), (3,), (7, 0), (3, 0), (7, 0, 3), (7, 0, 3, 0)} == set(draft(trie, 0))
+
+
+def test_a_prompt_is_counted_as_far_as_it_is_asked():
+    """The nodes of a long prompt are those of the n-grams that begin like the context."""
+    rng = np.random.default_rng(0)
+    prompt = [*rng.integers(100, 10**6, 5_000).tolist(), *([7] * 20), 8, 9]
+    trie = Trie(capacity=10_000, branch=4, context=2, half_life=100)
+    trie.begin(0, [*prompt, prompt[1_000]])
+    before = trie.size
+    assert before < 50
+    assert draft(trie, 0) == [tuple(prompt[1_001 : 1_001 + n]) for n in range(1, 6)]
+    assert trie.size < before + 20
+    # It weighs what it would weigh had it been counted while it was read.
+    weight = stored(trie, trie._requests[0].root)[prompt[1_000], prompt[1_001]]
+    np.testing.assert_allclose(weight, 2.0 ** -((len(prompt) - 1_001) / 100), rtol=1e-4)
 
 
 def test_prompts_are_private_and_leave():
@@ -241,6 +268,7 @@ def test_as_many_options_as_there_can_be():
     trie = Trie(branch=2, context=1)
     trie.begin(0, text(100))
     trie.observe(0, [*text(200), 0])
+    trie.propose(0, 1, 1)  # counts what the prompt knows
     checked = numba.njit(_trie_draft.propose.py_func, boundscheck=True)
     state = trie._requests[0]
     for nodes in (7, 63):
@@ -267,7 +295,8 @@ def test_the_newest_survive_and_neither_side_starves():
     trie.begin(0, [])
     warm = rng.integers(0, 10**6, 200)
     trie.observe(0, warm)
-    trie.begin(1, rng.integers(0, 10**6, 5_000))
+    trie.begin(1, [t for token in rng.integers(1, 10**6, 2_500) for t in (0, int(token))] + [0])
+    trie.propose(1, 1, 1)
     kept = stored(trie, _trie.PUBLIC)
     assert all(tuple(warm[i : i + 4]) in kept for i in range(197))
     trie.observe(0, rng.integers(0, 10**6, 5_000))

@@ -126,7 +126,7 @@ class SamplingOptions:
 class DraftingOptions:
     drafter: Annotated[str, option("NAME")] = "none"
     """What drafts several tokens a step: trie, suffix, both as trie+suffix, prompt_lookup,
-    recycling, draft_model or drawn_model."""
+    recycling, both as prompt_lookup+recycling, draft_model or drawn_model."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Nodes of a step's tree: 1, 8, 16, 32, 64 or 128; left out, as many as pay."""
     draft_model: Folder = None

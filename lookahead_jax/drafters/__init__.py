@@ -17,15 +17,15 @@ DRAFTERS = {
     "drawn_model": "drawn_model.DrawnModel",
 }
 
-COMBINED = "trie+suffix"  # two host drafters, see `make_drafter`
+COMBINED = "trie+suffix, prompt_lookup+recycling"  # examples, see `make_drafter`
 
 
 def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
-    `trie+suffix` is both merged into one tree (combine.Combine), each as it is without settings;
-    so for all host drafters. Raises ValueError, listing what is possible, for an unknown name or
-    argument, and for a combination of drafters that run on the device.
+    `trie+suffix` is both merged into one tree (combine.py), each as it is without settings; so for
+    any two that both run on the host or both on the device, but for draft models. Raises
+    ValueError, listing what is possible, for other combinations and unknown names or arguments.
     """
     names = name.split("+")
     if len(names) > 1:
@@ -43,8 +43,14 @@ def make_drafter(name: str, **arguments: Any) -> Any:
 
 def _combined(name: str, drafters: list[Any]) -> Any:
     from lookahead_jax.drafters.base import HostDrafter
-    from lookahead_jax.drafters.combine import Combine
+    from lookahead_jax.drafters.combine import Combine, CombineOnDevice
 
-    if len(drafters) > 2 or not all(isinstance(drafter, HostDrafter) for drafter in drafters):
-        raise ValueError(f"{name!r} cannot be combined; two that run on the host can: {COMBINED}")
-    return Combine(*drafters)
+    if len(drafters) == 2:
+        if all(isinstance(drafter, HostDrafter) for drafter in drafters):
+            return Combine(*drafters)
+        if not any(isinstance(drafter, HostDrafter) for drafter in drafters):
+            return CombineOnDevice(*drafters)
+    raise ValueError(
+        f"{name!r} cannot be combined; two that run on the host can, whose trees are ready before "
+        f"a step, or two on the device, which draft within it: {COMBINED}"
+    )

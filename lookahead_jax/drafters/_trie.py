@@ -38,6 +38,7 @@ STATE = np.dtype(
         ("private", np.int64),
         ("born", np.int64),
         ("weight", np.float64),  # of one more occurrence; it grows instead of old counts fading
+        ("clock", np.int64),  # tokens that went by
     ]
 )
 
@@ -49,7 +50,7 @@ def empty(capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     state = np.zeros(1, STATE)
     for side in (PUBLIC, PRIVATE):
         nodes[side] = (NONE, NONE, NONE, NONE, NONE, side, side, side, side + 1, 0)
-    state[0] = (NONE, 2, 0, 0, 2, 1.0)
+    state[0] = (NONE, 2, 0, 0, 2, 1.0, 0)
     return nodes, table, state
 
 
@@ -164,7 +165,7 @@ def close_root(nodes, table, state, root):
 
 @compiled
 @no_type_check
-def step(nodes, table, state, parent, token):
+def step(nodes, table, state, parent, token, weight):
     """Counts `token` after `parent`; the node, or NONE if there was no room."""
     node = find(nodes, table, parent, token)
     if node != NONE:
@@ -172,7 +173,7 @@ def step(nodes, table, state, parent, token):
             unlink_child(nodes, node)
             link_child(nodes, node)
         if nodes[node].first != NONE:
-            nodes[node].count += state[0].weight
+            nodes[node].count += weight
             return node
         unlink_leaf(nodes, node)
     else:
@@ -192,7 +193,7 @@ def step(nodes, table, state, parent, token):
         nodes[node].root = nodes[parent].root
         link_child(nodes, node)
         enter(nodes, table, node)
-    nodes[node].count += state[0].weight
+    nodes[node].count += weight
     head = side_of(nodes, node)
     link_leaf(nodes, node, nodes[head].older, head)
     return node
@@ -200,34 +201,58 @@ def step(nodes, table, state, parent, token):
 
 @compiled
 @no_type_check
+def age(nodes, state, tokens, growth):
+    """So many tokens go by, each making the weight of the next `growth` times what it was."""
+    state[0].clock += tokens
+    for _ in range(tokens if growth > 1.0 else 0):
+        state[0].weight *= growth
+        if state[0].weight > 2.0**60:
+            nodes["count"][: state[0].fresh] /= state[0].weight
+            state[0].weight = 1.0
+
+
+@compiled
+@no_type_check
 def observe(nodes, table, state, active, born, recent, root, tokens, growth):
-    """Counts every n-gram that ends in one of `tokens`; False, and nothing done, if one is no id.
+    """Counts every n-gram that ends in one of `tokens` and whose beginning has been counted.
 
     active, born [D]: the nodes of the last 1 to D - 1 tokens (entry 0 is not used), updated.
     recent: the last tokens, updated. root: the trie of the n-grams that begin here.
     growth: of the weight, per token.
     """
     for token in tokens:
-        if not 0 <= token < 2**31:
-            return False
-    for token in tokens:
         recent[:-1] = recent[1:].copy()
         recent[-1] = token
-        state[0].weight *= growth
-        if state[0].weight > 2.0**60:
-            nodes["count"][: state[0].fresh] /= state[0].weight
-            state[0].weight = 1.0
+        age(nodes, state, 1, growth)
         for k in range(active.size - 1, -1, -1):
             if k == 0:
-                node = step(nodes, table, state, root, token)
+                node = step(nodes, table, state, root, token, state[0].weight)
             elif active[k] == NONE or nodes[active[k]].born != born[k]:
                 node = NONE  # evicted since
             else:
-                node = step(nodes, table, state, active[k], token)
+                node = step(nodes, table, state, active[k], token, state[0].weight)
             if k + 1 < active.size:
                 active[k + 1] = node
                 born[k + 1] = 0 if node == NONE else nodes[node].born
-    return True
+
+
+@compiled
+@no_type_check
+def count_from(nodes, table, state, root, prompt, whole, first, length, begun, growth):
+    """Counts the n-grams of `prompt` that begin with the token `first`, in the trie `root`.
+
+    Only at the first `whole` positions; those behind are counted as they go by. begun: the clock
+    at the prompt's first token; an n-gram weighs what it would have weighed when it went by.
+    """
+    for i in range(whole):
+        if prompt[i] != first:
+            continue
+        node = root
+        for j in range(i, min(i + length, prompt.size)):
+            weight = state[0].weight * growth ** (begun + j + 1 - state[0].clock)
+            node = step(nodes, table, state, node, prompt[j], weight)
+            if node == NONE:
+                break
 
 
 @compiled

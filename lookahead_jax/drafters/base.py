@@ -7,9 +7,11 @@ import numpy as np
 
 
 class Draft(NamedTuple):
-    """Proposed nodes below the last token of a request, which is not among them.
+    """Proposed nodes below the last token of a request, which is not among them, best first.
 
-    A parent is -1 (the last token itself) or an index into these arrays, below the node's own.
+    A step may have room for the first of them only, and the choice of how many takes it that
+    fewer nodes would have been these. A parent is -1 (the last token itself) or an index into
+    these arrays, below the node's own.
     """
 
     tokens: np.ndarray  # int32 [n]
@@ -35,3 +37,12 @@ class HostDrafter(Protocol):
     def end(self, request: int) -> None:
         """The request leaves."""
         ...
+
+
+def token_ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+    """The tokens as int64 [n]; ValueError unless they are ids of 0 to 2**31 - 1."""
+    ids = np.asarray(tokens, np.int64)
+    # A negative id is huge when read as unsigned, so that one reduction catches both ends.
+    if ids.ndim != 1 or (ids.size and ids.view(np.uint64).max() >= 2**31):
+        raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
+    return ids

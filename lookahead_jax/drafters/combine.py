@@ -1,18 +1,26 @@
-"""combine: one tree out of the drafts of two host drafters."""
+"""combine: one tree out of the drafts of two drafters, both on the host or both on the device.
 
+The drafts are merged by prefix, best first: a node of each in turn, until the nodes are spent. A
+draft lists its nodes best first, parents before children. A node that both propose counts once,
+and what either has behind it stands behind it.
+"""
+
+import dataclasses
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lookahead_jax.config import ModelConfig
 from lookahead_jax.drafters.base import Draft, HostDrafter
+from lookahead_jax.drafters.device import DeviceDrafter, State, Verified, Weights
+from lookahead_jax.drafters.draft_model import DraftModel
+from lookahead_jax.tree import TokenTree, layout, root_only
 
 
 class Combine:
-    """Both drafts merged by prefix, best first: a node of each in turn, until the nodes are spent.
-
-    A draft lists its nodes best first, parents before children. A node that both propose counts
-    once, and what either has behind it stands behind it.
-    """
+    """Two host drafters as one."""
 
     def __init__(self, first: HostDrafter, second: HostDrafter):
         self._both = (first, second)
@@ -38,6 +46,48 @@ class Combine:
             drafter.end(request)
 
 
+@dataclasses.dataclass(frozen=True)
+class CombineOnDevice:
+    """Two device drafters as one; ValueError for one that has a model of its own."""
+
+    first: DeviceDrafter
+    second: DeviceDrafter
+
+    def __post_init__(self) -> None:
+        for drafter in (self.first, self.second):
+            if isinstance(drafter, DraftModel):  # its cache takes paths of its own depth only
+                raise ValueError(
+                    "a draft model cannot be combined, since it must have drafted what it reads: "
+                    "use it alone"
+                )
+
+    @property
+    def weights(self) -> Weights:
+        return self.first.weights, self.second.weights
+
+    def init(self, batch: int, room: int, config: ModelConfig) -> State:
+        return self.first.init(batch, room, config), self.second.init(batch, room, config)
+
+    def begin(self, weights: Weights, state: State, rows: jax.Array, prompts: jax.Array) -> State:
+        return (
+            self.first.begin(weights[0], state[0], rows, prompts),
+            self.second.begin(weights[1], state[1], rows, prompts),
+        )
+
+    def propose(
+        self, weights: Weights, state: State, root: jax.Array, nodes: int
+    ) -> tuple[State, TokenTree]:
+        first, one = self.first.propose(weights[0], state[0], root, nodes)
+        second, other = self.second.propose(weights[1], state[1], root, nodes)
+        return (first, second), root_only(root) if nodes == 1 else merge_trees(one, other)
+
+    def update(self, weights: Weights, state: State, verified: Verified) -> State:
+        return (
+            self.first.update(weights[0], state[0], verified),
+            self.second.update(weights[1], state[1], verified),
+        )
+
+
 def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
     """The first `nodes` nodes of the drafts' union, a node of each draft in turn."""
     place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
@@ -58,3 +108,42 @@ def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
         np.asarray([token for _, token in place], np.int32),
         np.asarray([parent for parent, _ in place], np.int32),
     )
+
+
+def merge_trees(one: TokenTree, other: TokenTree) -> TokenTree:
+    """The same for two trees [B, P] of equal roots: the first P nodes of their union."""
+    width = one.tokens.shape[1]
+    a, a_path, a_parents = _paths(one)
+    b, b_path, b_parents = _paths(other)
+    # A node is its path: which node of the first tree is which of the second.
+    same = (a_path[:, :, None] == b_path[:, None]).all(-1) & a[:, :, None] & b[:, None]
+    index = jnp.arange(width, dtype=jnp.int32)[None]
+    never = 2 * width
+    turn = jnp.min(jnp.where(same, 2 * index[:, None] + 1, never), axis=2)
+    turn = jnp.where(a, jnp.minimum(2 * index, turn), never)
+    twin = same.any(1)
+    turn = jnp.concatenate([turn, jnp.where(b & ~twin, 2 * index + 1, never)], axis=1)
+    # Nodes of the second tree are known by the number of their twin, else behind the first's.
+    number = jnp.where(twin, jnp.argmax(same, axis=1).astype(jnp.int32), width + index)
+    parents = jnp.concatenate([a_parents, jnp.take_along_axis(number, b_parents, axis=1)], axis=1)
+    tokens = jnp.concatenate([one.tokens, other.tokens], axis=1)
+    order = jnp.argsort(turn, axis=1)[:, :width]
+    place = jnp.argsort(jnp.argsort(turn, axis=1), axis=1).astype(jnp.int32)
+    kept = jnp.take_along_axis(turn, order, axis=1) < never
+    tokens = jnp.where(kept, jnp.take_along_axis(tokens, order, axis=1), -1)
+    above = jnp.take_along_axis(place, jnp.take_along_axis(parents, order, axis=1), axis=1)
+    return TokenTree(tokens, jnp.where(kept & (index > 0), above, -1))
+
+
+def _paths(tree: TokenTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which nodes exist [B, P], the tokens on the way to each [B, P, P], -1 past it, parents."""
+    batch, width = tree.tokens.shape
+    laid = layout(
+        tree, vocab_size=2**31 - 1, most=jnp.full(batch, width, jnp.int32),
+        ends=jnp.zeros((1, 0), jnp.int32),
+    )  # fmt: skip
+    at = jnp.where(laid.ancestors, laid.depth[:, None], width)
+    rows = jnp.arange(batch)[:, None, None], jnp.arange(width)[None, :, None]
+    path = jnp.full((batch, width, width), -1, jnp.int32)
+    path = path.at[*rows, at].set(tree.tokens[:, None], mode="drop")
+    return laid.valid, path, laid.parents

@@ -51,7 +51,7 @@ class DeviceDrafter(Protocol):
     def propose(
         self, weights: Weights, state: State, root: jax.Array, nodes: int
     ) -> tuple[State, TokenTree]:
-        """A tree of `nodes` nodes that continues each row's `root` [B]."""
+        """A tree of `nodes` nodes that continues each row's `root` [B], the best nodes first."""
         ...
 
     def update(self, weights: Weights, state: State, verified: Verified) -> State:

@@ -40,7 +40,7 @@ class DraftCache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftModel:
-    """Level by level the W likeliest paths, as long as one has a probability of 1 / P.
+    """Level by level the W likeliest paths, as long as one has a probability of 1 / P; then sorted.
 
     W is as many as fill the nodes at `depth` levels. The draft model keeps its whole cache, for
     prompt and output; it runs once per level and once over the accepted path.
@@ -103,6 +103,7 @@ class DraftModel:
         depth = min(self.depth, nodes - 1)
         width = (nodes - 1) // depth
         value = jnp.zeros((root.shape[0], 1), jnp.float32)  # log probability of the newest level
+        values = [value]
         for _ in range(depth):
             newest = value.shape[1]
             chances = self._successors(weights, cache, tree, newest) + value[..., None]
@@ -110,11 +111,13 @@ class DraftModel:
             value, at = jax.lax.top_k(best.reshape(len(root), -1), width)
             token = jnp.take_along_axis(token.reshape(len(root), -1), at, axis=1)
             likely = value >= -jnp.log(jnp.float32(nodes))
+            values.append(value)
             above = tree.tokens.shape[1] - newest + at // width
             tree = TokenTree(
                 jnp.concatenate([tree.tokens, jnp.where(likely, token, -1)], axis=1),
                 jnp.concatenate([tree.parents, above.astype(jnp.int32)], axis=1),
             )
+        tree = _best_first(tree, jnp.concatenate(values, axis=1))
         pad = [(0, 0), (0, nodes - tree.tokens.shape[1])]
         return state, jax.tree.map(lambda a: jnp.pad(a, pad, constant_values=-1), tree)
 
@@ -145,3 +148,14 @@ class DraftModel:
         hidden = forward(weights, block, cache, config=self.config).hidden[:, size - newest :]
         chances = jax.nn.log_softmax(logits(weights, hidden, config=self.config), axis=-1)
         return jnp.where(laid.valid[:, size - newest :, None], chances, -jnp.inf)
+
+
+def _best_first(tree: TokenTree, value: jax.Array) -> TokenTree:
+    """The nodes sorted by value [B, n]; a parent's is never below its child's."""
+    order = jnp.argsort(-value, axis=1, stable=True)
+    place = jnp.argsort(order, axis=1).astype(jnp.int32)
+    parents = jnp.take_along_axis(tree.parents, order, axis=1)
+    above = jnp.take_along_axis(place, jnp.maximum(parents, 0), axis=1)
+    return TokenTree(
+        jnp.take_along_axis(tree.tokens, order, axis=1), jnp.where(parents < 0, -1, above)
+    )

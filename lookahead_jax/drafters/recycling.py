@@ -5,7 +5,9 @@ Token Recycling (Luo et al. 2024, arXiv:2408.08696). V vocabulary, B batch, P no
 
 import dataclasses
 import heapq
+import itertools
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +21,20 @@ CANDIDATES = 8  # per token, as in the paper
 _DEEPER = 1.5  # a level down costs this factor; makes the depths of the authors' 80 nodes
 
 
-@cache
-def template(nodes: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """The fixed tree of `nodes` nodes: parents [P], ranks among siblings [P], nodes per level.
+class Template(NamedTuple):
+    """A fixed tree of P nodes, best first."""
 
-    The cheapest paths of candidate ranks, where a path costs the product of (rank + 1), times a
-    factor per level: 8, 21, 24, 19, 6, 1, 1 nodes for 80, against 8, 21, 25, 15, 8, 3 of the
-    authors' hand-picked tree. Every number of nodes has its tree.
+    parents: np.ndarray  # int32 [P]
+    levels: tuple[tuple[np.ndarray, np.ndarray], ...]  # below the root: parents, ranks of siblings
+    place: np.ndarray  # int32 [P] where a node stands among the levels, whose parents are such
+
+
+@cache
+def template(nodes: int) -> Template:
+    """The cheapest paths of candidate ranks: one costs its (rank + 1) and a factor per level.
+
+    8, 21, 24, 19, 6, 1, 1 nodes a level for 80, against 8, 21, 25, 15, 8, 3 of the authors'
+    hand-picked tree. Every number of nodes has its tree, the first nodes of the larger ones.
     """
     heap: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
     paths = []
@@ -34,11 +43,17 @@ def template(nodes: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
         paths.append(path)
         for rank in range(CANDIDATES):
             heapq.heappush(heap, (cost * (rank + 1) * _DEEPER, (*path, rank)))
-    paths.sort(key=len)
-    index = {path: i for i, path in enumerate(paths)}
-    parents = np.array([index[path[:-1]] if path else -1 for path in paths], np.int32)
-    ranks = np.array([path[-1] if path else 0 for path in paths], np.int32)
-    return parents, ranks, tuple(np.bincount([len(path) for path in paths]).tolist())
+    best = {path: i for i, path in enumerate(paths)}
+    place = {path: i for i, path in enumerate(sorted(paths, key=len))}
+    levels = [list(level) for _, level in itertools.groupby(list(place)[1:], key=len)]
+    return Template(
+        np.array([best[path[:-1]] if path else -1 for path in paths], np.int32),
+        tuple(
+            (np.array([place[path[:-1]] for path in level]), np.array([path[-1] for path in level]))
+            for level in levels
+        ),
+        np.array([place[path] for path in paths]),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +80,13 @@ class Recycling:
     def propose(
         self, weights: Weights, state: jax.Array, root: jax.Array, nodes: int
     ) -> tuple[jax.Array, TokenTree]:
-        parents, ranks, levels = template(nodes)
-        tokens, at = root[:, None], 1
-        for size in levels[1:]:
-            above = tokens[:, parents[at : at + size]]
-            child = state[jnp.maximum(above, 0), ranks[at : at + size][None]]
+        tree, tokens = template(nodes), root[:, None]
+        for parents, ranks in tree.levels:
+            above = tokens[:, parents]
+            child = state[jnp.maximum(above, 0), ranks[None]]
             tokens = jnp.concatenate([tokens, jnp.where(above >= 0, child, -1)], axis=1)
-            at += size
-        return state, TokenTree(tokens, jnp.broadcast_to(parents[None], tokens.shape))
+        parents = jnp.broadcast_to(tree.parents[None], tokens.shape)
+        return state, TokenTree(tokens[:, tree.place], parents)
 
     def update(self, weights: Weights, state: jax.Array, verified: Verified) -> jax.Array:
         tokens, width = verified.tree.tokens, verified.tree.tokens.shape[1]

@@ -14,7 +14,7 @@ import numpy as np
 
 from lookahead_jax.drafters import _suffix, _suffix_draft
 from lookahead_jax.drafters._compiled import NONE
-from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafters.base import Draft, token_ids
 
 _RUNNING = 256  # requests at a time for which outputs need not be dropped; each has two sequences
 
@@ -25,6 +25,7 @@ class _Request:
     own: int  # sequence of prompt and output
     output: int  # sequence of the output, in the tree of all
     recent: np.ndarray  # int64, the last tokens
+    unread: list[np.ndarray]  # int64, tokens that its own tree will hold when it is asked
     learns: bool = True  # until memory runs out
 
 
@@ -66,10 +67,11 @@ class Suffix:
         self._requests: dict[Hashable, _Request] = {}
         self._ended: deque[int] = deque()  # sequences in the tree of all, the oldest first
         self._lock = threading.Lock()
+        self._loaded = False
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
-        """Reads `prompt` into the request's own tree."""
-        ids = _ids(prompt)
+        """`prompt` goes into the request's own tree, at the first proposal."""
+        ids = token_ids(prompt)
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
@@ -79,26 +81,28 @@ class Suffix:
             own, output = self._free.pop(), self._free.pop()
             _suffix.open_sequence(self._forest, own)
             _suffix.open_sequence(self._forest, output)
-            state = _Request(self._plant(), own, output, ids[-self._depth :])
+            state = _Request(self._plant(), own, output, ids[-self._depth :], [ids])
             self._requests[request] = state
-            state.learns = self._append(state.root, state.own, ids)
-        self.propose(request, 1, 1)  # for the first of all: what is compiled is loaded here
+        if not self._loaded:
+            self._loaded = True
+            self.propose(request, 1, 1)  # what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
-        """Reads `tokens` into the request's own tree and the tree of all outputs."""
-        ids = _ids(tokens)
+        """Reads `tokens` into the tree of all outputs, and later into the request's own."""
+        ids = token_ids(tokens)
         with self._lock:
             state = self._get(request)
             state.recent = np.concatenate([state.recent, ids])[-self._depth :]
-            if state.learns:
-                state.learns = self._append(state.root, state.own, ids) and self._append(
-                    self._root, state.output, ids
-                )
+            state.unread.append(ids)
+            state.learns = state.learns and self._append(self._root, state.output, ids)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
         """The better-scoring tree of the request's own and that of all outputs (ties: own)."""
         with self._lock:
             state = self._get(request)
+            if state.unread and state.learns:
+                state.learns = self._append(state.root, state.own, np.concatenate(state.unread))
+            state.unread.clear()
             own, shared = (
                 _suffix_draft.speculate(
                     self._forest, root, state.recent, max(nodes, 0), depth, *self._rule
@@ -161,11 +165,3 @@ class Suffix:
             if not self._ended:
                 return False
             self._drop_oldest()
-
-
-def _ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    ids = np.asarray(tokens, np.int64)
-    # A negative id is huge when read as unsigned, so that one reduction catches both ends.
-    if ids.ndim != 1 or (ids.size and ids.view(np.uint64).max() >= 2**31):
-        raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
-    return ids

@@ -2,8 +2,10 @@
 
 An n-gram counts where it begins. Those that begin in the prompt of a request, across its end
 too, are seen by that request only and leave with it; those that begin in an output are seen by
-all. Differences from the published code: every token can be retrieved at once, several suffixes
-of the context are merged into one tree by path probability, and the nodes are bounded.
+all. Those of a prompt are counted when a context first holds the token they begin with, so a
+request pays for what it asks about and not for the length of its prompt. Differences from the
+published code: every token can be retrieved at once, several suffixes of the context are merged
+into one tree by path probability, and the nodes are bounded.
 """
 
 import os
@@ -16,7 +18,7 @@ import numpy as np
 
 from lookahead_jax.drafters import _trie, _trie_draft
 from lookahead_jax.drafters._compiled import NONE
-from lookahead_jax.drafters.base import Draft
+from lookahead_jax.drafters.base import Draft, token_ids
 from lookahead_jax.files import save_arrays
 
 _FORMAT = "lookahead_jax trie 1"
@@ -28,6 +30,9 @@ class _Request(NamedTuple):
     active: np.ndarray  # int32 [D] nodes of the last 1 to D - 1 tokens
     born: np.ndarray  # uint32 [D] which life of each node
     recent: np.ndarray  # int32 [context] the last tokens, -1 before the first
+    prompt: np.ndarray  # int64
+    begun: int  # the store's clock before the prompt
+    asked: set[int]  # tokens whose n-grams in the prompt have been counted
 
 
 class Trie:
@@ -66,9 +71,11 @@ class Trie:
         self._store = _trie.empty(capacity)
         self._requests: dict[Hashable, _Request] = {}
         self._lock = threading.Lock()
+        self._loaded = False
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
-        """Counts the n-grams of `prompt` for this request alone."""
+        """The n-grams of `prompt` count for this request alone."""
+        ids = token_ids(prompt)
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
@@ -80,19 +87,22 @@ class Trie:
             active = np.full(self._length, NONE, np.int32)
             born = np.zeros(self._length, np.uint32)
             recent = np.full(self._context, NONE, np.int32)
-            state = _Request(root, active, born, recent)
-            try:
-                self._count(state, prompt, root)
-            except ValueError:
-                _trie.close_root(*self._store, root)
-                raise
+            begun = int(self._store[2][0]["clock"])
+            state = _Request(root, active, born, recent, ids, begun, set())
             self._requests[request] = state
-        self.propose(request, 1, 1)  # for the first of all: what is compiled is loaded here
+            # The n-grams that may go on in the output are counted as they go by.
+            tail = max(len(ids) - self._length + 1, 0)
+            _trie.age(self._store[0], self._store[2], tail, self._growth)
+            self._count(state, ids[tail:], root)
+        if not self._loaded:
+            self._loaded = True
+            self.propose(request, 1, 1)  # what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts the n-grams that `tokens` complete."""
+        ids = token_ids(tokens)
         with self._lock:
-            self._count(self._get(request), tokens, _trie.PUBLIC)
+            self._count(self._get(request), ids, _trie.PUBLIC)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
         """The best tree of at most `nodes` nodes and `depth` levels; see `_trie_draft.propose`."""
@@ -100,6 +110,7 @@ class Trie:
             state = self._get(request)
             if nodes < 1 or depth < 1:
                 return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
+            self._count_prompt(state)
             tokens, parents = _trie_draft.propose(
                 *self._store, state.active, state.root, state.recent, nodes, depth
             )
@@ -157,13 +168,19 @@ class Trie:
             raise ValueError(f"request {request} has not begun, or has ended")
         return self._requests[request]
 
-    def _count(self, request: _Request, tokens: Sequence[int] | np.ndarray, root: int) -> None:
-        ids = np.asarray(tokens, np.int64)
-        _, active, born, recent = request
-        if ids.ndim != 1 or not _trie.observe(
-            *self._store, active, born, recent, root, ids, self._growth
-        ):
-            raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
+    def _count(self, request: _Request, ids: np.ndarray, root: int) -> None:
+        _, active, born, recent, *_ = request
+        _trie.observe(*self._store, active, born, recent, root, ids, self._growth)
+
+    def _count_prompt(self, request: _Request) -> None:
+        """What a proposal may look at: the n-grams that begin with a token of the context."""
+        whole = len(request.prompt) - self._length + 1
+        for token in set(request.recent.tolist()) - request.asked - {NONE}:
+            request.asked.add(token)
+            _trie.count_from(
+                *self._store, request.root, request.prompt, whole, token, self._length,
+                request.begun, self._growth,
+            )  # fmt: skip
 
 
 def _read(path: str | os.PathLike, vocabulary: str) -> list[np.ndarray]:
