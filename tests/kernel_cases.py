@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.importance import head_scores
+from lookahead_jax.kernels.importance import head_scores, importance_scores
 
 B, K = 2, 2
 NO_WINDOW = np.iinfo(np.int32).max
@@ -64,6 +64,16 @@ def scores(
         q, q_pos, k, pos, (own_k, visible) if own else None, scale=0.2, softcap=softcap,
         window=window, reduce=reduce, lse=lse, slots=None if ends is None else (0, ends),
         key_block=key_block, implementation=implementation,
+    )  # fmt: skip
+
+
+def finished(a, window, *, implementation, reduce, pool, group, key_block=None):
+    """Scores of KV heads; one entry in eight takes no part in the pooling."""
+    q, own_k, _, k, _, visible, q_pos, pos, _ = a
+    return importance_scores(
+        q, q_pos, k, pos, (own_k, visible), (pos >= 0) & (pos % 8 != 3), scale=0.2, softcap=None,
+        window=window, reduce=reduce, pool=pool, group=group, key_block=key_block,
+        implementation=implementation,
     )  # fmt: skip
 
 

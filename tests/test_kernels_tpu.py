@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.kernels import attention_tpu, importance_tpu
 from lookahead_jax.sharding import make_mesh
-from tests.kernel_cases import NO_WINDOW, TOLERANCE, arguments, attention, compare, scores
+from tests.kernel_cases import NO_WINDOW, TOLERANCE, arguments, attention, compare, finished, scores
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +73,33 @@ def test_largest_bfloat16_scores_with_known_statistics():
 
 
 @pytest.mark.parametrize(
+    ("reduce", "pool", "group", "per_head"),
+    [
+        ("mean", None, "mean", False),
+        ("max", None, "mean", True),
+        ("mean", ("max", 7), "mean", True),
+        ("max", ("max", 3), "max", False),
+        ("mean", ("avg", 255), "mean", True),
+        ("sum", ("avg", 5), "max", False),
+    ],
+)
+def test_scores_of_kv_heads(reduce, pool, group, per_head, monkeypatch):
+    """640 entries in blocks of 256, two tiles of observers; windows reach across the blocks."""
+    monkeypatch.setattr(importance_tpu, "_ROWS", 48)
+    assert importance_tpu.observer_tile(20, 3) == 16
+    make = functools.partial(arguments, 20, 640, 3, 64, per_head=per_head)
+    cases = [(make(), NO_WINDOW), (make(seed=1), 300), (make(data="empty"), NO_WINDOW)]
+    compare("pallas_tpu", finished, cases, 256, reduce=reduce, pool=pool, group=group)
+
+
+@pytest.mark.parametrize(
     ("function", "scale"),
-    [(attention, 1), (functools.partial(scores, reduce="mean", softcap=3.0), 100)],
-    ids=["attention", "scores"],
+    [
+        (attention, 1),
+        (functools.partial(scores, reduce="mean", softcap=3.0), 100),
+        (functools.partial(finished, reduce="mean", pool=("avg", 3), group="max"), 100),
+    ],
+    ids=["attention", "scores", "scores of KV heads"],
 )
 def test_gradients(function, scale, monkeypatch):
     """Blocks of 128 keys in the backward sweep; NaN in dead slots reaches no gradient."""
