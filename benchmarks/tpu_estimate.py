@@ -11,6 +11,7 @@ and roofline is what to expect at best. Nothing here has been timed on a TPU.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -98,32 +99,12 @@ def read_vmem(dump: Path, kernel: str) -> int | None:
     return max(sizes, default=None)
 
 
-def call(spec: Any) -> Any:
-    """The public operation on the spec's arguments by name."""
-    from lookahead_jax.kernels.attention import block_attention
-    from lookahead_jax.kernels.importance import head_scores
-
-    common = dict(scale=0.088, softcap=None, window=None, implementation="pallas_tpu")
-
-    def scores(a):
-        return head_scores(
-            a["q"], a["q_pos"], a["k"], a["pos"], (a["own_k"], a["visible"]),
-            lse=a.get("lse"), reduce="mean", **common,
-        )  # fmt: skip
-
-    def attention(a):
-        return block_attention(
-            a["q"], a["own_k"], a["own_v"], a["visible"], a["q_pos"], (a["k"], a["v"], a["pos"]),
-            slots=(0, a["length"]), **common,
-        )  # fmt: skip
-
-    return scores if spec.op == "scores" else attention
-
-
-def compile_spec(spec: Any, mesh: Any, dtype: Any, softcap: Any = None) -> Any:
+def compile_spec(spec: Any, mesh: Any, dtype: Any) -> Any:
     """The operation compiled for a mesh: rows over data, heads over tensor."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
+
+    from lookahead_jax.kernels.specs import call
 
     def place(name, shape):
         size = mesh.shape["tensor"]
@@ -139,7 +120,8 @@ def compile_spec(spec: Any, mesh: Any, dtype: Any, softcap: Any = None) -> Any:
 
     arguments = {name: place(name, shape) for name, shape in spec.shapes(dtype).items()}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(call(spec)).lower(arguments).compile()
+        run = functools.partial(call, spec, implementation="pallas_tpu", scale=0.088)
+        return jax.jit(run).lower(arguments).compile()
 
 
 def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
@@ -166,17 +148,16 @@ def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
             schedule["vmem_bytes"] = read_vmem(dump, name)
             kernels[name] = schedule
             seconds += schedule["ms"] / 1e3
-    written = memory.output_size_in_bytes
     return {
         "spec": spec.name,
         "chip": kind,
-        "bytes": spec.key_bytes + written,
+        "bytes": spec.key_bytes + spec.output_bytes,
         "flops": spec.flops,
         "exponentials": spec.pairs * (1 if spec.known else 2),
         "temporaries": memory.temp_size_in_bytes,
         "kernels": kernels,
         "schedule_ms": round(1e3 * seconds, 4),
-        "memory_ms": round(1e3 * (spec.key_bytes + written) / chip.bandwidth, 4),
+        "memory_ms": round(1e3 * (spec.key_bytes + spec.output_bytes) / chip.bandwidth, 4),
         "matrix_ms": round(1e3 * spec.flops / chip.flops, 4),
     }
 

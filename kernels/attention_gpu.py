@@ -53,9 +53,10 @@ def tiled(dtype: Any) -> tuple[Any, Any]:
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """A shared-memory vector in a register layout; the call differs between jax versions."""
+    """A shared-memory vector in a register layout; jax before 0.11 wants an index."""
     read: Any = plgpu.load
-    index = ((),) if "idx" in inspect.signature(read).parameters else ()
+    index = inspect.signature(read).parameters.get("idx")
+    index = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
     return read(ref, *index, layout=layout)
 
 
