@@ -76,15 +76,14 @@ def test_largest_bfloat16_scores_with_known_statistics():
     ("reduce", "pool", "group", "per_head"),
     [
         ("mean", None, "mean", False),
-        ("max", None, "mean", True),
         ("mean", ("max", 7), "mean", True),
-        ("max", ("max", 3), "max", False),
-        ("mean", ("avg", 255), "mean", True),
-        ("sum", ("avg", 5), "max", False),
+        ("sum", ("avg", 255), "max", True),
     ],
 )
 def test_scores_of_kv_heads(reduce, pool, group, per_head, monkeypatch):
-    """640 entries in blocks of 256, two tiles of observers; windows reach across the blocks."""
+    """640 entries in blocks of 256, two tiles of observers; pooling reaches across the blocks.
+
+    More combinations run under the race detector (test_kernels_races.py)."""
     monkeypatch.setattr(importance_tpu, "_ROWS", 48)
     assert importance_tpu.observer_tile(20, 3) == 16
     make = functools.partial(arguments, 20, 640, 3, 64, per_head=per_head)
