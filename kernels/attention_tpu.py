@@ -17,18 +17,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lookahead_jax.kernels.importance_tpu import (
     LOG2E,
+    as_stored,
     block_size,
     live,
     masked_logits,
     pad_axis,
     read_at,
+    slots_spec,
 )
 
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 _LANES = 128
 _ROWS = 512  # stacked rows of a tile
 _PART = 512  # slots of one product
-_LOGITS = 1 << 19  # logits of a grid step, in vector memory
+_LOGITS = 1 << 20  # logits of a grid step, in vector memory
 
 
 def _across(a, width):
@@ -43,6 +45,9 @@ def _kernel(
 ):  # fmt: skip
     block = pl.program_id(3)
     window = window_ref[0] if windowed else None
+
+    def slots_of(ref, part):
+        return ref[part] if ref.shape[0] == size else ref[:, part]
 
     def logits_of(k, k_pos, window):
         return masked_logits(
@@ -60,7 +65,7 @@ def _kernel(
             mass = sum((p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)), mass)
             v = values_of(part)
             acc += jax.lax.dot_general(
-                p.astype(v.dtype), v, (((1,), (0,)), ((), ())),
+                p.astype(v.dtype), v, (((1,), (0 if v.shape[1] == acc.shape[1] else 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
                 precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
             )  # fmt: skip
@@ -88,9 +93,9 @@ def _kernel(
         parts = [slice(i, min(i + _PART, size)) for i in range(0, size, _PART)]
         lanes_max = m_ref[...]
         for part in parts:
-            logits, seen = logits_of(k_ref[part], k_pos_ref[:, part], window)
+            logits, seen = logits_of(slots_of(k_ref, part), k_pos_ref[:, part], window)
             lanes_max = store(part, logits, seen, lanes_max)
-        accumulate(parts, lanes_max, lambda part: _alive(v_ref[part], k_pos_ref[:, part]))
+        accumulate(parts, lanes_max, lambda part: _alive(slots_of(v_ref, part), k_pos_ref[:, part]))
 
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
@@ -103,8 +108,10 @@ def _kernel(
 
 
 def _alive(v, k_pos):
-    """Values [S, H] with those of empty slots zeroed: they may be NaN, and 0 * NaN is NaN."""
+    """Values [S, H] or [H, S], those of empty slots zeroed: they may be NaN, and 0 * NaN is NaN."""
     slots, dim = v.shape
+    if slots != k_pos.shape[1]:
+        return jnp.where(k_pos >= 0, v, jnp.zeros_like(v))
     alive = jnp.broadcast_to((k_pos >= 0).astype(jnp.int32), (_LANES, slots)).T
     alive = jnp.concatenate([alive] * -(-dim // _LANES), axis=1)[:, :dim]
     return jnp.where(alive > 0, v, jnp.zeros_like(v))
@@ -166,8 +173,8 @@ def attend(
                 pl.BlockSpec((None, None, *own_k.shape[2:]), at_own),
                 pl.BlockSpec((None, None, *own_v.shape[2:]), at_own),
                 pl.BlockSpec((None, tile, seen.shape[2]), lambda b, h, i, *_: (b, i, 0)),
-                pl.BlockSpec((None, None, size, dim), at_keys),
-                pl.BlockSpec((None, None, size, dim), at_keys),
+                slots_spec(dim, size, at_keys),
+                slots_spec(dim, size, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
             ],
             out_specs=[
@@ -192,6 +199,6 @@ def attend(
             flops=4 * pairs * dim, transcendentals=pairs, bytes_accessed=read
         ),
         name="block_attention",
-    )(bounds, windows, stacked, row_pos, own_k, own_v, seen, ctx_k, ctx_v, pos)
+    )(bounds, windows, stacked, row_pos, own_k, own_v, seen, as_stored(ctx_k), as_stored(ctx_v), pos)
     out = out[:, :, :rows].reshape(q.shape)
     return out, lse[:, :, 0, :rows].reshape(batch, heads, groups, nodes)

@@ -71,13 +71,35 @@ def read_at(bounds_ref, batch, head, heads: int, block, size: int):
     return jnp.clip(block, jnp.minimum(jax.lax.div(bounds_ref[at], size), last), last)
 
 
+def as_stored(a: jax.Array) -> jax.Array:
+    """Keys or values [B, K, S, H] as XLA keeps them: with slots last where H is below 128 lanes.
+
+    The transposition is then one of names alone; the other form would be a padded copy.
+    """
+    return a.swapaxes(2, 3) if a.shape[3] < _LANES else a
+
+
+def slots_spec(dim: int, size: int, at_keys) -> pl.BlockSpec:
+    """One block of slots of an array that is `as_stored`; `at_keys` gives [B, K, S, H] indices."""
+    if dim >= _LANES:
+        return pl.BlockSpec((None, None, size, dim), at_keys)
+
+    def at(*ids):
+        b, h, j, _ = at_keys(*ids)
+        return b, h, 0, j
+
+    return pl.BlockSpec((None, None, dim, size), at)
+
+
 def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap):
     """Logits [R, S] of one tile on one block, float32 in units of log(2), and who sees whom.
 
-    Powers of two are what the hardware has: exp(x - lse) would cost one more product an element.
+    Keys are [S, H], or [H, S] where that is how they are stored. Powers of two are what the
+    hardware has: exp(x - lse) would cost one more product an element.
     """
     raw = jax.lax.dot_general(
-        q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
+        q, k, (((1,), (1 if k.shape[1] == q.shape[1] else 0,)), ((), ())),
+        preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )  # fmt: skip
     if softcap is None:
@@ -134,8 +156,8 @@ def _lse_kernel(
         step = min(_STATISTICS_BLOCK, size)
         for i in range(0, size, step):
             part = slice(i, min(i + step, size))
-            k, k_pos = k_ref[part], k_pos_ref[:, part]
-            accumulate(*masked_logits(q, k, k_pos, q_pos, window, **settings))
+            k = k_ref[part] if k_ref.shape[1] == dim else k_ref[:, part]
+            accumulate(*masked_logits(q, k, k_pos_ref[:, part], q_pos, window, **settings))
 
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
@@ -298,7 +320,7 @@ def row_lse(
             in_specs=[
                 pl.BlockSpec((None, None, groups, tile, dim), at_rows),
                 pl.BlockSpec((None, tile, 1), lambda b, h, i, j, *_: (b, i, 0)),
-                pl.BlockSpec((None, None, size, dim), at_keys),
+                slots_spec(dim, size, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
                 pl.BlockSpec((None, None, *own_k.shape[2:]), lambda b, h, *_: (b, h, 0, 0)),
                 pl.BlockSpec((None, tile, seen.shape[2]), lambda b, h, i, *_: (b, i, 0)),
@@ -312,7 +334,7 @@ def row_lse(
         ),
         cost_estimate=_cost(q, k, exponentials=1, written=0),
         name="importance_row_lse",
-    )(bounds, windows, q, q_pos, k, k_pos, own_k, seen)
+    )(bounds, windows, q, q_pos, as_stored(k), k_pos, own_k, seen)
     return lse[..., :rows, 0]
 
 
@@ -389,7 +411,7 @@ def column_scores(
                 pl.BlockSpec((None, None, groups, tile, dim), at_rows),
                 pl.BlockSpec((None, tile, 1), lambda b, h, j, i, *_: (b, i, 0)),
                 pl.BlockSpec((None, None, groups, tile, 1), at_rows),
-                pl.BlockSpec((None, None, size, dim), at_keys),
+                slots_spec(dim, size, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
                 pl.BlockSpec((None, None, 1, size), at_valid),
             ],
@@ -404,5 +426,5 @@ def column_scores(
         ),
         cost_estimate=_cost(q, k, exponentials=1, written=4 * batch * heads * written * k.shape[2]),
         name="importance_column_scores",
-    )(bounds, windows, q, q_pos, lse, k, k_pos, valid)  # fmt: skip
+    )(bounds, windows, q, q_pos, lse, as_stored(k), k_pos, valid)  # fmt: skip
     return scores if finish is None else scores[:, :, 0]
