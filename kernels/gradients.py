@@ -41,6 +41,7 @@ class Places(NamedTuple):
     own_seen: jax.Array | None  # [B, M, M] int8 which of their own keys the rows see
     bounds: jax.Array  # [B * K * 2] int32 first slot worth reading and one past the last
     window: jax.Array | None  # int32 scalar
+    layer: jax.Array | None = None  # int32 scalar, if a context is a stack of layers
 
 
 def _logits(static: Static, q, keys, seen):
@@ -170,7 +171,7 @@ def attend(static: Static, q, k, v, ctx_k, ctx_v, places: Places) -> tuple[jax.A
     """Output [B, K, G, M, H] and log-sum-exp [B, K, G, M] of rows over a context and themselves."""
     return static.kernel(
         q, k, v, places.own_seen, places.q_pos, (ctx_k, ctx_v, places.k_pos), places.bounds,
-        places.window, scale=static.scale, softcap=static.softcap,
+        places.window, places.layer, scale=static.scale, softcap=static.softcap,
     )  # fmt: skip
 
 
@@ -182,6 +183,8 @@ def _attend_forward(static, q, k, v, ctx_k, ctx_v, places):
 
 def _attend_backward(static, saved, cotangents):
     q, k, v, ctx_k, ctx_v, places, out, lse = saved
+    if places.layer is not None:
+        raise NotImplementedError("a stack of layers is a cache: it is read, not differentiated")
     d_out, d_lse = cotangents
     lse = _without_mass(lse)
     # With p = exp(logits - lse): d logits = p (d_out . v - d_out . out + d_lse).

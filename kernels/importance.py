@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.kernels.attention import (
-    KEY_BLOCK,
     Slots,
+    default_block,
     grouped,
     key_blocks,
     own_seen,
@@ -158,11 +158,11 @@ def _pallas(
 
 def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block):
     """The formula, in blocks of keys. It defines the semantics."""
-    b, _, n, _ = q.shape
+    b, m, n, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     qg = grouped(q, kv_heads)
     rows = qg.shape[:4]
-    size, count = key_blocks(total, key_block or KEY_BLOCK)
+    size, count = key_blocks(total, key_block or default_block(b * n * m))
 
     def logits_of(keys, mask):
         raw = jnp.einsum("bkgmh,bksh->bkgms", qg, keys, preferred_element_type=jnp.float32)

@@ -58,7 +58,7 @@ def row_lse(
     count = q.shape[2] * q.shape[3]
     rows, low, high = attention.stacked_rows(q, q_pos, window)
     m, mass, _ = attention.partial_attention(
-        rows, low, high, k, None, k_pos, bounds[1::2], **settings
+        rows, low, high, k, None, k_pos, bounds[1::2], None, **settings
     )
     m, mass = m[:, :, :count], mass[:, :, :count]
     if own is None:

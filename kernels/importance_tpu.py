@@ -29,7 +29,7 @@ BLOCK_BYTES = 1 << 20  # of keys in a grid step, chosen from the compiler's stat
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    total, head_dim = k.shape[2:]
+    total, head_dim = k.shape[-2:]
     if head_dim % 64:
         return f"head dim {head_dim} is not a multiple of 64"
     if total % 128:
@@ -72,23 +72,24 @@ def read_at(bounds_ref, batch, head, heads: int, block, size: int):
 
 
 def as_stored(a: jax.Array) -> jax.Array:
-    """Keys or values [B, K, S, H] as XLA keeps them: with slots last where H is below 128 lanes.
+    """Keys or values [..., S, H] as XLA keeps them: with slots last where H is below 128 lanes.
 
     The transposition is then one of names alone; the other form would be a padded copy.
     """
-    return a.swapaxes(2, 3) if a.shape[3] < _LANES else a
+    return a.swapaxes(-1, -2) if a.shape[-1] < _LANES else a
 
 
-def slots_spec(dim: int, size: int, at_keys) -> pl.BlockSpec:
-    """One block of slots of an array that is `as_stored`; `at_keys` gives [B, K, S, H] indices."""
+def slots_spec(dim: int, size: int, lead: int, at) -> pl.BlockSpec:
+    """A block of slots of an array that is `as_stored`: `at` gives its place on `lead` axes, and
+    which block."""
     if dim >= _LANES:
-        return pl.BlockSpec((None, None, size, dim), at_keys)
+        return pl.BlockSpec((*[None] * lead, size, dim), lambda *ids: (*at(*ids), 0))
 
-    def at(*ids):
-        b, h, j, _ = at_keys(*ids)
-        return b, h, 0, j
+    def transposed(*ids):
+        *place, block = at(*ids)
+        return *place, 0, block
 
-    return pl.BlockSpec((None, None, dim, size), at)
+    return pl.BlockSpec((*[None] * lead, dim, size), transposed)
 
 
 def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap):
@@ -307,7 +308,7 @@ def row_lse(
         return b, h, 0, i, 0
 
     def at_keys(b, h, i, j, bounds_ref, _):
-        return b, h, read_at(bounds_ref, b, h, heads, j, size), 0
+        return b, h, read_at(bounds_ref, b, h, heads, j, size)
 
     def at_pos(b, h, i, j, bounds_ref, _):
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
@@ -320,7 +321,7 @@ def row_lse(
             in_specs=[
                 pl.BlockSpec((None, None, groups, tile, dim), at_rows),
                 pl.BlockSpec((None, tile, 1), lambda b, h, i, j, *_: (b, i, 0)),
-                slots_spec(dim, size, at_keys),
+                slots_spec(dim, size, 2, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
                 pl.BlockSpec((None, None, *own_k.shape[2:]), lambda b, h, *_: (b, h, 0, 0)),
                 pl.BlockSpec((None, tile, seen.shape[2]), lambda b, h, i, *_: (b, i, 0)),
@@ -389,7 +390,7 @@ def column_scores(
         return b, h, 0, i, 0
 
     def at_keys(b, h, j, i, bounds_ref, _):
-        return b, h, read_at(bounds_ref, b, h, heads, j, size), 0
+        return b, h, read_at(bounds_ref, b, h, heads, j, size)
 
     def at_pos(b, h, j, i, bounds_ref, _):
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
@@ -411,7 +412,7 @@ def column_scores(
                 pl.BlockSpec((None, None, groups, tile, dim), at_rows),
                 pl.BlockSpec((None, tile, 1), lambda b, h, j, i, *_: (b, i, 0)),
                 pl.BlockSpec((None, None, groups, tile, 1), at_rows),
-                slots_spec(dim, size, at_keys),
+                slots_spec(dim, size, 2, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
                 pl.BlockSpec((None, None, 1, size), at_valid),
             ],

@@ -28,7 +28,7 @@ def test_attention_over_a_cache():
     cases = [(make(), NO_WINDOW), (make(seed=1), 200), (make(data="blind"), NO_WINDOW)]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         # Probabilities and outputs (up to 3) are rounded to 8 bits, at other maxima than XLA's.
-        compare("pallas_gpu", attention, cases, None, tolerance=0.03, softcap=2.0)
+        compare("pallas_gpu", attention, cases, None, tolerance=0.03, softcap=2.0, layer=1)
 
 
 @interpreter

@@ -41,12 +41,13 @@ def test_decoding_in_bfloat16_with_softcap():
         256,
         tolerance=0.03,
         softcap=2.0,
+        layer=1,
     )
 
 
 def test_attention_of_many_rows_goes_tile_by_tile(monkeypatch):
     monkeypatch.setattr(attention_tpu, "_ROWS", 16)
-    compare("pallas_tpu", attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128)
+    compare("pallas_tpu", attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128, layer=2)
 
 
 def test_scores_with_own_keys():
