@@ -15,7 +15,6 @@ from lookahead_jax.kernels.dispatch import Implementation
 from lookahead_jax.kernels.importance import head_scores, importance_scores
 from lookahead_jax.kernels.reductions import Finish
 
-
 MEAN = Finish(None, "mean")  # lookaheadkv
 SNAPKV = Finish(("max", 7), "mean")
 
