@@ -4,7 +4,6 @@ Two cores share the parallel axes of a grid, so a block that both write, or that
 its copy has arrived, is seen.
 """
 
-
 import jax
 import jax.numpy as jnp
 import pytest
