@@ -79,14 +79,34 @@ def read_schedule(dump: Path, kernel: str) -> dict[str, Any] | None:
         last = int(closes[-1], 16)
         ends = re.findall(r"scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test", text)
         steps = int(ends[-1]) - 2
+    branches = sorted(_branches(text, first, last))
     used = [sum(row[i] for row in rows[first:last]) for i in range(len(UNITS))]
     shares = (round(n / c / (last - first), 2) for n, c in zip(used, capacity, strict=True))
     return {
         "bundles": last - first,
         "trips": steps,
+        "bundles_in_smaller_branches": sum(branches[:-1]),
         "spills": sum(row[UNITS.index("SPILL")] for row in rows),
         "occupied": {unit: share for unit, share in zip(UNITS, shares, strict=True) if share},
     }
+
+
+def _branches(text: str, first: int, last: int) -> list[int]:
+    """Bundles of the loop's conditional parts that have no conditional parts of their own."""
+    opened, found, inner = [], [], False
+    address = r"^\s*(0x[0-9a-f]+)\s"
+    for line in text.splitlines():
+        if (at := re.match(address, line)) is None or not first <= int(at.group(1), 16) <= last:
+            continue
+        if (branch := re.search(r"sbr\.rel \(%p\w+\) target = \$region(\d+)", line)) is not None:
+            opened.append((int(branch.group(1)) - 1, int(at.group(1), 16)))
+            inner = True
+        while opened and re.search(rf"End region {opened[-1][0]} ", line + " "):
+            if inner:
+                found.append(int(at.group(1), 16) - opened[-1][1])
+            opened.pop()
+            inner = False
+    return found
 
 
 def read_vmem(dump: Path, kernel: str) -> int | None:
@@ -238,6 +258,7 @@ def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program = jax.jit(step).lower(params, cache, tokens, visible).compile()
     memory, text = program.memory_analysis(), program.as_text()
+    layer = rf"bf16\[1,\d+,{entries},{config.head_dim}\]\S* (?:fusion|dynamic-slice|copy)\("
     gathered = re.findall(r"= \(?\w+\[([\d,]+)\][^\n]*? all-gather(?:-start)?\(", text)
     sizes = [math.prod(int(n) for n in dims.split(",")) for dims in gathered]
     schedule = read_schedule(dump, "block_attention")
@@ -249,6 +270,7 @@ def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any
         "temporaries_per_chip": memory.temp_size_in_bytes,
         "attention_schedule_ms": round(1e3 * seconds, 3),
         "memory_ms": round(1e3 * memory.argument_size_in_bytes / chip.bandwidth, 3),
+        "copies_of_a_layer": len(re.findall(layer, text)),
         "largest_all_gather_elements": max(sizes, default=0),
         "collectives_in_text": {
             name: text.count(f" {name}(") + text.count(f" {name}-start(")
