@@ -61,10 +61,10 @@ def load(ref: Any, layout: Any) -> jax.Array:
 
 
 def fetch(pairs: Any, barrier: Any) -> None:
-    """Copies global to shared memory and waits."""
+    """Copies global to shared memory at once, and waits; the barrier counts that many arrivals."""
     for source, target in pairs:
         plgpu.copy_gmem_to_smem(source, target, barrier)
-        plgpu.barrier_wait(barrier)
+    plgpu.barrier_wait(barrier)
 
 
 def logits_of(raw: jax.Array, scale: float, softcap: float | None) -> jax.Array:
@@ -224,7 +224,7 @@ def partial_attention(
             plgpu.SMEM((_ROWS, KEYS), q.dtype, transforms=tiled(q.dtype)),
             plgpu.SMEM((_ROWS,), jnp.float32),
             plgpu.SMEM((_ROWS, dim), jnp.float32, transforms=tiled(jnp.float32)),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=3),
         ],
     )(q, low, high, numbers, k_pos, *arrays)
     return found[0], found[1], found[2] if with_values else None

@@ -148,12 +148,13 @@ def column_scores(
             if finish is not None:
                 join = jnp.maximum if finish.group == "max" else jnp.add
                 columns = [functools.reduce(join, columns)]
+            # The block before this one has been on its way out while this one was computed.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for i, column in enumerate(columns):
                 out_sm[i] = column
             plgpu.commit_smem()
             here = pl.ds((first + at[0]) * KEYS, KEYS)
             plgpu.copy_smem_to_gmem(out_sm, out_gm.at[bh, :, here])
-            plgpu.wait_smem_to_gmem(0)
 
         plgpu.emit_pipeline(
             step,
@@ -169,6 +170,7 @@ def column_scores(
             ],
             max_concurrent_steps=_STAGES,
         )(k_pos_gm, k_gm)  # fmt: skip
+        plgpu.wait_smem_to_gmem(0)
 
     scores = plgpu.kernel(
         kernel,
@@ -182,7 +184,7 @@ def column_scores(
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((groups, width), jnp.float32),
             plgpu.SMEM((written, KEYS), jnp.float32),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=groups + 3),
         ],
     )(q, low, high, lse, k_pos, k.reshape(-1, dim))
     lead = (batch, heads, groups) if finish is None else (batch, heads)
