@@ -89,7 +89,7 @@ def importance_scores(
     """
     finish = Finish(pool, group)
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
-    settings = dict(
+    settings: Any = dict(
         scale=scale, softcap=softcap, window=window, reduce=reduce, lse=lse, slots=None,
         key_block=key_block,
     )  # fmt: skip

@@ -171,14 +171,13 @@ def _lse_kernel(
 
 def _windows(x, kernel: int, join):
     """`join` over the `kernel` lanes that end at each lane, by doubling; lanes wrap around."""
-    found, have, power, width = None, 0, x, 1
+    found, have, power, width = x, 1, x, 1  # `kernel` is odd: one lane is always among them
     while have < kernel:
-        if kernel & width:
-            shifted = pltpu.roll(power, have, 1) if have else power
-            found = shifted if found is None else join(found, shifted)
-            have += width
         power = join(power, pltpu.roll(power, width, 1))
         width *= 2
+        if kernel & width:
+            found = join(found, pltpu.roll(power, have, 1))
+            have += width
     return found
 
 
@@ -379,7 +378,7 @@ def column_scores(
             scratch.append(pltpu.VMEM((apart, _LANES + size), jnp.float32))
             steps += 1
     lse = pad_axis(lse, 3, tile)[..., None]
-    valid = jnp.ones((1, 1, size), bool) if pool is None else valid
+    valid = jnp.ones((1, 1, size), bool) if valid is None else valid
     valid = pad_axis(valid.astype(jnp.int8), 2, size)[:, :, None]
     body = functools.partial(
         _columns_kernel, scale=scale, softcap=softcap, windowed=window is not None,
