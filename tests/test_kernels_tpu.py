@@ -136,7 +136,8 @@ def test_each_device_takes_its_rows_and_heads():
     def run(a, implementation):
         out, lse = attention(a, None, implementation=implementation)
         found = scores(a, None, implementation=implementation, reduce="mean", lse=lse)
-        return out, lse, found
+        pooled = dict(reduce="max", pool=("max", 3), group="mean")
+        return out, lse, found, finished(a, None, implementation=implementation, **pooled)
 
     want = jax.jit(functools.partial(run, implementation="xla"))(a)
     with jax.set_mesh(mesh):
