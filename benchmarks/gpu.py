@@ -1,235 +1,136 @@
-"""Kernels and the whole pipeline on one accelerator, in parts that can be run one at a time.
+"""Kernels and the whole pipeline on one accelerator, in parts that go on where they stopped.
 
-    python benchmarks/gpu.py --section ceilings        # first: the others refer to it
-    python benchmarks/gpu.py --section scores --section attention ...
-    python benchmarks/gpu.py --table                   # the merged report as a table
+    python benchmarks/gpu.py --minutes 9          # again and again, until it measures nothing
+    python benchmarks/gpu.py --section ttft       # one part
+    python benchmarks/gpu.py --table              # the merged report as a table
 
-Sections: ceilings, scores, attention (kernels, each checked against float64 NumPy before it is
-timed); ttft, decode, steps, memory, train (an 8B-shaped random model in bfloat16); drafting (the
-embedded model); peer (transformers + kvpress on the same card, "not run" where not installed).
+Sections, in the order of their worth: ceilings (the others refer to it), ttft (time to the first
+token), decode, steps (of 1 to 128 nodes), scores and attention (every kernel is checked against
+float64 NumPy before it is timed), long (128K tokens), train, peer (transformers + kvpress on the
+same card, "not run" where not installed), select, drafting (the embedded model), memory. All but
+kernels and drafting use an 8B-shaped random model in bfloat16. Together about 25 minutes on an H100
+or H200, half of it compiling: an estimate, `SECTIONS` has it in parts.
+
 Every measurement is written as soon as it is made, to one JSON per card and commit, and skipped
-when it stands there; so a section that is cut off goes on where it stopped. An error is a result
-too: its text is kept, and --again repeats it. `--smoke` runs everything at toy sizes on any
-machine and keeps nothing.
+when it stands there. A section runs in a process of its own: a kernel that hangs or takes the
+device down costs that one measurement, which stands as an error, and the section begins anew
+behind it. --again repeats errors. `--smoke` runs everything at toy sizes on any machine, in one
+process, and keeps nothing. docs/gpu.md says what is needed and how to add kvpress.
 """
 
 import argparse
 import json
+import os
+import queue
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gpu_model
-
-from lookahead_jax.files import atomic_write
-from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.importance import head_scores
-from lookahead_jax.kernels.specs import SPECS, Spec, attention, scores
-
 ROOT = Path(__file__).resolve().parent.parent
-Item = tuple[str, Callable[[], Any]]
-SETTINGS = dict(scale=0.088, softcap=None, window=None)
+sys.path.insert(0, str(ROOT))
+SECTIONS = {  # seconds that one measurement should take at most, by estimate
+    "ceilings": 20, "ttft": 120, "decode": 45, "steps": 40, "scores": 30, "attention": 30,
+    "long": 240, "train": 90, "peer": 60, "select": 20, "drafting": 60, "memory": 40,
+}  # fmt: skip
+UNFINISHED = "began and did not end"
+PATIENCE = 2  # times the estimate, and a minute: then a silent process is given up
 
 
-def kernel_specs(op: str, smoke: bool) -> list[Spec]:
-    """Of an operation: the shapes of the issue, or toys; decoding goes through P = 1 ... 128."""
-    if smoke:
-        make = scores if op == "scores" else attention
-        return [make(f"{op}_toy", 4, 256, query_heads=4, kv_heads=2, head_dim=64)]
-    found = [spec for spec in SPECS.values() if spec.op == op]
-    if op == "attention":
-        found += [attention(f"tree_{p}_2k", p, 2048) for p in (1, 2, 4, 8, 16, 32, 64, 128)]
-    return found
+def items(section: str, smoke: bool, report: dict[str, Any]) -> Iterator[Any]:
+    """(label, measurement) of a section; the modules that measure start JAX."""
+    import gpu_kernels
+    import gpu_model
+
+    return (gpu_kernels.SECTIONS | gpu_model.SECTIONS)[section](smoke, report)
 
 
-def arguments(spec: Spec) -> dict[str, jax.Array]:
-    """Random arguments; the rows stand behind the keys, all slots are filled."""
-    keys = iter(jax.random.split(jax.random.key(0), 16))
-    found = {}
-    for name, shape in spec.shapes().items():
-        if jnp.issubdtype(shape.dtype, jnp.floating):
-            found[name] = jax.random.normal(next(keys), shape.shape, shape.dtype)
-    rows = jnp.arange(spec.rows, dtype=jnp.int32)
-    shapes = spec.shapes()
-    found["q_pos"] = jnp.broadcast_to(spec.keys + rows, shapes["q_pos"].shape)
-    found["visible"] = jnp.broadcast_to(rows[None] <= rows[:, None], shapes["visible"].shape)
-    found["pos"] = jnp.broadcast_to(jnp.arange(spec.keys, dtype=jnp.int32), shapes["pos"].shape)
-    if "lse" in found:  # what the attention would have found, nearly
-        found["lse"] = jnp.full(shapes["lse"].shape, np.log(spec.keys) + 0.5, jnp.float32)
-    if spec.op == "attention":
-        found["length"] = jnp.full(shapes["length"].shape, spec.keys, jnp.int32)
-    return found
-
-
-def call(spec: Spec, implementation: str, a: dict[str, jax.Array]) -> Any:
-    """The public operation by one implementation."""
-    common: Any = dict(**SETTINGS, implementation=implementation)
-    own = a["own_k"], a["visible"]
-    if spec.op == "scores":
-        return head_scores(
-            a["q"], a["q_pos"], a["k"], a["pos"], own, lse=a.get("lse"), reduce="mean", **common
-        )
-    context = a["k"], a["v"], a["pos"]
-    return block_attention(
-        a["q"], a["own_k"], a["own_v"], a["visible"], a["q_pos"], context,
-        slots=(0, a["length"]), **common,
-    )[0]  # fmt: skip
-
-
-def exact(spec: Spec, a: dict[str, jax.Array]) -> np.ndarray:
-    """The first query head of the first row in float64: scores [T], or outputs [P, H]."""
-    q, k, own_k = (
-        np.asarray(a[n][0, i], np.float64) for n, i in (("k", 0), ("k", 0), ("own_k", 0))
-    )
-    q = np.asarray(a["q"][0, :, 0], np.float64)
-    logits = np.concatenate([q @ k.T, q @ own_k.T], axis=1) * SETTINGS["scale"]
-    seen = np.concatenate([np.ones((len(q), len(k)), bool), np.asarray(a["visible"][0])], axis=1)
-    logits = np.where(seen, logits, -np.inf)
-    if spec.op == "scores" and "lse" in a:
-        lse = np.asarray(a["lse"][0, 0], np.float64)[:, None]
-    else:
-        top = logits.max(1, keepdims=True)
-        lse = top + np.log(np.exp(logits - top).sum(1, keepdims=True))
-    p = np.exp(logits - lse)
-    if spec.op == "scores":
-        return p[:, : len(k)].mean(0)
-    values = np.concatenate([np.asarray(a[n][0, 0], np.float64) for n in ("v", "own_v")])
-    return p @ values
-
-
-def repeated(f: Callable[[Any], Any], start: Any, smoke: bool) -> float:
-    """Seconds of one `state = f(state)`, from loops of two lengths on the device: no dispatch."""
-    loop = jax.jit(lambda s, times: jax.lax.fori_loop(0, times, lambda _, s: f(s), s))
-
-    def run(times: int) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(loop(start, times))
-        return time.perf_counter() - began
-
-    run(2)
-    few, many = (1, 3) if smoke else (5, 5 + int(min(max(0.2 / max(run(10) / 10, 1e-6), 10), 2000)))
-    found = [(run(many) - run(few)) / (many - few) for _ in range(1 if smoke else 5)]
-    return sorted(found)[len(found) // 2]
-
-
-def kernel_seconds(f: Callable[..., jax.Array], a: dict[str, jax.Array], smoke: bool) -> float:
-    """Of one call. Each waits for the one before, whose whole result is kept; XLA drops none."""
-
-    def body(state):
-        q, _ = state
-        out = f({**a, "q": q})
-        finite = out.reshape(-1)[0] < jnp.asarray(1e30, out.dtype)
-        return jnp.where(finite, q, jnp.zeros((), q.dtype)), out
-
-    shape = jax.eval_shape(f, a)
-    return repeated(body, (a["q"], jnp.zeros(shape.shape, shape.dtype)), smoke)
-
-
-def kernels(op: str, smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """Every shape by every implementation that takes it, next to its floor on this card."""
-    names = ["xla", "pallas_gpu"] + (["pallas_tpu"] if jax.default_backend() == "tpu" else [])
-    for spec in kernel_specs(op, smoke):
-        for name in names if jax.default_backend() != "cpu" else ["xla"]:
-            yield f"{spec.name} {name}", partial(measure_kernel, spec, name, smoke, report)
-
-
-def measure_kernel(spec: Spec, name: str, smoke: bool, report: dict[str, Any]) -> dict[str, Any]:
-    """Error against float64, then the time, and how it stands to the floor."""
-    a = arguments(spec)
-    f = partial(call, spec, name)
-    got = jax.jit(f)(a)
-    got = np.asarray(got[0, 0] if spec.op == "scores" else got[0, :, 0], np.float64)
-    want = exact(spec, a)
-    error = float(np.abs(got - want).max() / np.abs(want).max())
-    if not error < 0.02:  # bfloat16 keeps 8 bits of probabilities and outputs
-        raise ValueError(f"{name} is off by {error:.2e} of the largest value")
-    seconds = kernel_seconds(f, a, smoke)
-    found = {"ms": 1e3 * seconds, "relative_error": error, "bytes": spec.key_bytes}
-    limits = report.get("ceilings", {})
-    if all(part in limits for part in ("bandwidth", "matmul", "exponentials")):
-        floors = {
-            "bytes": spec.key_bytes / limits["bandwidth"]["per_s"],
-            "flops": spec.flops / limits["matmul"]["per_s"],
-            "exponentials": spec.pairs * (1 if spec.known else 2)
-            / limits["exponentials"]["per_s"],
-        }  # fmt: skip
-        which = max(floors, key=floors.__getitem__)
-        found |= {"floor_ms": 1e3 * floors[which], "floor": which}
-        found["times_floor"] = seconds / floors[which]
-    return found
-
-
-def ceilings(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """What the card does at best: bytes copied, bfloat16 products, float32 exponentials."""
-    n = 256 if smoke else 8192
-
-    def rate(f: Callable[[jax.Array], jax.Array], x: jax.Array, amount: float) -> dict[str, float]:
-        return {"per_s": amount / repeated(f, x, smoke)}
-
-    def bandwidth():
-        x = jnp.zeros((n, 16 * n), jnp.bfloat16)
-        return rate(lambda x: x + jnp.ones((), x.dtype), x, 2 * 2 * x.size)
-
-    def matmul():
-        # Normal entries of this size keep the length of the rows; zeros would draw less power.
-        x, w = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
-        w = w / jnp.asarray(n**0.5, w.dtype)
-        return rate(lambda x: x @ w, x, 2.0 * n**3)
-
-    def exponentials():
-        def chain(x):
-            for _ in range(64):
-                x = jnp.exp(-x)
-            return x
-
-        x = jnp.zeros((n, n // 8), jnp.float32)
-        return rate(chain, x, 64.0 * x.size)
-
-    yield "bandwidth", bandwidth
-    yield "matmul", matmul
-    yield "exponentials", exponentials
-
-
-SECTIONS: dict[str, Callable[[bool, dict[str, Any]], Iterator[Item]]] = {
-    "ceilings": ceilings,
-    "scores": partial(kernels, "scores"),
-    "attention": partial(kernels, "attention"),
-    "ttft": gpu_model.ttft,
-    "decode": gpu_model.decode,
-    "steps": gpu_model.steps,
-    "memory": gpu_model.memory,
-    "train": gpu_model.train,
-    "drafting": gpu_model.drafting,
-    "peer": gpu_model.peer,
-}
-
-
-def run_section(name: str, smoke: bool, report: dict[str, Any], again: bool, save) -> None:
-    """Makes what is missing of a section; `save` is called after every measurement."""
+def run_section(
+    name: str,
+    smoke: bool,
+    report: dict[str, Any],
+    save: Callable[[], None],
+    again: bool = False,
+    until: float = float("inf"),
+) -> None:
+    """Measures what the report lacks, and saves before and after every measurement."""
     part = report.setdefault(name, {})
-    for label, measure in SECTIONS[name](smoke, report):
+    for label, measure in items(name, smoke, report):
         if label in part and not (again and "error" in part[label]):
             continue
+        if time.time() + SECTIONS[name] > until:
+            return
+        part[label] = {"error": UNFINISHED}
+        save()
+        print(name, label, "begins", flush=True)
         began = time.perf_counter()
         try:
-            part[label] = measure()
+            found = measure()
         except Exception as error:  # out of memory or not supported: the others still run
             if smoke:
                 raise
-            part[label] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-        part[label] = {**part[label], "wall_s": round(time.perf_counter() - began, 1)}
+            found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+        part[label] = {**found, "wall_s": round(time.perf_counter() - began, 1)}
         save()
         print(name, label, json.dumps(part[label]), flush=True)
+
+
+def supervise(command: list[str], patience: float, env: Any = None) -> int | None:
+    """Passes a process's lines on; its exit status, or None if it fell silent and was killed."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (line := lines.get(timeout=patience)) is not None:
+            print(line, end="", flush=True)
+        return process.wait(timeout=patience)
+    except (queue.Empty, subprocess.TimeoutExpired):
+        return None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def in_processes(sections: list[str], arguments: list[str], until: float) -> None:
+    """Every section in a process of its own, which starts again behind what took it down."""
+    for name in sections:
+        command = [sys.executable, __file__, "--child", "--section", name, *arguments]
+        command += ["--until", str(until)]
+        # The peer allocates for itself.
+        env = os.environ | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if name == "peer" else {})
+        for _ in range(10):
+            if time.time() + SECTIONS[name] > until:
+                break
+            status = supervise(command, PATIENCE * SECTIONS[name] + 60, env)
+            if status == 0:
+                break
+            # Only the first process repeats errors: the next would repeat what took it down.
+            command = [word for word in command if word != "--again"]
+            said = "was silent and is killed" if status is None else f"ended with {status}"
+            print(f"{name}: the process {said}", flush=True)
+
+
+def shown(value: Any) -> str:
+    """A measurement as text for the table."""
+    if isinstance(value, dict):
+        parts = ((k, v) for k, v in value.items() if k != "wall_s")
+        return ", ".join(f"{k}: ({shown(v)})" if isinstance(v, dict) else f"{k} {shown(v)}"
+                         for k, v in parts)  # fmt: skip
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -238,40 +139,73 @@ def table(report: dict[str, Any]) -> str:
     rows += ["| section | measurement | result |", "| --- | --- | --- |"]
     for section in SECTIONS:
         for label, found in report.get(section, {}).items():
-            shown = ", ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                for key, value in found.items()
-                if key != "wall_s"
-            )
-            rows.append(f"| {section} | {label} | {shown} |")
+            rows.append(f"| {section} | {label} | {shown(found)} |")
     return "\n".join(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--section", action="append", choices=list(SECTIONS))
-    parser.add_argument("--smoke", action="store_true", help="toy sizes; nothing is kept")
-    parser.add_argument("--again", action="store_true", help="repeat what ended in an error")
-    parser.add_argument("--table", action="store_true", help="print the report and stop")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    options = parser.parse_args()
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() or "unknown"
+def commit() -> str:
+    """The checkout's commit, as far as git can tell."""
+    try:
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def measure_here(options: argparse.Namespace) -> None:
+    """The sections in this process."""
+    import jax
+
+    from lookahead_jax.files import atomic_write
+
+    if not options.smoke:
+        # What one process has compiled, the next one reads.
+        jax.config.update("jax_compilation_cache_dir", str(options.compiled))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     device = jax.devices()[0].device_kind
     card = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = options.results / f"gpu-{card}-{commit}.json"
-    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "commit": commit}
+    path = options.results / f"gpu-{card}-{options.commit}.json"
+    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "commit": options.commit}
     if path.exists() and not options.smoke:
         report = json.loads(path.read_text())
 
     def save() -> None:
         if not options.smoke:
+            path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, json.dumps(report, indent=1) + "\n")
 
-    if not options.table:
-        for name in options.section or SECTIONS:
-            run_section(name, options.smoke, report, options.again, save)
-    print(table(report))
+    for name in options.section or SECTIONS:
+        run_section(name, options.smoke, report, save, options.again, options.until)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--section", action="append", choices=list(SECTIONS))
+    parser.add_argument("--minutes", type=float, default=9.0, help="within which all shall end")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes; nothing is kept")
+    parser.add_argument("--again", action="store_true", help="repeat what ended in an error")
+    parser.add_argument("--table", action="store_true", help="print the reports and stop")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", help="name of the code measured; default: git's")
+    parser.add_argument(
+        "--compiled", type=Path, default=Path(tempfile.gettempdir()) / "lookahead-gpu-compiled",
+        help="where compiled programs are kept between processes",
+    )  # fmt: skip
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.commit = options.commit or commit()
+    if options.table:
+        for path in sorted(options.results.glob(f"gpu-*-{options.commit}.json")):
+            print(table(json.loads(path.read_text())))
+    elif options.child or options.smoke:
+        measure_here(options)
+    else:
+        passed = ["--results", str(options.results), "--commit", options.commit]
+        passed += ["--compiled", str(options.compiled), *(["--again"] * options.again)]
+        until = time.time() + 60 * options.minutes
+        in_processes(options.section or list(SECTIONS), passed, until)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ and roofline is what to expect at best. Nothing here has been timed on a TPU.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -78,14 +79,34 @@ def read_schedule(dump: Path, kernel: str) -> dict[str, Any] | None:
         last = int(closes[-1], 16)
         ends = re.findall(r"scmp\.ge\.s32\.totalorder %s\d+_s\d+, (\d+) /\* loop exit test", text)
         steps = int(ends[-1]) - 2
+    branches = sorted(_branches(text, first, last))
     used = [sum(row[i] for row in rows[first:last]) for i in range(len(UNITS))]
     shares = (round(n / c / (last - first), 2) for n, c in zip(used, capacity, strict=True))
     return {
         "bundles": last - first,
         "trips": steps,
+        "bundles_in_smaller_branches": sum(branches[:-1]),
         "spills": sum(row[UNITS.index("SPILL")] for row in rows),
         "occupied": {unit: share for unit, share in zip(UNITS, shares, strict=True) if share},
     }
+
+
+def _branches(text: str, first: int, last: int) -> list[int]:
+    """Bundles of the loop's conditional parts that have no conditional parts of their own."""
+    opened, found, inner = [], [], False
+    address = r"^\s*(0x[0-9a-f]+)\s"
+    for line in text.splitlines():
+        if (at := re.match(address, line)) is None or not first <= int(at.group(1), 16) <= last:
+            continue
+        if (branch := re.search(r"sbr\.rel \(%p\w+\) target = \$region(\d+)", line)) is not None:
+            opened.append((int(branch.group(1)) - 1, int(at.group(1), 16)))
+            inner = True
+        while opened and re.search(rf"End region {opened[-1][0]} ", line + " "):
+            if inner:
+                found.append(int(at.group(1), 16) - opened[-1][1])
+            opened.pop()
+            inner = False
+    return found
 
 
 def read_vmem(dump: Path, kernel: str) -> int | None:
@@ -98,32 +119,12 @@ def read_vmem(dump: Path, kernel: str) -> int | None:
     return max(sizes, default=None)
 
 
-def call(spec: Any) -> Any:
-    """The public operation on the spec's arguments by name."""
-    from lookahead_jax.kernels.attention import block_attention
-    from lookahead_jax.kernels.importance import head_scores
-
-    common = dict(scale=0.088, softcap=None, window=None, implementation="pallas_tpu")
-
-    def scores(a):
-        return head_scores(
-            a["q"], a["q_pos"], a["k"], a["pos"], (a["own_k"], a["visible"]),
-            lse=a.get("lse"), reduce="mean", **common,
-        )  # fmt: skip
-
-    def attention(a):
-        return block_attention(
-            a["q"], a["own_k"], a["own_v"], a["visible"], a["q_pos"], (a["k"], a["v"], a["pos"]),
-            slots=(0, a["length"]), **common,
-        )  # fmt: skip
-
-    return scores if spec.op == "scores" else attention
-
-
-def compile_spec(spec: Any, mesh: Any, dtype: Any, softcap: Any = None) -> Any:
+def compile_spec(spec: Any, mesh: Any, dtype: Any) -> Any:
     """The operation compiled for a mesh: rows over data, heads over tensor."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
+
+    from lookahead_jax.kernels.specs import call
 
     def place(name, shape):
         size = mesh.shape["tensor"]
@@ -139,7 +140,8 @@ def compile_spec(spec: Any, mesh: Any, dtype: Any, softcap: Any = None) -> Any:
 
     arguments = {name: place(name, shape) for name, shape in spec.shapes(dtype).items()}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(call(spec)).lower(arguments).compile()
+        run = functools.partial(call, spec, implementation="pallas_tpu", scale=0.088)
+        return jax.jit(run).lower(arguments).compile()
 
 
 def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
@@ -166,17 +168,16 @@ def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
             schedule["vmem_bytes"] = read_vmem(dump, name)
             kernels[name] = schedule
             seconds += schedule["ms"] / 1e3
-    written = memory.output_size_in_bytes
     return {
         "spec": spec.name,
         "chip": kind,
-        "bytes": spec.key_bytes + written,
+        "bytes": spec.key_bytes + spec.output_bytes,
         "flops": spec.flops,
         "exponentials": spec.pairs * (1 if spec.known else 2),
         "temporaries": memory.temp_size_in_bytes,
         "kernels": kernels,
         "schedule_ms": round(1e3 * seconds, 4),
-        "memory_ms": round(1e3 * (spec.key_bytes + written) / chip.bandwidth, 4),
+        "memory_ms": round(1e3 * (spec.key_bytes + spec.output_bytes) / chip.bandwidth, 4),
         "matrix_ms": round(1e3 * spec.flops / chip.flops, 4),
     }
 
@@ -310,7 +311,10 @@ def main() -> None:
             "jax": jax.__version__,
             "rows": rows,
             "sharded": sharded(),
-            "steps": [model_step(n, 1024, "v5e", dump) for n in (1, 64)],
+            "steps": [
+                model_step(nodes, entries, "v5e", dump)
+                for nodes, entries in ((1, 1024), (64, 1024), (1, 262144))
+            ],
         }
     content = json.dumps(report, indent=1)
     if options.out is None:

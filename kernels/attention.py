@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
+from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard, target_platform
 
 # Floor of the running row maximum. Masked logits are -inf, so a row that sees nothing keeps
 # this finite maximum, collects no mass, and comes out as zeros instead of NaN.
 _FLOOR = -1e30
 KEY_BLOCK = 512
+_LOGIT_BYTES = 1 << 28
 Slots = tuple[jax.Array | int, jax.Array | int]  # half-open range; arrays are scalars or [B, K]
 
 
@@ -50,6 +51,17 @@ def grouped(q: jax.Array, kv_heads: int) -> jax.Array:
     return q.reshape(b, p, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
 
 
+def default_block(rows: int) -> int:
+    """Slots whose logits exist at once for `rows` stacked rows (batch, heads, rows of a block).
+
+    On GPUs every turn of a loop costs launches, and with traced bounds a wait for the host: as
+    many slots as 256 MiB of float32 logits allow, so that decoding has no loop. Elsewhere few.
+    """
+    if target_platform() not in ("gpu", "cuda"):
+        return KEY_BLOCK
+    return max(KEY_BLOCK, _LOGIT_BYTES // (4 * rows) // KEY_BLOCK * KEY_BLOCK)
+
+
 def key_blocks(slots: int, key_block: int) -> tuple[int, int]:
     """Size and number of the blocks that cover `slots` slots."""
     size = min(slots, key_block)
@@ -65,6 +77,17 @@ def read_block(j, size: int, slots: int, *arrays: jax.Array):
     start = jnp.minimum(j * size, slots - size)
     blocks = tuple(jax.lax.dynamic_slice_in_dim(a, start, size, axis=-2) for a in arrays)
     return blocks, start + jnp.arange(size) >= j * size
+
+
+def slots_from(a: jax.Array, start, size: int, layer: jax.Array | None) -> jax.Array:
+    """Slots [B, K, size, H] of keys or values, of one layer where they are a stack of layers.
+
+    Both at once, so that XLA never copies a whole layer out of its stack.
+    """
+    if layer is None:
+        return jax.lax.dynamic_slice_in_dim(a, start, size, axis=-2)
+    sizes = (1, *a.shape[1:3], size, a.shape[4])
+    return jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), sizes)[0]
 
 
 def _accumulate(state, logits, v):
@@ -90,6 +113,7 @@ def block_attention(
     softcap: float | None,
     window: jax.Array | int | None,
     slots: Slots | None = None,
+    layer: jax.Array | None = None,
     key_block: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -99,7 +123,8 @@ def block_attention(
     float32 [B, N, P] (-inf for a row that sees nothing; its output is zeros). `slots` bounds the
     slots worth reading, as a half-open range, for all rows or for each row and KV head; with
     traced bounds XLA's sweep skips the rest at run time, and is then not reverse-differentiable.
-    Slots with position -1 may hold anything, NaN included.
+    Slots with position -1 may hold anything, NaN included. With `layer` (int32 scalar) the
+    context's keys and values are stacks [L, B, K, S, H], of which that one is read in place.
 
     `implementation` None takes the platform's own (Pallas on TPU, XLA elsewhere), or XLA where
     that cannot; a named one runs or raises NotImplementedError. On several devices call it under
@@ -109,7 +134,7 @@ def block_attention(
     run = _xla if name == "xla" or context is None else functools.partial(_pallas, name)
     return run(
         q, k, v, own_visible, q_pos, context,
-        scale=scale, softcap=softcap, window=window, slots=slots, key_block=key_block,
+        scale=scale, softcap=softcap, window=window, slots=slots, layer=layer, key_block=key_block,
     )  # fmt: skip
 
 
@@ -147,7 +172,7 @@ def sweep_range(slots: Slots | None, total: int, size: int):
 
 
 def _pallas(
-    name, q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots, key_block
+    name, q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots, layer, key_block
 ):
     """A kernel on each device's rows and heads; same arguments and results as `_xla`."""
     from lookahead_jax.kernels.gradients import Places, Static, attend
@@ -158,26 +183,27 @@ def _pallas(
         from lookahead_jax.kernels import attention_tpu as backend
     static = Static(functools.partial(backend.attend, key_block=key_block), scale, softcap)
     ctx_k, ctx_v, ctx_pos = context
-    bounds = slot_bounds(slots, q.shape[0], k.shape[1], ctx_k.shape[2])
+    bounds = slot_bounds(slots, q.shape[0], k.shape[1], ctx_k.shape[-2])
     seen = own_seen(own_visible, q_pos, window).astype(jnp.int8)
     window = None if window is None else jnp.asarray(window, jnp.int32)
 
-    def local(q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window):
+    def local(q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window, layer):
         b, p, n, h = q.shape
-        places = Places(q_pos, ctx_pos, seen, bounds.reshape(-1), window)
+        places = Places(q_pos, ctx_pos, seen, bounds.reshape(-1), window, layer)
         found: Any = attend(static, grouped(q, k.shape[1]), k, v, ctx_k, ctx_v, places)
         out, lse = found
         return out.transpose(0, 3, 1, 2, 4).reshape(b, p, n, h), lse.reshape(b, n, p)
 
+    keys = "BKSH" if layer is None else "LBKSH"
     return per_shard(
         local,
-        (q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window),
-        ("BPNH", "BKPH", "BKPH", "BKSH", "BKSH", "BP", "BKS", "BPP", "BKE", ""),
+        (q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window, layer),
+        ("BPNH", "BKPH", "BKPH", keys, keys, "BP", "BKS", "BPP", "BKE", "", ""),
         ("BPNH", "BNP"),
     )
 
 
-def _xla(q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots, key_block):
+def _xla(q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots, layer, key_block):
     """The formula: the context in blocks with a running softmax. It defines the semantics."""
     b, p, n, h = q.shape
     kv_heads = k.shape[1]
@@ -196,14 +222,16 @@ def _xla(q, k, v, own_visible, q_pos, context, *, scale, softcap, window, slots,
     )
     state = _accumulate(state, logits_of(k, own), v)
 
-    if context is not None and context[0].shape[2] > 0:
+    if context is not None and context[0].shape[-2] > 0:
         ctx_k, ctx_v, ctx_pos = context
-        total = ctx_k.shape[2]
-        size, count = key_blocks(total, key_block or KEY_BLOCK)
+        total = ctx_k.shape[-2]
+        size, count = key_blocks(total, key_block or default_block(b * n * p))
 
         def step(j, state):
-            (kb, vb, pb), new = read_block(j, size, total, ctx_k, ctx_v, ctx_pos[..., None])
+            (pb,), new = read_block(j, size, total, ctx_pos[..., None])
             pb = jnp.where(new, pb[..., 0], -1)
+            start = jnp.minimum(j * size, total - size)
+            kb, vb = (slots_from(a, start, size, layer) for a in (ctx_k, ctx_v))
             # 0 * NaN is NaN: values of dead slots must not reach the product.
             vb = jnp.where((pb >= 0)[..., None], vb, jnp.zeros((), vb.dtype))
             return _accumulate(state, logits_of(kb, visible_by_position(q_pos, pb, window)), vb)

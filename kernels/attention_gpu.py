@@ -37,7 +37,7 @@ PARAMETERS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Low
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    total, head_dim = k.shape[2:]
+    total, head_dim = k.shape[-2:]
     if head_dim not in (64, 128):
         return f"head dim {head_dim} is neither 64 nor 128"
     if total % KEYS:
@@ -53,17 +53,18 @@ def tiled(dtype: Any) -> tuple[Any, Any]:
 
 
 def load(ref: Any, layout: Any) -> jax.Array:
-    """A shared-memory vector in a register layout; the call differs between jax versions."""
+    """A shared-memory vector in a register layout; jax before 0.11 wants an index."""
     read: Any = plgpu.load
-    index = ((),) if "idx" in inspect.signature(read).parameters else ()
+    index = inspect.signature(read).parameters.get("idx")
+    index = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
     return read(ref, *index, layout=layout)
 
 
 def fetch(pairs: Any, barrier: Any) -> None:
-    """Copies global to shared memory and waits."""
+    """Copies global to shared memory at once, and waits; the barrier counts that many arrivals."""
     for source, target in pairs:
         plgpu.copy_gmem_to_smem(source, target, barrier)
-        plgpu.barrier_wait(barrier)
+    plgpu.barrier_wait(barrier)
 
 
 def logits_of(raw: jax.Array, scale: float, softcap: float | None) -> jax.Array:
@@ -90,18 +91,21 @@ def partial_attention(
     q: jax.Array,  # [B * K, R, H], R a multiple of 64
     low: jax.Array,  # [B, R] int32
     high: jax.Array,  # [B, R] int32
-    k: jax.Array,  # [B, K, S, H]
-    v: jax.Array | None,  # [B, K, S, H]; None: maxima and masses alone
+    k: jax.Array,  # [(L,) B, K, S, H]
+    v: jax.Array | None,  # like k; None: maxima and masses alone
     k_pos: jax.Array,  # [B, K or 1, S] int32
     ends: jax.Array,  # [B * K] int32 one past the last slot worth reading
+    layer: jax.Array | None,  # int32 scalar where keys are a stack of layers
     *,
     scale: float,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Running softmax of every run of blocks: maxima and masses [B * K, runs, R] float32 (in
     units of log(2)), and weighted values [B * K, runs, R, H] float32."""
-    batch, heads, slots, dim = k.shape
+    batch, heads, slots, dim = k.shape[-4:]
     rows = q.shape[1]
+    layer = jnp.zeros((), jnp.int32) if layer is None else layer
+    numbers = jnp.concatenate([ends, layer[None]])
     blocks = slots // KEYS
     wanted = -(-_WARPGROUPS // (batch * heads * rows // _ROWS))
     each = -(-blocks // min(wanted, blocks))  # blocks that one warpgroup reads
@@ -111,7 +115,7 @@ def partial_attention(
     with_values = v is not None
     arrays = [k.reshape(-1, dim)] + ([v.reshape(-1, dim)] if with_values else [])
 
-    def kernel(q_gm, low_gm, high_gm, ends_gm, k_pos_gm, *rest):
+    def kernel(q_gm, low_gm, high_gm, numbers_gm, k_pos_gm, *rest):
         keys_gm, rest = rest[: len(arrays)], rest[len(arrays) :]
         outs, (q_sm, low_sm, high_sm, p_sm, stat_sm, acc_sm, barrier) = rest[:-7], rest[-7:]
         run, tile, bh = (lax.axis_index(name) for name in ("run", "tile", "bh"))
@@ -126,7 +130,8 @@ def partial_attention(
             barrier,
         )
         first = run * each
-        filled = lax.div(ends_gm[bh] + KEYS - 1, jnp.int32(KEYS))
+        filled = lax.div(numbers_gm[bh] + KEYS - 1, jnp.int32(KEYS))
+        stored = numbers_gm[batch * heads] * (batch * heads) + bh
         count = jnp.clip(filled - first, 0, each)
 
         def step(_, k_pos_sm, k_sm, *more):
@@ -181,7 +186,9 @@ def partial_attention(
                 plgpu.BlockSpec((KEYS,), at_pos),
                 *[
                     plgpu.BlockSpec(
-                        (KEYS, dim), lambda j: (bh * blocks + at(j), 0), transforms=tiled(k.dtype)
+                        (KEYS, dim),
+                        lambda j: (stored * blocks + at(j), 0),
+                        transforms=tiled(k.dtype),
                     )
                 ]
                 * len(arrays),
@@ -217,9 +224,9 @@ def partial_attention(
             plgpu.SMEM((_ROWS, KEYS), q.dtype, transforms=tiled(q.dtype)),
             plgpu.SMEM((_ROWS,), jnp.float32),
             plgpu.SMEM((_ROWS, dim), jnp.float32, transforms=tiled(jnp.float32)),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=3),
         ],
-    )(q, low, high, ends, k_pos, *arrays)
+    )(q, low, high, numbers, k_pos, *arrays)
     return found[0], found[1], found[2] if with_values else None
 
 
@@ -280,9 +287,10 @@ def attend(
     v: jax.Array,  # [B, K, P, H]
     own: jax.Array,  # [B, P, P] int8, row i sees row j
     q_pos: jax.Array,  # [B, P] int32
-    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [B, K, S, H], pos [B, K or 1, S]
+    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [(L,) B, K, S, H], pos [B, K or 1, S]
     bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
     window: jax.Array | int | None,
+    layer: jax.Array | None,  # int32 scalar where the context is a stack of layers
     *,
     scale: float,
     softcap: float | None,
@@ -292,7 +300,9 @@ def attend(
     del key_block  # blocks are what a tensor-core product takes
     count = q.shape[2] * q.shape[3]
     rows, low, high = stacked_rows(q, q_pos, window)
-    parts = partial_attention(rows, low, high, *context, bounds[1::2], scale=scale, softcap=softcap)
+    parts = partial_attention(
+        rows, low, high, *context, bounds[1::2], layer, scale=scale, softcap=softcap
+    )
     parts = [a[:, :, :count] if a is not None else None for a in parts]
     lse, out = merge(parts, own_part(q, k, v, own, scale=scale, softcap=softcap))
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:4])

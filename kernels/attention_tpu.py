@@ -17,18 +17,20 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lookahead_jax.kernels.importance_tpu import (
     LOG2E,
+    as_stored,
     block_size,
     live,
     masked_logits,
     pad_axis,
     read_at,
+    slots_spec,
 )
 
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 _LANES = 128
 _ROWS = 512  # stacked rows of a tile
 _PART = 512  # slots of one product
-_LOGITS = 1 << 19  # logits of a grid step, in vector memory
+_LOGITS = 1 << 20  # logits of a grid step, in vector memory
 
 
 def _across(a, width):
@@ -37,12 +39,15 @@ def _across(a, width):
 
 
 def _kernel(
-    bounds_ref, window_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref, k_ref, v_ref,
+    bounds_ref, numbers_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref, k_ref, v_ref,
     k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, logits_ref,
     *, scale, softcap, windowed, size,
 ):  # fmt: skip
     block = pl.program_id(3)
-    window = window_ref[0] if windowed else None
+    window = numbers_ref[0] if windowed else None
+
+    def slots_of(ref, part):
+        return ref[part] if ref.shape[0] == size else ref[:, part]
 
     def logits_of(k, k_pos, window):
         return masked_logits(
@@ -60,7 +65,7 @@ def _kernel(
             mass = sum((p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)), mass)
             v = values_of(part)
             acc += jax.lax.dot_general(
-                p.astype(v.dtype), v, (((1,), (0,)), ((), ())),
+                p.astype(v.dtype), v, (((1,), (0 if v.shape[1] == acc.shape[1] else 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
                 precision=jax.lax.Precision.HIGHEST if v.dtype == jnp.float32 else None,
             )  # fmt: skip
@@ -88,9 +93,9 @@ def _kernel(
         parts = [slice(i, min(i + _PART, size)) for i in range(0, size, _PART)]
         lanes_max = m_ref[...]
         for part in parts:
-            logits, seen = logits_of(k_ref[part], k_pos_ref[:, part], window)
+            logits, seen = logits_of(slots_of(k_ref, part), k_pos_ref[:, part], window)
             lanes_max = store(part, logits, seen, lanes_max)
-        accumulate(parts, lanes_max, lambda part: _alive(v_ref[part], k_pos_ref[:, part]))
+        accumulate(parts, lanes_max, lambda part: _alive(slots_of(v_ref, part), k_pos_ref[:, part]))
 
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
@@ -103,8 +108,10 @@ def _kernel(
 
 
 def _alive(v, k_pos):
-    """Values [S, H] with those of empty slots zeroed: they may be NaN, and 0 * NaN is NaN."""
+    """Values [S, H] or [H, S], those of empty slots zeroed: they may be NaN, and 0 * NaN is NaN."""
     slots, dim = v.shape
+    if slots != k_pos.shape[1]:
+        return jnp.where(k_pos >= 0, v, jnp.zeros_like(v))
     alive = jnp.broadcast_to((k_pos >= 0).astype(jnp.int32), (_LANES, slots)).T
     alive = jnp.concatenate([alive] * -(-dim // _LANES), axis=1)[:, :dim]
     return jnp.where(alive > 0, v, jnp.zeros_like(v))
@@ -116,9 +123,10 @@ def attend(
     v: jax.Array,  # [B, K, P, H]
     own: jax.Array,  # [B, P, P] int8, row i sees row j
     q_pos: jax.Array,  # [B, P] int32
-    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [B, K, S, H], pos [B, K or 1, S]
+    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [(L,) B, K, S, H], pos [B, K or 1, S]
     bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
     window: jax.Array | int | None,
+    layer: jax.Array | None,  # int32 scalar where the context is a stack of layers
     *,
     scale: float,
     softcap: float | None,
@@ -127,16 +135,18 @@ def attend(
     """Output [B, K, G, P, H] in the dtype of `q`, log-sum-exp [B, K, G, P] float32."""
     batch, heads, groups, nodes, dim = q.shape
     ctx_k, ctx_v, ctx_pos = context
+    if layer is None:
+        ctx_k, ctx_v = ctx_k[None], ctx_v[None]
     rows = groups * nodes
     tile = min(_ROWS, -(-rows // 16) * 16)
     stacked = pad_axis(q.reshape(batch, heads, rows, dim), 2, tile)
     row_pos = pad_axis(jnp.tile(q_pos, (1, groups)), 1, tile, -1)[..., None]
     seen = pad_axis(pad_axis(jnp.tile(own, (1, groups, 1)), 1, tile), 2, _LANES)
     own_k, own_v = (pad_axis(a, 2, _LANES) for a in (k, v))
-    size = min(block_size(ctx_k, key_block), _LOGITS // tile // _LANES * _LANES)
+    size = min(block_size(ctx_k[0], key_block), _LOGITS // tile // _LANES * _LANES)
     pos = pad_axis(ctx_pos, 2, size, -1)[:, :, None]
     per_head = pos.shape[1] > 1
-    windows = jnp.zeros(1, jnp.int32) if window is None else jnp.asarray(window).reshape(1)
+    numbers = jnp.stack([jnp.asarray(0 if n is None else n, jnp.int32) for n in (window, layer)])
     tiles, blocks = stacked.shape[2] // tile, pos.shape[3] // size
 
     def at_rows(b, h, i, j, *_):
@@ -145,14 +155,14 @@ def attend(
     def at_own(b, h, *_):
         return b, h, 0, 0
 
-    def at_keys(b, h, i, j, bounds_ref, _):
-        return b, h, read_at(bounds_ref, b, h, heads, j, size), 0
+    def at_keys(b, h, i, j, bounds_ref, numbers_ref):
+        return numbers_ref[1], b, h, read_at(bounds_ref, b, h, heads, j, size)
 
     def at_pos(b, h, i, j, bounds_ref, _):
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
 
-    pairs = batch * heads * rows * ctx_k.shape[2]
-    read = sum(a.size * a.dtype.itemsize for a in (stacked, ctx_k, ctx_v, pos))
+    slots = ctx_k.shape[3]
+    read = 2 * batch * heads * slots * dim * q.dtype.itemsize
     out, lse = pl.pallas_call(
         functools.partial(
             _kernel, scale=scale, softcap=softcap, windowed=window is not None, size=size
@@ -166,8 +176,8 @@ def attend(
                 pl.BlockSpec((None, None, *own_k.shape[2:]), at_own),
                 pl.BlockSpec((None, None, *own_v.shape[2:]), at_own),
                 pl.BlockSpec((None, tile, seen.shape[2]), lambda b, h, i, *_: (b, i, 0)),
-                pl.BlockSpec((None, None, size, dim), at_keys),
-                pl.BlockSpec((None, None, size, dim), at_keys),
+                slots_spec(dim, size, 3, at_keys),
+                slots_spec(dim, size, 3, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
             ],
             out_specs=[
@@ -189,9 +199,22 @@ def attend(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * pairs * dim, transcendentals=pairs, bytes_accessed=read
+            flops=4 * batch * heads * rows * slots * dim,
+            transcendentals=batch * heads * rows * slots,
+            bytes_accessed=read,
         ),
         name="block_attention",
-    )(bounds, windows, stacked, row_pos, own_k, own_v, seen, ctx_k, ctx_v, pos)
+    )(
+        bounds,
+        numbers,
+        stacked,
+        row_pos,
+        own_k,
+        own_v,
+        seen,
+        as_stored(ctx_k),
+        as_stored(ctx_v),
+        pos,
+    )
     out = out[:, :, :rows].reshape(q.shape)
     return out, lse[:, :, 0, :rows].reshape(batch, heads, groups, nodes)

@@ -35,10 +35,9 @@ def preferred(head_dim: int) -> Implementation:
 
     On several TPU devices without a mesh in use that is XLA too, see `placed`.
 
-    On TPU XLA stores arrays whose last axis is shorter than 128 lanes with slots innermost: a
-    kernel would need a padded copy of keys and values first.
+    Keys of other head dims are not stored as the kernels read them: they would be copied first.
     """
-    fits = target_platform() == "tpu" and head_dim % 128 == 0
+    fits = target_platform() == "tpu" and (head_dim == 64 or head_dim % 128 == 0)
     return "pallas_tpu" if fits and placed() else "xla"
 
 

@@ -22,6 +22,7 @@ from lookahead_jax.kernels.attention import (
     softcap_logits,
     visible_by_position,
 )
+from lookahead_jax.kernels.reductions import Finish
 
 
 class Static(NamedTuple):
@@ -40,6 +41,7 @@ class Places(NamedTuple):
     own_seen: jax.Array | None  # [B, M, M] int8 which of their own keys the rows see
     bounds: jax.Array  # [B * K * 2] int32 first slot worth reading and one past the last
     window: jax.Array | None  # int32 scalar
+    layer: jax.Array | None = None  # int32 scalar, if a context is a stack of layers
 
 
 def _logits(static: Static, q, keys, seen):
@@ -124,21 +126,33 @@ def _row_lse_backward(static, saved, d_lse):
 row_lse.defvjp(_row_lse_forward, _row_lse_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def column_scores(static: Static, maximum: bool, q, k, lse, places: Places) -> jax.Array:
-    """exp(logits - lse) summed over a head's rows, or their maximum: float32 [B, K, G, T]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def column_scores(
+    static: Static, maximum: bool, finish: Finish | None, q, k, lse, places: Places, valid
+) -> jax.Array:
+    """exp(logits - lse) summed over a head's rows, or their maximum: float32 [B, K, G, T].
+
+    With `finish` they are pooled over the entries `valid` [B, K or 1, T] (None where nothing is
+    pooled) and reduced over the group: [B, K, T].
+    """
     return static.kernel(
-        q, places.q_pos, k, places.k_pos, lse, places.bounds, places.window,
-        scale=static.scale, softcap=static.softcap, maximum=maximum,
+        q, places.q_pos, k, places.k_pos, lse, places.bounds, places.window, valid,
+        scale=static.scale, softcap=static.softcap, maximum=maximum, finish=finish,
     )  # fmt: skip
 
 
-def _column_scores_forward(static, maximum, q, k, lse, places):
-    return column_scores(static, maximum, q, k, lse, places), (q, k, lse, places)
+def _column_scores_forward(static, maximum, finish, q, k, lse, places, valid):
+    scores = column_scores(static, maximum, finish, q, k, lse, places, valid)
+    return scores, (q, k, lse, places, valid)
 
 
-def _column_scores_backward(static, maximum, saved, d_scores):
-    q, k, lse, places = saved
+def _column_scores_backward(static, maximum, finish, saved, d_scores):
+    q, k, lse, places, valid = saved
+    if finish is not None:
+        heads: Any = column_scores(static, maximum, None, q, k, lse, places, None)
+        flat = heads.reshape(q.shape[0], -1, k.shape[2])
+        d_scores = jax.vjp(lambda flat: finish(flat, valid, k.shape[1]), flat)[1](d_scores)[0]
+        d_scores = d_scores.reshape(heads.shape)
 
     def columns(rows, keys, seen):
         q, lse = rows
@@ -146,7 +160,7 @@ def _column_scores_backward(static, maximum, saved, d_scores):
         return p.max(3) if maximum else p.sum(3)
 
     rows, (d_k,) = _over_blocks(columns, (q, lse), [k], places, lambda part: part(d_scores))
-    return rows[0], d_k, rows[1], None
+    return rows[0], d_k, rows[1], None, None
 
 
 column_scores.defvjp(_column_scores_forward, _column_scores_backward)
@@ -157,7 +171,7 @@ def attend(static: Static, q, k, v, ctx_k, ctx_v, places: Places) -> tuple[jax.A
     """Output [B, K, G, M, H] and log-sum-exp [B, K, G, M] of rows over a context and themselves."""
     return static.kernel(
         q, k, v, places.own_seen, places.q_pos, (ctx_k, ctx_v, places.k_pos), places.bounds,
-        places.window, scale=static.scale, softcap=static.softcap,
+        places.window, places.layer, scale=static.scale, softcap=static.softcap,
     )  # fmt: skip
 
 
@@ -169,6 +183,8 @@ def _attend_forward(static, q, k, v, ctx_k, ctx_v, places):
 
 def _attend_backward(static, saved, cotangents):
     q, k, v, ctx_k, ctx_v, places, out, lse = saved
+    if places.layer is not None:
+        raise NotImplementedError("a stack of layers is a cache: it is read, not differentiated")
     d_out, d_lse = cotangents
     lse = _without_mass(lse)
     # With p = exp(logits - lse): d logits = p (d_out . v - d_out . out + d_lse).

@@ -10,14 +10,14 @@ Source: LookaheadKV (arXiv 2603.10899), section 3; SnapKV (arXiv 2404.14469) for
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lookahead_jax.kernels.attention import (
-    KEY_BLOCK,
     Slots,
+    default_block,
     grouped,
     key_blocks,
     own_seen,
@@ -28,34 +28,9 @@ from lookahead_jax.kernels.attention import (
     visible_by_position,
 )
 from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
+from lookahead_jax.kernels.reductions import Finish, Group, Pool, Reduce
 
-Reduce = Literal["mean", "sum", "max"]
-Pool = Literal["avg", "max"]
 _FLOOR = -1e30
-
-
-def pool_scores(scores: jax.Array, valid: jax.Array, kind: Pool, kernel: int) -> jax.Array:
-    """Smooths float32 scores [B, N, T] along T over the entries `valid` [B, N or 1, T].
-
-    Stride 1, same length. Average pooling pads with zeros and always divides by `kernel`; max
-    pooling pads with -inf. Entries that are not valid count as padding. `kernel` must be odd.
-    """
-    if kernel % 2 == 0:
-        raise ValueError(f"pooling kernel {kernel} is even; a centred window needs an odd one")
-    shape, strides = (1, 1, kernel), (1, 1, 1)
-    if kind == "avg":
-        inside = jnp.where(valid, scores, 0.0)
-        total = jax.lax.reduce_window(inside, 0.0, jax.lax.add, shape, strides, "SAME")
-        return total / kernel
-    inside = jnp.where(valid, scores, -jnp.inf)
-    return jax.lax.reduce_window(inside, -jnp.inf, jax.lax.max, shape, strides, "SAME")
-
-
-def reduce_group(scores: jax.Array, kv_heads: int, how: Literal["mean", "max"]) -> jax.Array:
-    """[B, N, T] per query head -> [B, K, T] per KV head."""
-    b, n, t = scores.shape
-    grouped_scores = scores.reshape(b, kv_heads, n // kv_heads, t)
-    return grouped_scores.mean(2) if how == "mean" else grouped_scores.max(2)
 
 
 def head_scores(
@@ -89,13 +64,53 @@ def head_scores(
     )  # fmt: skip
 
 
+def importance_scores(
+    q: jax.Array,
+    q_pos: jax.Array,
+    k: jax.Array,
+    k_pos: jax.Array,
+    own: tuple[jax.Array, jax.Array] | None,
+    valid: jax.Array,  # [B, K or 1, T] bool, entries that take part in the pooling
+    *,
+    scale: float,
+    softcap: float | None,
+    window: jax.Array | int | None,
+    reduce: Reduce,
+    pool: tuple[Pool, int] | None,
+    group: Group,
+    lse: jax.Array | None = None,
+    key_block: int | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """`head_scores`, pooled per query head, then reduced over each group: float32 [B, K, T].
+
+    The TPU kernel does all of it without writing the scores of query heads; the GPU kernel does
+    so where nothing is pooled.
+    """
+    finish = Finish(pool, group)
+    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
+    settings: Any = dict(
+        scale=scale, softcap=softcap, window=window, reduce=reduce, lse=lse, slots=None,
+        key_block=key_block,
+    )  # fmt: skip
+    if name != "xla" and _backend(name).finishes(finish):
+        return _pallas(name, q, q_pos, k, k_pos, own, finish=finish, valid=valid, **settings)
+    scores = head_scores(q, q_pos, k, k_pos, own, implementation=name, **settings)
+    return finish(scores, valid, k.shape[1])
+
+
+def _backend(name: Implementation) -> Any:
+    """The module of a platform's kernels."""
+    if name == "pallas_gpu":
+        from lookahead_jax.kernels import importance_gpu as backend
+    else:
+        from lookahead_jax.kernels import importance_tpu as backend
+    return backend
+
+
 def _unsupported(name: Implementation, q: jax.Array, k: jax.Array) -> str | None:
     """Why a kernel cannot take these arguments, or None."""
-    if name == "pallas_gpu":
-        from lookahead_jax.kernels.importance_gpu import unsupported
-    else:
-        from lookahead_jax.kernels.importance_tpu import unsupported
-    return unsupported(q, k)
+    return _backend(name).unsupported(q, k)
 
 
 def _rows_that_count(q_pos: jax.Array) -> jax.Array:
@@ -104,15 +119,13 @@ def _rows_that_count(q_pos: jax.Array) -> jax.Array:
 
 
 def _pallas(
-    name, q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block
-):
-    """Kernels on each device's rows and heads; same arguments and results as `_xla`."""
+    name, q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block,
+    finish=None, valid=None,
+):  # fmt: skip
+    """Kernels on each device's rows and heads: `_xla`'s results, or with `finish` finished ones."""
     from lookahead_jax.kernels.gradients import Places, Static, column_scores, row_lse
 
-    if name == "pallas_gpu":
-        from lookahead_jax.kernels import importance_gpu as backend
-    else:
-        from lookahead_jax.kernels import importance_tpu as backend
+    backend = _backend(name)
     sweeps = [
         functools.partial(f, key_block=key_block) for f in (backend.row_lse, backend.column_scores)
     ]
@@ -121,8 +134,9 @@ def _pallas(
     seen = None if seen is None else own_seen(seen, q_pos, window).astype(jnp.int8)
     bounds = slot_bounds(slots, q.shape[0], k.shape[1], k.shape[2])
     window = None if window is None else jnp.asarray(window, jnp.int32)
+    valid = None if finish is None or finish.pool is None else valid
 
-    def local(q, q_pos, k, k_pos, own_k, seen, lse, bounds, window):
+    def local(q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid):
         qg = grouped(q, k.shape[1])
         places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window)
         found: Any = (
@@ -131,24 +145,24 @@ def _pallas(
         found = jnp.where(jnp.isfinite(found), found, jnp.inf)
         if reduce == "mean":
             found += jnp.log(_rows_that_count(q_pos))[:, None, None, None]
-        scores: Any = column_scores(sums, reduce == "max", qg, k, found, places)
-        return scores.reshape(q.shape[0], q.shape[2], k.shape[2])
+        scores: Any = column_scores(sums, reduce == "max", finish, qg, k, found, places, valid)
+        return scores.reshape(q.shape[0], -1, k.shape[2])
 
     return per_shard(
         local,
-        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window),
-        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", ""),
-        ("BNT",),
+        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid),
+        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", "", "BKT"),
+        ("BNT" if finish is None else "BKT",),
     )
 
 
 def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block):
     """The formula, in blocks of keys. It defines the semantics."""
-    b, _, n, _ = q.shape
+    b, m, n, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     qg = grouped(q, kv_heads)
     rows = qg.shape[:4]
-    size, count = key_blocks(total, key_block or KEY_BLOCK)
+    size, count = key_blocks(total, key_block or default_block(b * n * m))
 
     def logits_of(keys, mask):
         raw = jnp.einsum("bkgmh,bksh->bkgms", qg, keys, preferred_element_type=jnp.float32)
@@ -195,32 +209,3 @@ def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots,
     if reduce == "mean":
         scores = scores / _rows_that_count(q_pos)[:, None, None, None]
     return scores.reshape(b, n, total)
-
-
-def importance_scores(
-    q: jax.Array,
-    q_pos: jax.Array,
-    k: jax.Array,
-    k_pos: jax.Array,
-    own: tuple[jax.Array, jax.Array] | None,
-    valid: jax.Array,  # [B, K or 1, T] bool, entries that take part in the pooling
-    *,
-    scale: float,
-    softcap: float | None,
-    window: jax.Array | int | None,
-    reduce: Reduce,
-    pool: tuple[Pool, int] | None,
-    group: Literal["mean", "max"],
-    lse: jax.Array | None = None,
-    implementation: Implementation | None = None,
-) -> jax.Array:
-    """`head_scores`, pooled per query head, then reduced over each group: float32 [B, K, T]."""
-    scores = head_scores(
-        q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
-        lse=lse, implementation=implementation,
-    )  # fmt: skip
-    if pool is not None:
-        per_head = valid.shape[1] > 1
-        valid = jnp.repeat(valid, q.shape[2] // k.shape[1], axis=1) if per_head else valid
-        scores = pool_scores(scores, valid, *pool)
-    return reduce_group(scores, k.shape[1], group)

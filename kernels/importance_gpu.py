@@ -11,6 +11,8 @@ default on GPUs until a measurement on a card says otherwise.
 Letters: B batch, M observing rows, N query heads, K KV heads, G = N / K, H head dim, T entries.
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lookahead_jax.kernels import attention_gpu as attention
 from lookahead_jax.kernels.attention_gpu import COLUMN, KEYS, LOG2E, NEVER, ROW
+from lookahead_jax.kernels.reductions import Finish
 
 _STAGES = 3  # blocks of keys on their way
 _BLOCKS = 16  # blocks of keys that one warpgroup reads, one after the other
@@ -55,7 +58,7 @@ def row_lse(
     count = q.shape[2] * q.shape[3]
     rows, low, high = attention.stacked_rows(q, q_pos, window)
     m, mass, _ = attention.partial_attention(
-        rows, low, high, k, None, k_pos, bounds[1::2], **settings
+        rows, low, high, k, None, k_pos, bounds[1::2], None, **settings
     )
     m, mass = m[:, :, :count], mass[:, :, :count]
     if own is None:
@@ -63,6 +66,11 @@ def row_lse(
     else:
         mine = attention.own_part(q, own[0], None, own[1], **settings)
     return attention.merge((m, mass, None), mine)[0].reshape(q.shape[:4])
+
+
+def finishes(finish: Finish) -> bool:
+    """Whether `column_scores` can do this: a block does not know its neighbours to pool with."""
+    return finish.pool is None
 
 
 def column_scores(
@@ -73,14 +81,20 @@ def column_scores(
     lse: jax.Array,  # [B, K, G, M] float32; +inf takes a row out
     bounds: jax.Array,  # [B * K * 2] int32
     window: jax.Array | int | None,
+    valid: jax.Array | None,
     *,
     scale: float,
     softcap: float | None,
     maximum: bool,
+    finish: Finish | None,
     key_block: int | None = None,
 ) -> jax.Array:
-    """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T]."""
+    """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T].
+
+    With `finish` reduced over the group: [B, K, T].
+    """
     del bounds, key_block  # every key is read: its block has to be written anyway
+    del valid  # nothing is pooled here, see `finishes`
     batch, heads, groups, rows, dim = q.shape
     total = k.shape[2]
     blocks = total // KEYS
@@ -89,7 +103,11 @@ def column_scores(
     q = jnp.pad(q, [(0, 0)] * 3 + [(0, pad), (0, 0)]).reshape(-1, groups, width, dim)
     low, high = attention.row_range(q_pos, window)
     low, high = (jnp.pad(a, ((0, 0), (0, pad)), constant_values=-1) for a in (low, high))
-    lse = jnp.pad(lse * LOG2E, [(0, 0)] * 3 + [(0, pad)]).reshape(-1, groups, width)
+    lse *= LOG2E
+    if finish is not None and finish.group == "mean":
+        lse += math.log2(groups)  # the factor of the mean
+    written = groups if finish is None else 1
+    lse = jnp.pad(lse, [(0, 0)] * 3 + [(0, pad)]).reshape(-1, groups, width)
     shared = k_pos.shape[1] == 1
     k_pos = jnp.where(k_pos < 0, NEVER, k_pos).reshape(-1)
 
@@ -115,6 +133,7 @@ def column_scores(
                 attention.load(k_pos_sm, ROW), attention.load(low_sm, COLUMN),
                 attention.load(high_sm, COLUMN), (KEYS, width), 0,
             )  # fmt: skip
+            columns = []
             for g in range(groups):
 
                 def product(ref, g=g):
@@ -125,11 +144,17 @@ def column_scores(
                 logits = attention.logits_of(raw, scale, softcap)
                 norm = lax.broadcast_in_dim(attention.load(lse_sm.at[g], COLUMN), logits.shape, [1])
                 p = jnp.where(seen, jnp.exp2(logits - norm), 0.0)
-                out_sm[g] = p.max(axis=1) if maximum else p.sum(axis=1)
+                columns.append(p.max(axis=1) if maximum else p.sum(axis=1))
+            if finish is not None:
+                join = jnp.maximum if finish.group == "max" else jnp.add
+                columns = [functools.reduce(join, columns)]
+            # The block before this one has been on its way out while this one was computed.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i, column in enumerate(columns):
+                out_sm[i] = column
             plgpu.commit_smem()
             here = pl.ds((first + at[0]) * KEYS, KEYS)
             plgpu.copy_smem_to_gmem(out_sm, out_gm.at[bh, :, here])
-            plgpu.wait_smem_to_gmem(0)
 
         plgpu.emit_pipeline(
             step,
@@ -145,10 +170,11 @@ def column_scores(
             ],
             max_concurrent_steps=_STAGES,
         )(k_pos_gm, k_gm)  # fmt: skip
+        plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    scores = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((batch * heads, groups, total), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((batch * heads, written, total), jnp.float32),
         grid=(-(-blocks // _BLOCKS), batch * heads),
         grid_names=("run", "bh"),
         compiler_params=attention.PARAMETERS,
@@ -157,7 +183,9 @@ def column_scores(
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((groups, width), jnp.float32),
-            plgpu.SMEM((groups, KEYS), jnp.float32),
-            plgpu.Barrier(),
+            plgpu.SMEM((written, KEYS), jnp.float32),
+            plgpu.Barrier(num_arrivals=groups + 3),
         ],
-    )(q, low, high, lse, k_pos, k.reshape(-1, dim)).reshape(batch, heads, groups, total)
+    )(q, low, high, lse, k_pos, k.reshape(-1, dim))
+    lead = (batch, heads, groups) if finish is None else (batch, heads)
+    return scores.reshape(*lead, total)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lookahead_jax.kernels.reductions import Finish
+
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 _NEVER = jnp.iinfo(jnp.int32).max  # position of an empty slot, as the kernels compare it
 LOG2E = 1.0 / math.log(2.0)
@@ -27,7 +29,7 @@ BLOCK_BYTES = 1 << 20  # of keys in a grid step, chosen from the compiler's stat
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
     """Why the kernels cannot take these arguments, or None."""
-    total, head_dim = k.shape[2:]
+    total, head_dim = k.shape[-2:]
     if head_dim % 64:
         return f"head dim {head_dim} is not a multiple of 64"
     if total % 128:
@@ -69,13 +71,36 @@ def read_at(bounds_ref, batch, head, heads: int, block, size: int):
     return jnp.clip(block, jnp.minimum(jax.lax.div(bounds_ref[at], size), last), last)
 
 
+def as_stored(a: jax.Array) -> jax.Array:
+    """Keys or values [..., S, H] as XLA keeps them: with slots last where H is below 128 lanes.
+
+    The transposition is then one of names alone; the other form would be a padded copy.
+    """
+    return a.swapaxes(-1, -2) if a.shape[-1] < _LANES else a
+
+
+def slots_spec(dim: int, size: int, lead: int, at) -> pl.BlockSpec:
+    """A block of slots of an array that is `as_stored`: `at` gives its place on `lead` axes, and
+    which block."""
+    if dim >= _LANES:
+        return pl.BlockSpec((*[None] * lead, size, dim), lambda *ids: (*at(*ids), 0))
+
+    def transposed(*ids):
+        *place, block = at(*ids)
+        return *place, 0, block
+
+    return pl.BlockSpec((*[None] * lead, dim, size), transposed)
+
+
 def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap):
     """Logits [R, S] of one tile on one block, float32 in units of log(2), and who sees whom.
 
-    Powers of two are what the hardware has: exp(x - lse) would cost one more product an element.
+    Keys are [S, H], or [H, S] where that is how they are stored. Powers of two are what the
+    hardware has: exp(x - lse) would cost one more product an element.
     """
     raw = jax.lax.dot_general(
-        q, k, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32,
+        q, k, (((1,), (1 if k.shape[1] == q.shape[1] else 0,)), ((), ())),
+        preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )  # fmt: skip
     if softcap is None:
@@ -132,8 +157,8 @@ def _lse_kernel(
         step = min(_STATISTICS_BLOCK, size)
         for i in range(0, size, step):
             part = slice(i, min(i + step, size))
-            k, k_pos = k_ref[part], k_pos_ref[:, part]
-            accumulate(*masked_logits(q, k, k_pos, q_pos, window, **settings))
+            k = k_ref[part] if k_ref.shape[1] == dim else k_ref[:, part]
+            accumulate(*masked_logits(q, k, k_pos_ref[:, part], q_pos, window, **settings))
 
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
@@ -144,19 +169,32 @@ def _lse_kernel(
         out_ref[...] = lse.reshape(groups, tile, 1)
 
 
+def _windows(x, kernel: int, join):
+    """`join` over the `kernel` lanes that end at each lane, by doubling; lanes wrap around."""
+    found, have, power, width = x, 1, x, 1  # `kernel` is odd: one lane is always among them
+    while have < kernel:
+        power = join(power, pltpu.roll(power, width, 1))
+        width *= 2
+        if kernel & width:
+            found = join(found, pltpu.roll(power, have, 1))
+            have += width
+    return found
+
+
 def _columns_kernel(
-    bounds_ref, window_ref, q_ref, q_pos_ref, lse_ref, k_ref, k_pos_ref, out_ref,
-    *, scale, softcap, windowed, maximum, size,
+    bounds_ref, window_ref, q_ref, q_pos_ref, lse_ref, k_ref, k_pos_ref, valid_ref, out_ref,
+    *scratch, scale, softcap, windowed, maximum, finish, size,
 ):  # fmt: skip
     block, part = pl.program_id(2), pl.program_id(3)
     groups, tile, dim = q_ref.shape
-    alive = live(bounds_ref, block, size)
+    sums_ref = scratch[0] if scratch else out_ref
+    heads = sums_ref.shape[0]
 
     @pl.when(part == 0)
     def _():
-        out_ref[...] = jnp.zeros_like(out_ref)
+        sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    @pl.when(alive)
+    @pl.when(live(bounds_ref, block, size))
     def _():
         q = q_ref[...].reshape(groups * tile, dim)
         q_pos = jnp.concatenate([q_pos_ref[...]] * groups, axis=0)
@@ -165,11 +203,48 @@ def _columns_kernel(
             scale=scale, softcap=softcap,
         )  # fmt: skip
         p = jnp.where(seen, jnp.exp2(logits - lse_ref[...].reshape(groups * tile, 1)), 0.0)
-        p = p.reshape(groups, tile, p.shape[-1])
+        p = p.reshape(heads, groups * tile // heads, p.shape[-1])
         if maximum:
-            out_ref[...] = jnp.maximum(out_ref[...], p.max(1))
+            sums_ref[...] = jnp.maximum(sums_ref[...], p.max(1))
         else:
-            out_ref[...] += p.sum(1)
+            sums_ref[...] += p.sum(1)
+
+    if not scratch:
+        return
+
+    def grouped(x):
+        return x.max(0, keepdims=True) if finish.group == "max" else x.sum(0, keepdims=True)
+
+    @pl.when(part == pl.num_programs(3) - 1)
+    def _():
+        if finish.pool is None:
+            out_ref[...] = grouped(sums_ref[...])
+            return
+        # A block is pooled when its right neighbour is known: one step later.
+        line_ref = scratch[1]
+        kind, kernel = finish.pool
+        join, padding = (jnp.maximum, -jnp.inf) if kind == "max" else (jnp.add, 0.0)
+        inside = (valid_ref[...].astype(jnp.int32) > 0) & (block < pl.num_programs(2) - 1)
+        new = jnp.where(inside, sums_ref[...], padding)
+
+        @pl.when(block == 0)
+        def _():
+            line_ref[...] = jnp.full_like(line_ref, padding)
+
+        @pl.when(block > 0)
+        def _():
+            line = jnp.concatenate([line_ref[...], new[:, :_LANES]], axis=1)
+            pooled = _windows(line, kernel, join)
+            pooled = pltpu.roll(pooled, pooled.shape[1] - (_LANES + kernel // 2), 1)
+            out_ref[...] = grouped(pooled[:, :size])
+
+        line_ref[:, :_LANES] = line_ref[:, size:]
+        line_ref[:, _LANES:] = new
+
+
+def finishes(finish: Finish) -> bool:
+    """Whether `column_scores` can pool and reduce like this: blocks know one lane row beyond."""
+    return finish.pool is None or finish.pool[1] < 2 * _LANES
 
 
 def block_size(k: jax.Array, key_block: int | None) -> int:
@@ -232,7 +307,7 @@ def row_lse(
         return b, h, 0, i, 0
 
     def at_keys(b, h, i, j, bounds_ref, _):
-        return b, h, read_at(bounds_ref, b, h, heads, j, size), 0
+        return b, h, read_at(bounds_ref, b, h, heads, j, size)
 
     def at_pos(b, h, i, j, bounds_ref, _):
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
@@ -245,7 +320,7 @@ def row_lse(
             in_specs=[
                 pl.BlockSpec((None, None, groups, tile, dim), at_rows),
                 pl.BlockSpec((None, tile, 1), lambda b, h, i, j, *_: (b, i, 0)),
-                pl.BlockSpec((None, None, size, dim), at_keys),
+                slots_spec(dim, size, 2, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
                 pl.BlockSpec((None, None, *own_k.shape[2:]), lambda b, h, *_: (b, h, 0, 0)),
                 pl.BlockSpec((None, tile, seen.shape[2]), lambda b, h, i, *_: (b, i, 0)),
@@ -259,7 +334,7 @@ def row_lse(
         ),
         cost_estimate=_cost(q, k, exponentials=1, written=0),
         name="importance_row_lse",
-    )(bounds, windows, q, q_pos, k, k_pos, own_k, seen)
+    )(bounds, windows, q, q_pos, as_stored(k), k_pos, own_k, seen)
     return lse[..., :rows, 0]
 
 
@@ -271,50 +346,85 @@ def column_scores(
     lse: jax.Array,  # [B, K, G, M] float32; +inf takes a row out
     bounds: jax.Array,  # [B * K * 2] int32
     window: jax.Array | int | None,
+    valid: jax.Array | None,  # [B, K or 1, T] bool, entries that take part in the pooling
     *,
     scale: float,
     softcap: float | None,
     maximum: bool,
+    finish: Finish | None,
     key_block: int | None = None,
 ) -> jax.Array:
-    """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T]."""
+    """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T].
+
+    With `finish` pooled, and reduced over the group: [B, K, T].
+    """
     batch, heads, groups, _, dim = q.shape
     q, q_pos, k_pos, windows, tile, size = _layout(q, q_pos, k, k_pos, window, key_block)
-    lse = pad_axis(lse * LOG2E, 3, tile)[..., None]
-    kernel = functools.partial(
-        _columns_kernel, scale=scale, softcap=softcap, windowed=window is not None,
-        maximum=maximum, size=size,
-    )  # fmt: skip
     per_head = k_pos.shape[1] > 1
     tiles, blocks = q.shape[3] // tile, k_pos.shape[3] // size
+    lse *= LOG2E
+    pool = None if finish is None else finish.pool
+    written, steps, scratch = 1 if finish else groups, blocks, []
+    if finish is not None:
+        reductions = {maximum, finish.group == "max"} | ({pool[0] == "max"} if pool else set())
+        # Where all reductions are the same, a group is one head with more rows.
+        apart = groups if len(reductions) > 1 else 1
+        if apart > 1 or pool is not None:
+            scratch.append(pltpu.VMEM((apart, size), jnp.float32))
+        # The factors of means stand in the log-sum-exp.
+        lse += math.log2(groups) if finish.group == "mean" else 0.0
+        if pool is not None:
+            lse += math.log2(pool[1]) if pool[0] == "avg" else 0.0
+            scratch.append(pltpu.VMEM((apart, _LANES + size), jnp.float32))
+            steps += 1
+    lse = pad_axis(lse, 3, tile)[..., None]
+    valid = jnp.ones((1, 1, size), bool) if valid is None else valid
+    valid = pad_axis(valid.astype(jnp.int8), 2, size)[:, :, None]
+    body = functools.partial(
+        _columns_kernel, scale=scale, softcap=softcap, windowed=window is not None,
+        maximum=maximum, finish=finish, size=size,
+    )  # fmt: skip
 
     def at_rows(b, h, j, i, *_):
         return b, h, 0, i, 0
 
     def at_keys(b, h, j, i, bounds_ref, _):
-        return b, h, read_at(bounds_ref, b, h, heads, j, size), 0
+        return b, h, read_at(bounds_ref, b, h, heads, j, size)
 
     def at_pos(b, h, j, i, bounds_ref, _):
         return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
 
-    return pl.pallas_call(
-        kernel,
+    def at_valid(b, h, j, *_):
+        if pool is None:
+            return 0, 0, 0, 0
+        return b, h if valid.shape[1] > 1 else 0, 0, jnp.minimum(j, blocks - 1)
+
+    def at_out(b, h, j, *_):
+        return b, h, 0, j if pool is None else jnp.maximum(j - 1, 0)
+
+    scores = pl.pallas_call(
+        body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, heads, blocks, tiles),
+            grid=(batch, heads, steps, tiles),
             in_specs=[
                 pl.BlockSpec((None, None, groups, tile, dim), at_rows),
                 pl.BlockSpec((None, tile, 1), lambda b, h, j, i, *_: (b, i, 0)),
                 pl.BlockSpec((None, None, groups, tile, 1), at_rows),
-                pl.BlockSpec((None, None, size, dim), at_keys),
+                slots_spec(dim, size, 2, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
+                pl.BlockSpec((None, None, 1, size), at_valid),
             ],
-            out_specs=pl.BlockSpec((None, None, groups, size), lambda b, h, j, i, *_: (b, h, 0, j)),
+            out_specs=pl.BlockSpec((None, None, written, size), at_out),
+            scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, groups, k.shape[2]), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, written, k.shape[2]), jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            dimension_semantics=(
+                "parallel", "parallel", "parallel" if pool is None else "arbitrary", "arbitrary"
+            )
         ),
-        cost_estimate=_cost(q, k, exponentials=1, written=4 * batch * heads * groups * k.shape[2]),
+        cost_estimate=_cost(q, k, exponentials=1, written=4 * batch * heads * written * k.shape[2]),
         name="importance_column_scores",
-    )(bounds, windows, q, q_pos, lse, k, k_pos)
+    )(bounds, windows, q, q_pos, lse, as_stored(k), k_pos, valid)  # fmt: skip
+    return scores if finish is None else scores[:, :, 0]

@@ -65,10 +65,11 @@ class LayerKind(NamedTuple):
 class Context(NamedTuple):
     """Keys and values that stand before a block, in one layer."""
 
-    k: jax.Array  # [B, K, S, H]
-    v: jax.Array  # [B, K, S, H]
+    k: jax.Array  # [B, K, S, H], or with `layer` a stack [L, B, K, S, H]
+    v: jax.Array
     pos: jax.Array  # [B, K or 1, S] int32, -1 = empty
     slots: Slots | None = None  # range worth reading
+    layer: jax.Array | None = None  # int32 scalar: which of the stack is meant
 
 
 NO_WINDOW = np.iinfo(np.int32).max
@@ -186,6 +187,7 @@ def layer_step(
             softcap=config.attn_softcap,
             window=kind.window,
             slots=None if context is None else context.slots,
+            layer=None if context is None else context.layer,
         )
     out = linear(p, "o", out, inputs=2, lora=lora, lora_scale=lora_scale)
     if config.post_norms:
@@ -237,6 +239,14 @@ def cache_context(cache: KVCache, layer: jax.Array) -> Context:
     return Context(at(cache.k), at(cache.v), at(cache.pos), (0, at(cache.length)))
 
 
+def cache_in_place(cache: KVCache, layer: jax.Array) -> Context:
+    """`cache_context` for attention alone, which finds the layer in the stack without a copy."""
+    pos, length = (
+        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.pos, cache.length)
+    )
+    return Context(cache.k, cache.v, pos, (0, length), layer)
+
+
 def forward(
     params: Params, block: Block, cache: KVCache | None, *, config: ModelConfig
 ) -> BlockOutput:
@@ -250,7 +260,7 @@ def forward(
 
     def step(x, inputs):
         p, lora, kind = inputs
-        context = None if cache is None else cache_context(cache, kind.index)
+        context = None if cache is None else cache_in_place(cache, kind.index)
         x, proj = layer_step(
             p, x, block.positions, visible, cos, sin, kind, context,
             config=config, lora=lora, lora_scale=block.lora_scale,

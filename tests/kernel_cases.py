@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.importance import head_scores
+from lookahead_jax.kernels.importance import head_scores, importance_scores
 
 B, K = 2, 2
 NO_WINDOW = np.iinfo(np.int32).max
@@ -47,11 +47,15 @@ def arguments(rows, slots, groups, dim, *, dtype=np.float32, per_head=True, data
     return (normal(B, rows, K * groups, dim), *own, k, v, *places)
 
 
-def attention(a, window, *, implementation, key_block=None, softcap=None):
+def attention(a, window, *, implementation, key_block=None, softcap=None, layer=None):
+    """With `layer` the context stands at that place of a stack of three, the others NaN."""
     q, own_k, own_v, k, v, visible, q_pos, pos, ends = a
+    if layer is not None:
+        k, v = (jnp.full((3, *x.shape), jnp.nan, x.dtype).at[layer].set(x) for x in (k, v))
+        layer = jnp.asarray(layer, jnp.int32)
     return block_attention(
         q, own_k, own_v, visible, q_pos, (k, v, pos), scale=0.2, softcap=softcap, window=window,
-        slots=None if ends is None else (0, ends), key_block=key_block,
+        slots=None if ends is None else (0, ends), layer=layer, key_block=key_block,
         implementation=implementation,
     )  # fmt: skip
 
@@ -64,6 +68,16 @@ def scores(
         q, q_pos, k, pos, (own_k, visible) if own else None, scale=0.2, softcap=softcap,
         window=window, reduce=reduce, lse=lse, slots=None if ends is None else (0, ends),
         key_block=key_block, implementation=implementation,
+    )  # fmt: skip
+
+
+def finished(a, window, *, implementation, reduce, pool, group, key_block=None):
+    """Scores of KV heads; one entry in eight takes no part in the pooling."""
+    q, own_k, _, k, _, visible, q_pos, pos, _ = a
+    return importance_scores(
+        q, q_pos, k, pos, (own_k, visible), (pos >= 0) & (pos % 8 != 3), scale=0.2, softcap=None,
+        window=window, reduce=reduce, pool=pool, group=group, key_block=key_block,
+        implementation=implementation,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.kernels.attention import block_attention, default_block
 from tests import reference
 
 # float32 sums of at most 60 terms of size 1 and logits of size 10.
@@ -215,3 +215,31 @@ def test_gradients_without_bounds_match_one_block():
     for a, b in zip(one, many, strict=True):
         assert np.isfinite(np.asarray(a)).all()
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * float(jnp.abs(a).max()) * 10)
+
+
+@pytest.mark.parametrize("key_block", [64, 10])
+def test_a_layer_of_a_stack_is_read_in_place(key_block):
+    """As the same layer on its own, and no copy of it stands in the program."""
+    q, k, v, ctx, pos, q_pos = case(3, 48)
+    own = jnp.asarray(causal(q_pos))
+    stack = tuple(jnp.full((3, *a.shape), jnp.nan).at[1].set(a) for a in ctx)
+    settings = dict(scale=0.4, softcap=None, window=None, key_block=key_block)
+
+    @jax.jit
+    def run(stack, layer):
+        context = (*stack, jnp.asarray(pos))
+        return block_attention(q, k, v, own, jnp.asarray(q_pos), context, layer=layer, **settings)
+
+    alone = block_attention(q, k, v, own, jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)), **settings)
+    layer = jnp.asarray(1, jnp.int32)
+    for got, want in zip(run(stack, layer), alone, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+    if key_block == 10:  # one block is a whole layer
+        assert f"f32[{B},{K},48,{H}]" not in run.lower(stack, layer).compile().as_text()
+
+
+def test_gpus_take_as_many_slots_at_once_as_memory_allows(monkeypatch):
+    monkeypatch.setattr("lookahead_jax.kernels.attention.target_platform", lambda: "gpu")
+    assert default_block(32) >= 131072  # a decoding step over 128K entries has no loop
+    assert 4 * 32 * 512 * default_block(32 * 512) == 2**28
+    assert default_block(10**9) == 512

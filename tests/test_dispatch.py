@@ -10,7 +10,9 @@ from lookahead_jax.sharding import make_mesh
 from tests.kernel_cases import arguments, attention, scores
 
 
-@pytest.mark.parametrize(("dim", "slots", "kernels"), [(128, 256, 2), (64, 256, 0), (128, 200, 0)])
+@pytest.mark.parametrize(
+    ("dim", "slots", "kernels"), [(128, 256, 2), (64, 256, 2), (192, 256, 0), (128, 200, 0)]
+)
 def test_tpus_get_the_kernels_where_they_fit(dim, slots, kernels):
     """Lowered for TPU on any machine; other platforms, and shapes that do not fit, get XLA."""
 
@@ -38,4 +40,5 @@ def test_several_tpus_get_kernels_only_under_a_mesh(monkeypatch):
     assert dispatch.preferred(128) == "xla"
     with jax.set_mesh(make_mesh(tensor=2)):
         assert dispatch.preferred(128) == "pallas_tpu"
-        assert dispatch.preferred(64) == "xla"
+        assert dispatch.preferred(64) == "pallas_tpu"
+        assert dispatch.preferred(192) == "xla"

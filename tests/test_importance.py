@@ -5,12 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.kernels.importance import (
-    head_scores,
-    importance_scores,
-    pool_scores,
-    reduce_group,
-)
+from lookahead_jax.kernels.importance import head_scores, importance_scores
+from lookahead_jax.kernels.reductions import Finish, pool_scores, reduce_group
 from tests import reference
 from tests.test_attention import B, K, N, case, causal
 
@@ -155,9 +151,8 @@ def test_pooling_matches_loops(kind, kernel, per_head):
 
 
 def test_an_even_kernel_is_refused():
-    scores, valid = jnp.zeros((1, 1, 4)), jnp.ones((1, 1, 4), bool)
-    with pytest.raises(ValueError, match="even"):
-        pool_scores(scores, valid, "avg", 4)
+    with pytest.raises(ValueError, match="pooling over 4"):
+        Finish(("avg", 4), "mean")
 
 
 @pytest.mark.parametrize("how", ["mean", "max"])

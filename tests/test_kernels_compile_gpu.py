@@ -39,8 +39,7 @@ import sys
 import jax, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from lookahead_jax.kernels.specs import SPECS
-from tests.test_kernels_gpu import call
+from lookahead_jax.kernels.specs import SPECS, call
 
 topology = topologies.get_topology_desc(
     platform="cuda", topology_name="", target_config=sys.argv[1], topology="1x1x1"
@@ -53,7 +52,8 @@ for name in sys.argv[2:]:
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), spec.shapes()
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = jax.jit(lambda a: call(spec, a)).lower(shapes).compile()
+        run = lambda a: call(spec, a, "pallas_gpu", 0.1)
+        program = jax.jit(run).lower(shapes).compile()
     print(name, program.memory_analysis().temp_size_in_bytes)
 """
 

@@ -12,10 +12,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.importance import head_scores
-from lookahead_jax.kernels.specs import SPECS
-from tests.kernel_cases import NO_WINDOW, arguments, attention, compare, scores
+from lookahead_jax.kernels.specs import SPECS, call
+from tests.kernel_cases import NO_WINDOW, arguments, attention, compare, finished, scores
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
 interpreter = pytest.mark.skipif(
@@ -30,7 +28,7 @@ def test_attention_over_a_cache():
     cases = [(make(), NO_WINDOW), (make(seed=1), 200), (make(data="blind"), NO_WINDOW)]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         # Probabilities and outputs (up to 3) are rounded to 8 bits, at other maxima than XLA's.
-        compare("pallas_gpu", attention, cases, None, tolerance=0.03, softcap=2.0)
+        compare("pallas_gpu", attention, cases, None, tolerance=0.03, softcap=2.0, layer=1)
 
 
 @interpreter
@@ -43,18 +41,13 @@ def test_scores(reduce):
         compare("pallas_gpu", scores, cases, None, reduce=reduce, own=reduce == "mean")
 
 
-def call(spec, a):
-    """The public operation on a spec's arguments, by the GPU kernels."""
-    settings = dict(scale=0.1, softcap=None, window=None, implementation="pallas_gpu")
-    if spec.op == "scores":
-        own = a["own_k"], a["visible"]
-        return head_scores(
-            a["q"], a["q_pos"], a["k"], a["pos"], own, lse=a.get("lse"), reduce="mean", **settings
-        )
-    return block_attention(
-        a["q"], a["own_k"], a["own_v"], a["visible"], a["q_pos"], (a["k"], a["v"], a["pos"]),
-        slots=(0, a["length"]), **settings,
-    )  # fmt: skip
+@interpreter
+@pytest.mark.parametrize(("group", "pool"), [("mean", None), ("max", None), ("mean", ("max", 3))])
+def test_scores_of_kv_heads(group, pool):
+    """The group is reduced in the kernel; what is pooled is pooled behind it."""
+    cases = [(arguments(5, 256, 2, 64, dtype=jnp.bfloat16), NO_WINDOW)]
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        compare("pallas_gpu", finished, cases, None, reduce="mean", pool=pool, group=group)
 
 
 @interpreter
@@ -63,7 +56,8 @@ def test_llama_8b_shapes_lower_for_cuda(name):
     spec = SPECS[name]
     mesh = AbstractMesh((1,), ("x",), abstract_device=H100)
     with jax.sharding.use_abstract_mesh(mesh):
-        program = jax.jit(functools.partial(call, spec)).trace(spec.shapes())
+        run = functools.partial(call, spec, implementation="pallas_gpu", scale=0.1)
+        program = jax.jit(run).trace(spec.shapes())
         text = program.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
     # No probabilities of all observers on all keys, whatever their layout.

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.kernels import attention_tpu, importance_tpu
 from lookahead_jax.sharding import make_mesh
-from tests.kernel_cases import NO_WINDOW, TOLERANCE, arguments, attention, compare, scores
+from tests.kernel_cases import NO_WINDOW, TOLERANCE, arguments, attention, compare, finished, scores
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +41,13 @@ def test_decoding_in_bfloat16_with_softcap():
         256,
         tolerance=0.03,
         softcap=2.0,
+        layer=1,
     )
 
 
 def test_attention_of_many_rows_goes_tile_by_tile(monkeypatch):
     monkeypatch.setattr(attention_tpu, "_ROWS", 16)
-    compare("pallas_tpu", attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128)
+    compare("pallas_tpu", attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128, layer=2)
 
 
 def test_scores_with_own_keys():
@@ -73,9 +74,32 @@ def test_largest_bfloat16_scores_with_known_statistics():
 
 
 @pytest.mark.parametrize(
+    ("reduce", "pool", "group", "per_head"),
+    [
+        ("mean", None, "mean", False),
+        ("mean", ("max", 7), "mean", True),
+        ("sum", ("avg", 255), "max", True),
+    ],
+)
+def test_scores_of_kv_heads(reduce, pool, group, per_head, monkeypatch):
+    """640 entries in blocks of 256, two tiles of observers; pooling reaches across the blocks.
+
+    More combinations run under the race detector (test_kernels_races.py)."""
+    monkeypatch.setattr(importance_tpu, "_ROWS", 48)
+    assert importance_tpu.observer_tile(20, 3) == 16
+    make = functools.partial(arguments, 20, 640, 3, 64, per_head=per_head)
+    cases = [(make(), NO_WINDOW), (make(seed=1), 300), (make(data="empty"), NO_WINDOW)]
+    compare("pallas_tpu", finished, cases, 256, reduce=reduce, pool=pool, group=group)
+
+
+@pytest.mark.parametrize(
     ("function", "scale"),
-    [(attention, 1), (functools.partial(scores, reduce="mean", softcap=3.0), 100)],
-    ids=["attention", "scores"],
+    [
+        (attention, 1),
+        (functools.partial(scores, reduce="mean", softcap=3.0), 100),
+        (functools.partial(finished, reduce="mean", pool=("avg", 3), group="max"), 100),
+    ],
+    ids=["attention", "scores", "scores of KV heads"],
 )
 def test_gradients(function, scale, monkeypatch):
     """Blocks of 128 keys in the backward sweep; NaN in dead slots reaches no gradient."""
@@ -112,7 +136,8 @@ def test_each_device_takes_its_rows_and_heads():
     def run(a, implementation):
         out, lse = attention(a, None, implementation=implementation)
         found = scores(a, None, implementation=implementation, reduce="mean", lse=lse)
-        return out, lse, found
+        pooled = dict(reduce="max", pool=("max", 3), group="mean")
+        return out, lse, found, finished(a, None, implementation=implementation, **pooled)
 
     want = jax.jit(functools.partial(run, implementation="xla"))(a)
     with jax.set_mesh(mesh):

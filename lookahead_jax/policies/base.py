@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.kernels.importance import Pool, Reduce, importance_scores
+from lookahead_jax.kernels.importance import importance_scores
+from lookahead_jax.kernels.reductions import Group, Pool, Reduce
 
 Stats = Any  # a policy's own accumulator over the prompt's queries, a pytree
 
@@ -51,7 +52,7 @@ class LayerView(NamedTuple):
         *,
         reduce: Reduce,
         pool: tuple[Pool, int] | None,
-        group: Literal["mean", "max"],
+        group: Group,
         valid: jax.Array | None = None,
     ) -> jax.Array:
         """The observers' attention on each entry, reduced: float32 [B, K, T].
@@ -85,7 +86,7 @@ def draft_scores(
     draft_tokens: int,
     *,
     pool: tuple[Pool, int] | None,
-    how: Literal["mean", "max"],
+    how: Group,
 ) -> jax.Array:
     """Scores by a prompt's last rows and the draft behind them, float32 [B, K, T].
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.kernels.importance import head_scores, reduce_group
+from lookahead_jax.kernels.importance import head_scores
+from lookahead_jax.kernels.reductions import reduce_group
 from lookahead_jax.policies.base import Chunk, LayerView, Policy, share
 
 
