@@ -21,6 +21,7 @@ from lookahead_jax.files import atomic_write
 MEASURES = ("score", "kl", "recall")
 RESAMPLES = 2000
 Z = 1.96
+LEAST_GAP = 0.02  # of scores; less is no gap to close, and shares of it are noise
 
 Cells = dict[str, dict[str, np.ndarray]]
 """Method -> measure -> [U, N], seeds averaged."""
@@ -132,7 +133,7 @@ def verdicts(cells: Cells, budgets: np.ndarray) -> list[dict[str, Any]]:
             if "snapkv" in cells and ORACLE in cells:
                 gap = float(score[ORACLE].mean() - score["snapkv"].mean())
                 gain = float(score[method].mean() - score["snapkv"].mean())
-                line["gap_closed"] = gain / gap if gap > 0 else None
+                line["gap_closed"] = gain / gap if gap > LEAST_GAP else None
             found.append(line)
     return found
 
