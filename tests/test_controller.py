@@ -11,7 +11,7 @@ from lookahead_jax.tree import NODE_BUCKETS
 
 COSTS = {1: 1.0, 8: 1.4, 16: 1.9, 32: 2.9, 64: 5.0, 128: 9.0}
 STEEP = {n: float(n) for n in COSTS}  # a machine on which every node costs a plain step
-REPORT = Path(__file__).parents[1] / "benchmarks" / "results" / "drafting.json"
+REPORT = Path(__file__).parent / "fixtures" / "drafting.json"
 
 
 def simulate(
@@ -110,15 +110,14 @@ def test_a_machine_that_becomes_faster_is_noticed():
 
 
 def measured():
-    """Costs and gains of benchmarks/drafting.py: (kind, drafter) -> tokens of an answer, gains."""
+    """One measurement of benchmarks/drafting.py: costs; (kind, drafter) -> tokens, gains."""
     report = json.loads(REPORT.read_text())
-    costs = {int(n): ratio for n, ratio in report["cost"]["ratio"].items()}
+    costs = {int(n): ratio for n, ratio in report["costs"].items()}
     table = {}
-    for kind in report["summary"]["kinds"]:
-        tokens = report[kind]["tokens"] / report[kind]["prompts"]
-        for drafter, runs in report[kind]["drafters"].items():
-            gains = {int(n): r["all"]["mean_accepted"] for n, r in runs.items() if n != "auto"}
-            table[kind, drafter] = tokens, {1: 1.0, **gains}
+    for kind, drafters in report["texts"].items():
+        for drafter, text in drafters.items():
+            gains = {int(n): gain for n, gain in text["gains"].items()}
+            table[kind, drafter] = text["tokens"], {1: 1.0, **gains}
     return costs, table
 
 
