@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lookahead_jax.drafters import _compiled
@@ -89,6 +89,7 @@ class Play:
         self.suffix = Suffix(depth=DEPTH, **arguments)
         self.running: dict[int, tuple[list, list]] = {}  # prompt, output
         self.ended: list[list] = []
+        self.whole = True  # every output that has ended found room
 
     def run(self, script) -> None:
         for what, request, tokens in script:
@@ -100,14 +101,15 @@ class Play:
                 self.suffix.observe(request, tokens)
                 self.running[request][1].extend(tokens)
             elif what == "end" and known:
+                self.whole &= self.suffix._requests[request].learns
                 self.suffix.end(request)
                 self.ended.append(self.running.pop(request)[1])
 
     def read(self) -> bool:
-        """Has the trees of all requests built; whether there was room."""
+        """Has the trees of all requests built; whether there was room, for ended ones too."""
         for request in self.running:
             self.suffix.propose(request, 1, 1)
-        return all(state.learns for state in self.suffix._requests.values())
+        return self.whole and all(state.learns for state in self.suffix._requests.values())
 
     def outputs(self) -> Counter:
         """Counted over the requests whose output is still kept: the newest of the ended ones."""
@@ -162,6 +164,9 @@ def test_counts_and_scores(script, nodes, depth):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(events, max_size=4), st.integers(1, 3), st.integers(130, 400))
+@example(
+    [[("begin", 0, [0]), ("begin", 1, [0])], [("observe", 0, [0] * 3), ("end", 0, [])]], 1, 130
+)
 def test_oldest_outputs_are_dropped(scripts, requests, capacity):
     play = Play(capacity=capacity, requests=requests)
     for script in scripts:
