@@ -2,20 +2,25 @@
 
 A number of nodes is worth what its steps emit over what they take, both moving averages. What
 smaller trees would have emitted is read off the larger one that ran, since drafts list their best
-nodes first; so only larger trees are ever tried for what they bring. Trials are paid from a purse
-that a share of plain decoding fills: where nothing can be drafted, nothing else is lost.
+nodes first. While decoding is plain, a draft is made now and then, not run, and compared with what
+was emitted after it; only drafts that cannot be judged so, and larger trees, are tried by running
+them. Drafts that are not run and trials are paid from a purse that a share of plain decoding
+fills: where nothing can be drafted, nothing else is lost.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-
-import numpy as np
+from typing import NamedTuple
 
 from lookahead_jax.tree import NODE_BUCKETS
 
-SHARE = 0.025  # of plain decoding, for trials
+SHARE = 0.015  # of plain decoding, for trials
 PURSE = 3.0  # plain steps: the most that is saved up, or owed
-TRIAL = 4  # steps
+TRIAL = 4  # steps, also of a number of nodes whose cost is a guess
+WATCHED = 16  # nodes of a draft that is not run
+BREAK = 0.5  # plain steps that it costs to stop for it and go on, besides
+SPREAD = 0.618  # of a burst, from one such draft to the next: all places come up alike
+MARGIN = 1.1  # by which drafting must promise more than plain decoding
 BETWEEN_TRIALS = 16  # steps after which a neighbour of the best is tried again, and then
 LONGER = 2.0  # each time so many times as many,
 AT_MOST = 128  # but no more than these
@@ -24,6 +29,7 @@ MEMORY = 0.15  # weight of the newest step, once there are some
 GUESS = 0.1  # plain steps that a node costs, before any was measured
 LEAST = 0.05  # drafted tokens per step that are told from none
 FASTEST_OF = 3  # records
+SHORT = 8  # plain steps: fewer of them mostly tell what it costs to begin them
 OUTLIER = 2.0  # a time this many times longer or shorter than expected is not believed whole
 
 
@@ -50,7 +56,7 @@ class _Choice:
     """What is known of trees of at most so many nodes."""
 
     gain: float | None = None  # tokens per step
-    spent: float = 0.0  # seconds per step
+    share: float = 1.0  # of the cost of so many nodes, as drafts may have fewer
     steps: int = 0
     since: int = BETWEEN_PLAIN  # steps since then
     trials: int = 0  # since it was the best
@@ -60,14 +66,22 @@ class _Choice:
         """Tokens per step that were drafted; not quite none, since it is divided by."""
         return 0.0 if self.gain is None else max(self.gain - 1.0, LEAST)
 
-    def learn(self, gain: float, spent: float, steps: int) -> None:
+    def learn(self, gain: float, share: float, steps: int) -> None:
         self.steps += steps
         self.since = 0
         # A mean at first, then a moving average.
         weight = max(1.0 - (1.0 - MEMORY) ** steps, steps / self.steps)
-        before = (gain, spent) if self.gain is None else (self.gain, self.spent)
+        before = (gain, share) if self.gain is None else (self.gain, self.share)
         self.gain = before[0] + weight * (gain - before[0])
-        self.spent = before[1] + weight * (spent - before[1])
+        self.share = before[1] + weight * (share - before[1])
+
+
+class Plan(NamedTuple):
+    """What the next steps should be."""
+
+    most: int  # nodes that a step may have; one of the buckets
+    steps: int
+    watch: int  # nodes of a draft to make before them and not to run; 0: none
 
 
 class Controller:
@@ -87,7 +101,12 @@ class Controller:
         self._nodes = sorted(buckets)
         self._known = {nodes: _Choice() for nodes in self._nodes}
         self._plain = _Cost()
+        self._longest = 0  # plain steps in a row
         self._drafted: dict[int, _Cost] = {}  # one node: a step for which nothing was drafted
+        self._watch = _Cost()
+        self._watched = 0  # drafts
+        self._until: int | None = None  # plain steps before the next of them, if it is paid for
+        self._drafting = False  # more than plain decoding was best
         self._purse = 0.0  # plain steps
         self._trying: int | None = None
         self._left = 0  # steps of the trial
@@ -97,26 +116,62 @@ class Controller:
         """What it chooses among, ascending."""
         return tuple(self._nodes)
 
-    def choose(self, burst: int) -> tuple[int, int]:
-        """The most nodes that the next steps may have, and how many steps: `burst`, or a trial's.
+    def holding(self, nodes: int) -> int:
+        """The smallest bucket for a tree of so many nodes."""
+        return next(n for n in self._nodes if n >= nodes)
 
-        The number of nodes is one of the buckets.
+    @property
+    def watch(self) -> int:
+        """Nodes of a draft that is made and not run."""
+        return min((n for n in self._nodes if n >= WATCHED), default=self._nodes[-1])
+
+    def choose(self, burst: int, *, watchable: bool = True) -> Plan:
+        """What the next up to `burst` steps should be.
+
+        Not every drafter is `watchable`: its drafts can be judged without running them.
         """
         if self._known[1].gain is None:
-            return 1, burst
+            return Plan(1, burst, 0)
         best = self.best()
+        self._drafting = best > 1
         self._known[best].trials = 0
+        if best == 1 and watchable:
+            self._trying = None
+            return self._plain_plan(burst)
         if self._trying is None or self._payable(self._trying, best) < 1:
             self._trying, self._left = self._candidate(best), TRIAL
             if self._trying is not None:
                 self._known[self._trying].trials += 1
-        if self._trying is None or self._trying == 1:
-            return self._trying or best, burst
-        return self._trying, min(burst, self._left, max(1, self._payable(self._trying, best)))
+        if self._trying is not None and self._trying > 1:
+            paid = max(1, self._payable(self._trying, best))
+            return Plan(self._trying, min(burst, self._left, paid), 0)
+        nodes = self._trying or best
+        guessed = nodes > 1 and nodes not in self._drafted
+        return Plan(nodes, min(burst, TRIAL) if guessed else burst, 0)
+
+    def _plain_plan(self, burst: int) -> Plan:
+        """Plain steps, up to or from a place where a draft is watched if that is paid for."""
+        if self._until is None and len(self._nodes) > 1 and self._purse >= self._watch_cost():
+            self._until = int(self._watched * SPREAD % 1.0 * burst)
+        if self._until is None:
+            return Plan(1, burst, 0)
+        if self._until > 0:
+            return Plan(1, min(burst, self._until), 0)
+        return Plan(1, burst, self.watch)
+
+    def _watch_cost(self) -> float:
+        """Plain steps."""
+        return BREAK + (self._watch.seconds / self._plain.seconds if self._watch.records else 0.0)
 
     def best(self) -> int:
         """The bucket with the highest rate, as far as known."""
-        rates = {n: k.gain / k.spent for n, k in self._known.items() if k.gain is not None}
+        rates = {
+            n: known.gain / (known.share * self._cost(n))
+            for n, known in self._known.items()
+            if n > 1 and known.gain is not None
+        }
+        if self._known[1].gain is not None:
+            rates[1] = (1.0 if self._drafting else MARGIN) / self._plain.seconds
         return max(rates, key=lambda nodes: rates[nodes], default=1)
 
     def record(
@@ -129,21 +184,44 @@ class Controller:
         """
         for known in self._known.values():
             known.since += steps
-        if seconds is not None:
-            cost = self._plain if most == 1 else self._drafted.setdefault(nodes, _Cost())
-            cost.learn(seconds, steps)
+        if seconds is not None and most > 1:
+            self._drafted.setdefault(nodes, _Cost()).learn(seconds, steps)
+        elif seconds is not None and steps >= min(SHORT, self._longest):
+            self._longest = max(self._longest, steps)
+            self._plain.learn(seconds, steps)
         if most > 1:
             before = self._known[most].drafted
-            for bucket, gain in gains.items():
-                if bucket > 1 and bucket in self._known:
-                    self._known[bucket].learn(gain, self._cost(min(bucket, nodes)), steps)
+            self._learn(gains, dict.fromkeys(gains, nodes), steps)
             after = self._known[most].drafted
             for bucket, known in self._known.items():  # a text that changes does so for all
                 if bucket > most and bucket not in gains and known.gain is not None and before:
                     known.gain = 1.0 + known.drafted * after / before
         elif seconds is not None:
-            self._known[1] = _Choice(1.0, self._plain.seconds, since=0)
+            self._known[1] = _Choice(1.0, since=0)
+        if most == 1 and self._until is not None:
+            self._until = max(self._until - steps, 0)
         self._pay(most, nodes, gains, steps)
+
+    def record_watched(
+        self, gains: Mapping[int, float], sizes: Mapping[int, int], seconds: float | None
+    ) -> None:
+        """A draft that was not run took `seconds` (None: not to be believed).
+
+        Trees of at most so many nodes would have emitted `gains` tokens per row, by a step of
+        `sizes` nodes: its first nodes, and what was emitted after it.
+        """
+        self._watched += 1
+        self._until = None
+        if seconds is not None:
+            self._watch.learn(seconds, 1)
+        self._purse -= self._watch_cost()
+        self._learn(gains, sizes, 1)
+
+    def _learn(self, gains: Mapping[int, float], sizes: Mapping[int, int], steps: int) -> None:
+        for bucket, gain in gains.items():
+            if bucket > 1 and bucket in self._known:
+                share = self._cost(min(bucket, sizes[bucket])) / self._cost(bucket)
+                self._known[bucket].learn(gain, share, steps)
 
     def _pay(self, most: int, nodes: int, gains: Mapping[int, float], steps: int) -> None:
         emitted = gains.get(most, 1.0)
@@ -171,8 +249,7 @@ class Controller:
     def _payable(self, nodes: int, best: int) -> int:
         """Steps of a trial that the purse pays for: what they lose against plain decoding."""
         known = self._known[nodes]
-        cost = known.spent if known.gain is not None else self._cost(nodes)
-        gain = known.gain
+        cost, gain = known.share * self._cost(nodes), known.gain
         if gain is None:
             gain = self._known[best].gain if nodes > best else None
         loss = cost / self._plain.seconds - (gain or 1.0)
@@ -181,13 +258,16 @@ class Controller:
         return max(int(min(self._purse / loss, TRIAL)), int(self._purse >= PURSE))
 
     def _cost(self, nodes: int) -> float:
-        """Seconds of a drafted step, measured or between and beyond what was measured."""
-        plain = self._plain.seconds
-        known = {1: plain} | {n: cost.seconds for n, cost in self._drafted.items()}
+        """Seconds of a step, measured or between and beyond what was measured."""
         if nodes in self._drafted:
-            return known[nodes]
-        at = sorted(known)
-        if nodes < at[-1]:
-            return float(np.interp(nodes, at, [known[n] for n in at]))
-        slope = (known[at[-1]] - plain) / (at[-1] - 1) if at[-1] > 1 else GUESS * plain
-        return known[at[-1]] + max(slope, 0.0) * (nodes - at[-1])
+            return self._drafted[nodes].seconds
+        below, less = 1, self._plain.seconds
+        slope = GUESS * less
+        for n in sorted(self._drafted):
+            more = self._drafted[n].seconds
+            if n > below:
+                slope = max(more - less, 0.0) / (n - below)
+            if n > nodes:
+                break
+            below, less = n, more
+        return less + slope * (nodes - below)

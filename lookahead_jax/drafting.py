@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ from lookahead_jax.decode_eviction import DecodeEviction
 from lookahead_jax.decoding import PLAIN, DecodeState, Step, decode_burst, decode_step
 from lookahead_jax.drafters.base import Draft, HostDrafter
 from lookahead_jax.drafters.device import DeviceDrafter, DrawingDrafter, Given, NoDrafter
-from lookahead_jax.drafters.host import NOTHING, pack
+from lookahead_jax.drafters.host import NOTHING, pack, path_of, unpack
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
-from lookahead_jax.tree import NODE_BUCKETS
+from lookahead_jax.tree import NODE_BUCKETS, TokenTree
 
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use
 
@@ -33,6 +33,14 @@ class DraftReport:
     mean_accepted: float | None  # tokens emitted per target forward; None if there was none
     drafter_us: float | None  # microseconds of a host drafter per step; None: on the device
     histogram: list[int]  # entry i: forwards that emitted i + 1 tokens
+
+
+class _Watched(NamedTuple):
+    """Drafts that are compared with what is emitted, and not run."""
+
+    drafts: Sequence[Draft]  # of every row
+    nodes: int
+    seconds: float | None  # that they took; None: compiled meanwhile
 
 
 class RowError(Exception):
@@ -131,25 +139,68 @@ class Drafting:
         """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
         if isinstance(self._nodes, int):
             return self._run(params, state, self._nodes, burst, self._drafts(state, self._nodes))
-        most, steps = self._nodes.choose(burst)
-        before, compiled = np.asarray(state.reached), self.compile_s
+        controller = self._nodes
+        drawn = isinstance(self._device, DrawingDrafter)  # its trees mean nothing unless they run
+        plan = controller.choose(burst, watchable=not drawn)
+        watched = self._watch(state, plan.watch) if plan.watch else None
+        before, count, compiled = np.array(state.reached), np.array(state.count), self.compile_s
         begin = time.perf_counter()
-        drafts = self._drafts(state, most)
-        longest = max((len(draft.tokens) for draft in drafts or ()), default=most)
-        nodes = next(n for n in self._nodes.buckets if n >= min(longest + 1, most))
-        state = self._run(params, state, nodes, 1 if drafts else steps, drafts)
+        drafts = self._drafts(state, plan.most)
+        longest = max((len(draft.tokens) for draft in drafts or ()), default=plan.most)
+        nodes = controller.holding(min(longest + 1, plan.most))
+        state = self._run(params, state, nodes, 1 if drafts else plan.steps, drafts)
         reached = np.asarray(state.reached) - before  # waits for the device
         seconds = time.perf_counter() - begin
-        if (ran := int(reached[:, 0].max())) > 0:
+        if (ran := int(reached[:, 0].max())) == 0:
+            return state
+        gains: dict[int, float] = {}
+        if plan.most > 1:
             means = (reached.sum(0) / reached[:, 0].sum()).tolist()
-            gains: dict[int, float] = dict(zip(NODE_BUCKETS, means, strict=True))
-            if isinstance(self._device, DrawingDrafter):
-                gains = {most: gains[most]}  # the first nodes of a drawn tree are no such tree
-            elif longest + 1 >= most:  # more might have been drafted
-                gains = {n: gain for n, gain in gains.items() if n <= most}
-            measured = self.compile_s == compiled
-            self._nodes.record(most, nodes, gains, ran, seconds / ran if measured else None)
+            gains = dict(zip(NODE_BUCKETS, means, strict=True))
+        if drawn and plan.most > 1:
+            gains = {
+                plan.most: gains[plan.most]
+            }  # the first nodes of a drawn tree are no such tree
+        elif longest + 1 >= plan.most:  # more might have been drafted
+            gains = {n: gain for n, gain in gains.items() if n <= plan.most}
+        measured = self.compile_s == compiled
+        controller.record(plan.most, nodes, gains, ran, seconds / ran if measured else None)
+        if watched is not None:
+            texts = [
+                row[a:b]
+                for row, a, b in zip(
+                    np.asarray(state.tokens), count, np.asarray(state.count), strict=True
+                )
+            ]
+            self._judge(watched, texts)
         return state
+
+    def _watch(self, state: DecodeState, nodes: int) -> _Watched:
+        """Drafts for every row that will not run."""
+        begin, compiled = time.perf_counter(), self.compile_s
+        drafts = self._drafts(state, nodes)
+        if drafts is None:
+            tree = self._call(
+                propose, self._device.weights, state.draft, state.token,
+                drafter=self._device, nodes=nodes,
+            )  # fmt: skip
+            drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
+        seconds = time.perf_counter() - begin
+        return _Watched(drafts, nodes, seconds if self.compile_s == compiled else None)
+
+    def _judge(self, watched: _Watched, texts: Sequence[np.ndarray]) -> None:
+        """Tells the controller what the drafts were worth, now that the texts have gone on."""
+        controller = self._nodes
+        assert isinstance(controller, Controller)
+        went = [(d, text) for d, text in zip(watched.drafts, texts, strict=True) if text.size]
+        paths = [path_of(draft, text[:-1].tolist()) for draft, text in went]
+        longest = max(len(draft.tokens) for draft, _ in went)
+        gains, sizes = {}, {}
+        for n in controller.buckets:
+            if n <= watched.nodes:
+                gains[n] = 1 + sum(node + 1 < n for path in paths for node in path) / len(paths)
+                sizes[n] = controller.holding(min(longest + 1, n))
+        controller.record_watched(gains, sizes, watched.seconds)
 
     def _run(
         self,
@@ -182,13 +233,15 @@ class Drafting:
         """Compiles every step that `advance` may take. Nothing may run in `state`."""
         for nodes in (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets:
             state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
+        if isinstance(self._nodes, Controller):
+            self._watch(state, self._nodes.watch)
         return state
 
     def end(self, state: DecodeState) -> None:
         """All rows leave."""
         if self._host is None:
             return
-        tokens, counts = jax.device_get((state.tokens, state.count))
+        tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
         begin = time.perf_counter()
         for row, count in enumerate(counts.tolist()):
             self.leave(row, tokens[row, :count])
@@ -267,3 +320,11 @@ def attach(
     rows = jnp.arange(prompts.shape[0], dtype=jnp.int32)
     draft = drafter.begin(weights, drafter.init(len(rows), room, config), rows, prompts)
     return dataclasses.replace(state, draft=draft)
+
+
+@partial(jax.jit, static_argnames=("drafter", "nodes"))
+def propose(
+    weights: Any, state: Any, root: jax.Array, *, drafter: DeviceDrafter, nodes: int
+) -> TokenTree:
+    """The trees that a device drafter would have a step run."""
+    return drafter.propose(weights, state, root, nodes)[1]

@@ -263,11 +263,11 @@ def assert_same_entries(mine, theirs):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
 
 
-def draft_model(**options):
+def draft_model(name="draft_model", **options):
     """A model that drafts for itself."""
     model = tiny.config()
     return make_drafter(
-        "draft_model",
+        name,
         model=Model(
             params=tiny.params(model), config=model, tokenizer=None, generation=NO_DEFAULTS,
             path=Path(),

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 
 from lookahead_jax.cache import commit
+from lookahead_jax.controller import Controller, Plan
 from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafting import Drafting
 from lookahead_jax.tree import NODE_BUCKETS
 from tests import tiny
 from tests.drafted import (
     BATCHES,
     KINDS,
+    NEW,
     POLICIES,
     PROMPTS,
     Scripted,
@@ -168,6 +171,57 @@ def test_the_cases_cover_every_pair():
 def test_full_product(drafter, batch, nodes):
     for policy, ended, poison in itertools.product(POLICIES, (True, False), (True, False)):
         check(Case(drafter, batch, nodes, policy, ended, poison))
+
+
+class Watcher(Controller):
+    """Decodes plainly beside drafts of 16 nodes, and keeps what it is told of them."""
+
+    told = None
+
+    def choose(self, burst, *, watchable=True):
+        return Plan(1, burst, 16 if watchable else 0)
+
+    def record_watched(self, gains, sizes, seconds):
+        self.told = gains, sizes
+
+
+def decoded(drafter, nodes, steps=()):
+    """The state after so many plain steps and then `advance`."""
+    model, rows = tiny.config(), BATCHES[8]
+    state, tokens = opened("full", rows, ())
+    settings = dict(config=model, batch=8, room=64 + NEW)
+    plain = Drafting(drafter, 1, **settings)
+    state = plain.begin(state, [PROMPTS[r] for r in rows], tokens)
+    for burst in steps:
+        state = plain.advance(tiny.params(model), state, burst)
+    before = np.array(state.reached)
+    chosen = Drafting(drafter, nodes, **settings)
+    chosen._requests, chosen._observed = plain._requests, plain._observed
+    state = chosen.advance(tiny.params(model), state, 16 if isinstance(nodes, Watcher) else 1)
+    return np.asarray(state.reached) - before
+
+
+@pytest.mark.parametrize("drafter", [*range(len(KINDS)), "prompt_lookup", "recycling"])
+def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter):
+    texts, _ = undrafted("full", ())
+
+    def make():
+        return Scripted(texts, drafter) if isinstance(drafter, int) else make_drafter(drafter)
+
+    watcher = Watcher()
+    decoded(make(), watcher, [6])
+    ran = decoded(make(), 16, [6])
+    ran = ran[ran[:, 0] > 0].mean(0)
+    gains, sizes = watcher.told
+    assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in (1, 8, 16)}
+    assert ran[2] > 1
+    assert sizes[16] == 16
+
+
+def test_drawn_trees_are_not_watched():
+    watcher = Watcher()
+    decoded(draft_model("drawn_model", depth=3), watcher)
+    assert watcher.told is None
 
 
 def test_a_token_that_was_not_chosen_is_no_near_tie():

@@ -27,6 +27,13 @@ def compiled(function: Callable) -> Callable[..., Any]:
         return numba.njit(function, nogil=True)
 
 
+def touched(shape: int | tuple[int, int], dtype: np.dtype | type) -> np.ndarray:
+    """Zeros that have their memory: new pages would be paid for by the first requests' steps."""
+    array = np.empty(shape, dtype)
+    array.view(np.uint8).fill(0)
+    return array
+
+
 @compiled
 @no_type_check
 def home(parent, token, mask):

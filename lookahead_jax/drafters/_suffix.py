@@ -16,6 +16,7 @@ from lookahead_jax.drafters._compiled import (
     find,
     forget,
     link_child,
+    touched,
     unlink_child,
 )
 
@@ -47,16 +48,16 @@ class Forest(NamedTuple):
 
 
 def empty_forest(capacity: int, sequences: int, depth: int) -> Forest:
-    """Without trees; pages that are never used take no memory."""
+    """Without trees."""
     pool = np.zeros(1, POOL)
     pool[0] = (NONE, 0, 0, 0)
     return Forest(
-        np.zeros(capacity, SUFFIX_NODE),
-        np.zeros(1 << (2 * capacity - 1).bit_length(), np.int32),
+        touched(capacity, SUFFIX_NODE),
+        touched(1 << (2 * capacity - 1).bit_length(), np.int32),
         pool,
-        np.zeros(capacity, np.int32),
-        np.zeros(sequences, SEQUENCE),
-        np.zeros((sequences, depth), np.int32),
+        touched(capacity, np.int32),
+        touched(sequences, SEQUENCE),
+        touched((sequences, depth), np.int32),
     )
 
 

@@ -11,6 +11,7 @@ from lookahead_jax.drafters._compiled import (
     find,
     forget,
     link_child,
+    touched,
     unlink_child,
 )
 
@@ -44,9 +45,9 @@ STATE = np.dtype(
 
 
 def empty(capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(nodes, table, state) of an empty store; pages that are never used take no memory."""
-    nodes = np.zeros(capacity, NODE)
-    table = np.zeros(1 << (2 * capacity - 1).bit_length(), np.int32)  # node + 1; 0: empty
+    """(nodes, table, state) of an empty store."""
+    nodes = touched(capacity, NODE)
+    table = touched(1 << (2 * capacity - 1).bit_length(), np.int32)  # node + 1; 0: empty
     state = np.zeros(1, STATE)
     for side in (PUBLIC, PRIVATE):
         nodes[side] = (NONE, NONE, NONE, NONE, NONE, side, side, side, side + 1, 0)

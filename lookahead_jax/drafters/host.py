@@ -1,4 +1,4 @@
-"""Drafts of a host drafter -> the token trees of a batch, as one array."""
+"""Drafts on the host: into the token trees of a batch, out of them, and beside what was emitted."""
 
 from collections.abc import Sequence
 
@@ -28,3 +28,23 @@ def pack(drafts: Sequence[Draft], nodes: int) -> np.ndarray:
         # Draft: -1 continues the root, i the i-th drafted node; tree: 0 is the root.
         parents[row, 1 : size + 1] = np.asarray(draft.parents[:size]) + 1
     return packed  # a step takes it as it is, which is quicker than making an array of it here
+
+
+def unpack(tokens: np.ndarray, parents: np.ndarray) -> list[Draft]:
+    """The drafts of token trees [B, P]; a node that does not exist has the token -1."""
+    return [Draft(t[1:], p[1:] - 1) for t, p in zip(tokens, parents, strict=True)]
+
+
+def path_of(draft: Draft, text: Sequence[int]) -> list[int]:
+    """The nodes that a step would accept if the target chose `text`, from the root down."""
+    children: dict[tuple[int, int], int] = {}
+    for node, key in enumerate(zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)):
+        if key[0] < node:
+            children.setdefault(key, node)
+    path: list[int] = []
+    for token in text:
+        node = children.get((path[-1] if path else -1, token))
+        if node is None:
+            break
+        path.append(node)
+    return path

@@ -96,10 +96,12 @@ class Recycling:
         on_path = (path[:, None] == index[None, :, None]) & (
             index[None, None] < count[:, None, None]
         )
-        priority = jnp.arange(1, tokens.size + 1, dtype=jnp.int32).reshape(tokens.shape)
-        priority += jnp.where(on_path.any(-1), tokens.size, 0)
+        nodes = jnp.arange(tokens.size, dtype=jnp.int32)
+        priority = nodes + jnp.where(on_path.any(-1).ravel(), tokens.size, 0)
         outside = state.shape[0]
-        at = jnp.where(verified.layout.valid, tokens, outside)
-        highest = jnp.zeros(outside, jnp.int32).at[at].max(priority, mode="drop")
-        wins = highest[jnp.where(verified.layout.valid, tokens, 0)] == priority
-        return state.at[jnp.where(wins, at, outside)].set(best.astype(jnp.int32), mode="drop")
+        at = jnp.where(verified.layout.valid, tokens, outside).ravel()
+        # The last of each token's nodes wins; sorting so few is quicker than a pass over V.
+        at, _, node = jax.lax.sort((at, priority, nodes), num_keys=2)
+        wins = jnp.append(at[1:] != at[:-1], True)
+        lines = best.reshape(-1, CANDIDATES)[node].astype(jnp.int32)
+        return state.at[jnp.where(wins, at, outside)].set(lines, mode="drop")

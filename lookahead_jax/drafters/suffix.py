@@ -39,6 +39,8 @@ class Suffix:
         `factor * m + offset` nodes. least: probability below which nothing is proposed.
     """
 
+    _loaded = False  # code of this process
+
     def __init__(
         self,
         *,
@@ -67,7 +69,6 @@ class Suffix:
         self._requests: dict[Hashable, _Request] = {}
         self._ended: deque[int] = deque()  # sequences in the tree of all, the oldest first
         self._lock = threading.Lock()
-        self._loaded = False
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
         """`prompt` goes into the request's own tree, at the first proposal."""
@@ -83,8 +84,8 @@ class Suffix:
             _suffix.open_sequence(self._forest, output)
             state = _Request(self._plant(), own, output, ids[-self._depth :], [ids])
             self._requests[request] = state
-        if not self._loaded:
-            self._loaded = True
+        if not Suffix._loaded:
+            Suffix._loaded = True
             self.propose(request, 1, 1)  # what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:

@@ -47,6 +47,8 @@ class Trie:
         the store when nothing repeats. `inf` counts exactly.
     """
 
+    _loaded = False  # code of this process
+
     def __init__(
         self,
         *,
@@ -71,7 +73,6 @@ class Trie:
         self._store = _trie.empty(capacity)
         self._requests: dict[Hashable, _Request] = {}
         self._lock = threading.Lock()
-        self._loaded = False
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
         """The n-grams of `prompt` count for this request alone."""
@@ -94,8 +95,8 @@ class Trie:
             tail = max(len(ids) - self._length + 1, 0)
             _trie.age(self._store[0], self._store[2], tail, self._growth)
             self._count(state, ids[tail:], root)
-        if not self._loaded:
-            self._loaded = True
+        if not Trie._loaded:
+            Trie._loaded = True
             self.propose(request, 1, 1)  # what is compiled is loaded here
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
