@@ -3,7 +3,8 @@
 The model inside the package, float32, greedy, batch 1, full cache; drafting_texts.py makes the
 prompts. Sections run in the order given; each replaces its part of the report when it ends.
 
-    cost        seconds of a step of P nodes: c(P), and c(P) / c(1)
+    cost        seconds of a step of P nodes: c(P), and c(P) / c(1); and of one whose tree comes
+                from the host, begun and waited for by itself, without the drafter's time
     completion, question, editing, free_text
                 every drafter at fixed P and as a controller chooses: one that knows nothing
                 ("first", the first request of a process) and one that has seen the kind's other
@@ -16,7 +17,8 @@ prompts. Sections run in the order given; each replaces its part of the report w
 
 A warm drafter has observed the outputs of the kind's other prompts, a cold one nothing. An output
 loops if its last max(3 p, 16) tokens have some period p. The best speed that was possible is the
-largest of mean_accepted(P) c(1) / c(P) over the measured P, 1 (plain) included.
+largest of mean_accepted(P) c(1) / c(P) over the measured P, 1 (plain) included; for host drafters
+also with the cost of a step that the host takes part in.
 
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3'
     python benchmarks/drafting.py --peer PEER/bin/python
@@ -26,6 +28,7 @@ import argparse
 import dataclasses
 import datetime
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -37,10 +40,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from drafting_texts import Text, Texts
 
 import lookahead_jax as lk
 from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafters.device import NoDrafter
 from lookahead_jax.params import unstack
 from lookahead_jax.tree import NODE_BUCKETS, TokenTree
@@ -87,6 +92,22 @@ class Star(NoDrafter):
         return state, TokenTree(tokens.at[:, 0].set(root), parents)
 
 
+class HostStar:
+    """The same from the host."""
+
+    def begin(self, request, prompt):
+        pass
+
+    def observe(self, request, tokens):
+        pass
+
+    def propose(self, request, nodes, depth):
+        return Draft(2 + np.arange(1, nodes + 1, dtype=np.int32), np.full(nodes, -1, np.int32))
+
+    def end(self, request):
+        pass
+
+
 class Bench:
     """The model, the texts, and what has been compiled."""
 
@@ -125,16 +146,19 @@ class Bench:
     def cost(self) -> dict:
         """Microseconds of a step of P nodes, all of them looked at."""
         prompt = self.make("completion")[0].prompt
-        times: dict[int, list[float]] = {nodes: [] for nodes in NODE_BUCKETS}
+        drafters = {"": Star(), "host_": HostStar()}
+        times: dict[tuple[str, int], list[float]] = {}
         for _ in range(2 * self.options.repetitions + 1):
-            for nodes, measured in times.items():
-                run = self.run(prompt, Star() if nodes > 1 else None, nodes)
-                measured.append(1e6 * run.seconds / max(run.steps, 1))
-        median = {nodes: statistics.median(measured) for nodes, measured in times.items()}
-        return {
-            "step_us": {str(nodes): round(us, 1) for nodes, us in median.items()},
-            "ratio": {str(nodes): round(us / median[1], 3) for nodes, us in median.items()},
-        }
+            for nodes, (where, drafter) in itertools.product(NODE_BUCKETS, drafters.items()):
+                run = self.run(prompt, drafter if nodes > 1 else None, nodes)
+                times.setdefault((where, nodes), []).append(1e6 * run.seconds / max(run.steps, 1))
+        median = {key: statistics.median(measured) for key, measured in times.items()}
+        plain, report = median["", 1], {}
+        for where in drafters:
+            steps = {nodes: median[where, nodes] for nodes in NODE_BUCKETS}
+            report[f"{where}step_us"] = {str(n): round(us, 1) for n, us in steps.items()}
+            report[f"{where}ratio"] = {str(n): round(us / plain, 3) for n, us in steps.items()}
+        return report
 
     def kind(self, name: str) -> dict:
         options, texts = self.options, self.make(name)
@@ -348,7 +372,7 @@ def tally(runs: list[Measured]) -> dict:
 def summary(report: dict) -> dict:
     """The best speed that c(P) and acceptance allow beside what was reached, and the mix."""
     result: dict[str, Any] = {"kinds": {}, "mean_accepted_of_the_mix": {}}
-    cost = report.get("cost", {}).get("ratio")
+    cost = report.get("cost")
     kinds = {kind: report[kind]["drafters"] for kind in KINDS if kind in report}
     for kind, drafters in kinds.items():
         result["kinds"][kind] = {}
@@ -356,14 +380,17 @@ def summary(report: dict) -> dict:
             done = {n: r["all"] for n, r in runs.items() if r["all"]["mean_accepted"]}
             if cost is None or "auto" not in done:
                 continue
-            possible = {n: r["mean_accepted"] / cost[n] for n, r in done.items() if n in cost}
-            nodes, best = max((possible | {"1": 1.0}).items(), key=lambda item: item[1])
-            result["kinds"][kind][label] = {
-                "best_nodes": int(nodes),
-                "best_speed": round(best, 3),
-                "reached": round(done["auto"]["speed"] / best, 3),
-                "reached_first": round(done["first"]["speed"] / best, 3),
-            }
+            result["kinds"][kind][label] = of = {}
+            for where in ("", "host_") if label in HOST else ("",):
+                ratio = cost[f"{where}ratio"]
+                possible = {n: r["mean_accepted"] / ratio[n] for n, r in done.items() if n in ratio}
+                nodes, best = max((possible | {"1": 1.0}).items(), key=lambda item: item[1])
+                of |= {
+                    f"{where}best_nodes": int(nodes),
+                    f"{where}best_speed": round(best, 3),
+                    f"{where}reached": round(done["auto"]["speed"] / best, 3),
+                    f"{where}reached_first": round(done["first"]["speed"] / best, 3),
+                }
     if len(kinds) == len(KINDS):  # as many tokens of each kind: the harmonic mean
         for label in DRAFTERS:
             means = [kinds[kind][label].get("64", {}).get("all") for kind in KINDS]
@@ -378,10 +405,13 @@ def table(report: dict) -> str:
     lines = []
     if "cost" in report:
         ratios = ", ".join(f"{n}: {r:.2f}" for n, r in report["cost"]["ratio"].items())
-        lines += [f"c(P)/c(1) {ratios}; a plain step {report['cost']['step_us']['1']:.0f} us", ""]
+        plain = report["cost"]["step_us"]["1"]
+        lines += [f"c(P)/c(1) {ratios}; a plain step {plain:.0f} us"]
+        ratios = ", ".join(f"{n}: {r:.2f}" for n, r in report["cost"]["host_ratio"].items())
+        lines += [f"with the host in every step {ratios}", ""]
     lines += [
         "| Kind | Drafter | tokens/step 8, 64, chosen | 64 without loops | drafter us | "
-        "speed 8, 16, first, chosen | best possible (P) | reached |",
+        "speed 8, 16, first, chosen | best possible (P) | reached (with host steps) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind in (kind for kind in KINDS if kind in report):
@@ -398,7 +428,9 @@ def table(report: dict) -> str:
                 f"{shown[-1]['drafter_us']:.0f}" if shown[-1]["drafter_us"] else "-",
                 ", ".join(f"{r['speed']:.2f}" for r in timed),
                 f"{best['best_speed']:.2f} ({best['best_nodes']})" if best else "-",
-                f"{best['reached']:.0%}" if best else "-",
+                ", ".join(f"{best[k]:.0%}" for k in ("reached", "host_reached") if k in best)
+                if best
+                else "-",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

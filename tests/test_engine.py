@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax.checkpoint import load
-from lookahead_jax.controller import Controller
+from lookahead_jax.controller import Controller, Plan
 from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafting import Drafting, RowError
 from lookahead_jax.engine import Engine
@@ -107,6 +107,7 @@ DRAFTERS = [
     ("trie", 8),
     ("suffix", 8),
     ("trie+suffix", Controller([1, 8])),
+    ("recycling", Controller([1, 8])),
 ]
 
 
@@ -114,9 +115,9 @@ DRAFTERS = [
 def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
     model, engine, alone, drafter, nodes, monkeypatch
 ):
-    if isinstance(nodes, Controller):  # what pays is no matter here, so both are tried
-        widths = itertools.cycle((1, 8, 8))
-        monkeypatch.setattr(nodes, "choose", lambda burst: (next(widths), burst))
+    if isinstance(nodes, Controller):  # what pays is no matter here, so everything is tried
+        plans = itertools.cycle((Plan(1, 4, 8), Plan(8, 4, 0), Plan(8, 4, 0), Plan(1, 4, 0)))
+        monkeypatch.setattr(nodes, "choose", lambda burst, watchable: next(plans))
     if drafter != "none":
         engine = make_engine(model, drafter=drafter, draft_nodes=nodes)
     engine.warm_up()
