@@ -20,7 +20,11 @@ TRIAL = 4  # steps, also of a number of nodes whose cost is a guess
 WATCHED = 16  # nodes of a draft that is not run
 BREAK = 0.5  # plain steps that it costs to stop for it and go on, besides
 SPREAD = 0.618  # of a burst, from one such draft to the next: all places come up alike
-MARGIN = 1.1  # by which drafting must promise more than plain decoding
+PRIOR = 2  # steps that all before them count as, when drafting begins
+TRUST = 2.0  # the most that what steps emit is expected to differ from what watching promised
+TRUSTED = 0.5  # weight of the newest such difference
+DOUBT = 1.5  # how much more than watching promised may be hoped for, in a trial
+MARGIN = 1.2  # by which drafting must promise more than plain decoding
 BETWEEN_TRIALS = 16  # steps after which a neighbour of the best is tried again, and then
 LONGER = 2.0  # each time so many times as many,
 AT_MOST = 128  # but no more than these
@@ -68,7 +72,6 @@ class _Choice:
 
     def learn(self, gain: float, share: float, steps: int) -> None:
         self.steps += steps
-        self.since = 0
         # A mean at first, then a moving average.
         weight = max(1.0 - (1.0 - MEMORY) ** steps, steps / self.steps)
         before = (gain, share) if self.gain is None else (self.gain, self.share)
@@ -103,10 +106,14 @@ class Controller:
         self._plain = _Cost()
         self._longest = 0  # plain steps in a row
         self._drafted: dict[int, _Cost] = {}  # one node: a step for which nothing was drafted
-        self._watch = _Cost()
         self._watched = 0  # drafts
+        self._watch_cost = BREAK  # plain steps
         self._until: int | None = None  # plain steps before the next of them, if it is paid for
         self._drafting = False  # more than plain decoding was best
+        self._trust = 1.0  # drafted tokens that a step emitted for each that watching promised
+        self._promise: float | None = None  # of the drafted steps that have just begun
+        self._kept = 0.0  # drafted tokens that they emitted
+        self._ran = 0  # of them
         self._purse = 0.0  # plain steps
         self._trying: int | None = None
         self._left = 0  # steps of the trial
@@ -135,33 +142,28 @@ class Controller:
         best = self.best()
         self._drafting = best > 1
         self._known[best].trials = 0
-        if best == 1 and watchable:
-            self._trying = None
-            return self._plain_plan(burst)
         if self._trying is None or self._payable(self._trying, best) < 1:
-            self._trying, self._left = self._candidate(best), TRIAL
+            self._trying, self._left = self._candidate(best, watchable), TRIAL
             if self._trying is not None:
                 self._known[self._trying].trials += 1
         if self._trying is not None and self._trying > 1:
             paid = max(1, self._payable(self._trying, best))
             return Plan(self._trying, min(burst, self._left, paid), 0)
         nodes = self._trying or best
+        if best == 1 and watchable:
+            return self._plain_plan(burst)
         guessed = nodes > 1 and nodes not in self._drafted
         return Plan(nodes, min(burst, TRIAL) if guessed else burst, 0)
 
     def _plain_plan(self, burst: int) -> Plan:
         """Plain steps, up to or from a place where a draft is watched if that is paid for."""
-        if self._until is None and len(self._nodes) > 1 and self._purse >= self._watch_cost():
+        if self._until is None and len(self._nodes) > 1 and self._purse >= self._watch_cost:
             self._until = int(self._watched * SPREAD % 1.0 * burst)
         if self._until is None:
             return Plan(1, burst, 0)
         if self._until > 0:
             return Plan(1, min(burst, self._until), 0)
         return Plan(1, burst, self.watch)
-
-    def _watch_cost(self) -> float:
-        """Plain steps."""
-        return BREAK + (self._watch.seconds / self._plain.seconds if self._watch.records else 0.0)
 
     def best(self) -> int:
         """The bucket with the highest rate, as far as known."""
@@ -190,14 +192,19 @@ class Controller:
             self._longest = max(self._longest, steps)
             self._plain.learn(seconds, steps)
         if most > 1:
+            self._compare(most, gains[most], steps)
             before = self._known[most].drafted
-            self._learn(gains, dict.fromkeys(gains, nodes), steps)
+            for bucket, gain in gains.items():
+                self._learn(bucket, gain, nodes, steps)
+                if bucket in self._known:
+                    self._known[bucket].since = 0
             after = self._known[most].drafted
             for bucket, known in self._known.items():  # a text that changes does so for all
                 if bucket > most and bucket not in gains and known.gain is not None and before:
                     known.gain = 1.0 + known.drafted * after / before
         elif seconds is not None:
             self._known[1] = _Choice(1.0, since=0)
+            self._ran = 0
         if most == 1 and self._until is not None:
             self._until = max(self._until - steps, 0)
         self._pay(most, nodes, gains, steps)
@@ -212,16 +219,33 @@ class Controller:
         """
         self._watched += 1
         self._until = None
-        if seconds is not None:
-            self._watch.learn(seconds, 1)
-        self._purse -= self._watch_cost()
-        self._learn(gains, sizes, 1)
-
-    def _learn(self, gains: Mapping[int, float], sizes: Mapping[int, int], steps: int) -> None:
+        cost = BREAK + (seconds or 0.0) / self._plain.seconds
+        self._watch_cost += MEMORY * (cost - self._watch_cost)
+        self._purse = max(self._purse - cost, -PURSE)
         for bucket, gain in gains.items():
-            if bucket > 1 and bucket in self._known:
-                share = self._cost(min(bucket, sizes[bucket])) / self._cost(bucket)
-                self._known[bucket].learn(gain, share, steps)
+            self._learn(bucket, 1.0 + self._trust * (gain - 1.0), sizes[bucket], 1)
+
+    def _compare(self, most: int, gain: float, steps: int) -> None:
+        """What was promised by watching against what the first drafted steps emit.
+
+        Any token is as likely to be watched; a step is more likely to begin where the one before
+        it failed. So one promises more or less than the other brings, depending on the text.
+        """
+        if self._ran == 0:
+            self._promise, self._kept = self._known[most].drafted, 0.0
+            for known in self._known.values():
+                known.steps = min(known.steps, PRIOR)
+        self._ran += steps
+        self._kept += (gain - 1.0) * steps
+        if self._promise and self._ran >= TRIAL:
+            ratio = max(self._kept / self._ran, LEAST) / self._promise
+            self._trust = min(max(self._trust * ratio**TRUSTED, 1.0 / TRUST), TRUST)
+            self._promise = None
+
+    def _learn(self, bucket: int, gain: float, nodes: int, steps: int) -> None:
+        if bucket > 1 and bucket in self._known:
+            share = self._cost(min(bucket, nodes)) / self._cost(bucket)
+            self._known[bucket].learn(gain, share, steps)
 
     def _pay(self, most: int, nodes: int, gains: Mapping[int, float], steps: int) -> None:
         emitted = gains.get(most, 1.0)
@@ -234,7 +258,7 @@ class Controller:
                 self._trying = None
         self._purse = min(max(self._purse, -PURSE), PURSE)
 
-    def _candidate(self, best: int) -> int | None:
+    def _candidate(self, best: int, watchable: bool) -> int | None:
         """What to try instead of the best: a neighbour not seen for long, if there is money."""
         if best > 1 and self._known[1].since >= BETWEEN_PLAIN:
             return 1
@@ -242,9 +266,17 @@ class Controller:
         for nodes in (*self._nodes[at + 1 : at + 2], *self._nodes[max(at - 1, 0) : at]):
             known = self._known[nodes]
             old = known.since >= min(BETWEEN_TRIALS * LONGER**known.trials, AT_MOST)
+            if best == 1 and watchable and not self._promising(nodes):
+                continue
             if nodes > 1 and old and self._payable(nodes, best) > 0:
                 return nodes
         return None
+
+    def _promising(self, nodes: int) -> bool:
+        """Whether so many nodes may pay although watching says that they do not."""
+        known = self._known[nodes]
+        cost = known.share * self._cost(nodes) / self._plain.seconds
+        return known.gain is not None and known.gain * DOUBT > cost
 
     def _payable(self, nodes: int, best: int) -> int:
         """Steps of a trial that the purse pays for: what they lose against plain decoding."""
