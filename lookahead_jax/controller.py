@@ -24,7 +24,7 @@ PRIOR = 2  # steps that all before them count as, when drafting begins
 TRUST = 2.0  # the most that what steps emit is expected to differ from what watching promised
 TRUSTED = 0.5  # weight of the newest such difference
 DOUBT = 1.5  # how much more than watching promised may be hoped for, in a trial
-MARGIN = 1.2  # by which drafting must promise more than plain decoding
+ENTER, STAY = 1.2, 1.05  # what drafting must promise, and keep, in terms of plain decoding
 BETWEEN_TRIALS = 16  # steps after which a neighbour of the best is tried again, and then
 LONGER = 2.0  # each time so many times as many,
 AT_MOST = 128  # but no more than these
@@ -32,27 +32,14 @@ BETWEEN_PLAIN = 512  # and plain decoding
 MEMORY = 0.15  # weight of the newest step, once there are some
 GUESS = 0.1  # plain steps that a node costs, before any was measured
 LEAST = 0.05  # drafted tokens per step that are told from none
-FASTEST_OF = 3  # records
+FALL, RISE = 0.75, 0.05  # weights of the newest time
 SHORT = 8  # plain steps: fewer of them mostly tell what it costs to begin them
-OUTLIER = 2.0  # a time this many times longer or shorter than expected is not believed whole
 
 
-@dataclasses.dataclass
-class _Cost:
-    """Seconds of a step of one size."""
-
-    seconds: float = 0.0
-    records: int = 0
-
-    def learn(self, seconds: float, steps: int) -> None:
-        """The fastest at first, since what disturbs a step makes it longer; then an average."""
-        self.records += 1
-        if self.records <= FASTEST_OF:
-            self.seconds = min(self.seconds or seconds, seconds)
-            return
-        expected = self.seconds
-        believed = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
-        self.seconds += (1.0 - (1.0 - MEMORY) ** steps) * (believed - expected)
+def _updated(known: float | None, seconds: float) -> float:
+    """A step's time falls fast and rises slowly, since what disturbs a step makes it longer."""
+    known = seconds if known is None else known
+    return known + (FALL if seconds < known else RISE) * (seconds - known)
 
 
 @dataclasses.dataclass
@@ -103,9 +90,10 @@ class Controller:
             )
         self._nodes = sorted(buckets)
         self._known = {nodes: _Choice() for nodes in self._nodes}
-        self._plain = _Cost()
+        self._plain = 0.0  # seconds of a step; not known
         self._longest = 0  # plain steps in a row
-        self._drafted: dict[int, _Cost] = {}  # one node: a step for which nothing was drafted
+        # Seconds of a step of so many nodes; of one: for which nothing was drafted.
+        self._drafted: dict[int, float] = {}
         self._watched = 0  # drafts
         self._watch_cost = BREAK  # plain steps
         self._until: int | None = None  # plain steps before the next of them, if it is paid for
@@ -173,7 +161,7 @@ class Controller:
             if n > 1 and known.gain is not None
         }
         if self._known[1].gain is not None:
-            rates[1] = (1.0 if self._drafting else MARGIN) / self._plain.seconds
+            rates[1] = (STAY if self._drafting else ENTER) / self._plain
         return max(rates, key=lambda nodes: rates[nodes], default=1)
 
     def record(
@@ -187,16 +175,17 @@ class Controller:
         for known in self._known.values():
             known.since += steps
         if seconds is not None and most > 1:
-            self._drafted.setdefault(nodes, _Cost()).learn(seconds, steps)
+            self._drafted[nodes] = _updated(self._drafted.get(nodes), seconds)
         elif seconds is not None and steps >= min(SHORT, self._longest):
             self._longest = max(self._longest, steps)
-            self._plain.learn(seconds, steps)
+            self._plain = _updated(self._plain or None, seconds)
         if most > 1:
-            self._compare(most, gains[most], steps)
+            if self._watched:
+                self._compare(most, gains[most], steps)
             before = self._known[most].drafted
             for bucket, gain in gains.items():
                 self._learn(bucket, gain, nodes, steps)
-                if bucket in self._known:
+                if 1 < bucket and bucket in self._known:
                     self._known[bucket].since = 0
             after = self._known[most].drafted
             for bucket, known in self._known.items():  # a text that changes does so for all
@@ -219,7 +208,7 @@ class Controller:
         """
         self._watched += 1
         self._until = None
-        cost = BREAK + (seconds or 0.0) / self._plain.seconds
+        cost = BREAK + (seconds or 0.0) / self._plain
         self._watch_cost += MEMORY * (cost - self._watch_cost)
         self._purse = max(self._purse - cost, -PURSE)
         for bucket, gain in gains.items():
@@ -252,7 +241,7 @@ class Controller:
         self._purse += SHARE * steps * emitted
         if most == self._trying:
             if most > 1:
-                self._purse += steps * (emitted - self._cost(nodes) / self._plain.seconds)
+                self._purse += steps * (emitted - self._cost(nodes) / self._plain)
             self._left -= steps
             if most == 1 or self._left < 1:
                 self._trying = None
@@ -275,7 +264,7 @@ class Controller:
     def _promising(self, nodes: int) -> bool:
         """Whether so many nodes may pay although watching says that they do not."""
         known = self._known[nodes]
-        cost = known.share * self._cost(nodes) / self._plain.seconds
+        cost = known.share * self._cost(nodes) / self._plain
         return known.gain is not None and known.gain * DOUBT > cost
 
     def _payable(self, nodes: int, best: int) -> int:
@@ -284,7 +273,7 @@ class Controller:
         cost, gain = known.share * self._cost(nodes), known.gain
         if gain is None:
             gain = self._known[best].gain if nodes > best else None
-        loss = cost / self._plain.seconds - (gain or 1.0)
+        loss = cost / self._plain - (gain or 1.0)
         if loss <= 0:
             return TRIAL
         return max(int(min(self._purse / loss, TRIAL)), int(self._purse >= PURSE))
@@ -292,11 +281,11 @@ class Controller:
     def _cost(self, nodes: int) -> float:
         """Seconds of a step, measured or between and beyond what was measured."""
         if nodes in self._drafted:
-            return self._drafted[nodes].seconds
-        below, less = 1, self._plain.seconds
+            return self._drafted[nodes]
+        below, less = 1, self._plain
         slope = GUESS * less
         for n in sorted(self._drafted):
-            more = self._drafted[n].seconds
+            more = self._drafted[n]
             if n > below:
                 slope = max(more - less, 0.0) / (n - below)
             if n > nodes:
