@@ -24,7 +24,7 @@ PRIOR = 2  # steps that all before them count as, when drafting begins
 TRUST = 2.0  # the most that what steps emit is expected to differ from what watching promised
 TRUSTED = 0.5  # weight of the newest such difference
 DOUBT = 1.5  # how much more than watching promised may be hoped for, in a trial
-ENTER, STAY = 1.2, 1.05  # what drafting must promise, and keep, in terms of plain decoding
+MARGIN = 1.2  # by which drafting must promise more than plain decoding, to begin
 BETWEEN_TRIALS = 16  # steps after which a neighbour of the best is tried again, and then
 LONGER = 2.0  # each time so many times as many,
 AT_MOST = 128  # but no more than these
@@ -66,6 +66,32 @@ class _Choice:
         self.share = before[1] + weight * (share - before[1])
 
 
+@dataclasses.dataclass
+class _Trust:
+    """Drafted tokens that steps emit for each that watching promised.
+
+    Any token is as likely to be watched; a step is more likely to begin where the one before it
+    failed. So watching promises more or less than steps bring, depending on the text.
+    """
+
+    factor: float = 1.0
+    promise: float | None = None  # drafted tokens per step, of the steps that are compared with it
+    kept: float = 0.0  # drafted tokens that they emitted
+    steps: int = 0
+
+    def begin(self, promise: float | None) -> None:
+        self.promise, self.kept, self.steps = promise, 0.0, 0
+
+    def learn(self, drafted: float, steps: int) -> None:
+        """`steps` steps emitted `drafted` drafted tokens each."""
+        self.kept += drafted * steps
+        self.steps += steps
+        if self.promise is not None and self.steps >= TRIAL:
+            ratio = max(self.kept / self.steps, LEAST) / self.promise
+            self.factor = min(max(self.factor * ratio**TRUSTED, 1.0 / TRUST), TRUST)
+            self.promise = None
+
+
 class Plan(NamedTuple):
     """What the next steps should be."""
 
@@ -98,10 +124,8 @@ class Controller:
         self._watch_cost = BREAK  # plain steps
         self._until: int | None = None  # plain steps before the next of them, if it is paid for
         self._drafting = False  # more than plain decoding was best
-        self._trust = 1.0  # drafted tokens that a step emitted for each that watching promised
-        self._promise: float | None = None  # of the drafted steps that have just begun
-        self._kept = 0.0  # drafted tokens that they emitted
-        self._ran = 0  # of them
+        self._trust = _Trust()
+        self._ran_plainly = True  # the steps before the next
         self._purse = 0.0  # plain steps
         self._trying: int | None = None
         self._left = 0  # steps of the trial
@@ -161,7 +185,7 @@ class Controller:
             if n > 1 and known.gain is not None
         }
         if self._known[1].gain is not None:
-            rates[1] = (STAY if self._drafting else ENTER) / self._plain
+            rates[1] = (1.0 if self._drafting else MARGIN) / self._plain
         return max(rates, key=lambda nodes: rates[nodes], default=1)
 
     def record(
@@ -180,12 +204,16 @@ class Controller:
             self._longest = max(self._longest, steps)
             self._plain = _updated(self._plain or None, seconds)
         if most > 1:
-            if self._watched:
-                self._compare(most, gains[most], steps)
             before = self._known[most].drafted
+            if self._watched:
+                if self._ran_plainly:
+                    self._trust.begin(before or None)
+                    for known in self._known.values():
+                        known.steps = min(known.steps, PRIOR)
+                self._trust.learn(gains[most] - 1.0, steps)
             for bucket, gain in gains.items():
                 self._learn(bucket, gain, nodes, steps)
-                if 1 < bucket and bucket in self._known:
+                if bucket > 1 and bucket in self._known:
                     self._known[bucket].since = 0
             after = self._known[most].drafted
             for bucket, known in self._known.items():  # a text that changes does so for all
@@ -193,7 +221,7 @@ class Controller:
                     known.gain = 1.0 + known.drafted * after / before
         elif seconds is not None:
             self._known[1] = _Choice(1.0, since=0)
-            self._ran = 0
+        self._ran_plainly = most == 1
         if most == 1 and self._until is not None:
             self._until = max(self._until - steps, 0)
         self._pay(most, nodes, gains, steps)
@@ -212,24 +240,7 @@ class Controller:
         self._watch_cost += MEMORY * (cost - self._watch_cost)
         self._purse = max(self._purse - cost, -PURSE)
         for bucket, gain in gains.items():
-            self._learn(bucket, 1.0 + self._trust * (gain - 1.0), sizes[bucket], 1)
-
-    def _compare(self, most: int, gain: float, steps: int) -> None:
-        """What was promised by watching against what the first drafted steps emit.
-
-        Any token is as likely to be watched; a step is more likely to begin where the one before
-        it failed. So one promises more or less than the other brings, depending on the text.
-        """
-        if self._ran == 0:
-            self._promise, self._kept = self._known[most].drafted, 0.0
-            for known in self._known.values():
-                known.steps = min(known.steps, PRIOR)
-        self._ran += steps
-        self._kept += (gain - 1.0) * steps
-        if self._promise and self._ran >= TRIAL:
-            ratio = max(self._kept / self._ran, LEAST) / self._promise
-            self._trust = min(max(self._trust * ratio**TRUSTED, 1.0 / TRUST), TRUST)
-            self._promise = None
+            self._learn(bucket, 1.0 + self._trust.factor * (gain - 1.0), sizes[bucket], 1)
 
     def _learn(self, bucket: int, gain: float, nodes: int, steps: int) -> None:
         if bucket > 1 and bucket in self._known:

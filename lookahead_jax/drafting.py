@@ -158,9 +158,7 @@ class Drafting:
             means = (reached.sum(0) / reached[:, 0].sum()).tolist()
             gains = dict(zip(NODE_BUCKETS, means, strict=True))
         if drawn and plan.most > 1:
-            gains = {
-                plan.most: gains[plan.most]
-            }  # the first nodes of a drawn tree are no such tree
+            gains = {plan.most: gains[plan.most]}  # a drawn tree's first nodes are not drawn so
         elif longest + 1 >= plan.most:  # more might have been drafted
             gains = {n: gain for n, gain in gains.items() if n <= plan.most}
         measured = self.compile_s == compiled
