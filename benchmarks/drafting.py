@@ -448,7 +448,6 @@ def main() -> None:
     parser.add_argument("--out", default=str(HERE / "results" / "drafting.json"))
     options = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as the commands do
     bench, out = Bench(options), Path(options.out)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True

@@ -32,7 +32,6 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     try:
         config = parse(args)
-        _run_inline()
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *place: _say(f"notice: {message}")
             COMMANDS[type(config)](config)
@@ -49,16 +48,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _fail(f"unexpected {type(error).__name__}: {error}", status=1)
     return 0
-
-
-def _run_inline() -> None:
-    """On CPU, steps run in the thread that asks for them; no effect once JAX has been used.
-
-    Handing a step to another thread and waiting for it costs a small model half a step.
-    """
-    import jax
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def parse(args: Sequence[str] | None = None):
