@@ -33,7 +33,7 @@ MEMORY = 0.15  # weight of the newest step, once there are some
 GUESS = 0.1  # plain steps that a node costs, before any was measured
 LEAST = 0.05  # drafted tokens per step that are told from none
 FALL, RISE = 0.75, 0.05  # weights of the newest time
-SHORT = 8  # plain steps: fewer of them mostly tell what it costs to begin them
+SHORT = 8  # plain steps: fewer tell what it costs to begin them, and little about a draft
 
 
 def _updated(known: float | None, seconds: float) -> float:
@@ -147,8 +147,10 @@ class Controller:
     def choose(self, burst: int, *, watchable: bool = True) -> Plan:
         """What the next up to `burst` steps should be.
 
-        Not every drafter is `watchable`: its drafts can be judged without running them.
+        Not every drafter is `watchable`: its drafts can be judged without running them. Nor are
+        drafts after which only a few tokens are emitted.
         """
+        watchable = watchable and burst >= SHORT
         if self._known[1].gain is None:
             return Plan(1, burst, 0)
         best = self.best()

@@ -141,7 +141,7 @@ class Drafting:
             return self._run(params, state, self._nodes, burst, self._drafts(state, self._nodes))
         controller = self._nodes
         drawn = isinstance(self._device, DrawingDrafter)  # its trees mean nothing unless they run
-        plan = controller.choose(burst, watchable=not drawn)
+        plan = controller.choose(burst, watchable=not drawn and self._on_step is None)
         watched = self._watch(state, plan.watch) if plan.watch else None
         before, count, compiled = np.array(state.reached), np.array(state.count), self.compile_s
         begin = time.perf_counter()

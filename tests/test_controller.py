@@ -58,7 +58,9 @@ def simulate(
             reached = {n: gain for n, gain in reached.items() if n <= most}
         seconds = costs[nodes] * rng.uniform(1 - noise, 1 + noise)
         controller.record(most, nodes, {1: 1.0, **reached}, len(luck), seconds)
+        assert nested or not watch
         if watch:
+            assert steps >= 8  # or what a draft was worth could not be seen
             sizes = {n: n if fills is None else holding(min(n, fills + 1)) for n in costs}
             path = {n: 1 + (gains(sizes[n], emitted) - 1) * luck[0] for n in costs if n <= watch}
             controller.record_watched(path, sizes, 0.3)
@@ -96,6 +98,25 @@ def test_it_settles_on_the_best_rate(most, half, nested):
     assert ratio < (1.1 if nested else 1.15) / rates[best]
     last = max(set(choices[-50:]), key=choices[-50:].count)
     assert rates[last] > (0.93 if nested else 0.85) * rates[best]
+
+
+def test_where_drafts_cannot_pay_none_is_run():
+    """They are watched; once it is tried what eight nodes cost: here, eight plain steps each."""
+    for gain, trials in ((1.0, 0), (1.5, 1)):
+        ratio, choices = simulate(lambda nodes, at, gain=gain: gain, STEEP)
+        assert choices.count(8) <= trials
+        assert set(choices) <= {1, 8}
+        assert ratio < 1.02 + trials * 4 * 7 / 2000
+
+
+def test_short_bursts_are_tried_instead_of_watched():
+    controller = Controller()
+    _, choices = simulate(
+        lambda nodes, at: float(min(nodes, 6)), tokens=500, burst=4, controller=controller
+    )
+    assert controller.choose(4).watch == 0
+    assert controller.best() == 8
+    assert choices.count(8) > len(choices) / 2
 
 
 def test_it_notices_when_a_text_changes():
