@@ -3,9 +3,9 @@
 A number of nodes is worth what its steps emit over what they take, both moving averages. What
 smaller trees would have emitted is read off the larger one that ran, since drafts list their best
 nodes first. While decoding is plain, a draft is made now and then, not run, and compared with what
-was emitted after it; only drafts that cannot be judged so, and larger trees, are tried by running
-them. Drafts that are not run and trials are paid from a purse that a share of plain decoding
-fills: where nothing can be drafted, nothing else is lost.
+was emitted after it: it is watched. Larger trees, drafts that cannot be watched, and numbers of
+nodes that watching rules out for long are tried by running them. Watching and trials are paid from
+a purse that a share of plain decoding fills: where nothing can be drafted, nothing else is lost.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from lookahead_jax.tree import NODE_BUCKETS
 
-SHARE = 0.015  # of plain decoding, for trials
-PURSE = 3.0  # plain steps: the most that is saved up, or owed
+SHARE = 0.015  # of plain decoding, for watching and trials
+PURSE = 3.0  # plain steps: the most that is saved up
+DEBT = 32.0  # plain steps: the most that watching is charged with, since it may be disturbed
 TRIAL = 4  # steps, also of a number of nodes whose cost is a guess
 WATCHED = 16  # nodes of a draft that is not run
 BREAK = 0.5  # plain steps that it costs to stop for it and go on, besides
@@ -23,7 +24,7 @@ SPREAD = 0.618  # of a burst, from one such draft to the next: all places come u
 PRIOR = 2  # steps that all before them count as, when drafting begins
 TRUST = 2.0  # the most that what steps emit is expected to differ from what watching promised
 TRUSTED = 0.5  # weight of the newest such difference
-DOUBT = 1.5  # how much more than watching promised may be hoped for, in a trial
+DOUBT = 512  # steps after which twice what watching promised is hoped for, in a trial
 MARGIN = 1.2  # by which drafting must promise more than plain decoding, to begin
 BETWEEN_TRIALS = 16  # steps after which a neighbour of the best is tried again, and then
 LONGER = 2.0  # each time so many times as many,
@@ -32,14 +33,20 @@ BETWEEN_PLAIN = 512  # and plain decoding
 MEMORY = 0.15  # weight of the newest step, once there are some
 GUESS = 0.1  # plain steps that a node costs, before any was measured
 LEAST = 0.05  # drafted tokens per step that are told from none
-FALL, RISE = 0.75, 0.05  # weights of the newest time
+OUTLIER = 2.0  # a time so many times longer than expected is not believed whole
 SHORT = 8  # plain steps: fewer tell what it costs to begin them, and little about a draft
 
 
-def _updated(known: float | None, seconds: float) -> float:
-    """A step's time falls fast and rises slowly, since what disturbs a step makes it longer."""
-    known = seconds if known is None else known
-    return known + (FALL if seconds < known else RISE) * (seconds - known)
+def _updated(known: float | None, newest: float, steps: int) -> float:
+    """A moving average of times, for one of `steps` steps each.
+
+    Disturbances make times longer: many steps in a row that were short are believed, many that were
+    long count as one.
+    """
+    if known is None:
+        return newest
+    weight = MEMORY if newest > known else 1.0 - (1.0 - MEMORY) ** steps
+    return known + weight * (min(newest, known * OUTLIER) - known)
 
 
 @dataclasses.dataclass
@@ -49,7 +56,7 @@ class _Choice:
     gain: float | None = None  # tokens per step
     share: float = 1.0  # of the cost of so many nodes, as drafts may have fewer
     steps: int = 0
-    since: int = BETWEEN_PLAIN  # steps since then
+    since: int = AT_MOST  # steps since it ran
     trials: int = 0  # since it was the best
 
     @property
@@ -122,10 +129,10 @@ class Controller:
         self._drafted: dict[int, float] = {}
         self._watched = 0  # drafts
         self._watch_cost = BREAK  # plain steps
+        self._promised = False  # by what was watched since something drafted ran
         self._until: int | None = None  # plain steps before the next of them, if it is paid for
         self._drafting = False  # more than plain decoding was best
         self._trust = _Trust()
-        self._ran_plainly = True  # the steps before the next
         self._purse = 0.0  # plain steps
         self._trying: int | None = None
         self._left = 0  # steps of the trial
@@ -147,10 +154,10 @@ class Controller:
     def choose(self, burst: int, *, watchable: bool = True) -> Plan:
         """What the next up to `burst` steps should be.
 
-        Not every drafter is `watchable`: its drafts can be judged without running them. Nor are
-        drafts after which only a few tokens are emitted.
+        `watchable`: a draft can be judged without running it.
         """
-        watchable = watchable and burst >= SHORT
+        # A draft is worth what is emitted after it, so short bursts say little about it.
+        watchable = watchable and burst >= SHORT and len(self._nodes) > 1
         if self._known[1].gain is None:
             return Plan(1, burst, 0)
         best = self.best()
@@ -171,7 +178,7 @@ class Controller:
 
     def _plain_plan(self, burst: int) -> Plan:
         """Plain steps, up to or from a place where a draft is watched if that is paid for."""
-        if self._until is None and len(self._nodes) > 1 and self._purse >= self._watch_cost:
+        if self._until is None and self._purse >= min(self._watch_cost, PURSE):
             self._until = int(self._watched * SPREAD % 1.0 * burst)
         if self._until is None:
             return Plan(1, burst, 0)
@@ -201,18 +208,18 @@ class Controller:
         for known in self._known.values():
             known.since += steps
         if seconds is not None and most > 1:
-            self._drafted[nodes] = _updated(self._drafted.get(nodes), seconds)
+            self._drafted[nodes] = _updated(self._drafted.get(nodes), seconds, steps)
         elif seconds is not None and steps >= min(SHORT, self._longest):
             self._longest = max(self._longest, steps)
-            self._plain = _updated(self._plain or None, seconds)
+            self._plain = _updated(self._plain or None, seconds, steps)
         if most > 1:
             before = self._known[most].drafted
-            if self._watched:
-                if self._ran_plainly:
-                    self._trust.begin(before or None)
-                    for known in self._known.values():
-                        known.steps = min(known.steps, PRIOR)
-                self._trust.learn(gains[most] - 1.0, steps)
+            if self._promised:
+                self._promised, self._until = False, None
+                self._trust.begin(before or None)
+                for known in self._known.values():
+                    known.steps = min(known.steps, PRIOR)
+            self._trust.learn(gains[most] - 1.0, steps)
             for bucket, gain in gains.items():
                 self._learn(bucket, gain, nodes, steps)
                 if bucket > 1 and bucket in self._known:
@@ -223,7 +230,6 @@ class Controller:
                     known.gain = 1.0 + known.drafted * after / before
         elif seconds is not None:
             self._known[1] = _Choice(1.0, since=0)
-        self._ran_plainly = most == 1
         if most == 1 and self._until is not None:
             self._until = max(self._until - steps, 0)
         self._pay(most, nodes, gains, steps)
@@ -237,10 +243,10 @@ class Controller:
         `sizes` nodes: its first nodes, and what was emitted after it.
         """
         self._watched += 1
-        self._until = None
-        cost = BREAK + (seconds or 0.0) / self._plain
+        self._promised, self._until = True, None
+        cost = self._watch_cost if seconds is None else min(BREAK + seconds / self._plain, DEBT)
         self._watch_cost += MEMORY * (cost - self._watch_cost)
-        self._purse = max(self._purse - cost, -PURSE)
+        self._purse -= cost
         for bucket, gain in gains.items():
             self._learn(bucket, 1.0 + self._trust.factor * (gain - 1.0), sizes[bucket], 1)
 
@@ -258,7 +264,7 @@ class Controller:
             self._left -= steps
             if most == 1 or self._left < 1:
                 self._trying = None
-        self._purse = min(max(self._purse, -PURSE), PURSE)
+        self._purse = min(self._purse, PURSE)
 
     def _candidate(self, best: int, watchable: bool) -> int | None:
         """What to try instead of the best: a neighbour not seen for long, if there is money."""
@@ -278,7 +284,8 @@ class Controller:
         """Whether so many nodes may pay although watching says that they do not."""
         known = self._known[nodes]
         cost = known.share * self._cost(nodes) / self._plain
-        return known.gain is not None and known.gain * DOUBT > cost
+        hope = 1.0 + known.since / DOUBT
+        return known.gain is not None and known.gain * hope > cost
 
     def _payable(self, nodes: int, best: int) -> int:
         """Steps of a trial that the purse pays for: what they lose against plain decoding."""

@@ -31,7 +31,7 @@ class DraftReport:
 
     steps: int  # target forwards, counted once for every row that took part
     mean_accepted: float | None  # tokens emitted per target forward; None if there was none
-    drafter_us: float | None  # microseconds of a host drafter per step; None: on the device
+    drafter_us: float | None  # microseconds of a host drafter per draft; None: it made none
     histogram: list[int]  # entry i: forwards that emitted i + 1 tokens
 
 
@@ -170,7 +170,7 @@ class Drafting:
                     np.asarray(state.tokens), count, np.asarray(state.count), strict=True
                 )
             ]
-            self._judge(watched, texts)
+            self._judge(controller, watched, texts)
         return state
 
     def _watch(self, state: DecodeState, nodes: int) -> _Watched:
@@ -186,10 +186,10 @@ class Drafting:
         seconds = time.perf_counter() - begin
         return _Watched(drafts, nodes, seconds if self.compile_s == compiled else None)
 
-    def _judge(self, watched: _Watched, texts: Sequence[np.ndarray]) -> None:
+    def _judge(
+        self, controller: Controller, watched: _Watched, texts: Sequence[np.ndarray]
+    ) -> None:
         """Tells the controller what the drafts were worth, now that the texts have gone on."""
-        controller = self._nodes
-        assert isinstance(controller, Controller)
         went = [(d, text) for d, text in zip(watched.drafts, texts, strict=True) if text.size]
         paths = [path_of(draft, text[:-1].tolist()) for draft, text in went]
         longest = max(len(draft.tokens) for draft, _ in went)
@@ -231,7 +231,7 @@ class Drafting:
         """Compiles every step that `advance` may take. Nothing may run in `state`."""
         for nodes in (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets:
             state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
-        if isinstance(self._nodes, Controller):
+        if isinstance(self._nodes, Controller) and self._nodes.watch > 1:
             self._watch(state, self._nodes.watch)
         return state
 

@@ -144,6 +144,13 @@ def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
     assert engine.waiting == 0
 
 
+def test_a_controller_may_have_plain_decoding_alone(model, alone):
+    engine = make_engine(model, drafter="trie", draft_nodes=Controller([1]))
+    engine.warm_up()
+    id = engine.submit(request(0))
+    assert as_alone(model, 0, results(drain(engine))[id].tokens, alone)
+
+
 def test_a_cancelled_request_ends_within_a_burst_and_frees_its_row(engine, alone):
     ids = [engine.submit(request(0, max_new_tokens=NEW)) for _ in range(4)]
     assert {event.id for event in engine.step()} == set(ids[:3])

@@ -38,9 +38,10 @@ def unpack(tokens: np.ndarray, parents: np.ndarray) -> list[Draft]:
 def path_of(draft: Draft, text: Sequence[int]) -> list[int]:
     """The nodes that a step would accept if the target chose `text`, from the root down."""
     children: dict[tuple[int, int], int] = {}
-    for node, key in enumerate(zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)):
-        if key[0] < node:
-            children.setdefault(key, node)
+    tokens, parents = np.asarray(draft.tokens).tolist(), np.asarray(draft.parents).tolist()
+    for node, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
+        if parent < node:
+            children.setdefault((parent, token), node)
     path: list[int] = []
     for token in text:
         node = children.get((path[-1] if path else -1, token))

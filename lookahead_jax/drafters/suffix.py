@@ -60,7 +60,7 @@ class Suffix:
         if requests < 1:
             raise ValueError(f"requests must be at least 1, got {requests}")
         self._depth = depth
-        self._rule = (factor, offset, least)
+        self._rule = (float(factor), float(offset), float(least))  # of one type: compiled once
         self._kept = requests
         sequences = requests + 2 * _RUNNING
         self._forest = _suffix.empty_forest(capacity, sequences, depth)

@@ -38,8 +38,8 @@ class _Request(NamedTuple):
 class Trie:
     """A host drafter. Safe to share between threads.
 
-    capacity: nodes (48 bytes each, at most 56) of all requests together. At the bound the n-gram
-        unseen for longest goes; prompts and outputs are each sure of half.
+    capacity: nodes (48 bytes each, at most 56, taken at once) of all requests together. At the
+        bound the n-gram unseen for longest goes; prompts and outputs are each sure of half.
     branch: longest draft (published: 12). context: longest suffix looked up (published: 2).
         Stored n-grams are `branch + context` tokens at most, so the longest suffixes of the
         context have at least `branch` tokens after them.
