@@ -10,7 +10,6 @@ Letters: B batch, T prompt, Y answer, S slots, L layers, K KV heads, U budgets, 
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple, cast
 
 import jax
@@ -27,6 +26,7 @@ from lookahead_jax.model import layer_kinds
 from lookahead_jax.policies.base import LayerView, Policy, select
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefill import compress, prefill
+from lookahead_jax.program import program
 from lookahead_jax.reading import read_again
 from lookahead_jax.scoring import forced_logits
 
@@ -152,7 +152,9 @@ def _scores(
     if policy.uses_modules:
         if modules is None:
             raise ValueError(f"policy {type(policy).__name__} needs modules")
-        observer = observer_block(modules, cache.next_pos, cache.rope_span)
+        observer = observer_block(
+            modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype
+        )
     elif rows or response is not None:
         observer = read_again(params, tokens, rows, response, cache, config)
     else:
@@ -165,7 +167,7 @@ def _scores(
     return cast(jax.Array, again.scores)  # asked for
 
 
-@partial(jax.jit, static_argnames=("config", "policy", "budgets"))
+@program(static_argnames=("config", "policy", "budgets"))
 def _keep(
     scores: jax.Array,
     cache: KVCache,
@@ -200,7 +202,7 @@ def masked(cache: KVCache, keep: jax.Array) -> KVCache:
     return dataclasses.replace(cache, pos=jnp.where(keep, cache.pos, -1))
 
 
-@partial(jax.jit, static_argnames=("config",))
+@program(static_argnames=("config",))
 def outcome(
     params: Params, reference: Reference, keep: jax.Array, *, config: ModelConfig
 ) -> Outcome:

@@ -109,7 +109,7 @@ def _observer(
     if kind == "modules":
         if modules is None:
             raise ValueError(f"policy {type(eviction.policy).__name__} reads lookahead modules")
-        return observer_block(modules, cache.next_pos, cache.rope_span)
+        return observer_block(modules, cache.next_pos, cache.rope_span, dtype=cache.k.dtype)
     if kind == "nobody":
         return None
     # The cache has not changed since these tokens were decoded: read again, they look at it with

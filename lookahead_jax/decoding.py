@@ -26,6 +26,7 @@ from lookahead_jax.drafters.device import DeviceDrafter, DrawingDrafter, NoDraft
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.model import Block, embed, forward, logits
+from lookahead_jax.program import program
 from lookahead_jax.sampling import (
     GREEDY,
     Sampling,
@@ -252,7 +253,7 @@ def _settle(
 _STATIC = ("config", "drafter", "nodes", "eviction")
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
+@program(static_argnames=_STATIC, donate_argnames=("state",))
 def decode_step(
     params: Params,
     state: DecodeState,
@@ -275,7 +276,7 @@ def decode_step(
     return _settle(params, state, rows, modules, config=config, eviction=eviction), step
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("state",))
+@program(static_argnames=_STATIC, donate_argnames=("state",))
 def decode_burst(
     params: Params,
     state: DecodeState,

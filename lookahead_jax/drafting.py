@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from lookahead_jax.drafters.device import DeviceDrafter, DrawingDrafter, Given, 
 from lookahead_jax.drafters.host import NOTHING, pack, path_of, unpack
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
+from lookahead_jax.program import Program, program
 from lookahead_jax.tree import NODE_BUCKETS, TokenTree
 
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use
@@ -208,22 +208,22 @@ class Drafting:
         burst: int,
         drafts: Sequence[Draft] | None,
     ) -> DecodeState:
-        program, options, drafter = self._program(nodes, burst)
+        step, options, drafter = self._program(nodes, burst)
         if self._host is not None:
             draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
             state = dataclasses.replace(state, draft=draft)
-        result = self._call(program, params, state, drafter.weights, self._modules, **options)
+        result = self._call(step, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
             return result
         if self._on_step is not None:
             self._on_step(jax.tree.map(np.asarray, result[1]))
         return result[0]
 
-    def _call(self, program: Any, *arguments: Any, **options: Any) -> Any:
-        """Calls a jitted function, and keeps the time apart if that compiled it."""
-        known, begin = program._cache_size(), time.perf_counter()
-        result = program(*arguments, **options)
-        if program._cache_size() > known:
+    def _call(self, f: Program, *arguments: Any, **options: Any) -> Any:
+        """Calls a program, and keeps the time apart if that compiled it."""
+        known, begin = f.compiled(), time.perf_counter()
+        result = f(*arguments, **options)
+        if f.compiled() > known:
             self.compile_s += time.perf_counter() - begin
         return result
 
@@ -304,7 +304,7 @@ class Drafting:
         self._observed[row] = count
 
 
-@partial(jax.jit, static_argnames=("drafter", "room", "config"), donate_argnames=("state",))
+@program(static_argnames=("drafter", "room", "config"), donate_argnames=("state",))
 def attach(
     state: DecodeState,
     weights: Any,
@@ -320,7 +320,7 @@ def attach(
     return dataclasses.replace(state, draft=draft)
 
 
-@partial(jax.jit, static_argnames=("drafter", "nodes"))
+@program(static_argnames=("drafter", "nodes"))
 def propose(
     weights: Any, state: Any, root: jax.Array, *, drafter: DeviceDrafter, nodes: int
 ) -> TokenTree:

@@ -7,7 +7,6 @@ only the prompt's last token. Lossy: it trades quality for the time to the first
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from lookahead_jax.files import atomic_write, save_arrays
 from lookahead_jax.layers import Params, linear, rms_norm
 from lookahead_jax.model import embed, layer_kinds, scan_layers
 from lookahead_jax.prefill import Prefilled, extend
+from lookahead_jax.program import program
 from lookahead_jax.prompt import layer_buffers, open_prompt, prompt_layer
 from lookahead_jax.rope import apply_rope, rope_tables
 
@@ -97,7 +97,7 @@ def init_maps(key: jax.Array, base: ModelConfig, aux: ModelConfig) -> KVMaps:
     return KVMaps(k=k / inputs**0.5, v=v / inputs**0.5)
 
 
-@partial(jax.jit, static_argnames=("config",))
+@program(static_argnames=("config",))
 def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) -> PlainKV:
     """What a model projects of a right-padded batch of prompts, before key norm and RoPE."""
     width = tokens.shape[1]
@@ -138,7 +138,7 @@ def prediction_loss(maps: KVMaps, aux: PlainKV, base: PlainKV, valid: jax.Array)
     return (losses[0] + losses[1]) / 2
 
 
-@partial(jax.jit, static_argnames=("config", "slots"))
+@program(static_argnames=("config", "slots"))
 def predicted_cache(
     params: Params,
     maps: KVMaps,

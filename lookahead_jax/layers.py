@@ -33,13 +33,37 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, config: ModelConfig) -> jax.Arr
     return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def product_of_rows(
+    product: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    *,
+    inputs: int = 1,
+    cpu: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`product(x)`, a matrix product with the rows of x, in the form that a lone row wants.
+
+    Of x the last `inputs` axes are contracted and those before them are rows. A vector times a
+    matrix makes XLA on GPUs convert the matrix to float32 in memory, or write out every single
+    product; two equal rows read the matrix once. `cpu` is the form for CPUs, if they have one.
+    """
+    lead = x.ndim - inputs
+    if math.prod(x.shape[:lead]) > 1:
+        return product(x)
+
+    def twice(x):
+        return jax.lax.slice_in_dim(
+            product(jnp.concatenate([x, x], axis=lead - 1)), 0, 1, axis=lead - 1
+        )
+
+    return jax.lax.platform_dependent(
+        x, cpu=cpu or product, cuda=twice, rocm=twice, default=product
+    )
+
+
 def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the weight."""
 
-    def whole(x, weight):
-        return jnp.tensordot(x, weight, axes=inputs)
-
-    def halves(x, weight):
+    def halves(x):
         # XLA on CPU gives one row times a matrix to one core, but a batch of two to two cores.
         parts = weight.reshape(2, -1, math.prod(weight.shape[inputs:]))
         y = jnp.einsum(
@@ -47,9 +71,11 @@ def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
         ).sum(0)
         return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
 
-    if math.prod(x.shape[: x.ndim - inputs]) > 1 or weight.shape[0] % 2:
-        return whole(x, weight)
-    return jax.lax.platform_dependent(x, weight, cpu=halves, default=whole)
+    def whole(x):
+        return jnp.tensordot(x, weight, axes=inputs)
+
+    cpu = None if weight.shape[0] % 2 else halves
+    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
 
 
 def linear(

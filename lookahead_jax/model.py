@@ -20,7 +20,7 @@ from lookahead_jax.cache import KVCache
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.attention import Slots, block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
-from lookahead_jax.layers import Params, by_rows, linear, mlp, rms_norm
+from lookahead_jax.layers import Params, by_rows, linear, mlp, product_of_rows, rms_norm
 from lookahead_jax.rope import apply_rope, rope_tables
 
 
@@ -86,6 +86,19 @@ def layer_kinds(config: ModelConfig) -> LayerKind:
     )
 
 
+def _with_index(per_layer: Any, i: jax.Array) -> Any:
+    """The loop's counter as the layer's number.
+
+    Where that is read from an array, XLA on GPUs does not see that a slice of a stack of caches
+    moves with the loop, and copies it.
+    """
+    return jax.tree.map(
+        lambda a: a._replace(index=i) if isinstance(a, LayerKind) else a,
+        per_layer,
+        is_leaf=lambda a: isinstance(a, LayerKind),
+    )
+
+
 def scan_layers(
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
@@ -102,7 +115,16 @@ def scan_layers(
     weights out of the stack before it multiplies with them, which halves decoding speed.
     """
     if not isinstance(layers, tuple):
-        return jax.lax.scan(step, carry, (layers, lora, per_layer))
+
+        def numbered(carry, inputs):
+            i, carry = carry
+            p, lora, at = inputs
+            carry, y = step(carry, (p, lora, _with_index(at, i)))
+            return (i + 1, carry), y
+
+        first = (jnp.zeros((), jnp.int32), carry)
+        (_, carry), outputs = jax.lax.scan(numbered, first, (layers, lora, per_layer))
+        return carry, outputs
     outputs = []
     for i, p in enumerate(layers):
         at = partial(jax.tree.map, lambda a, i=i: a[i])
@@ -126,9 +148,13 @@ def logits(
 ) -> Float[Array, "B P V"]:
     """Float32 next-token logits of final-normed hidden states, soft-capped where the model is."""
     table = params["embed"] if config.tie_embeddings else params["lm_head"]
-    out = jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
+    out = product_of_rows(partial(_logits, table=table), hidden)
     cap = config.final_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
 
 
 def project_qkv(

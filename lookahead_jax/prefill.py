@@ -5,7 +5,6 @@ Layers outside, chunks of the prompt inside: what grows with the prompt is the r
 """
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from lookahead_jax.model import (
     scan_layers,
 )
 from lookahead_jax.policies.base import Kept, LayerView, Policy, select
+from lookahead_jax.program import program
 from lookahead_jax.prompt import (
     CHUNK,
     layer_buffers,
@@ -80,7 +80,7 @@ def static_slots(policy: Policy, tokens: int, budget: int, slots: int, config: M
     return limit, slots
 
 
-@partial(jax.jit, static_argnames=("config", "policy", "budget", "slots", "chunk", "with_scores"))
+@program(static_argnames=("config", "policy", "budget", "slots", "chunk", "with_scores"))
 def prefill(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -163,7 +163,7 @@ def prefill(
     )
 
 
-@partial(jax.jit, static_argnames=("config", "policy", "budget", "slots", "with_scores"))
+@program(static_argnames=("config", "policy", "budget", "slots", "with_scores"))
 def compress(
     params: Params,
     cache: KVCache,
@@ -217,7 +217,7 @@ def _sums(scores: jax.Array, kept: Kept, slots: int) -> jax.Array:
     return jnp.pad(found, [(0, 0), (0, 0), (0, slots - kept.pos.shape[-1])])
 
 
-@partial(jax.jit, static_argnames=("config", "chunk"), donate_argnames=("cache",))
+@program(static_argnames=("config", "chunk"), donate_argnames=("cache",))
 def extend(
     params: Params,
     tokens: Int[Array, "B T"],

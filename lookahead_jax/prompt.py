@@ -4,7 +4,6 @@ Shared by prefill, training and the plain forward of whole texts. The prompt nev
 observer, so one pass over it serves any number of them.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lookahead_jax.config import ModelConfig
+from lookahead_jax.kernels.dispatch import target_platform
 from lookahead_jax.layers import Params, rms_norm
 from lookahead_jax.model import (
     Block,
@@ -26,6 +26,7 @@ from lookahead_jax.model import (
     scan_layers,
 )
 from lookahead_jax.policies.base import Chunk, Policy, Queries, Stats
+from lookahead_jax.program import program
 from lookahead_jax.rope import rope_tables
 
 CHUNK = 512  # rows of a prompt per step on CPU; also the attention's diagonal block
@@ -33,7 +34,7 @@ CHUNK = 512  # rows of a prompt per step on CPU; also the attention's diagonal b
 
 def default_chunk(tokens: int) -> int:
     """Rows of a prompt per step: small on CPU; all of them where a flash kernel exists."""
-    return CHUNK if jax.default_backend() == "cpu" else tokens
+    return CHUNK if target_platform() == "cpu" else tokens
 
 
 class Prompt(NamedTuple):
@@ -154,7 +155,7 @@ def observe_layer(
     return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
 
 
-@partial(jax.jit, static_argnames=("config", "chunk"))
+@program(static_argnames=("config", "chunk"))
 def hidden_states(
     params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, chunk: int | None = None
 ) -> Float[Array, "B T D"]:

@@ -69,7 +69,7 @@ def read_prompt(
             raise ValueError(
                 f"policy {type(policy).__name__} reads lookahead modules; name their folder"
             )
-        observer = observer_block(modules, length, length + new_tokens)
+        observer = observer_block(modules, length, length + new_tokens, dtype=params["embed"].dtype)
     return prefill(
         params, tokens, config=config, policy=policy, budget=budget, slots=slots,
         new_tokens=new_tokens, observer=observer, with_scores=with_scores,

@@ -15,6 +15,7 @@ from lookahead_jax.model import Block, cache_context, embed, layer_kinds, scan_l
 from lookahead_jax.policies.base import LayerView, Policy, select
 from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.prefill import cut_layer, static_slots
+from lookahead_jax.program import program
 from lookahead_jax.prompt import observe_layer
 from lookahead_jax.rope import rope_tables
 from lookahead_jax.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def requests_to_repeat(policy: Policy, tokenizer: Tokenizer | None) -> Requests:
     return Requests(*(tokenizer.encode(t, special=False) for t in (REPEAT, REPEAT_FROM, answer)))
 
 
-@partial(jax.jit, static_argnames=("config", "policy"))
+@program(static_argnames=("config", "policy"))
 def replay_scores(
     params: Params,
     cache: KVCache,

@@ -1,6 +1,5 @@
 """What a model and a policy think of given tokens; nothing is generated."""
 
-from functools import partial
 from typing import NamedTuple, cast
 
 import jax
@@ -17,6 +16,7 @@ from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.program import program
 from lookahead_jax.prompt import hidden_states
 from lookahead_jax.reading import read_prompt
 from lookahead_jax.replay import requests_to_repeat
@@ -68,7 +68,7 @@ def token_logits(
     return logits(params, hidden_states(params, tokens, config=config), config=config)
 
 
-@partial(jax.jit, static_argnames=("config",))
+@program(static_argnames=("config",))
 def forced_logits(
     params: Params,
     cache: KVCache,

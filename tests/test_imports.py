@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "lookahead_jax"
 # Lower layers first; a module imports its own layer and those above it in this list.
 LAYERS = [
     {"kernels"},
+    {"program"},
     {"config", "files", "hf_config", "hf_defaults", "hf_files"},
     {"params", "sharding", "rope", "tokenizer"},
     {"layers", "cache", "cache_files", "checkpoint"},

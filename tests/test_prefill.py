@@ -151,10 +151,10 @@ def test_dead_slots_may_hold_anything(model):
 def test_lengths_share_compilations():
     model = tiny.config(num_hidden_layers=1)
     params = tiny.params(model)
-    before = prefill._cache_size()
+    before = prefill.compiled()
     for length in (65, 90, 128, 100):
         read(params, tiny.batch((length,), model), model)
-    assert prefill._cache_size() == before + 1
+    assert prefill.compiled() == before + 1
     buckets = {batching.bucket_length(n) for n in range(1, 32_769)}
     assert len(buckets) == 17
     assert max(buckets) == 32_768
