@@ -12,6 +12,7 @@ import numpy as np
 
 from lookahead_jax.kernels.specs import SPECS, Spec, attention, call, scores
 from lookahead_jax.policies.base import Policy, select
+from lookahead_jax.program import compiler_options
 
 Item = tuple[str, Callable[[], Any]]
 SCALE = 0.088
@@ -98,7 +99,10 @@ def repeated(f: Callable[[Any], Any], start: Any, smoke: bool) -> float:
     """
 
     def timed(times: int) -> Callable[[], float]:
-        loop = jax.jit(lambda s: jax.lax.fori_loop(0, times, lambda _, s: f(s), s))
+        loop = jax.jit(
+            lambda s: jax.lax.fori_loop(0, times, lambda _, s: f(s), s),
+            compiler_options=compiler_options(),
+        )
 
         def run() -> float:
             began = time.perf_counter()

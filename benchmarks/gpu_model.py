@@ -18,8 +18,9 @@ from lookahead_jax.decoding import decode_burst, start
 from lookahead_jax.kernels import dispatch
 from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.model import Block, forward
-from lookahead_jax.params import init_params
+from lookahead_jax.params import init_params, unstack
 from lookahead_jax.prefill import prefill
+from lookahead_jax.program import compiler_options
 from lookahead_jax.sampling import GREEDY, sampling_rows
 from lookahead_jax.sharding import make_mesh
 from lookahead_jax.train.flops import training_flops
@@ -167,11 +168,13 @@ def decode(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
 
 def _decode(entries: int, name: str, smoke: bool, report: dict[str, Any]) -> dict[str, Any]:
     with implementation(name):
-        return _decode_by_default(entries, smoke, report)
+        return _decode_by(decode_burst, model(smoke)[1], entries, smoke, report)
 
 
-def _decode_by_default(entries: int, smoke: bool, report: dict[str, Any]) -> dict[str, Any]:
-    config, params, _ = model(smoke)
+def _decode_by(
+    burst: Callable[..., Any], params: Any, entries: int, smoke: bool, report: dict[str, Any]
+) -> dict[str, Any]:
+    config = model(smoke)[0]
     steps = 4 if smoke else 64
 
     def run(count: int) -> float:
@@ -185,7 +188,7 @@ def _decode_by_default(entries: int, smoke: bool, report: dict[str, Any]) -> dic
         jax.block_until_ready(state)
         began = time.perf_counter()
         jax.block_until_ready(
-            decode_burst(params, state, config=config, steps=jnp.asarray(count, jnp.int32))
+            burst(params, state, config=config, steps=jnp.asarray(count, jnp.int32))
         )
         return time.perf_counter() - began
 
@@ -199,6 +202,31 @@ def _decode_by_default(entries: int, smoke: bool, report: dict[str, Any]) -> dic
         nbytes = _step_bytes(entries, params, config)
         result["of_bandwidth_floor"] = nbytes / speed / seconds
     return result
+
+
+def compilers(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
+    """Decoding from 1,024 entries as the library compiles it, and as it could be compiled.
+
+    `gpu.ENVIRONMENT` allows loops in CUDA graphs, which the library's own options forbid.
+    """
+    one_graph = {k: v for k, v in compiler_options().items() if "command_buffer" not in k}
+    for label, options, apart in (
+        ("library", compiler_options(), False),
+        ("all layers one graph", one_graph, False),
+        ("XLA's own options", {}, False),
+        ("XLA's own options, weights apart", {}, True),
+    ):
+        yield label, partial(_compiled, options, apart, smoke, report)
+
+
+def _compiled(options: Any, apart: bool, smoke: bool, report: dict[str, Any]) -> dict[str, Any]:
+    burst = jax.jit(
+        lambda *a, **k: decode_burst(*a, **k), static_argnames="config", donate_argnums=1,
+        compiler_options=options,
+    )  # fmt: skip
+    params = model(smoke)[1]
+    params = unstack(params) if apart else params
+    return _decode_by(burst, params, 64 if smoke else 1024, smoke, report)
 
 
 def steps(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
@@ -225,7 +253,7 @@ def _step_seconds(nodes: int, smoke: bool) -> float:
     tokens = prompt(nodes, config)
     positions = entries + jnp.arange(nodes, dtype=jnp.int32)[None]
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options())
     def step(params, cache, tokens):
         block = Block(lk.embed(params, tokens, config=config), positions, cache.rope_span)
         hidden = forward(params, block, cache, config=config).hidden
@@ -251,7 +279,10 @@ def _memory(label: str, tokens: int, smoke: bool) -> dict[str, Any]:
     config, params, modules = model(smoke)
     policy, budget = lk.make_policy(POLICIES[label][0]), 16 if smoke else 128
     length = jnp.full(1, tokens, jnp.int32)
-    observer = observer_block(modules, length, length + 64) if policy.uses_modules else None
+    dtype = params["embed"].dtype
+    observer = None
+    if policy.uses_modules:
+        observer = observer_block(modules, length, length + 64, dtype=dtype)
     used = prefill.lower(
         params, prompt(tokens, config), config=config, policy=policy, budget=budget,
         slots=lk.slots_for(policy, tokens, budget, 64, config=config), new_tokens=64,
@@ -362,6 +393,6 @@ def _peer(press: str | None, tokens: int, smoke: bool) -> dict[str, Any]:
 
 
 SECTIONS = {
-    "ttft": ttft, "decode": decode, "steps": steps, "long": long, "train": train, "peer": peer,
-    "drafting": drafting, "memory": memory,
+    "ttft": ttft, "decode": decode, "compilers": compilers, "steps": steps, "long": long,
+    "train": train, "peer": peer, "drafting": drafting, "memory": memory,
 }  # fmt: skip

@@ -3,7 +3,8 @@
 Layers are one loop over stacked weights. XLA's own matrix products on GPUs (by Triton) take each
 layer's weights as a copy out of the stack: three times the bytes where a token's time is that of
 reading the weights once. cuBLAS reads them in place, if products that share their input are not
-first joined by copying their weights side by side. docs/decisions.md has the figures.
+first joined by copying their weights side by side, and if a layer is not a CUDA graph, which would
+be written anew for every layer's addresses. docs/decisions.md has the figures.
 """
 
 import functools
@@ -19,7 +20,11 @@ from lookahead_jax.kernels.dispatch import target_platform
 
 P = ParamSpec("P")
 R = TypeVar("R")
-_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+_GPU = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    "xla_gpu_enable_command_buffer": "FUSION",
+}
 
 
 def compiler_options() -> dict[str, bool | str | int | float]:

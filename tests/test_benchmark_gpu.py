@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,8 @@ def test_every_section_runs_at_toy_sizes():
         found[line.split()[0]].append(json.loads(line[line.index("{") :]))
     assert all(found.values()), {name for name, rows in found.items() if not rows}
     assert all(row["relative_error"] < 0.02 for row in found["scores"] + found["attention"])
-    assert all(row["ms"] > 0 for row in found["decode"] + found["steps"])
+    for name in ("decode", "compilers", "steps"):  # differences of toy times may be anything
+        assert all(np.isfinite(row["ms"]) for row in found[name])
     assert set(found["ttft"][0]) == {
         "rounds", "prefill alone", "lookaheadkv", "snapkv", "laq", "wall_s"
     }  # fmt: skip

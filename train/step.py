@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
 from lookahead_jax.lookahead import LookaheadModules
+from lookahead_jax.program import compiler_options
 from lookahead_jax.prompt import CHUNK
 from lookahead_jax.sharding import param_shardings, sharding
 from lookahead_jax.train.objective import lookahead_losses
@@ -168,4 +169,5 @@ def compile_step(
         in_shardings=(param_shardings(config, mesh), replicated, batch_sharding(mesh)),
         out_shardings=replicated,
         donate_argnums=1,
+        compiler_options=compiler_options(),
     )

@@ -29,6 +29,7 @@ from lookahead_jax.checkpoint import load
 from lookahead_jax.files import atomic_write
 from lookahead_jax.lookahead import LookaheadConfig, init_modules, save_modules
 from lookahead_jax.params import fingerprint
+from lookahead_jax.program import compiler_options
 from lookahead_jax.sharding import make_mesh, param_shardings
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.data import TrainingData, open_data
@@ -152,6 +153,7 @@ def train(config: StudyConfig) -> None:
         ),
         out_shardings=replicated,
         donate_argnums=1,
+        compiler_options=compiler_options(),
     )  # fmt: skip
 
     def begin(params):
