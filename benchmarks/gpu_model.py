@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import lookahead_jax as lk
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.decoding import decode_burst, start
+from lookahead_jax.decoding import DecodeState, decode_burst, start
 from lookahead_jax.kernels import dispatch
 from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.model import Block, forward
@@ -47,8 +47,13 @@ def model(smoke: bool) -> tuple[ModelConfig, Any, Any]:
     """Configuration, random weights and lookahead modules."""
     config = ModelConfig.from_hf({**SHAPES["llama-3.1-8b"], **(TOY if smoke else {})})
     params = jax.jit(partial(init_params, config=config, dtype=jnp.bfloat16))(jax.random.key(0))
+    return config, params, random_modules(config)
+
+
+def random_modules(config: ModelConfig) -> Any:
+    """Lookahead modules of the published sizes, as they are before training."""
     sizes = LookaheadConfig(tokens=32, rank=8, alpha=32.0, targets=tuple(TARGETS), init="normal")
-    return config, params, init_modules(jax.random.key(1), sizes, config)
+    return init_modules(jax.random.key(1), sizes, config)
 
 
 def prompt(tokens: int, config: ModelConfig) -> jax.Array:
@@ -152,10 +157,21 @@ def filled_cache(entries: int, room: int, config: ModelConfig) -> lk.KVCache:
     )
 
 
-def _step_bytes(entries: int, params: Any, config: ModelConfig) -> int:
+def opened(entries: int, steps: int, config: ModelConfig) -> DecodeState:
+    """A greedy request of `steps` tokens, about to begin on a cache of `entries`."""
+    return start(
+        filled_cache(entries, steps, config), jnp.zeros((1, config.vocab_size), jnp.float32),
+        sampling=sampling_rows([GREEDY], [0], config.vocab_size),
+        limit=jnp.full(1, steps + 1, jnp.int32), eos=jnp.full(1, -1, jnp.int32),
+        seen=None, width=steps + 1,
+    )  # fmt: skip
+
+
+def step_bytes(entries: int, params: Any, config: ModelConfig) -> int:
     """Weights but the embedding table (a step reads one row of it), and the filled slots."""
-    weights = sum(a.nbytes for a in jax.tree.leaves(params)) - params["embed"].nbytes
-    entry = config.num_layers * config.num_kv_heads * config.head_dim * params["embed"].itemsize
+    size = params["embed"].dtype.itemsize
+    weights = size * (sum(a.size for a in jax.tree.leaves(params)) - params["embed"].size)
+    entry = config.num_layers * config.num_kv_heads * config.head_dim * size
     return weights + 2 * entries * entry
 
 
@@ -178,14 +194,7 @@ def _decode_by(
     steps = 4 if smoke else 64
 
     def run(count: int) -> float:
-        cache = filled_cache(entries, steps, config)
-        state = start(
-            cache, jnp.zeros((1, config.vocab_size), jnp.float32),
-            sampling=sampling_rows([GREEDY], [0], config.vocab_size),
-            limit=jnp.full(1, steps + 1, jnp.int32), eos=jnp.full(1, -1, jnp.int32),
-            seen=None, width=steps + 1,
-        )  # fmt: skip
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(opened(entries, steps, config))
         began = time.perf_counter()
         jax.block_until_ready(
             burst(params, state, config=config, steps=jnp.asarray(count, jnp.int32))
@@ -199,7 +208,7 @@ def _decode_by(
     result = {"ms": 1e3 * seconds, "tokens_per_s": 1 / seconds}
     speed = report.get("ceilings", {}).get("bandwidth", {}).get("per_s")
     if speed is not None:
-        nbytes = _step_bytes(entries, params, config)
+        nbytes = step_bytes(entries, params, config)
         result["of_bandwidth_floor"] = nbytes / speed / seconds
     return result
 
@@ -246,18 +255,20 @@ def _step(nodes: int, name: str, smoke: bool, report: dict[str, Any]) -> dict[st
     return found if one is None else {**found, "times_one_node": 1e3 * seconds / one}
 
 
+def one_step(entries: int, config: ModelConfig, params: Any, cache: Any, tokens: Any) -> jax.Array:
+    """The choices of the model after each of a few tokens behind `entries` others."""
+    positions = entries + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    block = Block(lk.embed(params, tokens, config=config), positions, cache.rope_span)
+    hidden = forward(params, block, cache, config=config).hidden
+    return lk.logits(params, hidden, config=config).argmax(-1)
+
+
 def _step_seconds(nodes: int, smoke: bool) -> float:
     config, params, _ = model(smoke)
     entries = 64 if smoke else 1024
     cache = filled_cache(entries, 128, config)
     tokens = prompt(nodes, config)
-    positions = entries + jnp.arange(nodes, dtype=jnp.int32)[None]
-
-    @partial(jax.jit, compiler_options=compiler_options())
-    def step(params, cache, tokens):
-        block = Block(lk.embed(params, tokens, config=config), positions, cache.rope_span)
-        hidden = forward(params, block, cache, config=config).hidden
-        return lk.logits(params, hidden, config=config).argmax(-1)
+    step = jax.jit(partial(one_step, entries, config), compiler_options=compiler_options())
 
     def ten():
         chosen = tokens
