@@ -85,7 +85,6 @@ def linear(
     *,
     inputs: int = 1,
     lora: Params | None = None,
-    lora_scale: float = 1.0,
 ) -> jax.Array:
     """`x @ p[name] + bias`, contracting the last `inputs` axes of x; plus a low-rank update.
 
@@ -98,7 +97,7 @@ def linear(
     if lora is not None and name in lora:
         a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
         flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
-        y = y + (flat @ a @ b * lora_scale).reshape(y.shape)
+        y = y + (flat @ a @ b).reshape(y.shape)
     bias = p.get(f"{name}_bias")
     if bias is not None:
         y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
@@ -111,13 +110,12 @@ def mlp(
     *,
     config: ModelConfig,
     lora: Params | None = None,
-    lora_scale: float = 1.0,
 ) -> jax.Array:
     """Gated MLP: down(act(gate(x)) * up(x)); [B, P, D] -> [B, P, D]."""
-    gate = linear(p, "gate", x, lora=lora, lora_scale=lora_scale)
-    up = linear(p, "up", x, lora=lora, lora_scale=lora_scale)
+    gate = linear(p, "gate", x, lora=lora)
+    up = linear(p, "up", x, lora=lora)
     hidden = _ACTIVATIONS[config.activation](gate) * up
-    return linear(p, "down", hidden, lora=lora, lora_scale=lora_scale)
+    return linear(p, "down", hidden, lora=lora)
 
 
 def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

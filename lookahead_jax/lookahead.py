@@ -145,16 +145,22 @@ def observer_block(
 
     They see the prompt and one another causally. `length` is that of the prompt, `rope_span` the
     span its rows were opened for. `dtype` is that of the model's weights (default: that of the
-    embeddings); it matters where modules are trained in float32 on a bfloat16 model.
+    embeddings), which matters where modules are trained in float32 on a bfloat16 model: rows in
+    float32 would have every weight converted for them. The LoRA's scale is in its factor b.
     """
     m, d = modules.embeddings.shape
-    x = modules.embeddings.astype(dtype or modules.embeddings.dtype)
+    dtype = dtype or modules.embeddings.dtype
+    scale = modules.config.alpha / max(modules.config.rank, 1)
+    lora = {
+        name: {"a": pair["a"].astype(dtype), "b": (pair["b"] * scale).astype(dtype)}
+        for name, pair in modules.lora.items()
+    }
+    x = modules.embeddings.astype(dtype)
     return Block(
         x=jnp.broadcast_to(x[None], (length.shape[0], m, d)),
         positions=length[:, None] + jnp.arange(m, dtype=jnp.int32)[None],
         rope_span=rope_span,
-        lora=modules.lora or None,
-        lora_scale=modules.config.alpha / max(modules.config.rank, 1),
+        lora=lora or None,
     )
 
 

@@ -33,7 +33,6 @@ class Block:
     rope_span: jax.Array  # [B] int32 total length the row was opened for
     visible: jax.Array | None = None  # [B, P, P] bool row i sees column j; None: by position
     lora: Params | None = None  # {name: {"a": [L, in, R], "b": [L, R, out]}}, for these rows only
-    lora_scale: float = struct.field(pytree_node=False, default=1.0)
 
 
 class BlockOutput(NamedTuple):
@@ -166,11 +165,10 @@ def project_qkv(
     *,
     config: ModelConfig,
     lora: Params | None = None,
-    lora_scale: float = 1.0,
 ) -> Projections:
     """Norm, projections, q/k norms and RoPE of one layer's attention."""
     h = rms_norm(x, p["attn_norm"], config=config)
-    q, k, v = (linear(p, name, h, lora=lora, lora_scale=lora_scale) for name in ("q", "k", "v"))
+    q, k, v = (linear(p, name, h, lora=lora) for name in ("q", "k", "v"))
     if config.qk_norm:
         q = rms_norm(q, p["q_norm"], config=config)
         k = rms_norm(k, p["k_norm"], config=config)
@@ -195,10 +193,9 @@ def layer_step(
     *,
     config: ModelConfig,
     lora: Params | None = None,
-    lora_scale: float = 1.0,
 ) -> tuple[jax.Array, Projections]:
     """One decoder layer over a block: the next residual stream and the block's projections."""
-    proj = project_qkv(p, x, cos, sin, kind, config=config, lora=lora, lora_scale=lora_scale)
+    proj = project_qkv(p, x, cos, sin, kind, config=config, lora=lora)
     if visible is None:
         out, lse = _causal(proj, kind, config), None
     else:
@@ -215,11 +212,11 @@ def layer_step(
             slots=None if context is None else context.slots,
             layer=None if context is None else context.layer,
         )
-    out = linear(p, "o", out, inputs=2, lora=lora, lora_scale=lora_scale)
+    out = linear(p, "o", out, inputs=2, lora=lora)
     if config.post_norms:
         out = rms_norm(out, p["attn_post_norm"], config=config)
     x = x + out
-    feed = partial(mlp, p, config=config, lora=lora, lora_scale=lora_scale)
+    feed = partial(mlp, p, config=config, lora=lora)
     out = by_rows(feed, rms_norm(x, p["mlp_norm"], config=config))
     if config.post_norms:
         out = rms_norm(out, p["mlp_post_norm"], config=config)
@@ -289,7 +286,7 @@ def forward(
         context = None if cache is None else cache_in_place(cache, kind.index)
         x, proj = layer_step(
             p, x, block.positions, visible, cos, sin, kind, context,
-            config=config, lora=lora, lora_scale=block.lora_scale,
+            config=config, lora=lora,
         )  # fmt: skip
         return x, (proj.k, proj.v)
 

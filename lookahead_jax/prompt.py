@@ -150,7 +150,7 @@ def observe_layer(
     visible = block_visible(observer)
     rows, proj = layer_step(
         p, rows, observer.positions, visible, cos_sin[0], cos_sin[1], kind, context,
-        config=config, lora=lora, lora_scale=observer.lora_scale,
+        config=config, lora=lora,
     )  # fmt: skip
     return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
 

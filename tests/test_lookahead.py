@@ -84,9 +84,13 @@ def test_the_observer_block_stands_behind_each_row():
     block = observer_block(modules(), jnp.asarray([5, 9], jnp.int32), jnp.asarray([7, 11]))
     np.testing.assert_array_equal(block.positions, [[5, 6, 7, 8], [9, 10, 11, 12]])
     np.testing.assert_array_equal(block.x[1], modules().embeddings)
-    assert block.lora_scale == 3.0
+    assert block.lora is not None
+    for name, pair in modules().lora.items():
+        np.testing.assert_array_equal(block.lora[name]["a"], pair["a"])
+        np.testing.assert_array_equal(block.lora[name]["b"], 3.0 * pair["b"])
     length = jnp.asarray([5], jnp.int32)
-    assert observer_block(modules(), length, length, dtype=jnp.bfloat16).x.dtype == jnp.bfloat16
+    half = observer_block(modules(), length, length, dtype=jnp.bfloat16)
+    assert {a.dtype for a in jax.tree.leaves((half.x, half.lora))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_other_modules_change_no_bit_of_the_prompt():

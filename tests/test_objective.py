@@ -37,7 +37,10 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
     maps, x = [], x[None]
     for i in range(model.num_layers):
         p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        lora = jax.tree.map(lambda a, i=i: a[i], modules.lora)
+        lora = {
+            name: {"a": pair["a"][i], "b": scale * pair["b"][i]}
+            for name, pair in modules.lora.items()
+        }
 
         def both(f, p=p, lora=lora):
             plain, changed = f(p, None), f(p, lora)
@@ -45,9 +48,7 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
             return jnp.where(chosen, changed, plain)
 
         h = rms_norm(x, p["attn_norm"], config=model)
-        q, k, v = (
-            both(lambda p, lo, n=n, h=h: linear(p, n, h, lora=lo, lora_scale=scale)) for n in "qkv"
-        )
+        q, k, v = (both(lambda p, lo, n=n, h=h: linear(p, n, h, lora=lo)) for n in "qkv")
         q, k = apply_rope(q, cos[0], sin[0]), apply_rope(k, cos[0], sin[0])
         groups = model.num_heads // model.num_kv_heads
         k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
@@ -55,11 +56,9 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
         weights = jax.nn.softmax(jnp.where(mask[None, None], scores, -jnp.inf), axis=-1)
         maps.append(weights[0])
         out = jnp.einsum("bnts,bsnh->btnh", weights, v)
-        x = x + both(
-            lambda p, lo, out=out: linear(p, "o", out, inputs=2, lora=lo, lora_scale=scale)
-        )
+        x = x + both(lambda p, lo, out=out: linear(p, "o", out, inputs=2, lora=lo))
         h = rms_norm(x, p["mlp_norm"], config=model)
-        x = x + both(lambda p, lo, h=h: mlp(p, h, config=model, lora=lo, lora_scale=scale))
+        x = x + both(lambda p, lo, h=h: mlp(p, h, config=model, lora=lo))
     return jnp.stack(maps)
 
 

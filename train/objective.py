@@ -132,7 +132,7 @@ def lookahead_losses(
         [observer.x for observer in observers],
         jnp.zeros((len(variants), prompts.shape[0]), jnp.float32),
     )
-    loras = [modules.lora or None for modules in variants]
+    loras = [observer.lora for observer in observers]
     (*_, losses), _ = scan_layers(step, carry, params["layers"], loras, layer_kinds(config))
     return jnp.where(answered[None] > 0, losses / config.num_layers, 0.0)
 
