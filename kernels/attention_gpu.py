@@ -27,7 +27,8 @@ NEVER = jnp.iinfo(jnp.int32).max  # position of an empty slot, as the kernels co
 KEYS = 64  # slots of a block
 _ROWS = 64  # of a tensor-core product
 _STAGES = 2  # blocks on their way
-_WARPGROUPS = 528  # to split the cache for: four on each of an H100's multiprocessors
+_WARPGROUPS = 264  # to split the cache for: two at a time on each of an H100's multiprocessors
+_COLUMNS = 64  # of the weighted values that leave at once: two warpgroups' memory has to fit
 _FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
 ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -97,13 +98,15 @@ def partial_attention(
     ends: jax.Array,  # [B * K] int32 one past the last slot worth reading
     layer: jax.Array | None,  # int32 scalar where keys are a stack of layers
     *,
+    count: int,  # rows that are no padding
     scale: float,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Running softmax of every run of blocks: maxima and masses [B * K, runs, R] float32 (in
-    units of log(2)), and weighted values [B * K, runs, R, H] float32."""
+    """Running softmax of every run of blocks: maxima and masses [B * K, runs, count] float32 (in
+    units of log(2)), and weighted values [B * K, runs, count, H] float32."""
     batch, heads, slots, dim = k.shape[-4:]
     rows = q.shape[1]
+    kept = -(-count // 8) * 8 if rows == _ROWS else _ROWS  # rows of a tile that are written
     layer = jnp.zeros((), jnp.int32) if layer is None else layer
     numbers = jnp.concatenate([ends, layer[None]])
     blocks = slots // KEYS
@@ -196,21 +199,25 @@ def partial_attention(
             max_concurrent_steps=_STAGES,
             init_carry=carry,
         )(k_pos_gm, *keys_gm)
+        first_rows, there = pl.ds(0, kept), pl.ds(tile * _ROWS, kept)
         for value, out in ((m, outs[0]), (mass, outs[1])):
             stat_sm[...] = value
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(stat_sm, out.at[bh, run, here])
+            plgpu.copy_smem_to_gmem(stat_sm.at[first_rows], out.at[bh, run, there])
             plgpu.wait_smem_to_gmem(0)
         if with_values:
-            acc_sm[...] = acc
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(acc_sm, outs[2].at[bh, run, here])
-            plgpu.wait_smem_to_gmem(0)
+            for column in range(0, dim, _COLUMNS):
+                acc_sm[...] = acc[:, column : column + _COLUMNS]
+                plgpu.commit_smem()
+                target = outs[2].at[bh, run, there, pl.ds(column, _COLUMNS)]
+                plgpu.copy_smem_to_gmem(acc_sm.at[first_rows], target)
+                plgpu.wait_smem_to_gmem(0)
 
-    stat = jax.ShapeDtypeStruct((batch * heads, runs, rows), jnp.float32)
+    written = rows // _ROWS * kept
+    stat = jax.ShapeDtypeStruct((batch * heads, runs, written), jnp.float32)
     out_type = [stat, stat]
     if with_values:
-        out_type.append(jax.ShapeDtypeStruct((batch * heads, runs, rows, dim), jnp.float32))
+        out_type.append(jax.ShapeDtypeStruct((batch * heads, runs, written, dim), jnp.float32))
     found = plgpu.kernel(
         kernel,
         out_type=out_type,
@@ -223,11 +230,12 @@ def partial_attention(
             plgpu.SMEM((_ROWS,), jnp.int32),
             plgpu.SMEM((_ROWS, KEYS), q.dtype, transforms=tiled(q.dtype)),
             plgpu.SMEM((_ROWS,), jnp.float32),
-            plgpu.SMEM((_ROWS, dim), jnp.float32, transforms=tiled(jnp.float32)),
+            plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32, transforms=tiled(jnp.float32)),
             plgpu.Barrier(num_arrivals=3),
         ],
     )(q, low, high, numbers, k_pos, *arrays)
-    return found[0], found[1], found[2] if with_values else None
+    m, mass = (a[:, :, :count] for a in found[:2])
+    return m, mass, found[2][:, :, :count] if with_values else None
 
 
 def _clear_dead(v_sm, k_pos_sm):
@@ -301,8 +309,7 @@ def attend(
     count = q.shape[2] * q.shape[3]
     rows, low, high = stacked_rows(q, q_pos, window)
     parts = partial_attention(
-        rows, low, high, *context, bounds[1::2], layer, scale=scale, softcap=softcap
+        rows, low, high, *context, bounds[1::2], layer, count=count, scale=scale, softcap=softcap
     )
-    parts = [a[:, :, :count] if a is not None else None for a in parts]
     lse, out = merge(parts, own_part(q, k, v, own, scale=scale, softcap=softcap))
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:4])

@@ -22,9 +22,10 @@ interpreter = pytest.mark.skipif(
 
 
 @interpreter
-def test_attention_over_a_cache():
-    """Two runs of blocks, positions per head, holes, an empty head, a window."""
-    make = functools.partial(arguments, 5, 256, 2, 64, dtype=jnp.bfloat16)
+@pytest.mark.parametrize(("rows", "dim"), [(5, 64), (5, 128), (40, 128)])
+def test_attention_over_a_cache(rows, dim):
+    """Runs of blocks, positions per head, holes, an empty head, a window; one tile and two."""
+    make = functools.partial(arguments, rows, 256, 2, dim, dtype=jnp.bfloat16)
     cases = [(make(), NO_WINDOW), (make(seed=1), 200), (make(data="blind"), NO_WINDOW)]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         # Probabilities and outputs (up to 3) are rounded to 8 bits, at other maxima than XLA's.
