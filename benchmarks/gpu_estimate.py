@@ -85,24 +85,27 @@ class Card:
 
         return jax.tree.map(placed, tree)
 
-    def count(
+    def compile(
         self, f: Callable[..., Any], *arguments: Any, own: bool = False, donated: Any = ()
-    ) -> dict[str, Any]:
-        """Traffic of `f`, jitted; with `own`, as XLA compiles it by itself."""
+    ) -> Any:
+        """`f`, jitted and compiled; with `own`, as XLA does it by itself."""
         import jax
-        from hlo_traffic import traffic
 
         from lookahead_jax.program import compiler_options
 
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             options = {} if own else compiler_options()
-            lowered = jax.jit(f, compiler_options=options, donate_argnums=donated).lower(*arguments)
-            program = lowered.compile()
-        found = traffic(program.as_text())
-        return {
-            "gb": found.bytes / 1e9, "kernels": found.kernels,
-            "temporaries_mb": program.memory_analysis().temp_size_in_bytes / 1e6,
-        }  # fmt: skip
+            jitted = jax.jit(f, compiler_options=options, donate_argnums=donated)
+            return jitted.lower(*arguments).compile()
+
+
+def counted(program: Any) -> dict[str, Any]:
+    """Bytes and kernels of a compiled program, and its temporaries."""
+    from hlo_traffic import traffic
+
+    found = traffic(program.as_text())
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    return {"gb": found.bytes / 1e9, "kernels": found.kernels, "temporaries_mb": temporaries / 1e6}
 
 
 def shapes() -> tuple[Any, Any, Any]:
@@ -129,8 +132,8 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
 
     config, params, _ = shapes()
 
-    def next_to_floor(found: dict[str, Any], entries: int) -> dict[str, Any]:
-        floor = gpu_model.step_bytes(entries, params, config)
+    def next_to_floor(program: Any, entries: int) -> dict[str, Any]:
+        found, floor = counted(program), gpu_model.step_bytes(entries, params, config)
         beside = {"floor_gb": floor / 1e9, "floor_ms": 1e3 * floor / bandwidth}
         return found | beside | {"times_floor": 1e9 * found["gb"] / floor}
 
@@ -140,14 +143,14 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
 
         state = jax.eval_shape(partial(gpu_model.opened, entries, 64, config))
         arguments = (params, state, jax.ShapeDtypeStruct((), jnp.int32))
-        return next_to_floor(card.count(burst, *card.put(arguments), own=own, donated=1), entries)
+        return next_to_floor(card.compile(burst, *card.put(arguments), own=own, donated=1), entries)
 
     def step(nodes: int) -> dict[str, Any]:
         entries = 1024
         cache = jax.eval_shape(partial(gpu_model.filled_cache, entries, 128, config))
         tokens = jax.ShapeDtypeStruct((1, nodes), jnp.int32)
         run = partial(gpu_model.one_step, entries, config)
-        return next_to_floor(card.count(run, *card.put((params, cache, tokens))), entries)
+        return next_to_floor(card.compile(run, *card.put((params, cache, tokens))), entries)
 
     yield "token, 1024 entries, XLA's own options", partial(decode, 1024, True)
     for entries in (128, 1024, 2048, 8192, 32768):
@@ -178,7 +181,7 @@ def reading(card: Card, bandwidth: float) -> Iterator[Row]:
             )  # fmt: skip
 
         text = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-        found = card.count(run, *card.put((params, text, modules)))
+        found = counted(card.compile(run, *card.put((params, text, modules))))
         flops = 2 * tokens * sum(a.size for a in jax.tree.leaves(params["layers"]))
         flops += 2 * config.num_layers * config.num_heads * config.head_dim * tokens**2
         found["compute_ms"] = 1e3 * flops / FLOPS
@@ -209,7 +212,12 @@ def main() -> None:
     from lookahead_jax.files import atomic_write
 
     card = Card(options.card)
-    report: dict[str, Any] = {"card": options.card, "jax": jax.__version__, "rows": {}}
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    report: dict[str, Any] = {
+        "what": "bytes and kernels of compiled programs; nothing was run on a card",
+        "card": options.card, "commit": commit, "jax": jax.__version__, "rows": {},
+    }  # fmt: skip
     for section in (steps, reading):
         for label, count in section(card, BANDWIDTH[options.card]):
             report["rows"][label] = count()

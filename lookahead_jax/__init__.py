@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.model import Block, embed, forward, logits
     from lookahead_jax.policies import make_policy
     from lookahead_jax.prefill import extend, prefill
+    from lookahead_jax.program import compiler_options
     from lookahead_jax.reading import read_prompt
     from lookahead_jax.requests import Event, Request, Result
     from lookahead_jax.sampling import Sampling
@@ -45,6 +46,7 @@ __all__ = [
     "Request",
     "Result",
     "Sampling",
+    "compiler_options",
     "decode",
     "embed",
     "extend",
@@ -84,6 +86,7 @@ _HOME = {
     "model": ("Block", "embed", "forward", "logits"),
     "policies": ("make_policy",),
     "prefill": ("extend", "prefill"),
+    "program": ("compiler_options",),
     "reading": ("read_prompt",),
     "requests": ("Event", "Request", "Result"),
     "sampling": ("Sampling",),
