@@ -119,9 +119,18 @@ def mlp(
 
 
 def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`f` along axis 1 of x [B, P, D], at most MAX_ROWS at a time: it bounds f's temporaries."""
-    batch, rows, _ = x.shape
-    if rows <= MAX_ROWS or rows % MAX_ROWS:
+    """`f` along axis 1 of x [B, P, D], MAX_ROWS at a time: it bounds f's temporaries.
+
+    The results take x's place. The last part has what remains as well: less than twice as much.
+    """
+    parts = x.shape[1] // MAX_ROWS
+    if parts < 2:
         return f(x)
-    parts = x.reshape(batch, rows // MAX_ROWS, MAX_ROWS, -1).swapaxes(0, 1)
-    return jax.lax.map(f, parts).swapaxes(0, 1).reshape(batch, rows, -1)
+
+    def step(i, x):
+        part = jax.lax.dynamic_slice_in_dim(x, i * MAX_ROWS, MAX_ROWS, 1)
+        return jax.lax.dynamic_update_slice_in_dim(x, f(part), i * MAX_ROWS, 1)
+
+    first = (parts - 1) * MAX_ROWS
+    x = jax.lax.fori_loop(0, parts - 1, step, x)
+    return jax.lax.dynamic_update_slice_in_dim(x, f(x[:, first:]), first, 1)

@@ -215,12 +215,12 @@ def layer_step(
     out = linear(p, "o", out, inputs=2, lora=lora)
     if config.post_norms:
         out = rms_norm(out, p["attn_post_norm"], config=config)
-    x = x + out
-    feed = partial(mlp, p, config=config, lora=lora)
-    out = by_rows(feed, rms_norm(x, p["mlp_norm"], config=config))
-    if config.post_norms:
-        out = rms_norm(out, p["mlp_post_norm"], config=config)
-    return x + out, proj._replace(lse=lse)
+
+    def feed(x):
+        out = mlp(p, rms_norm(x, p["mlp_norm"], config=config), config=config, lora=lora)
+        return x + (rms_norm(out, p["mlp_post_norm"], config=config) if config.post_norms else out)
+
+    return by_rows(feed, x + out), proj._replace(lse=lse)
 
 
 def _causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
