@@ -1,7 +1,7 @@
 """Norms, projections and the MLP of a decoder layer, as functions of one layer's parameters."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -79,58 +79,74 @@ def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
 
 
 def linear(
+    p: Params, name: str, x: jax.Array, *, inputs: int = 1, lora: Params | None = None
+) -> jax.Array:
+    """`linears` of one array."""
+    return linears(p, name, [x], [lora], inputs=inputs)[0]
+
+
+def linears(
     p: Params,
     name: str,
-    x: jax.Array,
+    xs: Sequence[jax.Array],
+    loras: Sequence[Params | None],
     *,
     inputs: int = 1,
-    lora: Params | None = None,
-) -> jax.Array:
-    """`x @ p[name] + bias`, contracting the last `inputs` axes of x; plus a low-rank update.
+) -> list[jax.Array]:
+    """`x @ p[name] + bias`, contracting the last `inputs` axes of each x, plus its low-rank update.
 
-    `lora` holds {name: {"a": [in, R], "b": [R, out]}} with flattened inputs and outputs; names
-    it does not hold are left alone. The update is added only to the rows of this call, which is
-    how a LoRA acts on lookahead rows and on nothing else.
+    The arrays differ in their second axis only, and go through one product: the weight is read
+    once. A LoRA holds {name: {"a": [in, R], "b": [R, out]}} with flattened inputs and outputs;
+    names it does not hold are left alone. It acts on the rows of its array alone, which is how it
+    acts on lookahead rows and on nothing else.
     """
-    weight = p[name]
-    y = _product(x, weight, inputs)
-    if lora is not None and name in lora:
-        a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
-        flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
-        y = y + (flat @ a @ b).reshape(y.shape)
-    bias = p.get(f"{name}_bias")
-    if bias is not None:
-        y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-    return y
+    y = _product(xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1), p[name], inputs)
+    bias, first, found = p.get(f"{name}_bias"), 0, []
+    for x, lora in zip(xs, loras, strict=True):
+        part = y if len(xs) == 1 else jax.lax.slice_in_dim(y, first, first + x.shape[1], axis=1)
+        first += x.shape[1]
+        if lora is not None and name in lora:
+            a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
+            flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+            part = part + (flat @ a @ b).reshape(part.shape)
+        if bias is not None:
+            part = part + bias.reshape((1,) * (part.ndim - bias.ndim) + bias.shape)
+        found.append(part)
+    return found
 
 
 def mlp(
     p: Params,
-    x: jax.Array,
+    xs: Sequence[jax.Array],
+    loras: Sequence[Params | None],
     *,
     config: ModelConfig,
-    lora: Params | None = None,
-) -> jax.Array:
-    """Gated MLP: down(act(gate(x)) * up(x)); [B, P, D] -> [B, P, D]."""
-    gate = linear(p, "gate", x, lora=lora)
-    up = linear(p, "up", x, lora=lora)
-    hidden = _ACTIVATIONS[config.activation](gate) * up
-    return linear(p, "down", hidden, lora=lora)
+) -> list[jax.Array]:
+    """Gated MLP: down(act(gate(x)) * up(x)) of each [B, P, D]."""
+    gates, ups = (linears(p, name, xs, loras) for name in ("gate", "up"))
+    act = _ACTIVATIONS[config.activation]
+    hidden = [act(gate) * up for gate, up in zip(gates, ups, strict=True)]
+    return linears(p, "down", hidden, loras)
 
 
-def by_rows(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`f` along axis 1 of x [B, P, D], MAX_ROWS at a time: it bounds f's temporaries.
+def by_rows(
+    f: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], xs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`f` along axis 1 of the first array [B, P, D], MAX_ROWS at a time: it bounds f's temporaries.
 
-    The results take x's place. The last part has what remains as well: less than twice as much.
+    The results take its place. The last part has what remains as well, less than twice as much;
+    the other arrays, of few rows, go with it.
     """
+    x, *others = xs
     parts = x.shape[1] // MAX_ROWS
     if parts < 2:
-        return f(x)
+        return list(f(xs))
 
     def step(i, x):
         part = jax.lax.dynamic_slice_in_dim(x, i * MAX_ROWS, MAX_ROWS, 1)
-        return jax.lax.dynamic_update_slice_in_dim(x, f(part), i * MAX_ROWS, 1)
+        return jax.lax.dynamic_update_slice_in_dim(x, f([part])[0], i * MAX_ROWS, 1)
 
     first = (parts - 1) * MAX_ROWS
     x = jax.lax.fori_loop(0, parts - 1, step, x)
-    return jax.lax.dynamic_update_slice_in_dim(x, f(x[:, first:]), first, 1)
+    last, *others = f([x[:, first:], *others])
+    return [jax.lax.dynamic_update_slice_in_dim(x, last, first, 1), *others]

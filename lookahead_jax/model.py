@@ -6,7 +6,7 @@ those are kept is the caller's choice (cache.commit). Letters as in the style gu
 B batch, P rows, N query heads, K KV heads, H head dim, D model, S slots, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,15 @@ from lookahead_jax.cache import KVCache
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.attention import Slots, block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
-from lookahead_jax.layers import Params, by_rows, linear, mlp, product_of_rows, rms_norm
+from lookahead_jax.layers import (
+    Params,
+    by_rows,
+    linear,
+    linears,
+    mlp,
+    product_of_rows,
+    rms_norm,
+)
 from lookahead_jax.rope import apply_rope, rope_tables
 
 
@@ -156,29 +164,64 @@ def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
 
 
+class Stream(NamedTuple):
+    """Rows that go through a layer, perhaps beside others."""
+
+    x: jax.Array  # [B, P, D]
+    cos: jax.Array  # [n_ropes, B, P, dim/2]
+    sin: jax.Array
+    lora: Params | None = None
+
+
 def project_qkv(
+    p: Params, streams: Sequence[Stream], kind: LayerKind, *, config: ModelConfig
+) -> list[Projections]:
+    """Norm, projections, q/k norms and RoPE of one layer's attention."""
+    h = [rms_norm(stream.x, p["attn_norm"], config=config) for stream in streams]
+    loras = [stream.lora for stream in streams]
+    found = []
+    for stream, *qkv in zip(streams, *(linears(p, n, h, loras) for n in "qkv"), strict=True):
+        q, k, v = qkv
+        if config.qk_norm:
+            q = rms_norm(q, p["q_norm"], config=config)
+            k = rms_norm(k, p["k_norm"], config=config)
+        cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (stream.cos, stream.sin))
+        found.append(
+            Projections(
+                q=apply_rope(q, cos, sin),
+                k=apply_rope(k, cos, sin).swapaxes(1, 2),
+                v=v.swapaxes(1, 2),
+                q_unrotated=q,
+            )
+        )
+    return found
+
+
+def feed_forward(
     p: Params,
-    x: jax.Array,  # [B, P, D] layer input
-    cos: jax.Array,  # [n_ropes, B, P, dim/2]
-    sin: jax.Array,
-    kind: LayerKind,
+    streams: Sequence[Stream],
+    attended: Sequence[jax.Array],  # [B, P, N, H] each
     *,
     config: ModelConfig,
-    lora: Params | None = None,
-) -> Projections:
-    """Norm, projections, q/k norms and RoPE of one layer's attention."""
-    h = rms_norm(x, p["attn_norm"], config=config)
-    q, k, v = (linear(p, name, h, lora=lora) for name in ("q", "k", "v"))
-    if config.qk_norm:
-        q = rms_norm(q, p["q_norm"], config=config)
-        k = rms_norm(k, p["k_norm"], config=config)
-    cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (cos, sin))
-    return Projections(
-        q=apply_rope(q, cos, sin),
-        k=apply_rope(k, cos, sin).swapaxes(1, 2),
-        v=v.swapaxes(1, 2),
-        q_unrotated=q,
-    )
+) -> list[jax.Array]:
+    """The rest of a layer behind its attention: the streams' next rows."""
+    xs = []
+    for stream, out in zip(streams, attended, strict=True):
+        out = linear(p, "o", out, inputs=2, lora=stream.lora)
+        if config.post_norms:
+            out = rms_norm(out, p["attn_post_norm"], config=config)
+        xs.append(stream.x + out)
+
+    def feed(xs):
+        normed = [rms_norm(x, p["mlp_norm"], config=config) for x in xs]
+        # The first rows of a long text go alone; whoever is beside them comes with the last.
+        loras = [stream.lora for stream in streams][: len(xs)]
+        outs = mlp(p, normed, loras, config=config)
+        if config.post_norms:
+            outs = [rms_norm(out, p["mlp_post_norm"], config=config) for out in outs]
+        return [x + out for x, out in zip(xs, outs, strict=True)]
+
+    return by_rows(feed, xs)
 
 
 def layer_step(
@@ -195,35 +238,40 @@ def layer_step(
     lora: Params | None = None,
 ) -> tuple[jax.Array, Projections]:
     """One decoder layer over a block: the next residual stream and the block's projections."""
-    proj = project_qkv(p, x, cos, sin, kind, config=config, lora=lora)
+    streams = [Stream(x, cos, sin, lora)]
+    (proj,) = project_qkv(p, streams, kind, config=config)
     if visible is None:
-        out, lse = _causal(proj, kind, config), None
+        out, lse = causal(proj, kind, config), None
     else:
-        out, lse = block_attention(
-            proj.q,
-            proj.k,
-            proj.v,
-            visible,
-            positions,
-            None if context is None else (context.k, context.v, context.pos),
-            scale=config.attn_scale,
-            softcap=config.attn_softcap,
-            window=kind.window,
-            slots=None if context is None else context.slots,
-            layer=None if context is None else context.layer,
-        )
-    out = linear(p, "o", out, inputs=2, lora=lora)
-    if config.post_norms:
-        out = rms_norm(out, p["attn_post_norm"], config=config)
-
-    def feed(x):
-        out = mlp(p, rms_norm(x, p["mlp_norm"], config=config), config=config, lora=lora)
-        return x + (rms_norm(out, p["mlp_post_norm"], config=config) if config.post_norms else out)
-
-    return by_rows(feed, x + out), proj._replace(lse=lse)
+        out, lse = attend(proj, visible, positions, kind, context, config)
+    return feed_forward(p, streams, [out], config=config)[0], proj._replace(lse=lse)
 
 
-def _causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
+def attend(
+    proj: Projections,
+    visible: jax.Array,
+    positions: jax.Array,
+    kind: LayerKind,
+    context: Context | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of a block over its context and itself, and the rows' log-sum-exp."""
+    return block_attention(
+        proj.q,
+        proj.k,
+        proj.v,
+        visible,
+        positions,
+        None if context is None else (context.k, context.v, context.pos),
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        window=kind.window,
+        slots=None if context is None else context.slots,
+        layer=None if context is None else context.layer,
+    )
+
+
+def causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
     """Attention of a text read from its start; windows become static, as kernels need them."""
     windows = sorted({NO_WINDOW if w is None else w for w in config.layer_window})
     forms = [

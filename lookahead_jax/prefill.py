@@ -32,6 +32,7 @@ from lookahead_jax.prompt import (
     observe_layer,
     open_prompt,
     prompt_layer,
+    read_together,
     window_queries,
 )
 from lookahead_jax.rope import rope_tables
@@ -114,18 +115,23 @@ def prefill(
     x = embed(params, tokens, config=config)
     if observer is not None:
         observer_rope = rope_tables(config, observer.positions, prompt.span)
+    whole = sparse is None and prompt.chunk == tokens.shape[1]
 
     def step(carry, inputs):
         before, buffers, rows = carry
         p, lora, (kind, layer_budget) = inputs
-        if sparse is None:
+        after = stats = None
+        if observer is not None and whole:
+            x, after, buffers, queries = read_together(
+                p, before, rows, prompt, observer, observer_rope, kind, lora, config
+            )
+        elif sparse is None:
             x, buffers, stats = prompt_layer(p, before, buffers, prompt, kind, policy, config)
         else:
-            x, buffers, stats = before, prompt_keys(p, before, buffers, prompt, kind, config), None
+            x, buffers = before, prompt_keys(p, before, buffers, prompt, kind, config)
         if observer is None:
-            after = None
             queries = window_queries(p, before, prompt, kind, policy.window_rows(budget), config)
-        else:
+        elif not whole:
             context = Context(
                 *buffers, prompt.positions[:, None], (0, prompt.chunks * prompt.chunk)
             )

@@ -18,8 +18,12 @@ from lookahead_jax.model import (
     Block,
     Context,
     LayerKind,
+    Stream,
+    attend,
     block_visible,
+    causal,
     embed,
+    feed_forward,
     layer_kinds,
     layer_step,
     project_qkv,
@@ -132,7 +136,7 @@ def window_queries(
     at = jnp.maximum(pos, 0)
     cos, sin = (jnp.take_along_axis(t, at[None, :, :, None], 2) for t in (prompt.cos, prompt.sin))
     x = jnp.take_along_axis(x, at[..., None], axis=1)
-    q = project_qkv(p, x, cos, sin, kind, config=config).q
+    q = project_qkv(p, [Stream(x, cos, sin)], kind, config=config)[0].q
     return Queries(q, jnp.where(pos >= 0, pos, -1), None)
 
 
@@ -153,6 +157,33 @@ def observe_layer(
         config=config, lora=lora,
     )  # fmt: skip
     return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
+
+
+def read_together(
+    p: Params,
+    x: jax.Array,
+    rows: jax.Array,
+    prompt: Prompt,
+    observer: Block,
+    cos_sin: tuple[jax.Array, jax.Array],
+    kind: LayerKind,
+    lora: Params | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Queries]:
+    """`prompt_layer` and `observe_layer` at once, for a prompt that is one chunk.
+
+    The layer's weights are read once for both. Without an observer's own pass over them a few
+    rows cost what they add to each product.
+    """
+    streams = [Stream(x, prompt.cos, prompt.sin), Stream(rows, *cos_sin, lora)]
+    text, own = project_qkv(p, streams, kind, config=config)
+    visible = block_visible(observer)
+    slots = (0, prompt.chunks * prompt.chunk)
+    context = Context(text.k, text.v, prompt.positions[:, None], slots)
+    seen, lse = attend(own, visible, observer.positions, kind, context, config)
+    x, rows = feed_forward(p, streams, [causal(text, kind, config), seen], config=config)
+    queries = Queries(own.q, observer.positions, (own.k, visible), lse)
+    return x, rows, (text.k, text.v), queries
 
 
 @program(static_argnames=("config", "chunk"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.layers import Params
-from lookahead_jax.model import Context, LayerKind, layer_step, project_qkv
+from lookahead_jax.model import Context, LayerKind, Stream, layer_step, project_qkv
 from lookahead_jax.prompt import Prompt
 
 Buffers = tuple[jax.Array, jax.Array]  # one layer's keys and values [B, K, T, H]
@@ -40,7 +40,7 @@ def prompt_keys(
             return jax.lax.dynamic_slice_in_dim(a, c * size, size, axis)
 
         cos, sin = part(prompt.cos, 2), part(prompt.sin, 2)
-        proj = project_qkv(p, part(x, 1), cos, sin, kind, config=config)
+        (proj,) = project_qkv(p, [Stream(part(x, 1), cos, sin)], kind, config=config)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(a, new, c * size, 2)
             for a, new in zip(buffers, (proj.k, proj.v), strict=True)

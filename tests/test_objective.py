@@ -58,7 +58,7 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
         out = jnp.einsum("bnts,bsnh->btnh", weights, v)
         x = x + both(lambda p, lo, out=out: linear(p, "o", out, inputs=2, lora=lo))
         h = rms_norm(x, p["mlp_norm"], config=model)
-        x = x + both(lambda p, lo, h=h: mlp(p, h, config=model, lora=lo))
+        x = x + both(lambda p, lo, h=h: mlp(p, [h], [lo], config=model)[0])
     return jnp.stack(maps)
 
 

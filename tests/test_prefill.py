@@ -5,14 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax import batching
+from lookahead_jax import batching, layers
+from lookahead_jax.lookahead import LookaheadConfig, init_modules, observer_block
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.params import unstack
+from lookahead_jax.policies import make_policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefill import extend, prefill
 from lookahead_jax.prompt import hidden_states
 from tests import tiny
+from tests.test_policies import RICH, weights
 
 POLICY = SnapKV(window=4, pool="avg", kernel=3)
 # float32 sums in another order: a few 1e-6 of the largest logit on these models; a mask or a
@@ -206,3 +209,48 @@ def test_inputs_survive_and_jit_composes(model):
     direct = read(params, tokens, model)
     nested = jax.jit(lambda p, t: read(p, t, model).logits)(params, tokens)
     assert_close(nested, direct.logits)
+
+
+@pytest.mark.parametrize("rows", [3, 7, 8, 11, 13])
+def test_rows_of_a_long_text_are_taken_in_parts(rows, monkeypatch):
+    """The parts' results in their places; what stands beside the text comes with its last part."""
+    monkeypatch.setattr(layers, "MAX_ROWS", 4)
+    x, beside = jnp.arange(rows * 2.0).reshape(1, rows, 2), jnp.ones((1, 3, 2))
+    sizes = []
+
+    def f(xs):
+        sizes.append([a.shape[1] for a in xs])
+        return [a * a + 1 for a in xs]
+
+    found = layers.by_rows(f, [x, beside])
+    for a, b in zip(found, (x * x + 1, beside * beside + 1), strict=True):
+        np.testing.assert_array_equal(a, b)
+    parts = rows // 4
+    assert sizes[-1] == [rows - 4 * max(parts - 1, 0), 3]
+    assert sizes[:-1] == ([[4]] if parts > 1 else [])  # the loop's part is traced once
+
+
+def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch):
+    """Read together with a prompt of one part, and behind a prompt in chunks; in long parts too."""
+    model, params, tokens = RICH, weights(RICH), tiny.batch([24, 17], RICH)
+    targets = ("q", "v", "o", "gate", "down")
+    sizes = LookaheadConfig(tokens=4, rank=2, alpha=8.0, targets=targets, init="normal")
+    modules = init_modules(jax.random.key(5), sizes, model)
+    modules = jax.tree.map(lambda a: a + 0.05, modules)
+    length = jnp.asarray([24, 17], jnp.int32)
+    observer = observer_block(modules, length, length + 8)
+
+    def run(chunk):
+        return prefill.__wrapped__(
+            params, tokens, config=model, policy=make_policy("lookaheadkv"), budget=8, slots=128,
+            new_tokens=8, observer=observer, chunk=chunk, with_scores=True,
+        )  # fmt: skip
+
+    want = run(8)
+    for part in (8192, 5):
+        monkeypatch.setattr(layers, "MAX_ROWS", part)
+        found = run(24)
+        np.testing.assert_array_equal(found.cache.pos, want.cache.pos)
+        for name in ("scores", "logits"):
+            assert_close(getattr(found, name), getattr(want, name))
+        assert_close(found.cache.k, want.cache.k)
