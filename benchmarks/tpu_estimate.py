@@ -277,6 +277,50 @@ def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any
     }
 
 
+def reading(tokens: int, policy: str, kind: str) -> dict[str, Any]:
+    """A prompt of the 8B model on one chip: XLA's own estimate of its loop over the layers.
+
+    It leaves out what XLA does not know: the attention kernels, and scoring's.
+    """
+    import jax
+    import jax.numpy as jnp
+    from gpu_estimate import shapes
+    from jax.experimental import topologies
+
+    import lookahead_jax as lk
+    from lookahead_jax.sharding import make_mesh, sharding
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[kind].topology)
+    mesh = make_mesh(devices=topology.devices[:1])
+    config, params, modules = shapes()
+
+    def run(params, text, modules):
+        return lk.read_prompt(
+            params, text, config=config, policy=lk.make_policy(policy), budget=128,
+            new_tokens=64, modules=modules,
+        )  # fmt: skip
+
+    arguments = (params, jax.ShapeDtypeStruct((1, tokens), jnp.int32), modules)
+    arguments = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding((), mesh)), arguments
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = jax.jit(run).lower(*arguments).compile()
+    cycles: dict[str, int] = {}
+    name = ""
+    for line in program.as_text().splitlines():
+        if line.endswith("{") and (found := re.match(r"(?:ENTRY )?%(\S+) \(", line)):
+            name = found.group(1)
+        for number in re.findall(r'estimated_cycles":"(\d+)"', line):
+            if int(number) < 2**62:  # XLA's word for "not known"
+                cycles[name] = cycles.get(name, 0) + int(number)
+    return {
+        "prompt": tokens, "policy": policy, "chip": kind,
+        "layer_cycles": max(n for name, n in cycles.items() if not name.startswith("main")),
+        "temporaries": program.memory_analysis().temp_size_in_bytes,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--specs", nargs="*", help="names in kernels/specs.py; default: all")
@@ -314,6 +358,11 @@ def main() -> None:
             "steps": [
                 model_step(nodes, entries, "v5e", dump)
                 for nodes, entries in ((1, 1024), (64, 1024), (1, 262144))
+            ],
+            "reading": [
+                reading(8192, policy, chip)
+                for chip in ("v5p", "v6e")
+                for policy in ("full", "lookaheadkv")
             ],
         }
     content = json.dumps(report, indent=1)
