@@ -5,11 +5,11 @@
     python benchmarks/gpu.py --table              # the merged report as a table
 
 Sections, in the order of their worth: ceilings (the others refer to it), ttft (time to the first
-token), decode, compilers (decoding compiled in other ways), steps (of 1 to 128 nodes), scores and
-attention (every kernel is checked against float64 NumPy before it is timed), long (128K tokens),
-train, peer (transformers + kvpress on the same card, "not run" where not installed), select,
-drafting (the embedded model), memory. All but kernels and drafting use an 8B-shaped random model in
-bfloat16. Together about 25 minutes on an H100 or H200, half of it compiling: an estimate,
+token), decode, compilers and graph (decoding compiled in other ways), steps (of 1 to 128 nodes),
+scores and attention (every kernel is checked against float64 NumPy before it is timed), long (128K
+tokens), train, peer (transformers + kvpress on the same card, "not run" where not installed),
+select, drafting (the embedded model), memory. All but kernels and drafting use an 8B-shaped random
+model in bfloat16. Together about 25 minutes on an H100 or H200, half of it compiling: an estimate,
 `SECTIONS` has it in parts.
 
 Every measurement is written as soon as it is made, to one JSON per card and commit, and skipped
@@ -36,9 +36,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SECTIONS = {  # seconds that one measurement should take at most, by estimate
-    "ceilings": 20, "ttft": 120, "decode": 45, "compilers": 60, "steps": 40, "scores": 30,
-    "attention": 30, "long": 240, "train": 90, "peer": 60, "select": 20, "drafting": 60,
-    "memory": 40,
+    "ceilings": 20, "ttft": 120, "decode": 45, "compilers": 60, "graph": 60, "steps": 40,
+    "scores": 30, "attention": 30, "long": 240, "train": 90, "peer": 60, "select": 20,
+    "drafting": 60, "memory": 40,
 }  # fmt: skip
 GRAPHS = (  # loops, too, as parts of CUDA graphs
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
@@ -46,7 +46,7 @@ GRAPHS = (  # loops, too, as parts of CUDA graphs
 )
 ENVIRONMENT = {  # of the process that a section runs in
     "peer": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # it allocates for itself
-    "compilers": {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}"},
+    "graph": {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}"},
 }
 UNFINISHED = "began and did not end"
 PATIENCE = 2  # times the estimate, and a minute: then a silent process is given up

@@ -2,7 +2,8 @@
 
 Every kernel reads its operands and writes its results once: of an operand that it only slices, the
 slices; of a result that it updates in place, the update. Loops count as often as XLA knows that
-they turn, others once. What a kernel reads again because no cache holds it is not seen.
+they turn, others once; of branches the one that moves most. What a kernel reads again because no
+cache holds it is not seen. An instruction that is not known raises ValueError.
 """
 
 import dataclasses
@@ -10,8 +11,15 @@ import math
 import re
 from collections.abc import Iterator
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8}
+BYTES = {
+    "token": 0, "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+    "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+}  # fmt: skip
 KERNELS = {"fusion", "fusion-start", "custom-call", "copy", "sort", "scatter", "gather", "reduce"}
+FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "fusion-done",
+    "partition-id", "replica-id",
+}  # fmt: skip
 SLICES = {"dynamic-slice", "slice", "gather"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand holds what is new
 _NAME = re.compile(r"(?:ENTRY )?%(\S+) \(")
@@ -56,7 +64,7 @@ def size(shape: str) -> int:
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     if len(arrays) > 1:
         arrays = [(kind, dims) for kind, dims in arrays if kind != "s8"]
-    return sum(BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
+    return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
                for kind, dims in arrays)  # fmt: skip
 
 
@@ -120,12 +128,18 @@ def _executed(name: str, all_: dict[str, dict[str, Instruction]]) -> Iterator[Tr
             turn = sum(_executed(i.called("body"), all_), Traffic())
             yield turn.times(int(known.group(1)) if known else 1)
         elif i.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-            names = re.findall(r"%([^\s,]+)", branches.group(1)) if branches else []
+            listed = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+            names = re.findall(r"%([^\s,]+)", listed.group(1)) if listed else [
+                i.called("true_computation"), i.called("false_computation"),
+            ]  # fmt: skip
             found = [sum(_executed(branch, all_), Traffic()) for branch in names]
-            yield max(found, key=lambda t: t.bytes, default=Traffic())
+            yield max(found, key=lambda t: t.bytes)
+        elif i.opcode == "call":
+            yield from _executed(i.called("to_apply"), all_)
         elif i.opcode in KERNELS:
             yield _kernel(i, all_[name], all_)
+        elif i.opcode not in FREE:
+            raise ValueError(f"{i.name}: nobody knows what {i.opcode} moves")
 
 
 def traffic(text: str) -> Traffic:

@@ -4,7 +4,8 @@ Each kernel is compiled ahead of time for real shapes (package libtpu, extra `tp
 compiler's dumps are read: memory, spills, and the final static schedule (VLIW bundles of a grid
 step times the steps, at the chip's clock). The schedule knows no waiting for memory and counts
 code that runs only at a row's first or last step as if it ran at each; so the longer of schedule
-and roofline is what to expect at best. Nothing here has been timed on a TPU.
+and roofline is what to expect at best. Whole prompts are counted in XLA's own estimate of cycles,
+which takes jax 0.11 or newer. Nothing here has been timed on a TPU.
 
     python benchmarks/tpu_estimate.py --out benchmarks/results/tpu_estimate.json
 """

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lookahead_jax.config import ModelConfig
 
 Params = dict[str, Any]
-MAX_ROWS = 8192  # rows of a text whose MLP activations exist at once
+MAX_ROWS = 8192  # of a text: of up to twice as many MLP activations exist at once
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -47,7 +47,7 @@ def product_of_rows(
     product; two equal rows read the matrix once. `cpu` is the form for CPUs, if they have one.
     """
     lead = x.ndim - inputs
-    if math.prod(x.shape[:lead]) > 1:
+    if math.prod(x.shape[:lead]) != 1:
         return product(x)
 
     def twice(x):

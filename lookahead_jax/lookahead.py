@@ -145,8 +145,8 @@ def observer_block(
 
     They see the prompt and one another causally. `length` is that of the prompt, `rope_span` the
     span its rows were opened for. `dtype` is that of the model's weights (default: that of the
-    embeddings), which matters where modules are trained in float32 on a bfloat16 model: rows in
-    float32 would have every weight converted for them. The LoRA's scale is in its factor b.
+    embeddings), which matters where modules are trained in float32 on a bfloat16 model. The LoRA's
+    scale is in its factor b.
     """
     m, d = modules.embeddings.shape
     dtype = dtype or modules.embeddings.dtype

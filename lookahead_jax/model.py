@@ -207,6 +207,7 @@ def feed_forward(
     """The rest of a layer behind its attention: the streams' next rows."""
     xs = []
     for stream, out in zip(streams, attended, strict=True):
+        # Attention leaves arrays of its own, and to join them costs more than to read `o` twice.
         out = linear(p, "o", out, inputs=2, lora=stream.lora)
         if config.post_norms:
             out = rms_norm(out, p["attn_post_norm"], config=config)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, commit, round_up
@@ -72,6 +73,11 @@ def cut_layer(view: LayerView, kept: Kept, slots: int):
     )
 
 
+def _in_dtype(observer: Block, dtype: DTypeLike) -> Block:
+    """Rows in the dtype of the weights: others would have every weight converted for them."""
+    return dataclasses.replace(observer, x=observer.x.astype(dtype))
+
+
 def static_slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
     """The most entries a head keeps, and the rounded slots, which must hold them."""
     limit = policy.max_entries(tokens, budget, config)
@@ -114,8 +120,11 @@ def prefill(
     tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
+        observer = _in_dtype(observer, x.dtype)
         observer_rope = rope_tables(config, observer.positions, prompt.span)
     whole = sparse is None and prompt.chunk == tokens.shape[1]
+    # Statistics are gathered as the prompt is read, by who has no observer beside it.
+    whole &= policy.init_stats(tokens.shape[0], tokens.shape[1], config) is None
 
     def step(carry, inputs):
         before, buffers, rows = carry
@@ -190,6 +199,7 @@ def compress(
     """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     if observer is not None:
+        observer = _in_dtype(observer, params["embed"].dtype)
         rope = rope_tables(config, observer.positions, cache.rope_span)
 
     def step(rows, inputs):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 
 from lookahead_jax.kernels.dispatch import target_platform
@@ -61,12 +60,18 @@ class Program(Generic[P, R]):
         if not compiler_options():
             return self._plain
         # Another program may call with constants alone; what is computed there is traced.
-        leaves = [*jax.tree.leaves(args), jnp.zeros(())]
-        inner = any(isinstance(leaf, Tracer) for leaf in leaves)
+        inner = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
+        inner = inner or isinstance(jax.lax.full((), 0.0), Tracer)
         return self._plain if inner else self._for_gpu
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._program((args, kwargs))(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What else `jax.jit` has (`trace`, `eval_shape`, `clear_cache`), without the options."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._plain, name)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
         """As of `jax.jit`: for compiling ahead of time."""

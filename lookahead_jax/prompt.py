@@ -172,8 +172,8 @@ def read_together(
 ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Queries]:
     """`prompt_layer` and `observe_layer` at once, for a prompt that is one chunk.
 
-    The layer's weights are read once for both. Without an observer's own pass over them a few
-    rows cost what they add to each product.
+    The layer's weights, all but `o`, are read once for both. Without an observer's own pass over
+    them a few rows cost what they add to each product.
     """
     streams = [Stream(x, prompt.cos, prompt.sin), Stream(rows, *cos_sin, lora)]
     text, own = project_qkv(p, streams, kind, config=config)

@@ -4,8 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
+import pytest
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "hlo_traffic.py"
 spec = importlib.util.spec_from_file_location("hlo_traffic", FILE)
@@ -64,10 +63,42 @@ def test_slices_updates_and_loops():
     assert found.kernels == 4 * 2 + 1 + 2 + 1
 
 
-def test_a_compiled_program_is_read():
-    """XLA's text on CPU has the same form; a product of two matrices moves at least all three."""
-    a = jnp.ones((64, 64))
-    text = jax.jit(lambda a, b: jnp.tanh(a * b) @ b + 1).lower(a, a).compile().as_text()
-    found = hlo.computations(text)
-    assert any(i.opcode == "parameter" for i in found[""].values())
-    assert hlo.traffic(text).kernels > 0
+BRANCHES = """HloModule jit_g
+
+%small (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} copy(%a)
+}
+
+%large (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} copy(%a)
+  ROOT %c = f32[8]{0} copy(%b)
+}
+
+ENTRY %main (x: f32[8], i: pred[]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %i = pred[] parameter(1)
+  %y = f32[8]{0} call(%x), to_apply=%small
+  BRANCH
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        "conditional(%i, %y, %y), true_computation=%small, false_computation=%large",
+        "conditional(%i, %y, %y), branch_computations={%large, %small}",
+    ],
+)
+def test_calls_and_branches(branch):
+    found = hlo.traffic(BRANCHES.replace("BRANCH", f"ROOT %z = f32[8]{{0}} {branch}"))
+    assert (found.bytes, found.kernels) == (3 * 2 * 32, 3)
+
+
+def test_what_is_not_known_is_an_error():
+    with pytest.raises(ValueError, match="nobody knows what all-reduce moves"):
+        hlo.traffic(BRANCHES.replace("BRANCH", "ROOT %z = f32[8]{0} all-reduce(%y), to_apply=%s"))
+    with pytest.raises(KeyError, match="f8e4m3"):
+        hlo.size("f8e4m3[8]")

@@ -78,6 +78,6 @@ def test_steps_of_an_8b_model_read_weights_and_keys_in_place(tmp_path):
     assert times["token, 32768 entries"] < 1.3  # values are copied: dead ones are zeroed
     assert times["step of 8 nodes, 1024 entries"] < 1.04
     assert times["step of 64 nodes, 1024 entries"] < 1.2  # logits in float32
-    # What lookahead rows read at least is every weight once more, 13 GiB.
-    assert rows["prompt of 8192, lookaheadkv"]["more_gb"] < 20
-    assert rows["prompt of 8192, lookaheadkv"]["kernels"] < 2400
+    # Weights once more, for the lookahead rows alone, would be 14 GB.
+    assert rows["prompt of 8192, lookaheadkv"]["more_gb"] < 13
+    assert rows["prompt of 8192, lookaheadkv"]["kernels"] < 2150

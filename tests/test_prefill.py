@@ -1,5 +1,7 @@
 """Prefill, extend and compress against plain forwards, in any chunking, batch and padding."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from lookahead_jax.prompt import hidden_states
 from tests import tiny
 from tests.test_policies import RICH, weights
 
+prefill_module = sys.modules["lookahead_jax.prefill"]
 POLICY = SnapKV(window=4, pool="avg", kernel=3)
 # float32 sums in another order: a few 1e-6 of the largest logit on these models; a mask or a
 # position off by one changes logits by more than 1e-2 of it.
@@ -232,6 +235,13 @@ def test_rows_of_a_long_text_are_taken_in_parts(rows, monkeypatch):
 
 def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch):
     """Read together with a prompt of one part, and behind a prompt in chunks; in long parts too."""
+    together, calls = prefill_module.read_together, []
+
+    def counted(*arguments):
+        calls.append(1)
+        return together(*arguments)
+
+    monkeypatch.setattr(prefill_module, "read_together", counted)
     model, params, tokens = RICH, weights(RICH), tiny.batch([24, 17], RICH)
     targets = ("q", "v", "o", "gate", "down")
     sizes = LookaheadConfig(tokens=4, rank=2, alpha=8.0, targets=targets, init="normal")
@@ -247,10 +257,42 @@ def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch)
         )  # fmt: skip
 
     want = run(8)
+    assert not calls
     for part in (8192, 5):
         monkeypatch.setattr(layers, "MAX_ROWS", part)
-        found = run(24)
+        found = run(tokens.shape[1])
+        assert calls.pop()
         np.testing.assert_array_equal(found.cache.pos, want.cache.pos)
         for name in ("scores", "logits"):
             assert_close(getattr(found, name), getattr(want, name))
         assert_close(found.cache.k, want.cache.k)
+
+
+@pytest.mark.parametrize("chunk", [4, 32])
+def test_observers_are_read_in_the_weights_dtype(chunk):
+    """Float32 modules, as training has them, on a bfloat16 model; in chunks and at once."""
+    model, tokens = RICH, tiny.batch([24, 17], RICH)
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights(RICH))
+    sizes = LookaheadConfig(tokens=4, rank=2, alpha=8.0, targets=("q", "down"), init="normal")
+    modules, length = init_modules(jax.random.key(5), sizes, model), jnp.asarray([24, 17])
+    scores = [
+        read(
+            params, tokens, model, make_policy("lookaheadkv"), chunk=chunk, with_scores=True,
+            observer=observer_block(modules, length, length + 8, dtype=dtype),
+        ).scores
+        for dtype in (None, jnp.bfloat16)
+    ]  # fmt: skip
+    np.testing.assert_array_equal(*scores)
+
+
+def test_a_policy_may_have_both_statistics_and_an_observer():
+    """Statistics are gathered while the prompt is read: the observer then stands behind it."""
+    model, params, tokens = RICH, weights(RICH), tiny.batch([24, 17], RICH)
+    length = jnp.asarray([24, 17], jnp.int32)
+    sizes = LookaheadConfig(tokens=4, rank=0, alpha=1.0, targets=(), init="normal")
+    observer = observer_block(init_modules(jax.random.key(5), sizes, model), length, length + 8)
+    plain, beside = (
+        read(params, tokens, model, make_policy("h2o"), observer=o, with_scores=True).scores
+        for o in (None, observer)
+    )
+    assert_close(beside, plain)

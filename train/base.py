@@ -27,6 +27,7 @@ from lookahead_jax.eval.tasks.prompts import TASKS, make_batch
 from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.params import Params, init_params, unstack
+from lookahead_jax.program import program
 from lookahead_jax.train.mixture import Rows, stretched_positions, task_rows, text_rows
 
 
@@ -188,7 +189,7 @@ def mean_loss(params: Params, rows: Rows, *, model: ModelConfig):
     return jax.lax.scan(step, zero, rows)[0]
 
 
-@partial(jax.jit, static_argnames=("config", "model"), donate_argnames=("params", "state"))
+@program(static_argnames=("config", "model"), donate_argnames=("params", "state"))
 def train_step(
     params: Params, state, text: Rows, tasks: Rows, *, config: BaseConfig, model: ModelConfig
 ):
@@ -208,7 +209,7 @@ def train_step(
     return optax.apply_updates(params, updates), state, metrics
 
 
-@partial(jax.jit, static_argnames=("model",))
+@program(static_argnames=("model",))
 def evaluate_rows(params: Params, rows: Rows, *, model: ModelConfig):
     return token_losses(unstack(params), rows, model=model)
 

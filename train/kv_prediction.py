@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from lookahead_jax.kv_prediction import (
     save_maps,
 )
 from lookahead_jax.layers import Params
+from lookahead_jax.program import program
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -66,7 +66,7 @@ class PredictionConfig:
     """Of the texts drawn."""
 
 
-@partial(jax.jit, static_argnames=("config", "aux_config", "optimizer"), donate_argnames=("state",))
+@program(static_argnames=("config", "aux_config", "optimizer"), donate_argnames=("state",))
 def train_step(
     state: tuple[KVMaps, Any],
     params: Params,
