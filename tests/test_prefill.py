@@ -268,16 +268,15 @@ def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch)
         assert_close(found.cache.k, want.cache.k)
 
 
-@pytest.mark.parametrize("chunk", [4, 32])
-def test_observers_are_read_in_the_weights_dtype(chunk):
-    """Float32 modules, as training has them, on a bfloat16 model; in chunks and at once."""
+def test_observers_are_read_in_the_weights_dtype():
+    """Float32 modules, as training has them, on a bfloat16 model."""
     model, tokens = RICH, tiny.batch([24, 17], RICH)
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), weights(RICH))
     sizes = LookaheadConfig(tokens=4, rank=2, alpha=8.0, targets=("q", "down"), init="normal")
     modules, length = init_modules(jax.random.key(5), sizes, model), jnp.asarray([24, 17])
     scores = [
         read(
-            params, tokens, model, make_policy("lookaheadkv"), chunk=chunk, with_scores=True,
+            params, tokens, model, make_policy("lookaheadkv"), with_scores=True,
             observer=observer_block(modules, length, length + 8, dtype=dtype),
         ).scores
         for dtype in (None, jnp.bfloat16)
