@@ -110,21 +110,23 @@ def counted(program: Any) -> dict[str, Any]:
 
 def shapes() -> tuple[Any, Any, Any]:
     """Configuration, parameters and lookahead modules of the 8B model, without arrays."""
-    import gpu_model
+    import gpu_subject
     import jax
     import jax.numpy as jnp
 
     import lookahead_jax as lk
+    from lookahead_jax.params import init_params
+    from lookahead_jax.train.shapes import SHAPES
 
-    config = lk.ModelConfig.from_hf(gpu_model.SHAPES["llama-3.1-8b"])
-    make = partial(gpu_model.init_params, config=config, dtype=jnp.bfloat16)
-    modules = jax.eval_shape(partial(gpu_model.random_modules, config))
+    config = lk.ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
+    make = partial(init_params, config=config, dtype=jnp.bfloat16)
+    modules = jax.eval_shape(partial(gpu_subject.random_modules, config))
     return config, jax.eval_shape(make, jax.random.key(0)), modules
 
 
 def steps(card: Card, bandwidth: float) -> Iterator[Row]:
     """A token of a burst from several numbers of entries, and a step of several nodes."""
-    import gpu_model
+    import gpu_subject
     import jax
     import jax.numpy as jnp
 
@@ -133,7 +135,7 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
     config, params, _ = shapes()
 
     def next_to_floor(program: Any, entries: int) -> dict[str, Any]:
-        found, floor = counted(program), gpu_model.step_bytes(entries, params, config)
+        found, floor = counted(program), gpu_subject.step_bytes(entries, params, config)
         beside = {"floor_gb": floor / 1e9, "floor_ms": 1e3 * floor / bandwidth}
         return found | beside | {"times_floor": 1e9 * found["gb"] / floor}
 
@@ -141,15 +143,15 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
         def burst(params, state, steps):
             return decode_burst(params, state, config=config, steps=steps)
 
-        state = jax.eval_shape(partial(gpu_model.opened, entries, 64, config))
+        state = jax.eval_shape(partial(gpu_subject.opened, entries, 64, config))
         arguments = (params, state, jax.ShapeDtypeStruct((), jnp.int32))
         return next_to_floor(card.compile(burst, *card.put(arguments), own=own, donated=1), entries)
 
     def step(nodes: int) -> dict[str, Any]:
         entries = 1024
-        cache = jax.eval_shape(partial(gpu_model.filled_cache, entries, 128, config))
+        cache = jax.eval_shape(partial(gpu_subject.filled_cache, entries, 128, config))
         tokens = jax.ShapeDtypeStruct((1, nodes), jnp.int32)
-        run = partial(gpu_model.one_step, entries, config)
+        run = partial(gpu_subject.one_step, entries, config)
         return next_to_floor(card.compile(run, *card.put((params, cache, tokens))), entries)
 
     yield "token, 1024 entries, XLA's own options", partial(decode, 1024, True)
@@ -161,7 +163,7 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
 
 def reading(card: Card, bandwidth: float) -> Iterator[Row]:
     """A prompt, and what a policy's looking and cutting move more than reading it."""
-    import gpu_model
+    import gpu_subject
     import jax
     import jax.numpy as jnp
 
@@ -171,7 +173,7 @@ def reading(card: Card, bandwidth: float) -> Iterator[Row]:
     alone: dict[int, dict[str, Any]] = {}
 
     def read(tokens: int, label: str) -> dict[str, Any]:
-        name, fields = gpu_model.POLICIES[label]
+        name, fields = gpu_subject.POLICIES[label]
         policy = lk.make_policy(name, **fields)
 
         def run(params, text, modules):

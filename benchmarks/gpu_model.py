@@ -11,17 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from gpu_subject import POLICIES, filled_cache, one_step, opened, random_modules, step_bytes
 
 import lookahead_jax as lk
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.decoding import DecodeState, decode_burst, start
+from lookahead_jax.decoding import decode_burst
 from lookahead_jax.kernels import dispatch
-from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules, observer_block
-from lookahead_jax.model import Block, forward
+from lookahead_jax.lookahead import observer_block
 from lookahead_jax.params import init_params, unstack
 from lookahead_jax.prefill import prefill
 from lookahead_jax.program import compiler_options
-from lookahead_jax.sampling import GREEDY, sampling_rows
 from lookahead_jax.sharding import make_mesh
 from lookahead_jax.train.flops import training_flops
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -29,12 +28,6 @@ from lookahead_jax.train.shapes import SHAPES
 from lookahead_jax.train.step import Batch, compile_step, init_state
 
 Item = tuple[str, Callable[[], Any]]
-POLICIES = {
-    "prefill alone": ("full", {}),
-    "lookaheadkv": ("lookaheadkv", {}),
-    "snapkv": ("snapkv", {}),
-    "laq": ("laq", {}),
-}
 KERNELS = ("xla", "pallas_gpu") if jax.default_backend() == "gpu" else ("default",)
 TOY = dict(
     vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -48,12 +41,6 @@ def model(smoke: bool) -> tuple[ModelConfig, Any, Any]:
     config = ModelConfig.from_hf({**SHAPES["llama-3.1-8b"], **(TOY if smoke else {})})
     params = jax.jit(partial(init_params, config=config, dtype=jnp.bfloat16))(jax.random.key(0))
     return config, params, random_modules(config)
-
-
-def random_modules(config: ModelConfig) -> Any:
-    """Lookahead modules of the published sizes, as they are before training."""
-    sizes = LookaheadConfig(tokens=32, rank=8, alpha=32.0, targets=tuple(TARGETS), init="normal")
-    return init_modules(jax.random.key(1), sizes, config)
 
 
 def prompt(tokens: int, config: ModelConfig) -> jax.Array:
@@ -141,40 +128,6 @@ def long(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
     yield f"{entries} tokens", partial(_ttft, entries, labels, smoke)
 
 
-def filled_cache(entries: int, room: int, config: ModelConfig) -> lk.KVCache:
-    """A cache of one row that holds `entries` random keys and values per head."""
-    slots = -(-(entries + room) // 128) * 128
-    shape = (config.num_layers, 1, config.num_kv_heads, slots)
-    make = partial(jax.random.normal, shape=(*shape, config.head_dim), dtype=jnp.bfloat16)
-    slot = jnp.arange(slots, dtype=jnp.int32)
-    return lk.KVCache(
-        k=make(jax.random.key(3)),
-        v=make(jax.random.key(4)),
-        pos=jnp.broadcast_to(jnp.where(slot < entries, slot, -1), shape),
-        length=jnp.full(shape[:3], entries, jnp.int32),
-        next_pos=jnp.full(1, entries, jnp.int32),
-        rope_span=jnp.full(1, entries + room, jnp.int32),
-    )
-
-
-def opened(entries: int, steps: int, config: ModelConfig) -> DecodeState:
-    """A greedy request of `steps` tokens, about to begin on a cache of `entries`."""
-    return start(
-        filled_cache(entries, steps, config), jnp.zeros((1, config.vocab_size), jnp.float32),
-        sampling=sampling_rows([GREEDY], [0], config.vocab_size),
-        limit=jnp.full(1, steps + 1, jnp.int32), eos=jnp.full(1, -1, jnp.int32),
-        seen=None, width=steps + 1,
-    )  # fmt: skip
-
-
-def step_bytes(entries: int, params: Any, config: ModelConfig) -> int:
-    """Weights but the embedding table (a step reads one row of it), and the filled slots."""
-    size = params["embed"].dtype.itemsize
-    weights = size * (sum(a.size for a in jax.tree.leaves(params)) - params["embed"].size)
-    entry = config.num_layers * config.num_kv_heads * config.head_dim * size
-    return weights + 2 * entries * entry
-
-
 def decode(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
     """Milliseconds a token, batch 1, greedy, at a full cache and at budgets."""
     for entries in (32, 64) if smoke else (1024, 32768, 128, 8192, 2048):
@@ -254,14 +207,6 @@ def _step(nodes: int, name: str, smoke: bool, report: dict[str, Any]) -> dict[st
     one = report.get("steps", {}).get(f"1 nodes {name}", {}).get("ms")
     found = {"ms": 1e3 * seconds}
     return found if one is None else {**found, "times_one_node": 1e3 * seconds / one}
-
-
-def one_step(entries: int, config: ModelConfig, params: Any, cache: Any, tokens: Any) -> jax.Array:
-    """The choices of the model after each of a few tokens behind `entries` others."""
-    positions = entries + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    block = Block(lk.embed(params, tokens, config=config), positions, cache.rope_span)
-    hidden = forward(params, block, cache, config=config).hidden
-    return lk.logits(params, hidden, config=config).argmax(-1)
 
 
 def _step_seconds(nodes: int, smoke: bool) -> float:
