@@ -99,7 +99,7 @@ def test_a_lone_row_is_multiplied_as_two_on_gpus(lead, inputs, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, *, cuda, **others: cuda(x))
     shapes.clear()
     found = product_of_rows(product, x, inputs=inputs)
-    assert jnp.allclose(found, want, rtol=1e-6)
+    assert jnp.allclose(found, want, rtol=0, atol=1e-5)  # of sums of up to 20 normal products
     rows = {shape[-1] for shape in shapes if len(shape) == len(lead)}
     assert found.shape == want.shape
     assert min(rows) > 1
