@@ -8,10 +8,13 @@ os.environ.setdefault("NPROC", "16")  # TPU interpret mode deadlocks on a small 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel ahead-of-time compilers
 # Nearly all of the time goes into compiling. Code that is not optimised is quicker to come by, and
 # what was compiled once serves the other worker and later runs (`--cache-clear` forgets it).
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
-CACHE = Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    + " --xla_force_host_platform_device_count=4"
+)
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
