@@ -6,8 +6,8 @@ The answers do not depend on what else the machine does, the times do: run these
     python benchmarks/evaluation.py --work DIR --steps times report
 
 A step goes on where it was stopped; take a new DIR when the model or its modules have changed. The
-last step writes DIR/report and renews benchmarks/results/evaluation_embedded.json, its rows, and
-the pictures of docs/images.
+last step writes DIR/report and renews evaluation_embedded.json, evaluation_embedded_times.json and
+the rows of both in benchmarks/results, and the pictures of docs/images.
 """
 
 import argparse
@@ -23,10 +23,11 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lookahead_jax.eval import report
+from lookahead_jax.eval.figures import Report
 from lookahead_jax.eval.grid import parse
 from lookahead_jax.eval.rows import ROWS
 from lookahead_jax.eval.run import run
-from lookahead_jax.files import atomic_path, atomic_write
+from lookahead_jax.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"answers": "embedded", "times": "embedded_times"}
@@ -39,21 +40,21 @@ PICTURES = {
 
 
 def keep(work: Path, results: Path, images: Path) -> None:
-    """Copies the report's numbers and pictures, and the rows behind them."""
+    """Keeps the numbers of both runs, the rows behind them, and the report's pictures."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
-    content = {
+    about = {
         "commit": commit,
         "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
         "jax": jax.__version__,
-        "cells": json.loads((work / "report" / "cells.json").read_text()),
     }
-    atomic_write(results / "evaluation_embedded.json", json.dumps(content, indent=0) + "\n")
-    for step, name in (("answers", "rows"), ("times", "times")):
-        with atomic_path(results / f"evaluation_embedded_{name}.jsonl.gz") as path:
-            rows = (work / step / ROWS).read_bytes()
-            path.write_bytes(gzip.compress(rows, 9, mtime=0))
+    for step, cells, name in (("answers", "", "_rows"), ("times", "_times", "_times")):
+        content = about | {"cells": Report((work / step,)).numbers()}
+        path = results / f"evaluation_embedded{cells}.json"
+        atomic_write(path, json.dumps(content, indent=0) + "\n")
+        rows = gzip.compress((work / step / ROWS).read_bytes(), 9, mtime=0)
+        atomic_write(results / f"evaluation_embedded{name}.jsonl.gz", rows)
     for name, source in PICTURES.items():
         shutil.copyfile(work / "report" / f"{source}.png", images / f"{name}.png")
 

@@ -5,16 +5,18 @@
     python -m lookahead_jax.eval.compare --out RUN --tune        # choose the baselines' settings
 
 Prompts are fresh (test and validation have seeds and code files of their own, training others).
-A run is resumed by the same command: finished cells, one file per task and method, are kept. It
-ends by writing RUN/summary.json and RUN/table.md.
+One RUN for each of these: settings other than those in RUN/settings.json are refused. A run is
+resumed by the same command, or widened by other tasks and methods: finished cells, one file per
+task and method, are kept. It ends by writing RUN/summary.json and RUN/table.md.
 """
 
 import dataclasses
 import functools
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 import lookahead_jax as lk
 from lookahead_jax.checkpoint import Model
+from lookahead_jax.eval.folder import keep_settings
 from lookahead_jax.eval.masked import Reference, keep_masks, outcome, read_full
 from lookahead_jax.eval.methods import (
     FOLDS,
@@ -33,6 +36,7 @@ from lookahead_jax.eval.methods import (
     SHIPPED,
     Setting,
     build,
+    chosen_at,
     read_chosen,
     setting_of,
     write_chosen,
@@ -42,7 +46,7 @@ from lookahead_jax.eval.tasks.code import CODE, Split, code_prompts, code_stream
 from lookahead_jax.eval.tasks.prompts import comments, make_example, text_lines
 from lookahead_jax.eval.tasks.words import Words
 from lookahead_jax.files import save_arrays
-from lookahead_jax.lookahead import LookaheadModules, load_modules
+from lookahead_jax.lookahead import CONFIG_FILE, LookaheadModules, load_modules
 from lookahead_jax.params import fingerprint
 
 TASKS = ("records", "tagged", "spans", "chains", "multi_lookup", CODE)
@@ -50,6 +54,7 @@ ANSWER = 16  # tokens that the longest answer of a task may have
 SEEDS: dict[Split, int] = {"test": 7_000_000, "validation": 8_000_000}
 SHARES = (0.025, 0.05, 0.1, 0.2, 0.3)
 COUNTS = (64, 128, 256, 512)
+RESULTS = "*/*.npz"  # in the folder of a run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,11 +240,36 @@ def modules_of(config: CompareConfig, task: str) -> Iterator[tuple[str, Path]]:
         yield label, Path(folder.format(fold=FOLDS[task]))
 
 
+def identity(config: CompareConfig, base: str) -> dict[str, Any]:
+    """What decides the numbers of a run on this model; tasks and methods only say which there are.
+
+    Of the modules (of all folds) it has the digests of their config files, which hold those of the
+    tensors.
+    """
+    folders = dict.fromkeys(found for task in FOLDS for found in modules_of(config, task))
+    files = [(label, folder / CONFIG_FILE) for label, folder in folders]
+    names = ("length", "count", "split", "tune", "settings")
+    return {name: getattr(config, name) for name in names} | {
+        "base_fingerprint": base,
+        "modules": [
+            f"{label}={hashlib.sha256(path.read_bytes()).hexdigest()}"
+            for label, path in files
+            if path.is_file()
+        ],
+        "chosen_settings": None if config.tune else chosen_at(config.length),  # --tune writes them
+    }
+
+
 def compare(config: CompareConfig) -> None:
-    """Measures every cell that RUN does not hold yet."""
+    """Measures every cell that RUN does not hold yet.
+
+    Raises ValueError if RUN was begun with other settings.
+    """
     learned = setting_of(config.settings)
     build(LOOKAHEAD, learned)  # complains before anything is measured
     runner = Runner(config)
+    base = fingerprint(runner.model.params)
+    keep_settings(config.out, identity(config, base), RESULTS)
     jobs: list[tuple[str, str, str, Path | None]] = []
     for task in config.tasks:
         jobs.append((task, "full", "full", None))
@@ -269,16 +299,18 @@ def compare(config: CompareConfig) -> None:
             )
             cell = runner.cell(task, method, settings, modules)
         save_arrays(path, budgets=np.array(runner.budgets), **cell._asdict())
-    write_summary(config.out, length=config.length, base=fingerprint(runner.model.params))
+    write_summary(config.out, length=config.length, base=base)
 
 
 def tune(config: CompareConfig) -> None:
     """Measures every setting of every baseline on the validation split and keeps the best ones.
 
     Best means the most exact answers at a task and budget; ties, and code, go to the smaller KL.
+    Raises ValueError if RUN was begun with other settings.
     """
     config = dataclasses.replace(config, split="validation")
     runner = Runner(config)
+    keep_settings(config.out, identity(config, fingerprint(runner.model.params)), RESULTS)
     jobs = [
         (task, method, number, setting)
         for task in config.tasks

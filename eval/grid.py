@@ -1,7 +1,6 @@
 """What a run is: the configuration file, its grid of cells, and what stands behind the names."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from lookahead_jax import EMBEDDED_MODEL, EMBEDDED_MODULES
-from lookahead_jax.commands.options import as_options
+from lookahead_jax.commands.options import split_config
 from lookahead_jax.eval.rows import Cell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
@@ -103,24 +102,17 @@ FIXED = (
 
 
 def parse(args: Sequence[str]) -> RunConfig:
-    """[CONFIG] and overrides -> a run; the file's fields are read and refused by the same rules.
+    """[CONFIG] and overrides -> a run.
 
-    CONFIG is a .json file, or the name of one that ships.
+    CONFIG is a .json file, or the name of one that ships. Raises ValueError if there is none, or if
+    it permits programs to be run.
     """
-    options: list[str] = []
-    if args and not args[0].startswith("-"):
-        path = Path(args[0])
-        path = path if path.suffix == ".json" else CONFIGS / f"{args[0]}.json"
-        if not path.is_file():
-            names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
-            raise ValueError(f"{args[0]}: neither a .json file nor one of those shipped ({names})")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if "allow_exec" in fields:
-            raise ValueError(f"{path}: only --allow-exec on the command line permits programs")
-        options, args = as_options(fields), args[1:]
+    options, overrides = split_config(args, CONFIGS)
+    if any(option.replace("_", "-").startswith("--allow-exec") for option in options):
+        raise ValueError(f"{args[0]}: only --allow-exec on the command line permits programs")
     return tyro.cli(
         RunConfig,
-        args=[*options, *args],
+        args=[*options, *overrides],
         prog="python -m lookahead_jax.eval [CONFIG]",
     )
 

@@ -7,6 +7,7 @@ policy has no choice: its one setting is the default.
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.files import atomic_write
@@ -124,6 +125,12 @@ def write_chosen(
     atomic_write(CHOSEN, json.dumps(content, indent=1) + "\n")
 
 
+def chosen_at(length: int) -> dict[str, Any]:
+    """All that was chosen for one length: the `budgets`, and the `settings` as text."""
+    content = json.loads(CHOSEN.read_text()) if CHOSEN.is_file() else {}
+    return content.get(str(length), {"budgets": [], "settings": {}})
+
+
 def read_chosen(task: str, method: str, length: int, budgets: tuple[int, ...]) -> list[Setting]:
     """The setting of a method at each budget. Methods without a choice need no file.
 
@@ -132,10 +139,10 @@ def read_chosen(task: str, method: str, length: int, budgets: tuple[int, ...]) -
     """
     if len(METHODS[method]) == 1:
         return [METHODS[method][0]] * len(budgets)
-    content = json.loads(CHOSEN.read_text()).get(str(length), {"settings": {}})
+    content = chosen_at(length)
     texts = content["settings"].get(task, {}).get(method)
     known = {_text(setting): setting for setting in METHODS[method]}
-    fits = tuple(content.get("budgets", ())) == budgets
+    fits = tuple(content["budgets"]) == budgets
     if texts is None or not fits or not known.keys() >= set(texts):
         raise ValueError(
             f"no setting of {method} was chosen for {task} at {length} tokens; run --tune first"

@@ -5,7 +5,6 @@ in batches. What has been answered before is skipped.
 """
 
 import contextlib
-import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import lookahead_jax as lk
 from lookahead_jax.batching import bucket_length
 from lookahead_jax.checkpoint import Model, first_layers
 from lookahead_jax.drafters import make_drafter
+from lookahead_jax.eval.folder import keep_settings
 from lookahead_jax.eval.grid import (
     Method,
     RunConfig,
@@ -33,7 +33,6 @@ from lookahead_jax.eval.peak import Peak
 from lookahead_jax.eval.prompts import Prompt, assemble
 from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, Key, RowFile, key_of, read_rows
 from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
-from lookahead_jax.files import atomic_write
 from lookahead_jax.generation import Generation
 from lookahead_jax.kv_prediction import Predictor, load_predictor
 from lookahead_jax.lookahead import LookaheadModules
@@ -278,19 +277,9 @@ def text_of(part: str | tuple[int, ...], tokenizer: Tokenizer) -> str:
 def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
     """The run's folder: what was answered, and where rows go.
 
-    Raises ValueError if an earlier run in this folder had other settings.
+    Raises ValueError if an earlier run in this folder had other settings, or none written down.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "settings.json"
-    wanted = settings(config)
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in wanted if found.get(name) != wanted[name]]:
-            raise ValueError(
-                f"{config.out} was begun with another {', '.join(changed)}; choose another --out"
-            )
-    else:
-        atomic_write(path, json.dumps(wanted, indent=1) + "\n")
+    keep_settings(config.out, settings(config), ROWS)
     rows = config.out / ROWS
     done = {key_of(row): row["predicted_answer"] for row in read_rows(rows)}
     return done, RowFile(rows), RowFile(config.out / VIEWS)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there becomes `path`.
 
     The body writes a file or makes a directory. An exception, or a body that writes nothing,
-    leaves `path` as it was. A directory replaces an existing one. The temporary name keeps the
-    suffix, on which writers like `numpy.savez` depend.
+    leaves `path` as it was. A file replaces an existing one, a directory only an empty one (else
+    OSError). The temporary name keeps the suffix, on which writers like `numpy.savez` depend.
     """
     path = Path(path)
     check_parent(path)
@@ -33,13 +34,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 _sync(file)
         _sync(temporary)
-        if temporary.is_dir() and path.is_dir():
-            retired = path.with_name(f"{temporary.name}.old")
-            path.rename(retired)
-            temporary.rename(path)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
         _sync(path.parent)
     finally:
         if temporary.is_dir():
@@ -58,6 +53,19 @@ def save_arrays(path: str | os.PathLike, **arrays: np.ndarray) -> None:
     """Writes named arrays as the .npz archive `path`, whatever its suffix, atomically."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
+
+
+def load_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote; ValueError if the file is damaged or anything else."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("not a .npz archive")
+        with loaded:
+            return dict(loaded)
+    # RuntimeError is what zipfile has for flags that no archive of ours sets.
+    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no arrays: {error}") from error
 
 
 def check_parent(path: str | os.PathLike) -> None:

@@ -1,12 +1,17 @@
 """The comparison of policies: forced answers on masked caches are what real eviction decodes."""
 
+import dataclasses
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lookahead_jax import EMBEDDED_MODULES
 from lookahead_jax.decoding import decode
-from lookahead_jax.eval import methods
+from lookahead_jax.eval import compare, methods
 from lookahead_jax.eval.masked import RESPONSE, keep_masks, outcome, read_full
 from lookahead_jax.eval.summary import best_settings, duel, summarise, verdicts, wilson
 from lookahead_jax.files import save_arrays
@@ -106,6 +111,76 @@ def test_chosen_settings_come_back_for_their_length_and_budgets(tmp_path, monkey
     for task, length, budgets in [("tagged", 512, (4, 8)), ("records", 99, (4, 8))]:
         with pytest.raises(ValueError, match=r"snapkv.*run --tune"):
             methods.read_chosen(task, "snapkv", length, budgets)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A run of two cells that takes no time to measure."""
+
+    def measured(runner, task, *args):
+        shape = (len(runner.budgets), runner.config.count)
+        return compare.Cell(*np.zeros((4, *shape), np.float32))
+
+    monkeypatch.setattr(compare.Runner, "cell", measured)
+    monkeypatch.setattr(compare.Runner, "full", measured)
+    monkeypatch.setattr(methods, "CHOSEN", tmp_path / "chosen.json")
+    return compare.CompareConfig(
+        out=tmp_path / "run", tasks=("records",), methods=("random",), length=100, count=2
+    )
+
+
+def test_a_run_is_not_resumed_with_other_settings(small, tmp_path):
+    compare.compare(small)
+    wider = dataclasses.replace(small, tasks=("records", "code"), methods=("tova",))
+    compare.compare(wider)
+    table = (small.out / "table.md").read_text()
+    assert {path.name for path in small.out.glob("*/*.npz")} == {
+        "full.npz", "random.npz", "tova.npz",
+    }  # fmt: skip
+    settings = json.loads((small.out / "settings.json").read_text())
+    assert (settings["length"], settings["count"], settings["split"]) == (100, 2, "test")
+
+    folder = shutil.copytree(EMBEDDED_MODULES, tmp_path / "modules")
+    others = [
+        ({"length": 120}, "length"),
+        ({"count": 3, "split": "validation"}, "count, split"),
+        ({"settings": ("pool=max",)}, "settings"),
+        ({"modules": (f"lookaheadkv={folder}",)}, "modules"),
+    ]
+    for changes, named in others:
+        with pytest.raises(ValueError, match=rf"other settings \({named}\); choose another --out"):
+            compare.compare(dataclasses.replace(small, **changes))
+    with pytest.raises(ValueError, match=r"\(split, tune, chosen_settings\); choose"):
+        compare.tune(dataclasses.replace(small, tune=True))
+    methods.write_chosen({"records": {"h2o": [0]}}, 100, (4,))
+    with pytest.raises(ValueError, match=r"\(chosen_settings\)"):
+        compare.compare(small)
+    assert (small.out / "table.md").read_text() == table
+
+    (small.out / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no settings.json .*; choose another --out"):
+        compare.compare(small)
+
+
+def test_modules_are_told_apart_by_their_content(small, tmp_path):
+    folder = shutil.copytree(EMBEDDED_MODULES, tmp_path / "modules")
+    config = dataclasses.replace(small, modules=(f"lookaheadkv={folder}",))
+    compare.compare(config)
+    moved = folder.rename(tmp_path / "moved")
+    compare.compare(dataclasses.replace(config, modules=(f"lookaheadkv={moved}",)))
+    about = moved / "lookahead_config.json"  # as of modules that were trained on
+    about.write_text(about.read_text().replace('"tensors_sha256": "', '"tensors_sha256": "0'))
+    with pytest.raises(ValueError, match=r"\(modules\)"):
+        compare.compare(dataclasses.replace(config, modules=(f"lookaheadkv={moved}",)))
+
+
+def test_tuning_is_resumed_after_it_has_chosen(small):
+    config = dataclasses.replace(small, tune=True, methods=("h2o",))
+    compare.tune(config)
+    assert methods.chosen_at(100)["settings"]["records"]["h2o"]
+    compare.tune(config)
+    with pytest.raises(ValueError, match=r"\(split, tune, chosen_settings\)"):
+        compare.compare(dataclasses.replace(config, tune=False))
 
 
 def test_settings_of_the_learned_policy_come_as_text():

@@ -96,8 +96,11 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     first = len(calls)
     runner.run(dataclasses.replace(finished, out=left))
     assert len(calls) == first, "what is done is not done again"
-    with pytest.raises(ValueError, match="begun with another seed"):
+    with pytest.raises(ValueError, match=r"other settings \(seed\); choose another --out"):
         runner.run(dataclasses.replace(finished, out=left, seed=1))
+    (left / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"no settings.json .*; choose another --out"):
+        runner.run(dataclasses.replace(finished, out=left))
 
 
 def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
@@ -275,7 +278,10 @@ def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
     assert main([str(path), "--tasks", "nothing"]) == 1
     assert main([str(path), "--tasks", "longproc/pseudo_to_code_2k"]) == 1
     assert main(["absent"]) == 1
-    path.write_text(json.dumps({"out": "run", "allow_exec": True}))
+    for hidden in ({"allow_exec": True}, {"allow-exec": []}, {"tasks": ["own", "--allow-exec"]}):
+        path.write_text(json.dumps({"out": "run"} | hidden))
+        with pytest.raises(ValueError, match="only --allow-exec on the command line"):
+            parse([str(path)])
     assert main([str(path)]) == 1
     said = capsys.readouterr().err
     assert "unknown task 'nothing'" in said

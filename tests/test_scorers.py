@@ -2,7 +2,10 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -70,6 +73,33 @@ def test_the_remaining_scorers():
     assert text.code_similarity("# no\n\nx = 1\ny = 2", "x = 1") == 1
 
 
+def test_numbers_of_any_length_are_scored():
+    nines = "9" * 5000  # int() refuses more than 4300 digits
+    assert infinitebench.longest_run(f"007, 0, {nines}", ["7", "0", "9"]) == 2 / 3
+    assert infinitebench.last_integer(nines, ["9"]) == 0
+    assert infinitebench.first_number(nines, ["9"]) == 0
+    game = {"nums": [1, 2, 3, 4], "target": 10}
+    for steps in (
+        f"{nines} + 1 = 2\n2 + 2 = 4\n4 + 4 = 8",
+        f"{'9' * 400} / 1 = 2\n" + "1 + 1 = 2\n" * 2,
+    ):
+        answer = f"<Solution>{steps.strip()}</Solution>"
+        assert longproc.countdown(answer, "", game)["accuracy"] == 0
+    right = "<Solution>01 + 2 = 3\n3 + 3 = 6\n6 + 4 = 10</Solution>"
+    assert longproc.countdown(right, "", game)["accuracy"] == 1
+    trip = {"ground_truth_cities": "Rome**Oslo", "ground_truth_durations": "3**4"}
+    plan = "European cities for 6 days\nDay 1-3: Rome\nDay 3: fly from Rome to Oslo\nDay 3-6: Oslo"
+    score = functools.partial(longproc.travel_planning, reference="x", metadata=trip)
+    assert score(f"<Plan>{plan}</Plan>")["accuracy"] == 1
+    for ours, theirs in (
+        ("for 6", f"for {nines}"),
+        ("-6", f"-{nines}"),
+        ("Day 3: ", f"Day {nines}: "),
+    ):
+        score(f"<Plan>{plan.replace(ours, theirs)}</Plan>")
+    assert score(f"<Plan>{plan.replace('-6', '-' + nines)}</Plan>")["accuracy"] == 0
+
+
 PROGRAM = "```c++\nint main() {{ int a; cin >> a; {} cout << a * 2 << endl; }}\n```"
 CASES_IO = {"testcases": [[["4"], ["8"]], [["-1"], ["-2"]]]}
 
@@ -104,3 +134,27 @@ def test_commands_run_under_limits(tmp_path, monkeypatch):
     assert time.perf_counter() - begin < 15
     left = Path("/proc") / (tmp_path / "left").read_text().strip() / "stat"
     assert not left.exists() or left.read_text().split()[2] == "Z", "what was left is killed, too"
+
+
+BUSY = """
+import sys, threading, time
+from pathlib import Path
+from lookahead_jax.eval.scorers.sandbox import run_limited
+
+for _ in range(80):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+for script in ("(echo forked)", "for i in $(seq 200); do sleep 5 & done; echo all"):
+    print(run_limited(["/bin/sh", "-c", script], "", folder=Path(sys.argv[1])))
+"""
+
+
+def test_a_user_of_many_threads_may_fork_but_not_without_end(tmp_path):
+    command = [sys.executable, "-B", "-c", BUSY, str(tmp_path)]
+    if os.getuid() == 0:  # for whom there is no such limit
+        if shutil.which("setpriv") is None:
+            pytest.skip("root needs setpriv to be somebody else")
+        reads = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+        command = ["setpriv", "--reuid=12345", "--clear-groups", *reads, *command]
+    root = Path(__file__).parents[1]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["forked", "None"]

@@ -1,5 +1,6 @@
 """Studies: many sets of modules trained on one pass over the prompts are runs of their own."""
 
+import dataclasses
 import json
 
 import jax
@@ -162,4 +163,12 @@ def test_a_wrong_study_is_one_clear_error(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="blind is without b: no such --data"):
         study.train(config)
+    data = (*config.data, f"b={folder / 'b'}")
+    for changed, options, said in (
+        ({}, {"save_every": 0}, "save_every must be at least 1, not 0"),
+        ({"micro_batches": 0}, {}, "4 cannot be split into 0 micro-batches"),
+    ):
+        study_of(**changed)
+        with pytest.raises(ValueError, match=said):
+            study.train(dataclasses.replace(config, data=data, **options))
     assert not (tmp_path / "run").exists()

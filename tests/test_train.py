@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lookahead_jax.checkpoint import load, save_params
 from lookahead_jax.lookahead import LookaheadConfig, init_modules, load_modules
 from lookahead_jax.sharding import make_mesh, param_shardings
-from lookahead_jax.train import lookahead
+from lookahead_jax.train import base, lookahead
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
@@ -199,3 +199,19 @@ def test_config_file_and_overrides(tmp_path, capsys):
 def test_batches_must_fit_the_devices(run_config):
     with pytest.raises(ValueError, match="a batch of 6 cannot be split into 2 micro-batches on 2"):
         lookahead.train(dataclasses.replace(run_config, batch=6))
+
+
+@pytest.mark.parametrize("name", ["save_every", "chunk"])
+def test_sizes_of_zero_are_refused(run_config, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+        lookahead.train(dataclasses.replace(run_config, **{name: 0}))
+
+
+def test_the_state_of_a_base_run_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "state.npz"
+    state = {"a": np.arange(12, dtype=np.float32), "b": [np.ones(2), np.int32(7)]}
+    base.save(path, state)
+    with pytest.raises(ValueError, match="Object arrays"):
+        base.save(path, state | {"b": [np.ones(2), np.array([{}])]})
+    assert digests(base.restore(path, state)) == digests(jax.tree.map(jnp.asarray, state))
+    assert list(tmp_path.iterdir()) == [path]

@@ -8,7 +8,6 @@ A run is resumed by the same command; metrics go to RUN/metrics.jsonl, the state
 
 import dataclasses
 import json
-import os
 import pathlib
 import time
 from functools import partial
@@ -25,6 +24,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.eval.tasks.prompts import TASKS, make_batch
 from lookahead_jax.eval.tasks.words import Words
+from lookahead_jax.files import save_arrays
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.params import Params, init_params, unstack
 from lookahead_jax.program import program
@@ -259,9 +259,8 @@ def text_loss(
 
 def save(path: pathlib.Path, tree: Any) -> None:
     """Writes the leaves of a tree; the old file stays until the new one is complete."""
-    part = path.with_suffix(".part.npz")
-    np.savez(part, *map(np.asarray, jax.tree.leaves(tree)))
-    os.replace(part, path)
+    leaves = map(np.asarray, jax.tree.leaves(tree))
+    save_arrays(path, **{f"arr_{i}": leaf for i, leaf in enumerate(leaves)})
 
 
 def restore(path: pathlib.Path, like: Any) -> Any:

@@ -20,6 +20,7 @@ import tokenizers
 import tyro
 
 BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
+BANDS, ROWS = 32, 3  # of a MinHash signature: `near_duplicates` says what they find
 SPECIAL = (BOS, EOS, USER, ASSISTANT)
 PACKAGES = (
     "numpy",
@@ -129,18 +130,16 @@ def shingles(text: str, size: int = 3) -> np.ndarray:
     return np.unique(np.frombuffer(b"".join(hashes), np.uint64))
 
 
-def near_duplicates(
-    sets: list[np.ndarray], *, seed: int, bands: int = 32, rows: int = 3
-) -> np.ndarray:
+def near_duplicates(sets: list[np.ndarray], *, seed: int) -> np.ndarray:
     """Cluster label of each shingle set [n]: joined where a band of the MinHash signature agrees.
 
-    Two documents of Jaccard similarity s join with probability 1 - (1 - s^rows)^bands: 0.5 at
+    Two documents of Jaccard similarity s join with probability 1 - (1 - s^ROWS)^BANDS: 0.5 at
     s = 0.28, 0.98 at s = 0.5.
     """
     rng = np.random.default_rng(seed)
-    multipliers = rng.integers(1, 2**63, bands * rows, dtype=np.uint64)
+    multipliers = rng.integers(1, 2**63, BANDS * ROWS, dtype=np.uint64)
     multipliers = multipliers * np.uint64(2) + np.uint64(1)
-    offsets = rng.integers(0, 2**63, bands * rows, dtype=np.uint64)
+    offsets = rng.integers(0, 2**63, BANDS * ROWS, dtype=np.uint64)
     parent = list(range(len(sets)))
 
     def find(i: int) -> int:
@@ -153,7 +152,7 @@ def near_duplicates(
     for i, values in enumerate(sets):
         mixed = values[:, None] * multipliers + offsets
         signature = (mixed ^ (mixed >> np.uint64(29))).min(axis=0)
-        for band, key in enumerate(signature.reshape(bands, rows)):
+        for band, key in enumerate(signature.reshape(BANDS, ROWS)):
             other = seen.setdefault((band, key.tobytes()), i)
             a, b = sorted((find(other), find(i)))
             parent[b] = a

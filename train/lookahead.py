@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoint import Model, load
-from lookahead_jax.commands.options import as_options
+from lookahead_jax.commands.options import split_config
 from lookahead_jax.files import atomic_write
 from lookahead_jax.lookahead import LookaheadConfig, LookaheadModules, init_modules, save_modules
 from lookahead_jax.params import Params, fingerprint
@@ -98,20 +98,12 @@ class TrainConfig:
 def parse(args: Sequence[str]) -> TrainConfig:
     """CONFIG and overrides -> the run's configuration; exits with a message if they are wrong.
 
-    The file's fields become options in front of those of the command line, so that both are read,
-    and refused, by the same rules.
+    Raises ValueError if there is no such CONFIG.
     """
-    options: list[str] = []
-    if args and not args[0].startswith("-"):
-        path = Path(args[0])
-        path = path if path.suffix == ".json" else _PRESETS / f"{args[0]}.json"
-        if not path.is_file():
-            names = ", ".join(sorted(file.stem for file in _PRESETS.glob("*.json")))
-            raise ValueError(f"{args[0]}: neither a .json file nor one of the presets ({names})")
-        options, args = as_options(json.loads(path.read_text(encoding="utf-8"))), args[1:]
+    options, overrides = split_config(args, _PRESETS)
     return tyro.cli(
         TrainConfig,
-        args=[*options, *args],
+        args=[*options, *overrides],
         prog="python -m lookahead_jax.train.lookahead [CONFIG]",
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
@@ -133,6 +125,9 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
             f"a batch of {config.batch} cannot be split into {config.micro_batches} micro-batches "
             f"on {devices} devices"
         )
+    for name in ("save_every", "chunk"):
+        if (size := getattr(config, name)) is not None and size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
     model = load(config.model, dtype=config.dtype, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(

@@ -90,11 +90,10 @@ def task_row(
     *,
     length: int,
     fill: float,
-    families: tuple[str, ...],
 ) -> tuple[list[int], list[int]]:
     """`length + 1` tokens, a document and questions, and the indices of the answers' tokens."""
     pool, facts, room = Pool(rng, words), [], int(length * rng.uniform(0.35, fill)) - 1
-    for family in rng.permutation(families)[: 1 + int(rng.integers(0, 3))]:
+    for family in rng.permutation(tuple(FAMILIES))[: 1 + int(rng.integers(0, 3))]:
         drawn = FAMILIES[family](rng, words, pool, **_knobs(rng, str(family), room * 2 // 3))
         if _cost(drawn) <= room:
             facts.append(drawn)
@@ -150,7 +149,6 @@ def task_rows(
     length: int,
     repeats: float = 0.0,
     fill: float = 0.8,
-    families: tuple[str, ...] = tuple(FAMILIES),
 ) -> Rows:
     """Fresh documents with questions; only answers are learned, at most T / 2 tokens of a row.
 
@@ -163,9 +161,7 @@ def task_rows(
         if i < round(rows * repeats):
             tokens[i], answers = repeat_row(rng, words, stream, length=length)
         else:
-            tokens[i], answers = task_row(
-                rng, words, stream, length=length, fill=fill, families=families
-            )
+            tokens[i], answers = task_row(rng, words, stream, length=length, fill=fill)
         answers = answers[-width:]
         picks[i, : len(answers)] = np.array(answers, np.int32) - 1
         weights[i, : len(answers)] = 1.0

@@ -26,6 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from lookahead_jax.checkpoint import load
+from lookahead_jax.commands.options import read_config
 from lookahead_jax.files import atomic_write
 from lookahead_jax.lookahead import LookaheadConfig, init_modules, save_modules
 from lookahead_jax.params import fingerprint
@@ -85,12 +86,8 @@ class StudyConfig:
 
 def read_study(name: str) -> Study:
     """The study in a file, every field checked; ValueError says what is wrong with it."""
-    path = Path(name) if name.endswith(".json") else _STUDIES / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in _STUDIES.glob("*.json")))
-        raise ValueError(f"{name}: neither a .json file nor one of the studies ({known})")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    shared = {name: content.pop(name, {}) for name in ("modules", "optimizer")}
+    content = read_config(name, _STUDIES)
+    shared = {part: content.pop(part, {}) for part in ("modules", "optimizer")}
     seed = content.pop("seed", 0)
     try:
         variants = {}
@@ -107,7 +104,7 @@ def read_study(name: str) -> Study:
             raise ValueError("it has no variants")
         return Study(variants=variants, **content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
 
 
 def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: int) -> np.ndarray:
@@ -132,8 +129,12 @@ def train(config: StudyConfig) -> None:
     for label, variant in study.variants.items():
         if unknown := set(variant.without) - folders.keys():
             raise ValueError(f"{label} is without {', '.join(unknown)}: no such --data")
+    if config.save_every < 1:
+        raise ValueError(f"save_every must be at least 1, not {config.save_every}")
     mesh = make_mesh(data=None, fsdp=1, tensor=1)
-    if study.batch % (study.micro_batches * mesh.shape["data"]):
+    if min(study.batch, study.micro_batches) < 1 or study.batch % (
+        study.micro_batches * mesh.shape["data"]
+    ):
         raise ValueError(
             f"a batch of {study.batch} cannot be split into {study.micro_batches} micro-batches "
             f"on {mesh.shape['data']} devices"

@@ -77,7 +77,7 @@ def longest_run(prediction: str, answers: Sequence[str]) -> float:
     numbers = re.findall("[0-9]+", prediction)
     right = 0
     for number, answer in zip(numbers, answers, strict=False):
-        if int(number) != int(answer):
+        if (number.lstrip("0") or "0") != str(int(answer)):  # int() refuses very long numbers
             break
         right += 1
     return right / len(answers) if answers else 0.0

@@ -26,8 +26,11 @@ _OPERATORS = {
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b if b else None,
 }
-_STEP = re.compile(r"\s*(?P<a>\d+)\s*(?P<op>[-*/])\s*(?P<b>\d+)\s*=\s*(?P<c>-?\d+)\s*")
-_SUM = re.compile(r"\s*(?P<a>-?\d+)\s*(?P<op>\+)\s*(?P<b>-?\d+)\s*=\s*(?P<c>-?\d+)\s*")
+# A model may write any number of digits. Beyond 300 they are no number here: int() refuses 4301 of
+# them, and the quotient of integers must fit a float.
+_N = r"(?<!\d)\d{1,300}(?!\d)"
+_STEP = re.compile(rf"\s*(?P<a>{_N})\s*(?P<op>[-*/])\s*(?P<b>{_N})\s*=\s*(?P<c>-?{_N})\s*")
+_SUM = re.compile(rf"\s*(?P<a>-?{_N})\s*(?P<op>\+)\s*(?P<b>-?{_N})\s*=\s*(?P<c>-?{_N})\s*")
 
 
 def tagged(text: str, tag: str) -> str | None:
@@ -146,13 +149,13 @@ def _stays(plan: str) -> list[tuple[str, int]]:
     """(city, days) of a plan in prose."""
     ends, flights, total = [], [], None
     for line in plan.split("\n"):
-        if days := re.findall(r"European cities for (\d+) days", line):
+        if days := re.findall(rf"European cities for ({_N}) days", line):
             total = int(days[0])
-        if span := re.findall(r"\d+-\d+", line):
+        if span := re.findall(rf"{_N}-{_N}", line):
             ends.append(int(span[0].split("-")[1]))
             if ends[-1] == total:
                 break
-        if flight := re.findall(r".*Day (\d+).*from (\w+) to (\w+)", line):
+        if flight := re.findall(rf".*Day ({_N}).*from (\w+) to (\w+)", line):
             flights.append(flight[0])
     if not ends or not flights:
         return []

@@ -32,20 +32,41 @@ for name, limit in (
     ("CPU", seconds), ("AS", memory), ("FSIZE", 2**26), ("CORE", 0), ("NPROC", processes)
 ):
     if name != "NPROC" or os.getuid() != 0:  # for root there is no such limit
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+        kind = getattr(resource, f"RLIMIT_{name}")
+        most = resource.getrlimit(kind)[1]
+        limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        resource.setrlimit(kind, (limit, limit))
 os.execv(sys.argv[4], sys.argv[4:])
 """
 
 
+def _tasks() -> int:
+    """Processes and threads of this user; 0 where there is no /proc."""
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # ended since it was listed
+            lines = dict(line.split(b":", 1) for line in path.read_bytes().splitlines())
+            if int(lines[b"Uid"].split()[0]) == os.getuid():
+                found += int(lines[b"Threads"])
+    return found
+
+
 def run_limited(
-    command: Sequence[str], given: str, *, folder: Path, seconds: int = SECONDS, memory: int = 2**29
+    command: Sequence[str],
+    given: str,
+    *,
+    folder: Path,
+    seconds: int = SECONDS,
+    memory: int = 2**29,
+    processes: int = 64,
 ) -> str | None:
     """What `command` prints, given `given`; None if it fails or goes beyond a limit.
 
     `command` begins with the path of a program. What it prints goes to a file, where the limit on
     files bounds it.
     """
-    limits = [str(n) for n in (memory, seconds, 64)]
+    # What the system counts is all that the user runs, threads too, not this command's alone.
+    limits = [str(n) for n in (memory, seconds, _tasks() + processes)]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LIMITED, *limits, *command], cwd=folder,
@@ -79,7 +100,10 @@ def run_cpp(program: str, cases: Sequence[tuple[str, str]]) -> bool:
         folder = Path(name)
         (folder / "program.cpp").write_text(_PRELUDE + program, encoding="utf-8")
         build = [compiler, "-std=c++11", "-O", "-o", "program", "program.cpp"]
-        if run_limited(build, "", folder=folder, seconds=60, memory=2**32) is None:
+        # A compiler forks a few times only, but must be able to: other programs of the user may
+        # start meanwhile, and those in other containers are counted without being seen.
+        limits = dict(seconds=60, memory=2**32, processes=2**12)
+        if run_limited(build, "", folder=folder, **limits) is None:
             return False
         run = [str(folder / "program")]
         return all(run_limited(run, given, folder=folder) == right for given, right in cases)

@@ -1,6 +1,8 @@
 """Options that several commands share, and what they stand for."""
 
+import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -186,6 +188,28 @@ class RunOptions:
             evict_every=self.evict_every,
             **arguments,
         )
+
+
+def read_config(name: str, presets: Path) -> dict[str, Any]:
+    """The fields of a .json file, or of the one of that name in the folder `presets`.
+
+    Raises ValueError if there is no such file.
+    """
+    path = Path(name) if name.endswith(".json") else presets / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
+        raise ValueError(f"{name}: neither a .json file nor one of the presets ({known})")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def split_config(args: Sequence[str], presets: Path) -> tuple[list[str], Sequence[str]]:
+    """[CONFIG] and overrides -> the fields of CONFIG as options, and the overrides.
+
+    In front of the overrides, both are read, and refused, by the same rules.
+    """
+    if not args or args[0].startswith("-"):
+        return [], args
+    return as_options(read_config(args[0], presets)), args[1:]
 
 
 def as_options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
