@@ -37,7 +37,12 @@ def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarr
     width = bucket_length(max((len(row) for row in rows), default=0))
     batch = np.full((len(rows), width), -1, np.int32)
     for i, row in enumerate(rows):
-        batch[i, : len(row)] = row
+        try:
+            batch[i, : len(row)] = row
+        except OverflowError:
+            raise ValueError(
+                f"a token id of row {i} is outside the vocabulary of {config.vocab_size}"
+            ) from None
     check_tokens(batch, config=config)
     return batch
 

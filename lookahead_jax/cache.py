@@ -42,7 +42,10 @@ class KVCache:
         return sum(a.size * a.dtype.itemsize for a in (self.k, self.v, self.pos))
 
     def fork(self, copies: int) -> "KVCache":
-        """Each row repeated `copies` times in place: one prompt, several continuations."""
+        """Each row repeated `copies` times in place: one prompt, several continuations.
+
+        Raises ValueError for less than one copy.
+        """
         if copies < 1:
             raise ValueError(f"fork makes at least one copy, not {copies}")
 

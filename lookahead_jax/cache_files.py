@@ -56,5 +56,6 @@ def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
         raise ValueError(f"{path} is damaged: its arrays do not fit together")
     filled = np.arange(k.shape[3]) < length[..., None]
     known = (pos >= 0) & (pos < arrays["next_pos"][:, None, None])
-    if not ((length >= 0).all() and (np.where(filled, known, pos == -1)).all()):
+    within = (length >= 0) & (length <= k.shape[3])
+    if not (within.all() and (np.where(filled, known, pos == -1)).all()):
         raise ValueError(f"{path} is damaged: its positions contradict its lengths")

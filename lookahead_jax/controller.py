@@ -112,7 +112,7 @@ class Controller:
 
     Given to one call of `generate` after another it remembers what steps cost and drafts brought;
     the calls should have one model, one drafter and batches of one size. Not for several threads
-    at a time.
+    at a time. Raises ValueError for buckets that are none, or without 1.
     """
 
     def __init__(self, buckets: Sequence[int] = NODE_BUCKETS):

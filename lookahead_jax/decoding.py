@@ -336,13 +336,17 @@ def decode(
 
     Returns at most `max_new_tokens` tokens per row. The cache is donated; the one returned holds
     all of them but each row's last, which `extend` can read together with what follows it. For
-    repetition penalties over a prompt, streaming or stop strings use `generate`.
+    repetition penalties over a prompt, streaming or stop strings use `generate`. Raises ValueError
+    unless there is one seed per row (default 0 for all).
     """
     batch = logits.shape[0]
+    seeds = [0] * batch if seeds is None else list(seeds)
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} rows")
     state = start(
         cache,
         logits,
-        sampling=sampling_rows([sampling] * batch, seeds or [0] * batch, config.vocab_size),
+        sampling=sampling_rows([sampling] * batch, seeds, config.vocab_size),
         limit=jnp.full(batch, max_new_tokens, jnp.int32),
         eos=jnp.asarray(eos_ids, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),

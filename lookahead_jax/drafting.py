@@ -95,8 +95,12 @@ class Drafting:
     def begin(
         self, state: DecodeState, prompts: Sequence[Sequence[int]], tokens: jax.Array
     ) -> DecodeState:
-        """All rows join with their prompts, also given as an array [B, T] padded with -1."""
+        """All rows join with their prompts, also given as an array [B, T] padded with -1.
+
+        Raises ValueError for a draft model on other devices than the target.
+        """
         if self._host is None:
+            check_devices(self._device.weights, state)
             return self._call(
                 attach, state, self._device.weights, tokens,
                 drafter=self._device, room=self._room, config=self._config,
@@ -302,6 +306,27 @@ class Drafting:
         if self._host is not None and request is not None and new.size:
             self._host.observe(request, new.tolist())
         self._observed[row] = count
+
+
+def check_devices(weights: Any, state: Any) -> None:
+    """One program runs both models: what has been put on devices must be on the same ones.
+
+    Raises ValueError where the arrays of a draft model and of the target are not.
+    """
+    drafts, target = (
+        {
+            device
+            for leaf in jax.tree.leaves(part)
+            if isinstance(leaf, jax.Array) and leaf.committed
+            for device in leaf.sharding.device_set
+        }
+        for part in (weights, state)
+    )
+    if drafts and target and drafts != target:
+        raise ValueError(
+            f"the draft model is on {len(drafts)} of the devices and the target on {len(target)}: "
+            "load the draft model with mesh= of the target"
+        )
 
 
 @program(static_argnames=("drafter", "room", "config"), donate_argnames=("state",))

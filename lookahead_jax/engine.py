@@ -55,6 +55,8 @@ class Engine:
         waiting request begins, after at most as many.
       prompt_store_bytes: of read prompts to keep: an equal prompt is not read again, and goes on
         from the same numbers. The least recently used make room. 0 keeps none.
+
+    Raises ValueError for sizes below 1 and settings that exclude each other.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Engine:
         if max_prompt_tokens is None:
             max_prompt_tokens = model.config.max_position - max_new_tokens - max_question_tokens
         sizes = dict(
-            budget=budget, rows=rows, max_new_tokens=max_new_tokens,
+            rows=rows, max_new_tokens=max_new_tokens,
             max_prompt_tokens=max_prompt_tokens, burst=burst,
         )  # fmt: skip
         for name, size in sizes.items():

@@ -40,6 +40,7 @@ from lookahead_jax.sharding import on_its_mesh, place_rows
 from lookahead_jax.streaming import Finish, OutputRow
 
 DEFAULT_BUDGET = 256
+MAX_BUDGET = 2**24  # more than any prompt; sums of budgets stay within int32
 Reader = Callable[[jax.Array, int], Prefilled]
 """Prompts int32 [B, T], padded with -1, and how many tokens will follow -> their cache."""
 
@@ -89,6 +90,8 @@ def encode_prompts(
 
     `special` puts around a text what the tokenizer does (BOS, ...).
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts and questions are a list: give [text]")
     rows = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -111,14 +114,10 @@ def encode_questions(
     model: Model, questions: Sequence[str | Sequence[int]], prompts: int
 ) -> list[list[int]]:
     """What is read behind prompts: as `encode_prompts`, but nothing is put around a text."""
-    if len(questions) != prompts:
-        raise ValueError(f"{len(questions)} questions for {prompts} prompts")
-    rows = []
-    for question in questions:
-        if isinstance(question, str) and model.tokenizer is not None:
-            question = model.tokenizer.encode(question, special=False)
-        rows.append(question)
-    return encode_prompts(model, rows)
+    rows = encode_prompts(model, questions, special=False)
+    if len(rows) != prompts:
+        raise ValueError(f"{len(rows)} questions for {prompts} prompts")
+    return rows
 
 
 @on_its_mesh
@@ -158,7 +157,7 @@ def generate(
     prompt beforehand, with and without eviction, so that `timing` holds neither compilation nor
     guesses.
 
-    `drafter` (a name of `drafters.DRAFTERS`, or one that has been used before and remembers)
+    `drafter` (a name for `make_drafter`, or one that has been used before and remembers)
     proposes trees of `draft_nodes` nodes, which a step of the model verifies: fewer steps, the
     same tokens. Left out, as many nodes as pay; a `Controller` given to call after call remembers
     how many those were. With `evict_every` = E the policy cuts each row again while it decodes, at
@@ -178,8 +177,9 @@ def generate(
     seeds = [0] * len(rows) if seeds is None else list(seeds)
     if len(seeds) != len(rows):
         raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
-    if max_new_tokens < 1 or budget < 1:
-        raise ValueError("max_new_tokens and budget must be at least 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    check_eos_ids(eos_ids)
     asked = None if questions is None else encode_questions(model, questions, len(rows))
     texts = rows if asked is None else [a + b for a, b in zip(rows, asked, strict=True)]
     announce(policy, budget, max(map(len, texts)) + max_new_tokens, config)
@@ -315,8 +315,22 @@ def for_decoding(params: Params) -> Params:
     return unstack(params)
 
 
+def check_eos_ids(eos_ids: Sequence[int]) -> None:
+    """Raises ValueError unless all can be token ids; ids beyond the vocabulary never come up."""
+    if any(not 0 <= token < 2**31 for token in eos_ids):
+        raise ValueError(f"eos_ids {list(eos_ids)} are not all token ids")
+
+
 def announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
-    """Warns of what the user asked for and will not quite get."""
+    """Warns of what the user asked for and will not quite get.
+
+    Raises ValueError for a budget that is no number of entries.
+    """
+    if not 1 <= budget <= MAX_BUDGET:
+        raise ValueError(
+            f"budget must be 1 to {MAX_BUDGET} entries, not {budget}; that of a prompt's length "
+            "keeps all of it"
+        )
     if (notice := policy.notice(budget)) is not None:
         warnings.warn(notice, stacklevel=3)
     if length > config.max_position:

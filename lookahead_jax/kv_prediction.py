@@ -19,13 +19,15 @@ from jaxtyping import Array, Int
 from lookahead_jax.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.checkpoint import Model, first_layers, load
 from lookahead_jax.config import ModelConfig
-from lookahead_jax.files import atomic_write, save_arrays
+from lookahead_jax.files import atomic_write, load_arrays, save_arrays
+from lookahead_jax.hf_files import read_json
 from lookahead_jax.layers import Params, linear, rms_norm
 from lookahead_jax.model import embed, layer_kinds, scan_layers
 from lookahead_jax.prefill import Prefilled, extend
 from lookahead_jax.program import program
 from lookahead_jax.prompt import layer_buffers, open_prompt, prompt_layer
 from lookahead_jax.rope import apply_rope, rope_tables
+from lookahead_jax.sharding import mesh_of
 
 
 @struct.dataclass
@@ -60,22 +62,32 @@ def save_maps(folder: Path, maps: KVMaps, aux: str | None, aux_layers: int | Non
 
 
 def load_predictor(folder: Path, base: Model) -> Predictor:
-    """What `save_maps` wrote, for the base that it was trained for.
+    """What `save_maps` wrote, for the base that it was trained for; the small model on its mesh.
 
-    Raises ValueError where the maps fit neither model.
+    Raises ValueError where a file is not what `save_maps` wrote or the maps do not fit the models,
+    and what `load` raises for the small model.
     """
-    about = json.loads((folder / "aux.json").read_text(encoding="utf-8"))
-    aux = base if about["aux"] is None else load(about["aux"])
-    if about["layers"] is not None:
-        aux = first_layers(aux, about["layers"])
-    with np.load(folder / "maps.npz") as file:
-        maps = KVMaps(k=jnp.asarray(file["k"]), v=jnp.asarray(file["v"]))
-    widths = [m.config.num_kv_heads * m.config.head_dim for m in (aux, base)]
-    if maps.k.shape != (base.config.num_layers, *widths):
-        raise ValueError(
-            f"{folder}: maps {list(maps.k.shape)} are not those of {base.path} and {aux.path}"
-        )
-    return Predictor(base, aux, maps)
+    name, layers = _read_about(folder)
+    # One program reads what both have computed, so both have to be on the same devices.
+    aux = base if name is None else load(name, mesh=mesh_of(base.params))
+    if layers is not None:
+        aux = first_layers(aux, layers)
+    arrays = load_arrays(folder / "maps.npz")
+    found = {part: array.shape for part, array in arrays.items()}
+    if found != dict.fromkeys("kv", _shape(base.config, aux.config)):
+        raise ValueError(f"{folder}: maps {found} are not those of {base.path} and {aux.path}")
+    return Predictor(base, aux, KVMaps(k=jnp.asarray(arrays["k"]), v=jnp.asarray(arrays["v"])))
+
+
+def _read_about(folder: Path) -> tuple[str | None, int | None]:
+    """The small model (None: the base) and how many of its layers (None: all)."""
+    about = read_json(folder, "aux.json")
+    if about is None:
+        raise FileNotFoundError(f"{folder}: has no aux.json, so it holds no maps")
+    match about:
+        case {"aux": str() | None as aux, "layers": int() | None as layers}:
+            return aux, layers
+    raise ValueError(f"{folder / 'aux.json'}: expected `aux` and `layers`, got {about}")
 
 
 class PlainKV(NamedTuple):
@@ -85,11 +97,16 @@ class PlainKV(NamedTuple):
     v: jax.Array  # [L, B, T, K * H]
 
 
+def _shape(base: ModelConfig, aux: ModelConfig) -> tuple[int, int, int]:
+    """L, A, B of the maps between two models."""
+    inputs, outputs = (model.num_kv_heads * model.head_dim for model in (aux, base))
+    return base.num_layers, inputs, outputs
+
+
 def init_maps(key: jax.Array, base: ModelConfig, aux: ModelConfig) -> KVMaps:
     """Random maps float32 that keep the scale; the identity where both models have one width."""
-    inputs = aux.num_kv_heads * aux.head_dim
-    outputs = base.num_kv_heads * base.head_dim
-    shape = (base.num_layers, inputs, outputs)
+    shape = _shape(base, aux)
+    _, inputs, outputs = shape
     if inputs == outputs:
         eye = jnp.broadcast_to(jnp.eye(inputs, dtype=jnp.float32), shape)
         return KVMaps(k=eye, v=jnp.copy(eye))  # two buffers: training donates both

@@ -23,6 +23,7 @@ from lookahead_jax.config import ModelConfig
 
 Params = dict[str, Any]
 Index = tuple[slice, ...]
+FINGERPRINT_SAMPLES = 256  # of every parameter; other numbers give other fingerprints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,11 +225,11 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(np.concatenate(p)) for name, p in tensors.items()}
 
 
-def fingerprint(params: Params, *, samples: int = 256, through: DTypeLike | None = None) -> str:
+def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
     """A hex digest that tells base models apart, to match lookahead modules to their base.
 
-    It covers names, shapes and `samples` fixed entries of every parameter (of every layer),
-    rounded to bfloat16: the same checkpoint loaded as float32 or bfloat16, stacked or not,
+    It covers names, shapes and some fixed entries of every parameter (of every layer), rounded to
+    bfloat16: the same checkpoint loaded as float32 or bfloat16, stacked or not,
     sharded or not, has one fingerprint. Loaded as float16 it has another, that of the float32
     values taken `through` float16 first.
     """
@@ -243,7 +244,7 @@ def fingerprint(params: Params, *, samples: int = 256, through: DTypeLike | None
     for name, leaves in sorted(named, key=lambda item: item[0]):
         digest.update(f"{name} {len(leaves)} {leaves[0].shape}".encode())
         for values in leaves:
-            sample = _sample(values, samples)
+            sample = _sample(values, FINGERPRINT_SAMPLES)
             sample = sample if through is None else sample.astype(through)
             digest.update(sample.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()

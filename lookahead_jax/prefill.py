@@ -110,8 +110,12 @@ def prefill(
     that a policy asks (lookahead tokens, say); it is read after the prompt, sees it, and leaves
     no trace in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
     default, see `prompt.default_chunk`). Raises ValueError if `slots` cannot hold what the policy
-    may keep.
+    may keep, without the observer that the policy needs, and for a chunk of no rows.
     """
+    if observer is None and (policy.uses_modules or policy.uses_draft):
+        raise ValueError(
+            f"policy {type(policy).__name__} asks rows behind the prompt: give them as observer"
+        )
     padded = tokens.shape[1]
     limit, slots = static_slots(policy, padded, budget, slots, config)
     sparse = policy.sparse(padded)
@@ -247,8 +251,11 @@ def extend(
     `tokens` is int32 [B, T] padded with -1 on the right; rows may have any length, 0 included
     (their logits are those of padding and mean nothing). Returns the longer cache and the
     float32 logits after each row's last token. `cache` is donated. Rows beyond its free slots
-    are dropped: size it with `batching.slots_for`, or check with `batching.check_room`.
+    are dropped: size it with `batching.slots_for`, or check with `batching.check_room`. Raises
+    ValueError for a chunk of no rows.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
     size = min(chunk, tokens.shape[1])
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)

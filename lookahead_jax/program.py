@@ -27,7 +27,9 @@ _GPU = {
 
 
 def compiler_options() -> dict[str, bool | str | int | float]:
-    """`compiler_options` for a `jax.jit` of your own around this library; empty but on GPUs.
+    """`compiler_options` for a `jax.jit` of your own around this library.
+
+    Empty on other platforms than GPUs, and where they bring nothing (jax below 0.11).
 
     JAX takes them for an outermost `jax.jit` only. The library's own programs are compiled with
     them where they are called from Python; inside another program that one's options count.

@@ -54,7 +54,12 @@ class Prompt(NamedTuple):
 
 
 def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelConfig):
-    """Pads to whole chunks; returns the padded tokens and the prompt's facts."""
+    """Pads to whole chunks; returns the padded tokens and the prompt's facts.
+
+    Raises ValueError for a chunk of no rows.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
     width = tokens.shape[1]
     chunk = min(default_chunk(width) if chunk is None else chunk, width)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)

@@ -42,6 +42,8 @@ def read_prompt(
     their `draft_policy` has cut to the same budget), and cut by what that response looks at;
     `kvzip` instead replays the prompt behind requests to repeat it, `asks` (see replay.py).
     Policies that use a draft observe with `draft` int32 [B, draft_tokens], padded with -1.
+
+    Raises ValueError for a policy without the modules or the draft that it needs.
     """
     room = new_tokens if room is None else room
     if policy.replays:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lookahead_jax.batching import pad_batch
 from lookahead_jax.checkpoint import Model
-from lookahead_jax.generation import encode_prompts
+from lookahead_jax.generation import check_eos_ids, encode_prompts
 from lookahead_jax.sampling import GREEDY, Sampling
 from lookahead_jax.streaming import Finish, OutputRow
 
@@ -66,6 +66,14 @@ class Event:
     result: Result | None  # the last event of every request has one
 
 
+class TooLong(ValueError):
+    """More tokens than an engine has room for, in the request's `field`."""
+
+    def __init__(self, message: str, field: Literal["prompt", "document"]):
+        super().__init__(message)
+        self.field: Literal["prompt", "document"] = field
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
     """What the rows of an engine are sized for."""
@@ -82,17 +90,20 @@ class Limits:
     def check(
         self, request: Request, tokens: Sequence[int], document: int, eos_ids: Sequence[int]
     ) -> None:
-        """Raises ValueError with the limit that a request goes beyond."""
-        name, first = ("document", document) if document else ("prompt", len(tokens))
+        """Raises ValueError (`TooLong`) with the limit that a request goes beyond."""
+        first = document or len(tokens)
         if first > self.max_prompt_tokens:
-            raise ValueError(
+            name = "document" if document else "prompt"
+            raise TooLong(
                 f"the {name} has {first} tokens, more than max_prompt_tokens = "
-                f"{self.max_prompt_tokens}"
+                f"{self.max_prompt_tokens}",
+                name,
             )
         if document and len(tokens) - document > self.max_question_tokens:
-            raise ValueError(
+            raise TooLong(
                 f"the prompt behind the document has {len(tokens) - document} tokens, more than "
-                f"max_question_tokens = {self.max_question_tokens}"
+                f"max_question_tokens = {self.max_question_tokens}",
+                "prompt",
             )
         if not 1 <= request.max_new_tokens <= self.max_new_tokens:
             raise ValueError(
@@ -101,8 +112,7 @@ class Limits:
             )
         if len(eos_ids) > MAX_EOS_IDS:
             raise ValueError(f"{len(eos_ids)} eos_ids are more than the {MAX_EOS_IDS} of a row")
-        if any(not 0 <= token < 2**31 for token in eos_ids):
-            raise ValueError(f"eos_ids {list(eos_ids)} are not all token ids")
+        check_eos_ids(eos_ids)
 
 
 class Job:

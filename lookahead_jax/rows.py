@@ -20,7 +20,7 @@ from lookahead_jax.checkpoint import Model
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.decoding import DecodeState, seen_tokens, start
 from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter
-from lookahead_jax.drafting import Drafting
+from lookahead_jax.drafting import Drafting, check_devices
 from lookahead_jax.generation import for_decoding
 from lookahead_jax.layers import Params
 from lookahead_jax.openings import Opening, with_everything
@@ -159,8 +159,12 @@ class RunningBatch:
         )
 
     def insert(self, row: int, opening: Opening) -> None:
-        """A request takes a free row and emits its first token."""
+        """A request takes a free row and emits its first token.
+
+        Raises ValueError for a draft model on other devices than the target.
+        """
         drafter = self._drafting.device
+        check_devices(drafter.weights, opening.cache)
         # The tree of a host drafter belongs to the last step; its shape may differ in the next.
         plain = isinstance(drafter, NoDrafter)
         self._state = insert_row(

@@ -21,6 +21,7 @@ class Sampling:
     """How one request chooses tokens. Temperature 0 is greedy; the filters apply in this order.
 
     Order and meaning follow transformers: repetition penalty, temperature, top-k, top-p, min-p.
+    Raises ValueError for a value out of its range.
     """
 
     temperature: float = 0.0
@@ -77,7 +78,7 @@ def sampling_rows(
     return SamplingRows(
         seed=jnp.asarray(np.asarray([s % 2**32 for s in seeds], np.uint32)),
         temperature=column("temperature", 0.0, jnp.float32),
-        top_k=jnp.minimum(column("top_k", vocab_size, jnp.int32), vocab_size),
+        top_k=jnp.asarray([min(r.top_k or vocab_size, vocab_size) for r in requests], jnp.int32),
         top_p=column("top_p", 1.0, jnp.float32),
         min_p=column("min_p", 0.0, jnp.float32),
         penalty=column("repetition_penalty", 1.0, jnp.float32),

@@ -42,8 +42,8 @@ def score(
 ) -> Scored:
     """Scores every prompt entry and selects `budget` per layer and KV head; decodes nothing.
 
-    `tokens` is int32 [B, T], right-padded with -1. Raises ValueError if it is not, or if an id
-    is out of range.
+    `tokens` is int32 [B, T], right-padded with -1. Raises ValueError if it is not, if an id is out
+    of range, and for a policy without its modules, or that observes with a draft (speckv).
     """
     check_tokens(tokens, config=model.config)
     policy = policy or default_policy(lookahead)

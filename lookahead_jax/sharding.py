@@ -104,11 +104,17 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     return tree({path: sharding(spec.axes, mesh) for path, spec in specs(config).items()})
 
 
-def mesh_in_use(params: Params) -> contextlib.AbstractContextManager[Any]:
-    """Sets the mesh of sharded parameters, so that kernels know what they are split over."""
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh of sharded parameters; None where they are on one device."""
     placed = params["embed"].sharding
     mesh = placed.mesh if isinstance(placed, NamedSharding) else None
-    return jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def mesh_in_use(params: Params) -> contextlib.AbstractContextManager[Any]:
+    """Sets the mesh of sharded parameters, so that kernels know what they are split over."""
+    mesh = mesh_of(params)
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def on_its_mesh(function: F) -> F:

@@ -35,6 +35,8 @@ class OutputRow:
         stop: Sequence[str],
         on_text: Callable[[str], None] | None,
     ):
+        if isinstance(stop, str):
+            raise ValueError(f"stop strings are a list: give [{stop!r}]")
         if stop and tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
         if any(not s for s in stop):

@@ -1,5 +1,7 @@
 """The cache as a data structure: commit, fork, files."""
 
+import contextlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -125,6 +127,15 @@ def test_foreign_and_damaged_cache_files_are_refused(tmp_path):
     }.items():
         save_file({**arrays, name: np.ascontiguousarray(change(arrays[name]))}, path, metadata)
         with pytest.raises(ValueError, match="damaged"):
+            load_cache(path, fingerprint="model-a")
+    # Every slot is filled, so more of them contradict no position.
+    full = {**arrays, "pos": np.broadcast_to(np.arange(128, dtype=np.int32), arrays["pos"].shape)}
+    full = {n: np.ascontiguousarray(a) for n, a in full.items()}
+    full["next_pos"] = np.full_like(full["next_pos"], 600)
+    for length, refused in ((128, False), (500, True), (-1, True)):
+        full["length"] = np.full_like(full["length"], length)
+        save_file(full, path, metadata)
+        with pytest.raises(ValueError, match="lengths") if refused else contextlib.nullcontext():
             load_cache(path, fingerprint="model-a")
     save_file({"k": arrays["k"]}, path)
     with pytest.raises(ValueError, match="not a cache"):

@@ -211,6 +211,10 @@ def test_demo_prints_the_table(model_dir, tmp_path, capsys):
     assert {"cache", "time to first token", "decoding, tokens/s"} <= set(cells)
     assert cells["same next token"][1].strip() == "100% of 4"
     assert cells["first difference"][1].strip() == "none"
+    status, line = fault(capsys, "demo", file, "--model", model_dir, "--max-new-tokens", 512)
+    assert status == 1
+    assert "--max-new-tokens 512 leaves no room for a prompt" in line
+    assert "at most 511" in line
 
 
 @pytest.mark.parametrize(
@@ -328,13 +332,19 @@ def test_atomic_writes_leave_the_old_file_on_failure(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_atomic_folder_replaces_the_old_one(tmp_path):
+def test_an_atomic_folder_is_there_whole_and_stays(tmp_path):
     path = tmp_path / "folder"
-    for content in ("first", "second"):
+
+    def write(content):
         with atomic_path(path) as temporary:
             (temporary / "inner").mkdir(parents=True)
             (temporary / "inner" / content).touch()
-    assert [p.name for p in (path / "inner").iterdir()] == ["second"]
+            assert not (path / "inner" / content).exists()
+
+    write("first")
+    with pytest.raises(OSError, match="not empty"):
+        write("second")
+    assert [p.name for p in (path / "inner").iterdir()] == ["first"]
     with pytest.raises(KeyError), atomic_path(path) as temporary:
         temporary.mkdir()
         raise KeyError

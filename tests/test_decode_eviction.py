@@ -235,8 +235,15 @@ def test_engine_and_generate_cut_alike(name, every):
     assert all(2 * g.cache.full_bytes == 3 * g.cache.bytes for g in alone)  # 256 slots, not 384
 
 
-def test_policies_that_cannot_say_so():
-    with pytest.raises(ValueError, match="SnapKV cannot evict while decoding: use streaming_llm"):
-        lk.generate(model(), [[1, 2]], policy=make_policy("snapkv"), evict_every=4)
+@pytest.mark.parametrize("name", ["snapkv", "laq", "oracle"])
+def test_policies_that_cannot_say_so(name):
+    policy = make_policy(name)
+    able = "streaming_llm, h2o, keydiff or lookaheadkv"
+    named = f"{type(policy).__name__} cannot evict while decoding: use {able}"
+    with pytest.raises(ValueError, match=named):
+        lk.generate(model(), [[1, 2]], policy=policy, evict_every=4)
+
+
+def test_no_interval_is_refused():
     with pytest.raises(ValueError, match="interval must be at least 1, not 0"):
         lk.generate(model(), [[1, 2]], policy=make_policy("keydiff"), evict_every=0)

@@ -150,6 +150,17 @@ def test_decode_returns_a_cache_that_can_go_on():
     np.testing.assert_array_equal(np.hstack([head.tokens, tail.tokens]), whole.tokens)
 
 
+def test_decode_takes_a_seed_per_row():
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((60, 33), model)
+    opening = read(params, tokens, model, *POLICIES["snapkv"], new_tokens=NEW)
+    for seeds in ([], [1], [1, 2, 3]):
+        with pytest.raises(ValueError, match=f"{len(seeds)} seeds for 2 rows"):
+            decode(
+                params, opening.cache, opening.logits, config=model, max_new_tokens=4, seeds=seeds
+            )
+
+
 def test_state_is_donated():
     model = tiny.config()
     params, tokens = tiny.params(model), tiny.batch((33,), model)
@@ -188,6 +199,7 @@ def reference_distribution(row, seen, s: Sampling):
     [
         Sampling(temperature=0.7),
         Sampling(temperature=1.0, top_k=5),
+        Sampling(temperature=1.0, top_k=2**40),
         Sampling(temperature=1.7, top_p=0.6),
         Sampling(temperature=1.0, top_p=0.01),
         Sampling(temperature=1.2, min_p=0.1),

@@ -105,6 +105,9 @@ def test_what_cannot_be_combined():
             make_drafter(name)
     with pytest.raises(ValueError, match="draft model cannot be combined"):
         CombineOnDevice(make_drafter("recycling"), draft_model())
+    for name in ("none+recycling", "recycling+none"):
+        with pytest.raises(ValueError, match="nothing to combine"):
+            make_drafter(name)
 
 
 class Room:

@@ -4,6 +4,7 @@ A few compiled programs cover all pairs of what matters; the full product runs w
 tests/test_engine.py has rows that join.
 """
 
+import dataclasses
 import itertools
 from functools import partial
 from typing import NamedTuple
@@ -12,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.cache import commit
 from lookahead_jax.controller import Controller, Plan
 from lookahead_jax.drafters import make_drafter
 from lookahead_jax.drafting import Drafting
+from lookahead_jax.sharding import make_mesh
 from lookahead_jax.tree import NODE_BUCKETS
 from tests import tiny
 from tests.drafted import (
@@ -222,6 +225,26 @@ def test_drawn_trees_are_not_watched():
     watcher = Watcher()
     decoded(draft_model("drawn_model", depth=3), watcher)
     assert watcher.told is None
+
+
+def test_a_draft_model_must_be_where_the_target_is():
+    state, tokens = opened("snapkv", BATCHES[1])
+    prompts = [PROMPTS[row] for row in BATCHES[1]]
+    everywhere = NamedSharding(make_mesh(), PartitionSpec())
+    state = jax.device_put(state, everywhere)
+    drafter = draft_model(depth=3)
+
+    def begin(place):
+        params = jax.device_put(drafter.model.params, place)
+        placed = dataclasses.replace(
+            drafter, model=dataclasses.replace(drafter.model, params=params)
+        )
+        drafting = Drafting(placed, 8, config=tiny.config(), batch=1, room=tokens.shape[1] + NEW)
+        return drafting.begin(state, prompts, jax.device_put(tokens, everywhere))
+
+    with pytest.raises(ValueError, match=r"on 1 of the devices and the target on 4: .* mesh="):
+        begin(jax.devices()[0])
+    assert begin(everywhere).draft.cache.next_pos.tolist() == [len(prompts[0])]
 
 
 def test_a_token_that_was_not_chosen_is_no_near_tie():

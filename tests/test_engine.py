@@ -199,6 +199,8 @@ def test_stop_strings_and_ends_are_each_requests_own(model, engine, alone):
         (dict(max_new_tokens=0), "not 0"),
         (dict(eos_ids=range(MAX_EOS_IDS + 1)), "eos_ids"),
         (dict(stop=[""]), "stop string is empty"),
+        (dict(stop="a"), "are a list"),
+        (dict(prompt=[2**31]), "outside the vocabulary"),
     ],
 )
 def test_what_cannot_be_served_is_refused_when_submitted(engine, change, message):

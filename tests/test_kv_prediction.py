@@ -17,6 +17,7 @@ from lookahead_jax.kv_prediction import (
 )
 from lookahead_jax.policies import make_policy
 from lookahead_jax.reading import read_prompt
+from lookahead_jax.sharding import make_mesh
 from lookahead_jax.train.kv_prediction import train_step
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny
@@ -47,8 +48,7 @@ def test_a_model_predicts_itself(model):
         np.testing.assert_allclose(k[:length], own, atol=1e-5 * np.abs(own).max())
 
 
-def test_generate_reads_with_the_predictor_that_was_stored(tmp_path):
-    base = lk.load(lk.EMBEDDED_MODEL)
+def test_generate_reads_with_the_predictor_that_was_stored(tmp_path, base):
     rng = np.random.default_rng(0)
     maps = jax.tree.map(
         lambda a: a + jnp.asarray(0.02 * rng.standard_normal(a.shape), jnp.float32),
@@ -72,9 +72,50 @@ def test_generate_reads_with_the_predictor_that_was_stored(tmp_path):
     assert found.tokens != lk.generate(base, prompts, **given).tokens
     with pytest.raises(ValueError, match="leave evict_every out"):
         lk.generate(base, prompts, reader=predictor, evict_every=8, **given)
-    save_maps(tmp_path, jax.tree.map(lambda a: a[:3], maps), None, 2)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return lk.load(lk.EMBEDDED_MODEL)
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_maps_of_another_model_are_refused(tmp_path, base, part):
+    maps = init_maps(jax.random.key(0), base.config, base.config)
+    save_maps(tmp_path, maps.replace(**{part: maps.k[..., :7]}), None, 2)
     with pytest.raises(ValueError, match="are not those of"):
         load_predictor(tmp_path, base)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("aux.json", "{}", r"aux\.json: expected `aux` and `layers`"),
+        ("aux.json", "[]", r"aux\.json: expected a JSON object"),
+        ("aux.json", '{"aux": 1, "layers": null}', r"aux\.json: expected `aux` and `layers`"),
+        ("aux.json", "{", r"aux\.json: not valid JSON"),
+        ("maps.npz", "text", r"maps\.npz holds no arrays"),
+    ],
+)
+def test_files_that_are_no_maps_are_named(tmp_path, base, file, content, message):
+    save_maps(tmp_path, init_maps(jax.random.key(0), base.config, base.config), None, None)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_predictor(tmp_path, base)
+
+
+def test_the_small_model_goes_where_the_base_is(tmp_path, base):
+    rng = np.random.default_rng(0)
+    maps = init_maps(jax.random.key(0), base.config, base.config)
+    save_maps(tmp_path, maps, str(lk.EMBEDDED_MODEL), None)
+    prompts = rng.integers(5, 4000, (4, 24)).tolist()
+    split = lk.load(lk.EMBEDDED_MODEL, mesh=make_mesh())
+    given = dict(policy=lk.make_policy("full"), max_new_tokens=4, eos_ids=())
+    found, alone = (
+        lk.generate(model, prompts, reader=load_predictor(tmp_path, model), **given).tokens
+        for model in (split, base)
+    )
+    assert found == alone
 
 
 @pytest.mark.slow

@@ -277,6 +277,8 @@ def test_random_depends_on_seed_layer_head_and_position_alone():
     assert abs(distinct.mean() - 0.5) < 0.05
     assert 0 <= distinct.min() < 0.02
     assert 0.98 < distinct.max() < 1
+    same = np.asarray(read(PLAIN, tokens, make_policy("random", seed=5 + 2**64)).scores)
+    np.testing.assert_array_equal(same, scores)
     other = np.asarray(read(PLAIN, tokens, make_policy("random", seed=6)).scores)
     assert (other != scores)[:, 0, :, :70].all()
 
@@ -602,6 +604,9 @@ def test_make_policy_reads_text_and_values():
         ("snapkv", dict(preset="paper"), "factory, kvpress, nopool"),
         ("tova", dict(window=3), "takes none"),
         ("ada", dict(inner="ada"), "snapkv, pyramidkv"),
+        ("ada", dict(inner="speckv"), "snapkv, pyramidkv"),
+        ("ada", dict(inner=make_policy("speckv")), "cannot wrap SpecKV"),
+        ("ada", dict(inner=make_policy("kvzip")), "cannot wrap KVzip"),
         ("ada", dict(alpha="2"), "between 0 and 1"),
         ("ada", dict(alpha="nan"), "between 0 and 1"),
         ("ada", dict(inner="h2o", pool="max"), "window"),

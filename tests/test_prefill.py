@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax import batching, layers
+from lookahead_jax.cache import empty_cache
 from lookahead_jax.lookahead import LookaheadConfig, init_modules, observer_block
 from lookahead_jax.model import Block, embed, forward, logits
 from lookahead_jax.params import unstack
@@ -180,6 +181,29 @@ def test_too_few_slots_are_refused():
             tiny.params(model), tiny.batch((250,), model), config=model, policy=POLICY,
             budget=200, slots=100, new_tokens=1,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lookaheadkv", "speckv"])
+def test_a_policy_without_its_observer_is_refused(name):
+    model = tiny.config()
+    with pytest.raises(ValueError, match="give them as observer"):
+        prefill(
+            tiny.params(model), tiny.batch((50,), model), config=model, policy=make_policy(name),
+            budget=8, slots=128, new_tokens=1,
+        )  # fmt: skip
+
+
+def test_chunks_of_no_rows_are_refused():
+    model = tiny.config()
+    params, tokens = tiny.params(model), tiny.batch((60,), model)
+    settings = dict(config=model, policy=POLICY, budget=16, slots=100, new_tokens=1)
+    with pytest.raises(ValueError, match="chunk must be at least 1, not 0"):
+        prefill(params, tokens, chunk=0, **settings)
+    with pytest.raises(ValueError, match="chunk must be at least 1, not 0"):
+        hidden_states(params, tokens, config=model, chunk=0)
+    cache = empty_cache(model, 1, 128, jnp.float32, jnp.full(1, 60, jnp.int32))
+    with pytest.raises(ValueError, match="chunk must be at least 1, not 0"):
+        extend(params, tokens, cache, config=model, chunk=0)
 
 
 @pytest.mark.parametrize(

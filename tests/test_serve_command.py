@@ -58,7 +58,9 @@ def test_it_answers_as_generate_does_and_ends_on_ctrl_c(tmp_path, capsys):
         (["--max-tokens", "4000"], "max_prompt_tokens must be at least 1"),
         (["--prompt-store-mb", "-1"], "-1000000 bytes"),
         (["--api-key-file", "empty"], "empty must hold one key"),
-        (["--host", "no host", "--max-prompt-tokens", "1"], "no address to listen at"),
+        (["--host", "no host", "--model", "absent"], "no address to listen at"),
+        (["--port", "99999", "--model", "absent"], "port must be 0 to 65535, not 99999"),
+        (["--port", "-1", "--model", "absent"], "port must be 0 to 65535, not -1"),
     ],
 )
 def test_misuse_is_one_line(args, message, tmp_path, monkeypatch, capsys):
@@ -107,7 +109,9 @@ def test_a_port_in_use_is_an_error():
         bind("127.0.0.1", taken.getsockname()[1], has_key=True)
 
 
-def test_limits_have_a_least_value():
+def test_limits_are_finite_and_have_a_least_value():
     assert ServerLimits(max_queue=0, shutdown_seconds=0.0).max_queue == 0
     with pytest.raises(ValueError, match="queue_seconds must be at least 1, not nan"):
         ServerLimits(queue_seconds=float("nan"))
+    with pytest.raises(ValueError, match="shutdown_seconds must be finite, not inf"):
+        ServerLimits(shutdown_seconds=float("inf"))

@@ -252,6 +252,7 @@ WRONG = [
     ("completions", fields(prompt=["a"] * 100), 400, "prompt"),
     ("completions", fields(document="", prompt="a"), 400, "document"),
     ("completions", fields(document="a", prompt="b" * 17), 400, "prompt"),
+    ("completions", fields(document="a" * (PROMPT + 1), prompt="b"), 400, "document"),
     ("completions", fields(logprobs=1), 400, "logprobs"),
     ("completions", fields(logprobs=0), 400, "logprobs"),
     ("completions", fields(best_of=2), 400, "best_of"),

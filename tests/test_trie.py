@@ -1,5 +1,6 @@
 """The trie against plain counting of every window of tokens."""
 
+import io
 import itertools
 import threading
 from collections import Counter
@@ -370,6 +371,8 @@ def test_saved_and_loaded(tmp_path):
     [
         ({"format": np.array(["other", "ours"])}, "format 'other'"),
         ({"format": np.array(["lookahead_jax trie 1", "theirs"])}, "vocabulary 'theirs'"),
+        ({"format": np.array("lookahead_jax trie 1")}, r"format is <U20 \[\]"),
+        ({"format": np.array([1, 2, 3])}, r"format is int64 \[3\]"),
         ({"tokens": np.array([-1, 2], np.int32)}, "negative"),
         ({"tokens": np.array([1.0, 2.0])}, "tokens is float64"),
         ({"parents": np.array([1, 0], np.int32)}, "does not come before"),
@@ -399,7 +402,14 @@ def test_other_files_and_too_little_room(tmp_path):
     _, path = saved(tmp_path)
     with pytest.raises(ValueError, match="more capacity than 100"):
         Trie.load(path, vocabulary="ours", capacity=100)
-    for content in (b"", b"text", Path(path).read_bytes()[:500]):
+    array = io.BytesIO()
+    np.save(array, np.zeros(3))
+    archive = io.BytesIO()
+    np.savez(archive, format=np.zeros(2))
+    flagged = bytearray(Path(path).read_bytes())
+    flagged[flagged.index(b"PK\1\2") + 8] |= 1  # claims to be encrypted
+    whole = (array.getvalue(), archive.getvalue(), flagged)
+    for content in (b"", b"text", Path(path).read_bytes()[:500], *whole):
         (tmp_path / "b").write_bytes(content)
         with pytest.raises(ValueError, match="cannot load a trie"):
             Trie.load(tmp_path / "b")

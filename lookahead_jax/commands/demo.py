@@ -42,6 +42,11 @@ def main(config: Demo) -> None:
         raise ValueError(f"{model.path} has no tokenizer.json, and the demo reads text")
     ids = model.tokenizer.encode(read_text(config.file))
     room = model.config.max_position - config.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model has "
+            f"{model.config.max_position} positions, so at most {model.config.max_position - 1}"
+        )
     prompt = ids[:room]
     evict = dict(
         policy=eviction.policy, budget=config.eviction.budget, lookahead=eviction.modules(model)

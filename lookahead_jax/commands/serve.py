@@ -54,27 +54,28 @@ def main(config: Serve) -> None:
     import lookahead_jax as lk
 
     key = None if config.api_key_file is None else read_key(config.api_key_file)
-    eviction = config.eviction.resolve(config.source)
-    drafter = config.drafting.make(config.source.dtype)
-    model = config.source.load()
-    engine = lk.Engine(
-        model,
-        policy=eviction.policy,
-        budget=config.eviction.budget,
-        lookahead=eviction.modules(model),
-        rows=config.rows,
-        max_new_tokens=config.max_tokens,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_question_tokens=config.max_question_tokens,
-        drafter=drafter,
-        draft_nodes=config.drafting.draft_nodes,
-        evict_every=config.evict_every,
-        prompt_store_bytes=config.prompt_store_mb * 10**6,
-    )
-    name = "embedded" if config.source.model is None else config.source.model.resolve().name
-    service = Service(engine, config.limits)
-    server = Server(service, model, name=name, api_key=key)
+    # Bound before anything is loaded: a port that is taken is no surprise after minutes of work.
     with bind(config.host, config.port, has_key=key is not None) as socket:
+        eviction = config.eviction.resolve(config.source)
+        drafter = config.drafting.make(config.source.dtype)
+        model = config.source.load()
+        engine = lk.Engine(
+            model,
+            policy=eviction.policy,
+            budget=config.eviction.budget,
+            lookahead=eviction.modules(model),
+            rows=config.rows,
+            max_new_tokens=config.max_tokens,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_question_tokens=config.max_question_tokens,
+            drafter=drafter,
+            draft_nodes=config.drafting.draft_nodes,
+            evict_every=config.evict_every,
+            prompt_store_bytes=config.prompt_store_mb * 10**6,
+        )
+        name = "embedded" if config.source.model is None else config.source.model.resolve().name
+        service = Service(engine, config.limits)
+        server = Server(service, model, name=name, api_key=key)
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up()
         host, port = socket.getsockname()[:2]

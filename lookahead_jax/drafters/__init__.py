@@ -24,7 +24,7 @@ def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
     `trie+suffix` is both merged into one tree (combine.py), each as it is without settings; so for
-    any two that both run on the host or both on the device, but for draft models. Raises
+    any two that both run on the host or both on the device, but for draft models and `none`. Raises
     ValueError, listing what is possible, for other combinations and unknown names or arguments.
     """
     names = name.split("+")

@@ -14,7 +14,7 @@ import numpy as np
 
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.drafters.base import Draft, HostDrafter
-from lookahead_jax.drafters.device import DeviceDrafter, State, Verified, Weights
+from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter, State, Verified, Weights
 from lookahead_jax.drafters.draft_model import DraftModel
 from lookahead_jax.tree import TokenTree, layout, root_only
 
@@ -48,13 +48,15 @@ class Combine:
 
 @dataclasses.dataclass(frozen=True)
 class CombineOnDevice:
-    """Two device drafters as one; ValueError for one that has a model of its own."""
+    """Two device drafters as one; ValueError for one that has a model of its own, and for none."""
 
     first: DeviceDrafter
     second: DeviceDrafter
 
     def __post_init__(self) -> None:
         for drafter in (self.first, self.second):
+            if isinstance(drafter, NoDrafter):
+                raise ValueError("there is nothing to combine with `none`")
             if isinstance(drafter, DraftModel):  # its cache takes paths of its own depth only
                 raise ValueError(
                     "a draft model cannot be combined, since it must have drafted what it reads: "

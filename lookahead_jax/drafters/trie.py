@@ -10,7 +10,6 @@ into one tree by path probability, and the nodes are bounded.
 
 import os
 import threading
-import zipfile
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import numpy as np
 from lookahead_jax.drafters import _trie, _trie_draft
 from lookahead_jax.drafters._compiled import NONE
 from lookahead_jax.drafters.base import Draft, token_ids
-from lookahead_jax.files import save_arrays
+from lookahead_jax.files import load_arrays, save_arrays
 
 _FORMAT = "lookahead_jax trie 1"
 _SAVED = {"tokens": np.int32, "parents": np.int32, "counts": np.float32, "ranks": np.int32}
@@ -149,7 +148,7 @@ class Trie:
                 raise ValueError(f"its {arrays[0].size} nodes need more capacity than {room + 2}")
             if not _trie.unpack(*trie._store, *arrays):
                 raise ValueError("a node has two children for one token")
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except ValueError as error:
             raise ValueError(f"cannot load a trie from {path}: {error}") from None
         return trie
 
@@ -186,13 +185,17 @@ class Trie:
 
 def _read(path: str | os.PathLike, vocabulary: str) -> list[np.ndarray]:
     """The arrays of a saved trie; ValueError unless they describe a forest of n-grams."""
-    with np.load(path, allow_pickle=False) as file:
-        form, saved_for = (str(text) for text in file["format"])
-        if form != _FORMAT:
-            raise ValueError(f"format {form!r}, not {_FORMAT!r}")
-        if saved_for != vocabulary:
-            raise ValueError(f"saved for vocabulary {saved_for!r}, not {vocabulary!r}")
-        arrays = [file[name] for name in _SAVED]
+    file = load_arrays(path)
+    if missing := {"format", *_SAVED} - file.keys():
+        raise ValueError(f"no {', '.join(sorted(missing))} in it")
+    if file["format"].shape != (2,):
+        raise ValueError(f"format is {file['format'].dtype} {list(file['format'].shape)}")
+    form, saved_for = (str(text) for text in file["format"])
+    if form != _FORMAT:
+        raise ValueError(f"format {form!r}, not {_FORMAT!r}")
+    if saved_for != vocabulary:
+        raise ValueError(f"saved for vocabulary {saved_for!r}, not {vocabulary!r}")
+    arrays = [file[name] for name in _SAVED]
     for (name, kind), array in zip(_SAVED.items(), arrays, strict=True):
         if array.dtype != kind or array.shape != arrays[0].shape or array.ndim != 1:
             raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")

@@ -32,6 +32,10 @@ class Ada(Policy):
     def __post_init__(self) -> None:
         if isinstance(self.inner, Ada):
             raise ValueError("ada cannot wrap ada")
+        if self.inner.uses_draft or self.inner.replays:
+            raise ValueError(
+                f"ada cannot wrap {type(self.inner).__name__}: it reads prompts its own way"
+            )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie between 0 and 1")
 

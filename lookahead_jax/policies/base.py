@@ -106,6 +106,13 @@ def share(wanted: int, budget: int) -> int:
     return wanted if wanted < budget else budget // 2
 
 
+def share_notice(window: int, rows: int, budget: int) -> str | None:
+    """What to say of a window that got `rows` of the budget."""
+    if rows == window:
+        return None
+    return f"a window of {window} would eat the budget of {budget}; it is cut to {rows}"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """Base of all policies; on its own it keeps everything (see policies/full.py).

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.kernels.reductions import reduce_group
-from lookahead_jax.policies.base import Chunk, LayerView, Policy, share
+from lookahead_jax.policies.base import Chunk, LayerView, Policy, share, share_notice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,7 @@ class H2O(Policy):
             raise ValueError(f"window={self.window} must not be negative")
 
     def notice(self, budget: int) -> str | None:
-        rows = share(self.window, budget)
-        if rows == self.window:
-            return None
-        return f"a window of {self.window} would eat the budget of {budget}; it is cut to {rows}"
+        return share_notice(self.window, share(self.window, budget), budget)
 
     def init_stats(self, batch: int, tokens: int, config: ModelConfig) -> jax.Array:
         return jnp.zeros((batch, config.num_heads, tokens), jnp.float32)

@@ -11,12 +11,13 @@ class Oracle(LookaheadKV):
     """Mean attention of the response's queries under the full cache, group mean.
 
     What LookaheadKV is trained to predict, and an upper bound for it: the response is the
-    model's own greedy one. Two-pass: prefill with `Full`, decode, then `prefill.compress` with
+    model's own greedy one. Two-pass: prefill with `Whole`, decode, then `prefill.compress` with
     the response as the observer (rows shorter than the longest are padded with position -1).
     """
 
     two_pass: ClassVar[bool] = True
     uses_modules: ClassVar[bool] = False
+    decode_observers: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     response_tokens: int = 128  # pyright: ignore[reportIncompatibleVariableOverride]
     """Length of the response that is read, at most."""

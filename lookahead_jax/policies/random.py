@@ -17,11 +17,11 @@ class Random(Policy):
     """
 
     seed: int = 0
-    """Seed of the scores."""
+    """Seed of the scores, modulo 2**32."""
 
     def score(self, view: LayerView) -> jax.Array:
         batch, heads, tokens = view.k.shape[:3]
-        layer = jax.random.fold_in(jax.random.key(self.seed), view.layer)
+        layer = jax.random.fold_in(jax.random.key(self.seed % 2**32), view.layer)
         keys = jax.vmap(lambda head: jax.random.fold_in(layer, head))(jnp.arange(heads))
 
         def draw(key, positions):  # [T] -> [T]

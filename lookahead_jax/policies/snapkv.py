@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 import jax
 
-from lookahead_jax.policies.base import LayerView, Policy, share
+from lookahead_jax.policies.base import LayerView, Policy, share, share_notice
 
 PoolName = Literal["max", "avg", "none"]
 
@@ -44,10 +44,7 @@ class SnapKV(Policy):
         check_pooling(self.kernel)
 
     def notice(self, budget: int) -> str | None:
-        rows = self.window_rows(budget)
-        if rows == self.window:
-            return None
-        return f"a window of {self.window} would eat the budget of {budget}; it is cut to {rows}"
+        return share_notice(self.window, self.window_rows(budget), budget)
 
     def window_rows(self, budget: int) -> int:
         return max(1, share(self.window, budget))

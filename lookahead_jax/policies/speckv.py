@@ -17,7 +17,7 @@ from lookahead_jax.policies.snapkv import PoolName, check_pooling
 class SpecKV(Policy):
     """Largest attention, over the group and all queries, of the last prompt tokens and a draft.
 
-    The draft comes from outside (`generate(..., drafts=)`, `speculation.draft`). Its tokens are
+    The draft comes from outside (`generate(..., drafts=)`, `speculation.speculate`). Its tokens are
     read as observers behind the prompt, inside the layer's step, so one pass suffices. As in the
     public code the last `window` + 1 prompt tokens observe and are kept; here they count in C. A
     window that would eat the budget is cut to C // 2.

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from lookahead_jax.checkpoint import Model
-from lookahead_jax.requests import Event, Request, Result
+from lookahead_jax.requests import Event, Request, Result, TooLong
 from lookahead_jax.server.answers import Answer
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.schema import ChatBody, CompletionBody, parse
@@ -96,11 +96,12 @@ class Endpoint:
         try:
             await call.submit(count, lambda: _requests(body, tokens, self._tokenizer))
         except ValueError as error:
+            field = error.field if isinstance(error, TooLong) else "prompt"
             raise Refused(
                 400,
                 str(error),
-                param="messages" if isinstance(body, ChatBody) else "prompt",
-                code="context_length_exceeded" if "max_prompt_tokens" in str(error) else None,
+                param="messages" if isinstance(body, ChatBody) else field,
+                code="context_length_exceeded" if isinstance(error, TooLong) else None,
             ) from error
 
 

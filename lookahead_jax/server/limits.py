@@ -1,5 +1,6 @@
 """How much a server takes on; the limits on tokens are the engine's."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -21,3 +22,5 @@ class ServerLimits:
             least = 0 if name in ("max_queue", "shutdown_seconds") else 1
             if not value >= least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+            if value == math.inf:  # no timer takes it
+                raise ValueError(f"{name} must be finite, not {value}")

@@ -18,8 +18,11 @@ _LAST_SECONDS = 10  # after the time to finish: for the errors of those that did
 def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
     """A socket that is bound, and listens once a server runs on it; port 0 takes a free one.
 
-    Warns where others can come in without a key.
+    Warns where others can come in without a key. Raises ValueError for a host or a port that
+    cannot be, OSError for a port that is taken.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must be 0 to 65535, not {port}")
     try:
         family, _, _, _, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
