@@ -9,7 +9,7 @@ token), decode, compilers and graph (decoding compiled in other ways), steps (of
 scores and attention (every kernel is checked against float64 NumPy before it is timed), long (128K
 tokens), train, peer (transformers + kvpress on the same card, "not run" where not installed),
 select, drafting (the embedded model), memory. All but kernels and drafting use an 8B-shaped random
-model in bfloat16. Together about 25 minutes on an H100 or H200, half of it compiling: an estimate,
+model in bfloat16. Together about 36 minutes on an H100 or H200, half of it compiling: an estimate,
 `SECTIONS` has it in parts.
 
 Every measurement is written as soon as it is made, to one JSON per card and commit, and skipped
