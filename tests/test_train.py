@@ -194,6 +194,10 @@ def test_config_file_and_overrides(tmp_path, capsys):
     assert "epochs" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"one of the presets \(embedded, published\)"):
         lookahead.parse(["nothing"])
+    for content, complaint in (("{", "not valid JSON"), ("[]", "expected a JSON object, got list")):
+        own.write_text(content)
+        with pytest.raises(ValueError, match=rf"config.json: {complaint}"):
+            lookahead.parse([str(own)])
 
 
 def test_batches_must_fit_the_devices(run_config):

@@ -193,13 +193,19 @@ class RunOptions:
 def read_config(name: str, presets: Path) -> dict[str, Any]:
     """The fields of a .json file, or of the one of that name in the folder `presets`.
 
-    Raises ValueError if there is no such file.
+    Raises ValueError if there is no such file, or if it holds something else.
     """
     path = Path(name) if name.endswith(".json") else presets / f"{name}.json"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in presets.glob("*.json")))
         raise ValueError(f"{name}: neither a .json file nor one of the presets ({known})")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def split_config(args: Sequence[str], presets: Path) -> tuple[list[str], Sequence[str]]:
