@@ -65,8 +65,8 @@ class Ours:
         import jax.numpy as jnp
 
         sys.path.insert(0, str(HERE.parent))
-        from lookahead_jax.checkpoint import load
-        from lookahead_jax.params import unstack
+        from lookahead_jax.checkpoints.load import load
+        from lookahead_jax.model.params import unstack
 
         model = load(directory, dtype="float32")
         self.config, self.params = model.config, unstack(model.params)
@@ -77,12 +77,12 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        from lookahead_jax.batching import slots_for
-        from lookahead_jax.decoding import decode_burst, start
+        from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
+        from lookahead_jax.decoding.step import decode_burst, start
         from lookahead_jax.policies.full import Full
         from lookahead_jax.policies.snapkv import SnapKV
-        from lookahead_jax.prefill import prefill
-        from lookahead_jax.sampling import GREEDY, sampling_rows
+        from lookahead_jax.prefilling.batching import slots_for
+        from lookahead_jax.prefilling.prefill import prefill
 
         chosen = SnapKV(window=WINDOW, pool="avg", kernel=POOL) if policy == "snapkv" else Full()
         shape = dict(config=self.config, policy=chosen, budget=BUDGET, new_tokens=NEW_TOKENS)
@@ -227,11 +227,11 @@ def random_model(directory: Path, seed: int) -> None:
     import jax
 
     sys.path.insert(0, str(HERE.parent))
-    from lookahead_jax.checkpoint import save_params
-    from lookahead_jax.config import ModelConfig
-    from lookahead_jax.params import init_params
+    from lookahead_jax.checkpoints.hf_config import config_from_hf
+    from lookahead_jax.checkpoints.load import save_params
+    from lookahead_jax.model.params import init_params
 
-    config = ModelConfig.from_hf(RANDOM_100M)
+    config = config_from_hf(RANDOM_100M)
     save_params(directory, init_params(jax.random.key(seed), config, "float32"), config)
     (directory / "config.json").write_text(json.dumps(RANDOM_100M))
 

@@ -44,11 +44,11 @@ import numpy as np
 from drafting_texts import Text, Texts
 
 import lookahead_jax as lk
-from lookahead_jax.drafters import make_drafter
-from lookahead_jax.drafters.base import Draft
-from lookahead_jax.drafters.device import NoDrafter
-from lookahead_jax.params import unstack
-from lookahead_jax.tree import NODE_BUCKETS, TokenTree
+from lookahead_jax.decoding.device_drafter import NoDrafter
+from lookahead_jax.decoding.host_drafter import Draft
+from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
+from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.model.params import unstack
 
 HERE = Path(__file__).resolve().parent
 KINDS = ("completion", "question", "editing", "free_text")

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from lookahead_jax.eval.tasks.code import HELDOUT, code_prompts, code_stream
-from lookahead_jax.eval.tasks.families import Facts, question
-from lookahead_jax.eval.tasks.prompts import document, make_example, text_lines
-from lookahead_jax.eval.tasks.words import Words
+from lookahead_jax.eval.tasks.own.code import HELDOUT, code_prompts, code_stream
+from lookahead_jax.eval.tasks.own.families import Facts, question
+from lookahead_jax.eval.tasks.own.prompts import document, make_example, text_lines
+from lookahead_jax.eval.tasks.own.words import Words
 
 DOCUMENT, PROMPT = 512, 384  # tokens; lengths from 257 to 512 share all compiled programs
 QUESTIONS = ("multi_lookup", "records", "spans")

@@ -22,12 +22,12 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lookahead_jax.eval import report
-from lookahead_jax.eval.figures import Report
-from lookahead_jax.eval.grid import parse
-from lookahead_jax.eval.rows import ROWS
-from lookahead_jax.eval.run import run
-from lookahead_jax.files import atomic_write
+from lookahead_jax.eval.grid.config import parse
+from lookahead_jax.eval.grid.rows import ROWS
+from lookahead_jax.eval.grid.run import run
+from lookahead_jax.eval.report import report
+from lookahead_jax.eval.report.figures import Report
+from lookahead_jax.host.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"answers": "embedded", "times": "embedded_times"}

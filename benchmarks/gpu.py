@@ -166,7 +166,7 @@ def measure_here(options: argparse.Namespace) -> None:
     """The sections in this process."""
     import jax
 
-    from lookahead_jax.files import atomic_write
+    from lookahead_jax.host.files import atomic_write
 
     if not options.smoke:
         # What one process has compiled, the next one reads.

@@ -91,7 +91,7 @@ class Card:
         """`f`, jitted and compiled; with `own`, as XLA does it by itself."""
         import jax
 
-        from lookahead_jax.program import compiler_options
+        from lookahead_jax.model.jit import compiler_options
 
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             options = {} if own else compiler_options()
@@ -115,10 +115,10 @@ def shapes() -> tuple[Any, Any, Any]:
     import jax.numpy as jnp
 
     import lookahead_jax as lk
-    from lookahead_jax.params import init_params
+    from lookahead_jax.model.params import init_params
     from lookahead_jax.train.shapes import SHAPES
 
-    config = lk.ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
+    config = lk.config_from_hf(SHAPES["llama-3.1-8b"])
     make = partial(init_params, config=config, dtype=jnp.bfloat16)
     modules = jax.eval_shape(partial(gpu_subject.random_modules, config))
     return config, jax.eval_shape(make, jax.random.key(0)), modules
@@ -130,7 +130,7 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
     import jax
     import jax.numpy as jnp
 
-    from lookahead_jax.decoding import decode_burst
+    from lookahead_jax.decoding.step import decode_burst
 
     config, params, _ = shapes()
 
@@ -211,7 +211,7 @@ def main() -> None:
 
     import jax
 
-    from lookahead_jax.files import atomic_write
+    from lookahead_jax.host.files import atomic_write
 
     card = Card(options.card)
     git = ["git", "rev-parse", "--short", "HEAD"]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.kernels.specs import SPECS, Spec, attention, call, scores
+from lookahead_jax.model.jit import compiler_options
 from lookahead_jax.policies.base import Policy, select
-from lookahead_jax.program import compiler_options
 
 Item = tuple[str, Callable[[], Any]]
 SCALE = 0.088

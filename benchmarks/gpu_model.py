@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from gpu_subject import POLICIES, filled_cache, one_step, opened, random_modules, step_bytes
 
 import lookahead_jax as lk
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.decoding import decode_burst
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.decoding.step import decode_burst
 from lookahead_jax.kernels import dispatch
-from lookahead_jax.lookahead import observer_block
-from lookahead_jax.params import init_params, unstack
-from lookahead_jax.prefill import prefill
-from lookahead_jax.program import compiler_options
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import compiler_options
+from lookahead_jax.model.params import init_params, unstack
+from lookahead_jax.model.sharding import make_mesh
+from lookahead_jax.modules.definition import observer_block
+from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.train.flops import training_flops
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.shapes import SHAPES
@@ -38,7 +39,7 @@ TOY = dict(
 @functools.cache
 def model(smoke: bool) -> tuple[ModelConfig, Any, Any]:
     """Configuration, random weights and lookahead modules."""
-    config = ModelConfig.from_hf({**SHAPES["llama-3.1-8b"], **(TOY if smoke else {})})
+    config = config_from_hf({**SHAPES["llama-3.1-8b"], **(TOY if smoke else {})})
     params = jax.jit(partial(init_params, config=config, dtype=jnp.bfloat16))(jax.random.key(0))
     return config, params, random_modules(config)
 

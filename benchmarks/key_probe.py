@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lookahead_jax as lk
-from lookahead_jax.eval.tasks.prompts import comments, make_example
-from lookahead_jax.eval.tasks.words import Words
-from lookahead_jax.rope import apply_rope, rope_tables
+from lookahead_jax.eval.tasks.own.prompts import comments, make_example
+from lookahead_jax.eval.tasks.own.words import Words
+from lookahead_jax.model.rope import apply_rope, rope_tables
 
 SEED = 8_500_000  # documents of neither training, validation nor test
 LENGTH = 512

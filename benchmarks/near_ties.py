@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lookahead_jax as lk
-from lookahead_jax.drafters import make_drafter
+from lookahead_jax.drafters.registry import make_drafter
 
 BATCH, NEW_TOKENS, BUDGET, NODES = 8, 48, 96, 16
 DRAFTERS = ("trie", "recycling")

@@ -21,13 +21,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lookahead_jax.batching import slots_for
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.params import abstract_params
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.params import abstract_params
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import prefill
+from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.train.shapes import SHAPES
 
 NEW_TOKENS = 256
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--topology", help="a TPU to compile for, such as v5p:2x2x1")
     options = parser.parse_args()
-    config = ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
+    config = config_from_hf(SHAPES["llama-3.1-8b"])
     sharding = None
     if options.topology:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

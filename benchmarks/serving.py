@@ -27,7 +27,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lookahead_jax as lk
-from lookahead_jax.files import atomic_write
+from lookahead_jax.host.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONCURRENT = 8

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lookahead_jax as lk
-from lookahead_jax.files import atomic_write
+from lookahead_jax.host.files import atomic_write
 
 POLICIES = {
     "full": ("full", {}),

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lookahead_jax.files import atomic_write
+from lookahead_jax.host.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("importance_row_lse", "importance_column_scores", "block_attention")
@@ -150,7 +150,7 @@ def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from lookahead_jax.sharding import make_mesh
+    from lookahead_jax.model.sharding import make_mesh
 
     chip = CHIPS[kind]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
@@ -189,7 +189,7 @@ def sharded(kind: str = "v5e") -> list[dict[str, Any]]:
     from jax.experimental import topologies
 
     from lookahead_jax.kernels.specs import SPECS
-    from lookahead_jax.sharding import make_mesh
+    from lookahead_jax.model.sharding import make_mesh
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[kind].topology)
     mesh = make_mesh(data=2, tensor=4, devices=topology.devices)
@@ -219,15 +219,15 @@ def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any
     from jax.experimental import topologies
 
     import lookahead_jax as lk
-    from lookahead_jax.model import Block, forward
-    from lookahead_jax.params import abstract_params
-    from lookahead_jax.sharding import make_mesh, param_shardings, sharding
+    from lookahead_jax.model.decoder import Block, forward
+    from lookahead_jax.model.params import abstract_params
+    from lookahead_jax.model.sharding import make_mesh, param_shardings, sharding
     from lookahead_jax.train.shapes import SHAPES
 
     chip = CHIPS[kind]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     mesh = make_mesh(tensor=len(topology.devices), devices=topology.devices)
-    config = lk.ModelConfig.from_hf(SHAPES["llama-3.1-8b"])
+    config = lk.config_from_hf(SHAPES["llama-3.1-8b"])
     lead = (config.num_layers, 1, config.num_kv_heads)
     place = sharding(("layer", "batch", "kv_heads"), mesh)
     nowhere = sharding((), mesh)
@@ -289,7 +289,7 @@ def reading(tokens: int, policy: str, kind: str) -> dict[str, Any]:
     from jax.experimental import topologies
 
     import lookahead_jax as lk
-    from lookahead_jax.sharding import make_mesh, sharding
+    from lookahead_jax.model.sharding import make_mesh, sharding
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[kind].topology)
     mesh = make_mesh(devices=topology.devices[:1])

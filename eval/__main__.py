@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from lookahead_jax.eval.grid import parse
-from lookahead_jax.eval.run import run
+from lookahead_jax.eval.grid.config import parse
+from lookahead_jax.eval.grid.run import run
 
 
 def main(args: Sequence[str] | None = None) -> int:

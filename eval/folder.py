@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lookahead_jax.files import atomic_write
+from lookahead_jax.host.files import atomic_write
 
 SETTINGS = "settings.json"
 

@@ -5,31 +5,31 @@ command line for help, costs nothing.
 """
 
 import importlib
-import sys
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax import policies
-    from lookahead_jax.batching import pad_batch, slots_for
-    from lookahead_jax.cache import KVCache
-    from lookahead_jax.cache_files import load_cache, save_cache
-    from lookahead_jax.checkpoint import Model, load
-    from lookahead_jax.config import ModelConfig
-    from lookahead_jax.controller import Controller
-    from lookahead_jax.decoding import decode
-    from lookahead_jax.engine import Engine
-    from lookahead_jax.generation import Generation, generate
-    from lookahead_jax.lookahead import LookaheadModules, load_modules
-    from lookahead_jax.model import Block, embed, forward, logits
-    from lookahead_jax.policies import make_policy
-    from lookahead_jax.prefill import extend, prefill
-    from lookahead_jax.program import compiler_options
-    from lookahead_jax.reading import read_prompt
-    from lookahead_jax.requests import Event, Request, Result
-    from lookahead_jax.sampling import Sampling
-    from lookahead_jax.scoring import score, token_logits
+    from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
+    from lookahead_jax.checkpoints.hf_config import config_from_hf
+    from lookahead_jax.checkpoints.load import Model, load
+    from lookahead_jax.decoding.node_choice import Controller
+    from lookahead_jax.decoding.sampling import Sampling
+    from lookahead_jax.decoding.step import decode
+    from lookahead_jax.engine.engine import Engine
+    from lookahead_jax.engine.requests import Event, Request, Result
+    from lookahead_jax.generation.generate import Generation, generate
+    from lookahead_jax.generation.score import score, token_logits
+    from lookahead_jax.model.cache import KVCache
+    from lookahead_jax.model.config import ModelConfig
+    from lookahead_jax.model.decoder import Block, embed, forward, logits
+    from lookahead_jax.model.jit import compiler_options
+    from lookahead_jax.modules.definition import LookaheadModules
+    from lookahead_jax.modules.files import load_modules
+    from lookahead_jax.policies.registry import make_policy
+    from lookahead_jax.prefilling.batching import pad_batch, slots_for
+    from lookahead_jax.prefilling.prefill import extend, prefill
+    from lookahead_jax.prompts.read import read_prompt
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -47,6 +47,7 @@ __all__ = [
     "Result",
     "Sampling",
     "compiler_options",
+    "config_from_hf",
     "decode",
     "embed",
     "extend",
@@ -73,37 +74,28 @@ EMBEDDED_MODULES = Path(__file__).parent / "assets" / "lookahead"
 """Folder of that model's lookahead modules."""
 
 _HOME = {
-    "batching": ("pad_batch", "slots_for"),
-    "cache": ("KVCache",),
-    "cache_files": ("load_cache", "save_cache"),
-    "checkpoint": ("Model", "load"),
-    "config": ("ModelConfig",),
-    "controller": ("Controller",),
-    "decoding": ("decode",),
-    "engine": ("Engine",),
-    "generation": ("Generation", "generate"),
-    "lookahead": ("LookaheadModules", "load_modules"),
-    "model": ("Block", "embed", "forward", "logits"),
-    "policies": ("make_policy",),
-    "prefill": ("extend", "prefill"),
-    "program": ("compiler_options",),
-    "reading": ("read_prompt",),
-    "requests": ("Event", "Request", "Result"),
-    "sampling": ("Sampling",),
-    "scoring": ("score", "token_logits"),
+    "checkpoints.cache_files": ("load_cache", "save_cache"),
+    "checkpoints.hf_config": ("config_from_hf",),
+    "checkpoints.load": ("Model", "load"),
+    "decoding.node_choice": ("Controller",),
+    "decoding.sampling": ("Sampling",),
+    "decoding.step": ("decode",),
+    "engine.engine": ("Engine",),
+    "engine.requests": ("Event", "Request", "Result"),
+    "generation.generate": ("Generation", "generate"),
+    "generation.score": ("score", "token_logits"),
+    "model.cache": ("KVCache",),
+    "model.config": ("ModelConfig",),
+    "model.decoder": ("Block", "embed", "forward", "logits"),
+    "model.jit": ("compiler_options",),
+    "modules.definition": ("LookaheadModules",),
+    "modules.files": ("load_modules",),
+    "policies.registry": ("make_policy",),
+    "prefilling.batching": ("pad_batch", "slots_for"),
+    "prefilling.prefill": ("extend", "prefill"),
+    "prompts.read": ("read_prompt",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-
-class _Package(types.ModuleType):
-    """Keeps the submodule `prefill` from taking the place of the public function `prefill`."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,6 @@
 
 import sys
 
-from lookahead_jax.cli import main
+from lookahead_jax.cli.main import main
 
 sys.exit(main())

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax import batching
-from lookahead_jax.checkpoint import GenerationDefaults, Model
-from lookahead_jax.decoding import PLAIN, decode_step, seen_tokens, start
-from lookahead_jax.drafters import make_drafter
-from lookahead_jax.drafters.base import Draft
-from lookahead_jax.drafting import Drafting
+from lookahead_jax.checkpoints.load import GenerationDefaults, Model
+from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.host_drafter import Draft
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.step import PLAIN, decode_step, seen_tokens, start
+from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import prefill
-from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.prefilling import batching
+from lookahead_jax.prefilling.prefill import prefill
 from tests import tiny
 
 NEW = 24

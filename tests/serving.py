@@ -12,8 +12,8 @@ from typing import Any
 
 import openai
 
-from lookahead_jax.checkpoint import Model
-from lookahead_jax.engine import Engine
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.engine.engine import Engine
 from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.run import Server, bind
 from lookahead_jax.server.service import Service

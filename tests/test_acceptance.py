@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.acceptance import accept_drawn
-from lookahead_jax.decoding import decode_burst, start
+from lookahead_jax.decoding.acceptance import accept_drawn
+from lookahead_jax.decoding.drafted import attach
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.step import decode_burst, start
+from lookahead_jax.decoding.tree import TokenTree, accept, layout
 from lookahead_jax.drafters.drawn_model import DrawnModel
-from lookahead_jax.drafting import attach
-from lookahead_jax.params import init_params
+from lookahead_jax.generation.score import token_logits
+from lookahead_jax.model.params import init_params
 from lookahead_jax.policies.full import Full
-from lookahead_jax.sampling import GREEDY, Sampling, sampling_rows
-from lookahead_jax.scoring import token_logits
-from lookahead_jax.tree import TokenTree, accept, layout
 from tests import tiny
 from tests.drafted import draft_model
 from tests.test_prefill import read

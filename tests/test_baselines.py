@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import GenerationDefaults, Model
-from lookahead_jax.policies import make_policy
-from lookahead_jax.prefill import prefill
-from lookahead_jax.reading import read_prompt, reread
-from lookahead_jax.replay import Requests, requests_to_repeat
-from lookahead_jax.speculation import select_tokens, speculate
+from lookahead_jax.checkpoints.load import GenerationDefaults, Model
+from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.prefilling.prefill import prefill
+from lookahead_jax.prompts.kvzip_replay import Requests, requests_to_repeat
+from lookahead_jax.prompts.read import read_prompt, reread
+from lookahead_jax.prompts.speculation import select_tokens, speculate
 from tests import reference, tiny
 from tests.test_policies import BUDGET, LENGTHS, RICH, TOLERANCE, kept_sets, protect, weights
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.eval.prompts import assemble, truncate
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.eval.grid.prompts import assemble, truncate
 from lookahead_jax.eval.tasks import infinitebench, longbench, longproc
 from lookahead_jax.eval.tasks.base import Example, Source, listed, scored
 from lookahead_jax.eval.tasks.registry import TASKS, find_task
-from lookahead_jax.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 DATA = FIXTURES / "benchmarks"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lookahead_jax.cache import KVCache, commit, empty_cache
-from lookahead_jax.cache_files import load_cache, save_cache
-from lookahead_jax.prefill import extend
+from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
+from lookahead_jax.model.cache import KVCache, commit, empty_cache
+from lookahead_jax.prefilling.prefill import extend
 from tests import tiny
 from tests.test_prefill import assert_close, last_logits, plain_logits
 

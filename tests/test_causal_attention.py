@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax.kernels.causal_attention import causal_attention
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.model.sharding import make_mesh
 
 
 def inputs(tokens, head_dim=16, dtype=np.float32):

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lookahead_jax.checkpoint import load, load_params, save_params
-from lookahead_jax.params import stored_index
-from lookahead_jax.sharding import make_mesh, param_shardings
+from lookahead_jax.checkpoints.load import load, load_params, save_params
+from lookahead_jax.model.params import stored_index
+from lookahead_jax.model.sharding import make_mesh, param_shardings
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 INDEX = "model.safetensors.index.json"
@@ -107,7 +107,7 @@ def test_each_slice_is_read_once_and_nothing_else(monkeypatch):
         reads.append((spec.tensor, stored_index(spec, config, index)))
         return reads[-1][1]
 
-    monkeypatch.setattr("lookahead_jax.checkpoint.stored_index", spy)
+    monkeypatch.setattr("lookahead_jax.checkpoints.load.stored_index", spy)
     load(MODELS / "mistral", mesh=make_mesh(data=2, tensor=2))
     gate = [index for tensor, index in reads if "gate_proj" in tensor]
     columns = slice(0, 32)
@@ -384,7 +384,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("lookahead_jax.checkpoint.save_file", fail)
+    monkeypatch.setattr("lookahead_jax.checkpoints.load.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_params(tmp_path, model.params, model.config)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.cli import main
-from lookahead_jax.commands.options import EvictionOptions, ModelOptions
-from lookahead_jax.files import atomic_path, atomic_write
+from lookahead_jax.cli.main import main
+from lookahead_jax.cli.options import EvictionOptions, ModelOptions
+from lookahead_jax.host.files import atomic_path, atomic_write
 from tests import tiny
 
 VOCABULARY = 256

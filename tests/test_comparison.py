@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from lookahead_jax import EMBEDDED_MODULES
-from lookahead_jax.decoding import decode
-from lookahead_jax.eval import compare, methods
-from lookahead_jax.eval.masked import RESPONSE, keep_masks, outcome, read_full
-from lookahead_jax.eval.summary import best_settings, duel, summarise, verdicts, wilson
-from lookahead_jax.files import save_arrays
-from lookahead_jax.lookahead import LookaheadConfig, init_modules
-from lookahead_jax.policies import make_policy
-from lookahead_jax.reading import read_prompt
+from lookahead_jax.decoding.step import decode
+from lookahead_jax.eval.compare import compare, methods
+from lookahead_jax.eval.compare.masked import RESPONSE, keep_masks, outcome, read_full
+from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts, wilson
+from lookahead_jax.host.files import save_arrays
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules
+from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 
 MODEL = tiny.config()

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lookahead_jax.controller import SHARE, Controller
-from lookahead_jax.tree import NODE_BUCKETS
+from lookahead_jax.decoding.node_choice import SHARE, Controller
+from lookahead_jax.decoding.tree import NODE_BUCKETS
 
 COSTS = {1: 1.0, 8: 1.4, 16: 1.9, 32: 2.9, 64: 5.0, 128: 9.0}
 STEEP = {n: float(n) for n in COSTS}  # a machine on which every node costs a plain step

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lookahead_jax.train.corpus import (
+from lookahead_jax.train.embedded.corpus import (
     BOS,
     EOS,
     Document,

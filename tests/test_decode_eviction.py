@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import GenerationDefaults, Model
-from lookahead_jax.decode_eviction import DecodeEviction, opening_sums
-from lookahead_jax.decoding import decode_burst, decode_step, start
-from lookahead_jax.drafters.device import Given
-from lookahead_jax.drafters.host import pack
-from lookahead_jax.policies import make_policy
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.sampling import GREEDY, sampling_rows
+from lookahead_jax.checkpoints.load import GenerationDefaults, Model
+from lookahead_jax.decoding.device_drafter import Given
+from lookahead_jax.decoding.draft_packing import pack
+from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
+from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
+from lookahead_jax.decoding.step import decode_burst, decode_step, start
+from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.prompts.read import read_prompt
 from tests import reference, tiny
 from tests.drafted import bush, perfect, spoil
 from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weights

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax import batching
-from lookahead_jax.decoding import DecodeState, decode, decode_burst, seen_tokens, start
-from lookahead_jax.model import Block, embed, forward, logits
-from lookahead_jax.params import unstack
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, choose, process_logits, sampling_rows
+from lookahead_jax.decoding.step import DecodeState, decode, decode_burst, seen_tokens, start
+from lookahead_jax.model.decoder import Block, embed, forward, logits
+from lookahead_jax.model.params import unstack
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.sampling import GREEDY, Sampling, choose, process_logits, sampling_rows
+from lookahead_jax.prefilling import batching
 from tests import tiny
 from tests.test_prefill import plain_logits, read
 
@@ -143,7 +143,7 @@ def test_decode_returns_a_cache_that_can_go_on():
     whole = decode(params, first.cache, first.logits, config=model, max_new_tokens=12)
     first = read(params, tokens, model, *policy, new_tokens=NEW)
     head = decode(params, first.cache, first.logits, config=model, max_new_tokens=5)
-    from lookahead_jax.prefill import extend
+    from lookahead_jax.prefilling.prefill import extend
 
     cache, after = extend(params, head.tokens[:, 4:5], head.cache, config=model)
     tail = decode(params, cache, after, config=model, max_new_tokens=7)

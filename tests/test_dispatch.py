@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from lookahead_jax.kernels import dispatch
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.model.sharding import make_mesh
 from tests.kernel_cases import arguments, attention, scores
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.drafters import DRAFTERS
+from lookahead_jax.drafters.registry import DRAFTERS
 from lookahead_jax.eval.tasks.registry import TASKS
-from lookahead_jax.policies import POLICIES
+from lookahead_jax.policies.registry import POLICIES
 
 ROOT = Path(__file__).parent.parent
 

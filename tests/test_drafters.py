@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.drafters import make_drafter
-from lookahead_jax.drafters.base import Draft
+from lookahead_jax.decoding.draft_packing import pack
+from lookahead_jax.decoding.host_drafter import Draft
+from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
 from lookahead_jax.drafters.combine import Combine, CombineOnDevice, merge, merge_trees
-from lookahead_jax.drafters.host import pack
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.recycling import CANDIDATES, Recycling
-from lookahead_jax.tree import NODE_BUCKETS, TokenTree
+from lookahead_jax.drafters.registry import make_drafter
 from tests import tiny
 from tests.drafted import draft_model
 

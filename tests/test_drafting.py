@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lookahead_jax.cache import commit
-from lookahead_jax.controller import Controller, Plan
-from lookahead_jax.drafters import make_drafter
-from lookahead_jax.drafting import Drafting
-from lookahead_jax.sharding import make_mesh
-from lookahead_jax.tree import NODE_BUCKETS
+from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.node_choice import Controller, Plan
+from lookahead_jax.decoding.tree import NODE_BUCKETS
+from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.model.cache import commit
+from lookahead_jax.model.sharding import make_mesh
 from tests import tiny
 from tests.drafted import (
     BATCHES,

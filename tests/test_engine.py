@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.checkpoint import load
-from lookahead_jax.controller import Controller, Plan
-from lookahead_jax.drafters.base import Draft
-from lookahead_jax.drafting import Drafting, RowError
-from lookahead_jax.engine import Engine
-from lookahead_jax.generation import generate
-from lookahead_jax.lookahead import LookaheadConfig, init_modules
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.decoding.drafted import Drafting, RowError
+from lookahead_jax.decoding.host_drafter import Draft
+from lookahead_jax.decoding.node_choice import Controller, Plan
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, process_logits, sampling_rows
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.requests import MAX_EOS_IDS, Request
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.requests import MAX_EOS_IDS, Request
-from lookahead_jax.sampling import GREEDY, Sampling, process_logits, sampling_rows
 from tests import tiny
 
 POLICY, BUDGET, NEW = SnapKV(window=4, pool="avg", kernel=3), 12, 16

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import first_layers
-from lookahead_jax.eval import run as runner
+from lookahead_jax.checkpoints.load import first_layers
 from lookahead_jax.eval.__main__ import main
-from lookahead_jax.eval.grid import RunConfig, cells, method_of, parse
-from lookahead_jax.eval.prompts import assemble
-from lookahead_jax.eval.rows import ROWS, VIEWS, RowFile, key_of, read_rows
+from lookahead_jax.eval.grid import run as runner
+from lookahead_jax.eval.grid.config import RunConfig, cells, method_of, parse
+from lookahead_jax.eval.grid.prompts import assemble
+from lookahead_jax.eval.grid.rows import ROWS, VIEWS, RowFile, key_of, read_rows
 from lookahead_jax.eval.tasks.base import Source
-from lookahead_jax.sharding import make_mesh
-from lookahead_jax.speculation import select_tokens, speculate
+from lookahead_jax.model.sharding import make_mesh
+from lookahead_jax.prompts.speculation import select_tokens, speculate
 
 GRID = dict(
     policies=("full", "snapkv:window=8"), budgets=(24,), tasks=("own/needle",), lengths=(120,),

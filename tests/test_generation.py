@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax import batching
-from lookahead_jax.checkpoint import load
-from lookahead_jax.decoding import decode
-from lookahead_jax.generation import generate
-from lookahead_jax.policies import make_policy
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.decoding.step import decode
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.generation.output_text import OutputRow
+from lookahead_jax.generation.score import score
+from lookahead_jax.model.sharding import batch_sharding, make_mesh, param_shardings
 from lookahead_jax.policies.oracle import Oracle
+from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.sampling import Sampling
-from lookahead_jax.scoring import score
-from lookahead_jax.sharding import batch_sharding, make_mesh, param_shardings
-from lookahead_jax.streaming import OutputRow
+from lookahead_jax.prefilling import batching
+from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 
 POLICY = SnapKV(window=4, pool="avg", kernel=3)

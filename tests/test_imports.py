@@ -9,94 +9,172 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lookahead_jax"
 
-# Lower layers first; a module imports its own layer and those above it in this list.
-LAYERS = [
-    {"kernels"},
-    {"program"},
-    {"config", "files", "hf_config", "hf_defaults", "hf_files"},
-    {"params", "sharding", "rope", "tokenizer"},
-    {"layers", "cache", "cache_files", "checkpoint"},
-    {"model"},
-    {"observe", "policies", "tree", "lookahead", "sampling"},
-    {"prompt", "sparse", "prefill", "batching", "streaming", "drafters", "acceptance"},
-    {"decode_eviction"},
-    {"decoding", "controller"},
-    {"drafting"},
-    {"reading", "replay", "kv_prediction"},
-    {"generation", "scoring", "requests", "prompt_store", "openings", "rows", "engine"},
-    {"speculation"},
-    {"inspect", "server"},
-    {"commands"},
-    {"cli", "lm_eval", "train", "eval"},
-    {"__main__"},
+# Lower rooms first; a module imports its own room and those above it in this list.
+ROOMS = [
+    "kernels",
+    "host",
+    "model",
+    "checkpoints",
+    "policies",
+    "modules",
+    "prefilling",
+    "decoding",
+    "drafters",
+    "prompts",
+    "generation",
+    "engine",
+    "server",
+    "eval",
+    "train",
+    "cli",
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
-MODULES += [PACKAGE / "policies" / "__init__.py", PACKAGE / "commands" / "__init__.py"]
-for folder in ("kernels", "train", "eval"):  # rglob does not follow links
-    MODULES += sorted((PACKAGE / folder).rglob("*.py"))
+ENTRIES = {"__init__", "__main__", "lm_eval"}  # files beside the rooms; they may import any room
+LINKED = ("kernels", "train", "eval")  # rglob does not follow links
 
 
-def room(path: Path) -> str:
-    """The part of the package a file belongs to: its folder, or its own name."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def modules(package: Path = PACKAGE) -> dict[str, Path]:
+    """Every module below the package by its dotted name, packages by that of their folder."""
+    files = [*package.rglob("*.py")]
+    for folder in LINKED:
+        if (package / folder).is_symlink():
+            files += (package / folder).rglob("*.py")
+    names = {}
+    for file in files:
+        parts = file.relative_to(package).with_suffix("").parts
+        names[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = file
+    return names
 
 
-def imported(path: Path) -> list[tuple[str, int]]:
-    """Absolute names that a file imports anywhere, function bodies included, and their lines."""
+def imported(path: Path) -> list[tuple[str, str | None, int]]:
+    """What a file imports anywhere, function bodies included: module, name in it, line."""
     found = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
+            found += [(alias.name, None, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+            found += [(node.module or "", alias.name, node.lineno) for alias in node.names]
     return found
 
 
-def back_edges(path: Path) -> list[str]:
-    """Imports of `path` that go up the layers, or (in kernels/) to anything of ours."""
-    here = room(path)
+def edges(names: dict[str, Path]) -> list[tuple[str, str, int]]:
+    """Imports among the modules: importer, imported, line. Public names count as `__init__`."""
+    found = []
+    for here, path in names.items():
+        for module, name, line in imported(path):
+            if module.split(".")[0] != "lookahead_jax":
+                continue
+            there = module.removeprefix("lookahead_jax").removeprefix(".")
+            if name is not None and (below := f"{there}.{name}".strip(".")) in names:
+                there = below
+            found.append((here, there or "__init__", line))
+    return found
+
+
+def back_edges(names: dict[str, Path]) -> list[str]:
+    """Imports that go up the rooms, or that name no module."""
+    rank = {room: i for i, room in enumerate(ROOMS)}
+    public = rank["engine"]  # the highest room that __init__ exports from
     wrong = []
-    for name, line in imported(path):
-        parts = name.split(".")
-        if parts[0] != "lookahead_jax" or len(parts) == 1:
-            continue
-        there = parts[1]
-        if there not in RANK:  # a public name, as in `from lookahead_jax import generate`
-            there = "generation"
-        if RANK[there] > RANK[here]:
-            wrong.append(f"{here}, line {line}: imports {name}")
+    for here, there, line in edges(names):
+        room, other = here.split(".")[0], there.split(".")[0]
+        if there != "__init__" and there not in names and other not in LINKED:
+            wrong.append(f"{here}, line {line}: there is no module {there}")
+        elif room in rank and rank.get(other, public if other == "__init__" else 99) > rank[room]:
+            wrong.append(f"{here}, line {line}: imports {there}")
     return wrong
 
 
+def circles(names: dict[str, Path]) -> list[str]:
+    """One circle of imports for every module that is in one. `__init__` takes no part."""
+    below: dict[str, set[str]] = {name: set() for name in names}
+    for here, there, _ in edges(names):
+        if "__init__" not in (here, there) and there in below:
+            below[here].add(there)
+    found, finished = [], set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            found.append(" -> ".join((*path[path.index(name) :], name)))
+        elif name not in finished:
+            for other in sorted(below[name]):
+                visit(other, (*path, name))
+            finished.add(name)
+
+    for name in below:
+        visit(name, ())
+    return found
+
+
+def test_every_file_stands_in_a_room():
+    loose = {name.split(".")[0] for name in modules()} - set(ROOMS) - ENTRIES
+    assert not loose, "move these into a room, or name their room in ROOMS"
+    missing = [room for room in ROOMS if not (PACKAGE / room).is_dir()]
+    assert not missing, "ROOMS names folders that do not exist"
+
+
+def test_every_room_says_what_it_is_for():
+    """In one sentence. kernels/, train/ and eval/ have no __init__: see docs/architecture.md."""
+    for name, path in modules().items():
+        if path.name == "__init__.py" and name != "__init__":
+            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+            assert docstring.endswith("."), name
+            assert len(docstring.splitlines()) == 1, name
+
+
 def test_imports_go_one_way():
-    homeless = {room(path) for path in MODULES} - set(RANK)
-    assert not homeless, "give these a place in LAYERS"
-    assert [edge for path in MODULES for edge in back_edges(path)] == []
+    assert back_edges(modules()) == []
+
+
+def test_no_circles():
+    assert circles(modules()) == []
 
 
 def test_no_import_of_top_level_rooms():
-    rooms = {"kernels", "train", "eval"}
     wrong = [
-        (room(p), line) for p in MODULES for n, line in imported(p) if n.split(".")[0] in rooms
+        (name, line)
+        for name, path in modules().items()
+        for module, _, line in imported(path)
+        if module.split(".")[0] in LINKED
     ]
     assert wrong == []
 
 
-def test_a_back_edge_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
-    wrong = tmp_path / "cache.py"
-    wrong.write_text("def f():\n    from lookahead_jax.prefill import prefill\n")
-    assert back_edges(wrong) == ["cache, line 2: imports lookahead_jax.prefill.prefill"]
-    kernel = tmp_path / "kernels" / "importance.py"
-    kernel.parent.mkdir()
-    kernel.write_text("import lookahead_jax.config\n")
-    assert back_edges(kernel) != []
+def write(package: Path, files: dict[str, str]) -> dict[str, Path]:
+    for name, content in files.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return modules(package)
+
+
+def test_a_back_edge_is_found(tmp_path):
+    names = write(
+        tmp_path,
+        {
+            "model/cache.py": "def f():\n    from lookahead_jax.prefilling.prefill import prefill\n",
+            "prefilling/prefill.py": "from lookahead_jax.model.nowhere import x\n",
+        },
+    )
+    assert back_edges(names) == [
+        "model.cache, line 2: imports prefilling.prefill",
+        "prefilling.prefill, line 1: there is no module model.nowhere",
+    ]
+
+
+def test_a_circle_inside_a_room_is_found(tmp_path):
+    names = write(
+        tmp_path,
+        {
+            "model/a.py": "from lookahead_jax.model import b\n",
+            "model/b.py": "import lookahead_jax.model.a\n",
+        },
+    )
+    assert circles(names) == ["model.a -> model.b -> model.a"]
 
 
 def test_importing_the_package_is_instant():
-    code = "import sys, lookahead_jax, lookahead_jax.cli; print(*sys.modules)"
+    code = "import sys, lookahead_jax, lookahead_jax.cli.main; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = set(run.stdout.split())
     assert not loaded & {"jax", "flax", "datasets", "orbax", "transformers", "torch"}
@@ -112,9 +190,7 @@ def test_every_public_name_exists():
         lookahead_jax.nothing_of_ours  # noqa: B018
 
 
-def test_public_names_outlive_the_import_of_their_modules():
-    import lookahead_jax.prefill  # a submodule with the name of a public function
+def test_policies_is_a_public_room():
+    import lookahead_jax
 
-    assert callable(lookahead_jax.prefill)
-    assert lookahead_jax.prefill.__name__ == "prefill"
     assert lookahead_jax.policies.make_policy is lookahead_jax.make_policy

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from lookahead_jax.decoding import Step
-from lookahead_jax.inspect import DraftedStep, drafted_steps, render
-from lookahead_jax.tree import TokenTree
+from lookahead_jax.cli.inspect_page import DraftedStep, drafted_steps, render
+from lookahead_jax.decoding.step import Step
+from lookahead_jax.decoding.tree import TokenTree
 
 HOSTILE = "</script><script>alert(1)</script><!-- \" ' & \x00\x1b\u2028\ud83d <img src=//evil>"
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.kernels import attention_tpu, importance_tpu
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.model.sharding import make_mesh
 from tests.kernel_cases import NO_WINDOW, TOLERANCE, arguments, attention, compare, finished, scores
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.kv_prediction import (
+from lookahead_jax.model.sharding import make_mesh
+from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.prompts.kv_prediction import (
     PlainKV,
     init_maps,
     load_predictor,
@@ -15,9 +17,7 @@ from lookahead_jax.kv_prediction import (
     prefill_predicted,
     save_maps,
 )
-from lookahead_jax.policies import make_policy
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.prompts.read import read_prompt
 from lookahead_jax.train.kv_prediction import train_step
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 import pytest
 
-from lookahead_jax.policies import make_policy
-from lookahead_jax.reading import read_prompt
+from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.prompts.read import read_prompt
 from tests import reference, tiny
 from tests.test_policies import (
     BUDGET,

@@ -11,7 +11,7 @@ import pytest
 
 import lookahead_jax as lk
 from lookahead_jax import lm_eval
-from lookahead_jax.eval.harness import HarnessModel, Settings, sampling_of
+from lookahead_jax.eval.harness.model import HarnessModel, Settings, sampling_of
 
 ROOT = Path(__file__).parent.parent
 PAIRS = [([5, 6, 7, 8, 9, 10, 11, 12] * 4, [13, 14]), ([40, 50], [60, 70, 80]), ([7] * 20, [9])]

@@ -9,20 +9,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lookahead_jax.batching import slots_for
-from lookahead_jax.lookahead import (
-    CONFIG_FILE,
+from lookahead_jax.modules.definition import (
     TARGETS,
-    TENSOR_FILE,
     LookaheadConfig,
     init_modules,
-    load_modules,
     lora_shapes,
     observer_block,
-    save_modules,
 )
-from lookahead_jax.policies import make_policy
-from lookahead_jax.prefill import prefill
+from lookahead_jax.modules.files import CONFIG_FILE, TENSOR_FILE, load_modules, save_modules
+from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.prefill import prefill
 from tests import tiny
 
 MODEL = tiny.config()

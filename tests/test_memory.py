@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lookahead_jax.batching import slots_for
-from lookahead_jax.params import abstract_params
+from lookahead_jax.model.params import abstract_params
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import prefill
+from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.prefill import prefill
 from tests import tiny
 
 D, N, K, H = 64, 4, 4, 32

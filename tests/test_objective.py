@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.layers import linear, mlp, rms_norm
-from lookahead_jax.lookahead import LookaheadConfig, LookaheadModules, init_modules
-from lookahead_jax.rope import apply_rope, rope_tables
+from lookahead_jax.model.layers import linear, mlp, rms_norm
+from lookahead_jax.model.rope import apply_rope, rope_tables
+from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.train.objective import divergence, lookahead_loss
 from tests import tiny
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax import params as P
-from lookahead_jax.config import ModelConfig
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.model import params as P
 
 SIZES = {
     "vocab_size": 40,
@@ -23,7 +23,7 @@ TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
 
 def make(model_type, **fields):
-    config = ModelConfig.from_hf(SIZES | {"model_type": model_type} | fields)
+    config = config_from_hf(SIZES | {"model_type": model_type} | fields)
     return config, P.init_params(jax.random.key(0), config, jnp.float32)
 
 

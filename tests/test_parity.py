@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax import model as lm
-from lookahead_jax.checkpoint import load
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.params import unstack
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.model import decoder as lm
+from lookahead_jax.model.params import unstack
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 NAMES = sorted(path.name for path in MODELS.iterdir())
@@ -82,7 +82,7 @@ def test_a_wrong_constant_fails(name, field, value):
     """The comparison is sharp: a slightly different model is outside the tolerance."""
     loaded = load(MODELS / name)
     hf = json.loads((MODELS / name / "config.json").read_text())
-    config = ModelConfig.from_hf(hf | {field: value})
+    config = config_from_hf(hf | {field: value})
     tokens, expected = golden(name)
     got = full_logits(loaded.params, tokens, config=config)
     assert error(got[0, : len(expected[0])], expected[0]) > 1e-4

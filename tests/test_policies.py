@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.batching import slots_for
-from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules, observer_block
-from lookahead_jax.model import Block, embed
-from lookahead_jax.params import init_params, unstack
-from lookahead_jax.policies import POLICIES, make_policy
+from lookahead_jax.model.decoder import Block, embed
+from lookahead_jax.model.params import init_params, unstack
+from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.base import (
     LayerView,
@@ -25,9 +23,11 @@ from lookahead_jax.policies.base import (
 )
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.pyramidkv import PyramidKV
+from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import compress, prefill
-from lookahead_jax.reading import read_prompt
+from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.prefill import compress, prefill
+from lookahead_jax.prompts.read import read_prompt
 from tests import reference, tiny
 
 LENGTHS = (70, 33, 61)

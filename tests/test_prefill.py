@@ -7,20 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax import batching, layers
-from lookahead_jax.cache import empty_cache
-from lookahead_jax.lookahead import LookaheadConfig, init_modules, observer_block
-from lookahead_jax.model import Block, embed, forward, logits
-from lookahead_jax.params import unstack
-from lookahead_jax.policies import make_policy
+from lookahead_jax.model import layers
+from lookahead_jax.model.cache import empty_cache
+from lookahead_jax.model.decoder import Block, embed, forward, logits
+from lookahead_jax.model.params import unstack
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules, observer_block
 from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import extend, prefill
-from lookahead_jax.prompt import hidden_states
+from lookahead_jax.prefilling import batching
+from lookahead_jax.prefilling.layer_pass import hidden_states
+from lookahead_jax.prefilling.prefill import extend, prefill
 from tests import tiny
 from tests.test_policies import RICH, weights
 
-prefill_module = sys.modules["lookahead_jax.prefill"]
+prefill_module = sys.modules["lookahead_jax.prefilling.prefill"]
 POLICY = SnapKV(window=4, pool="avg", kernel=3)
 # float32 sums in another order: a few 1e-6 of the largest logit on these models; a mask or a
 # position off by one changes logits by more than 1e-2 of it.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lookahead_jax import program as P
-from lookahead_jax.layers import product_of_rows
-from lookahead_jax.program import compiler_options, program
+from lookahead_jax.model import jit as P
+from lookahead_jax.model.jit import compiler_options, program
+from lookahead_jax.model.layers import product_of_rows
 
 NEW = jax.__version_info__ >= (0, 11)  # before, XLA reads no stack in place
 

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.batching import pad_batch
-from lookahead_jax.cache import empty_cache
-from lookahead_jax.checkpoint import load
-from lookahead_jax.decoding import decode
-from lookahead_jax.engine import Engine
-from lookahead_jax.generation import generate
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.decoding.step import decode
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.prompt_store import PromptStore, Read
+from lookahead_jax.engine.requests import Request
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.model.cache import empty_cache
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefill import extend
-from lookahead_jax.prompt_store import PromptStore, Read
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.requests import Request
+from lookahead_jax.prefilling.batching import pad_batch
+from lookahead_jax.prefilling.prefill import extend
+from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 
 POLICY, BUDGET, NEW, QUESTION = SnapKV(window=4, pool="avg", kernel=3), 12, 6, 16

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from lookahead_jax.eval import figures, report, stats
-from lookahead_jax.eval.charts import Chart, Heat
-from lookahead_jax.eval.rows import ROWS, VIEWS, Cell, RowFile
-from lookahead_jax.eval.summary import wilson
+from lookahead_jax.eval.compare.summary import wilson
+from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, RowFile
+from lookahead_jax.eval.report import figures, report, stats
+from lookahead_jax.eval.report.charts import Chart, Heat
 
 SEEN = "model: question seen while the prompt is cut"
 NASTY = '</script><b onclick="x">&'

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.config import ModelConfig, RopeConfig
-from lookahead_jax.rope import apply_rope, inverse_frequencies, rope_tables
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.model.config import RopeConfig
+from lookahead_jax.model.rope import apply_rope, inverse_frequencies, rope_tables
 
 DIM, THETA = 8, 100.0
 PLAIN = np.array([THETA ** (-2 * i / DIM) for i in range(DIM // 2)])
@@ -123,7 +124,7 @@ def test_longrope_switches_per_row():
 
 def test_tables_under_jit_with_padding_and_two_ropes():
     hf = {"model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": DIM}
-    config = ModelConfig.from_hf(hf)
+    config = config_from_hf(hf)
     positions = jnp.array([[0, 5, -1], [7, 100, 3]], jnp.int32)
     cos, sin = jax.jit(rope_tables, static_argnums=0)(config, positions, SPANS[:2])
     assert cos.shape == sin.shape == (2, 2, 3, DIM // 2)

@@ -9,8 +9,8 @@ import warnings
 import openai
 import pytest
 
-from lookahead_jax.cli import main
-from lookahead_jax.commands.serve import read_key
+from lookahead_jax.cli.main import main
+from lookahead_jax.cli.serve import read_key
 from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.run import bind
 from tests import tiny

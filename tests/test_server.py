@@ -9,11 +9,11 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lookahead_jax.checkpoint import load
-from lookahead_jax.engine import Engine
-from lookahead_jax.generation import generate
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.generation.generate import generate
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.sampling import Sampling
 from tests import tiny
 from tests.serving import NAME, Gate, running, until
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.checkpoint import load
-from lookahead_jax.engine import Engine
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.requests import Event, Job
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.requests import Event, Job
 from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Call
 from tests import tiny

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as PS
 
-from lookahead_jax import model as lm
-from lookahead_jax.checkpoint import load
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.params import fingerprint, init_params
-from lookahead_jax.sharding import (
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.model import decoder as lm
+from lookahead_jax.model.params import fingerprint, init_params
+from lookahead_jax.model.sharding import (
     batch_sharding,
     make_mesh,
     on_its_mesh,
@@ -29,7 +29,7 @@ MODELS = Path(__file__).parent / "fixtures" / "models"
 def config(**fields):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
-    return ModelConfig.from_hf({"model_type": "llama"} | sizes | heads | fields)
+    return config_from_hf({"model_type": "llama"} | sizes | heads | fields)
 
 
 def test_functions_of_a_model_run_under_its_mesh():

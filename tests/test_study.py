@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from lookahead_jax.checkpoint import load, save_params
-from lookahead_jax.lookahead import LookaheadConfig, init_modules, load_modules
-from lookahead_jax.params import fingerprint
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.sharding import make_mesh
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules
+from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import lookahead, study
 from lookahead_jax.train.data import DataConfig, open_data, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig

@@ -5,17 +5,17 @@ import pytest
 import tokenizers
 
 import lookahead_jax as lk
-from lookahead_jax.eval.tasks.code import CODE, code_prompts, code_stream
-from lookahead_jax.eval.tasks.prompts import TASKS, make_batch, make_example, text_lines
-from lookahead_jax.eval.tasks.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
-from lookahead_jax.train.base import exact_match
-from lookahead_jax.train.mixture import (
+from lookahead_jax.eval.tasks.own.code import CODE, code_prompts, code_stream
+from lookahead_jax.eval.tasks.own.prompts import TASKS, make_batch, make_example, text_lines
+from lookahead_jax.eval.tasks.own.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
+from lookahead_jax.train.embedded.base import exact_match
+from lookahead_jax.train.embedded.mixture import (
     repeat_row,
     stretched_positions,
     task_rows,
     text_rows,
 )
-from lookahead_jax.train.task_prompts import SHORTEST, PromptsConfig, prompt
+from lookahead_jax.train.embedded.task_prompts import SHORTEST, PromptsConfig, prompt
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from lookahead_jax.tokenizer import Tokenizer
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA3 = FIXTURES / "models" / "llama3"

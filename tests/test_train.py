@@ -15,12 +15,14 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lookahead_jax.checkpoint import load, save_params
-from lookahead_jax.lookahead import LookaheadConfig, init_modules, load_modules
-from lookahead_jax.sharding import make_mesh, param_shardings
-from lookahead_jax.train import base, lookahead
+from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.model.sharding import make_mesh, param_shardings
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules
+from lookahead_jax.modules.files import load_modules
+from lookahead_jax.train import lookahead
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
+from lookahead_jax.train.embedded import base
 from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
 from lookahead_jax.train.step import Batch, compile_step, init_state, train_step
 from tests import tiny

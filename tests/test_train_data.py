@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from lookahead_jax.checkpoint import load, save_params
-from lookahead_jax.generation import generate
-from lookahead_jax.params import fingerprint
+from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.policies.full import Full
-from lookahead_jax.sharding import make_mesh
 from lookahead_jax.train import data
 from lookahead_jax.train.step import batch_sharding
 from tests import tiny

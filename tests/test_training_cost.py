@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules
-from lookahead_jax.params import abstract_params, unstack
-from lookahead_jax.prompt import hidden_states
+from lookahead_jax.model.params import abstract_params, unstack
+from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules
+from lookahead_jax.prefilling.layer_pass import hidden_states
 from lookahead_jax.train.objective import lookahead_loss
 from tests import tiny
 

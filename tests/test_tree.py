@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.tree import NODE_BUCKETS, TokenTree, accept, chain, layout, root_only
+from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree, accept, chain, layout, root_only
 
 ROWS, NODES, VOCAB = 3, 8, 5
 ENDS = jnp.asarray([[4]], jnp.int32)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.drafters import _compiled, _trie, _trie_draft
-from lookahead_jax.drafters.base import Draft
 from lookahead_jax.drafters.trie import Trie
 
 TOP = 2**31 - 1

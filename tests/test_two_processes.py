@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lookahead_jax.checkpoint import load, save_params
-from lookahead_jax.lookahead import load_modules
+from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train.data import DataConfig, prepare
 from tests import tiny
 

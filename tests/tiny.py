@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from lookahead_jax.batching import pad_batch
-from lookahead_jax.checkpoint import save_params
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.layers import Params
-from lookahead_jax.params import init_params
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.checkpoints.load import save_params
+from lookahead_jax.decoding.sampling import Sampling, process_logits, sampling_rows
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import init_params
 from lookahead_jax.policies.base import Policy
-from lookahead_jax.prefill import extend
-from lookahead_jax.reading import read_prompt
-from lookahead_jax.sampling import Sampling, process_logits, sampling_rows
+from lookahead_jax.prefilling.batching import pad_batch
+from lookahead_jax.prefilling.prefill import extend
+from lookahead_jax.prompts.read import read_prompt
 
 LLAMA = dict(
     model_type="llama",
@@ -40,7 +41,7 @@ MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 24}
 @functools.cache
 def config(**overrides) -> ModelConfig:
     """A tiny Llama; fields of its config.json can be replaced."""
-    return ModelConfig.from_hf({**LLAMA, **overrides})
+    return config_from_hf({**LLAMA, **overrides})
 
 
 @functools.cache

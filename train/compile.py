@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import tyro
 from jax.experimental import topologies
 
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.lookahead import TARGETS, LookaheadConfig, init_modules
-from lookahead_jax.params import abstract_params
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.params import abstract_params
+from lookahead_jax.model.sharding import make_mesh
+from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules
 from lookahead_jax.train.flops import training_flops
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.shapes import SHAPES
@@ -73,7 +74,7 @@ def compile_training_step(options: Compile) -> dict[str, Any]:
         raise ValueError(f"unknown model {options.model!r}; known: {', '.join(SHAPES)}")
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("the TPU compiler is not installed: pip install 'lookahead-jax[tpu-aot]'")
-    config = ModelConfig.from_hf(SHAPES[options.model])
+    config = config_from_hf(SHAPES[options.model])
     jax.config.update("jax_platforms", "cpu")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -27,13 +27,13 @@ import tyro
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from lookahead_jax.batching import bucket_length, check_tokens
-from lookahead_jax.checkpoint import Model, load
-from lookahead_jax.files import atomic_path, atomic_write
-from lookahead_jax.generation import generate
-from lookahead_jax.hf_files import read_json
-from lookahead_jax.params import fingerprint
+from lookahead_jax.checkpoints.hf_files import read_json
+from lookahead_jax.checkpoints.load import Model, load
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.host.files import atomic_path, atomic_write
+from lookahead_jax.model.params import fingerprint
 from lookahead_jax.policies.full import Full
+from lookahead_jax.prefilling.batching import bucket_length, check_tokens
 from lookahead_jax.train.step import Batch
 
 SETTINGS = "settings.json"

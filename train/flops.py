@@ -1,6 +1,6 @@
 """What a training step computes, counted by hand: compilers count a loop's body once."""
 
-from lookahead_jax.config import ModelConfig
+from lookahead_jax.model.config import ModelConfig
 
 
 def training_flops(config: ModelConfig, prompt: int, response: int, tokens: int) -> float:

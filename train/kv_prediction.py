@@ -23,11 +23,13 @@ import tyro
 from tqdm import tqdm
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoint import Model, first_layers
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.eval.tasks.code import Split, code_stream
-from lookahead_jax.files import atomic_write
-from lookahead_jax.kv_prediction import (
+from lookahead_jax.checkpoints.load import Model, first_layers
+from lookahead_jax.eval.tasks.own.code import Split, code_stream
+from lookahead_jax.host.files import atomic_write
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import program
+from lookahead_jax.model.layers import Params
+from lookahead_jax.prompts.kv_prediction import (
     KVMaps,
     init_maps,
     plain_kv,
@@ -35,8 +37,6 @@ from lookahead_jax.kv_prediction import (
     prefill_predicted,
     save_maps,
 )
-from lookahead_jax.layers import Params
-from lookahead_jax.program import program
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 
 

@@ -26,13 +26,14 @@ import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lookahead_jax.checkpoint import Model, load
-from lookahead_jax.commands.options import split_config
-from lookahead_jax.files import atomic_write
-from lookahead_jax.lookahead import LookaheadConfig, LookaheadModules, init_modules, save_modules
-from lookahead_jax.params import Params, fingerprint
-from lookahead_jax.prompt import CHUNK
-from lookahead_jax.sharding import make_mesh
+from lookahead_jax.checkpoints.load import Model, load
+from lookahead_jax.host.config_files import split_config
+from lookahead_jax.host.files import atomic_write
+from lookahead_jax.model.params import Params, fingerprint
+from lookahead_jax.model.sharding import make_mesh
+from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
+from lookahead_jax.modules.files import save_modules
+from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics

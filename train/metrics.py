@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lookahead_jax.files import atomic_write
+from lookahead_jax.host.files import atomic_write
 
 OnMetrics = Callable[[dict[str, Any]], None]
 

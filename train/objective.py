@@ -14,14 +14,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.importance import head_scores
-from lookahead_jax.layers import Params
-from lookahead_jax.lookahead import LookaheadModules, observer_block
-from lookahead_jax.model import Block, Context, LayerKind, embed, layer_kinds, scan_layers
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import Block, Context, LayerKind, embed, layer_kinds, scan_layers
+from lookahead_jax.model.layers import Params
+from lookahead_jax.model.rope import rope_tables
+from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import Queries
-from lookahead_jax.prompt import CHUNK, layer_buffers, observe_layer, open_prompt, prompt_layer
-from lookahead_jax.rope import rope_tables
+from lookahead_jax.prefilling.layer_pass import (
+    CHUNK,
+    layer_buffers,
+    observe_layer,
+    open_prompt,
+    prompt_layer,
+)
 
 # Floors of a share and of the mass on the prompt. A lone lookahead token may look at little but
 # itself; the inverse of their product, which its gradient holds, must stay a float32.

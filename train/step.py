@@ -12,12 +12,12 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.layers import Params
-from lookahead_jax.lookahead import LookaheadModules
-from lookahead_jax.program import compiler_options
-from lookahead_jax.prompt import CHUNK
-from lookahead_jax.sharding import param_shardings, sharding
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import compiler_options
+from lookahead_jax.model.layers import Params
+from lookahead_jax.model.sharding import param_shardings, sharding
+from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.objective import lookahead_losses
 
 Metrics = dict[str, jax.Array]

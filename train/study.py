@@ -25,13 +25,14 @@ import tyro
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from lookahead_jax.checkpoint import load
-from lookahead_jax.commands.options import read_config
-from lookahead_jax.files import atomic_write
-from lookahead_jax.lookahead import LookaheadConfig, init_modules, save_modules
-from lookahead_jax.params import fingerprint
-from lookahead_jax.program import compiler_options
-from lookahead_jax.sharding import make_mesh, param_shardings
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.host.config_files import read_config
+from lookahead_jax.host.files import atomic_write
+from lookahead_jax.model.jit import compiler_options
+from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.sharding import make_mesh, param_shardings
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules
+from lookahead_jax.modules.files import save_modules
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog

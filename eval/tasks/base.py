@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lookahead_jax.tokenizer import Tokenizer
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
 Cut = Literal["halves", "joined"]
 """How the middle of a prompt that is too long goes: see `prompts.truncate`."""

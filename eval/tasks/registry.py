@@ -1,7 +1,8 @@
 """All tasks by name; `TASKS[task.name] = task` adds one (docs/add-a-task.md)."""
 
-from lookahead_jax.eval.tasks import infinitebench, longbench, longproc, own, ruler
+from lookahead_jax.eval.tasks import infinitebench, longbench, longproc, ruler
 from lookahead_jax.eval.tasks.base import Task
+from lookahead_jax.eval.tasks.own import tasks as own
 
 TASKS: dict[str, Task] = {
     task.name: task

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lookahead_jax.eval.tasks import words as own_words
 from lookahead_jax.eval.tasks.base import Source
-from lookahead_jax.eval.tasks.code import HELDOUT
+from lookahead_jax.eval.tasks.own import words as own_words
+from lookahead_jax.eval.tasks.own.code import HELDOUT
 
 
 class Material(NamedTuple):

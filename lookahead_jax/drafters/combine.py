@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.drafters.base import Draft, HostDrafter
-from lookahead_jax.drafters.device import DeviceDrafter, NoDrafter, State, Verified, Weights
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter, State, Verified, Weights
+from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
+from lookahead_jax.decoding.tree import TokenTree, layout, root_only
 from lookahead_jax.drafters.draft_model import DraftModel
-from lookahead_jax.tree import TokenTree, layout, root_only
+from lookahead_jax.model.config import ModelConfig
 
 
 class Combine:

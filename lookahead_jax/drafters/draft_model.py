@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lookahead_jax.cache import KVCache, commit, empty_cache
-from lookahead_jax.checkpoint import Model
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.drafters.device import Verified, Weights
-from lookahead_jax.model import Block, embed, forward, logits
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.device_drafter import Verified, Weights
+from lookahead_jax.decoding.tree import TokenTree, layout, root_only
+from lookahead_jax.model.cache import KVCache, commit, empty_cache
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.policies.full import Full
-from lookahead_jax.prefill import prefill
-from lookahead_jax.tree import TokenTree, layout, root_only
+from lookahead_jax.prefilling.prefill import prefill
 
 
 @struct.dataclass

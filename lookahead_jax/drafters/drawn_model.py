@@ -11,11 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.acceptance import DRAW
-from lookahead_jax.drafters.device import Weights
+from lookahead_jax.decoding.acceptance import DRAW
+from lookahead_jax.decoding.device_drafter import Weights
+from lookahead_jax.decoding.sampling import SamplingRows, keyed_noise
+from lookahead_jax.decoding.tree import TokenTree, root_only
 from lookahead_jax.drafters.draft_model import DraftCache, DraftModel
-from lookahead_jax.sampling import SamplingRows, keyed_noise
-from lookahead_jax.tree import TokenTree, root_only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.drafters.device import Verified, Weights
-from lookahead_jax.tree import TokenTree, chain
+from lookahead_jax.decoding.device_drafter import Verified, Weights
+from lookahead_jax.decoding.tree import TokenTree, chain
+from lookahead_jax.model.config import ModelConfig
 
 
 @struct.dataclass

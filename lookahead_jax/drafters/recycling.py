@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.config import ModelConfig
-from lookahead_jax.drafters.device import Verified, Weights
-from lookahead_jax.tree import TokenTree
+from lookahead_jax.decoding.device_drafter import Verified, Weights
+from lookahead_jax.decoding.tree import TokenTree
+from lookahead_jax.model.config import ModelConfig
 
 CANDIDATES = 8  # per token, as in the paper
 _DEEPER = 1.5  # a level down costs this factor; makes the depths of the authors' 80 nodes

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lookahead_jax.decoding.host_drafter import Draft, token_ids
 from lookahead_jax.drafters import _suffix, _suffix_draft
 from lookahead_jax.drafters._compiled import NONE
-from lookahead_jax.drafters.base import Draft, token_ids
 
 _RUNNING = 256  # requests at a time for which outputs need not be dropped; each has two sequences
 

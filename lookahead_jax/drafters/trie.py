@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lookahead_jax.decoding.host_drafter import Draft, token_ids
 from lookahead_jax.drafters import _trie, _trie_draft
 from lookahead_jax.drafters._compiled import NONE
-from lookahead_jax.drafters.base import Draft, token_ids
-from lookahead_jax.files import load_arrays, save_arrays
+from lookahead_jax.host.files import load_arrays, save_arrays
 
 _FORMAT = "lookahead_jax trie 1"
 _SAVED = {"tokens": np.int32, "parents": np.int32, "counts": np.float32, "ranks": np.int32}

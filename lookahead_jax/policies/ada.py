@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.config import ModelConfig
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import Chunk, LayerView, Policy, complete
 from lookahead_jax.policies.snapkv import SnapKV
 

@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.importance import importance_scores
 from lookahead_jax.kernels.reductions import Group, Pool, Reduce
+from lookahead_jax.model.config import ModelConfig
 
 Stats = Any  # a policy's own accumulator over the prompt's queries, a pytree
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.attention import KEY_BLOCK, key_blocks, read_block
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.policies.base import Chunk, LayerView, Policy, candidates, share
-from lookahead_jax.rope import apply_rope, rope_tables
 
 
 class Moments(NamedTuple):

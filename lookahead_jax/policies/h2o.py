@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.config import ModelConfig
 from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.kernels.reductions import reduce_group
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import Chunk, LayerView, Policy, share, share_notice
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.config import ModelConfig
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.ada import count_best
 from lookahead_jax.policies.base import LayerView, Policy
 

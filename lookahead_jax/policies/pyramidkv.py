@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.config import ModelConfig
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import complete
 from lookahead_jax.policies.snapkv import SnapKV
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lookahead_jax.requests import Result
+from lookahead_jax.engine.requests import Result
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 

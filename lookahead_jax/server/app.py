@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lookahead_jax.checkpoint import Model
+from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.server.endpoint import Endpoint, check_model
 from lookahead_jax.server.errors import Refused
 from lookahead_jax.server.schema import ChatBody, CompletionBody

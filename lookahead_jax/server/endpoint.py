@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from lookahead_jax.checkpoint import Model
-from lookahead_jax.requests import Event, Request, Result, TooLong
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.engine.requests import Event, Request, Result, TooLong
 from lookahead_jax.server.answers import Answer
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.schema import ChatBody, CompletionBody, parse
 from lookahead_jax.server.service import Call, Service
 from lookahead_jax.server.wire import EventStream, discard_body, read_body, watch
-from lookahead_jax.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 128  # as `lookahead generate`
 

@@ -2,8 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from lookahead_jax.engine import Engine
-from lookahead_jax.requests import Result
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.requests import Result
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 

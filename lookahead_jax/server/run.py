@@ -8,7 +8,7 @@ from types import FrameType
 
 import uvicorn
 
-from lookahead_jax.checkpoint import Model
+from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.server.app import make_app
 from lookahead_jax.server.service import Service
 

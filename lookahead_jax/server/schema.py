@@ -10,7 +10,7 @@ import pydantic
 from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import from_json
 
-from lookahead_jax.sampling import Sampling
+from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.server.errors import Refused
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 16, 1000, 128

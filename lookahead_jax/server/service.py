@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from lookahead_jax.engine import Engine
-from lookahead_jax.requests import Event, Request
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.requests import Event, Request
 from lookahead_jax.server.errors import Refused
 from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.metrics import Metrics

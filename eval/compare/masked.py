@@ -1,0 +1,219 @@
+"""What a policy keeps at many budgets, and what that costs, from one full cache per prompt.
+
+An evicted cache is a full one with the positions of the dropped entries blanked: masks come from
+positions, so the answer's rows see exactly what they would see after a real eviction. Forcing the
+answer through in one block tells at every token what greedy decoding would have chosen there, so
+exact match needs no decoding loop.
+
+Letters: B batch, T prompt, Y answer, S slots, L layers, K KV heads, U budgets, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax.decoding.step import decode
+from lookahead_jax.generation.score import forced_logits
+from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import layer_kinds
+from lookahead_jax.model.jit import program
+from lookahead_jax.model.layers import Params
+from lookahead_jax.modules.definition import LookaheadModules, observer_block
+from lookahead_jax.policies.base import LayerView, Policy, select
+from lookahead_jax.policies.full import Full
+from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.prefill import compress, prefill
+from lookahead_jax.prompts.read import read_again
+
+RESPONSE = 32  # tokens of the model's own response, which the oracle reads
+
+
+class Reference(NamedTuple):
+    """A batch of prompts under the full cache; nothing here depends on a policy."""
+
+    tokens: jax.Array  # [B, T] int32 prompts, all of one length
+    cache: KVCache  # everything
+    logits: jax.Array  # [B, V] after the prompt
+    response: jax.Array  # [B, RESPONSE] int32 the model's own greedy response, -1 padded
+    forced: jax.Array  # [B, Y] int32 the answer that is forced through, -1 padded
+    scores: jax.Array  # [B, Y, V] float32 logits at each token of it
+
+
+class Outcome(NamedTuple):
+    """Forced decoding on evicted caches."""
+
+    choice: jax.Array  # [U, B, Y] int32 the greedy token at each place of the answer
+    kl: jax.Array  # [U, B, Y] float32 nats, KL(full cache || evicted cache) of the next token
+
+
+def read_full(
+    params: Params,
+    tokens: jax.Array,
+    answers: jax.Array | None,
+    *,
+    config: ModelConfig,
+    eos_ids: Sequence[int],
+) -> Reference:
+    """Prompts [B, T] under the full cache; without `answers` [B, Y] the model's own are forced."""
+    slots = slots_for(Full(), tokens.shape[1], 0, RESPONSE, config=config)
+    full = prefill(
+        params, tokens, config=config, policy=Full(), budget=0, slots=slots, new_tokens=RESPONSE
+    )
+    response = decode(
+        params, full.cache.fork(1), full.logits,
+        config=config, max_new_tokens=RESPONSE, eos_ids=eos_ids,
+    ).tokens  # fmt: skip
+    forced = response if answers is None else answers
+    scores = forced_logits(params, full.cache, full.logits, forced, config=config)
+    return Reference(tokens, full.cache, full.logits, response, forced, scores)
+
+
+def keep_masks(
+    params: Params,
+    reference: Reference,
+    policy: Policy,
+    budgets: tuple[int, ...],
+    *,
+    config: ModelConfig,
+    eos_ids: Sequence[int],
+    modules: LookaheadModules | None = None,
+) -> jax.Array:
+    """Which slots of the full cache the policy keeps at each budget: bool [U, L, B, K, S].
+
+    Raises ValueError for a model with sliding windows: its full cache has left entries behind.
+    """
+    if any(window is not None for window in config.layer_window):
+        raise ValueError("a model with sliding windows has no full cache to mask")
+    masks: dict[int, jax.Array] = {}
+    drafts: dict[int, jax.Array] = {}
+    if policy.draft_policy is not None:
+        kept = keep_masks(
+            params, reference, policy.draft_policy, budgets, config=config, eos_ids=eos_ids
+        )
+        drafts = dict(zip(budgets, kept, strict=True))
+    for group in _alike(policy, budgets, reference.tokens.shape[1]):
+        budget = group[0]
+        scores = _scores(
+            params, reference, policy, budget, modules, drafts.get(budget), config, eos_ids
+        )
+        kept = _keep(scores, reference.cache, config=config, policy=policy, budgets=group)
+        masks |= dict(zip(group, kept, strict=True))
+    return jnp.stack([masks[budget] for budget in budgets])
+
+
+def _alike(policy: Policy, budgets: tuple[int, ...], length: int) -> list[tuple[int, ...]]:
+    """Groups of budgets at which the policy scores and protects alike; a draft has its own."""
+    positions = jnp.arange(length, dtype=jnp.int32)[None, None]
+    groups: dict[tuple, list[int]] = {}
+    for budget in budgets:
+        pinned = np.asarray(policy.protected(positions, jnp.array([length]), budget)).tobytes()
+        alone = budget if policy.draft_policy is not None else 0
+        groups.setdefault((policy.window_rows(budget), pinned, alone), []).append(budget)
+    return [tuple(group) for group in groups.values()]
+
+
+def _scores(
+    params: Params,
+    reference: Reference,
+    policy: Policy,
+    budget: int,
+    modules: LookaheadModules | None,
+    draft: jax.Array | None,
+    config: ModelConfig,
+    eos_ids: Sequence[int],
+) -> jax.Array:
+    """Scores over the slots of the full cache: float32 [L, B, K, S].
+
+    `draft` [L, B, K, S] is what the copy has kept that a draft is decoded on.
+    """
+    tokens, cache = reference.tokens, reference.cache
+    if policy.init_stats(*tokens.shape, config) is not None:  # it looks at every prompt row
+        read = prefill(
+            params, tokens, config=config, policy=policy, budget=budget,
+            slots=slots_for(policy, tokens.shape[1], budget, 0, config=config),
+            new_tokens=RESPONSE, with_scores=True,
+        )  # fmt: skip
+        room = [(0, 0), (0, 0), (0, 0), (0, cache.slots - tokens.shape[1])]
+        return jnp.pad(cast(jax.Array, read.scores), room)
+    response = None
+    if policy.two_pass:
+        response = reference.response[:, : policy.response_tokens]
+    if draft is not None:
+        response = decode(
+            params, masked(cache.fork(1), draft), reference.logits,
+            config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
+        ).tokens  # fmt: skip
+    rows = policy.window_rows(budget)
+    if policy.uses_modules:
+        if modules is None:
+            raise ValueError(f"policy {type(policy).__name__} needs modules")
+        observer = observer_block(
+            modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype
+        )
+    elif rows or response is not None:
+        observer = read_again(params, tokens, rows, response, cache, config)
+    else:
+        observer = None
+    # Observers see what the prompt's own pass would have shown them: the prompt sees none of them.
+    again = compress(
+        params, cache, observer, config=config, policy=policy, budget=1, with_scores=True,
+        slots=slots_for(policy, cache.slots, 1, 0, config=config),
+    )  # fmt: skip
+    return cast(jax.Array, again.scores)  # asked for
+
+
+@program(static_argnames=("config", "policy", "budgets"))
+def _keep(
+    scores: jax.Array,
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    policy: Policy,
+    budgets: tuple[int, ...],
+) -> jax.Array:
+    """Scores [L, B, K, S] -> which slots are kept at budgets that are alike: [U, L, B, K, S]."""
+    limit = max(policy.max_entries(cache.slots, budget, config) for budget in budgets)
+    shares = [policy.layer_budgets(cache.next_pos, budget, config) for budget in budgets]
+
+    def layer(scores, k, v, pos, kind, share):
+        view = LayerView(
+            k, v, pos, cache.next_pos, kind.index, kind.window, None, None, cache.rope_span,
+            kind.rope, config,
+        )  # fmt: skip
+        kept = select(policy, view, scores, share, limit, budgets[0])
+        at = jnp.where(kept.pos >= 0, kept.index, scores.shape[-1])
+        b, h = (jnp.arange(n) for n in scores.shape[:2])
+        mask = jnp.zeros(scores.shape, bool)
+        return mask.at[b[:, None, None], h[None, :, None], at].set(True, mode="drop")
+
+    layers = jax.vmap(layer)
+    each = jax.vmap(layers, in_axes=(None, None, None, None, None, 0))
+    kinds = layer_kinds(config)
+    return each(scores, cache.k, cache.v, cache.pos, kinds, jnp.stack(shares))
+
+
+def masked(cache: KVCache, keep: jax.Array) -> KVCache:
+    """The cache after it has evicted everything but `keep` [L, B, K, S], each slot in its place."""
+    return dataclasses.replace(cache, pos=jnp.where(keep, cache.pos, -1))
+
+
+@program(static_argnames=("config",))
+def outcome(
+    params: Params, reference: Reference, keep: jax.Array, *, config: ModelConfig
+) -> Outcome:
+    """Forces the answer through the caches that `keep` [U, L, B, K, S] leaves."""
+    full = jax.nn.log_softmax(reference.scores, axis=-1)
+
+    def one(keep):
+        cache = masked(reference.cache, keep)
+        scores = forced_logits(params, cache, reference.logits, reference.forced, config=config)
+        log_p = jax.nn.log_softmax(scores, axis=-1)
+        kl = (jnp.exp(full) * (full - log_p)).sum(-1)
+        return scores.argmax(-1).astype(jnp.int32), jnp.maximum(kl, 0.0)
+
+    return Outcome(*jax.lax.map(one, keep))

@@ -1,0 +1,1 @@
+"""Connects the library to EleutherAI's lm-evaluation-harness."""

@@ -1,0 +1,107 @@
+"""Rows -> means with 95 % intervals, per cell and over the cells of a chart."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lookahead_jax.eval.compare.summary import normal, wilson
+from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, key_of, read_rows
+
+Row = Mapping[str, Any]
+
+
+class Stat(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def read_runs(runs: Sequence[Path]) -> dict[Cell, list[dict[str, Any]]]:
+    """The rows of several runs by cell; of a row that occurs twice the last one counts.
+
+    Every row learns where it stands: `file` and `line`. Raises ValueError if there is none.
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    for run in runs:
+        for line, row in enumerate(read_rows(run / ROWS), 1):
+            found[key_of(row)] = row | {"file": str(run / ROWS), "line": line}
+    if not found:
+        raise ValueError(f"no rows in {', '.join(map(str, runs))}")
+    cells: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
+    for (cell, _), row in found.items():
+        cells[cell].append(row)
+    return dict(cells)
+
+
+def read_views(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """The kept tokens of chosen examples, the last of those that occur twice."""
+    return list({key_of(v): v for run in runs for v in read_rows(run / VIEWS)}.values())
+
+
+def scores(rows: Iterable[Row]) -> list[float]:
+    """The scores of rows that have one."""
+    return [row["score"] for row in rows if row["score"] is not None]
+
+
+def accuracy(rows: Sequence[Row]) -> Stat | None:
+    """Mean score: a Wilson interval for shares, a normal one for graded scores; None without."""
+    values = scores(rows)
+    if not values:
+        return None
+    mean, n = float(np.mean(values)), len(values)
+    return Stat(mean, *wilson(mean, n), n) if all(r["binary"] for r in rows) else graded(values)
+
+
+def graded(values: Sequence[float]) -> Stat:
+    """Mean of values in [0, 1] with a normal interval; of a single one it says nothing."""
+    low, high = normal(np.array(values)) if len(values) > 1 else (0.0, 1.0)
+    return Stat(float(np.mean(values)), max(low, 0.0), min(high, 1.0), len(values))
+
+
+def measures(rows: Sequence[Row]) -> dict[str, Stat]:
+    """Name -> mean of what a benchmark measures beside the score."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.get("measures", {}).items():
+            found[name].append(value)
+    return {name: graded(values) for name, values in found.items()}
+
+
+def average(stats: Sequence[Stat]) -> Stat:
+    """Mean over tasks, each counting the same; independent intervals add in squares."""
+    count = len(stats)
+    mean = sum(s.mean for s in stats) / count
+    below = math.sqrt(sum((s.mean - s.low) ** 2 for s in stats)) / count
+    above = math.sqrt(sum((s.high - s.mean) ** 2 for s in stats)) / count
+    return Stat(mean, max(mean - below, 0.0), min(mean + above, 1.0), sum(s.n for s in stats))
+
+
+def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
+    """What a policy adds to the time to the first token, as a share of the full cache's.
+
+    One value per batch. Batches that were read both ways, next to each other (`pair_times`), are
+    compared with themselves; others with the full cache's own rows, by their examples.
+    """
+    base = {row["id"]: row["ttft_s"] for row in full}
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        beside = row.get("full_ttft_s") or base.get(row["id"])
+        if beside is not None:
+            ratios[row["first_of_batch"]].append(row["ttft_s"] / beside - 1)
+    return [float(np.mean(values)) for values in ratios.values()]
+
+
+def spread(values: Sequence[float]) -> Stat | None:
+    """Mean of measured values with a normal interval; of a single one the interval is empty."""
+    if not values:
+        return None
+    mean = float(np.mean(values))
+    low, high = normal(np.array(values)) if len(values) > 1 else (mean, mean)
+    return Stat(mean, low, high, len(values))

@@ -1,0 +1,1 @@
+"""Scores an answer against what is expected, as each benchmark defines it."""

@@ -1,0 +1,1 @@
+"""Benchmark tasks: prompts, expected answers and the scorer of each."""

@@ -1,0 +1,1 @@
+"""Tasks written for the embedded model."""

@@ -1,0 +1,264 @@
+"""Reads a Hugging Face `config.json` into a `ModelConfig`.
+
+Both generations of field names are understood: transformers 4 (`rope_theta`, `rope_scaling`,
+`sliding_window_pattern`) and 5 (`rope_parameters`, `layer_types`). What is not understood is
+refused by name; nothing is guessed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lookahead_jax.checkpoints.hf_defaults import DEFAULTS
+from lookahead_jax.model.config import Activation, ModelConfig, RopeConfig
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+_MAX_LAYERS = 10_000  # a lying file must not make us build huge tuples
+
+
+class _Fields:
+    """Typed access to a JSON object: a wrong type is an error that names the field."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self.values, self.where = values, where
+
+    def optional(self, name: str, kind: type) -> Any:
+        value = self.values.get(name)
+        # Bounds keep an absurd file from overflowing arithmetic long before it meets a check.
+        if isinstance(value, int | float) and not abs(value) < 1e15:
+            raise ValueError(f"{self.where}: {name} is out of range: {value}")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if value is not None and (
+            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        ):
+            raise ValueError(f"{self.where}: {name} must be of type {kind.__name__}, got {value!r}")
+        return value
+
+    def required(self, name: str, kind: type) -> Any:
+        value = self.optional(name, kind)
+        if value is None:
+            raise ValueError(f"{self.where}: {name} is missing")
+        return value
+
+    def floats(self, name: str) -> tuple[float, ...] | None:
+        values = self.optional(name, list)
+        if values is None:
+            return None
+        return tuple(_Fields({name: v}, self.where).required(name, float) for v in values)
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Parses the content of a `config.json`.
+
+    Fields that the file omits take the defaults of transformers 5.23 for its `model_type`.
+    Multimodal Gemma 3 (`model_type` gemma3) yields the configuration of its text model.
+
+    Raises:
+      ValueError: naming the field, for an unknown `model_type`, `rope_type` or activation,
+        any `quantization_config`, and missing, mistyped or inconsistent values.
+    """
+    if not isinstance(hf, Mapping):
+        raise ValueError(f"config.json must hold an object, got {type(hf).__name__}")
+    if hf.get("quantization_config") is not None:
+        raise ValueError(
+            "config.json has a quantization_config; quantized checkpoints are not supported, "
+            "use the unquantized (bfloat16 or float16) weights"
+        )
+    model_type = hf.get("model_type")
+    if model_type == "gemma3":
+        text = _Fields(hf, "config.json").required("text_config", Mapping)
+        # The multimodal wrapper decides about the head; its own default is tied.
+        tied = {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
+        return config_from_hf({"model_type": "gemma3_text"} | dict(text) | tied)
+    if model_type not in DEFAULTS:
+        raise ValueError(
+            f"unknown model_type {model_type!r}; known: {', '.join([*DEFAULTS, 'gemma3'])}"
+        )
+
+    f = _Fields(DEFAULTS[model_type] | dict(hf), f"config.json ({model_type})")
+    gemma = model_type in ("gemma2", "gemma3_text")
+    if gemma and f.optional("use_bidirectional_attention", bool):
+        raise ValueError(f"{f.where}: use_bidirectional_attention is not supported")
+    if model_type == "gemma3_text" and f.values["attn_logit_softcapping"] is not None:
+        # transformers stores the field for Gemma 3 and never applies it.
+        raise ValueError(f"{f.where}: attn_logit_softcapping has no meaning for Gemma 3")
+    hidden_size, num_heads = (
+        f.required(name, int) for name in ("hidden_size", "num_attention_heads")
+    )
+    num_kv_heads = f.optional("num_key_value_heads", int)
+    head_dim = _head_dim(f, hidden_size, num_heads)
+    layer_types = _layer_types(f, model_type)
+    ropes = _ropes(f, model_type, head_dim)
+    has_bias_field = model_type in ("llama", "qwen3", "gemma2", "gemma3_text")
+    attention_bias = has_bias_field and f.required("attention_bias", bool)
+    query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
+    if query_scale <= 0:
+        raise ValueError(f"{f.where}: query_pre_attn_scalar must be positive, got {query_scale}")
+    return ModelConfig(
+        model_type=model_type,
+        vocab_size=f.required("vocab_size", int),
+        hidden_size=hidden_size,
+        num_layers=len(layer_types),
+        num_heads=num_heads,
+        num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+        head_dim=head_dim,
+        mlp_dim=f.required("intermediate_size", int),
+        ropes=ropes,
+        layer_rope=tuple(int(sliding and len(ropes) > 1) for sliding in layer_types),
+        layer_window=tuple(
+            f.required("sliding_window", int) if sliding else None for sliding in layer_types
+        ),
+        norm_eps=f.required("rms_norm_eps", float),
+        norm_offset=gemma,
+        post_norms=gemma,
+        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qkv_bias=attention_bias or model_type == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=model_type == "llama" and f.required("mlp_bias", bool),
+        activation=_activation(f, "hidden_activation" if gemma else "hidden_act"),
+        embed_scale=hidden_size**0.5 if gemma else None,
+        attn_scale=query_scale**-0.5,
+        attn_softcap=f.optional("attn_logit_softcapping", float) if gemma else None,
+        final_softcap=f.optional("final_logit_softcapping", float) if gemma else None,
+        tie_embeddings=f.required("tie_word_embeddings", bool),
+        max_position=f.required("max_position_embeddings", int),
+    )
+
+
+def _head_dim(f: _Fields, hidden_size: int, num_heads: int) -> int:
+    head_dim = f.optional("head_dim", int)
+    if head_dim is not None:
+        return head_dim
+    if num_heads < 1 or hidden_size % num_heads:
+        raise ValueError(f"{f.where}: hidden_size {hidden_size} / {num_heads} heads is not whole")
+    return hidden_size // num_heads
+
+
+def _activation(f: _Fields, field: str) -> Activation:
+    name = f.required(field, str)
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"{f.where}: unknown {field} {name!r}; known: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def _layer_types(f: _Fields, model_type: str) -> tuple[bool, ...]:
+    """Per layer, whether it attends within the sliding window."""
+    num_layers = f.required("num_hidden_layers", int)
+    if not 1 <= num_layers <= _MAX_LAYERS:
+        raise ValueError(f"{f.where}: num_hidden_layers {num_layers} is not in 1..{_MAX_LAYERS}")
+    if model_type == "llama":
+        return (False,) * num_layers
+    if model_type in ("mistral", "phi3"):
+        return (f.optional("sliding_window", int) is not None,) * num_layers
+    names = f.optional("layer_types", list)
+    if names is not None:
+        if len(names) != num_layers or any(
+            name not in ("sliding_attention", "full_attention") for name in names
+        ):
+            raise ValueError(
+                f"{f.where}: layer_types must hold {num_layers} times sliding_attention or "
+                f"full_attention, got {names}"
+            )
+        return tuple(name == "sliding_attention" for name in names)
+    if model_type in ("qwen2", "qwen3"):
+        windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None
+        first = f.required("max_window_layers", int) if windowed else num_layers
+        return tuple(layer >= first for layer in range(num_layers))
+    period = 2
+    if model_type == "gemma3_text":
+        names = ("sliding_window_pattern", "_sliding_window_pattern")
+        period = next((f.required(n, int) for n in names if f.values.get(n) is not None), 6)
+    if period < 1:
+        raise ValueError(f"{f.where}: sliding_window_pattern must be positive, got {period}")
+    return tuple((layer + 1) % period != 0 for layer in range(num_layers))
+
+
+def _ropes(f: _Fields, model_type: str, head_dim: int) -> tuple[RopeConfig, ...]:
+    # A rope_scaling wins over rope_parameters where both are present, as in transformers.
+    scaling = f.optional("rope_scaling", Mapping) or {}
+    parameters = f.optional("rope_parameters", Mapping) or {}
+    nested = {"full_attention", "sliding_attention"} & set(parameters)
+    if model_type != "gemma3_text":
+        if nested:
+            raise ValueError(f"{f.where}: rope_parameters per layer type are not supported")
+        return (_rope(f, scaling or parameters, "rope_theta", model_type, head_dim),)
+    if parameters and not nested:
+        raise ValueError(f"{f.where}: rope_parameters must be nested by layer type")
+    layered = _Fields(parameters, f"{f.where} rope_parameters")
+    both = (layered.optional(n, Mapping) or {} for n in ("full_attention", "sliding_attention"))
+    full, sliding = both
+    return (
+        _rope(f, dict(full) | dict(scaling), "rope_theta", model_type, head_dim),
+        _rope(f, sliding, "rope_local_base_freq", model_type, head_dim),
+    )
+
+
+def _rope(
+    f: _Fields, parameters: Mapping[str, Any], theta_field: str, model_type: str, head_dim: int
+) -> RopeConfig:
+    r = _Fields(parameters, f"{f.where} rope")
+    kind = r.optional("rope_type", str) or r.optional("type", str) or "default"
+    if model_type == "phi3" and kind in ("su", "yarn"):  # what Phi-3 called longrope at first
+        kind = "longrope"
+    partial = r.optional("partial_rotary_factor", float)
+    if partial is None:
+        partial = f.required("partial_rotary_factor", float)
+    if partial != 1.0 and model_type != "phi3":
+        raise ValueError(f"{f.where}: partial_rotary_factor is not supported")
+    theta = r.optional("rope_theta", float)
+    max_position = f.required("max_position_embeddings", int)
+    if max_position < 1:
+        raise ValueError(f"{f.where}: max_position_embeddings must be positive")
+    # The top-level field wins over the one inside the rope object, as in transformers.
+    original = (
+        f.optional("original_max_position_embeddings", int)
+        or r.optional("original_max_position_embeddings", int)
+        or max_position
+    )
+    common = {
+        "kind": kind,
+        "theta": f.required(theta_field, float) if theta is None else theta,
+        "dim": int(head_dim * partial),
+        "max_position": max_position,
+    }
+    factor, attention_factor = (r.optional(n, float) for n in ("factor", "attention_factor"))
+    match kind:
+        case "linear" | "dynamic":
+            return RopeConfig(**common, factor=factor)
+        case "llama3":
+            return RopeConfig(
+                **common,
+                factor=factor,
+                low_freq_factor=r.optional("low_freq_factor", float),
+                high_freq_factor=r.optional("high_freq_factor", float),
+                original_max_position=original,
+            )
+        case "yarn":
+            truncate = r.optional("truncate", bool)
+            return RopeConfig(
+                **common,
+                factor=max_position / original if factor is None else factor,
+                attention_factor=attention_factor,
+                beta_fast=r.optional("beta_fast", float) or 32.0,
+                beta_slow=r.optional("beta_slow", float) or 1.0,
+                mscale=r.optional("mscale", float),
+                mscale_all_dim=r.optional("mscale_all_dim", float),
+                truncate=True if truncate is None else truncate,
+                original_max_position=original,
+            )
+        case "longrope":
+            return RopeConfig(
+                **common,
+                factor=max_position / original if factor is None else factor,
+                attention_factor=attention_factor,
+                short_factor=r.floats("short_factor"),
+                long_factor=r.floats("long_factor"),
+                original_max_position=original,
+            )
+    return RopeConfig(**common)

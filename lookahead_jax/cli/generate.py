@@ -1,0 +1,57 @@
+"""`lookahead generate`: continue a prompt from a budgeted cache."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from lookahead_jax.cli.options import File, RunOptions
+from lookahead_jax.host.files import atomic_write, check_parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(RunOptions):
+    """Continue a prompt; the text streams to the standard output."""
+
+    json: File = None
+    """Also write tokens, text, sizes, timing (after a first run) and drafting to this file."""
+
+
+def main(config: Generate) -> None:
+    if config.json is not None:
+        check_parent(config.json)
+    eviction = config.eviction.resolve(config.source)
+    drafter = config.drafting.make(config.source.dtype)
+    model = config.source.load()
+    prompts = config.input.read(model)
+    stream = len(prompts) == 1 and model.tokenizer is not None
+    result = config.run(
+        model,
+        prompts,
+        eviction,
+        drafter,
+        on_text=_print if stream else None,
+        measure=config.json is not None,
+    )
+    if stream:
+        print()
+    else:
+        for row, continuation in enumerate(result.text or result.tokens):
+            print(f"[{row}] {continuation}")
+    if config.json is not None:
+        atomic_write(config.json, json.dumps(report(result), indent=2, allow_nan=False) + "\n")
+
+
+def report(result) -> dict:
+    """What --json writes of a `Generation`; tokens, text and prompt_tokens have one entry a row."""
+    return dict(
+        tokens=result.tokens,
+        text=result.text,
+        finish=result.finish,
+        prompt_tokens=result.prompt_tokens,
+        cache=asdict(result.cache),
+        timing=asdict(result.timing),
+        drafting=asdict(result.drafting),
+    )
+
+
+def _print(row: int, text: str) -> None:
+    print(text, end="", flush=True)

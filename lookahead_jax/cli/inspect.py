@@ -1,0 +1,71 @@
+"""`lookahead inspect`: a page that shows what the cache kept and what was drafted."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+from lookahead_jax.cli.options import OutFile, RunOptions, Text, megabytes
+from lookahead_jax.host.files import atomic_write, check_parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(RunOptions):
+    """Write an HTML page: how many heads kept each prompt token, and the tree of every step."""
+
+    out: OutFile = Path("inspect.html")
+    """The page to write."""
+    mark: Text = None
+    """Underline this text wherever it stands in the prompt, and count how much of it was kept."""
+
+
+def main(config: Inspect) -> None:
+    from lookahead_jax.cli.inspect_page import drafted_steps, render  # imports jax
+
+    check_parent(config.out)
+    eviction = config.eviction.resolve(config.source)
+    drafter = config.drafting.make(config.source.dtype)
+    model = config.source.load()
+    prompts = config.input.read(model)
+    if len(prompts) != 1:
+        raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
+    plain, steps = config.drafting.drafter == "none", []
+    on_step = None if plain else steps.append
+    result = config.run(model, prompts, eviction, drafter, on_step=on_step)
+    name = partial(_name, model.tokenizer)
+    prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
+    page = render(
+        prompt=prompt,
+        offsets=offsets,
+        pieces=pieces,
+        kept=[[head[head >= 0] for head in layer[0]] for layer in result.kept],
+        generated=" ".join(map(str, result.tokens[0])) if result.text is None else result.text[0],
+        facts={
+            "Model": str(config.source.model or "embedded"),
+            "Policy": " ".join([eviction.name, *config.eviction.policy_arg]),
+            "Budget": f"{config.eviction.budget:,} per layer and head",
+            "Prompt": f"{len(offsets):,} tokens",
+            "Cache": f"{megabytes(result.cache.bytes)}, full {megabytes(result.cache.full_bytes)}",
+        },
+        mark=config.mark,
+        steps=None if plain else drafted_steps(steps, result.tokens[0], name),
+    )
+    atomic_write(config.out, page)
+    print(config.out)
+
+
+def _pieces(tokenizer, prompt, ids: list[int]) -> tuple[str, list[tuple[int, int]], list[str]]:
+    """The prompt's text, each token's characters in it, and each token's name.
+
+    The text of a prompt given as ids is made of its tokens one by one.
+    """
+    if isinstance(prompt, str):
+        _, offsets = tokenizer.encode_with_offsets(prompt)
+        return prompt, offsets, [_name(tokenizer, i) for i in ids]
+    pieces = [_name(tokenizer, i) for i in ids]
+    return "".join(pieces), list(pairwise(accumulate(map(len, pieces), initial=0))), pieces
+
+
+def _name(tokenizer, token: int) -> str:
+    """A token's text, by itself."""
+    return f"{token} " if tokenizer is None else tokenizer.decode([token], skip_special=False)

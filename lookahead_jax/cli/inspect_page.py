@@ -1,0 +1,161 @@
+"""The page of `lookahead inspect`: what the cache kept of a prompt, and what a drafter proposed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import NamedTuple
+
+import numpy as np
+
+from lookahead_jax.decoding.step import Step
+from lookahead_jax.host.pages import embed_json
+
+
+class DraftedStep(NamedTuple):
+    """One step of one row. Node 0 is the token emitted last; indices are into `names`."""
+
+    names: list[str]  # text of each node
+    parents: list[int]  # before their children; -1 for node 0
+    ignored: list[int]  # nodes that the model did not look at
+    path: list[int]  # accepted nodes from node 0 down
+    own: str | None  # what the model chose behind the path; None if the text ended before
+
+
+def drafted_steps(
+    steps: Sequence[Step], tokens: Sequence[int], name: Callable[[int], str]
+) -> list[DraftedStep]:
+    """What `generate(on_step=...)` handed over about its first row, for `render`.
+
+    `tokens` are the row's, the first of which no step emitted; `name` is a token's text. Nodes
+    without a token or without an earlier node to continue are left out.
+    """
+    drawn, at = [], 1
+    for step in steps:
+        count = int(step.count[0])
+        if count == 0:
+            continue
+        place, names, parents, ignored = {-1: -1}, [], [], []
+        drafted = zip(step.tree.tokens[0], step.tree.parents[0], step.valid[0], strict=True)
+        for node, (token, parent, valid) in enumerate(drafted):
+            parent = int(parent) if node else -1
+            if token < 0 or parent not in place or (node and parent < 0):
+                continue
+            place[node] = len(names)
+            if not valid:
+                ignored.append(len(names))
+            names.append(name(int(token)))
+            parents.append(place[parent])
+        path = [place[int(node)] for node in step.path[0, :count]]
+        at += count
+        own = name(tokens[at - 1]) if at <= len(tokens) else None
+        drawn.append(DraftedStep(names, parents, ignored, path, own))
+    return drawn
+
+
+def render(
+    *,
+    prompt: str,
+    offsets: Sequence[tuple[int, int]],
+    pieces: Sequence[str],
+    kept: Sequence[Sequence[np.ndarray | Sequence[int]]],
+    generated: str,
+    facts: Mapping[str, str],
+    mark: str | None = None,
+    steps: Sequence[DraftedStep] | None = None,
+) -> str:
+    """One self-contained HTML page (no network; all text is data, none of it markup).
+
+    `offsets` [T] are character ranges of the tokens in `prompt`, `pieces` [T] their names, shown
+    for tokens without characters; `kept` [L][K] are ascending positions per layer and KV head;
+    `facts` stand at the top in their order; every occurrence of `mark` is underlined. With
+    `steps` the page has a section that lists them and draws the tree of each.
+    Raises ValueError if lengths or positions do not fit together, or if `mark` does not occur.
+    """
+    if len(offsets) != len(pieces):
+        raise ValueError(f"{len(offsets)} offsets for {len(pieces)} tokens")
+    data = {
+        "tokens": len(offsets),
+        "segments": _segments(prompt, offsets, pieces),
+        "kept": [[_runs(head, len(offsets)) for head in layer] for layer in kept],
+        "marks": _marks(prompt, offsets, mark) if mark else [],
+        "generated": generated,
+        "facts": dict(facts),
+    }
+    section = ""
+    if steps is not None:
+        data["steps"] = _drawn(steps)
+        section = "\n" + _template("steps.html")
+    page = _template("inspect.html").replace("__STEPS__", section)
+    return page.replace("__DATA__", embed_json(data))
+
+
+def _template(name: str) -> str:
+    return files("lookahead_jax.cli").joinpath("templates", name).read_text("utf-8")
+
+
+def _drawn(steps: Sequence[DraftedStep]) -> dict:
+    """The steps, every text once: `tokens` and `own` are indices into `names`, -1 for none."""
+    index: dict[str, int] = {}
+
+    def number(text: str | None) -> int:
+        return -1 if text is None else index.setdefault(text, len(index))
+
+    drawn = [
+        {
+            "tokens": [number(name) for name in step.names],
+            "parents": step.parents,
+            "off": step.ignored,
+            "path": step.path,
+            "own": number(step.own),
+        }
+        for step in steps
+    ]
+    return {"names": list(index), "list": drawn}
+
+
+def _segments(prompt: str, offsets: Sequence[tuple[int, int]], pieces: Sequence[str]) -> list:
+    """[text, tokens] in reading order, [name, 1, true] for a token without characters.
+
+    Text between two tokens goes with the later one. Tokens that are bytes of one character share
+    its segment. Text after the last token counts 0 tokens.
+    """
+    segments: list[list] = []
+    cursor = 0
+    for (start, end), piece in zip(offsets, pieces, strict=True):
+        if end > cursor:
+            segments.append([prompt[cursor:end], 1])
+            cursor = end
+        elif start == end:
+            segments.append([piece, 1, True])
+        else:
+            segments[-1][1] += 1
+    if cursor < len(prompt):
+        segments.append([prompt[cursor:], 0])
+    return segments
+
+
+def _runs(kept: np.ndarray | Sequence[int], tokens: int) -> list[int]:
+    """Ascending positions as run lengths: skipped, kept, skipped, kept, ..."""
+    positions = np.asarray(kept, np.int64)
+    if positions.size == 0:
+        return []
+    steps = np.diff(positions)
+    if positions[0] < 0 or positions[-1] >= tokens or (steps < 1).any():
+        raise ValueError(f"kept positions must ascend within 0 to {tokens - 1}")
+    starts = positions[np.r_[True, steps > 1]]
+    ends = positions[np.r_[steps > 1, True]] + 1
+    return np.diff(np.stack([starts, ends], axis=1).ravel(), prepend=0).tolist()
+
+
+def _marks(prompt: str, offsets: Sequence[tuple[int, int]], mark: str) -> list[tuple[int, int]]:
+    """Token ranges (first, end) of every occurrence of `mark`."""
+    starts, ends = np.asarray(offsets).T
+    ranges = []
+    found = prompt.find(mark)
+    while found >= 0:
+        inside = np.flatnonzero((starts < found + len(mark)) & (ends > found))
+        if inside.size:
+            ranges.append((int(inside[0]), int(inside[-1]) + 1))
+        found = prompt.find(mark, found + len(mark))
+    if not ranges:
+        raise ValueError(f"the prompt does not contain {mark!r}")
+    return ranges

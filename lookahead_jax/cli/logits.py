@@ -1,0 +1,37 @@
+"""`lookahead logits`: the model's logits at every position, without any eviction."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from lookahead_jax.cli.options import ModelOptions, OutFile, TokenFile
+from lookahead_jax.cli.tokens import read_tokens
+from lookahead_jax.host.files import check_parent, save_arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits:
+    """Write the logits at every position of token rows."""
+
+    source: ModelOptions = field(default_factory=ModelOptions)
+    tokens: TokenFile
+    """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
+    out: OutFile
+    """The .npz to write: logits [B, T, V], float32; zero where a row is padding."""
+
+
+def main(config: Logits) -> None:
+    import jax.numpy as jnp
+
+    import lookahead_jax as lk
+
+    check_parent(config.out)
+    model = config.source.load()
+    tokens = read_tokens(config.tokens, model.config)
+    logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
+    for i, row in enumerate(tqdm(tokens, "logits", disable=None)):
+        length = (row >= 0).sum()
+        found = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)
+        logits[i, :length] = found[0, :length]
+    save_arrays(config.out, logits=logits)

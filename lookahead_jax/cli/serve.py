@@ -1,0 +1,97 @@
+"""`lookahead serve`: an OpenAI-style endpoint on the continuous-batching engine."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from lookahead_jax.cli.options import (
+    DraftingOptions,
+    EvictionOptions,
+    File,
+    ModelOptions,
+    option,
+)
+from lookahead_jax.server.limits import ServerLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Answer OpenAI-style requests over HTTP: completions, chat, both as streams too."""
+
+    source: ModelOptions = field(default_factory=ModelOptions)
+    eviction: EvictionOptions = field(default_factory=EvictionOptions)
+    drafting: DraftingOptions = field(default_factory=DraftingOptions)
+    host: str = "127.0.0.1"
+    """Address to listen at."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    api_key_file: File = None
+    """File with the key that clients must send; left out, none is asked for."""
+    rows: int = 8
+    """Continuations that decode at the same time."""
+    max_tokens: int = 512
+    """The most tokens a continuation may have."""
+    max_prompt_tokens: Annotated[int | None, option("INT")] = None
+    """The longest prompt; left out, what the model's positions leave beside --max-tokens."""
+    evict_every: Annotated[int | None, option("INT")] = None
+    """Cut the cache back to the budget every so many new tokens; see lookahead generate --help."""
+    max_question_tokens: int = 0
+    """The longest prompt behind a `document`, for which every row has room; 0 takes none."""
+    prompt_store_mb: int = 256
+    """Megabytes of read prompts to keep: an equal one is not read again. 0 keeps none."""
+    limits: ServerLimits = field(default_factory=ServerLimits)
+
+
+def main(config: Serve) -> None:
+    try:
+        from lookahead_jax.server.run import Server, bind
+        from lookahead_jax.server.service import Service
+    except ImportError as error:
+        raise ValueError(
+            f"{error}; install the extra: pip install 'lookahead-jax[serve]'"
+        ) from error
+    import lookahead_jax as lk
+
+    key = None if config.api_key_file is None else read_key(config.api_key_file)
+    # Bound before anything is loaded: a port that is taken is no surprise after minutes of work.
+    with bind(config.host, config.port, has_key=key is not None) as socket:
+        eviction = config.eviction.resolve(config.source)
+        drafter = config.drafting.make(config.source.dtype)
+        model = config.source.load()
+        engine = lk.Engine(
+            model,
+            policy=eviction.policy,
+            budget=config.eviction.budget,
+            lookahead=eviction.modules(model),
+            rows=config.rows,
+            max_new_tokens=config.max_tokens,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_question_tokens=config.max_question_tokens,
+            drafter=drafter,
+            draft_nodes=config.drafting.draft_nodes,
+            evict_every=config.evict_every,
+            prompt_store_bytes=config.prompt_store_mb * 10**6,
+        )
+        name = "embedded" if config.source.model is None else config.source.model.resolve().name
+        service = Service(engine, config.limits)
+        server = Server(service, model, name=name, api_key=key)
+        _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
+        engine.warm_up()
+        host, port = socket.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        _say(f"serving {name} at http://{host}:{port}/v1")
+        server.run(sockets=[socket])
+    _say("stopped")
+
+
+def read_key(path: Path) -> str:
+    """The key in a file; ValueError unless it is one line of printable ASCII."""
+    key = path.read_bytes().strip()
+    if not key or not all(33 <= byte <= 126 for byte in key):
+        raise ValueError(f"{path} must hold one key of printable ASCII characters without spaces")
+    return key.decode()
+
+
+def _say(message: str) -> None:
+    print(f"lookahead: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Turns a cache into tokens: draft, verify, accept and compact, one step at a time."""

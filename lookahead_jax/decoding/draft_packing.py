@@ -1,0 +1,51 @@
+"""Drafts on the host: into the token trees of a batch, out of them, and beside what was emitted."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lookahead_jax.decoding.host_drafter import Draft
+
+NOTHING = Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
+def pack(drafts: Sequence[Draft], nodes: int) -> np.ndarray:
+    """One tree of `nodes` nodes per row, for `device.Given`: int32 [2, B, P] tokens and parents.
+
+    What a draft has beyond them is left out. The root's token is filled in on the device, which
+    also finds out what is wrong with a draft.
+    Raises ValueError if a draft's two arrays differ in length.
+    """
+    packed = np.full((2, len(drafts), nodes), -1, np.int32)
+    tokens, parents = packed
+    for row, draft in enumerate(drafts):
+        if len(draft.tokens) != len(draft.parents):
+            raise ValueError(
+                f"a draft has {len(draft.tokens)} tokens and {len(draft.parents)} parents"
+            )
+        size = min(len(draft.tokens), nodes - 1)
+        tokens[row, 1 : size + 1] = draft.tokens[:size]
+        # Draft: -1 continues the root, i the i-th drafted node; tree: 0 is the root.
+        parents[row, 1 : size + 1] = np.asarray(draft.parents[:size]) + 1
+    return packed  # a step takes it as it is, which is quicker than making an array of it here
+
+
+def unpack(tokens: np.ndarray, parents: np.ndarray) -> list[Draft]:
+    """The drafts of token trees [B, P]; a node that does not exist has the token -1."""
+    return [Draft(t[1:], p[1:] - 1) for t, p in zip(tokens, parents, strict=True)]
+
+
+def path_of(draft: Draft, text: Sequence[int]) -> list[int]:
+    """The nodes that a step would accept if the target chose `text`, from the root down."""
+    children: dict[tuple[int, int], int] = {}
+    tokens, parents = np.asarray(draft.tokens).tolist(), np.asarray(draft.parents).tolist()
+    for node, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
+        if parent < node:
+            children.setdefault((parent, token), node)
+    path: list[int] = []
+    for token in text:
+        node = children.get((path[-1] if path else -1, token))
+        if node is None:
+            break
+        path.append(node)
+    return path

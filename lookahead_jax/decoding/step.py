@@ -1,0 +1,356 @@
+"""Decoding, on the device: propose a tree, run it, accept a path, commit it, until all is done.
+
+Plain decoding is the tree of one node. The last emitted token is always pending: it is the root
+of the next tree, and its keys and values enter the cache with the step that reads it. A row that
+is done takes no part in a step and costs its share of it. What is emitted is the target's own
+choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
+number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728). Drafters
+that draw are the exception: see acceptance.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from lookahead_jax.decoding.acceptance import accept_drawn
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
+from lookahead_jax.decoding.eviction import DecodeEviction, evict
+from lookahead_jax.decoding.sampling import (
+    GREEDY,
+    Sampling,
+    SamplingRows,
+    choose,
+    process_logits,
+    sampling_rows,
+)
+from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTree, accept, layout
+from lookahead_jax.model.cache import KVCache, commit
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import Block, embed, forward, logits
+from lookahead_jax.model.jit import program
+from lookahead_jax.model.layers import Params
+from lookahead_jax.modules.definition import LookaheadModules
+
+PLAIN = NoDrafter()
+
+
+@struct.dataclass
+class DecodeState:
+    """A batch of requests in the middle of decoding."""
+
+    cache: KVCache
+    token: jax.Array  # [B] int32 last emitted token, not yet in the cache
+    tokens: jax.Array  # [B, W] int32 emitted tokens, -1 where none
+    count: jax.Array  # [B] int32 emitted so far
+    limit: jax.Array  # [B] int32 most tokens to emit
+    done: jax.Array  # [B] bool
+    eos: jax.Array  # [B, E] int32 tokens that end a row, -1 = none
+    seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
+    sampling: SamplingRows
+    lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
+    reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
+    draft: Any  # the drafter's state
+    sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
+
+
+class Decoded(NamedTuple):
+    """What `decode` returns."""
+
+    tokens: jax.Array  # [B, W] int32, -1 after a row's end; an eos token is included
+    count: jax.Array  # [B] int32
+    cache: KVCache  # holds every emitted token but each row's last
+
+
+def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"]:
+    """Which ids occur in each row of a padded batch."""
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    ids = jnp.where(tokens >= 0, tokens, vocab_size)
+    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
+
+
+def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeState:
+    """Appends the first `count` [B] of the tokens [B, P] to each row; only the last may end it."""
+    rows = jnp.arange(emitted.shape[0])[:, None]
+    step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
+    at = jnp.where(step < count[:, None], state.count[:, None] + step, state.tokens.shape[1])
+    seen = state.seen
+    if seen is not None:
+        ids = jnp.where(step < count[:, None], emitted, seen.shape[1])
+        seen = seen.at[rows, ids].set(True, mode="drop")
+    last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
+    total = state.count + count
+    ended = (last == state.eos).any(1) | (total >= state.limit)
+    return dataclasses.replace(
+        state,
+        token=jnp.where(count > 0, last[:, 0], state.token),
+        tokens=state.tokens.at[rows, at].set(emitted, mode="drop"),
+        count=total,
+        done=state.done | (ended & (count > 0)),
+        seen=seen,
+    )
+
+
+def _seen_on_path(state: DecodeState, tree: TokenTree, laid: Layout) -> jax.Array | None:
+    """Tokens of the text so far [B, P, V], those on the way to each node included."""
+    if state.seen is None or tree.tokens.shape[1] == 1:
+        return None if state.seen is None else state.seen[:, None]
+    batch, width = tree.tokens.shape
+    every = jnp.broadcast_to(state.seen[:, None], (batch, width, state.seen.shape[1]))
+    bi, ni = jnp.arange(batch)[:, None, None], jnp.arange(width)[None, :, None]
+    ids = jnp.where(laid.ancestors & laid.valid[:, None], tree.tokens[:, None], every.shape[2])
+    return jax.lax.cond(
+        (state.sampling.penalty != 1.0).any(),
+        lambda every: every.at[bi, ni, ids].set(True, mode="drop"),
+        lambda every: every,
+        every,
+    )
+
+
+@partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
+def start(
+    cache: KVCache,
+    logits: Float[Array, "B V"],
+    *,
+    sampling: SamplingRows,
+    limit: Int[Array, " B"],
+    eos: Int[Array, "... E"],
+    seen: Bool[Array, "B V"] | None,
+    width: int,
+    draft: Any = (),
+    sums: Float[Array, "L B K S"] | None = None,
+) -> DecodeState:
+    """Opens decoding: chooses each row's first token from the logits after its prompt.
+
+    `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
+    static room for them, `eos` what ends all rows [E] or each [B, E], `draft` the state of the
+    drafter that decoding will use, `sums` what `decode_eviction.opening_sums` says if the row will
+    be cut again. The cache is donated.
+    """
+    batch = logits.shape[0]
+    state = DecodeState(
+        cache=cache,
+        token=jnp.zeros(batch, jnp.int32),
+        tokens=jnp.full((batch, width), -1, jnp.int32),
+        count=jnp.zeros(batch, jnp.int32),
+        limit=jnp.minimum(limit, width),
+        done=limit <= 0,
+        eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
+        seen=seen if sampling.penalized else None,
+        sampling=sampling,
+        lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
+        reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        draft=draft,
+        sums=sums,
+    )
+    processed = process_logits(
+        logits[:, None], None if state.seen is None else state.seen[:, None], sampling
+    )
+    token = choose(processed, cache.next_pos[:, None], sampling)
+    return _emit(state, token, (~state.done).astype(jnp.int32))
+
+
+def _reached(accepted: Accepted) -> jax.Array:
+    """How many accepted nodes [B, 6] stand among the first NODE_BUCKETS[i] of each tree [B, P]."""
+    on_path = jnp.arange(accepted.path.shape[1])[None] < accepted.count[:, None]
+    first = accepted.path[..., None] < jnp.asarray(NODE_BUCKETS)[None, None]
+    return (on_path[..., None] & first).sum(1, dtype=jnp.int32)
+
+
+class Rows(NamedTuple):
+    """Rows of a step that are still to be committed: arguments of `cache.commit`."""
+
+    k: jax.Array  # [L, B, K, P, H]
+    v: jax.Array  # [L, B, K, P, H]
+    positions: jax.Array  # [B, P] int32
+    path: jax.Array  # [B, P] int32
+    count: jax.Array  # [B] int32
+
+
+class Step(NamedTuple):
+    """A tree and what became of it."""
+
+    tree: TokenTree
+    valid: jax.Array  # [B, P] bool nodes that the target looked at
+    path: jax.Array  # [B, P] int32 accepted nodes from the root down
+    count: jax.Array  # [B] int32 how many; also the tokens emitted
+
+
+def _step(
+    params: Params,
+    state: DecodeState,
+    weights: Any,
+    *,
+    config: ModelConfig,
+    drafter: DeviceDrafter,
+    nodes: int,
+    eviction: DecodeEviction | None,
+) -> tuple[DecodeState, Rows, Step]:
+    """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
+    cache, base = state.cache, state.cache.next_pos[:, None]
+    drawn = None
+    if isinstance(drafter, DrawingDrafter) and nodes > 1:
+        draft, tree, drawn = drafter.draw(
+            weights, state.draft, state.token, nodes, cache.next_pos, state.sampling
+        )
+    else:
+        draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
+    room = jnp.where(state.done, 0, state.limit - state.count)
+    if eviction is not None:
+        room = jnp.minimum(room, eviction.until_cut(cache.next_pos))
+    laid = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos)
+    positions = jnp.where(laid.valid, base + laid.depth, -1)
+    x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)
+    visible = None if nodes == 1 else laid.ancestors
+    out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
+    raw = logits(params, out.hidden, config=config)
+    processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
+    if drawn is None:
+        accepted = accept(tree, laid, choose(processed, base + laid.depth + 1, state.sampling))
+    else:
+        with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
+        accepted = accept_drawn(
+            tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
+            state.sampling,
+        )  # fmt: skip
+    draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
+    counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
+    state = dataclasses.replace(
+        state,
+        draft=draft,
+        lengths=state.lengths + counts.astype(jnp.int32),
+        reached=state.reached + _reached(accepted),
+    )
+    state = _emit(state, accepted.emitted, accepted.count)
+    rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)
+    return state, rows, Step(tree, laid.valid, accepted.path, accepted.count)
+
+
+def _settle(
+    params: Params,
+    state: DecodeState,
+    rows: Rows,
+    modules: LookaheadModules | None,
+    *,
+    config: ModelConfig,
+    eviction: DecodeEviction | None,
+) -> DecodeState:
+    """The accepted rows of a step enter the cache; where that makes it due, it is cut."""
+    cache, sums = commit(state.cache, *rows), state.sums
+    if eviction is not None:
+        cache, sums = evict(
+            params, cache, sums, state.tokens, state.count, rows.count, modules,
+            config=config, eviction=eviction,
+        )  # fmt: skip
+    return dataclasses.replace(state, cache=cache, sums=sums)
+
+
+_STATIC = ("config", "drafter", "nodes", "eviction")
+
+
+@program(static_argnames=_STATIC, donate_argnames=("state",))
+def decode_step(
+    params: Params,
+    state: DecodeState,
+    weights: Any = None,
+    modules: LookaheadModules | None = None,
+    *,
+    config: ModelConfig,
+    drafter: DeviceDrafter,
+    nodes: int,
+    eviction: DecodeEviction | None = None,
+) -> tuple[DecodeState, Step]:
+    """One model step, and its tree. The state is donated.
+
+    For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree. The rest is
+    as for `decode_burst`.
+    """
+    state, rows, step = _step(
+        params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
+    )
+    return _settle(params, state, rows, modules, config=config, eviction=eviction), step
+
+
+@program(static_argnames=_STATIC, donate_argnames=("state",))
+def decode_burst(
+    params: Params,
+    state: DecodeState,
+    weights: Any = None,
+    modules: LookaheadModules | None = None,
+    *,
+    config: ModelConfig,
+    steps: int | Int[Array, ""],
+    drafter: DeviceDrafter = PLAIN,
+    nodes: int = 1,
+    eviction: DecodeEviction | None = None,
+) -> DecodeState:
+    """Up to `steps` model steps, fewer if every row finishes. The state is donated.
+
+    Each step verifies a tree of `nodes` nodes (tree.NODE_BUCKETS) that `drafter` proposes;
+    `state.draft` is the drafter's state and `weights` what it reads. The tokens do not depend on
+    either: without a drafter, one node a step, it is plain decoding. With `eviction` every row
+    is cut back to its budget at multiples of the interval (`modules` are for a policy that reads
+    them); the cache must have room for the budget and one interval.
+    """
+    settle = partial(_settle, config=config, eviction=eviction)
+
+    def unfinished(carry):
+        i, state, _ = carry
+        return (i < steps) & ~state.done.all()
+
+    def step(carry):
+        # Rows enter the cache at the start of the next step: writing before reading lets XLA
+        # update the cache in place; the other way round it copies the cache at every step.
+        i, state, rows = carry
+        state = settle(params, state, rows, modules)
+        state, rows, _ = _step(
+            params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
+        )
+        return i + 1, state, rows
+
+    cache = state.cache
+    empty = jnp.zeros((*cache.k.shape[:3], nodes, cache.k.shape[4]), cache.k.dtype)
+    nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
+    rows = Rows(empty, empty, nothing, nothing, nothing[:, 0])
+    _, state, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, rows))
+    return settle(params, state, rows, modules)
+
+
+def decode(
+    params: Params,
+    cache: KVCache,
+    logits: Float[Array, "B V"],
+    *,
+    config: ModelConfig,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+) -> Decoded:
+    """Continues every row of a cache from the logits after its last token, to its end.
+
+    Returns at most `max_new_tokens` tokens per row. The cache is donated; the one returned holds
+    all of them but each row's last, which `extend` can read together with what follows it. For
+    repetition penalties over a prompt, streaming or stop strings use `generate`. Raises ValueError
+    unless there is one seed per row (default 0 for all).
+    """
+    batch = logits.shape[0]
+    seeds = [0] * batch if seeds is None else list(seeds)
+    if len(seeds) != batch:
+        raise ValueError(f"{len(seeds)} seeds for {batch} rows")
+    state = start(
+        cache,
+        logits,
+        sampling=sampling_rows([sampling] * batch, seeds, config.vocab_size),
+        limit=jnp.full(batch, max_new_tokens, jnp.int32),
+        eos=jnp.asarray(eos_ids, jnp.int32),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        width=max_new_tokens,
+    )
+    state = decode_burst(params, state, config=config, steps=max_new_tokens)
+    return Decoded(state.tokens, state.count, state.cache)

@@ -1,0 +1,207 @@
+"""The batch that an engine runs: rows that are empty, are taken by a request, and are free again.
+
+Every array has its final size from the beginning, so nothing is compiled for a request but the
+reading of its prompt, once per padded length.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
+from lookahead_jax.decoding.drafted import Drafting, check_devices
+from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
+from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
+from lookahead_jax.decoding.tree import NODE_BUCKETS
+from lookahead_jax.engine.prompt_reader import Opening, with_everything
+from lookahead_jax.engine.requests import MAX_EOS_IDS
+from lookahead_jax.generation.generate import for_decoding
+from lookahead_jax.model.cache import empty_cache
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.layers import Params
+
+
+def empty_rows(
+    params: Params,
+    *,
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    width: int,
+    ends: int,
+    draft: Any,
+    summed: bool,
+) -> DecodeState:
+    """A batch in which nothing runs: room for `width` tokens and `ends` end tokens a row.
+
+    `summed` says that a policy adds up scores while decoding.
+
+    Everything is placed where the parameters are: an array without a place would compile the
+    first steps once more.
+    """
+
+    def zeros(dtype=jnp.int32):
+        return jnp.zeros(batch, dtype)
+
+    cache = empty_cache(config, batch, slots, params["embed"].dtype, zeros())
+    state = DecodeState(
+        cache=cache,
+        token=zeros(),
+        tokens=jnp.full((batch, width), -1, jnp.int32),
+        count=zeros(),
+        limit=zeros(),
+        done=jnp.ones(batch, bool),
+        eos=jnp.full((batch, ends), -1, jnp.int32),
+        seen=jnp.zeros((batch, config.vocab_size), bool),
+        sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
+        lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
+        reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        draft=draft,
+        sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
+    )
+    place = params["embed"].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    return jax.device_put(state, place)
+
+
+@partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state",))
+def insert_row(
+    state: DecodeState,
+    weights: Any,
+    row: Int[Array, ""],
+    opening: Opening,
+    *,
+    config: ModelConfig,
+    drafter: DeviceDrafter,
+) -> DecodeState:
+    """A request takes row `row` with the cache of its prompt, and emits its first token.
+
+    The other rows stay as they are. The prompt's cache may have fewer slots than `state`; what
+    else the row's last tenant left is marked as empty. `state` is donated.
+    """
+    new = start(
+        opening.cache, opening.logits, sampling=opening.sampling, limit=opening.limit,
+        eos=opening.eos, seen=seen_tokens(opening.prompt, config.vocab_size),
+        width=state.tokens.shape[1],
+    )  # fmt: skip
+
+    def pad(slots, empty):
+        spare = state.cache.slots - slots.shape[-1]
+        return jnp.pad(slots, [(0, 0)] * 3 + [(0, spare)], constant_values=empty)
+
+    pos = pad(new.cache.pos, -1)
+    sums = None if state.sums is None else pad(opening.sums, 0.0)
+
+    def put(axis, whole, one):
+        return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
+
+    # Of the cache, what has one entry per row has only that axis; the rest begins with layers.
+    cache, sums = jax.tree.map(
+        lambda whole, one: put(min(whole.ndim - 1, 1), whole, one),
+        (state.cache, state.sums),
+        (dataclasses.replace(new.cache, pos=pos), sums),
+    )
+    rest = jax.tree.map(
+        partial(put, 0),
+        dataclasses.replace(state, cache=None, draft=None, sums=None),
+        dataclasses.replace(new, cache=None, draft=None),
+    )
+    draft = drafter.begin(weights, state.draft, row[None], opening.prompt)
+    return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
+
+
+class RunningBatch:
+    """The state of all rows, and what is done to it; who sits where is the engine's business."""
+
+    def __init__(
+        self,
+        model: Model,
+        drafting: Drafting,
+        *,
+        rows: int,
+        slots: int,
+        new_tokens: int,
+        summed: bool,
+        burst: int,
+    ):
+        self._model = model
+        self._drafting = drafting
+        self._size = rows
+        self._slots = slots
+        self._new_tokens = new_tokens
+        self._summed = summed
+        self._burst = burst
+        self._params = for_decoding(model.params)
+        self._halted: set[int] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Every row is empty, whatever has become of it."""
+        self._halted.clear()
+        self._state = empty_rows(
+            self._model.params,
+            config=self._model.config,
+            batch=self._size,
+            slots=self._slots,
+            width=self._new_tokens,
+            ends=MAX_EOS_IDS,
+            draft=self._drafting.empty(),
+            summed=self._summed,
+        )
+
+    def insert(self, row: int, opening: Opening) -> None:
+        """A request takes a free row and emits its first token.
+
+        Raises ValueError for a draft model on other devices than the target.
+        """
+        drafter = self._drafting.device
+        check_devices(drafter.weights, opening.cache)
+        # The tree of a host drafter belongs to the last step; its shape may differ in the next.
+        plain = isinstance(drafter, NoDrafter)
+        self._state = insert_row(
+            dataclasses.replace(self._state, draft=()) if plain else self._state,
+            drafter.weights,
+            jnp.asarray(row, jnp.int32),
+            opening,
+            config=self._model.config,
+            drafter=drafter,
+        )
+        self._halted.discard(row)
+
+    def advance(self) -> None:
+        """A burst of steps, of one step if the host drafts."""
+        if self._halted:
+            done = np.array(self._state.done)
+            done[list(self._halted)] = True
+            # Placed as it was: an array without a place would compile the step once more.
+            done = jax.device_put(done, self._state.done.sharding)
+            self._state = dataclasses.replace(self._state, done=done)
+            self._halted.clear()
+        self._state = self._drafting.advance(self._params, self._state, self._burst)
+
+    def halt(self, row: int) -> None:
+        """A row takes no part from the next step on."""
+        self._halted.add(row)
+
+    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each row's tokens [B, W], how many [B], whether it is done [B], its steps [B]."""
+        state = self._state
+        tokens, count, done, lengths = jax.device_get(
+            (state.tokens, state.count, state.done, state.lengths)
+        )
+        return tokens, count, done, lengths.sum(1)
+
+    def warm_up(self, openings: Iterable[Opening]) -> None:
+        """Compiles what requests that open like these need. Only while nothing runs."""
+        for opening in openings:
+            self.insert(0, opening._replace(limit=jnp.zeros(1, jnp.int32)))
+        self._state = self._drafting.warm_up(self._params, self._state, self._burst)

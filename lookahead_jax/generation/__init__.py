@@ -1,0 +1,1 @@
+"""Turns prompts into text: input checks, generate and score, streamed output."""

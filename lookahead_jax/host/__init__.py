@@ -1,0 +1,1 @@
+"""Helpers that every command shares on the host: files, configuration files, error messages."""

@@ -1,0 +1,1 @@
+"""The transformer itself: configuration, parameters, sharding, cache and the one block forward."""

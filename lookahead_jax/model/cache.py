@@ -1,0 +1,125 @@
+"""The key-value cache: a fixed number of slots per layer and KV head; each knows its position.
+
+Heads and layers keep different entries, so positions are stored per slot, and masks come from
+them, never from slot order. Filled slots come first; `length` counts them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+
+from lookahead_jax.model.config import ModelConfig
+
+SLOT_MULTIPLE = 128  # TPU lanes; the kernels take slots in multiples of this
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values that later rows may look at.
+
+    `rope_span` is the number of tokens (prompt and new) a row was opened for: length-dependent
+    RoPE factors are chosen from it once, since stored keys are already rotated.
+    """
+
+    k: jax.Array  # [L, B, K, S, H]
+    v: jax.Array  # [L, B, K, S, H]
+    pos: jax.Array  # [L, B, K, S] int32 position held by each slot, -1 if empty
+    length: jax.Array  # [L, B, K] int32 filled slots
+    next_pos: jax.Array  # [B] int32 position of the next token
+    rope_span: jax.Array  # [B] int32
+
+    @property
+    def slots(self) -> int:
+        """Slots per layer and KV head."""
+        return self.k.shape[3]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated for keys, values and positions, over all devices."""
+        return sum(a.size * a.dtype.itemsize for a in (self.k, self.v, self.pos))
+
+    def fork(self, copies: int) -> "KVCache":
+        """Each row repeated `copies` times in place: one prompt, several continuations.
+
+        Raises ValueError for less than one copy.
+        """
+        if copies < 1:
+            raise ValueError(f"fork makes at least one copy, not {copies}")
+
+        def repeat(a, axis):
+            return jnp.repeat(a, copies, axis=axis)
+
+        return KVCache(
+            k=repeat(self.k, 1),
+            v=repeat(self.v, 1),
+            pos=repeat(self.pos, 1),
+            length=repeat(self.length, 1),
+            next_pos=repeat(self.next_pos, 0),
+            rope_span=repeat(self.rope_span, 0),
+        )
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `n`."""
+    return -(-n // multiple) * multiple
+
+
+def empty_cache(
+    config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, rope_span: jax.Array
+) -> KVCache:
+    """A cache of `batch` rows that holds nothing yet; `slots` is rounded up for the kernels."""
+    slots = round_up(slots, SLOT_MULTIPLE)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots)
+    return KVCache(
+        k=jnp.zeros((*shape, config.head_dim), dtype),
+        v=jnp.zeros((*shape, config.head_dim), dtype),
+        pos=jnp.full(shape, -1, jnp.int32),
+        length=jnp.zeros(shape[:3], jnp.int32),
+        next_pos=jnp.zeros(batch, jnp.int32),
+        rope_span=rope_span,
+    )
+
+
+def commit(
+    cache: KVCache,
+    k: jax.Array,  # [L, B, K, P, H] keys of a block that has been run
+    v: jax.Array,  # [L, B, K, P, H]
+    positions: jax.Array,  # [B, P] int32
+    path: jax.Array,  # [B, P] int32 rows of the block to keep, in order
+    count: jax.Array,  # [B] int32 how many entries of `path` count
+) -> KVCache:
+    """Writes the rows of a block that were accepted behind the cache; the others leave no trace.
+
+    Plain decoding keeps row 0, a prompt chunk keeps its valid rows, a verified draft keeps the
+    accepted path. Rows that would not fit are dropped by the scatter; callers size the cache.
+    """
+    layers, batch, heads, width = k.shape[:4]
+    taken = path[None, :, None, :, None]
+    k = jnp.take_along_axis(k, taken, axis=3)
+    v = jnp.take_along_axis(v, taken, axis=3)
+    new_pos = jnp.take_along_axis(positions, path, axis=1)
+
+    # All leading dims are indexed explicitly: a scatter with a slice in the middle makes XLA
+    # copy the whole cache (measured for TPU: 2.5 GB of temporaries instead of 0.2 GB).
+    li = jnp.arange(layers)[:, None, None, None]
+    bi = jnp.arange(batch)[None, :, None, None]
+    hi = jnp.arange(heads)[None, None, :, None]
+    step = jnp.arange(width)[None, None, None, :]
+    accepted = step < count[None, :, None, None]
+    si = jnp.where(accepted, cache.length[..., None] + step, cache.slots)
+    li, bi, hi, si = jnp.broadcast_arrays(li, bi, hi, si)
+
+    def put(buffer, rows):
+        return buffer.at[li, bi, hi, si].set(rows.astype(buffer.dtype), mode="drop")
+
+    return dataclasses.replace(
+        cache,
+        k=put(cache.k, k),
+        v=put(cache.v, v),
+        pos=put(cache.pos, jnp.broadcast_to(new_pos[None, :, None, :], li.shape)),
+        length=cache.length + count[None, :, None],
+        next_pos=cache.next_pos + count,
+    )

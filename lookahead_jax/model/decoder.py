@@ -1,0 +1,343 @@
+"""The decoder: one block forward for prompt chunks, observers, decoding, verification, training.
+
+A block is a few rows with positions and a visibility among themselves. It sees a context (what
+was read before) and itself, and returns its hidden states and its own keys and values; whether
+those are kept is the caller's choice (cache.commit). Letters as in the style guide: L layers,
+B batch, P rows, N query heads, K KV heads, H head dim, D model, S slots, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.kernels.attention import Slots, block_attention
+from lookahead_jax.kernels.causal_attention import causal_attention
+from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.layers import (
+    Params,
+    by_rows,
+    linear,
+    linears,
+    mlp,
+    product_of_rows,
+    rms_norm,
+)
+from lookahead_jax.model.rope import apply_rope, rope_tables
+
+
+@struct.dataclass
+class Block:
+    """Rows to run through the model."""
+
+    x: jax.Array  # [B, P, D] embedded tokens, or learned embeddings
+    positions: jax.Array  # [B, P] int32, -1 = padding row
+    rope_span: jax.Array  # [B] int32 total length the row was opened for
+    visible: jax.Array | None = None  # [B, P, P] bool row i sees column j; None: by position
+    lora: Params | None = None  # {name: {"a": [L, in, R], "b": [L, R, out]}}, for these rows only
+
+
+class BlockOutput(NamedTuple):
+    """What a block forward returns."""
+
+    hidden: jax.Array  # [B, P, D] after the final norm
+    k: jax.Array  # [L, B, K, P, H]
+    v: jax.Array  # [L, B, K, P, H]
+
+
+class Projections(NamedTuple):
+    """Queries, keys and values of a block in one layer, rotated where they say so."""
+
+    q: jax.Array  # [B, P, N, H]
+    k: jax.Array  # [B, K, P, H]
+    v: jax.Array  # [B, K, P, H]
+    q_unrotated: jax.Array  # [B, P, N, H] before RoPE (after the q-norm)
+    lse: jax.Array | None = None  # [B, N, P] float32, log-sum-exp of the attention logits
+
+
+class LayerKind(NamedTuple):
+    """What differs between layers besides weights; arrays, so that layers can be scanned."""
+
+    index: jax.Array  # [L] int32
+    window: jax.Array | None  # [L] int32 sliding window, None if no layer has one
+    rope: jax.Array  # [L] int32 which RoPE table
+
+
+class Context(NamedTuple):
+    """Keys and values that stand before a block, in one layer."""
+
+    k: jax.Array  # [B, K, S, H], or with `layer` a stack [L, B, K, S, H]
+    v: jax.Array
+    pos: jax.Array  # [B, K or 1, S] int32, -1 = empty
+    slots: Slots | None = None  # range worth reading
+    layer: jax.Array | None = None  # int32 scalar: which of the stack is meant
+
+
+NO_WINDOW = np.iinfo(np.int32).max
+
+
+def layer_kinds(config: ModelConfig) -> LayerKind:
+    """Per-layer facts of the model as arrays [L]."""
+    windows = [NO_WINDOW if w is None else w for w in config.layer_window]
+    has_window = any(w is not None for w in config.layer_window)
+    return LayerKind(
+        index=jnp.arange(config.num_layers, dtype=jnp.int32),
+        window=jnp.asarray(windows, jnp.int32) if has_window else None,
+        rope=jnp.asarray(config.layer_rope, jnp.int32),
+    )
+
+
+def _with_index(per_layer: Any, i: jax.Array) -> Any:
+    """The loop's counter as the layer's number.
+
+    Where that is read from an array, XLA on GPUs does not see that a slice of a stack of caches
+    moves with the loop, and copies it.
+    """
+    return jax.tree.map(
+        lambda a: a._replace(index=i) if isinstance(a, LayerKind) else a,
+        per_layer,
+        is_leaf=lambda a: isinstance(a, LayerKind),
+    )
+
+
+def scan_layers(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: Any,
+    lora: Any,
+    per_layer: Any,
+) -> tuple[Any, Any]:
+    """Runs `step(carry, (parameters, LoRA, per_layer slice))` over the layers, first to last.
+
+    `lora` is one LoRA, none, or a list of them for observers that each have their own.
+
+    Stacked parameters go through `lax.scan`: one compiled layer, which is right on accelerators.
+    A tuple of per-layer parameters (params.unstack) is unrolled: XLA on CPU copies a layer's
+    weights out of the stack before it multiplies with them, which halves decoding speed.
+    """
+    if not isinstance(layers, tuple):
+
+        def numbered(carry, inputs):
+            i, carry = carry
+            p, lora, at = inputs
+            carry, y = step(carry, (p, lora, _with_index(at, i)))
+            return (i + 1, carry), y
+
+        first = (jnp.zeros((), jnp.int32), carry)
+        (_, carry), outputs = jax.lax.scan(numbered, first, (layers, lora, per_layer))
+        return carry, outputs
+    outputs = []
+    for i, p in enumerate(layers):
+        at = partial(jax.tree.map, lambda a, i=i: a[i])
+        carry, y = step(carry, (p, at(lora), at(per_layer)))
+        outputs.append(y)
+    return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
+
+
+def embed(
+    params: Params, tokens: Int[Array, "B P"], *, config: ModelConfig
+) -> Float[Array, "B P D"]:
+    """Embeds tokens; ids below 0 (padding) read row 0, and nothing may look at them."""
+    x = params["embed"][jnp.maximum(tokens, 0)]
+    if config.embed_scale is not None:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    return x
+
+
+def logits(
+    params: Params, hidden: Float[Array, "B P D"], *, config: ModelConfig
+) -> Float[Array, "B P V"]:
+    """Float32 next-token logits of final-normed hidden states, soft-capped where the model is."""
+    table = params["embed"] if config.tie_embeddings else params["lm_head"]
+    out = product_of_rows(partial(_logits, table=table), hidden)
+    cap = config.final_softcap
+    return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
+
+
+class Stream(NamedTuple):
+    """Rows that go through a layer, perhaps beside others."""
+
+    x: jax.Array  # [B, P, D]
+    cos: jax.Array  # [n_ropes, B, P, dim/2]
+    sin: jax.Array
+    lora: Params | None = None
+
+
+def project_qkv(
+    p: Params, streams: Sequence[Stream], kind: LayerKind, *, config: ModelConfig
+) -> list[Projections]:
+    """Norm, projections, q/k norms and RoPE of one layer's attention."""
+    h = [rms_norm(stream.x, p["attn_norm"], config=config) for stream in streams]
+    loras = [stream.lora for stream in streams]
+    found = []
+    for stream, *qkv in zip(streams, *(linears(p, n, h, loras) for n in "qkv"), strict=True):
+        q, k, v = qkv
+        if config.qk_norm:
+            q = rms_norm(q, p["q_norm"], config=config)
+            k = rms_norm(k, p["k_norm"], config=config)
+        cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (stream.cos, stream.sin))
+        found.append(
+            Projections(
+                q=apply_rope(q, cos, sin),
+                k=apply_rope(k, cos, sin).swapaxes(1, 2),
+                v=v.swapaxes(1, 2),
+                q_unrotated=q,
+            )
+        )
+    return found
+
+
+def feed_forward(
+    p: Params,
+    streams: Sequence[Stream],
+    attended: Sequence[jax.Array],  # [B, P, N, H] each
+    *,
+    config: ModelConfig,
+) -> list[jax.Array]:
+    """The rest of a layer behind its attention: the streams' next rows."""
+    xs = []
+    for stream, out in zip(streams, attended, strict=True):
+        # Attention leaves arrays of its own, and to join them costs more than to read `o` twice.
+        out = linear(p, "o", out, inputs=2, lora=stream.lora)
+        if config.post_norms:
+            out = rms_norm(out, p["attn_post_norm"], config=config)
+        xs.append(stream.x + out)
+
+    def feed(xs):
+        normed = [rms_norm(x, p["mlp_norm"], config=config) for x in xs]
+        # The first rows of a long text go alone; whoever is beside them comes with the last.
+        loras = [stream.lora for stream in streams][: len(xs)]
+        outs = mlp(p, normed, loras, config=config)
+        if config.post_norms:
+            outs = [rms_norm(out, p["mlp_post_norm"], config=config) for out in outs]
+        return [x + out for x, out in zip(xs, outs, strict=True)]
+
+    return by_rows(feed, xs)
+
+
+def layer_step(
+    p: Params,
+    x: jax.Array,  # [B, P, D]
+    positions: jax.Array,  # [B, P]
+    visible: jax.Array | None,  # [B, P, P]; None: a text from its start, row i sees 0 .. i
+    cos: jax.Array,  # [n_ropes, B, P, dim/2]
+    sin: jax.Array,
+    kind: LayerKind,
+    context: Context | None,
+    *,
+    config: ModelConfig,
+    lora: Params | None = None,
+) -> tuple[jax.Array, Projections]:
+    """One decoder layer over a block: the next residual stream and the block's projections."""
+    streams = [Stream(x, cos, sin, lora)]
+    (proj,) = project_qkv(p, streams, kind, config=config)
+    if visible is None:
+        out, lse = causal(proj, kind, config), None
+    else:
+        out, lse = attend(proj, visible, positions, kind, context, config)
+    return feed_forward(p, streams, [out], config=config)[0], proj._replace(lse=lse)
+
+
+def attend(
+    proj: Projections,
+    visible: jax.Array,
+    positions: jax.Array,
+    kind: LayerKind,
+    context: Context | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of a block over its context and itself, and the rows' log-sum-exp."""
+    return block_attention(
+        proj.q,
+        proj.k,
+        proj.v,
+        visible,
+        positions,
+        None if context is None else (context.k, context.v, context.pos),
+        scale=config.attn_scale,
+        softcap=config.attn_softcap,
+        window=kind.window,
+        slots=None if context is None else context.slots,
+        layer=None if context is None else context.layer,
+    )
+
+
+def causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
+    """Attention of a text read from its start; windows become static, as kernels need them."""
+    windows = sorted({NO_WINDOW if w is None else w for w in config.layer_window})
+    forms = [
+        partial(
+            causal_attention,
+            scale=config.attn_scale,
+            softcap=config.attn_softcap,
+            window=None if window == NO_WINDOW else window,
+        )
+        for window in windows
+    ]
+    if kind.window is None or len(forms) == 1:
+        return forms[0](proj.q, proj.k, proj.v)
+    which = sum((kind.window > w).astype(jnp.int32) for w in windows)
+    return jax.lax.switch(which, forms, proj.q, proj.k, proj.v)
+
+
+def causal_visible(positions: jax.Array) -> jax.Array:
+    """[B, P] -> [B, P, P]: each valid row sees the valid rows at its position and before."""
+    i, j = positions[:, :, None], positions[:, None, :]
+    return (j >= 0) & (j <= i)
+
+
+def block_visible(block: Block) -> jax.Array:
+    """The visibility inside a block [B, P, P]: its own mask, or order of positions."""
+    causal = causal_visible(block.positions)
+    return causal if block.visible is None else causal & block.visible
+
+
+def cache_context(cache: KVCache, layer: jax.Array) -> Context:
+    """One layer of the cache as a context; only the slots that are filled are worth reading."""
+
+    def at(a):
+        return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+
+    return Context(at(cache.k), at(cache.v), at(cache.pos), (0, at(cache.length)))
+
+
+def cache_in_place(cache: KVCache, layer: jax.Array) -> Context:
+    """`cache_context` for attention alone, which finds the layer in the stack without a copy."""
+    pos, length = (
+        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.pos, cache.length)
+    )
+    return Context(cache.k, cache.v, pos, (0, length), layer)
+
+
+def forward(
+    params: Params, block: Block, cache: KVCache | None, *, config: ModelConfig
+) -> BlockOutput:
+    """Runs a block over everything the cache holds, and over itself.
+
+    The cache is read, never written: `cache.commit` stores the rows that the caller keeps. So
+    rows of a draft that is rejected never touch the cache. Differentiable when `cache` is None.
+    """
+    cos, sin = rope_tables(config, block.positions, block.rope_span)
+    visible = block_visible(block)
+
+    def step(x, inputs):
+        p, lora, kind = inputs
+        context = None if cache is None else cache_in_place(cache, kind.index)
+        x, proj = layer_step(
+            p, x, block.positions, visible, cos, sin, kind, context,
+            config=config, lora=lora,
+        )  # fmt: skip
+        return x, (proj.k, proj.v)
+
+    x, (k, v) = scan_layers(step, block.x, params["layers"], block.lora, layer_kinds(config))
+    return BlockOutput(rms_norm(x, params["final_norm"], config=config), k, v)

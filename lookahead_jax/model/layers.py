@@ -1,0 +1,152 @@
+"""Norms, projections and the MLP of a decoder layer, as functions of one layer's parameters."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.model.config import ModelConfig
+
+Params = dict[str, Any]
+MAX_ROWS = 8192  # of a text: of up to twice as many MLP activations exist at once
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32.
+
+    Llama rounds to the activation dtype before it multiplies by the weight; Gemma multiplies by
+    (1 + weight) in float32 and rounds once. Both orders are needed to match checkpoints in bf16.
+    """
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    if config.norm_offset:
+        scale = 1.0 + weight.astype(jnp.float32)
+        return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+    return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def product_of_rows(
+    product: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    *,
+    inputs: int = 1,
+    cpu: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """`product(x)`, a matrix product with the rows of x, in the form that a lone row wants.
+
+    Of x the last `inputs` axes are contracted and those before them are rows. A vector times a
+    matrix makes XLA on GPUs convert the matrix to float32 in memory, or write out every single
+    product; two equal rows read the matrix once. `cpu` is the form for CPUs, if they have one.
+    """
+    lead = x.ndim - inputs
+    if math.prod(x.shape[:lead]) != 1:
+        return product(x)
+
+    def twice(x):
+        return jax.lax.slice_in_dim(
+            product(jnp.concatenate([x, x], axis=lead - 1)), 0, 1, axis=lead - 1
+        )
+
+    return jax.lax.platform_dependent(
+        x, cpu=cpu or product, cuda=twice, rocm=twice, default=product
+    )
+
+
+def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+    """Contracts the last `inputs` axes of x with the first ones of the weight."""
+
+    def halves(x):
+        # XLA on CPU gives one row times a matrix to one core, but a batch of two to two cores.
+        parts = weight.reshape(2, -1, math.prod(weight.shape[inputs:]))
+        y = jnp.einsum(
+            "sk,skn->sn", x.reshape(2, -1), parts, preferred_element_type=jnp.float32
+        ).sum(0)
+        return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
+
+    def whole(x):
+        return jnp.tensordot(x, weight, axes=inputs)
+
+    cpu = None if weight.shape[0] % 2 else halves
+    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
+
+
+def linear(
+    p: Params, name: str, x: jax.Array, *, inputs: int = 1, lora: Params | None = None
+) -> jax.Array:
+    """`linears` of one array."""
+    return linears(p, name, [x], [lora], inputs=inputs)[0]
+
+
+def linears(
+    p: Params,
+    name: str,
+    xs: Sequence[jax.Array],
+    loras: Sequence[Params | None],
+    *,
+    inputs: int = 1,
+) -> list[jax.Array]:
+    """`x @ p[name] + bias`, contracting the last `inputs` axes of each x, plus its low-rank update.
+
+    The arrays differ in their second axis only, and go through one product: the weight is read
+    once. A LoRA holds {name: {"a": [in, R], "b": [R, out]}} with flattened inputs and outputs;
+    names it does not hold are left alone. It acts on the rows of its array alone, which is how it
+    acts on lookahead rows and on nothing else.
+    """
+    y = _product(xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1), p[name], inputs)
+    bias, first, found = p.get(f"{name}_bias"), 0, []
+    for x, lora in zip(xs, loras, strict=True):
+        part = y if len(xs) == 1 else jax.lax.slice_in_dim(y, first, first + x.shape[1], axis=1)
+        first += x.shape[1]
+        if lora is not None and name in lora:
+            a, b = lora[name]["a"].astype(x.dtype), lora[name]["b"].astype(x.dtype)
+            flat = x.reshape(*x.shape[: x.ndim - inputs], -1)
+            part = part + (flat @ a @ b).reshape(part.shape)
+        if bias is not None:
+            part = part + bias.reshape((1,) * (part.ndim - bias.ndim) + bias.shape)
+        found.append(part)
+    return found
+
+
+def mlp(
+    p: Params,
+    xs: Sequence[jax.Array],
+    loras: Sequence[Params | None],
+    *,
+    config: ModelConfig,
+) -> list[jax.Array]:
+    """Gated MLP: down(act(gate(x)) * up(x)) of each [B, P, D]."""
+    gates, ups = (linears(p, name, xs, loras) for name in ("gate", "up"))
+    act = _ACTIVATIONS[config.activation]
+    hidden = [act(gate) * up for gate, up in zip(gates, ups, strict=True)]
+    return linears(p, "down", hidden, loras)
+
+
+def by_rows(
+    f: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], xs: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """`f` along axis 1 of the first array [B, P, D], MAX_ROWS at a time: it bounds f's temporaries.
+
+    The results take its place. The last part has what remains as well, less than twice as much;
+    the other arrays, of few rows, go with it.
+    """
+    x, *others = xs
+    parts = x.shape[1] // MAX_ROWS
+    if parts < 2:
+        return list(f(xs))
+
+    def step(i, x):
+        part = jax.lax.dynamic_slice_in_dim(x, i * MAX_ROWS, MAX_ROWS, 1)
+        return jax.lax.dynamic_update_slice_in_dim(x, f([part])[0], i * MAX_ROWS, 1)
+
+    first = (parts - 1) * MAX_ROWS
+    x = jax.lax.fori_loop(0, parts - 1, step, x)
+    last, *others = f([x[:, first:], *others])
+    return [jax.lax.dynamic_update_slice_in_dim(x, last, first, 1), *others]

@@ -1,0 +1,1 @@
+"""Lookahead modules: the learned tokens, the LoRA that acts on them, and their files."""

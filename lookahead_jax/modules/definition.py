@@ -1,0 +1,148 @@
+"""Lookahead modules: the learned tokens that stand after a prompt, and the LoRA only they feel.
+
+Letters: M lookahead tokens, R LoRA rank, L layers, D model, F mlp, N query heads, K KV heads, H.
+Source: LookaheadKV (arXiv 2603.10899).
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import Block
+from lookahead_jax.model.layers import Params
+
+# Linear layers a LoRA can sit on, as PEFT names them. (In a Phi-3 checkpoint some are fused; its
+# modules keep these names all the same.)
+TARGETS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_NORMAL_SCALE = 0.02  # the initializer_range of every supported family
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookaheadConfig:
+    """Sizes of the modules; hashable. The published choice: 32, 8, 32.0, all targets."""
+
+    tokens: int
+    """M, the number of lookahead tokens."""
+    rank: int
+    """R, the rank of every LoRA; 0 trains the tokens alone."""
+    alpha: float
+    """The LoRA update is scaled by alpha / rank."""
+    targets: tuple[str, ...]
+    """The linear layers that have a LoRA, in every decoder layer."""
+    init: Literal["table", "normal"]
+    """Tokens start with the mean and spread of the embedding table, or from N(0, 0.02^2)."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.rank < 0:
+            raise ValueError(f"{self.tokens} lookahead tokens of LoRA rank {self.rank}: too few")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"LoRA alpha {self.alpha} must be a positive number")
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"LoRA targets {self.targets}: name each once, of {list(TARGETS)}")
+        if bool(self.targets) != bool(self.rank):
+            raise ValueError("a LoRA needs both a rank above 0 and targets; without it, neither")
+        if self.init not in get_args(LookaheadConfig.__annotations__["init"]):
+            raise ValueError(f"unknown init {self.init!r}; known: table, normal")
+
+
+@struct.dataclass
+class LookaheadModules:
+    """What is trained; everything else stays as it is. A pytree of two fields."""
+
+    embeddings: jax.Array  # [M, D] rows of the residual stream, embedding scale included
+    lora: Params  # {"q": {"a": [L, D, R], "b": [L, R, N * H]}, ...} one pair per target
+    config: LookaheadConfig = struct.field(pytree_node=False)
+
+
+def lora_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Flattened inputs and outputs of each linear layer that a LoRA can sit on."""
+    d, f = model.hidden_size, model.mlp_dim
+    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "q": (d, query),
+        "k": (d, key),
+        "v": (d, key),
+        "o": (query, d),
+        "gate": (d, f),
+        "up": (d, f),
+        "down": (f, d),
+    }
+
+
+def init_modules(
+    key: jax.Array,
+    config: LookaheadConfig,
+    model: ModelConfig,
+    *,
+    params: Params | None = None,
+) -> LookaheadModules:
+    """Float32 modules to start training from.
+
+    Every LoRA starts as no change at all (b = 0, a uniform within 1 / sqrt(inputs), as PEFT
+    does). `init="table"` draws the tokens from a normal distribution with the mean and spread
+    that the embedding table of `params` has in each dimension: they start where the model expects
+    tokens, and differ from one another. Raises ValueError if it lacks `params`.
+    """
+    size = (config.tokens, model.hidden_size)
+    normal = jax.random.normal(jax.random.fold_in(key, len(TARGETS)), size, jnp.float32)
+    if config.init == "table":
+        if params is None:
+            raise ValueError("lookahead tokens drawn from the embedding table need params")
+        table = params["embed"].astype(jnp.float32) * (model.embed_scale or 1.0)
+        normal = table.mean(0, keepdims=True) + normal * table.std(0, keepdims=True)
+    else:
+        normal = normal * _NORMAL_SCALE
+    lora = {}
+    for i, (name, (inputs, outputs)) in enumerate(lora_shapes(model).items()):
+        if name in config.targets:
+            shape = (model.num_layers, inputs, config.rank)
+            draw = jax.random.uniform(jax.random.fold_in(key, i), shape, jnp.float32, -1.0, 1.0)
+            b = jnp.zeros((model.num_layers, config.rank, outputs), jnp.float32)
+            lora[name] = {"a": draw * inputs**-0.5, "b": b}
+    return LookaheadModules(normal, lora, config)
+
+
+def observer_block(
+    modules: LookaheadModules,
+    length: Int[Array, " B"],
+    rope_span: Int[Array, " B"],
+    *,
+    dtype: DTypeLike | None = None,
+) -> Block:
+    """The lookahead tokens as rows at positions length .. length + M - 1, with their LoRA.
+
+    They see the prompt and one another causally. `length` is that of the prompt, `rope_span` the
+    span its rows were opened for. `dtype` is that of the model's weights (default: that of the
+    embeddings), which matters where modules are trained in float32 on a bfloat16 model. The LoRA's
+    scale is in its factor b.
+    """
+    m, d = modules.embeddings.shape
+    dtype = dtype or modules.embeddings.dtype
+    scale = modules.config.alpha / max(modules.config.rank, 1)
+    lora = {
+        name: {"a": pair["a"].astype(dtype), "b": (pair["b"] * scale).astype(dtype)}
+        for name, pair in modules.lora.items()
+    }
+    x = modules.embeddings.astype(dtype)
+    return Block(
+        x=jnp.broadcast_to(x[None], (length.shape[0], m, d)),
+        positions=length[:, None] + jnp.arange(m, dtype=jnp.int32)[None],
+        rope_span=rope_span,
+        lora=lora or None,
+    )

@@ -1,0 +1,1 @@
+"""Turns a prompt into a budgeted cache: each layer is attended, scored and cut in turn."""

@@ -1,0 +1,211 @@
+"""Reading a prompt layer by layer: its chunks, and the observers that look back at it.
+
+Shared by prefill, training and the plain forward of whole texts. The prompt never sees an
+observer, so one pass over it serves any number of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.kernels.dispatch import target_platform
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import (
+    Block,
+    Context,
+    LayerKind,
+    Stream,
+    attend,
+    block_visible,
+    causal,
+    embed,
+    feed_forward,
+    layer_kinds,
+    layer_step,
+    project_qkv,
+    scan_layers,
+)
+from lookahead_jax.model.jit import program
+from lookahead_jax.model.layers import Params, rms_norm
+from lookahead_jax.model.rope import rope_tables
+from lookahead_jax.policies.base import Chunk, Policy, Queries, Stats
+
+CHUNK = 512  # rows of a prompt per step on CPU; also the attention's diagonal block
+
+
+def default_chunk(tokens: int) -> int:
+    """Rows of a prompt per step: small on CPU; all of them where a flash kernel exists."""
+    return CHUNK if target_platform() == "cpu" else tokens
+
+
+class Prompt(NamedTuple):
+    """A padded batch of prompts, as every layer needs it."""
+
+    positions: jax.Array  # [B, T] int32, -1 = padding
+    length: jax.Array  # [B] int32
+    span: jax.Array  # [B] int32
+    cos: jax.Array  # [n_ropes, B, T, dim/2]
+    sin: jax.Array
+    chunk: int
+    chunks: jax.Array  # int32 scalar: chunks that hold any token
+
+
+def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelConfig):
+    """Pads to whole chunks; returns the padded tokens and the prompt's facts.
+
+    Raises ValueError for a chunk of no rows.
+    """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    width = tokens.shape[1]
+    chunk = min(default_chunk(width) if chunk is None else chunk, width)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)
+    length = (tokens >= 0).sum(1, dtype=jnp.int32)
+    span = length + jnp.asarray(new_tokens, jnp.int32)
+    positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
+    cos, sin = rope_tables(config, positions, span)
+    chunks = -(-length.max() // chunk)
+    return tokens, Prompt(positions, length, span, cos, sin, chunk, chunks)
+
+
+def layer_buffers(prompt: Prompt, dtype: DTypeLike, config: ModelConfig):
+    """Room for one layer's keys and values [B, K, T, H]; every layer writes over the last."""
+    batch, total = prompt.positions.shape
+    shape = (batch, config.num_kv_heads, total, config.head_dim)
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def prompt_layer(
+    p: Params,
+    x: jax.Array,
+    buffers: tuple[jax.Array, jax.Array],
+    prompt: Prompt,
+    kind: LayerKind,
+    policy: Policy | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Stats]:
+    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped."""
+    batch, total = prompt.positions.shape
+    size = prompt.chunk
+    slot = jnp.arange(total, dtype=jnp.int32)[None]
+    row = jnp.arange(size, dtype=jnp.int32)
+    stats = None if policy is None else policy.init_stats(batch, total, config)
+
+    def step(c, carry):
+        x, k, v, stats = carry
+        start = c * size
+
+        def part(a, axis):
+            return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+        pos = part(prompt.positions, 1)
+        context = visible = None
+        if total > size:
+            # causal_visible(pos) says the same, but XLA on CPU does not vectorise its softmax.
+            visible = (row[None] <= row[:, None])[None] & (pos >= 0)[:, :, None]
+            first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
+            before = jnp.where(slot < start, prompt.positions, -1)
+            context = Context(k, v, before[:, None], (first, start))
+        xc, proj = layer_step(
+            p, part(x, 1), pos, visible, part(prompt.cos, 2), part(prompt.sin, 2),
+            kind, context, config=config,
+        )  # fmt: skip
+        k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
+        v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
+        if policy is not None and stats is not None:
+            stats = policy.accumulate(
+                stats,
+                Chunk(
+                    proj.q, proj.q_unrotated, pos, proj.lse, k, prompt.positions[:, None],
+                    start + size, kind.window, config,
+                ),
+            )  # fmt: skip
+        return jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats
+
+    carry = (x, *buffers, stats)
+    carry = step(0, carry) if total == size else jax.lax.fori_loop(0, prompt.chunks, step, carry)
+    x, k, v, stats = carry
+    return x, (k, v), stats
+
+
+def window_queries(
+    p: Params, x: jax.Array, prompt: Prompt, kind: LayerKind, rows: int, config: ModelConfig
+) -> Queries | None:
+    """Queries of each row's last `rows` prompt tokens, from the layer's input."""
+    if rows == 0:
+        return None
+    pos = prompt.length[:, None] - rows + jnp.arange(rows, dtype=jnp.int32)[None]
+    at = jnp.maximum(pos, 0)
+    cos, sin = (jnp.take_along_axis(t, at[None, :, :, None], 2) for t in (prompt.cos, prompt.sin))
+    x = jnp.take_along_axis(x, at[..., None], axis=1)
+    q = project_qkv(p, [Stream(x, cos, sin)], kind, config=config)[0].q
+    return Queries(q, jnp.where(pos >= 0, pos, -1), None)
+
+
+def observe_layer(
+    p: Params,
+    rows: jax.Array,
+    observer: Block,
+    cos_sin: tuple[jax.Array, jax.Array],
+    kind: LayerKind,
+    context: Context,
+    lora: Params | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, Queries]:
+    """One layer over an observer block: its rows for the next layer, its queries in this one."""
+    visible = block_visible(observer)
+    rows, proj = layer_step(
+        p, rows, observer.positions, visible, cos_sin[0], cos_sin[1], kind, context,
+        config=config, lora=lora,
+    )  # fmt: skip
+    return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
+
+
+def read_together(
+    p: Params,
+    x: jax.Array,
+    rows: jax.Array,
+    prompt: Prompt,
+    observer: Block,
+    cos_sin: tuple[jax.Array, jax.Array],
+    kind: LayerKind,
+    lora: Params | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Queries]:
+    """`prompt_layer` and `observe_layer` at once, for a prompt that is one chunk.
+
+    The layer's weights, all but `o`, are read once for both. Without an observer's own pass over
+    them a few rows cost what they add to each product.
+    """
+    streams = [Stream(x, prompt.cos, prompt.sin), Stream(rows, *cos_sin, lora)]
+    text, own = project_qkv(p, streams, kind, config=config)
+    visible = block_visible(observer)
+    slots = (0, prompt.chunks * prompt.chunk)
+    context = Context(text.k, text.v, prompt.positions[:, None], slots)
+    seen, lse = attend(own, visible, observer.positions, kind, context, config)
+    x, rows = feed_forward(p, streams, [causal(text, kind, config), seen], config=config)
+    queries = Queries(own.q, observer.positions, (own.k, visible), lse)
+    return x, rows, (text.k, text.v), queries
+
+
+@program(static_argnames=("config", "chunk"))
+def hidden_states(
+    params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig, chunk: int | None = None
+) -> Float[Array, "B T D"]:
+    """Final-normed hidden states at every position of a right-padded batch; keeps no cache."""
+    width = tokens.shape[1]
+    tokens, prompt = open_prompt(tokens, 0, chunk, config)
+    x = embed(params, tokens, config=config)
+
+    def step(carry, inputs):
+        p, _, kind = inputs
+        x, buffers = carry
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        return (x, buffers), None
+
+    carry = (x, layer_buffers(prompt, x.dtype, config))
+    (x, _), _ = scan_layers(step, carry, params["layers"], None, layer_kinds(config))
+    return rms_norm(x[:, :width], params["final_norm"], config=config)

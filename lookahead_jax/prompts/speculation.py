@@ -1,0 +1,124 @@
+"""What a small model can say about a prompt before the large one reads it: an answer, a selection.
+
+SpecKV observes with the answer (policies/speckv.py); SpecPC drops prompt tokens by the small
+model's attention. Source of both: arXiv 2506.08373 and its public code.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.step import decode
+from lookahead_jax.kernels.attention import softcap_logits
+from lookahead_jax.kernels.importance import visible_by_position
+from lookahead_jax.policies.base import LayerView
+from lookahead_jax.policies.full import Full
+from lookahead_jax.prefilling.batching import pad_batch
+from lookahead_jax.prompts.read import read_prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TailAttention(Full):
+    """Keeps everything; its scores are the weighted attention of the last prompt tokens.
+
+    The last `rows` queries weigh 0 to 1, evenly spaced; the largest of the weighted probabilities
+    counts, over queries and query heads. (Queries times prompt in float32: for small models.)
+    """
+
+    rows: int
+
+    def window_rows(self, budget: int) -> int:
+        return self.rows
+
+    def score(self, view: LayerView) -> jax.Array:
+        queries = view.queries
+        if queries is None:
+            raise ValueError("the attention of the last prompt tokens needs their queries")
+        batch, rows, heads, dim = queries.q.shape
+        kv_heads = view.k.shape[1]
+        grouped = queries.q.reshape(batch, rows, kv_heads, heads // kv_heads, dim)
+        raw = jnp.einsum("bmkgh,bkth->bkgmt", grouped, view.k, preferred_element_type=jnp.float32)
+        raw = softcap_logits(raw * view.config.attn_scale, view.config.attn_softcap)
+        seen = visible_by_position(queries.pos, view.pos, view.window)[:, :, None]
+        probs = jax.nn.softmax(jnp.where(seen, raw, -jnp.inf), axis=-1)
+        probs = jnp.where(seen, probs, 0.0)  # a row that sees nothing is no number
+        weight = jnp.linspace(0.0, 1.0, rows, dtype=jnp.float32)[None, None, None, :, None]
+        return (probs * weight).max((2, 3))
+
+
+class Speculation(NamedTuple):
+    """What the small model made of a batch of prompts."""
+
+    answers: list[list[int]]  # its own greedy answers, ended by what ends a text
+    attention: list[np.ndarray] | None  # [T] float32 of every prompt, if asked for
+
+
+def speculate(
+    draft: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    eos_ids: Sequence[int],
+    attention: bool = False,
+    window: int = 64,
+    first_layer: int = 8,
+) -> Speculation:
+    """Greedy answers of at most `tokens` tokens, and SpecPC's attention on each prompt token.
+
+    `rows` are ids of a vocabulary that `draft` shares. Layers before `first_layer` are left out of
+    the attention; of a model with fewer layers than twice that, the first half.
+    """
+    config = draft.config
+    batch = jnp.asarray(pad_batch(rows, config=config))
+    policy = TailAttention(rows=window) if attention else Full()
+    read = read_prompt(
+        draft.params, batch, config=config, policy=policy, budget=0, new_tokens=tokens,
+        with_scores=attention,
+    )  # fmt: skip
+    done = decode(
+        draft.params, read.cache, read.logits, config=config, max_new_tokens=tokens, eos_ids=eos_ids
+    )
+    count = np.asarray(done.count)
+    answers = [row[:n].tolist() for row, n in zip(np.asarray(done.tokens), count, strict=True)]
+    if not attention:
+        return Speculation(answers, None)
+    first = min(first_layer, config.num_layers // 2)
+    scores = np.asarray(cast(jax.Array, read.scores)[first:].max((0, 2)))  # [B, T]
+    return Speculation(answers, [s[: len(r)] for s, r in zip(scores, rows, strict=True)])
+
+
+def select_tokens(
+    attention: np.ndarray, keep: int, *, pool: int = 64, neighbours: int = 64, window: int = 64
+) -> np.ndarray:
+    """SpecPC: which of the prompt's tokens stay, ascending indices, at most `keep`.
+
+    Scores are smoothed by a centred maximum over `pool` tokens. The last `window` tokens stay;
+    then the best tokens in their order, each with its nearest `neighbours` (itself included),
+    closest first, until `keep` are together; even sizes reach one further ahead than back. 64 and
+    64 are published for a Qwen pair of models, 32 and 32 for Llama.
+    """
+    length = len(attention)
+    if keep >= length:
+        return np.arange(length)
+    back = (pool - 1) // 2
+    padded = np.pad(attention, (back, pool - 1 - back))
+    smooth = np.lib.stride_tricks.sliding_window_view(padded, pool).max(1)
+    taken = np.zeros(length, bool)
+    taken[length - min(window, keep) :] = True
+    missing = keep - int(taken.sum())
+    first = -((neighbours - 1) // 2)
+    steps = np.array(sorted(range(first, first + neighbours), key=abs))  # 0, -1, 1, -2, 2, ...
+    for best in np.argsort(-smooth, kind="stable")[:keep]:
+        if missing <= 0:
+            break
+        near = best + steps
+        near = near[(near >= 0) & (near < length)]
+        near = near[~taken[near]][:missing]
+        taken[near] = True
+        missing -= len(near)
+    return np.flatnonzero(taken)

@@ -1,0 +1,1 @@
+"""Builds the small embedded model: corpus, mixture of tasks, training and packaging."""

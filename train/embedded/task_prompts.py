@@ -1,0 +1,100 @@
+r"""Prompts to train lookahead modules of the embedded model on: the tasks' documents, and code.
+
+    python -m lookahead_jax.train.embedded.task_prompts --corpus CORPUS --out FILE \
+        --tasks records tagged
+
+Writes JSON lines with `task` and `prompt` (token ids) for train.data, which adds the model's own
+responses. Difficulty, length and filler vary; seeds and code differ from those of the evaluation.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import tokenizers
+import tyro
+
+from lookahead_jax.eval.tasks.own.code import CODE
+from lookahead_jax.eval.tasks.own.prompts import TASKS, comments, make_example, text_lines
+from lookahead_jax.eval.tasks.own.words import Words
+from lookahead_jax.host.files import atomic_write
+
+SHORTEST = 160  # tokens of the shortest prompts; the tasks' knobs below fit into them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Which prompts, and how many."""
+
+    corpus: pathlib.Path
+    """Directory written by train.corpus."""
+    out: pathlib.Path
+    """JSON lines file to write."""
+    tasks: tuple[str, ...] = (*TASKS, CODE)
+    """Tasks, in turn."""
+    count: int = 2048
+    """Prompts of all tasks together."""
+    longest: int = 512
+    """Tokens of the longest prompts; lengths are spread evenly below."""
+    seed: int = 4_000_000
+    """First seed; every prompt has one of its own."""
+
+
+def random_knobs(rng: np.random.Generator, task: str, length: int) -> dict[str, Any]:
+    """Difficulty of one prompt: as many rows as fit into most of it, or fewer."""
+
+    def rows(tokens: int, most: int, least: int) -> int:
+        fit = max(least, int(0.8 * length) // tokens)
+        return int(rng.integers(least, min(most, fit) + 1))
+
+    match task:
+        case "lookup":
+            return {"pairs": rows(4, 64, 8)}
+        case "multi_lookup":
+            return {"pairs": rows(4, 64, 8), "asked": int(rng.integers(2, 7))}
+        case "records":
+            return {"schemas": rows(24, 8, 2)}
+        case "tagged":
+            per_tag = int(rng.integers(3, 8))
+            return {"tags": rows(5 * per_tag, 8, 2), "per_tag": per_tag}
+        case "spans":
+            span = int(rng.integers(4, 14))
+            return {"spans": rows(span + 4, 6, 2), "span": span}
+        case "chains":
+            hops = int(rng.integers(2, 6))
+            return {"chains": rows(4 * hops, 16, 2), "hops": hops}
+    raise ValueError(f"no knobs for task {task!r}")
+
+
+def prompt(
+    task: str, number: int, words: Words, stream: np.ndarray, config: PromptsConfig
+) -> list[int]:
+    """The prompt with this number, a function of it and the seed."""
+    rng = np.random.default_rng((config.seed, number))
+    length = int(rng.integers(SHORTEST, config.longest + 1))
+    if task == CODE:
+        start = int(rng.integers(0, len(stream) - length))
+        return [words.bos, *stream[start + 1 : start + length].tolist()]
+    filler = text_lines(stream, words) if rng.random() < 0.5 else comments(words)
+    knobs = random_knobs(rng, task, length)
+    seed = (config.seed, number)
+    return make_example(
+        task, words, seed=seed, length=length, filler=filler, **knobs
+    ).prompt.tolist()
+
+
+def main(config: PromptsConfig) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(config.corpus / "tokenizer.json"))
+    words, stream = Words.of(tokenizer), np.load(config.corpus / "train.npy")
+    lines = []
+    for number in range(config.count):
+        task = config.tasks[number % len(config.tasks)]
+        ids = prompt(task, number, words, stream, config)
+        lines.append(json.dumps({"task": task, "prompt": ids}))
+    atomic_write(config.out, "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(PromptsConfig))
