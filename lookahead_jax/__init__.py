@@ -5,6 +5,7 @@ command line for help, costs nothing.
 """
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,12 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.prefilling.batching import pad_batch, slots_for
     from lookahead_jax.prefilling.prefill import extend, prefill
     from lookahead_jax.prompts.read import read_prompt
+
+if importlib.util.find_spec("lookahead_jax.kernels") is None:
+    raise ImportError(
+        "this checkout of lookahead_jax has no symbolic links, so lookahead_jax/kernels is not a "
+        "folder: install it with `pip install .`, or clone it with `git -c core.symlinks=true`"
+    )
 
 __all__ = [
     "EMBEDDED_MODEL",
