@@ -1,19 +1,24 @@
 """Strict JAX for every test: four CPU devices, no silent promotion, exact float32 products."""
 
+import importlib.metadata
+import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # TPU interpret mode deadlocks on a small thread pool
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel ahead-of-time compilers
-# Nearly all of the time goes into compiling. Code that is not optimised is quicker to come by, and
-# what was compiled once serves the other worker and later runs (`--cache-clear` forgets it).
+# Nearly all of the time goes into compiling. Unoptimised code compiles faster. Compiled programs
+# are kept outside the checkout, so that workers, later runs and fresh clones share them.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
     + " --xla_force_host_platform_device_count=4"
 )
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_VERSION = importlib.metadata.version("jax")
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax")
+    "JAX_COMPILATION_CACHE_DIR", str(_CACHE / "lookahead_jax" / "tests" / f"jax-{_VERSION}")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -36,8 +41,20 @@ def check_signature(function):
 install_import_hook("lookahead_jax", f"{__name__}.check_signature")
 
 
+DURATIONS = Path(__file__).parent / "durations.json"  # seconds per file, from one run
+_spent: defaultdict[str, float] = defaultdict(float)
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all combinations of the product tests")
+    parser.addoption(
+        "--record-durations", action="store_true", help=f"store seconds per file in {DURATIONS}"
+    )
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would sort files by test count
+        config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config, items):
@@ -46,6 +63,22 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(skip)
+    # Longest files first: workers then finish at about the same time.
+    seconds = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.path.name, 0.0))
+
+
+def pytest_runtest_logreport(report):
+    _spent[Path(report.location[0]).name] += report.duration
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--record-durations") and not hasattr(
+        session.config, "workerinput"
+    ):
+        stored = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
+        measured = {name: round(spent, 1) for name, spent in _spent.items()}
+        DURATIONS.write_text(json.dumps(stored | measured, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Wheels are complete, also from a checkout that has no symbolic links (git on Windows, archives)."""
+"""Wheels are complete, also from a checkout without symbolic links (git on Windows, archives)."""
 
 import os
 import shutil
