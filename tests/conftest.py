@@ -1,6 +1,5 @@
 """Strict JAX for every test: four CPU devices, no silent promotion, exact float32 products."""
 
-import importlib.metadata
 import json
 import os
 from collections import defaultdict
@@ -15,10 +14,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
     + " --xla_force_host_platform_device_count=4"
 )
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-_VERSION = importlib.metadata.version("jax")
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(_CACHE / "lookahead_jax" / "tests" / f"jax-{_VERSION}")
+os.environ.setdefault(  # JAX's keys hold its version
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lookahead_jax", "tests"
+    ),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
