@@ -4,6 +4,7 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -12,9 +13,49 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lookahead_jax.checkpoints.hf_files import files_of_folder, find, read_text
+
+MAX_BYTES = 2**20  # of one template; the longest published ones have some ten thousand
+_MAX_TEMPLATES = 100
+_FOLDER = "additional_chat_templates"
 # Names under which messages carry reasoning; templates read the first, gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # its last space shows whether the template trims the message
+
+
+def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a directory by name; the usual one is called "default".
+
+    `chat_template.jinja` and the files of `additional_chat_templates/` win over the templates in
+    `settings`, the content of tokenizer_config.json.
+
+    Raises:
+      ValueError: when a template is malformed, too large, or outside the directory.
+    """
+    templates = {}
+    if (path := find(directory, "chat_template.jinja", limit=MAX_BYTES)) is not None:
+        templates["default"] = read_text(path)
+    for path in files_of_folder(directory, _FOLDER, suffix=".jinja", limit=MAX_BYTES):
+        templates[path.stem] = read_text(path)
+    declared = settings.get("chat_template")
+    if not templates and declared is not None:
+        templates = {"default": declared} if isinstance(declared, str) else _named(declared)
+        if not all(isinstance(text, str) for pair in templates.items() for text in pair):
+            raise ValueError(f"{directory}: chat_template is neither text nor named texts")
+    if len(templates) > _MAX_TEMPLATES or any(len(t) > MAX_BYTES for t in templates.values()):
+        raise ValueError(
+            f"{directory}: refused, more than {_MAX_TEMPLATES} chat templates or one of more than "
+            f"{MAX_BYTES} characters"
+        )
+    return templates
+
+
+def _named(declared: Any) -> dict[Any, Any]:
+    """Templates listed as {"name": ..., "template": ...}; {None: None} where they are not."""
+    try:
+        return {entry["name"]: entry["template"] for entry in declared}
+    except (TypeError, KeyError):
+        return {None: None}
 
 
 def render(

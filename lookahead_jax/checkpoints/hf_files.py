@@ -27,7 +27,8 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
             raise ValueError(f"{path}: broken link; download the file again")
         return None
     base, target = directory.resolve(), path.resolve()
-    in_cache = base.parent.name == "snapshots" and target.parent == base.parents[1] / "blobs"
+    snapshots = [root for root in (base, base.parent) if root.parent.name == "snapshots"]
+    in_cache = any(target.parent == root.parents[1] / "blobs" for root in snapshots)
     if target.parent != base and not in_cache:
         raise ValueError(f"{path}: refused, the link leads out of the directory to {target}")
     if not path.is_file():
@@ -35,6 +36,29 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
     if limit is not None and path.stat().st_size > limit:
         raise ValueError(f"{path}: refused, larger than {limit} bytes")
     return path
+
+
+def files_of_folder(directory: Path, folder: str, *, suffix: str, limit: int) -> list[Path]:
+    """The files with a suffix in a folder of the directory; none if there is no such folder.
+
+    Raises:
+      ValueError: as `find`, and when the folder is a link.
+    """
+    path = directory / folder
+    if path.is_symlink():
+        raise ValueError(f"{path}: refused, the folder is a link")
+    if not path.is_dir():
+        return []
+    names = sorted(file.name for file in path.iterdir() if file.name.endswith(suffix))
+    return [file for name in names if (file := find(path, name, limit=limit)) is not None]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any] | None:

@@ -12,11 +12,11 @@ from typing import Any
 import tokenizers
 
 from lookahead_jax.checkpoints import chat_template
+from lookahead_jax.checkpoints.added_tokens import add_declared_tokens
 from lookahead_jax.checkpoints.control_tokens import ControlTokens
-from lookahead_jax.checkpoints.hf_files import MAX_JSON_BYTES, find, read_json
+from lookahead_jax.checkpoints.hf_files import find, read_json
 
-_MAX_TOKENIZER_BYTES = 2**28
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_MAX_TOKENIZER_BYTES = 64 * 2**20  # twice the largest known ones, of 260,000 tokens
 _HELD = "\ufffd"  # how decoders show bytes that are not (yet) a character
 
 
@@ -49,12 +49,10 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         settings = read_json(directory, "tokenizer_config.json") or {}
-        roles = (read_json(directory, "special_tokens_map.json") or {}) | settings
-        special = {role: _content(roles.get(role)) for role in _SPECIAL_TOKENS}
         return cls(
             backend=backend,
-            special_tokens={role: token for role, token in special.items() if token},
-            chat_templates=_chat_templates(directory, settings),
+            special_tokens=add_declared_tokens(backend, directory, settings),
+            chat_templates=chat_template.read_templates(directory, settings),
         )
 
     @property
@@ -316,32 +314,3 @@ class TextStream:
 
     def _new_text(self) -> str:
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-
-
-def _content(token: Any) -> str | None:
-    """Special tokens are written as text or as an object that holds it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The templates by name; chat_template.jinja wins over tokenizer_config.json."""
-    path = find(directory, "chat_template.jinja", limit=MAX_JSON_BYTES)
-    if path is not None:
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    template = settings.get("chat_template")
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        named = {entry["name"]: entry["template"] for entry in template}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{directory}: chat_template is neither text nor named texts") from error
-    if not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise ValueError(f"{directory}: chat_template is neither text nor named texts")
-    return named
