@@ -2,6 +2,7 @@
 
 import contextlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
 from lookahead_jax.model.cache import KVCache, commit, empty_cache
+from lookahead_jax.model.params import fingerprint
 from lookahead_jax.prefilling.prefill import extend
 from tests import tiny
 from tests.test_prefill import assert_close, last_logits, plain_logits
@@ -104,20 +106,76 @@ def test_a_cache_survives_a_file(tmp_path, dtype):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_foreign_and_damaged_cache_files_are_refused(tmp_path):
+def saved(path):
+    """A cache that has been saved for "model-a"."""
     cache = filled(np.full((L, B, K), 7))
-    path = tmp_path / "cache"
     save_cache(path, cache, fingerprint="model-a")
+    return cache
+
+
+def old_file(path, arrays):
+    """A file of version 1, which had no checksum."""
+    save_file(arrays, path, {"format": "lookahead_jax.kv_cache.1", "model": "model-a"})
+
+
+def test_a_cache_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "cache"
+    saved(path)
     with pytest.raises(ValueError, match="made with another model"):
         load_cache(path, fingerprint="model-b")
+    with pytest.raises(ValueError, match="give fingerprint= or params="):
+        load_cache(path)
+    model = tiny.config()
+    params = tiny.params(model)
+    own = empty_cache(model, 1, 128, jnp.float32, jnp.zeros(1, jnp.int32))
+    save_cache(path, own, params=params)
+    loaded = load_cache(path, params=params, config=model, fingerprint=fingerprint(params))
+    np.testing.assert_array_equal(loaded.pos, own.pos)
+    with pytest.raises(ValueError, match="is not that of params"):
+        load_cache(path, params=params, fingerprint="model-b")
+    with pytest.raises(ValueError, match="3 layers, 2 KV heads of 8, the model has 3 layers, 4"):
+        load_cache(path, params=params, config=tiny.config(num_key_value_heads=4))
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    with pytest.raises(ValueError, match="holds float32, the model bfloat16; load the model with"):
+        load_cache(path, params=rounded)
 
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "cache"
+    saved(path)
     whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(0, 8 * header, 100), *rng.integers(8 * header, 8 * len(whole), 200)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=str(path)):
+            load_cache(path, fingerprint="model-a")
     path.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match="damaged"):
         load_cache(path, fingerprint="model-a")
 
-    metadata = {"format": "lookahead_jax.kv_cache.1", "model": "model-a"}
-    path.write_bytes(whole)
+
+def test_files_without_a_checksum_load_with_a_warning(tmp_path):
+    path = tmp_path / "cache"
+    cache = saved(path)
+    old_file(path, load_file(path))
+    with pytest.warns(UserWarning, match="has no checksum: damage goes unnoticed"):
+        loaded = load_cache(path, fingerprint="model-a")
+    np.testing.assert_array_equal(loaded.k, cache.k)
+    # A damaged new file does not pass for an old one.
+    metadata = {"format": "lookahead_jax.kv_cache.1", "model": "model-a", "sha256": "0"}
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(ValueError, match="not a cache"):
+        load_cache(path, fingerprint="model-a")
+
+
+@pytest.mark.filterwarnings("ignore:.*has no checksum:UserWarning")
+def test_inconsistent_cache_files_are_refused(tmp_path):
+    path = tmp_path / "cache"
+    saved(path)
     arrays = load_file(path)
     for name, change in {
         "length": lambda a: a + 1,  # counts a slot that is empty
@@ -125,16 +183,20 @@ def test_foreign_and_damaged_cache_files_are_refused(tmp_path):
         "v": lambda a: a[..., :-1],
         "next_pos": lambda a: a.astype(np.float32),
     }.items():
-        save_file({**arrays, name: np.ascontiguousarray(change(arrays[name]))}, path, metadata)
+        old_file(path, {**arrays, name: np.ascontiguousarray(change(arrays[name]))})
         with pytest.raises(ValueError, match="damaged"):
             load_cache(path, fingerprint="model-a")
+    integers = {name: arrays[name].astype(np.int8) for name in ("k", "v")}
+    old_file(path, arrays | integers)
+    with pytest.raises(ValueError, match="do not fit together"):
+        load_cache(path, fingerprint="model-a")
     # Every slot is filled, so more of them contradict no position.
     full = {**arrays, "pos": np.broadcast_to(np.arange(128, dtype=np.int32), arrays["pos"].shape)}
     full = {n: np.ascontiguousarray(a) for n, a in full.items()}
     full["next_pos"] = np.full_like(full["next_pos"], 600)
     for length, refused in ((128, False), (500, True), (-1, True)):
         full["length"] = np.full_like(full["length"], length)
-        save_file(full, path, metadata)
+        old_file(path, full)
         with pytest.raises(ValueError, match="lengths") if refused else contextlib.nullcontext():
             load_cache(path, fingerprint="model-a")
     save_file({"k": arrays["k"]}, path)

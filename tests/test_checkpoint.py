@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lookahead_jax.checkpoints.load import load, load_params, save_params
+from lookahead_jax.checkpoints.load import load, save_params
 from lookahead_jax.model.params import stored_index
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 
@@ -80,7 +80,8 @@ def test_save_then_load_is_exact(name, tmp_path):
     model = load(MODELS / name)
     save_params(tmp_path, model.params, model.config)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    assert_trees_equal(load_params(tmp_path, model.config), model.params)
+    shutil.copy(MODELS / name / "config.json", tmp_path)
+    assert_trees_equal(load(tmp_path).params, model.params)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gemma3", "phi3", "qwen2"])
@@ -107,7 +108,7 @@ def test_each_slice_is_read_once_and_nothing_else(monkeypatch):
         reads.append((spec.tensor, stored_index(spec, config, index)))
         return reads[-1][1]
 
-    monkeypatch.setattr("lookahead_jax.checkpoints.load.stored_index", spy)
+    monkeypatch.setattr("lookahead_jax.checkpoints.weights.stored_index", spy)
     load(MODELS / "mistral", mesh=make_mesh(data=2, tensor=2))
     gate = [index for tensor, index in reads if "gate_proj" in tensor]
     columns = slice(0, 32)
@@ -155,6 +156,54 @@ def test_harmless_tensors_are_ignored(copy):
 
     edit_tensors(directory, change)
     assert_trees_equal(load(directory).params, expected)
+
+
+def test_a_head_that_differs_from_its_embedding_is_used_with_a_warning():
+    """test_parity compares the logits of this fixture with transformers, which does the same."""
+    with pytest.warns(UserWarning, match=r"ties lm_head\.weight .* values differ"):
+        model = load(MODELS / "llama_own_head")
+    assert not model.config.tie_embeddings
+    stored = load_file(MODELS / "llama_own_head" / "model.safetensors")
+    np.testing.assert_array_equal(model.params["lm_head"], stored["lm_head.weight"])
+    np.testing.assert_array_equal(model.params["embed"], stored["model.embed_tokens.weight"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_head_alone_serves_as_embedding(copy):
+    directory = copy("llama3")
+    expected = load(directory)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    edit_tensors(directory, change)
+    assert_trees_equal(load(directory).params, expected.params)
+    assert load(directory).config == expected.config
+
+
+def test_a_tied_head_of_another_shape(copy):
+    directory = copy("llama3")
+    edit_tensors(directory, lambda t: t.update({"lm_head.weight": np.ones((3, 32), np.float32)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(3, 32\)"):
+        load(directory)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_weights_that_are_not_finite_are_named(copy, value, stored, dtype):
+    directory = copy("qwen3")
+    save_params(directory, load(directory, dtype=stored).params, load(directory).config)
+
+    def change(tensors):
+        for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight"):
+            tensors[name].flat[-1] = value
+
+    edit_tensors(directory, change)
+    message = r"NaN or infinite .*: model\.layers\.1\.mlp\.up_proj\.weight, model\.norm\.weight$"
+    with pytest.warns(UserWarning, match=message) as warnings:
+        load(directory, dtype=dtype)
+    assert len(warnings) == 1
 
 
 def test_names_without_the_model_prefix(copy):
@@ -221,6 +270,21 @@ def test_index_and_shards_must_agree(copy):
         edit_json(directory / INDEX, weight_map=broken)
         with pytest.raises(ValueError, match="weight_map must map"):
             load(directory)
+
+
+@pytest.mark.filterwarnings("error")
+def test_index_and_shards_may_differ_in_what_is_ignored(copy):
+    directory = copy("llama2")
+    expected = load(directory).params
+    shard = directory / "model-00001-of-00004.safetensors"
+    tensors, rotary = load_file(shard), "model.layers.{}.self_attn.rotary_emb.inv_freq"
+    save_file({**tensors, rotary.format(0): np.ones(4, np.float32)}, shard)
+    weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+    edit_json(directory / INDEX, weight_map=weight_map | {rotary.format(1): shard.name})
+    assert_trees_equal(load(directory).params, expected)
+    edit_json(directory / INDEX, weight_map=weight_map | {"lm_head.bias": shard.name})
+    with pytest.raises(ValueError, match=r"tensors differ from .*: lm_head\.bias"):
+        load(directory)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +355,23 @@ def test_malformed_json(copy, name, content, message):
         load(directory)
 
 
-@pytest.mark.parametrize("eos", ["x", [None], -1, [True]])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", float("nan"), "temperature is out of range"),
+        ("top_k", 2.5, "top_k must be of type int"),
+        ("top_k", 10**12, "top_k is out of range"),
+        ("bos_token_id", [1], "bos_token_id must be of type int"),
+    ],
+)
+def test_malformed_generation_defaults(copy, name, value, message):
+    directory = copy("llama3")
+    edit_json(directory / "generation_config.json", **{name: value})
+    with pytest.raises(ValueError, match=message):
+        load(directory)
+
+
+@pytest.mark.parametrize("eos", ["x", [None], -1, [True], 2.0, 2**40])
 def test_malformed_eos(copy, eos):
     directory = copy("llama3")
     edit_json(directory / "generation_config.json", eos_token_id=eos)

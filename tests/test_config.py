@@ -119,7 +119,14 @@ def test_legacy_phi3_rope_types():
         ({"num_key_value_heads": 3}, "not a multiple"),
         ({"num_key_value_heads": -4}, "num_kv_heads must be positive"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0"),
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is out of range"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be of type int, got 2.0"),
+        ({"model_type": []}, r"unknown model_type \[\]"),
+        ({"model_type": {"a": 1}}, "unknown model_type {'a': 1}"),
+        ({"model_type": "mistral", "sliding_window": 10**14}, "sliding_window is out of range"),
+        ({"model_type": "mistral", "sliding_window": 1e9}, "sliding_window must be of type int"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings is out of range"),
         ({"hidden_size": "4096"}, "hidden_size must be of type int"),
         ({"hidden_size": True}, "hidden_size must be of type int"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -131,16 +138,71 @@ def test_legacy_phi3_rope_types():
         ({"model_type": "gemma2", "sliding_window": None}, "sliding_window is missing"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "bidirectional"),
         ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
-        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "no meaning"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "softcapping is 50.0"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern"),
         ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1.0}}, "nested"),
         ({"model_type": "gemma3"}, "text_config is missing"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "llama"}}, "model_type 'llama'"),
     ],
 )
 def test_refused_by_name(fields, message):
     base = {} if "model_type" in fields or not fields else {"model_type": "llama"}
     with pytest.raises(ValueError, match=message):
         config_from_hf(base | fields)
+
+
+def test_ministral_windows_differ_by_layer():
+    fields = read("ministral")
+    assert config_from_hf(fields).layer_window == (8, None, 8)
+    # Published as mistral with layer_types, which transformers reads as ministral.
+    assert config_from_hf(fields | {"model_type": "mistral"}) == config_from_hf(fields)
+    assert config_from_hf(fields | {"layer_types": None}).layer_window == (8, 8, 8)
+
+
+SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "refused"),
+    [
+        ("llama", {"layer_types": SLIDING, "sliding_window": 8}, "layer_types"),
+        ("llama", {"layer_types": FULL}, None),
+        ("llama", {"sliding_window": 8}, "sliding_window"),
+        ("llama", {"sliding_window": 8, "use_sliding_window": False}, None),
+        ("llama", {"sliding_window": 2048, "max_window_layers": 1}, None),
+        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("llama", {"query_pre_attn_scalar": 100, "head_dim": 128}, "query_pre_attn_scalar"),
+        ("llama", {"query_pre_attn_scalar": 128, "head_dim": 128}, None),
+        ("llama", {"rope_local_base_freq": 1e6}, "rope_local_base_freq"),
+        ("llama", {"hidden_activation": "gelu_pytorch_tanh"}, "hidden_activation"),
+        ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        ("llama", {"embedding_multiplier": 1.0, "num_experts": 0, "use_qk_norm": False}, None),
+        ("llama", {"num_local_experts": 8}, "num_local_experts"),
+        ("qwen2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("qwen2", {"layer_types": SLIDING}, "use_sliding_window is false"),
+        ("qwen2", {"layer_types": SLIDING, "use_sliding_window": True}, None),
+        ("qwen3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("mistral", {"use_sliding_window": False}, "use_sliding_window"),
+        ("mistral", {"use_sliding_window": True}, None),
+        ("mistral", {"use_sliding_window": False, "sliding_window": None}, None),
+        ("mistral", {"max_window_layers": 1}, "max_window_layers"),
+        ("mistral", {"sliding_window_pattern": 2}, "sliding_window_pattern"),
+        ("phi3", {"layer_types": SLIDING}, "layer_types"),
+        ("phi3", {"layer_types": SLIDING, "sliding_window": 8}, None),
+        ("phi3", {"layer_types": FULL, "sliding_window": 8}, "layer_types"),
+        ("gemma2", {"sliding_window_pattern": 2}, None),
+        ("gemma2", {"sliding_window_pattern": 6}, "sliding_window_pattern"),
+        ("gemma2", {"rope_local_base_freq": 1e6}, "rope_local_base_freq"),
+    ],
+)
+def test_fields_of_other_families(model_type, fields, refused):
+    """A field that has an effect and would be ignored is refused; neutral values are not."""
+    fields = {"model_type": model_type, "num_hidden_layers": 2, **fields}
+    if refused is None:
+        config_from_hf(fields)
+    else:
+        with pytest.raises(ValueError, match=refused):
+            config_from_hf(fields)
 
 
 def test_config_is_hashable_and_equal_by_value():

@@ -48,6 +48,9 @@ def error(got, expected):
     return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*config.json ties lm_head:UserWarning")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_batched_ragged_rows(name):
     loaded = load(MODELS / name)

@@ -143,10 +143,100 @@ def test_template_sources(tmp_path):
     assert Tokenizer.load(tmp_path).render_chat(USER, mood="!") == "!"
 
 
-def test_special_tokens_as_objects(tmp_path):
-    path = directory(tmp_path, bos_token={"content": "<B>"}, eos_token=None)
-    (path / "special_tokens_map.json").write_text('{"bos_token": "<old>", "pad_token": "<P>"}')
-    assert Tokenizer.load(path).special_tokens == {"bos_token": "<B>", "pad_token": "<P>"}
+DECLARED = json.loads((FIXTURES / "tokenizers.json").read_text())["declared"]
+
+
+@pytest.mark.parametrize("case", DECLARED, ids=lambda case: case["name"])
+def test_tokens_declared_beside_tokenizer_json(tmp_path, case):
+    shutil.copy(LLAMA3 / "tokenizer.json", tmp_path)
+    for name, content in case["files"].items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.special_tokens == case["special_tokens"]
+    assert [tokenizer.encode(text, special=False) for text in case["texts"]] == case["ids"]
+    assert tokenizer.vocab_size == case["vocab_size"]
+    assert tokenizer.encode_chat([{"role": "user", "content": "her"}]) == case["chat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bos_token": 3}, "3 is not a token"),
+        ({"bos_token": {"text": "a"}}, "is not a token"),
+        ({"bos_token": {"content": "<x>", "rstrip": 1}}, "flags of token '<x>'"),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder must map"),
+        ({"added_tokens_decoder": {"x": {"content": "<x>"}}}, "'x' is not the id"),
+        ({"added_tokens_decoder": {"-1": {"content": "<x>"}}}, "'-1' is not the id"),
+        ({"added_tokens_decoder": {"320": "<x>"}, "extra_special_tokens": 3}, "extra_special_tok"),
+        (
+            {"added_tokens_decoder": {"999": {"content": "<x>"}}},
+            "declared as token 999, but .* 320",
+        ),
+        (
+            {"added_tokens_decoder": {"2": {"content": "<|begin|>"}}},
+            "declared as token 2, but .* 1",
+        ),
+    ],
+)
+def test_malformed_declarations(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
+        Tokenizer.load(directory(tmp_path, **settings))
+
+
+def test_templates_in_files_of_their_own(tmp_path):
+    path = directory(tmp_path, chat_template="from settings")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (path / "additional_chat_templates" / "note.txt").write_text("x")
+    # As in transformers 5.24, files replace the templates of tokenizer_config.json.
+    assert Tokenizer.load(path).chat_templates == {"tool_use": "tools"}
+    (path / "chat_template.jinja").write_text("usual")
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.chat_templates == {"default": "usual", "tool_use": "tools"}
+    assert tokenizer.render_chat(USER, tools=[{}]) == "tools"
+    outside = tmp_path.parent / "outside.jinja"
+    outside.write_text("secret")
+    (path / "additional_chat_templates" / "x.jinja").symlink_to(outside)
+    with pytest.raises(ValueError, match="leads out of the directory"):
+        Tokenizer.load(path)
+    shutil.rmtree(path / "additional_chat_templates")
+    (path / "additional_chat_templates").symlink_to(tmp_path.parent)
+    with pytest.raises(ValueError, match="folder is a link"):
+        Tokenizer.load(path)
+
+
+def test_templates_in_the_hugging_face_cache(tmp_path):
+    snapshot, blobs = directory_of_cache(tmp_path)
+    (snapshot / "additional_chat_templates").mkdir()
+    (blobs / "hash").write_text("rag")
+    (snapshot / "additional_chat_templates" / "rag.jinja").symlink_to("../../../blobs/hash")
+    assert Tokenizer.load(snapshot).chat_templates == {"rag": "rag"}
+
+
+def directory_of_cache(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    shutil.copy(LLAMA3 / "tokenizer.json", blobs / "json")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/json")
+    return snapshot, blobs
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_files_that_are_too_large(tmp_path, name):
+    path = directory(tmp_path)
+    with open(path / name, "wb") as file:
+        file.truncate(64 * 2**20 + 1 if name == "tokenizer.json" else 2**20 + 1)
+    with pytest.raises(ValueError, match=f"{name}: refused, larger than"):
+        Tokenizer.load(path)
+
+
+def test_template_text_that_is_too_large(tmp_path):
+    with pytest.raises(ValueError, match="refused, more than 100 chat templates or one of more"):
+        Tokenizer.load(directory(tmp_path, chat_template="a" * (2**20 + 1)))
+    many = [{"name": str(i), "template": "a"} for i in range(101)]
+    with pytest.raises(ValueError, match="refused, more than 100 chat templates or one of more"):
+        Tokenizer.load(directory(tmp_path, chat_template=many))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lookahead_jax.checkpoints.hf_defaults import DEFAULTS
+from lookahead_jax.checkpoints.hf_fields import JsonFields, refuse_foreign_fields
 from lookahead_jax.model.config import Activation, ModelConfig, RopeConfig
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -18,50 +19,20 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_MAX_LAYERS = 10_000  # a lying file must not make us build huge tuples
-
-
-class _Fields:
-    """Typed access to a JSON object: a wrong type is an error that names the field."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values, self.where = values, where
-
-    def optional(self, name: str, kind: type) -> Any:
-        value = self.values.get(name)
-        # Bounds keep an absurd file from overflowing arithmetic long before it meets a check.
-        if isinstance(value, int | float) and not abs(value) < 1e15:
-            raise ValueError(f"{self.where}: {name} is out of range: {value}")
-        if kind is float and type(value) is int:
-            value = float(value)
-        if value is not None and (
-            not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-        ):
-            raise ValueError(f"{self.where}: {name} must be of type {kind.__name__}, got {value!r}")
-        return value
-
-    def required(self, name: str, kind: type) -> Any:
-        value = self.optional(name, kind)
-        if value is None:
-            raise ValueError(f"{self.where}: {name} is missing")
-        return value
-
-    def floats(self, name: str) -> tuple[float, ...] | None:
-        values = self.optional(name, list)
-        if values is None:
-            return None
-        return tuple(_Fields({name: v}, self.where).required(name, float) for v in values)
+_MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Parses the content of a `config.json`.
 
     Fields that the file omits take the defaults of transformers 5.23 for its `model_type`.
-    Multimodal Gemma 3 (`model_type` gemma3) yields the configuration of its text model.
+    Multimodal Gemma 3 (`model_type` gemma3) yields the configuration of its text model, and
+    Ministral that of a Mistral whose layers differ in their windows.
 
     Raises:
-      ValueError: naming the field, for an unknown `model_type`, `rope_type` or activation,
-        any `quantization_config`, and missing, mistyped or inconsistent values.
+      ValueError: naming the field, for an unknown `model_type`, `rope_type` or activation, any
+        `quantization_config`, a field that only other families have, and missing, mistyped or
+        inconsistent values.
     """
     if not isinstance(hf, Mapping):
         raise ValueError(f"config.json must hold an object, got {type(hf).__name__}")
@@ -72,22 +43,23 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         )
     model_type = hf.get("model_type")
     if model_type == "gemma3":
-        text = _Fields(hf, "config.json").required("text_config", Mapping)
+        text = JsonFields(hf, "config.json").required("text_config", Mapping)
+        if text.get("model_type", "gemma3_text") != "gemma3_text":
+            raise ValueError(f"config.json: text_config has model_type {text['model_type']!r}")
         # The multimodal wrapper decides about the head; its own default is tied.
         tied = {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
-        return config_from_hf({"model_type": "gemma3_text"} | dict(text) | tied)
-    if model_type not in DEFAULTS:
-        raise ValueError(
-            f"unknown model_type {model_type!r}; known: {', '.join([*DEFAULTS, 'gemma3'])}"
-        )
+        return config_from_hf(dict(text) | {"model_type": "gemma3_text"} | tied)
+    if model_type == "ministral":  # transformers also reads mistral with layer_types as ministral
+        model_type = "mistral"
+    if not isinstance(model_type, str) or model_type not in DEFAULTS:
+        known = ", ".join([*DEFAULTS, "gemma3", "ministral"])
+        raise ValueError(f"unknown model_type {model_type!r}; known: {known}")
 
-    f = _Fields(DEFAULTS[model_type] | dict(hf), f"config.json ({model_type})")
+    f = JsonFields(DEFAULTS[model_type] | dict(hf), f"config.json ({model_type})")
     gemma = model_type in ("gemma2", "gemma3_text")
     if gemma and f.optional("use_bidirectional_attention", bool):
         raise ValueError(f"{f.where}: use_bidirectional_attention is not supported")
-    if model_type == "gemma3_text" and f.values["attn_logit_softcapping"] is not None:
-        # transformers stores the field for Gemma 3 and never applies it.
-        raise ValueError(f"{f.where}: attn_logit_softcapping has no meaning for Gemma 3")
+    refuse_foreign_fields(f, model_type)
     hidden_size, num_heads = (
         f.required(name, int) for name in ("hidden_size", "num_attention_heads")
     )
@@ -131,7 +103,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _head_dim(f: _Fields, hidden_size: int, num_heads: int) -> int:
+def _head_dim(f: JsonFields, hidden_size: int, num_heads: int) -> int:
     head_dim = f.optional("head_dim", int)
     if head_dim is not None:
         return head_dim
@@ -140,24 +112,22 @@ def _head_dim(f: _Fields, hidden_size: int, num_heads: int) -> int:
     return hidden_size // num_heads
 
 
-def _activation(f: _Fields, field: str) -> Activation:
+def _activation(f: JsonFields, field: str) -> Activation:
     name = f.required(field, str)
     if name not in _ACTIVATIONS:
         raise ValueError(f"{f.where}: unknown {field} {name!r}; known: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
-def _layer_types(f: _Fields, model_type: str) -> tuple[bool, ...]:
+def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
     """Per layer, whether it attends within the sliding window."""
     num_layers = f.required("num_hidden_layers", int)
     if not 1 <= num_layers <= _MAX_LAYERS:
         raise ValueError(f"{f.where}: num_hidden_layers {num_layers} is not in 1..{_MAX_LAYERS}")
     if model_type == "llama":
         return (False,) * num_layers
-    if model_type in ("mistral", "phi3"):
-        return (f.optional("sliding_window", int) is not None,) * num_layers
     names = f.optional("layer_types", list)
-    if names is not None:
+    if names is not None and model_type != "phi3":
         if len(names) != num_layers or any(
             name not in ("sliding_attention", "full_attention") for name in names
         ):
@@ -165,7 +135,14 @@ def _layer_types(f: _Fields, model_type: str) -> tuple[bool, ...]:
                 f"{f.where}: layer_types must hold {num_layers} times sliding_attention or "
                 f"full_attention, got {names}"
             )
-        return tuple(name == "sliding_attention" for name in names)
+        sliding = tuple(name == "sliding_attention" for name in names)
+        if any(sliding) and f.values.get("use_sliding_window") is False:
+            raise ValueError(
+                f"{f.where}: layer_types has sliding_attention, but use_sliding_window is false"
+            )
+        return sliding
+    if model_type in ("mistral", "phi3"):
+        return (f.optional("sliding_window", int) is not None,) * num_layers
     if model_type in ("qwen2", "qwen3"):
         windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None
         first = f.required("max_window_layers", int) if windowed else num_layers
@@ -179,7 +156,7 @@ def _layer_types(f: _Fields, model_type: str) -> tuple[bool, ...]:
     return tuple((layer + 1) % period != 0 for layer in range(num_layers))
 
 
-def _ropes(f: _Fields, model_type: str, head_dim: int) -> tuple[RopeConfig, ...]:
+def _ropes(f: JsonFields, model_type: str, head_dim: int) -> tuple[RopeConfig, ...]:
     # A rope_scaling wins over rope_parameters where both are present, as in transformers.
     scaling = f.optional("rope_scaling", Mapping) or {}
     parameters = f.optional("rope_parameters", Mapping) or {}
@@ -190,7 +167,7 @@ def _ropes(f: _Fields, model_type: str, head_dim: int) -> tuple[RopeConfig, ...]
         return (_rope(f, scaling or parameters, "rope_theta", model_type, head_dim),)
     if parameters and not nested:
         raise ValueError(f"{f.where}: rope_parameters must be nested by layer type")
-    layered = _Fields(parameters, f"{f.where} rope_parameters")
+    layered = JsonFields(parameters, f"{f.where} rope_parameters")
     both = (layered.optional(n, Mapping) or {} for n in ("full_attention", "sliding_attention"))
     full, sliding = both
     return (
@@ -200,9 +177,9 @@ def _ropes(f: _Fields, model_type: str, head_dim: int) -> tuple[RopeConfig, ...]
 
 
 def _rope(
-    f: _Fields, parameters: Mapping[str, Any], theta_field: str, model_type: str, head_dim: int
+    f: JsonFields, parameters: Mapping[str, Any], theta_field: str, model_type: str, head_dim: int
 ) -> RopeConfig:
-    r = _Fields(parameters, f"{f.where} rope")
+    r = JsonFields(parameters, f"{f.where} rope")
     kind = r.optional("rope_type", str) or r.optional("type", str) or "default"
     if model_type == "phi3" and kind in ("su", "yarn"):  # what Phi-3 called longrope at first
         kind = "longrope"

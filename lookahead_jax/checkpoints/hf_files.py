@@ -1,31 +1,15 @@
-"""Reads a model directory somebody else made: every file name and every header is checked first.
+"""Reads files of a model directory that may be hostile: their names are checked first.
 
-Files are plain names inside the directory. A symbolic link may not lead out of it, with one
+Files have plain names inside the directory. A symbolic link may not lead out of it, with one
 exception: the Hugging Face cache keeps `<repo>/snapshots/<revision>/<name>` as a link to
 `<repo>/blobs/<hash>`, and exactly that shape is followed. Nothing is unpickled or executed.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 64 * 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor's place and type, as the checked header of its file states them."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    """safetensors code: F32, BF16, ..."""
 
 
 def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None:
@@ -43,7 +27,8 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
             raise ValueError(f"{path}: broken link; download the file again")
         return None
     base, target = directory.resolve(), path.resolve()
-    in_cache = base.parent.name == "snapshots" and target.parent == base.parents[1] / "blobs"
+    snapshots = [root for root in (base, base.parent) if root.parent.name == "snapshots"]
+    in_cache = any(target.parent == root.parents[1] / "blobs" for root in snapshots)
     if target.parent != base and not in_cache:
         raise ValueError(f"{path}: refused, the link leads out of the directory to {target}")
     if not path.is_file():
@@ -51,6 +36,29 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
     if limit is not None and path.stat().st_size > limit:
         raise ValueError(f"{path}: refused, larger than {limit} bytes")
     return path
+
+
+def files_of_folder(directory: Path, folder: str, *, suffix: str, limit: int) -> list[Path]:
+    """The files with a suffix in a folder of the directory; none if there is no such folder.
+
+    Raises:
+      ValueError: as `find`, and when the folder is a link.
+    """
+    path = directory / folder
+    if path.is_symlink():
+        raise ValueError(f"{path}: refused, the folder is a link")
+    if not path.is_dir():
+        return []
+    names = sorted(file.name for file in path.iterdir() if file.name.endswith(suffix))
+    return [file for name in names if (file := find(path, name, limit=limit)) is not None]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; ValueError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any] | None:
@@ -71,55 +79,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint by name; opens all shards, reads headers only.
-
-    Raises:
-      FileNotFoundError: when there are no safetensors, or a shard is missing.
-      ValueError: when a header is malformed, truncated or lying, or disagrees with the index.
-    """
-    if find(directory, SINGLE) is not None:
-        return _read_header(directory, SINGLE)
-    index = read_json(directory, INDEX)
-    if index is None:
-        raise FileNotFoundError(
-            f"{directory}: has neither {SINGLE} nor {INDEX}; only safetensors are read, convert "
-            "other formats (.bin, .pt, .gguf) first"
-        )
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ValueError(f"{directory / INDEX}: weight_map must map tensor names to file names")
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        shard = _read_header(directory, file)
-        promised = {name for name, its_file in weight_map.items() if its_file == file}
-        if differing := sorted(promised ^ shard.keys()):
-            raise ValueError(
-                f"{directory / file}: tensors differ from {INDEX}: {listing(differing)}; "
-                "index and shards must come from one download"
-            )
-        tensors |= shard
-    return tensors
-
-
 def listing(names: list[str], shown: int = 5) -> str:
     """The first names and a count of the rest, for an error message."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
-
-
-def _read_header(directory: Path, name: str) -> dict[str, StoredTensor]:
-    path = find(directory, name)
-    if path is None:
-        raise FileNotFoundError(f"{directory / name}: missing shard; download it again")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
-            return {
-                tensor: StoredTensor(path, tensor, tuple(s.get_shape()), s.get_dtype())
-                for tensor, s in slices.items()
-            }
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a complete safetensors file ({error}); download it again"
-        ) from error

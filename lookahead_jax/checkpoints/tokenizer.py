@@ -1,25 +1,22 @@
 """Text to token ids and back, and chat templates, as a Hugging Face directory defines them."""
 
+import contextlib
 import dataclasses
-import datetime
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lookahead_jax.checkpoints.hf_files import MAX_JSON_BYTES, find, read_json
+from lookahead_jax.checkpoints import chat_template
+from lookahead_jax.checkpoints.added_tokens import add_declared_tokens
+from lookahead_jax.checkpoints.control_tokens import ControlTokens
+from lookahead_jax.checkpoints.hf_files import find, read_json
 
-_MAX_TOKENIZER_BYTES = 2**28
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+_MAX_TOKENIZER_BYTES = 64 * 2**20  # twice the largest known ones, of 260,000 tokens
 _HELD = "\ufffd"  # how decoders show bytes that are not (yet) a character
 
 
@@ -52,12 +49,10 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         settings = read_json(directory, "tokenizer_config.json") or {}
-        roles = (read_json(directory, "special_tokens_map.json") or {}) | settings
-        special = {role: _content(roles.get(role)) for role in _SPECIAL_TOKENS}
         return cls(
             backend=backend,
-            special_tokens={role: token for role, token in special.items() if token},
-            chat_templates=_chat_templates(directory, settings),
+            special_tokens=add_declared_tokens(backend, directory, settings),
+            chat_templates=chat_template.read_templates(directory, settings),
         )
 
     @property
@@ -75,28 +70,81 @@ class Tokenizer:
         """The id of a token given by its content, or None."""
         return self.backend.token_to_id(token)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids; with `special`, what the tokenizer puts around a text (BOS, ...) is added.
+    def encode(self, text: str, *, special: bool = True, plain: bool = False) -> list[int]:
+        """Token ids of a text.
 
-        Text rendered by a chat template brings its own: encode it with special=False.
+        Args:
+          text: any text.
+          special: add what the tokenizer puts around a text (BOS, ...). Text rendered by a chat
+            template brings its own: encode it with special=False.
+          plain: encode the strings of control tokens in the text as ordinary characters.
 
         Raises:
           ValueError: when the text cannot be encoded, such as lone surrogates.
         """
-        return self.encode_with_offsets(text, special=special)[0]
+        return self.encode_batch([text], special=special, plain=plain)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, special: bool = True, plain: bool = False
+    ) -> list[list[int]]:
+        """Token ids of several texts, as `encode`; other threads run meanwhile."""
+        rows = _encode(self.backend, texts, special)
+        if plain:
+            acting = [i for i, row in enumerate(rows) if self._control_ids_of(row)]
+            again = _encode(self._plain_backend, [texts[i] for i in acting], special)
+            for i, row in zip(acting, again, strict=True):
+                for token in self._control_ids_of(row):
+                    raise ValueError(
+                        f"cannot encode {self.backend.id_to_token(token)!r} as ordinary text: the "
+                        "tokenizer has no other tokens for these characters"
+                    )
+                rows[i] = row
+        return [row.ids for row in rows]
 
     def encode_with_offsets(
-        self, text: str, *, special: bool = True
+        self, text: str, *, special: bool = True, plain: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids and, for each, the characters text[start:end] it stands for.
 
         Tokens that share one character share its span; added special tokens have an empty one.
         """
-        try:
+        with _as_value_error():
             encoding = self.backend.encode(text, add_special_tokens=special)
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"the text cannot be tokenized ({error})") from error
+            if plain and self._control_ids_of(encoding):
+                encoding = self._plain_backend.encode(text, add_special_tokens=special)
         return encoding.ids, encoding.offsets
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        plain: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a chat; the other arguments are those of `render_chat`.
+
+        With `plain`, the control tokens of the template act, and those that stand in messages,
+        tools or variables are ordinary characters. Without it, all of them act.
+
+        Raises:
+          ValueError: as `render_chat` and `encode`.
+        """
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "template": template,
+        }
+        if not plain:
+            text = self.render_chat(messages, tools=tools, **options, **variables)
+            return self.encode(text, special=False)
+        control = self._control_tokens((self._template(template, tools),))
+        messages, tools, variables = (control.mark(v) for v in (messages, tools, variables))
+        text = self.render_chat(messages, tools=tools, **options, **variables)
+        return self._encode_pieces(control.pieces(text))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; bytes that form no character come out as U+FFFD."""
@@ -111,15 +159,18 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         **variables: Any,
     ) -> str:
-        """The chat as one text; encode it with special=False.
+        """The chat as one text; encode it with special=False, or use `encode_chat`.
 
         Args:
           messages: {"role": ..., "content": ...} each.
           add_generation_prompt: end where the assistant's answer begins.
+          continue_final_message: end within the last message, so that the model continues it;
+            needs add_generation_prompt=False. A text names the field to continue.
           tools: JSON schemas of functions, for templates that know them.
           template: name of one of `chat_templates`; None takes "tool_use" when tools are given
             and it exists, else "default".
@@ -128,26 +179,107 @@ class Tokenizer:
         Raises:
           ValueError: when there is no such template, or it fails on these messages.
         """
-        if template is None:
+        return chat_template.render(
+            self._template(template, tools),
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={
+                "documents": None, **self.special_tokens, **variables, "tools": tools
+            },
+        )  # fmt: skip
+
+    def _template(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The source of a chat template."""
+        if name is None:
             named = tools is not None and "tool_use" in self.chat_templates
-            template = "tool_use" if named else "default"
-        if template not in self.chat_templates:
+            name = "tool_use" if named else "default"
+        if name not in self.chat_templates:
             known = ", ".join(sorted(self.chat_templates)) or "none"
-            raise ValueError(f"the tokenizer has no chat template {template!r} (it has: {known})")
-        try:
-            return _compile(self.chat_templates[template]).render(
-                dict(self.special_tokens)
-                | variables
-                | {
-                    "messages": [dict(message) for message in messages],
-                    "tools": tools,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                }
+            raise ValueError(f"the tokenizer has no chat template {name!r} (it has: {known})")
+        return self.chat_templates[name]
+
+    def _control_tokens(self, templates: tuple[str, ...]) -> ControlTokens:
+        """Special tokens, and the added tokens that the text of the templates names."""
+        if templates not in self._control_tokens_of:
+            written = "\0".join(map(chat_template.literal_text, templates))
+            added = self.backend.get_added_tokens_decoder().values()
+            tokens = frozenset(
+                token.content
+                for token in added
+                if token.special or (token.content in written and not token.content.isspace())
             )
-        # A template is a program: besides its own errors it can raise any of Python's.
-        except Exception as error:
-            raise ValueError(f"the chat template {template!r} failed: {error}") from error
+            self._control_tokens_of[templates] = ControlTokens(tokens)
+        return self._control_tokens_of[templates]
+
+    @functools.cached_property
+    def _control_tokens_of(self) -> dict[tuple[str, ...], ControlTokens]:
+        return {}
+
+    @functools.cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """A second backend, for which no control token is more than its characters.
+
+        Whether they act is a setting of the backend, and other threads encode at the same time.
+        """
+        content = json.loads(self.backend.to_str())
+        control = self._control_tokens(tuple(self.chat_templates.values())).tokens
+        for token in content["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in control
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _control_ids(self) -> frozenset[int]:
+        """Ids of all control tokens but the one that stands for unknown characters."""
+        tokens = self._control_tokens(tuple(self.chat_templates.values())).tokens
+        unknown = getattr(self.backend.model, "unk_token", None)
+        return frozenset(self.backend.token_to_id(token) for token in tokens - {unknown})
+
+    def _control_ids_of(self, row: tokenizers.Encoding) -> set[int]:
+        """The control tokens in a text, without those that the tokenizer puts around it."""
+        return {
+            token
+            for token, added in zip(row.ids, row.special_tokens_mask, strict=True)
+            if not added and token in self._control_ids
+        }
+
+    def _encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
+        """Token ids of the parts of one text, each with whether it is to be plain."""
+        ids: list[int] = []
+        newline = self.encode("\n", special=False)
+        for place, (text, plain) in enumerate(pieces):
+            if place == 0 and not plain:
+                ids += self.encode(text, special=False)
+                continue
+            # Behind a line break, since some tokenizers put a space in front of a text.
+            piece = self.encode("\n" + text, special=False, plain=plain)
+            if piece[: len(newline)] == newline:
+                ids += piece[len(newline) :]
+            else:
+                ids += self.encode(text, special=False, plain=plain)
+        return ids
+
+
+def _encode(
+    backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool
+) -> list[tokenizers.Encoding]:
+    """Encodings without offsets; the batch call lets other threads run, unlike the single one."""
+    with _as_value_error():
+        return backend.encode_batch_fast(list(texts), add_special_tokens=special)
+
+
+@contextlib.contextmanager
+def _as_value_error() -> Iterator[None]:
+    """Turns errors of the tokenizers package, panics of its Rust code included, into ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        # The package raises bare Exception; a panic is a BaseException that it does not export.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"the text cannot be tokenized ({error})") from error
+        raise
 
 
 class TextStream:
@@ -182,63 +314,3 @@ class TextStream:
 
     def _new_text(self) -> str:
         return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's part for training; here it only renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """A template in the sandbox that chat templates are written for (as transformers has it)."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # Jinja's own filter escapes HTML characters, which models were not trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _content(token: Any) -> str | None:
-    """Special tokens are written as text or as an object that holds it."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _chat_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """The templates by name; chat_template.jinja wins over tokenizer_config.json."""
-    path = find(directory, "chat_template.jinja", limit=MAX_JSON_BYTES)
-    if path is not None:
-        try:
-            return {"default": path.read_text(encoding="utf-8")}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    template = settings.get("chat_template")
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    try:
-        named = {entry["name"]: entry["template"] for entry in template}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{directory}: chat_template is neither text nor named texts") from error
-    if not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise ValueError(f"{directory}: chat_template is neither text nor named texts")
-    return named

@@ -1,0 +1,63 @@
+"""What `load` reads from a checkpoint, whichever format it is stored in."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.model.config import ModelConfig
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's place and type, as the checked header of its file states them."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Type of the values that are read, as a safetensors code: F32, BF16, ..."""
+
+
+Reader = Callable[[StoredTensor, Index], np.ndarray]
+"""Reads the slice of a stored tensor; bounds are explicit."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """The named tensors of a checkpoint."""
+
+    where: str
+    """Names the checkpoint in messages."""
+    stored: Mapping[str, StoredTensor]
+    """Every tensor by its Hugging Face name."""
+    open: Callable[[], AbstractContextManager[Reader]]
+    """Opens the files for reading."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What the checkpoint's authors suggest for generation; None where they say nothing."""
+
+    eos_ids: tuple[int, ...]
+    """Any of these ends a row; empty if the checkpoint names none."""
+    bos_id: int | None
+    pad_id: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint whose headers are read and whose weights are not."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    generation: GenerationDefaults
+    tensors: Tensors

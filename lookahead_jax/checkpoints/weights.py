@@ -1,0 +1,250 @@
+"""The named tensors of a checkpoint -> parameters; only the slices that are needed are read."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from lookahead_jax.checkpoints.hf_files import listing
+from lookahead_jax.checkpoints.source import Reader, StoredTensor, Tensors
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.params import (
+    Params,
+    Spec,
+    from_stored,
+    shape,
+    specs,
+    stored_index,
+    stored_shape,
+    tree,
+)
+from lookahead_jax.model.sharding import param_shardings
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# Per type: an unsigned integer of its width, and the exponent bits, all set in NaN and infinity.
+_EXPONENTS = {
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+}
+_CHUNK = 2**22  # values that are looked at together
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Names that say "language model" in multimodal Gemma 3, of transformers 4 and 5.
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+_VISION = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # recomputed from the config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Parameters, and what was noticed while they were read."""
+
+    params: Params
+    config: ModelConfig
+    """The given one, but with `tie_embeddings` as the tensors have it."""
+    notices: tuple[str, ...]
+    """Warnings for the user."""
+
+
+def is_optional(name: str, config: ModelConfig) -> bool:
+    """Whether a checkpoint may have or lack the tensor: it is ignored, or a copy of another."""
+    return _is_ignored(name, config) or (
+        config.tie_embeddings and _canonical(name, bare=False) in (_HEAD, _EMBEDDING)
+    )
+
+
+def load_weights(
+    tensors: Tensors,
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+) -> Weights:
+    """Reads a checkpoint's weights; each process reads only the slices its devices hold.
+
+    All names, shapes and dtypes are checked before anything is allocated. Rotary buffers, the
+    vision part of Gemma 3 and the second copy of a tied head are ignored; nothing else is.
+
+    Raises:
+      ValueError: when tensors and config do not fit together, or a type is not supported.
+    """
+    stored = _by_canonical_name(tensors, config)
+    notices: list[str] = []
+    with tensors.open() as read:
+        if config.tie_embeddings and _HEAD in stored:
+            config, notice = _resolve_tied_head(stored, config, read)
+            notices += notice
+        _check(tensors.where, stored, config)
+        dtype = _own_dtype(stored) if dtype is None else np.dtype(dtype)
+        loader = _Loader(stored, config, dtype, read)
+        if mesh is None:
+            one = SingleDeviceSharding(jax.local_devices()[0])
+            shardings = tree({path: one for path in specs(config)})
+        else:
+            shardings = param_shardings(config, mesh)
+        paths = tree({path: path for path in specs(config)})
+        params = jax.tree.map(loader.parameter, paths, shardings)
+    if loader.not_finite:
+        names = listing(sorted(loader.not_finite))
+        notices.append(f"{tensors.where}: NaN or infinite values in the weights: {names}")
+    return Weights(params=params, config=config, notices=tuple(notices))
+
+
+def _by_canonical_name(tensors: Tensors, config: ModelConfig) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.stored.items():
+        if _is_ignored(name, config):
+            continue
+        canonical = _canonical(name, bare="embed_tokens.weight" in tensors.stored)
+        if canonical in stored:
+            other = stored[canonical].name
+            raise ValueError(f"{tensors.where}: {name} and {other} are the same tensor")
+        stored[canonical] = tensor
+    return stored
+
+
+def _is_ignored(name: str, config: ModelConfig) -> bool:
+    if _ROTARY_BUFFER.search(name):
+        return True
+    return config.model_type == "gemma3_text" and _VISION.match(name) is not None
+
+
+def _canonical(name: str, *, bare: bool) -> str:
+    for prefix, replacement in _TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    # Saved without its head, a model's tensors have no "model." in front.
+    return f"model.{name}" if bare and name != _HEAD else name
+
+
+def _resolve_tied_head(
+    stored: dict[str, StoredTensor], config: ModelConfig, read: Reader
+) -> tuple[ModelConfig, list[str]]:
+    """Drops a tied head's second copy from `stored`; a head that is no copy unties the config.
+
+    transformers 5 does the same. A head without an embedding serves as both.
+    """
+    head = stored[_HEAD]
+    if _EMBEDDING not in stored:
+        stored[_EMBEDDING] = stored.pop(_HEAD)
+        return config, []
+    if _are_equal(head, stored[_EMBEDDING], read):
+        del stored[_HEAD]
+        return config, []
+    notice = (
+        f"{head.file}: config.json ties {head.name} to {stored[_EMBEDDING].name}, but their values "
+        "differ; both are used. Set tie_word_embeddings to false in config.json to say so"
+    )
+    return dataclasses.replace(config, tie_embeddings=False), [notice]
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor, read: Reader) -> bool:
+    """Whether two matrices hold the same values; NaN equals NaN."""
+    known = one.dtype in _DTYPES and other.dtype in _DTYPES
+    if one.shape != other.shape or len(one.shape) != 2 or not known:
+        return False
+    rows, columns = one.shape
+    step = max(1, _CHUNK // max(1, columns))
+    for start in range(0, rows, step):
+        index = (slice(start, min(start + step, rows)), slice(0, columns))
+        a, b = (read(tensor, index).astype(np.float32) for tensor in (one, other))
+        if not np.array_equal(a, b, equal_nan=True):
+            return False
+    return True
+
+
+def _check(where: str, stored: dict[str, StoredTensor], config: ModelConfig) -> None:
+    """Raises ValueError unless names, shapes and types are those that the config calls for."""
+    expected = {
+        spec.tensor.format(layer=layer): stored_shape(spec, config)
+        for spec in specs(config).values()
+        for layer in range(config.num_layers if spec.stacked else 1)
+    }
+    for problem, names in (
+        ("lacks tensors that config.json calls for", expected.keys() - stored.keys()),
+        ("has tensors that config.json does not call for", stored.keys() - expected.keys()),
+    ):
+        if names:
+            raise ValueError(
+                f"{where}: the checkpoint {problem}: {listing(sorted(names))}; "
+                "config.json and weights must belong together"
+            )
+    for name, tensor in stored.items():
+        if tensor.shape != expected[name]:
+            raise ValueError(
+                f"{tensor.file}: {tensor.name} has shape {tensor.shape}, config.json calls for "
+                f"{expected[name]}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{tensor.file}: {tensor.name} is stored as {tensor.dtype}; convert it to one of "
+                f"{', '.join(_DTYPES)}"
+            )
+
+
+def _own_dtype(stored: dict[str, StoredTensor]) -> np.dtype:
+    names = {tensor.dtype: tensor for tensor in stored.values()}
+    if len(names) > 1:
+        examples = ", ".join(f"{t.name} as {dtype}" for dtype, t in sorted(names.items()))
+        raise ValueError(f"the checkpoint mixes dtypes ({examples}); choose one with dtype=")
+    return np.dtype(_DTYPES[next(iter(names))])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loader:
+    """Reads parameters; remembers which tensors hold values that are not finite."""
+
+    stored: dict[str, StoredTensor]
+    config: ModelConfig
+    dtype: np.dtype
+    read: Reader
+    not_finite: set[str] = dataclasses.field(default_factory=set)
+
+    def parameter(self, path: str, sharding: jax.sharding.Sharding) -> jax.Array:
+        spec = specs(self.config)[path]
+        sizes = shape(spec.axes, self.config)
+        blocks: dict[tuple, np.ndarray] = {}  # devices that hold the same block share a read
+
+        def block(index: Any) -> np.ndarray:
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, sizes, strict=True))
+            if bounds not in blocks:
+                blocks[bounds] = self._block(spec, tuple(slice(*bound) for bound in bounds))
+            return blocks[bounds]
+
+        return jax.make_array_from_callback(sizes, sharding, block)
+
+    def _block(self, spec: Spec, index: tuple[slice, ...]) -> np.ndarray:
+        """The values of one parameter at `index`, gathered from the tensors of its layers."""
+        layers, inner = (index[0], index[1:]) if spec.stacked else (slice(0, 1), index)
+        sizes = [layers.stop - layers.start, *(s.stop - s.start for s in inner)]
+        out = np.empty(sizes, self.dtype)
+        for place, layer in enumerate(range(layers.start, layers.stop)):
+            tensor = self.stored[spec.tensor.format(layer=layer)]
+            block = self.read(tensor, stored_index(spec, self.config, inner))
+            with np.errstate(over="ignore"):  # reported below, with names
+                out[place] = from_stored(spec, self.config, block, inner)
+            if not _is_finite(block):
+                self.not_finite.add(tensor.name)
+            elif self.dtype == np.float16 and not _is_finite(out[place]):
+                raise ValueError(
+                    f"{tensor.file}: {tensor.name} does not fit float16; load it as bfloat16 or "
+                    "float32"
+                )
+        return out if spec.stacked else out[0]
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, by their bits: a fraction of the time of reading."""
+    integer, exponent = _EXPONENTS[values.dtype]
+    bits = np.ascontiguousarray(values).reshape(-1).view(integer)
+    chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
+    return all((chunk & integer(exponent)).max() < exponent for chunk in chunks)
