@@ -33,6 +33,7 @@ from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTre
 from lookahead_jax.model.cache import KVCache, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
+from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params
 from lookahead_jax.modules.definition import LookaheadModules
@@ -55,16 +56,23 @@ class DecodeState:
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
     reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
+    finite: jax.Array  # [B] bool; a row ends, without a token, at logits that are NaN or infinite
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
 
 
 class Decoded(NamedTuple):
-    """What `decode` returns."""
+    """What `decode` returns.
+
+    A row ends early, with valid tokens up to there, where its cache is full (`overflowed`) or its
+    logits are NaN or infinite (not `finite`).
+    """
 
     tokens: jax.Array  # [B, W] int32, -1 after a row's end; an eos token is included
     count: jax.Array  # [B] int32
     cache: KVCache  # holds every emitted token but each row's last
+    overflowed: jax.Array  # [B] bool
+    finite: jax.Array  # [B] bool
 
 
 def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"]:
@@ -133,18 +141,20 @@ def start(
     be cut again. The cache is donated.
     """
     batch = logits.shape[0]
+    finite = jnp.isfinite(logits).all(-1)
     state = DecodeState(
         cache=cache,
         token=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, width), -1, jnp.int32),
         count=jnp.zeros(batch, jnp.int32),
         limit=jnp.minimum(limit, width),
-        done=limit <= 0,
+        done=(limit <= 0) | ~finite,
         eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
         seen=seen if sampling.penalized else None,
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        finite=finite,
         draft=draft,
         sums=sums,
     )
@@ -160,6 +170,16 @@ def _reached(accepted: Accepted) -> jax.Array:
     on_path = jnp.arange(accepted.path.shape[1])[None] < accepted.count[:, None]
     first = accepted.path[..., None] < jnp.asarray(NODE_BUCKETS)[None, None]
     return (on_path[..., None] & first).sum(1, dtype=jnp.int32)
+
+
+def _finite_count(raw: jax.Array, accepted: Accepted) -> jax.Array:
+    """How many accepted nodes [B] come before the first with a logit [B, P, V] that is not finite.
+
+    The others emit nothing, so a row ends at the same token whatever the tree.
+    """
+    on_path = jnp.arange(raw.shape[1])[None] < accepted.count[:, None]
+    finite = jnp.take_along_axis(jnp.isfinite(raw).all(-1), accepted.path, axis=1)
+    return jnp.cumprod(finite & on_path, axis=1, dtype=jnp.int32).sum(1, dtype=jnp.int32)
 
 
 class Rows(NamedTuple):
@@ -218,6 +238,9 @@ def _step(
             tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
             state.sampling,
         )  # fmt: skip
+    count = _finite_count(raw, accepted)
+    finite = count == accepted.count
+    accepted = accepted._replace(count=count)
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
@@ -225,6 +248,8 @@ def _step(
         draft=draft,
         lengths=state.lengths + counts.astype(jnp.int32),
         reached=state.reached + _reached(accepted),
+        finite=state.finite & finite,
+        done=state.done | ~finite,
     )
     state = _emit(state, accepted.emitted, accepted.count)
     rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)
@@ -334,12 +359,20 @@ def decode(
 ) -> Decoded:
     """Continues every row of a cache from the logits after its last token, to its end.
 
-    Returns at most `max_new_tokens` tokens per row. The cache is donated; the one returned holds
-    all of them but each row's last, which `extend` can read together with what follows it. For
-    repetition penalties over a prompt, streaming or stop strings use `generate`. Raises ValueError
-    unless there is one seed per row (default 0 for all).
+    Returns at most `max_new_tokens` tokens per row. The cache is donated: it no longer exists
+    afterwards (pass `cache.fork(1)` to keep it). The one returned holds all of the tokens but each
+    row's last, which `extend` can read together with what follows it. For repetition penalties
+    over a prompt, streaming or stop strings use `generate`.
+
+    Raises ValueError unless there is one seed per row (default 0 for all), for a cache that was
+    donated before, and for a cache without free slots for `max_new_tokens` - 1 entries. Under jit
+    the free slots are unknown: a row then ends where its cache is full, and `overflowed` says so.
+    Warns if a row may grow past the length at which RoPE factors change (model/rope.py).
     """
     batch = logits.shape[0]
+    check_growth("decode", cache, max_new_tokens - 1, config=config)
+    # The last token needs no slot: its keys and values are not computed.
+    limit = jnp.clip(cache.free + 1, 0, max_new_tokens)
     seeds = [0] * batch if seeds is None else list(seeds)
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} rows")
@@ -347,10 +380,12 @@ def decode(
         cache,
         logits,
         sampling=sampling_rows([sampling] * batch, seeds, config.vocab_size),
-        limit=jnp.full(batch, max_new_tokens, jnp.int32),
+        limit=limit,
         eos=jnp.asarray(eos_ids, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),
         width=max_new_tokens,
     )
     state = decode_burst(params, state, config=config, steps=max_new_tokens)
-    return Decoded(state.tokens, state.count, state.cache)
+    ended = (limit > 0) & ((state.token[:, None] == state.eos).any(1) | ~state.finite)
+    overflowed = (limit < max_new_tokens) & ~ended
+    return Decoded(state.tokens, state.count, state.cache, overflowed, state.finite)

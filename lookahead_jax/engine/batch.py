@@ -64,6 +64,7 @@ def empty_rows(
         sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        finite=jnp.ones(batch, bool),
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
     )

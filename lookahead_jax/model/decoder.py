@@ -20,6 +20,7 @@ from lookahead_jax.kernels.attention import Slots, block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.layers import (
     Params,
     by_rows,
@@ -326,7 +327,9 @@ def forward(
 
     The cache is read, never written: `cache.commit` stores the rows that the caller keeps. So
     rows of a draft that is rejected never touch the cache. Differentiable when `cache` is None.
+    Raises ValueError for a cache that an earlier call has consumed.
     """
+    check_not_donated("forward", cache)
     cos, sin = rope_tables(config, block.positions, block.rope_span)
     visible = block_visible(block)
 

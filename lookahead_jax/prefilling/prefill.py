@@ -26,6 +26,7 @@ from lookahead_jax.model.decoder import (
 )
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, rms_norm
+from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Kept, LayerView, Policy, select
 from lookahead_jax.prefilling.layer_pass import (
@@ -237,7 +238,6 @@ def _sums(scores: jax.Array, kept: Kept, slots: int) -> jax.Array:
     return jnp.pad(found, [(0, 0), (0, 0), (0, slots - kept.pos.shape[-1])])
 
 
-@program(static_argnames=("config", "chunk"), donate_argnames=("cache",))
 def extend(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -250,12 +250,30 @@ def extend(
 
     `tokens` is int32 [B, T] padded with -1 on the right; rows may have any length, 0 included
     (their logits are those of padding and mean nothing). Returns the longer cache and the
-    float32 logits after each row's last token. `cache` is donated. Rows beyond its free slots
-    are dropped: size it with `batching.slots_for`, or check with `batching.check_room`. Raises
-    ValueError for a chunk of no rows.
+    float32 logits after each row's last token. `cache` is donated: it no longer exists afterwards
+    (pass `cache.fork(1)` to keep it).
+
+    Raises ValueError for a chunk below 1, a cache that was donated before, and tokens that do not
+    fit into the cache's free slots (size it with `batching.slots_for`). Under jit the lengths are
+    unknown: rows that do not fit then have NaN logits, and `cache.overflowed` is True for them.
+    Warns if a row grows past the length at which the model's RoPE factors change (model/rope.py).
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
+    check_growth("extend", cache, (tokens >= 0).sum(1), config=config)
+    return _extend(params, tokens, cache, config=config, chunk=chunk)
+
+
+@program(static_argnames=("config", "chunk"), donate_argnames=("cache",))
+def _extend(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    chunk: int,
+) -> tuple[KVCache, Float[Array, "B V"]]:
+    """`extend` without its checks."""
     size = min(chunk, tokens.shape[1])
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
@@ -275,4 +293,5 @@ def extend(
 
     hidden = jnp.zeros((tokens.shape[0], 1, config.hidden_size), params["embed"].dtype)
     carry = jax.lax.fori_loop(0, -(-length.max() // size), step, (cache, hidden))
-    return carry[0], logits(params, carry[1], config=config)[:, 0]
+    last = logits(params, carry[1], config=config)[:, 0]
+    return carry[0], jnp.where(carry[0].overflowed[:, None], jnp.nan, last)
