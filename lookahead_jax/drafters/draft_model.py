@@ -68,10 +68,9 @@ class DraftModel:
                 "they must share a tokenizer"
             )
         dtype = self.model.params["embed"].dtype
-        span = jnp.full(batch, room, jnp.int32)
         rows = (own.num_layers, batch, own.num_kv_heads, self.depth + 1, own.head_dim)
         return DraftCache(
-            empty_cache(own, batch, room, dtype, span),
+            empty_cache(own, batch, room, dtype, jnp.zeros(batch, jnp.int32)),
             jnp.zeros(rows, dtype), jnp.zeros(rows, dtype), jnp.zeros(batch, jnp.int32),
         )  # fmt: skip
 
@@ -80,8 +79,7 @@ class DraftModel:
     ) -> DraftCache:
         cache = state.cache
         new = prefill(
-            weights, prompts, config=self.config, policy=Full(), budget=0, slots=cache.slots,
-            new_tokens=jnp.maximum(cache.rope_span[rows] - (prompts >= 0).sum(1), 0),
+            weights, prompts, config=self.config, policy=Full(), budget=0, slots=cache.slots
         ).cache  # fmt: skip
         put = partial(jax.tree.map, lambda old, row: old.at[rows].set(row))
         layered = partial(jax.tree.map, lambda old, row: old.at[:, rows].set(row))

@@ -53,9 +53,10 @@ class Prompt(NamedTuple):
     chunks: jax.Array  # int32 scalar: chunks that hold any token
 
 
-def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelConfig):
+def open_prompt(tokens: jax.Array, known_tokens, chunk: int | None, config: ModelConfig):
     """Pads to whole chunks; returns the padded tokens and the prompt's facts.
 
+    `known_tokens` (int or [B]) more are known and will be read behind each row: see model/rope.py.
     Raises ValueError for a chunk of no rows.
     """
     if chunk is not None and chunk < 1:
@@ -64,7 +65,7 @@ def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelC
     chunk = min(default_chunk(width) if chunk is None else chunk, width)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    span = length + jnp.asarray(new_tokens, jnp.int32)
+    span = length + jnp.asarray(known_tokens, jnp.int32)
     positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
     cos, sin = rope_tables(config, positions, span)
     chunks = -(-length.max() // chunk)

@@ -97,7 +97,8 @@ def prefill(
     policy: Policy,
     budget: int,
     slots: int,
-    new_tokens: int | Int[Array, ""] | Int[Array, " B"],
+    new_tokens: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    known_tokens: int | Int[Array, ""] | Int[Array, " B"] = 0,
     observer: Block | None = None,
     chunk: int | None = None,
     with_scores: bool = False,
@@ -106,8 +107,10 @@ def prefill(
 
     `tokens` is int32 [B, T] padded with -1; pad T with `batching.pad_batch` so that a new length
     does not compile anew. `slots` is room for the kept entries and everything that follows
-    (`batching.slots_for`). `new_tokens` says how many tokens will follow at most:
-    length-dependent RoPE factors are chosen from prompt + new_tokens. `observer` holds the rows
+    (`batching.slots_for`). `known_tokens` says how many tokens that are known already (a question)
+    will be read behind each prompt: RoPE factors that depend on length are chosen from prompt +
+    known_tokens. `new_tokens` has no effect and is accepted from callers of earlier versions, in
+    which these factors depended on the tokens yet to be generated. `observer` holds the rows
     that a policy asks (lookahead tokens, say); it is read after the prompt, sees it, and leaves
     no trace in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
     default, see `prompt.default_chunk`). Raises ValueError if `slots` cannot hold what the policy
@@ -122,7 +125,7 @@ def prefill(
     sparse = policy.sparse(padded)
     if sparse is not None and chunk is None:
         chunk = CHUNK
-    tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
+    tokens, prompt = open_prompt(tokens, known_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
         observer = _in_dtype(observer, x.dtype)
