@@ -53,7 +53,9 @@ def test_free_slots_and_the_flag():
 
 def test_extend_refuses_what_does_not_fit():
     params, cache = tiny.params(MODEL), copy()
-    with pytest.raises(ValueError, match=f"extend: row 0 has {FREE} free slots .* needs {FREE + 1}"):
+    with pytest.raises(
+        ValueError, match=f"extend: row 0 has {FREE} free slots .* needs {FREE + 1}"
+    ):
         extend(params, question(FREE + 1, 3), cache, config=MODEL)
     longer, logits = extend(params, question(FREE, 30), cache, config=MODEL)  # it was not donated
     np.testing.assert_array_equal(longer.free, [0, 38])
@@ -72,7 +74,9 @@ def test_extend_under_jit_flags_what_does_not_fit():
 
 def test_decode_refuses_what_does_not_fit():
     params, result, cache = tiny.params(MODEL), document(), copy()
-    with pytest.raises(ValueError, match=f"decode: row 0 has {FREE} free slots .* needs {FREE + 1}"):
+    with pytest.raises(
+        ValueError, match=f"decode: row 0 has {FREE} free slots .* needs {FREE + 1}"
+    ):
         decode(params, cache, result.logits, config=MODEL, max_new_tokens=FREE + 2)
     # The last token stays out of the cache.
     done = decode(params, cache, result.logits, config=MODEL, max_new_tokens=FREE + 1)
@@ -115,9 +119,7 @@ def test_a_donated_cache_is_named():
     params, result, cache = tiny.params(MODEL), document(), copy()
     decode(params, cache, result.logits, config=MODEL, max_new_tokens=4)
     asked = question(3, 3)
-    block = lk.Block(
-        lk.embed(params, asked, config=MODEL), asked, jnp.full(2, 128, jnp.int32)
-    )
+    block = lk.Block(lk.embed(params, asked, config=MODEL), asked, jnp.full(2, 128, jnp.int32))
     uses = {
         "decode": lambda: lk.decode(params, cache, result.logits, config=MODEL, max_new_tokens=4),
         "extend": lambda: lk.extend(params, asked, cache, config=MODEL),

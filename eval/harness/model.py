@@ -143,7 +143,8 @@ class HarnessModel:
         read = read_prompt(
             params, tokens, config=config, budget=self.settings.budget,
             policy=self.policy if evict else lk.make_policy("full"),
-            new_tokens=forced.shape[1], known_tokens=read_behind, modules=self._modules if evict else None,
+            new_tokens=forced.shape[1], known_tokens=read_behind,
+            modules=self._modules if evict else None,
             eos_ids=self.model.generation.eos_ids,
             asks=requests_to_repeat(self.policy, self.tokenizer),
         )  # fmt: skip

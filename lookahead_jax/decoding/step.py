@@ -30,7 +30,7 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
 )
 from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTree, accept, layout
-from lookahead_jax.model.cache import KVCache, commit
+from lookahead_jax.model.cache import Entries, KVCache, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.growth import check_growth
@@ -182,16 +182,6 @@ def _finite_count(raw: jax.Array, accepted: Accepted) -> jax.Array:
     return jnp.cumprod(finite & on_path, axis=1, dtype=jnp.int32).sum(1, dtype=jnp.int32)
 
 
-class Rows(NamedTuple):
-    """Rows of a step that are still to be committed: arguments of `cache.commit`."""
-
-    k: jax.Array  # [L, B, K, P, H]
-    v: jax.Array  # [L, B, K, P, H]
-    positions: jax.Array  # [B, P] int32
-    path: jax.Array  # [B, P] int32
-    count: jax.Array  # [B] int32
-
-
 class Step(NamedTuple):
     """A tree and what became of it."""
 
@@ -210,8 +200,8 @@ def _step(
     drafter: DeviceDrafter,
     nodes: int,
     eviction: DecodeEviction | None,
-) -> tuple[DecodeState, Rows, Step]:
-    """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
+) -> tuple[DecodeState, Entries, Step]:
+    """One forward of the target: propose, verify, emit. Its entries are not committed."""
     cache, base = state.cache, state.cache.next_pos[:, None]
     drawn = None
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
@@ -252,24 +242,24 @@ def _step(
         done=state.done | ~finite,
     )
     state = _emit(state, accepted.emitted, accepted.count)
-    rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)
-    return state, rows, Step(tree, laid.valid, accepted.path, accepted.count)
+    entries = Entries(out.k, out.v, positions, accepted.path, accepted.count)
+    return state, entries, Step(tree, laid.valid, accepted.path, accepted.count)
 
 
 def _settle(
     params: Params,
     state: DecodeState,
-    rows: Rows,
+    entries: Entries,
     modules: LookaheadModules | None,
     *,
     config: ModelConfig,
     eviction: DecodeEviction | None,
 ) -> DecodeState:
-    """The accepted rows of a step enter the cache; where that makes it due, it is cut."""
-    cache, sums = commit(state.cache, *rows), state.sums
+    """Commits the accepted rows of a step, then cuts the rows that are due for eviction."""
+    cache, sums = commit(state.cache, entries), state.sums
     if eviction is not None:
         cache, sums = evict(
-            params, cache, sums, state.tokens, state.count, rows.count, modules,
+            params, cache, sums, state.tokens, state.count, entries.count, modules,
             config=config, eviction=eviction,
         )  # fmt: skip
     return dataclasses.replace(state, cache=cache, sums=sums)
@@ -295,10 +285,10 @@ def decode_step(
     For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree. The rest is
     as for `decode_burst`.
     """
-    state, rows, step = _step(
+    state, entries, step = _step(
         params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
     )
-    return _settle(params, state, rows, modules, config=config, eviction=eviction), step
+    return _settle(params, state, entries, modules, config=config, eviction=eviction), step
 
 
 @program(static_argnames=_STATIC, donate_argnames=("state",))
@@ -329,21 +319,21 @@ def decode_burst(
         return (i < steps) & ~state.done.all()
 
     def step(carry):
-        # Rows enter the cache at the start of the next step: writing before reading lets XLA
-        # update the cache in place; the other way round it copies the cache at every step.
-        i, state, rows = carry
-        state = settle(params, state, rows, modules)
-        state, rows, _ = _step(
+        # A step's entries are committed at the start of the next step. Writing before reading lets
+        # XLA update the cache in place; in the other order it copies the cache at every step.
+        i, state, entries = carry
+        state = settle(params, state, entries, modules)
+        state, entries, _ = _step(
             params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
         )
-        return i + 1, state, rows
+        return i + 1, state, entries
 
     cache = state.cache
     empty = jnp.zeros((*cache.k.shape[:3], nodes, cache.k.shape[4]), cache.k.dtype)
     nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
-    rows = Rows(empty, empty, nothing, nothing, nothing[:, 0])
-    _, state, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, rows))
-    return settle(params, state, rows, modules)
+    entries = Entries(empty, empty, nothing, nothing, nothing[:, 0])
+    _, state, entries = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, entries))
+    return settle(params, state, entries, modules)
 
 
 def decode(

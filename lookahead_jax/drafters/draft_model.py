@@ -14,7 +14,7 @@ from flax import struct
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import Verified, Weights
 from lookahead_jax.decoding.tree import TokenTree, layout, root_only
-from lookahead_jax.model.cache import KVCache, commit, empty_cache
+from lookahead_jax.model.cache import Entries, KVCache, commit, empty_cache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.policies.full import Full
@@ -35,7 +35,7 @@ class DraftCache:
         steps = jnp.arange(self.k.shape[3], dtype=jnp.int32)[None]
         path = jnp.broadcast_to(steps, (self.count.shape[0], steps.shape[1]))
         positions = self.cache.next_pos[:, None] + path
-        return commit(self.cache, self.k, self.v, positions, path, self.count)
+        return commit(self.cache, Entries(self.k, self.v, positions, path, self.count))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -226,7 +226,8 @@ def generate(
         return read_prompt(
             params, tokens, config=config, policy=policy, budget=budget,
             new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
-            known_tokens=known, eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
+            known_tokens=known,
+            eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
             draft=expected, asks=requests_to_repeat(policy, model.tokenizer),
         )  # fmt: skip
 

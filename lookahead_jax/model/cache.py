@@ -5,6 +5,7 @@ these positions, never from the order of the slots. Filled slots come first; `le
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,20 +97,24 @@ def empty_cache(
     )
 
 
-def commit(
-    cache: KVCache,
-    k: jax.Array,  # [L, B, K, P, H] keys of a block that has been run
-    v: jax.Array,  # [L, B, K, P, H]
-    positions: jax.Array,  # [B, P] int32
-    path: jax.Array,  # [B, P] int32 rows of the block to keep, in order
-    count: jax.Array,  # [B] int32 how many entries of `path` count
-) -> KVCache:
+class Entries(NamedTuple):
+    """Keys and values of a block that has been run, and which of its rows to keep."""
+
+    k: jax.Array  # [L, B, K, P, H]
+    v: jax.Array  # [L, B, K, P, H]
+    positions: jax.Array  # [B, P] int32
+    path: jax.Array  # [B, P] int32 rows of the block to keep, in order
+    count: jax.Array  # [B] int32 how many entries of `path` are valid
+
+
+def commit(cache: KVCache, entries: Entries) -> KVCache:
     """Appends the accepted rows of a block to the cache; rejected rows leave no trace.
 
     Plain decoding keeps row 0, a prompt chunk its valid rows, a verified draft the accepted path.
     Entries beyond the last slot are dropped. `length` counts them all the same, so `overflowed`
     reports the loss.
     """
+    k, v, positions, path, count = entries
     layers, batch, heads, width = k.shape[:4]
     taken = path[None, :, None, :, None]
     k = jnp.take_along_axis(k, taken, axis=3)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, commit, round_up
+from lookahead_jax.model.cache import SLOT_MULTIPLE, Entries, KVCache, commit, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import (
     Block,
@@ -24,9 +24,9 @@ from lookahead_jax.model.decoder import (
     logits,
     scan_layers,
 )
+from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, rms_norm
-from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Kept, LayerView, Policy, select
 from lookahead_jax.prefilling.layer_pass import (
@@ -292,7 +292,7 @@ def _extend(
         here = jnp.take_along_axis(out.hidden, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)
         last = jnp.where(((end >= 0) & (end < size))[:, None, None], here, last)
         count = (part >= 0).sum(1, dtype=jnp.int32)
-        return commit(cache, out.k, out.v, positions, path, count), last
+        return commit(cache, Entries(out.k, out.v, positions, path, count)), last
 
     hidden = jnp.zeros((tokens.shape[0], 1, config.hidden_size), params["embed"].dtype)
     carry = jax.lax.fori_loop(0, -(-length.max() // size), step, (cache, hidden))

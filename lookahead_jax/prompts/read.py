@@ -74,7 +74,9 @@ def read_prompt(
             raise ValueError(
                 f"policy {type(policy).__name__} reads lookahead modules; name their folder"
             )
-        observer = observer_block(modules, length, length + known_tokens, dtype=params["embed"].dtype)
+        observer = observer_block(
+            modules, length, length + known_tokens, dtype=params["embed"].dtype
+        )
     return prefill(
         params, tokens, config=config, policy=policy, budget=budget, slots=slots,
         known_tokens=known_tokens, observer=observer, with_scores=with_scores,
