@@ -1,11 +1,11 @@
-"""Decoding, on the device: propose a tree, run it, accept a path, commit it, until all is done.
+"""Decoding on the device: propose a tree, run it, accept a path, commit it, until all rows end.
 
-Plain decoding is the tree of one node. The last emitted token is always pending: it is the root
-of the next tree, and its keys and values enter the cache with the step that reads it. A row that
-is done takes no part in a step and costs its share of it. What is emitted is the target's own
-choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
-number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728). Drafters
-that draw are the exception: see acceptance.py.
+Plain decoding uses a tree of one node. The last emitted token is always pending: it is the root of
+the next tree, and its keys and values enter the cache with the step that reads it. Rows that have
+ended are still computed, but emit nothing. Each emitted token is the target's own choice at a node
+of the accepted path, so tokens depend neither on the drafter, nor on the number of nodes, nor on
+the number of steps per burst (Zhao et al. 2024, arXiv:2312.12728). Drafters that sample their
+trees are the exception: see acceptance.py.
 """
 
 import dataclasses
