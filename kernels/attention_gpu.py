@@ -1,20 +1,18 @@
 # pyright: reportPrivateImportUsage=false
 """Attention of a few rows over a cache on NVIDIA GPUs from Hopper on, written for Mosaic GPU.
 
-Flash decoding: the cache is split over warpgroups, each of which keeps a running softmax of 64
-stacked rows (G * P of them, padded) over its run of blocks; XLA merges the parts with the rows'
-own keys. Blocks past a head's filled slots are skipped.
+Flash decoding: the cache is split over warpgroups. Each keeps a running softmax of 64 stacked rows
+(G * P of them, padded) over its run of blocks, and XLA merges the parts with the rows' own keys.
+Blocks past a head's filled slots are skipped.
 
-Never run on a GPU so far: proved in interpret mode, and by compiling for an H100. XLA stays the
-default on GPUs until a measurement on a card says otherwise.
+These kernels have not run on a GPU yet. They are tested in interpret mode and by compiling for an
+H100. XLA stays the default on GPUs until a measurement shows that they are faster.
 
 Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H head dim, S slots,
 R = G * P stacked rows.
 """
 
-import inspect
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,99 +20,61 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LOG2E = 1.0 / math.log(2.0)
-NEVER = jnp.iinfo(jnp.int32).max  # position of an empty slot, as the kernels compare it
-KEYS = 64  # slots of a block
+from lookahead_jax.kernels.common import FLOOR, LOG2E, NEVER, Places
+from lookahead_jax.kernels.gpu_blocks import (
+    COLUMN,
+    KEYS,
+    PARAMETERS,
+    ROW,
+    fetch,
+    load,
+    logits_of,
+    row_range,
+    tiled,
+    visible,
+)
+
 _ROWS = 64  # of a tensor-core product
-_STAGES = 2  # blocks on their way
-_WARPGROUPS = 264  # to split the cache for: two at a time on each of an H100's multiprocessors
-_COLUMNS = 64  # of the weighted values that leave at once: two warpgroups' memory has to fit
-_FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
-ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-
-# Layouts are spelled out: inferring them gave up on these kernels in jax 0.12.
-PARAMETERS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+_STAGES = 2  # blocks of the pipeline that are in flight
+_WARPGROUPS = 264  # to split the cache for: two on each of an H100's multiprocessors
+_COLUMNS = 64  # of the weighted values written at once: limits shared memory to two warpgroups'
 
 
-def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernels cannot take these arguments, or None."""
-    total, head_dim = k.shape[-2:]
-    if head_dim not in (64, 128):
-        return f"head dim {head_dim} is neither 64 nor 128"
-    if total % KEYS:
-        return f"{total} keys are not a multiple of {KEYS}"
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        return f"queries {q.dtype} and keys {k.dtype} are not both bfloat16 or float16"
-    return None
+class Rows(NamedTuple):
+    """The stacked rows of each KV head, R of them, a multiple of 64."""
 
-
-def tiled(dtype: Any) -> tuple[Any, Any]:
-    """The layout in shared memory that tensor cores read: rows of 128 bytes, swizzled."""
-    return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
-
-
-def load(ref: Any, layout: Any) -> jax.Array:
-    """A shared-memory vector in a register layout; jax before 0.11 wants an index."""
-    read: Any = plgpu.load
-    index = inspect.signature(read).parameters.get("idx")
-    index = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
-    return read(ref, *index, layout=layout)
-
-
-def fetch(pairs: Any, barrier: Any) -> None:
-    """Copies global to shared memory at once, and waits; the barrier counts that many arrivals."""
-    for source, target in pairs:
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-    plgpu.barrier_wait(barrier)
-
-
-def logits_of(raw: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Logits in units of log(2), as the hardware's power of two wants them."""
-    if softcap is None:
-        return raw * (scale * LOG2E)
-    return (softcap * LOG2E) * jnp.tanh(raw * (scale / softcap))
-
-
-def visible(k_pos: jax.Array, low: jax.Array, high: jax.Array, shape: Any, keys: int) -> jax.Array:
-    """low < k_pos <= high for every pair; `keys` is the axis of `shape` that counts keys."""
-    k_pos = lax.broadcast_in_dim(k_pos, shape, [keys])
-    low, high = (lax.broadcast_in_dim(a, shape, [1 - keys]) for a in (low, high))
-    return (k_pos <= high) & (k_pos > low)
-
-
-def row_range(q_pos: jax.Array, window: Any) -> tuple[jax.Array, jax.Array]:
-    """Positions that a row sees, low exclusive and high inclusive; int32 like `q_pos`."""
-    low = jnp.full_like(q_pos, -1) if window is None else jnp.maximum(q_pos - window, -1)
-    return low, q_pos
+    q: jax.Array  # [B * K, R, H]
+    low: jax.Array  # [B, R] int32 positions that a row sees, exclusive
+    high: jax.Array  # [B, R] int32 inclusive
 
 
 def partial_attention(
-    q: jax.Array,  # [B * K, R, H], R a multiple of 64
-    low: jax.Array,  # [B, R] int32
-    high: jax.Array,  # [B, R] int32
+    stacked: Rows,
     k: jax.Array,  # [(L,) B, K, S, H]
-    v: jax.Array | None,  # like k; None: maxima and masses alone
-    k_pos: jax.Array,  # [B, K or 1, S] int32
-    ends: jax.Array,  # [B * K] int32 one past the last slot worth reading
-    layer: jax.Array | None,  # int32 scalar where keys are a stack of layers
+    v: jax.Array | None,  # like k; None: only maxima and masses
+    places: Places,
     *,
-    count: int,  # rows that are no padding
+    count: int,  # rows that are not padding
     scale: float,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Running softmax of every run of blocks: maxima and masses [B * K, runs, count] float32 (in
-    units of log(2)), and weighted values [B * K, runs, count, H] float32."""
+    """Running softmax of every run of blocks, in float32.
+
+    Returns maxima (in units of log(2)) and masses [B * K, runs, count], and weighted values
+    [B * K, runs, count, H].
+    """
+    q = stacked.q
     batch, heads, slots, dim = k.shape[-4:]
     rows = q.shape[1]
     kept = -(-count // 8) * 8 if rows == _ROWS else _ROWS  # rows of a tile that are written
-    layer = jnp.zeros((), jnp.int32) if layer is None else layer
-    numbers = jnp.concatenate([ends, layer[None]])
+    layer = jnp.zeros((), jnp.int32) if places.layer is None else places.layer
+    numbers = jnp.concatenate([places.bounds[1::2], layer[None]])  # ends, then the layer
     blocks = slots // KEYS
     wanted = -(-_WARPGROUPS // (batch * heads * rows // _ROWS))
     each = -(-blocks // min(wanted, blocks))  # blocks that one warpgroup reads
     runs = -(-blocks // each)
-    shared = k_pos.shape[1] == 1
-    k_pos = jnp.where(k_pos < 0, NEVER, k_pos).reshape(-1)
+    shared = places.k_pos.shape[1] == 1
+    k_pos = jnp.where(places.k_pos < 0, NEVER, places.k_pos).reshape(-1)
     with_values = v is not None
     arrays = [k.reshape(-1, dim)] + ([v.reshape(-1, dim)] if with_values else [])
 
@@ -163,8 +123,8 @@ def partial_attention(
                     plgpu.wgmma(ref, p_sm, v_sm[0])
                     return ref[...]
 
-                # Interpret mode knows neither operands in registers nor accumulators that start
-                # with values: probabilities go through shared memory, sums are added here.
+                # Interpret mode supports neither operands in registers nor accumulators with an
+                # initial value: probabilities go through shared memory, sums are added here.
                 new = pl.run_scoped(weighted, plgpu.ACC((_ROWS, dim), jnp.float32))
                 acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0]) + new
             return m_new, mass, acc
@@ -176,7 +136,7 @@ def partial_attention(
             return ((row if shared else bh) * blocks + at(j),)
 
         carry = (
-            plgpu.layout_cast(jnp.full((_ROWS,), _FLOOR, jnp.float32), ROW),
+            plgpu.layout_cast(jnp.full((_ROWS,), FLOOR, jnp.float32), ROW),
             plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), ROW),
             plgpu.layout_cast(jnp.zeros((_ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
             if with_values
@@ -218,7 +178,7 @@ def partial_attention(
     out_type = [stat, stat]
     if with_values:
         out_type.append(jax.ShapeDtypeStruct((batch * heads, runs, written, dim), jnp.float32))
-    found = plgpu.kernel(
+    outputs = plgpu.kernel(
         kernel,
         out_type=out_type,
         grid=(runs, rows // _ROWS, batch * heads),
@@ -233,9 +193,9 @@ def partial_attention(
             plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32, transforms=tiled(jnp.float32)),
             plgpu.Barrier(num_arrivals=3),
         ],
-    )(q, low, high, numbers, k_pos, *arrays)
-    m, mass = (a[:, :, :count] for a in found[:2])
-    return m, mass, found[2][:, :, :count] if with_values else None
+    )(*stacked, numbers, k_pos, *arrays)
+    m, mass = (a[:, :, :count] for a in outputs[:2])
+    return m, mass, outputs[2][:, :, :count] if with_values else None
 
 
 def _clear_dead(v_sm, k_pos_sm):
@@ -246,14 +206,14 @@ def _clear_dead(v_sm, k_pos_sm):
     plgpu.commit_smem()
 
 
-def stacked_rows(q, q_pos, window):
-    """Rows of a group stacked and padded to whole tiles: q [B * K, R, H], low and high [B, R]."""
+def stacked_rows(q, q_pos, window) -> Rows:
+    """The rows of a group, q [B, K, G, P, H], stacked and padded to whole tiles."""
     batch, heads, groups, nodes, dim = q.shape
     pad = -(groups * nodes) % _ROWS
     rows = jnp.pad(q.reshape(batch * heads, groups * nodes, dim), ((0, 0), (0, pad), (0, 0)))
     low, high = row_range(jnp.tile(q_pos, (1, groups)), window)
     low, high = (jnp.pad(a, ((0, 0), (0, pad)), constant_values=-1) for a in (low, high))
-    return rows, low, high
+    return Rows(rows, low, high)
 
 
 def merge(parts: Any, own: Any) -> tuple[jax.Array, Any]:
@@ -278,7 +238,7 @@ def own_part(q, k, v, own, *, scale, softcap):
     batch, heads, groups, nodes, dim = q.shape
     raw = jnp.einsum("bkgph,bkjh->bkgpj", q, k, preferred_element_type=jnp.float32)
     logits = jnp.where(own[:, None, None] > 0, logits_of(raw, scale, softcap), -jnp.inf)
-    m = jnp.maximum(logits.max(-1), _FLOOR)
+    m = jnp.maximum(logits.max(-1), FLOOR)
     p = jnp.exp2(logits - m[..., None])
     flat = (batch * heads, groups * nodes)
     values = None
@@ -291,25 +251,19 @@ def own_part(q, k, v, own, *, scale, softcap):
 
 def attend(
     q: jax.Array,  # [B, K, G, P, H]
-    k: jax.Array,  # [B, K, P, H] the rows' own keys
-    v: jax.Array,  # [B, K, P, H]
-    own: jax.Array,  # [B, P, P] int8, row i sees row j
-    q_pos: jax.Array,  # [B, P] int32
-    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [(L,) B, K, S, H], pos [B, K or 1, S]
-    bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
-    window: jax.Array | int | None,
-    layer: jax.Array | None,  # int32 scalar where the context is a stack of layers
+    own: tuple[jax.Array, jax.Array],  # the rows' own keys and values [B, K, P, H]
+    context: tuple[jax.Array, jax.Array],  # keys and values [(L,) B, K, S, H]
+    places: Places,
     *,
     scale: float,
     softcap: float | None,
     key_block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, K, G, P, H] in the dtype of `q`, log-sum-exp [B, K, G, P] float32."""
-    del key_block  # blocks are what a tensor-core product takes
+    del key_block  # a block has the size of a tensor-core product
     count = q.shape[2] * q.shape[3]
-    rows, low, high = stacked_rows(q, q_pos, window)
-    parts = partial_attention(
-        rows, low, high, *context, bounds[1::2], layer, count=count, scale=scale, softcap=softcap
-    )
-    lse, out = merge(parts, own_part(q, k, v, own, scale=scale, softcap=softcap))
+    rows = stacked_rows(q, places.q_pos, places.window)
+    parts = partial_attention(rows, *context, places, count=count, scale=scale, softcap=softcap)
+    mine = own_part(q, *own, places.own_seen, scale=scale, softcap=softcap)
+    lse, out = merge(parts, mine)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:4])

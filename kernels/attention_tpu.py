@@ -1,22 +1,23 @@
 """Attention of a few rows over a cache on TPU: decoding (P = 1) and tree verification.
 
-Flash decoding: a grid step holds one block of the cache's slots for one KV head, and the rows of
-all query heads that read it, stacked (G * P rows feed the matrix unit). Blocks past a head's
-filled slots are neither copied nor computed. The rows' own keys follow their own mask.
+Flash decoding: a grid step holds one block of the cache's slots for one KV head, and the stacked
+rows of all query heads that read it (the matrix unit gets G * P rows). Blocks past a head's filled
+slots are neither copied nor computed. The rows' own keys have a mask of their own.
 
 Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H head dim, S slots,
 R = G * P stacked rows.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lookahead_jax.kernels.importance_tpu import (
-    LOG2E,
+from lookahead_jax.kernels.common import FLOOR, LANES, LOG2E, Places
+from lookahead_jax.kernels.tpu_blocks import (
     as_stored,
     block_size,
     live,
@@ -26,8 +27,6 @@ from lookahead_jax.kernels.importance_tpu import (
     slots_spec,
 )
 
-_FLOOR = -1e30  # of the running maximum: a row that sees nothing keeps it
-_LANES = 128
 _ROWS = 512  # stacked rows of a tile
 _PART = 512  # slots of one product
 _LOGITS = 1 << 20  # logits of a grid step, in vector memory
@@ -35,14 +34,12 @@ _LOGITS = 1 << 20  # logits of a grid step, in vector memory
 
 def _across(a, width):
     """[R, 128] with equal lanes -> [R, width]."""
-    return jnp.concatenate([a] * -(-width // _LANES), axis=1)[:, :width]
+    return jnp.concatenate([a] * -(-width // LANES), axis=1)[:, :width]
 
 
-def _kernel(
-    bounds_ref, numbers_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref, k_ref, v_ref,
-    k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, logits_ref,
-    *, scale, softcap, windowed, size,
-):  # fmt: skip
+def _kernel(*refs, scale, softcap, windowed, size):
+    bounds_ref, numbers_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref = refs[:7]
+    k_ref, v_ref, k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, logits_ref = refs[7:]
     block = pl.program_id(3)
     window = numbers_ref[0] if windowed else None
 
@@ -55,14 +52,14 @@ def _kernel(
         )
 
     def accumulate(parts, lanes_max, values_of):
-        """Adds the slots whose logits lie in `logits_ref`; the maxima of each lane are known."""
+        """Adds the slots whose logits are in `logits_ref`, given the maximum of each lane."""
         m = m_ref[...]
         m_new = jnp.broadcast_to(lanes_max.max(-1, keepdims=True), m.shape)
         shrink = jnp.exp2(m - m_new)
         mass, acc = mass_ref[...] * shrink, acc_ref[...] * _across(shrink, acc_ref.shape[1])
         for part in parts:
             p = jnp.exp2(logits_ref[:, part] - _across(m_new, part.stop - part.start))
-            mass = sum((p[:, i : i + _LANES] for i in range(0, p.shape[1], _LANES)), mass)
+            mass = sum((p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)), mass)
             v = values_of(part)
             acc += jax.lax.dot_general(
                 p.astype(v.dtype), v, (((1,), (0 if v.shape[1] == acc.shape[1] else 1,)), ((), ())),
@@ -74,12 +71,12 @@ def _kernel(
     def store(part, logits, seen, lanes_max):
         logits = jnp.where(seen, logits, -jnp.inf)
         logits_ref[:, part] = logits
-        chunks = (logits[:, i : i + _LANES] for i in range(0, logits.shape[1], _LANES))
+        chunks = (logits[:, i : i + LANES] for i in range(0, logits.shape[1], LANES))
         return functools.reduce(jnp.maximum, chunks, lanes_max)
 
     @pl.when(block == 0)
     def _():
-        m_ref[...] = jnp.full_like(m_ref, _FLOOR)
+        m_ref[...] = jnp.full_like(m_ref, FLOOR)
         mass_ref[...] = jnp.zeros_like(mass_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
         part = slice(0, own_k_ref.shape[0])
@@ -108,25 +105,20 @@ def _kernel(
 
 
 def _alive(v, k_pos):
-    """Values [S, H] or [H, S], those of empty slots zeroed: they may be NaN, and 0 * NaN is NaN."""
+    """Values [S, H] or [H, S] with empty slots set to zero: they may be NaN, and 0 * NaN is NaN."""
     slots, dim = v.shape
     if slots != k_pos.shape[1]:
         return jnp.where(k_pos >= 0, v, jnp.zeros_like(v))
-    alive = jnp.broadcast_to((k_pos >= 0).astype(jnp.int32), (_LANES, slots)).T
-    alive = jnp.concatenate([alive] * -(-dim // _LANES), axis=1)[:, :dim]
+    alive = jnp.broadcast_to((k_pos >= 0).astype(jnp.int32), (LANES, slots)).T
+    alive = jnp.concatenate([alive] * -(-dim // LANES), axis=1)[:, :dim]
     return jnp.where(alive > 0, v, jnp.zeros_like(v))
 
 
 def attend(
     q: jax.Array,  # [B, K, G, P, H]
-    k: jax.Array,  # [B, K, P, H] the rows' own keys
-    v: jax.Array,  # [B, K, P, H]
-    own: jax.Array,  # [B, P, P] int8, row i sees row j
-    q_pos: jax.Array,  # [B, P] int32
-    context: tuple[jax.Array, jax.Array, jax.Array],  # k, v [(L,) B, K, S, H], pos [B, K or 1, S]
-    bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
-    window: jax.Array | int | None,
-    layer: jax.Array | None,  # int32 scalar where the context is a stack of layers
+    own: tuple[jax.Array, jax.Array],  # the rows' own keys and values [B, K, P, H]
+    context: tuple[jax.Array, jax.Array],  # keys and values [(L,) B, K, S, H]
+    places: Places,
     *,
     scale: float,
     softcap: float | None,
@@ -134,19 +126,21 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, K, G, P, H] in the dtype of `q`, log-sum-exp [B, K, G, P] float32."""
     batch, heads, groups, nodes, dim = q.shape
-    ctx_k, ctx_v, ctx_pos = context
-    if layer is None:
+    ctx_k, ctx_v = context
+    if places.layer is None:
         ctx_k, ctx_v = ctx_k[None], ctx_v[None]
     rows = groups * nodes
     tile = min(_ROWS, -(-rows // 16) * 16)
     stacked = pad_axis(q.reshape(batch, heads, rows, dim), 2, tile)
-    row_pos = pad_axis(jnp.tile(q_pos, (1, groups)), 1, tile, -1)[..., None]
-    seen = pad_axis(pad_axis(jnp.tile(own, (1, groups, 1)), 1, tile), 2, _LANES)
-    own_k, own_v = (pad_axis(a, 2, _LANES) for a in (k, v))
-    size = min(block_size(ctx_k[0], key_block), _LOGITS // tile // _LANES * _LANES)
-    pos = pad_axis(ctx_pos, 2, size, -1)[:, :, None]
+    row_pos = pad_axis(jnp.tile(places.q_pos, (1, groups)), 1, tile, -1)[..., None]
+    own_seen: Any = places.own_seen
+    seen = pad_axis(pad_axis(jnp.tile(own_seen, (1, groups, 1)), 1, tile), 2, LANES)
+    own_k, own_v = (pad_axis(a, 2, LANES) for a in own)
+    size = min(block_size(ctx_k[0], key_block), _LOGITS // tile // LANES * LANES)
+    pos = pad_axis(places.k_pos, 2, size, -1)[:, :, None]
     per_head = pos.shape[1] > 1
-    numbers = jnp.stack([jnp.asarray(0 if n is None else n, jnp.int32) for n in (window, layer)])
+    numbers = (places.window, places.layer)
+    numbers = jnp.stack([jnp.asarray(0 if n is None else n, jnp.int32) for n in numbers])
     tiles, blocks = stacked.shape[2] // tile, pos.shape[3] // size
 
     def at_rows(b, h, i, j, *_):
@@ -155,17 +149,17 @@ def attend(
     def at_own(b, h, *_):
         return b, h, 0, 0
 
-    def at_keys(b, h, i, j, bounds_ref, numbers_ref):
-        return numbers_ref[1], b, h, read_at(bounds_ref, b, h, heads, j, size)
+    def at_keys(b, h, i, j, *refs):
+        return refs[1][1], b, h, read_at(refs[0], b * heads + h, j, size=size)
 
-    def at_pos(b, h, i, j, bounds_ref, _):
-        return b, h if per_head else 0, 0, read_at(bounds_ref, b, h, heads, j, size)
+    def at_pos(b, h, i, j, *refs):
+        return b, h if per_head else 0, 0, read_at(refs[0], b * heads + h, j, size=size)
 
     slots = ctx_k.shape[3]
     read = 2 * batch * heads * slots * dim * q.dtype.itemsize
     out, lse = pl.pallas_call(
         functools.partial(
-            _kernel, scale=scale, softcap=softcap, windowed=window is not None, size=size
+            _kernel, scale=scale, softcap=softcap, windowed=places.window is not None, size=size
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -185,8 +179,8 @@ def attend(
                 pl.BlockSpec((None, None, 1, tile), lambda b, h, i, *_: (b, h, 0, i)),
             ],
             scratch_shapes=[
-                pltpu.VMEM((tile, _LANES), jnp.float32),
-                pltpu.VMEM((tile, _LANES), jnp.float32),
+                pltpu.VMEM((tile, LANES), jnp.float32),
+                pltpu.VMEM((tile, LANES), jnp.float32),
                 pltpu.VMEM((tile, dim), jnp.float32),
                 pltpu.VMEM((tile, max(size, own_k.shape[2])), jnp.float32),
             ],
@@ -205,7 +199,7 @@ def attend(
         ),
         name="block_attention",
     )(
-        bounds,
+        places.bounds,
         numbers,
         stacked,
         row_pos,

@@ -1,7 +1,7 @@
 """Causal self-attention of a text read from its start, in memory linear in its length.
 
-What exists is used where it exists: splash attention on TPU, cuDNN's flash attention on NVIDIA
-GPUs. The XLA form runs everywhere and defines the meaning; on CPU it is the fast one.
+Existing kernels are used: splash attention on TPU, cuDNN's flash attention on NVIDIA GPUs. The XLA
+form runs everywhere, is the reference, and is the fastest one on CPU.
 
 Letters: B batch, T tokens, N query heads, K KV heads, G = N / K, H head dim.
 """
@@ -12,7 +12,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.kernels.attention import KEY_BLOCK, block_attention
+from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.kernels.common import KEY_BLOCK, Own
 from lookahead_jax.kernels.dispatch import log_once, per_shard, placed
 
 Implementation = Literal["xla", "splash", "cudnn"]
@@ -31,10 +32,10 @@ def causal_attention(
 ) -> jax.Array:
     """Row i sees rows max(0, i - window + 1) .. i; returns [B, T, N, H] in the dtype of `q`.
 
-    Right-padded batches need no mask: rows that matter see nothing that does not. A named
-    implementation runs or raises NotImplementedError with the reason; None takes the platform's
-    own, or XLA where that cannot do it. On several TPU devices call it under `jax.set_mesh`:
-    batch and heads are then split over the axes "data" (with "fsdp") and "tensor".
+    Right-padded batches need no mask, because no token sees the padding behind it. A named
+    implementation runs or raises NotImplementedError with the reason. None selects the platform's
+    own, or XLA if that one does not support the arguments. On several TPU devices call it under
+    `jax.set_mesh`: batch and heads are then split over the axes "data" (with "fsdp") and "tensor".
     """
     forms = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
     settings = dict(scale=scale, softcap=softcap, window=window)
@@ -58,7 +59,7 @@ def causal_attention(
 
 
 def _unsupported(name: Implementation, q: jax.Array, softcap: float | None) -> str | None:
-    """Why an implementation cannot take these arguments, or None."""
+    """Why an implementation does not support these arguments, or None."""
     _, tokens, _, head_dim = q.shape
     if name == "splash":
         if tokens % 128:
@@ -78,7 +79,7 @@ def _unsupported(name: Implementation, q: jax.Array, softcap: float | None) -> s
 
 
 def _xla(q, k, v, *, scale, softcap, window):
-    """Chunks of queries, each over its own diagonal block and the blocks before it."""
+    """Chunks of queries, each over its own diagonal block and the preceding blocks."""
     batch, tokens, n, h = q.shape
     size = min(KEY_BLOCK, tokens)
     pad = -tokens % size
@@ -86,7 +87,7 @@ def _xla(q, k, v, *, scale, softcap, window):
     k, v = (jnp.pad(a, [(0, 0), (0, 0), (0, pad), (0, 0)]) for a in (k, v))
     slots = jnp.arange(tokens + pad, dtype=jnp.int32)[None]
     row = jnp.arange(size, dtype=jnp.int32)
-    own = jnp.broadcast_to((row[None] <= row[:, None])[None], (batch, size, size))
+    visible = jnp.broadcast_to((row[None] <= row[:, None])[None], (batch, size, size))
 
     def chunk(c):
         start = c * size
@@ -101,7 +102,7 @@ def _xla(q, k, v, *, scale, softcap, window):
             context = (k, v, jnp.broadcast_to(before, (batch, tokens + pad))[:, None])
         first = 0 if window is None else jnp.maximum(start - window + 1, 0)
         out, _ = block_attention(
-            part(q, 1), part(k, 2), part(v, 2), own, pos, context,
+            part(q, 1), Own(part(k, 2), part(v, 2), visible), pos, context,
             scale=scale, softcap=softcap, window=window, slots=(first, start),
             implementation="xla",
         )  # fmt: skip

@@ -17,25 +17,24 @@ _AXES = {"B": ("data", "fsdp"), "K": ("tensor",), "N": ("tensor",)}
 
 
 def target_platform() -> str:
-    """What is being compiled for: the devices of the mesh in use, else the default backend."""
+    """The platform to compile for: that of the mesh in use, else the default backend."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def placed() -> bool:
-    """Whether kernels can know over which devices they run: by the mesh in use, or there is one.
+    """Whether kernels know the devices they run on: a mesh is in use, or there is one device.
 
-    XLA cannot partition a kernel: on several devices it has to be told (`per_shard`).
+    XLA cannot partition a kernel, so on several devices `per_shard` does it, and needs the mesh.
     """
     return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
 
 
 def preferred(head_dim: int) -> Implementation:
-    """What runs where nobody names an implementation: the kernels on TPU, XLA elsewhere.
+    """The default implementation: the kernels on TPU, XLA elsewhere.
 
-    On several TPU devices without a mesh in use that is XLA too, see `placed`.
-
-    Keys of other head dims are not stored as the kernels read them: they would be copied first.
+    It is XLA, too, on several TPU devices without a mesh in use (see `placed`), and for head dims
+    whose keys XLA stores in another layout than the kernels read: these would be copied first.
     """
     fits = target_platform() == "tpu" and (head_dim == 64 or head_dim % 128 == 0)
     return "pallas_tpu" if fits and placed() else "xla"
@@ -43,7 +42,7 @@ def preferred(head_dim: int) -> Implementation:
 
 @functools.cache
 def log_once(message: str) -> None:
-    """Says a reason for falling back once per process."""
+    """Logs a reason for falling back, once per process."""
     logging.getLogger(__name__).debug(message)
 
 
@@ -52,10 +51,10 @@ def choose(
     head_dim: int,
     unsupported: Callable[[Implementation], str | None],
 ) -> Implementation:
-    """The implementation to run: the one named, or the preferred one, or XLA where that cannot.
+    """The implementation to run: the named one, else the preferred one, else XLA.
 
-    `unsupported` says why an implementation cannot take the arguments, or None. One that was
-    named and cannot raises NotImplementedError; falling back is logged once.
+    `unsupported` returns why an implementation does not support the arguments, or None. A named
+    one that does not raises NotImplementedError. Falling back to XLA is logged once.
     """
     name = preferred(head_dim) if implementation is None else implementation
     reason = None if name == "xla" else unsupported(name)

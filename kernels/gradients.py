@@ -1,9 +1,9 @@
 """Gradients of the kernels: sweeps over the keys in blocks, so that memory is linear in T.
 
-The forward pass of a kernel keeps no logits. The backward pass computes them again, one block of
-keys at a time, with the row statistics that the forward pass has found, and lets JAX
-differentiate the formula of one block. Keys that nobody differentiates cost nothing: XLA drops
-their sums. Rows are few (observers, tree nodes), so this stays XLA on every platform.
+The forward pass of a kernel keeps no logits. The backward pass recomputes them, one block of keys
+at a time, from the row statistics of the forward pass, and lets JAX differentiate the formula of
+one block. If the gradient of the keys is not needed, XLA drops their sums. There are few rows
+(observers, tree nodes), so the backward pass is XLA on every platform.
 
 Letters: B batch, M rows, K KV heads, G query heads per KV head, H head dim, T keys.
 """
@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.kernels.attention import (
+from lookahead_jax.kernels.common import (
     KEY_BLOCK,
+    Places,
     key_blocks,
     read_block,
     softcap_logits,
@@ -31,17 +32,8 @@ class Static(NamedTuple):
     kernel: Callable[..., Any]
     scale: float
     softcap: float | None
-
-
-class Places(NamedTuple):
-    """Positions and bounds: integers, without gradients."""
-
-    q_pos: jax.Array  # [B, M] int32
-    k_pos: jax.Array  # [B, K or 1, T] int32
-    own_seen: jax.Array | None  # [B, M, M] int8 which of their own keys the rows see
-    bounds: jax.Array  # [B * K * 2] int32 first slot worth reading and one past the last
-    window: jax.Array | None  # int32 scalar
-    layer: jax.Array | None = None  # int32 scalar, if a context is a stack of layers
+    maximum: bool = False  # column_scores: the maximum over rows instead of their sum
+    finish: Finish | None = None  # column_scores: pooled and reduced to KV heads
 
 
 def _logits(static: Static, q, keys, seen):
@@ -94,11 +86,7 @@ def _without_mass(lse):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def row_lse(static: Static, q, k, own_k, places: Places) -> jax.Array:
     """Log-sum-exp of each row's logits [B, K, G, M]; q [B, K, G, M, H], own_k may be None."""
-    own = None if own_k is None else (own_k, places.own_seen)
-    return static.kernel(
-        q, places.q_pos, k, places.k_pos, own, places.bounds, places.window,
-        scale=static.scale, softcap=static.softcap,
-    )  # fmt: skip
+    return static.kernel(q, k, own_k, places, scale=static.scale, softcap=static.softcap)
 
 
 def _row_lse_forward(static, q, k, own_k, places):
@@ -126,33 +114,32 @@ def _row_lse_backward(static, saved, d_lse):
 row_lse.defvjp(_row_lse_forward, _row_lse_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def column_scores(
-    static: Static, maximum: bool, finish: Finish | None, q, k, lse, places: Places, valid
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def column_scores(static: Static, q, k, lse, places: Places) -> jax.Array:
     """exp(logits - lse) summed over a head's rows, or their maximum: float32 [B, K, G, T].
 
-    With `finish` they are pooled over the entries `valid` [B, K or 1, T] (None where nothing is
+    With `static.finish` they are pooled over the entries `places.valid` (None where nothing is
     pooled) and reduced over the group: [B, K, T].
     """
     return static.kernel(
-        q, places.q_pos, k, places.k_pos, lse, places.bounds, places.window, valid,
-        scale=static.scale, softcap=static.softcap, maximum=maximum, finish=finish,
+        q, k, lse, places,
+        scale=static.scale, softcap=static.softcap, maximum=static.maximum, finish=static.finish,
     )  # fmt: skip
 
 
-def _column_scores_forward(static, maximum, finish, q, k, lse, places, valid):
-    scores = column_scores(static, maximum, finish, q, k, lse, places, valid)
-    return scores, (q, k, lse, places, valid)
+def _column_scores_forward(static, q, k, lse, places):
+    return column_scores(static, q, k, lse, places), (q, k, lse, places)
 
 
-def _column_scores_backward(static, maximum, finish, saved, d_scores):
-    q, k, lse, places, valid = saved
+def _column_scores_backward(static, saved, d_scores):
+    q, k, lse, places = saved
+    maximum, finish = static.maximum, static.finish
     if finish is not None:
-        heads: Any = column_scores(static, maximum, None, q, k, lse, places, None)
+        by_head = static._replace(finish=None)
+        heads: Any = column_scores(by_head, q, k, lse, places._replace(valid=None))
         flat = heads.reshape(q.shape[0], -1, k.shape[2])
-        d_scores = jax.vjp(lambda flat: finish(flat, valid, k.shape[1]), flat)[1](d_scores)[0]
-        d_scores = d_scores.reshape(heads.shape)
+        _, pull = jax.vjp(lambda flat: finish(flat, places.valid, k.shape[1]), flat)
+        d_scores = pull(d_scores)[0].reshape(heads.shape)
 
     def columns(rows, keys, seen):
         q, lse = rows
@@ -160,29 +147,28 @@ def _column_scores_backward(static, maximum, finish, saved, d_scores):
         return p.max(3) if maximum else p.sum(3)
 
     rows, (d_k,) = _over_blocks(columns, (q, lse), [k], places, lambda part: part(d_scores))
-    return rows[0], d_k, rows[1], None, None
+    return rows[0], d_k, rows[1], None
 
 
 column_scores.defvjp(_column_scores_forward, _column_scores_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(static: Static, q, k, v, ctx_k, ctx_v, places: Places) -> tuple[jax.Array, jax.Array]:
-    """Output [B, K, G, M, H] and log-sum-exp [B, K, G, M] of rows over a context and themselves."""
-    return static.kernel(
-        q, k, v, places.own_seen, places.q_pos, (ctx_k, ctx_v, places.k_pos), places.bounds,
-        places.window, places.layer, scale=static.scale, softcap=static.softcap,
-    )  # fmt: skip
+def attend(static: Static, q, own, context, places: Places) -> tuple[jax.Array, jax.Array]:
+    """Output [B, K, G, M, H] and log-sum-exp [B, K, G, M] of rows over a context and themselves.
+
+    `own` and `context` are pairs of keys and values.
+    """
+    return static.kernel(q, own, context, places, scale=static.scale, softcap=static.softcap)
 
 
-def _attend_forward(static, q, k, v, ctx_k, ctx_v, places):
-    found: Any = attend(static, q, k, v, ctx_k, ctx_v, places)
-    out, lse = found
-    return (out, lse), (q, k, v, ctx_k, ctx_v, places, out, lse)
+def _attend_forward(static, q, own, context, places):
+    attended: Any = attend(static, q, own, context, places)
+    return attended, (q, own, context, places, *attended)
 
 
 def _attend_backward(static, saved, cotangents):
-    q, k, v, ctx_k, ctx_v, places, out, lse = saved
+    q, own, context, places, out, lse = saved
     if places.layer is not None:
         raise NotImplementedError("a stack of layers is a cache: it is read, not differentiated")
     d_out, d_lse = cotangents
@@ -199,11 +185,11 @@ def _attend_backward(static, saved, cotangents):
         )  # fmt: skip
         return p.sum(-1), weighted
 
-    d_q, d_context = _over_blocks(sums, q, [ctx_k, ctx_v], places, lambda _: cotangent)
+    d_q, d_context = _over_blocks(sums, q, context, places, lambda _: cotangent)
     seen = places.own_seen[:, None] > 0
-    _, pull = jax.vjp(lambda q, k, v: sums(q, [k, v], seen), q, k, v)
-    more, d_k, d_v = pull(cotangent)
-    return d_q + more, d_k, d_v, *d_context, None
+    _, pull = jax.vjp(lambda q, own: sums(q, own, seen), q, own)
+    more, d_own = pull(cotangent)
+    return d_q + more, d_own, tuple(d_context), None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

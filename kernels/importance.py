@@ -1,9 +1,9 @@
 """How much attention a few observing queries pay to each prompt entry.
 
-The score of an entry is the softmax probability that the observers put on it, reduced over the
+The score of an entry is the softmax probability that the observers assign to it, reduced over the
 observers, optionally smoothed along the prompt, then reduced over the query heads that share the
-KV head. The matrix [N, M, T] of probabilities never exists: one sweep over the keys finds each
-row's log-sum-exp, a second one sums the columns (the first falls away where it is known).
+KV head. The matrix [N, M, T] of probabilities is never stored: one sweep over the keys computes
+each row's log-sum-exp (skipped if it is given), a second sweep sums the columns.
 
 Letters: B batch, M observing queries, N query heads, K KV heads, G = N / K, H head dim, T entries.
 Source: LookaheadKV (arXiv 2603.10899), section 3; SnapKV (arXiv 2404.14469) for the pooling.
@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.kernels.attention import (
+from lookahead_jax.kernels.common import (
+    FLOOR,
+    Places,
     Slots,
     default_block,
     grouped,
@@ -28,9 +30,8 @@ from lookahead_jax.kernels.attention import (
     visible_by_position,
 )
 from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
+from lookahead_jax.kernels.gradients import Static, column_scores, row_lse
 from lookahead_jax.kernels.reductions import Finish, Group, Pool, Reduce
-
-_FLOOR = -1e30
 
 
 def head_scores(
@@ -52,12 +53,12 @@ def head_scores(
     """Probability of each entry under the observers, float32 [B, N, T], per query head.
 
     The softmax runs over everything an observer sees: the entries and, with `own`, the
-    observers' own keys (which get no score). Rows with position -1 are left out of the
-    reduction; `mean` divides by the number of rows that count. Invisible entries score 0. `slots`
-    and `implementation` as in `attention.block_attention`.
+    observers' own keys (which get no score). Rows with position -1 do not take part in the
+    reduction; `mean` divides by the number of those that do. Invisible entries score 0. `slots`
+    and `implementation` are those of `attention.block_attention`.
     """
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
-    run = _xla if name == "xla" else functools.partial(_pallas, name)
+    run = _xla if name == "xla" else functools.partial(_pallas, name=name)
     return run(
         q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
         lse=lse, slots=slots, key_block=key_block,
@@ -70,8 +71,8 @@ def importance_scores(
     k: jax.Array,
     k_pos: jax.Array,
     own: tuple[jax.Array, jax.Array] | None,
-    valid: jax.Array,  # [B, K or 1, T] bool, entries that take part in the pooling
     *,
+    valid: jax.Array,  # [B, K or 1, T] bool, entries that take part in the pooling
     scale: float,
     softcap: float | None,
     window: jax.Array | int | None,
@@ -84,8 +85,8 @@ def importance_scores(
 ) -> jax.Array:
     """`head_scores`, pooled per query head, then reduced over each group: float32 [B, K, T].
 
-    The TPU kernel does all of it without writing the scores of query heads; the GPU kernel does
-    so where nothing is pooled.
+    The TPU kernel does all of this without writing the scores of query heads to memory. The GPU
+    kernel does so if nothing is pooled.
     """
     finish = Finish(pool, group)
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
@@ -94,7 +95,7 @@ def importance_scores(
         key_block=key_block,
     )  # fmt: skip
     if name != "xla" and _backend(name).finishes(finish):
-        return _pallas(name, q, q_pos, k, k_pos, own, finish=finish, valid=valid, **settings)
+        return _pallas(q, q_pos, k, k_pos, own, name=name, finish=finish, valid=valid, **settings)
     scores = head_scores(q, q_pos, k, k_pos, own, implementation=name, **settings)
     return finish(scores, valid, k.shape[1])
 
@@ -109,43 +110,46 @@ def _backend(name: Implementation) -> Any:
 
 
 def _unsupported(name: Implementation, q: jax.Array, k: jax.Array) -> str | None:
-    """Why a kernel cannot take these arguments, or None."""
-    return _backend(name).unsupported(q, k)
+    """Why a kernel does not support these arguments, or None."""
+    if name == "pallas_gpu":
+        from lookahead_jax.kernels.importance_gpu import unsupported
+    else:
+        from lookahead_jax.kernels.tpu_blocks import unsupported
+    return unsupported(q, k)
 
 
-def _rows_that_count(q_pos: jax.Array) -> jax.Array:
+def _observers(q_pos: jax.Array) -> jax.Array:
     """How many observers each batch row has, at least 1: float32 [B]."""
     return jnp.maximum((q_pos >= 0).sum(1), 1).astype(jnp.float32)
 
 
 def _pallas(
-    name, q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block,
+    q, q_pos, k, k_pos, own, *, name, scale, softcap, window, reduce, lse, slots, key_block,
     finish=None, valid=None,
 ):  # fmt: skip
-    """Kernels on each device's rows and heads: `_xla`'s results, or with `finish` finished ones."""
-    from lookahead_jax.kernels.gradients import Places, Static, column_scores, row_lse
-
+    """Kernels on each device's rows and heads: the results of `_xla`, with `finish` applied."""
     backend = _backend(name)
     sweeps = [
         functools.partial(f, key_block=key_block) for f in (backend.row_lse, backend.column_scores)
     ]
-    find, sums = (Static(sweep, scale, softcap) for sweep in sweeps)
+    find, sums = (Static(sweep, scale, softcap, reduce == "max", finish) for sweep in sweeps)
     own_k, seen = (None, None) if own is None else own
     seen = None if seen is None else own_seen(seen, q_pos, window).astype(jnp.int8)
     bounds = slot_bounds(slots, q.shape[0], k.shape[1], k.shape[2])
     window = None if window is None else jnp.asarray(window, jnp.int32)
     valid = None if finish is None or finish.pool is None else valid
 
-    def local(q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid):
+    def local(*shards):
+        q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid = shards
         qg = grouped(q, k.shape[1])
-        places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window)
-        found: Any = (
+        places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window, valid=valid)
+        norm: Any = (
             row_lse(find, qg, k, own_k, places) if lse is None else lse.reshape(qg.shape[:4])
         )
-        found = jnp.where(jnp.isfinite(found), found, jnp.inf)
+        norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
         if reduce == "mean":
-            found += jnp.log(_rows_that_count(q_pos))[:, None, None, None]
-        scores: Any = column_scores(sums, reduce == "max", finish, qg, k, found, places, valid)
+            norm += jnp.log(_observers(q_pos))[:, None, None, None]
+        scores: Any = column_scores(sums, qg, k, norm, places)
         return scores.reshape(q.shape[0], -1, k.shape[2])
 
     return per_shard(
@@ -157,7 +161,7 @@ def _pallas(
 
 
 def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block):
-    """The formula, in blocks of keys. It defines the semantics."""
+    """The reference, in blocks of keys."""
     b, m, n, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
     qg = grouped(q, kv_heads)
@@ -174,7 +178,7 @@ def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots,
         return logits_of(kb, visible_by_position(q_pos, pb, window))
 
     def sweep(step, state):
-        # One block needs no loop: XLA then shares its logits with the attention before it.
+        # Without a loop XLA shares the logits with the attention before it.
         if count == 1:
             return step(0, state)
         return jax.lax.fori_loop(*sweep_range(slots, total, size), step, state)
@@ -186,7 +190,7 @@ def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots,
             m_new = jnp.maximum(m, logits.max(-1))
             return m_new, mass * jnp.exp(m - m_new) + jnp.exp(logits - m_new[..., None]).sum(-1)
 
-        state = (jnp.full(rows, _FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32))
+        state = (jnp.full(rows, FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32))
         if own is not None:
             mask = own_seen(own[1], q_pos, window)[:, None]
             state = statistics(logits_of(own[0], mask), state)
@@ -194,18 +198,18 @@ def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots,
         row_lse = jnp.where(mass > 0, m + jnp.log(jnp.where(mass > 0, mass, 1.0)), jnp.inf)
     else:
         row_lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(rows)
-    # A row that sees nothing gets +inf: all its probabilities are then exp(-inf) = 0.
+    # For a row that sees nothing it is +inf, so all its probabilities are exp(-inf) = 0.
 
     def columns(j, scores):
         p = jnp.exp(block_logits(j) - row_lse[..., None])
         column = p.max(3) if reduce == "max" else p.sum(3)
         start = jnp.minimum(j * size, total - size)
         old = jax.lax.dynamic_slice_in_dim(scores, start, size, axis=3)
-        # Slots shared with the block before come back as zeros here; max keeps the first answer.
+        # Slots that the previous block covered are 0 in this one; the maximum keeps their scores.
         return jax.lax.dynamic_update_slice_in_dim(scores, jnp.maximum(old, column), start, axis=3)
 
     scores = jnp.zeros((*rows[:3], total), jnp.float32)
     scores = sweep(columns, scores)
     if reduce == "mean":
-        scores = scores / _rows_that_count(q_pos)[:, None, None, None]
+        scores = scores / _observers(q_pos)[:, None, None, None]
     return scores.reshape(b, n, total)

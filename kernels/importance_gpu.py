@@ -1,12 +1,12 @@
 # pyright: reportPrivateImportUsage=false
 """Importance scoring on NVIDIA GPUs from Hopper on, written for Mosaic GPU.
 
-A warpgroup takes a run of key blocks for one KV head. Keys are the rows of the tensor-core
-product and a head's observers its columns, so that the sum over observers stays within a few
-threads. Keys stream through shared memory once; the group's queries stay there.
+A warpgroup takes a run of key blocks for one KV head. Keys are the rows of the tensor-core product
+and a head's observers its columns, so the sum over observers stays within a few threads. Keys
+stream through shared memory once; the group's queries stay there.
 
-Never run on a GPU so far: proved in interpret mode, and by compiling for an H100. XLA stays the
-default on GPUs until a measurement on a card says otherwise.
+These kernels have not run on a GPU yet. They are tested in interpret mode and by compiling for an
+H100. XLA stays the default on GPUs until a measurement shows that they are faster.
 
 Letters: B batch, M observing rows, N query heads, K KV heads, G = N / K, H head dim, T entries.
 """
@@ -22,65 +22,58 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lookahead_jax.kernels import attention_gpu as attention
-from lookahead_jax.kernels.attention_gpu import COLUMN, KEYS, LOG2E, NEVER, ROW
+from lookahead_jax.kernels import gpu_blocks as blocks
+from lookahead_jax.kernels.common import LOG2E, NEVER, Places
+from lookahead_jax.kernels.gpu_blocks import COLUMN, KEYS, ROW
 from lookahead_jax.kernels.reductions import Finish
 
-_STAGES = 3  # blocks of keys on their way
+_STAGES = 3  # blocks of keys of the pipeline that are in flight
 _BLOCKS = 16  # blocks of keys that one warpgroup reads, one after the other
 _QUERY_BYTES = 96 * 1024  # of a group, resident in shared memory
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernels cannot take these arguments, or None."""
+    """Why the kernels do not support these arguments, or None."""
     groups = q.shape[2] // k.shape[1]
     size = -(-q.shape[1] // 8) * 8 * groups * q.shape[3] * q.dtype.itemsize
     if size > _QUERY_BYTES:
         return f"{q.shape[1]} observers of {groups} heads do not fit into shared memory"
-    return attention.unsupported(q, k)
+    return blocks.unsupported(q, k)
 
 
 def row_lse(
     q: jax.Array,  # [B, K, G, M, H]
-    q_pos: jax.Array,  # [B, M] int32
     k: jax.Array,  # [B, K, T, H]
-    k_pos: jax.Array,  # [B, K or 1, T] int32
-    own: tuple[jax.Array, jax.Array] | None,  # keys [B, K, M, H], seen [B, M, M] int8
-    bounds: jax.Array,  # [B * K * 2] int32 first slot worth reading and one past the last
-    window: jax.Array | int | None,
+    own_k: jax.Array | None,  # [B, K, M, H] the rows' own keys
+    places: Places,
     *,
     scale: float,
     softcap: float | None,
     key_block: int | None = None,
 ) -> jax.Array:
     """Log-sum-exp of each row's logits, float32 [B, K, G, M]; -inf where a row sees nothing."""
-    del key_block  # blocks are what a tensor-core product takes
+    del key_block  # a block has the size of a tensor-core product
     settings: Any = dict(scale=scale, softcap=softcap)
     count = q.shape[2] * q.shape[3]
-    rows, low, high = attention.stacked_rows(q, q_pos, window)
-    m, mass, _ = attention.partial_attention(
-        rows, low, high, k, None, k_pos, bounds[1::2], None, count=count, **settings
-    )
-    if own is None:
+    rows = attention.stacked_rows(q, places.q_pos, places.window)
+    m, mass, _ = attention.partial_attention(rows, k, None, places, count=count, **settings)
+    if own_k is None:
         mine = jnp.zeros_like(m[:, 0]), jnp.zeros_like(mass[:, 0]), None
     else:
-        mine = attention.own_part(q, own[0], None, own[1], **settings)
+        mine = attention.own_part(q, own_k, None, places.own_seen, **settings)
     return attention.merge((m, mass, None), mine)[0].reshape(q.shape[:4])
 
 
 def finishes(finish: Finish) -> bool:
-    """Whether `column_scores` can do this: a block does not know its neighbours to pool with."""
+    """Whether `column_scores` can do this: pooling would need the neighbours of a block."""
     return finish.pool is None
 
 
 def column_scores(
     q: jax.Array,  # [B, K, G, M, H]
-    q_pos: jax.Array,  # [B, M] int32
     k: jax.Array,  # [B, K, T, H]
-    k_pos: jax.Array,  # [B, K or 1, T] int32
-    lse: jax.Array,  # [B, K, G, M] float32; +inf takes a row out
-    bounds: jax.Array,  # [B * K * 2] int32
-    window: jax.Array | int | None,
-    valid: jax.Array | None,
+    lse: jax.Array,  # [B, K, G, M] float32; +inf excludes a row
+    places: Places,  # all keys are read, whatever the bounds: every block has to be written
     *,
     scale: float,
     softcap: float | None,
@@ -92,31 +85,29 @@ def column_scores(
 
     With `finish` reduced over the group: [B, K, T].
     """
-    del bounds, key_block  # every key is read: its block has to be written anyway
-    del valid  # nothing is pooled here, see `finishes`
+    del key_block  # a block has the size of a tensor-core product
     batch, heads, groups, rows, dim = q.shape
     total = k.shape[2]
-    blocks = total // KEYS
+    block_count = total // KEYS
     pad = -rows % 8
     width = rows + pad
     q = jnp.pad(q, [(0, 0)] * 3 + [(0, pad), (0, 0)]).reshape(-1, groups, width, dim)
-    low, high = attention.row_range(q_pos, window)
+    low, high = blocks.row_range(places.q_pos, places.window)
     low, high = (jnp.pad(a, ((0, 0), (0, pad)), constant_values=-1) for a in (low, high))
     lse *= LOG2E
     if finish is not None and finish.group == "mean":
-        lse += math.log2(groups)  # the factor of the mean
+        lse += math.log2(groups)  # the divisor of the mean
     written = groups if finish is None else 1
     lse = jnp.pad(lse, [(0, 0)] * 3 + [(0, pad)]).reshape(-1, groups, width)
-    shared = k_pos.shape[1] == 1
-    k_pos = jnp.where(k_pos < 0, NEVER, k_pos).reshape(-1)
+    shared = places.k_pos.shape[1] == 1
+    k_pos = jnp.where(places.k_pos < 0, NEVER, places.k_pos).reshape(-1)
 
-    def kernel(
-        q_gm, low_gm, high_gm, lse_gm, k_pos_gm, k_gm, out_gm,
-        q_sm, low_sm, high_sm, lse_sm, out_sm, barrier,
-    ):  # fmt: skip
+    def kernel(*refs):
+        q_gm, low_gm, high_gm, lse_gm, k_pos_gm, k_gm, out_gm = refs[:7]
+        q_sm, low_sm, high_sm, lse_sm, out_sm, barrier = refs[7:]
         bh, run = lax.axis_index("bh"), lax.axis_index("run")
         row = lax.div(bh, jnp.int32(heads))
-        attention.fetch(
+        blocks.fetch(
             [
                 *((q_gm.at[bh, g], q_sm.at[g]) for g in range(groups)),
                 (low_gm.at[row], low_sm),
@@ -128,9 +119,9 @@ def column_scores(
         first = run * _BLOCKS
 
         def step(at, k_pos_sm, k_sm):
-            seen = attention.visible(
-                attention.load(k_pos_sm, ROW), attention.load(low_sm, COLUMN),
-                attention.load(high_sm, COLUMN), (KEYS, width), 0,
+            seen = blocks.visible(
+                blocks.load(k_pos_sm, ROW), blocks.load(low_sm, COLUMN),
+                blocks.load(high_sm, COLUMN), (KEYS, width), 0,
             )  # fmt: skip
             columns = []
             for g in range(groups):
@@ -140,14 +131,14 @@ def column_scores(
                     return ref[...]
 
                 raw = pl.run_scoped(product, plgpu.ACC((KEYS, width), jnp.float32))
-                logits = attention.logits_of(raw, scale, softcap)
-                norm = lax.broadcast_in_dim(attention.load(lse_sm.at[g], COLUMN), logits.shape, [1])
+                logits = blocks.logits_of(raw, scale, softcap)
+                norm = lax.broadcast_in_dim(blocks.load(lse_sm.at[g], COLUMN), logits.shape, [1])
                 p = jnp.where(seen, jnp.exp2(logits - norm), 0.0)
                 columns.append(p.max(axis=1) if maximum else p.sum(axis=1))
             if finish is not None:
                 join = jnp.maximum if finish.group == "max" else jnp.add
                 columns = [functools.reduce(join, columns)]
-            # The block before this one has been on its way out while this one was computed.
+            # The previous block was copied out while this one was computed.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for i, column in enumerate(columns):
                 out_sm[i] = column
@@ -157,14 +148,14 @@ def column_scores(
 
         plgpu.emit_pipeline(
             step,
-            grid=(jnp.minimum(blocks - first, _BLOCKS),),
+            grid=(jnp.minimum(block_count - first, _BLOCKS),),
             in_specs=[
                 plgpu.BlockSpec(
-                    (KEYS,), lambda j: ((row if shared else bh) * blocks + first + j,)
+                    (KEYS,), lambda j: ((row if shared else bh) * block_count + first + j,)
                 ),
                 plgpu.BlockSpec(
-                    (KEYS, dim), lambda j: (bh * blocks + first + j, 0),
-                    transforms=attention.tiled(k.dtype),
+                    (KEYS, dim), lambda j: (bh * block_count + first + j, 0),
+                    transforms=blocks.tiled(k.dtype),
                 ),
             ],
             max_concurrent_steps=_STAGES,
@@ -174,11 +165,11 @@ def column_scores(
     scores = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((batch * heads, written, total), jnp.float32),
-        grid=(-(-blocks // _BLOCKS), batch * heads),
+        grid=(-(-block_count // _BLOCKS), batch * heads),
         grid_names=("run", "bh"),
-        compiler_params=attention.PARAMETERS,
+        compiler_params=blocks.PARAMETERS,
         scratch_types=[
-            plgpu.SMEM((groups, width, dim), q.dtype, transforms=attention.tiled(q.dtype)),
+            plgpu.SMEM((groups, width, dim), q.dtype, transforms=blocks.tiled(q.dtype)),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((width,), jnp.int32),
             plgpu.SMEM((groups, width), jnp.float32),

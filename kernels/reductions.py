@@ -1,4 +1,4 @@
-"""What becomes of the observers' probabilities: pooled along the prompt, reduced over a group.
+"""Pooling of the observers' probabilities along the prompt, and reduction over a group of heads.
 
 Letters: B batch, N query heads, K KV heads, G = N / K, T entries.
 """
@@ -40,12 +40,12 @@ def reduce_group(scores: jax.Array, kv_heads: int, how: Group) -> jax.Array:
 class Finish:
     """How scores of query heads become scores of KV heads."""
 
-    pool: tuple[Pool, int] | None  # kind, and how many entries it covers: an odd number
+    pool: tuple[Pool, int] | None  # kind, and its width in entries: an odd number
     group: Group
 
     def __post_init__(self) -> None:
         if self.pool is not None and self.pool[1] % 2 == 0:
-            raise ValueError(f"pooling over {self.pool[1]}: a centred window is odd")
+            raise ValueError(f"a pooling width must be odd, not {self.pool[1]}")
 
     def __call__(self, scores: jax.Array, valid: jax.Array, kv_heads: int) -> jax.Array:
         """[B, N, T] -> [B, K, T]; the entries `valid` [B, K or 1, T] take part in the pooling."""

@@ -1,4 +1,4 @@
-"""Shapes at which the kernels are tested ahead of time and measured: Llama 3.1 8B and smaller.
+"""Shapes at which the kernels are compiled ahead of time and measured: Llama 3.1 8B and smaller.
 
 Letters: B batch, M observing rows, P rows of a block, N query heads, K KV heads, H head dim,
 T prompt entries, S cache slots.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.kernels.common import Own
 from lookahead_jax.kernels.dispatch import Implementation
 from lookahead_jax.kernels.importance import head_scores, importance_scores
 from lookahead_jax.kernels.reductions import Finish
@@ -32,7 +33,7 @@ class Spec:
     kv_heads: int = 8
     head_dim: int = 128
     known: bool = True  # scores: the log-sum-exp is given
-    finish: Finish | None = None  # scores: of KV heads, as policies want them; None: as training
+    finish: Finish | None = None  # scores: of KV heads, for policies; None: of query heads
 
     def shapes(self, dtype: Any = jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
         """Arguments by name; positions are per head for a cache, shared for a prompt."""
@@ -41,7 +42,7 @@ class Spec:
         own = shape((b, k, self.rows, h), dtype)
         keys = shape((b, k, self.keys, h), dtype)
         pos = (b, 1 if self.op == "scores" else k, self.keys)
-        found = {
+        arguments = {
             "q": shape((b, self.rows, n, h), dtype),
             "q_pos": shape((b, self.rows), jnp.int32),
             "own_k": own,
@@ -50,10 +51,10 @@ class Spec:
             "pos": shape(pos, jnp.int32),
         }
         if self.op == "attention":
-            return {**found, "own_v": own, "v": keys, "length": shape((b, k), jnp.int32)}
+            return {**arguments, "own_v": own, "v": keys, "length": shape((b, k), jnp.int32)}
         if self.known:
-            found["lse"] = shape((b, n, self.rows), jnp.float32)
-        return found
+            arguments["lse"] = shape((b, n, self.rows), jnp.float32)
+        return arguments
 
     @property
     def key_bytes(self) -> int:
@@ -69,7 +70,7 @@ class Spec:
 
     @property
     def output_bytes(self) -> int:
-        """What the result takes."""
+        """Size of the result."""
         if self.op == "attention":
             return 2 * self.batch * self.rows * self.query_heads * self.head_dim
         heads = self.query_heads if self.finish is None else self.kv_heads
@@ -87,25 +88,25 @@ def call(spec: Spec, a: dict[str, jax.Array], implementation: Implementation, sc
     own = a["own_k"], a["visible"]
     if spec.op == "attention":
         return block_attention(
-            a["q"], a["own_k"], a["own_v"], a["visible"], a["q_pos"], (a["k"], a["v"], a["pos"]),
-            slots=(0, a["length"]), **common,
+            a["q"], Own(a["own_k"], a["own_v"], a["visible"]), a["q_pos"],
+            (a["k"], a["v"], a["pos"]), slots=(0, a["length"]), **common,
         )  # fmt: skip
     common |= dict(lse=a.get("lse"), reduce="mean")
     if spec.finish is None:
         return head_scores(a["q"], a["q_pos"], a["k"], a["pos"], own, **common)
     return importance_scores(
-        a["q"], a["q_pos"], a["k"], a["pos"], own, a["pos"] >= 0,
+        a["q"], a["q_pos"], a["k"], a["pos"], own, valid=a["pos"] >= 0,
         pool=spec.finish.pool, group=spec.finish.group, **common,
     )  # fmt: skip
 
 
 def scores(name: str, rows: int, keys: int, **kw: Any) -> Spec:
-    """A scoring call of Llama 3.1 8B unless told otherwise."""
+    """A scoring call; default sizes are those of Llama 3.1 8B."""
     return Spec(name=name, op="scores", rows=rows, keys=keys, **kw)
 
 
 def attention(name: str, rows: int, keys: int, **kw: Any) -> Spec:
-    """An attention call of Llama 3.1 8B unless told otherwise."""
+    """An attention call; default sizes are those of Llama 3.1 8B."""
     return Spec(name=name, op="attention", rows=rows, keys=keys, **kw)
 
 

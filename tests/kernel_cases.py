@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.kernels.common import Own
 from lookahead_jax.kernels.importance import head_scores, importance_scores
 
 B, K = 2, 2
@@ -54,8 +55,8 @@ def attention(a, window, *, implementation, key_block=None, softcap=None, layer=
         k, v = (jnp.full((3, *x.shape), jnp.nan, x.dtype).at[layer].set(x) for x in (k, v))
         layer = jnp.asarray(layer, jnp.int32)
     return block_attention(
-        q, own_k, own_v, visible, q_pos, (k, v, pos), scale=0.2, softcap=softcap, window=window,
-        slots=None if ends is None else (0, ends), layer=layer, key_block=key_block,
+        q, Own(own_k, own_v, visible), q_pos, (k, v, pos), scale=0.2, softcap=softcap,
+        window=window, slots=None if ends is None else (0, ends), layer=layer, key_block=key_block,
         implementation=implementation,
     )  # fmt: skip
 
@@ -75,8 +76,8 @@ def finished(a, window, *, implementation, reduce, pool, group, key_block=None):
     """Scores of KV heads; one entry in eight takes no part in the pooling."""
     q, own_k, _, k, _, visible, q_pos, pos, _ = a
     return importance_scores(
-        q, q_pos, k, pos, (own_k, visible), (pos >= 0) & (pos % 8 != 3), scale=0.2, softcap=None,
-        window=window, reduce=reduce, pool=pool, group=group, key_block=key_block,
+        q, q_pos, k, pos, (own_k, visible), valid=(pos >= 0) & (pos % 8 != 3), scale=0.2,
+        softcap=None, window=window, reduce=reduce, pool=pool, group=group, key_block=key_block,
         implementation=implementation,
     )  # fmt: skip
 

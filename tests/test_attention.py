@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.kernels.attention import block_attention, default_block
+from lookahead_jax.kernels.attention import block_attention
+from lookahead_jax.kernels.common import Own, default_block
 from tests import reference
 
 # float32 sums of at most 60 terms of size 1 and logits of size 10.
@@ -82,7 +83,7 @@ def test_matches_the_formula(softcap, window, key_block, heads_differ):
     q, k, v, ctx, pos, q_pos = case(9, 48, heads_differ=heads_differ)
     own = causal(q_pos)
     got = block_attention(
-        q, k, v, jnp.asarray(own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
+        q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
         scale=0.4, softcap=softcap, window=window, key_block=key_block,
     )  # fmt: skip
     assert_matches(got, expected(q, k, v, own, q_pos, ctx, pos, 0.4, softcap, window))
@@ -95,7 +96,7 @@ def test_rows_between_the_keys_see_their_past_only():
     assert (pos.max(-1) > q_pos.max()).all()
     own = causal(q_pos)
     got = block_attention(
-        q, k, v, jnp.asarray(own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
+        q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
         scale=0.4, softcap=None, window=None, key_block=16,
     )  # fmt: skip
     assert_matches(got, expected(q, k, v, own, q_pos, ctx, pos, 0.4, None, None))
@@ -113,7 +114,7 @@ def test_a_tree_sees_ancestors_only(context):
     own = np.stack([tree, tree])
     q_pos = np.stack([40 + depth, 50 + depth])
     got = block_attention(
-        q, k, v, jnp.asarray(own), jnp.asarray(q_pos),
+        q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos),
         (*ctx, jnp.asarray(pos)) if context else None,
         scale=0.4, softcap=None, window=None, key_block=8,
     )  # fmt: skip
@@ -131,7 +132,7 @@ def test_traced_slot_bounds_skip_only_what_is_empty(bounds):
     @jax.jit
     def run(first, last):
         return block_attention(
-            q, k, v, jnp.asarray(own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
+            q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
             scale=0.4, softcap=None, window=None, slots=(first, last), key_block=10,
         )  # fmt: skip
 
@@ -142,7 +143,7 @@ def test_traced_slot_bounds_skip_only_what_is_empty(bounds):
 def test_blocks_outside_the_bounds_are_not_read():
     q, k, v, ctx, pos, q_pos = case(5, 48)
     run = functools.partial(
-        block_attention, q, k, v, jnp.asarray(causal(q_pos)), jnp.asarray(q_pos),
+        block_attention, q, Own(k, v, jnp.asarray(causal(q_pos))), jnp.asarray(q_pos),
         (*ctx, jnp.asarray(pos)), scale=0.4, softcap=None, window=None, key_block=16,
     )  # fmt: skip
     shortened = pos.copy()
@@ -161,7 +162,7 @@ def test_nan_in_dead_slots_reaches_nothing(key_block):
 
     def run(context):
         return block_attention(
-            q, k, v, jnp.asarray(own), jnp.asarray(q_pos), (*context, jnp.asarray(pos)),
+            q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*context, jnp.asarray(pos)),
             scale=0.4, softcap=2.0, window=None, key_block=key_block,
         )  # fmt: skip
 
@@ -176,7 +177,7 @@ def test_rows_that_see_nothing_are_zeros():
     own[0, 2, 1] = True
     q_pos = np.maximum(q_pos, 100)
     out, lse = block_attention(
-        q, k, v, jnp.asarray(own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
+        q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
         scale=0.4, softcap=None, window=None, key_block=5,
     )  # fmt: skip
     assert_matches((out, lse), expected(q, k, v, own, q_pos, ctx, pos, 0.4, None, None))
@@ -188,7 +189,7 @@ def test_bfloat16_rounds_inputs_and_output_only():
     q, k, v, ctx, pos, q_pos = case(9, 48, dtype=jnp.bfloat16)
     own = causal(q_pos)
     got = block_attention(
-        q, k, v, jnp.asarray(own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
+        q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
         scale=0.4, softcap=None, window=None, key_block=16,
     )  # fmt: skip
     assert got[0].dtype == jnp.bfloat16
@@ -206,7 +207,7 @@ def test_gradients_without_bounds_match_one_block():
 
     def loss(q, k, v, key_block):
         out, _ = block_attention(
-            q, k, v, own, jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
+            q, Own(k, v, own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
             scale=0.4, softcap=2.0, window=None, key_block=key_block,
         )  # fmt: skip
         return (out**2).sum()
@@ -228,9 +229,13 @@ def test_a_layer_of_a_stack_is_read_in_place(key_block):
     @jax.jit
     def run(stack, layer):
         context = (*stack, jnp.asarray(pos))
-        return block_attention(q, k, v, own, jnp.asarray(q_pos), context, layer=layer, **settings)
+        return block_attention(
+            q, Own(k, v, own), jnp.asarray(q_pos), context, layer=layer, **settings
+        )
 
-    alone = block_attention(q, k, v, own, jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)), **settings)
+    alone = block_attention(
+        q, Own(k, v, own), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)), **settings
+    )
     layer = jnp.asarray(1, jnp.int32)
     for got, want in zip(run(stack, layer), alone, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
@@ -239,7 +244,7 @@ def test_a_layer_of_a_stack_is_read_in_place(key_block):
 
 
 def test_gpus_take_as_many_slots_at_once_as_memory_allows(monkeypatch):
-    monkeypatch.setattr("lookahead_jax.kernels.attention.target_platform", lambda: "gpu")
+    monkeypatch.setattr("lookahead_jax.kernels.common.target_platform", lambda: "gpu")
     assert default_block(32) >= 131072  # a decoding step over 128K entries has no loop
     assert 4 * 32 * 512 * default_block(32 * 512) == 2**28
     assert default_block(10**9) == 512

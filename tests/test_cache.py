@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
-from lookahead_jax.model.cache import KVCache, commit, empty_cache
+from lookahead_jax.model.cache import Entries, KVCache, commit, empty_cache
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.prefilling.prefill import extend
 from tests import tiny
@@ -47,8 +47,11 @@ def test_commit_writes_accepted_rows_and_nothing_else(data):
     positions = rng.integers(S, 2 * S, (B, P)).astype(np.int32)
     before = filled(length)
     after = commit(
-        before, jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions),
-        jnp.asarray(path, jnp.int32), jnp.asarray(count, jnp.int32),
+        before,
+        Entries(
+            jnp.asarray(k), jnp.asarray(v), jnp.asarray(positions),
+            jnp.asarray(path, jnp.int32), jnp.asarray(count, jnp.int32),
+        ),
     )  # fmt: skip
 
     expected = {name: np.array(getattr(before, name)) for name in ("k", "v", "pos")}

@@ -19,7 +19,7 @@ from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.node_choice import Controller, Plan
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.model.cache import commit
+from lookahead_jax.model.cache import Entries, commit
 from lookahead_jax.model.sharding import make_mesh
 from tests import tiny
 from tests.drafted import (
@@ -265,7 +265,7 @@ def test_rejected_rows_are_not_stored():
     path = jnp.asarray([[0, 2, 1, 1]] * 3, jnp.int32)
     positions = jnp.asarray([[50, -1, 51, 52]] * 3, jnp.int32)
     count = jnp.asarray([2, 0, 1], jnp.int32)
-    after = commit(cache, k, k, positions, path, count)
+    after = commit(cache, Entries(k, k, positions, path, count))
     assert np.isfinite(np.asarray(after.k)).all()
     np.testing.assert_array_equal(after.length, before.length + np.asarray(count)[None, :, None])
     np.testing.assert_array_equal(after.pos[:, 1], before.pos[:, 1])

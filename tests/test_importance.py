@@ -151,7 +151,7 @@ def test_pooling_matches_loops(kind, kernel, per_head):
 
 
 def test_an_even_kernel_is_refused():
-    with pytest.raises(ValueError, match="pooling over 4"):
+    with pytest.raises(ValueError, match="must be odd, not 4"):
         Finish(("avg", 4), "mean")
 
 
@@ -170,7 +170,7 @@ def test_importance_pools_per_query_head_before_the_group(pool, group, heads_dif
     q, q_pos, k, pos, own = entries(heads_differ=heads_differ)
     valid = (pos >= 0) & (np.arange(48) < 40)
     got = importance_scores(
-        q, jnp.asarray(q_pos), k, jnp.asarray(pos), jax_own(own), jnp.asarray(valid),
+        q, jnp.asarray(q_pos), k, jnp.asarray(pos), jax_own(own), valid=jnp.asarray(valid),
         scale=0.4, softcap=None, window=None, reduce="mean", pool=pool, group=group,
     )  # fmt: skip
     assert got.shape == (B, K, 48)

@@ -223,14 +223,6 @@ def test_bad_tokens_are_named(tokens, complaint):
         batching.check_tokens(np.asarray(tokens), config=tiny.config())
 
 
-def test_check_room_names_the_remedy(model):
-    cache = read(tiny.params(model), tiny.batch((70,), model), model).cache
-    free = cache.slots - int(cache.length.max())
-    batching.check_room(cache, free)
-    with pytest.raises(ValueError, match="larger new_tokens"):
-        batching.check_room(cache, free + 1)
-
-
 def test_inputs_survive_and_jit_composes(model):
     """Prefill inside another jit, as research code would call it."""
     params, tokens = tiny.params(model), tiny.batch((40,), model)

@@ -83,7 +83,7 @@ def lookahead_losses(
     row without a response has a loss of 0.
     """
     width = responses.shape[1]
-    prompts, prompt = open_prompt(prompts, width, chunk, config)
+    prompts, prompt = open_prompt(prompts, 0, chunk, config)
     answered = (responses >= 0).sum(1, dtype=jnp.int32)
     steps = prompt.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
     response = Block(

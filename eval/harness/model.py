@@ -138,10 +138,13 @@ class HarnessModel:
         tokens = jnp.asarray(pad_batch([pair[0] for pair in pairs], config=config))
         forced = pad_batch([pair[1] for pair in pairs], config=config)
         evict = self.settings.evict_loglikelihood
+        # As in one pass over both; the last token of a continuation is scored, not read.
+        read_behind = jnp.asarray(np.maximum((forced >= 0).sum(1) - 1, 0), jnp.int32)
         read = read_prompt(
             params, tokens, config=config, budget=self.settings.budget,
             policy=self.policy if evict else lk.make_policy("full"),
-            new_tokens=forced.shape[1], modules=self._modules if evict else None,
+            new_tokens=forced.shape[1], known_tokens=read_behind,
+            modules=self._modules if evict else None,
             eos_ids=self.model.generation.eos_ids,
             asks=requests_to_repeat(self.policy, self.tokenizer),
         )  # fmt: skip

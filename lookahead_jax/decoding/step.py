@@ -1,11 +1,11 @@
-"""Decoding, on the device: propose a tree, run it, accept a path, commit it, until all is done.
+"""Decoding on the device: propose a tree, run it, accept a path, commit it, until all rows end.
 
-Plain decoding is the tree of one node. The last emitted token is always pending: it is the root
-of the next tree, and its keys and values enter the cache with the step that reads it. A row that
-is done takes no part in a step and costs its share of it. What is emitted is the target's own
-choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
-number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728). Drafters
-that draw are the exception: see acceptance.py.
+Plain decoding uses a tree of one node. The last emitted token is always pending: it is the root of
+the next tree, and its keys and values enter the cache with the step that reads it. Rows that have
+ended are still computed, but emit nothing. Each emitted token is the target's own choice at a node
+of the accepted path, so tokens depend neither on the drafter, nor on the number of nodes, nor on
+the number of steps per burst (Zhao et al. 2024, arXiv:2312.12728). Drafters that sample their
+trees are the exception: see acceptance.py.
 """
 
 import dataclasses
@@ -30,9 +30,10 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
 )
 from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTree, accept, layout
-from lookahead_jax.model.cache import KVCache, commit
+from lookahead_jax.model.cache import Entries, KVCache, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
+from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params
 from lookahead_jax.modules.definition import LookaheadModules
@@ -55,16 +56,23 @@ class DecodeState:
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
     reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
+    finite: jax.Array  # [B] bool; a row ends, without a token, at logits that are NaN or infinite
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
 
 
 class Decoded(NamedTuple):
-    """What `decode` returns."""
+    """What `decode` returns.
+
+    A row ends early, with valid tokens up to there, where its cache is full (`overflowed`) or its
+    logits are NaN or infinite (not `finite`).
+    """
 
     tokens: jax.Array  # [B, W] int32, -1 after a row's end; an eos token is included
     count: jax.Array  # [B] int32
     cache: KVCache  # holds every emitted token but each row's last
+    overflowed: jax.Array  # [B] bool
+    finite: jax.Array  # [B] bool
 
 
 def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"]:
@@ -133,18 +141,20 @@ def start(
     be cut again. The cache is donated.
     """
     batch = logits.shape[0]
+    finite = jnp.isfinite(logits).all(-1)
     state = DecodeState(
         cache=cache,
         token=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, width), -1, jnp.int32),
         count=jnp.zeros(batch, jnp.int32),
         limit=jnp.minimum(limit, width),
-        done=limit <= 0,
+        done=(limit <= 0) | ~finite,
         eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
         seen=seen if sampling.penalized else None,
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        finite=finite,
         draft=draft,
         sums=sums,
     )
@@ -162,14 +172,14 @@ def _reached(accepted: Accepted) -> jax.Array:
     return (on_path[..., None] & first).sum(1, dtype=jnp.int32)
 
 
-class Rows(NamedTuple):
-    """Rows of a step that are still to be committed: arguments of `cache.commit`."""
+def _finite_count(raw: jax.Array, accepted: Accepted) -> jax.Array:
+    """How many accepted nodes [B] come before the first with a logit [B, P, V] that is not finite.
 
-    k: jax.Array  # [L, B, K, P, H]
-    v: jax.Array  # [L, B, K, P, H]
-    positions: jax.Array  # [B, P] int32
-    path: jax.Array  # [B, P] int32
-    count: jax.Array  # [B] int32
+    The others emit nothing, so a row ends at the same token whatever the tree.
+    """
+    on_path = jnp.arange(raw.shape[1])[None] < accepted.count[:, None]
+    finite = jnp.take_along_axis(jnp.isfinite(raw).all(-1), accepted.path, axis=1)
+    return jnp.cumprod(finite & on_path, axis=1, dtype=jnp.int32).sum(1, dtype=jnp.int32)
 
 
 class Step(NamedTuple):
@@ -190,8 +200,8 @@ def _step(
     drafter: DeviceDrafter,
     nodes: int,
     eviction: DecodeEviction | None,
-) -> tuple[DecodeState, Rows, Step]:
-    """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
+) -> tuple[DecodeState, Entries, Step]:
+    """One forward of the target: propose, verify, emit. Its entries are not committed."""
     cache, base = state.cache, state.cache.next_pos[:, None]
     drawn = None
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
@@ -218,6 +228,9 @@ def _step(
             tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
             state.sampling,
         )  # fmt: skip
+    count = _finite_count(raw, accepted)
+    finite = count == accepted.count
+    accepted = accepted._replace(count=count)
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
@@ -225,26 +238,28 @@ def _step(
         draft=draft,
         lengths=state.lengths + counts.astype(jnp.int32),
         reached=state.reached + _reached(accepted),
+        finite=state.finite & finite,
+        done=state.done | ~finite,
     )
     state = _emit(state, accepted.emitted, accepted.count)
-    rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)
-    return state, rows, Step(tree, laid.valid, accepted.path, accepted.count)
+    entries = Entries(out.k, out.v, positions, accepted.path, accepted.count)
+    return state, entries, Step(tree, laid.valid, accepted.path, accepted.count)
 
 
 def _settle(
     params: Params,
     state: DecodeState,
-    rows: Rows,
+    entries: Entries,
     modules: LookaheadModules | None,
     *,
     config: ModelConfig,
     eviction: DecodeEviction | None,
 ) -> DecodeState:
-    """The accepted rows of a step enter the cache; where that makes it due, it is cut."""
-    cache, sums = commit(state.cache, *rows), state.sums
+    """Commits the accepted rows of a step, then cuts the rows that are due for eviction."""
+    cache, sums = commit(state.cache, entries), state.sums
     if eviction is not None:
         cache, sums = evict(
-            params, cache, sums, state.tokens, state.count, rows.count, modules,
+            params, cache, sums, state.tokens, state.count, entries.count, modules,
             config=config, eviction=eviction,
         )  # fmt: skip
     return dataclasses.replace(state, cache=cache, sums=sums)
@@ -270,10 +285,10 @@ def decode_step(
     For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree. The rest is
     as for `decode_burst`.
     """
-    state, rows, step = _step(
+    state, entries, step = _step(
         params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
     )
-    return _settle(params, state, rows, modules, config=config, eviction=eviction), step
+    return _settle(params, state, entries, modules, config=config, eviction=eviction), step
 
 
 @program(static_argnames=_STATIC, donate_argnames=("state",))
@@ -304,21 +319,21 @@ def decode_burst(
         return (i < steps) & ~state.done.all()
 
     def step(carry):
-        # Rows enter the cache at the start of the next step: writing before reading lets XLA
-        # update the cache in place; the other way round it copies the cache at every step.
-        i, state, rows = carry
-        state = settle(params, state, rows, modules)
-        state, rows, _ = _step(
+        # A step's entries are committed at the start of the next step. Writing before reading lets
+        # XLA update the cache in place; in the other order it copies the cache at every step.
+        i, state, entries = carry
+        state = settle(params, state, entries, modules)
+        state, entries, _ = _step(
             params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
         )
-        return i + 1, state, rows
+        return i + 1, state, entries
 
     cache = state.cache
     empty = jnp.zeros((*cache.k.shape[:3], nodes, cache.k.shape[4]), cache.k.dtype)
     nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
-    rows = Rows(empty, empty, nothing, nothing, nothing[:, 0])
-    _, state, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, rows))
-    return settle(params, state, rows, modules)
+    entries = Entries(empty, empty, nothing, nothing, nothing[:, 0])
+    _, state, entries = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, entries))
+    return settle(params, state, entries, modules)
 
 
 def decode(
@@ -334,12 +349,20 @@ def decode(
 ) -> Decoded:
     """Continues every row of a cache from the logits after its last token, to its end.
 
-    Returns at most `max_new_tokens` tokens per row. The cache is donated; the one returned holds
-    all of them but each row's last, which `extend` can read together with what follows it. For
-    repetition penalties over a prompt, streaming or stop strings use `generate`. Raises ValueError
-    unless there is one seed per row (default 0 for all).
+    Returns at most `max_new_tokens` tokens per row. The cache is donated: it no longer exists
+    afterwards (pass `cache.fork(1)` to keep it). The one returned holds all of the tokens but each
+    row's last, which `extend` can read together with what follows it. For repetition penalties
+    over a prompt, streaming or stop strings use `generate`.
+
+    Raises ValueError unless there is one seed per row (default 0 for all), for a cache that was
+    donated before, and for a cache without free slots for `max_new_tokens` - 1 entries. Under jit
+    the free slots are unknown: a row then ends where its cache is full, and `overflowed` says so.
+    Warns if a row may grow past the length at which RoPE factors change (model/rope.py).
     """
     batch = logits.shape[0]
+    check_growth("decode", cache, max_new_tokens - 1, config=config)
+    # The last token needs no slot: its keys and values are not computed.
+    limit = jnp.clip(cache.free + 1, 0, max_new_tokens)
     seeds = [0] * batch if seeds is None else list(seeds)
     if len(seeds) != batch:
         raise ValueError(f"{len(seeds)} seeds for {batch} rows")
@@ -347,10 +370,12 @@ def decode(
         cache,
         logits,
         sampling=sampling_rows([sampling] * batch, seeds, config.vocab_size),
-        limit=jnp.full(batch, max_new_tokens, jnp.int32),
+        limit=limit,
         eos=jnp.asarray(eos_ids, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),
         width=max_new_tokens,
     )
     state = decode_burst(params, state, config=config, steps=max_new_tokens)
-    return Decoded(state.tokens, state.count, state.cache)
+    ended = (limit > 0) & ((state.token[:, None] == state.eos).any(1) | ~state.finite)
+    overflowed = (limit < max_new_tokens) & ~ended
+    return Decoded(state.tokens, state.count, state.cache, overflowed, state.finite)

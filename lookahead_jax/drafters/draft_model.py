@@ -14,7 +14,7 @@ from flax import struct
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import Verified, Weights
 from lookahead_jax.decoding.tree import TokenTree, layout, root_only
-from lookahead_jax.model.cache import KVCache, commit, empty_cache
+from lookahead_jax.model.cache import Entries, KVCache, commit, empty_cache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.policies.full import Full
@@ -35,7 +35,7 @@ class DraftCache:
         steps = jnp.arange(self.k.shape[3], dtype=jnp.int32)[None]
         path = jnp.broadcast_to(steps, (self.count.shape[0], steps.shape[1]))
         positions = self.cache.next_pos[:, None] + path
-        return commit(self.cache, self.k, self.v, positions, path, self.count)
+        return commit(self.cache, Entries(self.k, self.v, positions, path, self.count))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,9 @@ class DraftModel:
                 "they must share a tokenizer"
             )
         dtype = self.model.params["embed"].dtype
-        span = jnp.full(batch, room, jnp.int32)
         rows = (own.num_layers, batch, own.num_kv_heads, self.depth + 1, own.head_dim)
         return DraftCache(
-            empty_cache(own, batch, room, dtype, span),
+            empty_cache(own, batch, room, dtype, jnp.zeros(batch, jnp.int32)),
             jnp.zeros(rows, dtype), jnp.zeros(rows, dtype), jnp.zeros(batch, jnp.int32),
         )  # fmt: skip
 
@@ -80,8 +79,7 @@ class DraftModel:
     ) -> DraftCache:
         cache = state.cache
         new = prefill(
-            weights, prompts, config=self.config, policy=Full(), budget=0, slots=cache.slots,
-            new_tokens=jnp.maximum(cache.rope_span[rows] - (prompts >= 0).sum(1), 0),
+            weights, prompts, config=self.config, policy=Full(), budget=0, slots=cache.slots
         ).cache  # fmt: skip
         put = partial(jax.tree.map, lambda old, row: old.at[rows].set(row))
         layered = partial(jax.tree.map, lambda old, row: old.at[:, rows].set(row))

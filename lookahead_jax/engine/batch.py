@@ -64,6 +64,7 @@ def empty_rows(
         sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        finite=jnp.ones(batch, bool),
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
     )
@@ -192,13 +193,16 @@ class RunningBatch:
         """A row takes no part from the next step on."""
         self._halted.add(row)
 
-    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Each row's tokens [B, W], how many [B], whether it is done [B], its steps [B]."""
+    def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each row's tokens [B, W], how many [B], whether it is done [B], its steps [B].
+
+        The last array [B] says whether all logits of the row were finite.
+        """
         state = self._state
-        tokens, count, done, lengths = jax.device_get(
-            (state.tokens, state.count, state.done, state.lengths)
+        tokens, count, done, lengths, finite = jax.device_get(
+            (state.tokens, state.count, state.done, state.lengths, state.finite)
         )
-        return tokens, count, done, lengths.sum(1)
+        return tokens, count, done, lengths.sum(1), finite
 
     def warm_up(self, openings: Iterable[Opening]) -> None:
         """Compiles what requests that open like these need. Only while nothing runs."""

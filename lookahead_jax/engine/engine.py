@@ -26,10 +26,12 @@ from lookahead_jax.engine.prompt_reader import PromptReader
 from lookahead_jax.engine.prompt_store import PromptStore
 from lookahead_jax.engine.requests import Event, Job, Limits, Request, Result
 from lookahead_jax.generation.generate import announce
+from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length
+from lookahead_jax.prefilling.diagnosis import NonFiniteError, non_finite_error
 
 _log = logging.getLogger(__name__)
 
@@ -255,17 +257,33 @@ class Engine:
 
     def _deliver(self, events: list[Event]) -> None:
         """Hands out what the running rows have emitted, and frees those that have ended."""
-        tokens, count, done, steps = self._batch.look()
+        tokens, count, done, steps, finite = self._batch.look()
         for row, job in enumerate(self._rows):
             if job is None:
                 continue
             job.steps = int(steps[row])
             job.output.feed(tokens[row, len(job.output.tokens) : count[row]].tolist())
-            if done[row] or job.output.stopped:
+            if not finite[row]:
+                self._finish(job, events, self._non_finite(job))
+            elif done[row] or job.output.stopped:
+                self._warn_of_crossing(job)
                 self._finish(job, events)
             elif (event := job.news()).tokens:
                 events.append(event)
                 self._tell(job, event, events)
+
+    def _non_finite(self, job: Job) -> NonFiniteError:
+        """Why a request ends whose logits are NaN or infinite."""
+        text = [*job.tokens, *job.output.tokens]
+        return non_finite_error(
+            self._model.params, text, f"request {job.id}", config=self._model.config
+        )
+
+    def _warn_of_crossing(self, job: Job) -> None:
+        """Warns if a request has outgrown the RoPE factors of its prompt."""
+        known = len(job.tokens)
+        total = known + len(job.output.tokens) - 1
+        warn_of_crossing([known], [total], config=self._model.config)
 
     def _tell(self, job: Job, event: Event, events: list[Event]) -> None:
         """Calls the request's callback; one that fails has nobody listening any more."""

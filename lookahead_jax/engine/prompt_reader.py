@@ -15,6 +15,7 @@ from lookahead_jax.decoding.sampling import GREEDY, Sampling, SamplingRows, samp
 from lookahead_jax.engine.prompt_store import PromptStore, Read
 from lookahead_jax.engine.requests import MAX_EOS_IDS, Limits
 from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.rope import span_class
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch
@@ -77,7 +78,7 @@ class PromptReader:
         width, new = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
         room = new if eviction is None else eviction.room(width, new, model.config)
         largest = jax.eval_shape(
-            lambda tokens: self._prefill(tokens, new, limits.max_question_tokens + room, ()),
+            lambda tokens: self._prefill(tokens, 0, limits.max_question_tokens + room, ()),
             jax.ShapeDtypeStruct((1, width), jnp.int32),
         )
         self.slots: int = largest.cache.slots
@@ -100,7 +101,7 @@ class PromptReader:
         config = self._model.config
         if document:
             head, question = tokens[:document], tokens[document:]
-            read, reused = self._kept(head, self._behind_documents, eos_ids)
+            read, reused = self._kept(head, len(question), eos_ids)
             asked = jnp.asarray(pad_batch([question], config=config))
             # All of a row's slots, all of a row's tokens: one program inserts every question.
             cache = _widened(read.cache, slots=self.slots)
@@ -109,7 +110,7 @@ class PromptReader:
             prompt = np.full((1, bucket_length(self._limits.longest)), -1, np.int32)
             prompt[0, : len(tokens)] = tokens
         else:
-            read, reused = self._kept(tokens, new_tokens, eos_ids)
+            read, reused = self._kept(tokens, 0, eos_ids)
             prompt = pad_batch([tokens], config=config)
         opening = Opening(
             prompt=jnp.asarray(prompt),
@@ -133,31 +134,30 @@ class PromptReader:
             yield self.read(tokens, 1, GREEDY, 0, (), document=first if behind else 0)[0]
             self._store.clear()
 
-    @property
-    def _behind_documents(self) -> int:
-        """Tokens that may follow a document: the same for all, so that all can share it."""
-        return self._limits.max_question_tokens + self._limits.max_new_tokens
-
     def _kept(
-        self, tokens: Sequence[int], new_tokens: int, eos_ids: Sequence[int]
+        self, tokens: Sequence[int], known_tokens: int, eos_ids: Sequence[int]
     ) -> tuple[Read, int]:
-        """A prompt that is read, by an earlier request or now, and how much was read earlier."""
-        # All that the reading depends on: RoPE on the tokens to follow, two-pass policies on ends.
-        key = (np.asarray(tokens, np.int32).tobytes(), new_tokens, tuple(eos_ids))
+        """A prompt that is read, by an earlier request or now, and how much was read earlier.
+
+        `known_tokens` of a question will be read behind it.
+        """
+        # All that the reading depends on: RoPE on the known length, two-pass policies on ends.
+        span = span_class(self._model.config, len(tokens) + known_tokens)
+        key = (np.asarray(tokens, np.int32).tobytes(), span, tuple(eos_ids))
         if (kept := self._store.get(key)) is not None:
             return kept, len(tokens)
         prompt = jnp.asarray(pad_batch([tokens], config=self._model.config))
-        full = jax.block_until_ready(self._prefill(prompt, new_tokens, 0, eos_ids))
+        full = jax.block_until_ready(self._prefill(prompt, known_tokens, 0, eos_ids))
         read = Read(full.cache, full.logits, opening_sums(self._eviction, full))
         self._store.put(key, read)
         return read, 0
 
     def _prefill(
-        self, tokens: jax.Array, new_tokens: int, room: int, eos_ids: Sequence[int]
+        self, tokens: jax.Array, known_tokens: int, room: int, eos_ids: Sequence[int]
     ) -> Prefilled:
         return read_prompt(
             self._model.params, tokens, config=self._model.config, policy=self._policy,
-            budget=self._budget, new_tokens=new_tokens, room=room, modules=self._modules,
+            budget=self._budget, new_tokens=room, known_tokens=known_tokens, modules=self._modules,
             eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._policy.accumulates,
             asks=requests_to_repeat(self._policy, self._model.tokenizer),

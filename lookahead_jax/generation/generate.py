@@ -26,6 +26,7 @@ from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.generation.output_text import Finish, OutputRow
 from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.growth import check_fit, warn_of_crossing
 from lookahead_jax.model.layers import Params
 from lookahead_jax.model.params import unstack
 from lookahead_jax.model.sharding import on_its_mesh, place_rows
@@ -35,14 +36,18 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling.batching import pad_batch, pad_drafts
+from lookahead_jax.prefilling.diagnosis import non_finite_error
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
 from lookahead_jax.prompts.read import read_prompt
 
 DEFAULT_BUDGET = 256
 MAX_BUDGET = 2**24  # more than any prompt; sums of budgets stay within int32
-Reader = Callable[[jax.Array, int], Prefilled]
-"""Prompts int32 [B, T], padded with -1, and how many tokens will follow -> their cache."""
+Reader = Callable[..., Prefilled]
+"""(prompts int32 [B, T] padded with -1, most tokens to follow, known_tokens=) -> their cache.
+
+`known_tokens` (int or int32 [B]) of those that follow are a question's; given with questions only.
+"""
 
 
 def default_policy(lookahead: LookaheadModules | None) -> Policy:
@@ -167,7 +172,9 @@ def generate(
     and accepted path as NumPy arrays.
 
     Raises ValueError for empty prompts, ids out of range, and a policy that cannot evict while
-    decoding (h2o: behind questions) where it should.
+    decoding (h2o: behind questions) where it should; NonFiniteError (a ValueError), naming the
+    first layer at fault, for logits that are NaN or infinite. Warns if a row grows past the length
+    at which the model's RoPE factors change (model/rope.py).
     """
     config, params = model.config, model.params
     policy = policy or default_policy(lookahead)
@@ -187,6 +194,7 @@ def generate(
     behind = None if asked is None else jnp.asarray(pad_batch(asked, config=config))
     whole = tokens if asked is None else jnp.asarray(pad_batch(texts, config=config))
     asked_width = 0 if behind is None else behind.shape[1]
+    known = 0 if asked is None else jnp.asarray([len(row) for row in asked], jnp.int32)
     expected = pad_drafts(drafts, len(rows), policy.draft_tokens) if policy.uses_draft else None
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
     eviction = None
@@ -218,6 +226,7 @@ def generate(
         return read_prompt(
             params, tokens, config=config, policy=policy, budget=budget,
             new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
+            known_tokens=known,
             eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
             draft=expected, asks=requests_to_repeat(policy, model.tokenizer),
         )  # fmt: skip
@@ -239,7 +248,10 @@ def generate(
 
     def read() -> DecodeState:
         if reader is not None:
-            return opened(reader(tokens, asked_width + max_new_tokens), None)
+            given = {} if asked is None else {"known_tokens": known}
+            result = reader(tokens, asked_width + max_new_tokens, **given)
+            check_fit("reader", result.cache, np.asarray(known) + max_new_tokens - 1)
+            return opened(result, None)
         return opened(read_by(policy, eviction), eviction)
 
     def read_all() -> DecodeState:
@@ -270,17 +282,22 @@ def generate(
     state = drafting.begin(state, texts, whole)
     try:
         done = _deliver(outputs, state)
+        check_finite(model, state, texts, outputs)
         while not done.all():
             if (done != np.asarray(state.done)).any():  # a stop string has ended a row
                 # Placed as it was: an array without a place would compile the step once more.
                 state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))
             state = drafting.advance(decoding_params, state, burst)
             done = _deliver(outputs, state)
+            check_finite(model, state, texts, outputs)
     except BaseException:
         drafting.abandon()
         raise
     drafting.end(state)
     spent = time.perf_counter() - begin - drafting.compile_s
+    known_lengths = [len(row) for row in texts]
+    total = [n + len(o.tokens) - 1 for n, o in zip(known_lengths, outputs, strict=True)]
+    warn_of_crossing(known_lengths, total, config=config, stacklevel=3)
     for output in outputs:
         output.close()
     decoded = sum(len(output.tokens) - 1 for output in outputs)
@@ -348,6 +365,15 @@ def _deliver(outputs: Sequence[OutputRow], state: DecodeState) -> np.ndarray:
         output.feed(tokens[i, len(output.tokens) : count[i]].tolist())
         done[i] |= output.stopped
     return done
+
+
+def check_finite(
+    model: Model, state: DecodeState, texts: Sequence[list[int]], outputs: Sequence[OutputRow]
+) -> None:
+    """Raises NonFiniteError, which names the layer, if a row's logits are NaN or infinite."""
+    for i in np.flatnonzero(~np.asarray(state.finite)).tolist():
+        tokens = texts[i] + outputs[i].tokens
+        raise non_finite_error(model.params, tokens, f"row {i}", config=model.config)
 
 
 def _kept(cache: KVCache, lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:

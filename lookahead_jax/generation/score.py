@@ -18,6 +18,7 @@ from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length, check_tokens
+from lookahead_jax.prefilling.diagnosis import non_finite_error
 from lookahead_jax.prefilling.layer_pass import hidden_states
 from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
 from lookahead_jax.prompts.read import read_prompt
@@ -43,7 +44,8 @@ def score(
     """Scores every prompt entry and selects `budget` per layer and KV head; decodes nothing.
 
     `tokens` is int32 [B, T], right-padded with -1. Raises ValueError if it is not, if an id is out
-    of range, and for a policy without its modules, or that observes with a draft (speckv).
+    of range, and for a policy without its modules, or that observes with a draft (speckv);
+    NonFiniteError, naming the first layer at fault, for logits that are NaN or infinite.
     """
     check_tokens(tokens, config=model.config)
     policy = policy or default_policy(lookahead)
@@ -56,6 +58,9 @@ def score(
         new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
         asks=requests_to_repeat(policy, model.tokenizer),
     )  # fmt: skip
+    for i in np.flatnonzero(~np.isfinite(np.asarray(result.logits)).all(-1)).tolist():
+        row = tokens[i][tokens[i] >= 0].tolist()
+        raise non_finite_error(model.params, row, f"row {i}", config=model.config)
     most = int(np.max(np.asarray(result.cache.length)))
     scores = cast(jax.Array, result.scores)  # asked for
     return Scored(scores[..., :width], result.cache.pos[..., :most], result.logits)

@@ -1,10 +1,11 @@
-"""The key-value cache: a fixed number of slots per layer and KV head; each knows its position.
+"""The key-value cache: a fixed number of slots per layer and KV head, each with its position.
 
-Heads and layers keep different entries, so positions are stored per slot, and masks come from
-them, never from slot order. Filled slots come first; `length` counts them.
+Heads and layers keep different entries, so positions are stored per slot. Masks are computed from
+these positions, never from the order of the slots. Filled slots come first; `length` counts them.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +13,23 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import check_not_donated
 
-SLOT_MULTIPLE = 128  # TPU lanes; the kernels take slots in multiples of this
+SLOT_MULTIPLE = 128  # lanes of a TPU register; the kernels need a multiple of it
 
 
 @struct.dataclass
 class KVCache:
-    """Keys and values that later rows may look at.
+    """Keys and values of the tokens that have been read.
 
-    `rope_span` is the number of tokens (prompt and new) a row was opened for: length-dependent
-    RoPE factors are chosen from it once, since stored keys are already rotated.
+    Stored keys are already rotated, so a row keeps its RoPE factors. Factors that depend on length
+    are chosen from `rope_span` (see model/rope.py).
     """
 
     k: jax.Array  # [L, B, K, S, H]
     v: jax.Array  # [L, B, K, S, H]
     pos: jax.Array  # [L, B, K, S] int32 position held by each slot, -1 if empty
-    length: jax.Array  # [L, B, K] int32 filled slots
+    length: jax.Array  # [L, B, K] int32 entries written; above S, the excess was dropped
     next_pos: jax.Array  # [B] int32 position of the next token
     rope_span: jax.Array  # [B] int32
 
@@ -37,17 +39,29 @@ class KVCache:
         return self.k.shape[3]
 
     @property
+    def overflowed(self) -> jax.Array:
+        """bool [B]: rows that have lost entries because their slots were full."""
+        return (self.length > self.slots).any((0, 2))
+
+    @property
+    def free(self) -> jax.Array:
+        """int32 [B]: tokens that still fit into every layer and head; below 0 once overflowed."""
+        return self.slots - self.length.max((0, 2))
+
+    @property
     def bytes(self) -> int:
         """Bytes allocated for keys, values and positions, over all devices."""
         return sum(a.size * a.dtype.itemsize for a in (self.k, self.v, self.pos))
 
     def fork(self, copies: int) -> "KVCache":
-        """Each row repeated `copies` times in place: one prompt, several continuations.
+        """A new cache with each row repeated `copies` times: one prompt, several continuations.
 
-        Raises ValueError for less than one copy.
+        `fork(1)` is a copy that survives a call which donates the original. Raises ValueError for
+        fewer than one copy and for a cache that was donated already.
         """
         if copies < 1:
             raise ValueError(f"fork makes at least one copy, not {copies}")
+        check_not_donated("fork", self)
 
         def repeat(a, axis):
             return jnp.repeat(a, copies, axis=axis)
@@ -70,7 +84,7 @@ def round_up(n: int, multiple: int) -> int:
 def empty_cache(
     config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, rope_span: jax.Array
 ) -> KVCache:
-    """A cache of `batch` rows that holds nothing yet; `slots` is rounded up for the kernels."""
+    """An empty cache of `batch` rows; `slots` is rounded up to a multiple of SLOT_MULTIPLE."""
     slots = round_up(slots, SLOT_MULTIPLE)
     shape = (config.num_layers, batch, config.num_kv_heads, slots)
     return KVCache(
@@ -83,27 +97,32 @@ def empty_cache(
     )
 
 
-def commit(
-    cache: KVCache,
-    k: jax.Array,  # [L, B, K, P, H] keys of a block that has been run
-    v: jax.Array,  # [L, B, K, P, H]
-    positions: jax.Array,  # [B, P] int32
-    path: jax.Array,  # [B, P] int32 rows of the block to keep, in order
-    count: jax.Array,  # [B] int32 how many entries of `path` count
-) -> KVCache:
-    """Writes the rows of a block that were accepted behind the cache; the others leave no trace.
+class Entries(NamedTuple):
+    """Keys and values of a block that has been run, and which of its rows to keep."""
 
-    Plain decoding keeps row 0, a prompt chunk keeps its valid rows, a verified draft keeps the
-    accepted path. Rows that would not fit are dropped by the scatter; callers size the cache.
+    k: jax.Array  # [L, B, K, P, H]
+    v: jax.Array  # [L, B, K, P, H]
+    positions: jax.Array  # [B, P] int32
+    path: jax.Array  # [B, P] int32 rows of the block to keep, in order
+    count: jax.Array  # [B] int32 how many entries of `path` are valid
+
+
+def commit(cache: KVCache, entries: Entries) -> KVCache:
+    """Appends the accepted rows of a block to the cache; rejected rows leave no trace.
+
+    Plain decoding keeps row 0, a prompt chunk its valid rows, a verified draft the accepted path.
+    Entries beyond the last slot are dropped. `length` counts them all the same, so `overflowed`
+    reports the loss.
     """
+    k, v, positions, path, count = entries
     layers, batch, heads, width = k.shape[:4]
     taken = path[None, :, None, :, None]
     k = jnp.take_along_axis(k, taken, axis=3)
     v = jnp.take_along_axis(v, taken, axis=3)
     new_pos = jnp.take_along_axis(positions, path, axis=1)
 
-    # All leading dims are indexed explicitly: a scatter with a slice in the middle makes XLA
-    # copy the whole cache (measured for TPU: 2.5 GB of temporaries instead of 0.2 GB).
+    # Index all leading axes explicitly: for a scatter with a slice in the middle XLA copies the
+    # whole cache (measured for TPU: 2.5 GB of temporaries instead of 0.2 GB).
     li = jnp.arange(layers)[:, None, None, None]
     bi = jnp.arange(batch)[None, :, None, None]
     hi = jnp.arange(heads)[None, None, :, None]

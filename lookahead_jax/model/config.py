@@ -1,4 +1,4 @@
-"""The model's constants: two frozen dataclasses that check themselves."""
+"""The model's constants, as two frozen dataclasses that validate themselves."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -18,11 +18,11 @@ _REQUIRED_BY_KIND = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Constants of one rotary embedding; None marks a field its kind does not use.
+    """Constants of one rotary embedding; a field that its kind does not use is None.
 
     `dim` counts the rotated dimensions of a head (all of them unless rotation is partial), and
-    `short_factor` / `long_factor` have `dim / 2` entries. `attention_factor` None means: derive
-    it from the other fields, as `rope.inverse_frequencies` documents.
+    `short_factor` / `long_factor` have `dim / 2` entries. If `attention_factor` is None, it is
+    derived from the other fields (see `rope.inverse_frequencies`).
     """
 
     kind: RopeKind
@@ -67,7 +67,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything the decoder needs to know about a checkpoint; hashable, a static jit argument."""
+    """The decoder's settings for a checkpoint; hashable, a static argument of jitted functions."""
 
     model_type: str
     vocab_size: int
@@ -81,7 +81,7 @@ class ModelConfig:
     layer_rope: tuple[int, ...]
     """Per layer, the index of its rope; Gemma 3 has two: 0 global, 1 local."""
     layer_window: tuple[int | None, ...]
-    """Per layer, the number of positions a token sees (itself included); None sees all."""
+    """Per layer, how many positions a token attends to, its own included; None: all."""
     norm_eps: float
     norm_offset: bool
     """True: multiply by (1 + w) in float32, then cast (Gemma). False: cast, then multiply by w."""

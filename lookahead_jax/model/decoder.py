@@ -1,9 +1,9 @@
 """The decoder: one block forward for prompt chunks, observers, decoding, verification, training.
 
-A block is a few rows with positions and a visibility among themselves. It sees a context (what
-was read before) and itself, and returns its hidden states and its own keys and values; whether
-those are kept is the caller's choice (cache.commit). Letters as in the style guide: L layers,
-B batch, P rows, N query heads, K KV heads, H head dim, D model, S slots, V vocabulary.
+A block is a few rows with positions and a mask among themselves. It attends to a context (what was
+read before) and to itself, and returns its hidden states, keys and values. The caller decides
+whether to keep these (cache.commit). Letters: L layers, B batch, P rows, N query heads, K KV heads,
+H head dim, D model, S slots, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from lookahead_jax.kernels.attention import Slots, block_attention
+from lookahead_jax.kernels.attention import block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
+from lookahead_jax.kernels.common import Own, Slots
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.layers import (
     Params,
     by_rows,
@@ -38,13 +40,13 @@ class Block:
 
     x: jax.Array  # [B, P, D] embedded tokens, or learned embeddings
     positions: jax.Array  # [B, P] int32, -1 = padding row
-    rope_span: jax.Array  # [B] int32 total length the row was opened for
+    rope_span: jax.Array  # [B] int32 known length of each row's text, see rope.py
     visible: jax.Array | None = None  # [B, P, P] bool row i sees column j; None: by position
     lora: Params | None = None  # {name: {"a": [L, in, R], "b": [L, R, out]}}, for these rows only
 
 
 class BlockOutput(NamedTuple):
-    """What a block forward returns."""
+    """The result of a block forward."""
 
     hidden: jax.Array  # [B, P, D] after the final norm
     k: jax.Array  # [L, B, K, P, H]
@@ -52,7 +54,7 @@ class BlockOutput(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """Queries, keys and values of a block in one layer, rotated where they say so."""
+    """Queries, keys and values of a block in one layer; queries and keys are rotated."""
 
     q: jax.Array  # [B, P, N, H]
     k: jax.Array  # [B, K, P, H]
@@ -62,28 +64,28 @@ class Projections(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """What differs between layers besides weights; arrays, so that layers can be scanned."""
+    """Settings that differ between layers, as arrays, so that layers can be scanned."""
 
     index: jax.Array  # [L] int32
     window: jax.Array | None  # [L] int32 sliding window, None if no layer has one
-    rope: jax.Array  # [L] int32 which RoPE table
+    rope: jax.Array  # [L] int32 index of the RoPE table
 
 
 class Context(NamedTuple):
-    """Keys and values that stand before a block, in one layer."""
+    """Keys and values that a block attends to besides its own, in one layer."""
 
     k: jax.Array  # [B, K, S, H], or with `layer` a stack [L, B, K, S, H]
     v: jax.Array
     pos: jax.Array  # [B, K or 1, S] int32, -1 = empty
     slots: Slots | None = None  # range worth reading
-    layer: jax.Array | None = None  # int32 scalar: which of the stack is meant
+    layer: jax.Array | None = None  # int32 scalar: the layer to read, if k and v are stacks
 
 
 NO_WINDOW = np.iinfo(np.int32).max
 
 
 def layer_kinds(config: ModelConfig) -> LayerKind:
-    """Per-layer facts of the model as arrays [L]."""
+    """The settings of all layers, as arrays [L]."""
     windows = [NO_WINDOW if w is None else w for w in config.layer_window]
     has_window = any(w is not None for w in config.layer_window)
     return LayerKind(
@@ -94,10 +96,10 @@ def layer_kinds(config: ModelConfig) -> LayerKind:
 
 
 def _with_index(per_layer: Any, i: jax.Array) -> Any:
-    """The loop's counter as the layer's number.
+    """`per_layer` with the loop's counter as the index of the layer.
 
-    Where that is read from an array, XLA on GPUs does not see that a slice of a stack of caches
-    moves with the loop, and copies it.
+    If the index came from an array, XLA on GPUs would not see that the slice of a stack of caches
+    follows the loop, and would copy it.
     """
     return jax.tree.map(
         lambda a: a._replace(index=i) if isinstance(a, LayerKind) else a,
@@ -115,11 +117,11 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Runs `step(carry, (parameters, LoRA, per_layer slice))` over the layers, first to last.
 
-    `lora` is one LoRA, none, or a list of them for observers that each have their own.
+    `lora` is one LoRA, None, or a list of LoRAs, one for each observer.
 
-    Stacked parameters go through `lax.scan`: one compiled layer, which is right on accelerators.
+    Stacked parameters go through `lax.scan`, which compiles one layer and is fast on accelerators.
     A tuple of per-layer parameters (params.unstack) is unrolled: XLA on CPU copies a layer's
-    weights out of the stack before it multiplies with them, which halves decoding speed.
+    weights out of a stack before it multiplies with them, which halves decoding speed.
     """
     if not isinstance(layers, tuple):
 
@@ -143,7 +145,7 @@ def scan_layers(
 def embed(
     params: Params, tokens: Int[Array, "B P"], *, config: ModelConfig
 ) -> Float[Array, "B P D"]:
-    """Embeds tokens; ids below 0 (padding) read row 0, and nothing may look at them."""
+    """Embeds tokens; ids below 0 (padding) read row 0, and must be masked out by the caller."""
     x = params["embed"][jnp.maximum(tokens, 0)]
     if config.embed_scale is not None:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -153,7 +155,7 @@ def embed(
 def logits(
     params: Params, hidden: Float[Array, "B P D"], *, config: ModelConfig
 ) -> Float[Array, "B P V"]:
-    """Float32 next-token logits of final-normed hidden states, soft-capped where the model is."""
+    """Float32 next-token logits of final-normed hidden states, with the model's soft-cap if any."""
     table = params["embed"] if config.tie_embeddings else params["lm_head"]
     out = product_of_rows(partial(_logits, table=table), hidden)
     cap = config.final_softcap
@@ -165,7 +167,7 @@ def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
 
 
 class Stream(NamedTuple):
-    """Rows that go through a layer, perhaps beside others."""
+    """Rows that go through a layer, possibly together with other streams."""
 
     x: jax.Array  # [B, P, D]
     cos: jax.Array  # [n_ropes, B, P, dim/2]
@@ -179,14 +181,14 @@ def project_qkv(
     """Norm, projections, q/k norms and RoPE of one layer's attention."""
     h = [rms_norm(stream.x, p["attn_norm"], config=config) for stream in streams]
     loras = [stream.lora for stream in streams]
-    found = []
+    projections = []
     for stream, *qkv in zip(streams, *(linears(p, n, h, loras) for n in "qkv"), strict=True):
         q, k, v = qkv
         if config.qk_norm:
             q = rms_norm(q, p["q_norm"], config=config)
             k = rms_norm(k, p["k_norm"], config=config)
         cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (stream.cos, stream.sin))
-        found.append(
+        projections.append(
             Projections(
                 q=apply_rope(q, cos, sin),
                 k=apply_rope(k, cos, sin).swapaxes(1, 2),
@@ -194,7 +196,7 @@ def project_qkv(
                 q_unrotated=q,
             )
         )
-    return found
+    return projections
 
 
 def feed_forward(
@@ -204,10 +206,10 @@ def feed_forward(
     *,
     config: ModelConfig,
 ) -> list[jax.Array]:
-    """The rest of a layer behind its attention: the streams' next rows."""
+    """The part of a layer after attention: the streams' next residual rows."""
     xs = []
     for stream, out in zip(streams, attended, strict=True):
-        # Attention leaves arrays of its own, and to join them costs more than to read `o` twice.
+        # Concatenating the attention outputs would cost more than reading `o` once per stream.
         out = linear(p, "o", out, inputs=2, lora=stream.lora)
         if config.post_norms:
             out = rms_norm(out, p["attn_post_norm"], config=config)
@@ -215,7 +217,7 @@ def feed_forward(
 
     def feed(xs):
         normed = [rms_norm(x, p["mlp_norm"], config=config) for x in xs]
-        # The first rows of a long text go alone; whoever is beside them comes with the last.
+        # The parts of a long text run alone, the last one together with the other streams.
         loras = [stream.lora for stream in streams][: len(xs)]
         outs = mlp(p, normed, loras, config=config)
         if config.post_norms:
@@ -227,41 +229,38 @@ def feed_forward(
 
 def layer_step(
     p: Params,
-    x: jax.Array,  # [B, P, D]
+    stream: Stream,
+    kind: LayerKind,
+    *,
     positions: jax.Array,  # [B, P]
     visible: jax.Array | None,  # [B, P, P]; None: a text from its start, row i sees 0 .. i
-    cos: jax.Array,  # [n_ropes, B, P, dim/2]
-    sin: jax.Array,
-    kind: LayerKind,
     context: Context | None,
-    *,
     config: ModelConfig,
-    lora: Params | None = None,
 ) -> tuple[jax.Array, Projections]:
     """One decoder layer over a block: the next residual stream and the block's projections."""
-    streams = [Stream(x, cos, sin, lora)]
-    (proj,) = project_qkv(p, streams, kind, config=config)
+    (proj,) = project_qkv(p, [stream], kind, config=config)
     if visible is None:
         out, lse = causal(proj, kind, config), None
     else:
-        out, lse = attend(proj, visible, positions, kind, context, config)
-    return feed_forward(p, streams, [out], config=config)[0], proj._replace(lse=lse)
+        out, lse = attend(
+            proj, kind, positions=positions, visible=visible, context=context, config=config
+        )
+    return feed_forward(p, [stream], [out], config=config)[0], proj._replace(lse=lse)
 
 
 def attend(
     proj: Projections,
-    visible: jax.Array,
-    positions: jax.Array,
     kind: LayerKind,
+    *,
+    positions: jax.Array,
+    visible: jax.Array,
     context: Context | None,
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of a block over its context and itself, and the rows' log-sum-exp."""
     return block_attention(
         proj.q,
-        proj.k,
-        proj.v,
-        visible,
+        Own(proj.k, proj.v, visible),
         positions,
         None if context is None else (context.k, context.v, context.pos),
         scale=config.attn_scale,
@@ -273,7 +272,7 @@ def attend(
 
 
 def causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
-    """Attention of a text read from its start; windows become static, as kernels need them."""
+    """Attention of a text from its start, with static windows because the kernels need them."""
     windows = sorted({NO_WINDOW if w is None else w for w in config.layer_window})
     forms = [
         partial(
@@ -297,13 +296,13 @@ def causal_visible(positions: jax.Array) -> jax.Array:
 
 
 def block_visible(block: Block) -> jax.Array:
-    """The visibility inside a block [B, P, P]: its own mask, or order of positions."""
+    """The mask inside a block [B, P, P]: causal by position, and its own mask if it has one."""
     causal = causal_visible(block.positions)
     return causal if block.visible is None else causal & block.visible
 
 
 def cache_context(cache: KVCache, layer: jax.Array) -> Context:
-    """One layer of the cache as a context; only the slots that are filled are worth reading."""
+    """One layer of the cache as a context; only its filled slots are read."""
 
     def at(a):
         return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
@@ -312,7 +311,7 @@ def cache_context(cache: KVCache, layer: jax.Array) -> Context:
 
 
 def cache_in_place(cache: KVCache, layer: jax.Array) -> Context:
-    """`cache_context` for attention alone, which finds the layer in the stack without a copy."""
+    """`cache_context` without a copy: attention reads the layer in the stack."""
     pos, length = (
         jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.pos, cache.length)
     )
@@ -322,11 +321,13 @@ def cache_in_place(cache: KVCache, layer: jax.Array) -> Context:
 def forward(
     params: Params, block: Block, cache: KVCache | None, *, config: ModelConfig
 ) -> BlockOutput:
-    """Runs a block over everything the cache holds, and over itself.
+    """Runs a block that attends to everything in the cache, and to itself.
 
-    The cache is read, never written: `cache.commit` stores the rows that the caller keeps. So
-    rows of a draft that is rejected never touch the cache. Differentiable when `cache` is None.
+    The cache is only read: `cache.commit` stores the rows that the caller keeps, so rejected rows
+    of a draft never enter it. Differentiable if `cache` is None.
+    Raises ValueError for a cache that an earlier call has consumed.
     """
+    check_not_donated("forward", cache)
     cos, sin = rope_tables(config, block.positions, block.rope_span)
     visible = block_visible(block)
 
@@ -334,8 +335,8 @@ def forward(
         p, lora, kind = inputs
         context = None if cache is None else cache_in_place(cache, kind.index)
         x, proj = layer_step(
-            p, x, block.positions, visible, cos, sin, kind, context,
-            config=config, lora=lora,
+            p, Stream(x, cos, sin, lora), kind,
+            positions=block.positions, visible=visible, context=context, config=config,
         )  # fmt: skip
         return x, (proj.k, proj.v)
 

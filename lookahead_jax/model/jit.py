@@ -1,10 +1,10 @@
-"""`jax.jit` for programs that run a model, with what XLA has to be told on GPUs.
+"""`jax.jit` for programs that run a model, with the compiler options that GPUs need.
 
-Layers are one loop over stacked weights. XLA's own matrix products on GPUs (by Triton) take each
-layer's weights as a copy out of the stack: three times the bytes where a token's time is that of
-reading the weights once. cuBLAS reads them in place, if products that share their input are not
-first joined by copying their weights side by side, and if a layer is not a CUDA graph, which would
-be written anew for every layer's addresses. docs/decisions.md has the figures.
+The layers are one loop over stacked weights. By default XLA's matrix products on GPUs (Triton)
+copy each layer's weights out of the stack: three times the bytes, where reading the weights once
+already sets the time per token. cuBLAS reads them in place. For that, products that share an input
+must not be merged (merging copies their weights side by side), and a layer must not be a CUDA
+graph (it would be rewritten for every layer's addresses). docs/decisions.md has the figures.
 """
 
 import functools
@@ -27,31 +27,52 @@ _GPU = {
 
 
 def compiler_options() -> dict[str, bool | str | int | float]:
-    """`compiler_options` for a `jax.jit` of your own around this library.
+    """`compiler_options` for your own `jax.jit` around this library's functions.
 
-    Empty on other platforms than GPUs, and where they bring nothing (jax below 0.11).
+    Empty on platforms other than GPUs, and for jax below 0.11, where they have no effect.
 
-    JAX takes them for an outermost `jax.jit` only. The library's own programs are compiled with
-    them where they are called from Python; inside another program that one's options count.
+    JAX accepts them for the outermost `jax.jit` only. The library's own programs use them when
+    they are called from Python. Inside another program, the options of that program apply.
     """
     return dict(_GPU) if target_platform() in ("gpu", "cuda") and _known() else {}
 
 
 @functools.cache
 def _known() -> bool:
-    """Whether this jax reads a stack in place, and its XLA still knows the options."""
+    """Whether this jax reads a stack in place and its XLA accepts the options."""
     if jax.__version_info__ < (0, 11):
         return False
     try:
         jax.jit(lambda x: x + 1, compiler_options=_GPU).lower(1.0).compile()
     except jax.errors.JaxRuntimeError as error:
-        logging.getLogger(__name__).warning("GPU programs are slower than they could be: %s", error)
+        logging.getLogger(__name__).warning(
+            "XLA refuses the compiler options for GPUs, so programs run slower: %s", error
+        )
         return False
     return True
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf is a tracer: the caller runs under jit, vmap, grad or eval_shape."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_not_donated(name: str, tree: Any) -> None:
+    """Raises ValueError if an array of `tree`, passed to function `name`, was donated before."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+            raise ValueError(
+                f"{name}: an argument (usually the cache) was donated to an earlier call, such as "
+                "decode or extend, and no longer exists. Use the cache which that call returned; "
+                "to keep the original, pass cache.fork(1) to the earlier call"
+            )
+
+
 class Program(Generic[P, R]):
-    """A jitted function; called from Python for a GPU it is compiled with `compiler_options()`."""
+    """A jitted function; called from Python on a GPU it is compiled with `compiler_options()`.
+
+    Raises ValueError, with the remedy, for an argument that an earlier call has consumed.
+    """
 
     def __init__(self, f: Callable[P, R], settings: dict[str, Any]):
         functools.update_wrapper(self, f)
@@ -61,22 +82,26 @@ class Program(Generic[P, R]):
     def _program(self, args: Any) -> Any:
         if not compiler_options():
             return self._plain
-        # Another program may call with constants alone; what is computed there is traced.
-        inner = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(args))
-        inner = inner or isinstance(jax.lax.full((), 0.0), Tracer)
+        # A caller that is being traced may pass constants only, so the arguments do not tell.
+        inner = is_traced(args) or isinstance(jax.lax.full((), 0.0), Tracer)
         return self._plain if inner else self._for_gpu
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._program((args, kwargs))(*args, **kwargs)
+        try:
+            return self._program((args, kwargs))(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if "deleted" in str(error):
+                check_not_donated(getattr(self, "__name__", "program"), (args, kwargs))
+            raise
 
     def __getattr__(self, name: str) -> Any:
-        """What else `jax.jit` has (`trace`, `eval_shape`, `clear_cache`), without the options."""
+        """Other attributes of `jax.jit` (`trace`, `eval_shape`, `clear_cache`), without options."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._plain, name)
 
     def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
-        """As of `jax.jit`: for compiling ahead of time."""
+        """`jax.jit(f).lower`, for ahead-of-time compilation."""
         return self._program((args, kwargs)).lower(*args, **kwargs)
 
     def compiled(self) -> int:
@@ -87,6 +112,6 @@ class Program(Generic[P, R]):
 def program(
     *, static_argnames: Sequence[str] = (), donate_argnames: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Program[P, R]]:
-    """A decorator: `Program` of a function, with these arguments of `jax.jit`."""
+    """A decorator that makes a function a `Program`, with these arguments of `jax.jit`."""
     settings = dict(static_argnames=tuple(static_argnames), donate_argnames=tuple(donate_argnames))
     return lambda f: Program(f, settings)

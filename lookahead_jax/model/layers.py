@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lookahead_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
-MAX_ROWS = 8192  # of a text: of up to twice as many MLP activations exist at once
+MAX_ROWS = 8192  # rows of a text per MLP call; the last call may have up to twice as many
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -40,11 +40,11 @@ def product_of_rows(
     inputs: int = 1,
     cpu: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """`product(x)`, a matrix product with the rows of x, in the form that a lone row wants.
+    """`product(x)`, a matrix product with the rows of x, in a fast form if there is only one row.
 
-    Of x the last `inputs` axes are contracted and those before them are rows. A vector times a
-    matrix makes XLA on GPUs convert the matrix to float32 in memory, or write out every single
-    product; two equal rows read the matrix once. `cpu` is the form for CPUs, if they have one.
+    The last `inputs` axes of x are contracted; the axes before them are rows. For a vector times a
+    matrix, XLA on GPUs converts the matrix to float32 in memory, or writes out every product. With
+    two equal rows it reads the matrix once. `cpu` replaces `product` for one row on CPUs.
     """
     lead = x.ndim - inputs
     if math.prod(x.shape[:lead]) != 1:
@@ -64,7 +64,7 @@ def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the weight."""
 
     def halves(x):
-        # XLA on CPU gives one row times a matrix to one core, but a batch of two to two cores.
+        # XLA on CPU runs one row times a matrix on one core, but a batch of two on two cores.
         parts = weight.reshape(2, -1, math.prod(weight.shape[inputs:]))
         y = jnp.einsum(
             "sk,skn->sn", x.reshape(2, -1), parts, preferred_element_type=jnp.float32
@@ -95,13 +95,13 @@ def linears(
 ) -> list[jax.Array]:
     """`x @ p[name] + bias`, contracting the last `inputs` axes of each x, plus its low-rank update.
 
-    The arrays differ in their second axis only, and go through one product: the weight is read
-    once. A LoRA holds {name: {"a": [in, R], "b": [R, out]}} with flattened inputs and outputs;
-    names it does not hold are left alone. It acts on the rows of its array alone, which is how it
-    acts on lookahead rows and on nothing else.
+    The arrays differ in their second axis only and share one product, so the weight is read once.
+    A LoRA holds {name: {"a": [in, R], "b": [R, out]}} with flattened inputs and outputs; other
+    names get no update. Each LoRA applies only to the rows of its own array, so that of the
+    lookahead rows changes nothing else.
     """
     y = _product(xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1), p[name], inputs)
-    bias, first, found = p.get(f"{name}_bias"), 0, []
+    bias, first, outputs = p.get(f"{name}_bias"), 0, []
     for x, lora in zip(xs, loras, strict=True):
         part = y if len(xs) == 1 else jax.lax.slice_in_dim(y, first, first + x.shape[1], axis=1)
         first += x.shape[1]
@@ -111,8 +111,8 @@ def linears(
             part = part + (flat @ a @ b).reshape(part.shape)
         if bias is not None:
             part = part + bias.reshape((1,) * (part.ndim - bias.ndim) + bias.shape)
-        found.append(part)
-    return found
+        outputs.append(part)
+    return outputs
 
 
 def mlp(
@@ -132,10 +132,10 @@ def mlp(
 def by_rows(
     f: Callable[[Sequence[jax.Array]], Sequence[jax.Array]], xs: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """`f` along axis 1 of the first array [B, P, D], MAX_ROWS at a time: it bounds f's temporaries.
+    """`f` along axis 1 of the first array [B, P, D], MAX_ROWS at a time, to bound f's temporaries.
 
-    The results take its place. The last part has what remains as well, less than twice as much;
-    the other arrays, of few rows, go with it.
+    The results replace the array's rows. The last part includes the remainder, so it has less than
+    twice as many rows. The other arrays have few rows and join the last part.
     """
     x, *others = xs
     parts = x.shape[1] // MAX_ROWS

@@ -1,6 +1,6 @@
-"""The parameters: one table, from which shapes, init, shardings and checkpoint names are read.
+"""The parameters: one table defines their shapes, initialisation, shardings and checkpoint names.
 
-The tree is a nested dict. `layers` is stacked, every leaf with a leading layer axis:
+The tree is a nested dict. `layers` is stacked: every leaf has a leading layer axis.
 
     {"embed": [V, D], "layers": {"q": [L, D, N, H], ...}, "final_norm": [D], "lm_head": [V, D]}
 
@@ -23,7 +23,7 @@ from lookahead_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
 Index = tuple[slice, ...]
-FINGERPRINT_SAMPLES = 256  # of every parameter; other numbers give other fingerprints
+FINGERPRINT_SAMPLES = 256  # per parameter; changing it changes all fingerprints
 
 
 @dataclasses.dataclass(frozen=True)

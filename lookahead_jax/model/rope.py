@@ -1,8 +1,14 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with every scaling in use.
 
-Frequencies of `dynamic` and `longrope` depend on the length of the whole sequence. Keys are
-cached rotated, so a row must keep one set of frequencies for its life: they are chosen per row
-from its span, the number of positions (prompt + new tokens) the row was opened for.
+Frequencies of `dynamic` and `longrope` depend on the length of the text. Keys are cached rotated,
+so each row has one set of frequencies, chosen from its span. The span is the number of tokens that
+are known when the row is first read: its own prompt, plus what will be read behind it in the same
+call (a question; the continuation that is scored). Padding, other rows and tokens that are yet to
+be generated do not count, so the first new token is that of transformers, whatever max_new_tokens.
+
+A row that grows past `rope_boundary` keeps its frequencies, and public functions warn about it.
+transformers then reads the whole text again with the long factors (longrope), or rotates only the
+new tokens with the new frequencies (dynamic); an evicted cache cannot be read again.
 """
 # RopeConfig has checked that the fields its kind uses are not None, which no annotation can say.
 # pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportArgumentType=false
@@ -23,7 +29,7 @@ def inverse_frequencies(
     """Radians per position of each rotated pair, and the factor on cosines and sines, per row.
 
     Sources, by kind: `linear` position interpolation (arXiv:2306.15595); `dynamic` NTK-aware
-    theta, growing once span exceeds `max_position`; `yarn` arXiv:2309.00071, with the attention
+    theta, which grows once span exceeds `max_position`; `yarn` arXiv:2309.00071, with the attention
     factor 0.1 ln(factor) + 1 or, given both mscales, the ratio of theirs; `longrope`
     arXiv:2402.13753, long factors where span exceeds `original_max_position`; `llama3` the
     smoothed interpolation of Llama 3.1.
@@ -75,6 +81,25 @@ def rope_tables(
     return jnp.stack(cos), jnp.stack(sin)
 
 
+def rope_boundary(config: ModelConfig) -> int | None:
+    """The longest span with the same frequencies as span 1; None if they never depend on it."""
+    lengths = [
+        rope.original_max_position if rope.kind == "longrope" else rope.max_position
+        for rope in config.ropes
+        if rope.kind in ("longrope", "dynamic")
+    ]
+    return min((n for n in lengths if n is not None), default=None)
+
+
+def span_class(config: ModelConfig, span: int) -> int:
+    """A number that is equal for spans with the same frequencies: what a cached prompt depends on.
+
+    The boundary for all spans up to it, else the span itself.
+    """
+    boundary = rope_boundary(config)
+    return 0 if boundary is None else max(span, boundary)
+
+
 def apply_rope(
     x: Float[Array, "B P heads H"], cos: Float[Array, "B P half"], sin: Float[Array, "B P half"]
 ) -> Float[Array, "B P heads H"]:
@@ -95,7 +120,7 @@ def _rows(frequencies: np.ndarray, rows: int) -> jax.Array:
 
 
 def _dynamic_factor(rope: RopeConfig, exponents: np.ndarray, span: jax.Array) -> jax.Array:
-    """What the grown theta, theta * stretch ** (dim / (dim - 2)), does to each frequency."""
+    """Factor on each frequency of replacing theta by theta * stretch ** (dim / (dim - 2))."""
     length = jnp.maximum(span, rope.max_position).astype(jnp.float32)
     stretch = rope.factor * length / rope.max_position - (rope.factor - 1.0)
     powers = (-exponents * rope.dim / (rope.dim - 2)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Where arrays live: a mesh of data, fsdp and tensor axes, and one table of rules.
+"""Placement of arrays: a mesh of data, fsdp and tensor axes, and one table of rules.
 
-Code names the logical axes of its arrays ("embed", "heads", "batch", ...); only this table knows
-what becomes of them on a mesh.
+Other code names the logical axes of its arrays ("embed", "heads", "batch", ...). Only this table
+maps them to mesh axes.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over all `devices` (default: all there are) with axes data, fsdp, tensor.
+    """A mesh over all `devices` (default: `jax.devices()`) with axes data, fsdp, tensor.
 
-    `data` None takes the devices that the other two leave.
+    If `data` is None, it is the number of devices divided by fsdp * tensor.
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices.
@@ -58,7 +58,8 @@ def make_mesh(
         )
     # Auto: the default, Explicit, rejects a plain lookup in a sharded embedding table.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    # As jax.make_mesh does, but on every kind of TPU: 8 chips of a 4x4x4 slice may be an axis too.
+    # Like jax.make_mesh, but on all TPU types an axis may span part of a physical axis, such as 8
+    # chips of a 4x4x4 slice.
     arranged = mesh_utils.create_device_mesh(
         (data, fsdp, tensor), devices, allow_split_physical_axes=True
     )
@@ -66,12 +67,12 @@ def make_mesh(
 
 
 def partition_spec(axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """The rules applied to an array's logical axes; None is an axis that is never split.
+    """The partition of an array's logical axes by the rules; an axis None is never split.
 
-    Mesh axes that `mesh` lacks split nothing, so a mesh of ("data", "tensor") works too.
+    Mesh axes that `mesh` does not have are ignored, so a mesh of ("data", "tensor") works too.
 
     Raises:
-      ValueError: for a logical axis that the table does not know.
+      ValueError: for a logical axis that is not in the table.
     """
     entries = []
     for axis in axes:
@@ -83,7 +84,7 @@ def partition_spec(axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
 
 
 def sharding(axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
-    """`partition_spec` on its mesh."""
+    """`partition_spec` as a `NamedSharding` on the mesh."""
     return NamedSharding(mesh, partition_spec(axes, mesh))
 
 
@@ -91,7 +92,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     """The parameter tree with a `NamedSharding` for each leaf.
 
     Raises:
-      ValueError: when a size of the model is not a multiple of the mesh axes that split it.
+      ValueError: if a size of the model is not divisible by the mesh axes that split it.
     """
     used = {axis for spec in specs(config).values() for axis in spec.axes}
     for axis, size in axis_sizes(config).items():
@@ -105,20 +106,20 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh of sharded parameters; None where they are on one device."""
+    """The mesh of sharded parameters; None if they are on one device."""
     placed = params["embed"].sharding
     mesh = placed.mesh if isinstance(placed, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
 def mesh_in_use(params: Params) -> contextlib.AbstractContextManager[Any]:
-    """Sets the mesh of sharded parameters, so that kernels know what they are split over."""
+    """A context that sets the mesh of sharded parameters, which kernels need to partition."""
     mesh = mesh_of(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def on_its_mesh(function: F) -> F:
-    """A function of a model, with the mesh of the model's parameters in use."""
+    """A decorator: runs a function of a model with the mesh of the model's parameters set."""
 
     @functools.wraps(function)
     def run(model, *args, **options):
@@ -129,14 +130,14 @@ def on_its_mesh(function: F) -> F:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For arrays with a leading batch axis, whatever follows it."""
+    """The sharding of arrays with a leading batch axis and any other axes."""
     return sharding(("batch",), mesh)
 
 
 def place_rows(rows: np.ndarray, like: jax.sharding.Sharding) -> jax.Array:
-    """A batch on the device, split over the mesh of `like` if there is one that divides it.
+    """A batch on the device, split over the mesh of `like` if its size allows.
 
-    On a single device, or where the rows do not divide, they are left to the compiler.
+    On a single device, or if the number of rows is not divisible, JAX's default placement is used.
     """
     if not isinstance(like, NamedSharding):
         return jnp.asarray(rows)

@@ -69,7 +69,7 @@ class LayerView(NamedTuple):
             self.k,
             self.pos,
             self.queries.own,
-            valid,
+            valid=valid,
             scale=self.config.attn_scale,
             softcap=self.config.attn_softcap,
             window=self.window,

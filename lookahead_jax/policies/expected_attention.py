@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.kernels.attention import KEY_BLOCK, key_blocks, read_block
+from lookahead_jax.kernels.common import KEY_BLOCK, key_blocks, read_block
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.policies.base import Chunk, LayerView, Policy, candidates, share

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
+from lookahead_jax.model.cache import SLOT_MULTIPLE, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.layer_pass import CHUNK
@@ -89,13 +89,3 @@ def slots_for(
 ) -> int:
     """Cache slots for a padded prompt of `tokens`, its budget and `new_tokens` more."""
     return round_up(policy.max_entries(tokens, budget, config) + new_tokens, SLOT_MULTIPLE)
-
-
-def check_room(cache: KVCache, new_tokens: int) -> None:
-    """Raises ValueError unless every head has `new_tokens` free slots (reads from the device)."""
-    free = cache.slots - int(np.max(np.asarray(cache.length)))
-    if free < new_tokens:
-        raise ValueError(
-            f"the cache has {free} free slots and {new_tokens} tokens are to follow; "
-            "prefill with a larger new_tokens"
-        )

@@ -53,9 +53,10 @@ class Prompt(NamedTuple):
     chunks: jax.Array  # int32 scalar: chunks that hold any token
 
 
-def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelConfig):
+def open_prompt(tokens: jax.Array, known_tokens, chunk: int | None, config: ModelConfig):
     """Pads to whole chunks; returns the padded tokens and the prompt's facts.
 
+    `known_tokens` (int or [B]) more are known and will be read behind each row: see model/rope.py.
     Raises ValueError for a chunk of no rows.
     """
     if chunk is not None and chunk < 1:
@@ -64,7 +65,7 @@ def open_prompt(tokens: jax.Array, new_tokens, chunk: int | None, config: ModelC
     chunk = min(default_chunk(width) if chunk is None else chunk, width)
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % chunk)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    span = length + jnp.asarray(new_tokens, jnp.int32)
+    span = length + jnp.asarray(known_tokens, jnp.int32)
     positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
     cos, sin = rope_tables(config, positions, span)
     chunks = -(-length.max() // chunk)
@@ -110,8 +111,8 @@ def prompt_layer(
             before = jnp.where(slot < start, prompt.positions, -1)
             context = Context(k, v, before[:, None], (first, start))
         xc, proj = layer_step(
-            p, part(x, 1), pos, visible, part(prompt.cos, 2), part(prompt.sin, 2),
-            kind, context, config=config,
+            p, Stream(part(x, 1), part(prompt.cos, 2), part(prompt.sin, 2)), kind,
+            positions=pos, visible=visible, context=context, config=config,
         )  # fmt: skip
         k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
         v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
@@ -158,8 +159,8 @@ def observe_layer(
     """One layer over an observer block: its rows for the next layer, its queries in this one."""
     visible = block_visible(observer)
     rows, proj = layer_step(
-        p, rows, observer.positions, visible, cos_sin[0], cos_sin[1], kind, context,
-        config=config, lora=lora,
+        p, Stream(rows, *cos_sin, lora), kind,
+        positions=observer.positions, visible=visible, context=context, config=config,
     )  # fmt: skip
     return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
 
@@ -185,7 +186,9 @@ def read_together(
     visible = block_visible(observer)
     slots = (0, prompt.chunks * prompt.chunk)
     context = Context(text.k, text.v, prompt.positions[:, None], slots)
-    seen, lse = attend(own, visible, observer.positions, kind, context, config)
+    seen, lse = attend(
+        own, kind, positions=observer.positions, visible=visible, context=context, config=config
+    )
     x, rows = feed_forward(p, streams, [causal(text, kind, config), seen], config=config)
     queries = Queries(own.q, observer.positions, (own.k, visible), lse)
     return x, rows, (text.k, text.v), queries

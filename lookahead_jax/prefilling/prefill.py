@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, commit, round_up
+from lookahead_jax.model.cache import SLOT_MULTIPLE, Entries, KVCache, commit, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import (
     Block,
@@ -24,6 +24,7 @@ from lookahead_jax.model.decoder import (
     logits,
     scan_layers,
 )
+from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, rms_norm
 from lookahead_jax.model.rope import rope_tables
@@ -96,7 +97,8 @@ def prefill(
     policy: Policy,
     budget: int,
     slots: int,
-    new_tokens: int | Int[Array, ""] | Int[Array, " B"],
+    new_tokens: int | Int[Array, ""] | Int[Array, " B"] = 0,
+    known_tokens: int | Int[Array, ""] | Int[Array, " B"] = 0,
     observer: Block | None = None,
     chunk: int | None = None,
     with_scores: bool = False,
@@ -105,8 +107,10 @@ def prefill(
 
     `tokens` is int32 [B, T] padded with -1; pad T with `batching.pad_batch` so that a new length
     does not compile anew. `slots` is room for the kept entries and everything that follows
-    (`batching.slots_for`). `new_tokens` says how many tokens will follow at most:
-    length-dependent RoPE factors are chosen from prompt + new_tokens. `observer` holds the rows
+    (`batching.slots_for`). `known_tokens` says how many tokens that are known already (a question)
+    will be read behind each prompt: RoPE factors that depend on length are chosen from prompt +
+    known_tokens. `new_tokens` has no effect and is accepted from callers of earlier versions, in
+    which these factors depended on the tokens yet to be generated. `observer` holds the rows
     that a policy asks (lookahead tokens, say); it is read after the prompt, sees it, and leaves
     no trace in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
     default, see `prompt.default_chunk`). Raises ValueError if `slots` cannot hold what the policy
@@ -121,7 +125,7 @@ def prefill(
     sparse = policy.sparse(padded)
     if sparse is not None and chunk is None:
         chunk = CHUNK
-    tokens, prompt = open_prompt(tokens, new_tokens, chunk, config)
+    tokens, prompt = open_prompt(tokens, known_tokens, chunk, config)
     x = embed(params, tokens, config=config)
     if observer is not None:
         observer = _in_dtype(observer, x.dtype)
@@ -237,7 +241,6 @@ def _sums(scores: jax.Array, kept: Kept, slots: int) -> jax.Array:
     return jnp.pad(found, [(0, 0), (0, 0), (0, slots - kept.pos.shape[-1])])
 
 
-@program(static_argnames=("config", "chunk"), donate_argnames=("cache",))
 def extend(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -250,12 +253,30 @@ def extend(
 
     `tokens` is int32 [B, T] padded with -1 on the right; rows may have any length, 0 included
     (their logits are those of padding and mean nothing). Returns the longer cache and the
-    float32 logits after each row's last token. `cache` is donated. Rows beyond its free slots
-    are dropped: size it with `batching.slots_for`, or check with `batching.check_room`. Raises
-    ValueError for a chunk of no rows.
+    float32 logits after each row's last token. `cache` is donated: it no longer exists afterwards
+    (pass `cache.fork(1)` to keep it).
+
+    Raises ValueError for a chunk below 1, a cache that was donated before, and tokens that do not
+    fit into the cache's free slots (size it with `batching.slots_for`). Under jit the lengths are
+    unknown: rows that do not fit then have NaN logits, and `cache.overflowed` is True for them.
+    Warns if a row grows past the length at which the model's RoPE factors change (model/rope.py).
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
+    check_growth("extend", cache, (tokens >= 0).sum(1), config=config)
+    return _extend(params, tokens, cache, config=config, chunk=chunk)
+
+
+@program(static_argnames=("config", "chunk"), donate_argnames=("cache",))
+def _extend(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    cache: KVCache,
+    *,
+    config: ModelConfig,
+    chunk: int,
+) -> tuple[KVCache, Float[Array, "B V"]]:
+    """`extend` without its checks."""
     size = min(chunk, tokens.shape[1])
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
@@ -271,8 +292,9 @@ def extend(
         here = jnp.take_along_axis(out.hidden, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)
         last = jnp.where(((end >= 0) & (end < size))[:, None, None], here, last)
         count = (part >= 0).sum(1, dtype=jnp.int32)
-        return commit(cache, out.k, out.v, positions, path, count), last
+        return commit(cache, Entries(out.k, out.v, positions, path, count)), last
 
     hidden = jnp.zeros((tokens.shape[0], 1, config.hidden_size), params["embed"].dtype)
     carry = jax.lax.fori_loop(0, -(-length.max() // size), step, (cache, hidden))
-    return carry[0], logits(params, carry[1], config=config)[:, 0]
+    last = logits(params, carry[1], config=config)[:, 0]
+    return carry[0], jnp.where(carry[0].overflowed[:, None], jnp.nan, last)

@@ -100,9 +100,9 @@ def sparse_layer(
         shape = (*columns.pos.shape[:2], near)
         pos = part(prompt.positions, 1)
         new, _ = layer_step(
-            p, part(x, 1), pos, (row[None] <= row[:, None])[None] & (pos >= 0)[:, :, None],
-            part(prompt.cos, 2), part(prompt.sin, 2), kind,
-            Context(k, v, jnp.concatenate([far, jnp.broadcast_to(before, shape)], axis=2)),
+            p, Stream(part(x, 1), part(prompt.cos, 2), part(prompt.sin, 2)), kind, positions=pos,
+            visible=(row[None] <= row[:, None])[None] & (pos >= 0)[:, :, None],
+            context=Context(k, v, jnp.concatenate([far, jnp.broadcast_to(before, shape)], axis=2)),
             config=config,
         )  # fmt: skip
         return jax.lax.dynamic_update_slice_in_dim(x, new, start, 1)

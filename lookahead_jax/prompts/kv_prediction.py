@@ -46,11 +46,17 @@ class Predictor:
     aux: Model
     maps: KVMaps
 
-    def __call__(self, tokens: jax.Array, new_tokens: int) -> Prefilled:
-        """Prompts int32 [B, T], padded with -1; `new_tokens` will follow at most."""
+    def __call__(
+        self, tokens: jax.Array, new_tokens: int, known_tokens: int | jax.Array = 0
+    ) -> Prefilled:
+        """Prompts int32 [B, T], padded with -1; `new_tokens` will follow at most.
+
+        Of those `known_tokens` (int or int32 [B]) are known: a question (see model/rope.py).
+        """
         return prefill_predicted(
             self.base.params, tokens, self.maps, config=self.base.config,
             aux_params=self.aux.params, aux_config=self.aux.config, new_tokens=new_tokens,
+            known_tokens=known_tokens,
         )  # fmt: skip
 
 
@@ -161,7 +167,7 @@ def predicted_cache(
     maps: KVMaps,
     aux: PlainKV,
     length: Int[Array, " B"],
-    new_tokens: int | Int[Array, ""],
+    known_tokens: int | Int[Array, ""] | Int[Array, " B"],
     *,
     config: ModelConfig,
     slots: int,
@@ -172,7 +178,7 @@ def predicted_cache(
     slots = round_up(slots, SLOT_MULTIPLE)
     step = jnp.arange(width, dtype=jnp.int32)[None]
     positions = jnp.where(step < length[:, None] - 1, step, -1)
-    span = length + jnp.asarray(new_tokens, jnp.int32)
+    span = length + jnp.asarray(known_tokens, jnp.int32)
     cos, sin = rope_tables(config, positions, span)
     dtype = params["embed"].dtype
 
@@ -210,6 +216,7 @@ def prefill_predicted(
     aux_params: Params,
     aux_config: ModelConfig,
     new_tokens: int,
+    known_tokens: int | jax.Array = 0,
 ) -> Prefilled:
     """Prompts int32 [B, T], padded with -1, through the small model: a cache that evicts nothing.
 
@@ -218,7 +225,7 @@ def prefill_predicted(
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
     aux = plain_kv(aux_params, tokens, config=aux_config)
     cache = predicted_cache(
-        params, maps, aux, length, new_tokens, config=config, slots=tokens.shape[1] + new_tokens
+        params, maps, aux, length, known_tokens, config=config, slots=tokens.shape[1] + new_tokens
     )
     last = jnp.take_along_axis(tokens, (length - 1)[:, None], axis=1)
     cache, logits = extend(params, last, cache, config=config)

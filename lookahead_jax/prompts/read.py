@@ -33,10 +33,13 @@ def read_prompt(
     room: int | None = None,
     draft: jax.Array | None = None,
     asks: Requests = NOTHING_ASKED,
+    known_tokens: int | jax.Array = 0,
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
 
     At most `new_tokens` will follow; the cache has slots for `room` of them (None: for all).
+    `known_tokens` (int or int32 [B]) of those are known already, a question for instance: RoPE
+    factors that depend on length are chosen from prompt + known_tokens (model/rope.py).
     Policies that use lookahead modules read them after the prompt. Two-pass policies first keep
     everything, decode a response of `policy.response_tokens` tokens on it (or on a copy that
     their `draft_policy` has cut to the same budget), and cut by what that response looks at;
@@ -48,13 +51,13 @@ def read_prompt(
     room = new_tokens if room is None else room
     if policy.replays:
         return _read_and_replay(
-            params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
-            with_scores=with_scores, room=room, asks=asks,
+            params, tokens, config=config, policy=policy, budget=budget,
+            known_tokens=known_tokens, with_scores=with_scores, room=room, asks=asks,
         )  # fmt: skip
     if policy.two_pass:
         return _read_twice(
-            params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
-            eos_ids=eos_ids, with_scores=with_scores, room=room,
+            params, tokens, config=config, policy=policy, budget=budget,
+            known_tokens=known_tokens, eos_ids=eos_ids, with_scores=with_scores, room=room,
         )  # fmt: skip
     slots = slots_for(policy, tokens.shape[1], budget, room, config=config)
     observer = None
@@ -65,16 +68,18 @@ def read_prompt(
                 f"policy {type(policy).__name__} observes with a small model's answer; give drafts"
             )
         rows = policy.window_rows(budget)
-        observer = reread(params, tokens, rows, draft, length, length + new_tokens, config)
+        observer = reread(params, tokens, rows, draft, length, length + known_tokens, config)
     if policy.uses_modules:
         if modules is None:
             raise ValueError(
                 f"policy {type(policy).__name__} reads lookahead modules; name their folder"
             )
-        observer = observer_block(modules, length, length + new_tokens, dtype=params["embed"].dtype)
+        observer = observer_block(
+            modules, length, length + known_tokens, dtype=params["embed"].dtype
+        )
     return prefill(
         params, tokens, config=config, policy=policy, budget=budget, slots=slots,
-        new_tokens=new_tokens, observer=observer, with_scores=with_scores,
+        known_tokens=known_tokens, observer=observer, with_scores=with_scores,
     )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def _read_twice(
     config: ModelConfig,
     policy: Policy,
     budget: int,
-    new_tokens: int,
+    known_tokens: int | jax.Array,
     eos_ids: Sequence[int],
     with_scores: bool,
     room: int,
@@ -93,7 +98,7 @@ def _read_twice(
     """`read_prompt` for policies that see a response before they cut."""
     width, answer = tokens.shape[1], policy.response_tokens
     full = prefill(
-        params, tokens, config=config, policy=Whole(), budget=0, new_tokens=new_tokens,
+        params, tokens, config=config, policy=Whole(), budget=0, known_tokens=known_tokens,
         slots=slots_for(Whole(), width, 0, answer, config=config),
     )  # fmt: skip
     if (draft := policy.draft_policy) is None:
@@ -125,7 +130,7 @@ def _read_and_replay(
     config: ModelConfig,
     policy: Policy,
     budget: int,
-    new_tokens: int,
+    known_tokens: int | jax.Array,
     with_scores: bool,
     room: int,
     asks: Requests,
@@ -134,7 +139,7 @@ def _read_and_replay(
     if not isinstance(policy, KVzip):
         raise TypeError(f"{type(policy).__name__} replays, and only kvzip says how")
     full = prefill(
-        params, tokens, config=config, policy=Whole(), budget=0, new_tokens=new_tokens,
+        params, tokens, config=config, policy=Whole(), budget=0, known_tokens=known_tokens,
         slots=slots_for(Whole(), tokens.shape[1], 0, 0, config=config),
     )  # fmt: skip
     scores = replay(params, tokens, full.cache, asks=asks, config=config, policy=policy)
