@@ -19,7 +19,7 @@ from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length, check_tokens
 from lookahead_jax.prefilling.layer_pass import hidden_states
-from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
+from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
 
 
@@ -54,7 +54,7 @@ def score(
     result = read_prompt(
         model.params, jnp.asarray(padded), config=model.config, policy=policy, budget=budget,
         new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
-        asks=requests_to_repeat(policy, model.tokenizer),
+        repeat_template=repeat_template(policy, model.tokenizer),
     )  # fmt: skip
     most = int(np.max(np.asarray(result.cache.length)))
     scores = cast(jax.Array, result.scores)  # asked for

@@ -16,8 +16,8 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.kernels.attention import softcap_logits
 from lookahead_jax.kernels.importance import visible_by_position
-from lookahead_jax.policies.base import LayerView
 from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prompts.read import read_prompt
 
