@@ -1,4 +1,4 @@
-"""Integers that a caller gives: a float where an integer belongs is refused, not rounded."""
+"""Integers that a caller gives: a float is refused instead of being cut to an integer."""
 
 import operator
 from typing import Any
@@ -6,12 +6,11 @@ from typing import Any
 
 def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
     """Raises ValueError unless `value` is an integer (NumPy's included) of at least `least`."""
-    wanted = "an integer" if least is None else f"an integer of at least {least}"
     try:
-        if isinstance(value, bool):
-            raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name}={value} must be {wanted}") from None
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, not {value!r}")
     if least is not None and number < least:
-        raise ValueError(f"{name}={value} must be {wanted}")
+        raise ValueError(f"{name} must be at least {least}, not {value}")

@@ -43,13 +43,13 @@ class Ada(PolicyWrapper):
         return Fraction(round(self.alpha * 1000), 1000)
 
     def head_budgets(
-        self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array
+        self, ranked: jax.Array, candidates: jax.Array, layer_budget: jax.Array
     ) -> jax.Array:
         heads = candidates.shape[1]
-        total = jnp.minimum(heads * budget, candidates.sum(1))  # [B]
+        total = jnp.minimum(heads * layer_budget, candidates.sum(1))  # [B]
         best = count_best(ranked, total)
         part, whole = self._ratio.numerator, self._ratio.denominator
-        scaled = (whole - part) * best + part * budget[:, None]  # [B, K], in 1/whole
+        scaled = (whole - part) * best + part * layer_budget[:, None]  # [B, K], in 1/whole
         floors = jnp.minimum(scaled // whole, candidates)
         remainder = scaled - floors * whole
         return largest_remainder(floors.T, remainder.T, (candidates - floors).T, total).T

@@ -174,14 +174,14 @@ class Policy:
         return jnp.broadcast_to(uniform[None], (config.num_layers, *length.shape))
 
     def head_budgets(
-        self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array
+        self, ranked: jax.Array, candidates: jax.Array, layer_budget: jax.Array
     ) -> jax.Array:
-        """Entries of each KV head in one layer, int32 [B, K], from the layer's mean `budget` [B].
+        """Entries of each KV head in one layer, int32 [B, K]; their mean is `layer_budget` [B].
 
         `ranked` [B, K, T] are the scores, +inf for protected entries and -inf for entries that may
         not be kept; `candidates` [B, K] counts the entries that a head may keep.
         """
-        return jnp.minimum(budget[:, None], candidates)
+        return jnp.minimum(layer_budget[:, None], candidates)
 
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         """The most entries any layer and head can keep, for the static number of slots."""
@@ -193,10 +193,10 @@ def _check_type(name: str, value: Any, annotation: Any) -> None:
         check_integer(name, value)
     elif annotation is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{name}={value} must be True or False")
+            raise ValueError(f"{name} must be True or False, not {value!r}")
     elif annotation is float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"{name}={value} must be a number")
+            raise ValueError(f"{name} must be a number, not {value!r}")
     elif typing.get_origin(annotation) is Literal and value not in typing.get_args(annotation):
         choices = ", ".join(map(str, typing.get_args(annotation)))
         raise ValueError(f"{name}={value} is not possible; choose {choices}")

@@ -54,9 +54,9 @@ class KVzip(Policy):
         return (pos >= 0) & (pos < min(self.sinks, budget))
 
     def head_budgets(
-        self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array
+        self, ranked: jax.Array, candidates: jax.Array, layer_budget: jax.Array
     ) -> jax.Array:
-        total = jnp.minimum(candidates.shape[1] * budget, candidates.sum(1))
+        total = jnp.minimum(candidates.shape[1] * layer_budget, candidates.sum(1))
         return jnp.minimum(count_best(ranked, total), candidates)
 
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:

@@ -52,9 +52,9 @@ class PolicyWrapper(Policy):
         return self.inner.layer_budgets(length, budget, config)
 
     def head_budgets(
-        self, ranked: jax.Array, candidates: jax.Array, budget: jax.Array
+        self, ranked: jax.Array, candidates: jax.Array, layer_budget: jax.Array
     ) -> jax.Array:
-        return self.inner.head_budgets(ranked, candidates, budget)
+        return self.inner.head_budgets(ranked, candidates, layer_budget)
 
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         return self.inner.max_entries(tokens, budget, config)
