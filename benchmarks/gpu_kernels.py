@@ -12,7 +12,8 @@ import numpy as np
 
 from lookahead_jax.kernels.specs import SPECS, Spec, attention, call, scores
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.policies.base import Policy, select
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.selection import select
 
 Item = tuple[str, Callable[[], Any]]
 SCALE = 0.088
@@ -207,7 +208,7 @@ def _select(a: dict[str, jax.Array]) -> jax.Array:
     length = jnp.full(1, scores.shape[-1], jnp.int32)
     view: Any = SimpleNamespace(pos=at, length=length, window=None)
     limits = jnp.full(1, budget, jnp.int32)
-    return select(Policy(), view, scores, limits, budget, budget).pos
+    return select(Policy(), view, scores, budget=budget, layer_budget=limits, limit=budget).pos
 
 
 def _choose(f: Callable[..., jax.Array], tokens: int, smoke: bool) -> dict[str, Any]:

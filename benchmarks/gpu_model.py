@@ -22,6 +22,7 @@ from lookahead_jax.model.jit import compiler_options
 from lookahead_jax.model.params import init_params, unstack
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import observer_block
+from lookahead_jax.policies.base import WithModules
 from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.train.flops import training_flops
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -239,7 +240,7 @@ def _memory(label: str, tokens: int, smoke: bool) -> dict[str, Any]:
     length = jnp.full(1, tokens, jnp.int32)
     dtype = params["embed"].dtype
     observer = None
-    if policy.uses_modules:
+    if isinstance(policy.reading, WithModules):
         observer = observer_block(modules, length, length + 64, dtype=dtype)
     used = prefill.lower(
         params, prompt(tokens, config), config=config, policy=policy, budget=budget,

@@ -12,7 +12,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prefilling.prefill import prefill
-from lookahead_jax.prompts.kvzip_replay import Requests, requests_to_repeat
+from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, repeat_template
 from lookahead_jax.prompts.read import read_prompt, reread
 from lookahead_jax.prompts.speculation import select_tokens, speculate
 from tests import reference, tiny
@@ -67,8 +67,8 @@ def read_sparsely(policy):
     tokens = jnp.pad(tokens, [(0, 0), (0, -tokens.shape[1] % STEP)], constant_values=-1)
     length = (tokens >= 0).sum(1)
     observer = reread(
-        weights(RICH), tokens, policy.window_rows(BUDGET), jnp.asarray(DRAFTS[:2]), length,
-        length + 8, RICH,
+        weights(RICH), tokens, rows=policy.window_rows(BUDGET), response=jnp.asarray(DRAFTS[:2]),
+        length=length, span=length + 8, config=RICH,
     )  # fmt: skip
     return tokens, prefill(
         weights(RICH), tokens, config=RICH, policy=policy, budget=BUDGET, slots=64, new_tokens=8,
@@ -131,9 +131,9 @@ def test_a_sparse_reading_that_covers_everything_is_the_dense_one():
 
 def test_speckv_without_drafts_says_what_is_missing():
     model = tiny_model(RICH)
-    with pytest.raises(ValueError, match="no drafts for 1 prompts"):
+    with pytest.raises(ValueError, match=r"a draft per prompt \(1 prompts, drafts: none\)"):
         lk.generate(model, [[1, 2, 3]], policy=SPECKV, budget=2)
-    with pytest.raises(ValueError, match="small model's answer"):
+    with pytest.raises(ValueError, match="SpecKV needs a draft per prompt"):
         lk.score(model, np.array([[1, 2, 3]], np.int32), policy=SPECKV, budget=2)
 
 
@@ -151,7 +151,7 @@ def tiny_model(config):
 
 
 @functools.cache
-def replayed(row, chunk, sinks, asks):
+def replayed(row, chunk, sinks, template):
     """KVzip's scores of one row per layer [K, T], from whole sequences and no cache."""
     tokens = rows_of(RICH)[row]
     length = len(tokens)
@@ -159,7 +159,7 @@ def replayed(row, chunk, sinks, asks):
     for first in range(0, length, chunk):
         part = tokens[first : first + chunk]
         before = tokens[max(first - 8, 0) : first]
-        ids = [*asks[bool(first)], *before, *asks.answer, *part]
+        ids = [*template[bool(first)], *before, *template.answer, *part]
         layers, _ = reference.run(weights(RICH), RICH, [*tokens, *ids])
         seen = np.zeros(length + len(ids), bool)
         seen[:sinks] = seen[first : first + chunk] = seen[length:] = True
@@ -173,16 +173,16 @@ def replayed(row, chunk, sinks, asks):
 @pytest.mark.parametrize("allocate", ["global", pytest.param("layer", marks=pytest.mark.slow)])
 def test_kvzip_keeps_what_a_replay_looks_at(allocate):
     policy = make_policy("kvzip", chunk="32", sinks="2", allocate=allocate)
-    asks = Requests((7, 8, 9), (10, 11), (12,))
+    template = RepeatTemplate((7, 8, 9), (10, 11), (12,))
     result = read_prompt(
         weights(RICH), tiny.batch(LENGTHS, RICH), config=RICH, policy=policy, budget=BUDGET,
-        new_tokens=8, with_scores=True, asks=asks,
+        new_tokens=8, with_scores=True, repeat_template=template,
     )  # fmt: skip
     sets, scores = kept_sets(result.cache), np.asarray(result.scores)
     heads, layers = RICH.num_kv_heads, RICH.num_layers
     for row, tokens in enumerate(rows_of(RICH)):
         length = len(tokens)
-        expected = replayed(row, 32, 2, asks)
+        expected = replayed(row, 32, 2, template)
         ranked, sizes = [], []
         for index in range(layers):
             got = scores[index, row, :, :length]
@@ -219,15 +219,15 @@ def test_kvzip_keeps_what_a_replay_looks_at(allocate):
 def test_a_repetition_begins_where_the_model_answers():
     tokenizer, kvzip = lk.load(lk.EMBEDDED_MODEL).tokenizer, make_policy("kvzip")
     plain = dataclasses.replace(tokenizer, chat_templates={})
-    texts = [tokenizer.decode(ids) for ids in requests_to_repeat(kvzip, plain)]
+    texts = [tokenizer.decode(ids) for ids in repeat_template(kvzip, plain)]
     assert texts[0] == "\n\nRepeat the previous context exactly."
     assert texts[1] == "\n\nRepeat the part of the previous context exactly, starting with "
     assert texts[2] == "\n\nAnswer: "
     template = "<u>{{ messages[0].content }}</u>{% if add_generation_prompt %}<a>{% endif %}"
     chatty = dataclasses.replace(tokenizer, chat_templates={"default": template})
-    assert tokenizer.decode(requests_to_repeat(kvzip, chatty).answer) == "</u><a>"
-    assert requests_to_repeat(kvzip, None) == Requests()
-    assert requests_to_repeat(SPECKV, plain) == Requests()
+    assert tokenizer.decode(repeat_template(kvzip, chatty).answer) == "</u><a>"
+    assert repeat_template(kvzip, None) == NO_TEMPLATE
+    assert repeat_template(SPECKV, plain) == NO_TEMPLATE
 
 
 @pytest.mark.slow

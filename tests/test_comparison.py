@@ -16,6 +16,7 @@ from lookahead_jax.eval.compare.masked import RESPONSE, keep_masks, outcome, rea
 from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts, wilson
 from lookahead_jax.host.files import save_arrays
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
+from lookahead_jax.policies.base import WithModules
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
@@ -38,7 +39,9 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
 def test_masks_keep_what_real_eviction_keeps_and_choose_what_it_decodes(policy):
     params, tokens = tiny.params(MODEL), tiny.batch((40, 40), MODEL)
-    modules = init_modules(jax.random.key(0), MODULES, MODEL) if policy.uses_modules else None
+    modules = None
+    if isinstance(policy.reading, WithModules):
+        modules = init_modules(jax.random.key(0), MODULES, MODEL)
     shared = dict(config=MODEL, eos_ids=EOS)
     evicted, answers = [], []
     for budget in BUDGETS:

@@ -113,5 +113,5 @@ def test_impossible_fields(fields, listed):
 def test_a_cut_draft_window_is_said():
     policy = make_policy("ada", inner="laq++")
     assert policy.notice(64) is None
-    assert "a window of 32 would eat the budget of 32; it is cut to 16" in (policy.notice(32) or "")
+    assert policy.notice(32) == "the draft's window 32 exceeds budget 32; reduced to 16"
     assert policy.window_rows(8) == 4

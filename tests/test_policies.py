@@ -10,21 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.model.decoder import Block, embed
+from lookahead_jax.model.decoder import Block, Context, LayerKind, embed
 from lookahead_jax.model.params import init_params, unstack
 from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.policies.ada import Ada
-from lookahead_jax.policies.base import (
-    LayerView,
-    Policy,
-    complete,
-    scores_by_position,
-    select,
-)
+from lookahead_jax.policies.base import OnePass, Policy, WithDraft, WithModules, WithResponse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.registry import POLICIES, make_policy
+from lookahead_jax.policies.selection import largest_remainder, scores_by_position, select
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import slots_for
 from lookahead_jax.prefilling.prefill import compress, prefill
 from lookahead_jax.prompts.read import read_prompt
@@ -89,7 +85,7 @@ def observer(model, tokens, modules=None):
 
 
 def read(model, tokens, policy, budget=BUDGET, chunk=16, **options):
-    if policy.uses_modules:
+    if isinstance(policy.reading, WithModules):
         options.setdefault("observer", observer(model, tokens))
     slots = slots_for(policy, tokens.shape[1], budget, 8, config=model)
     return prefill(
@@ -233,7 +229,8 @@ def test_scores_and_kept_entries(case, model_name):
     policy, score, (last, first), observers = CASES[case]
     model = MODELS[model_name]
     tokens = tiny.batch(LENGTHS, model)
-    result = (read_oracle if policy.two_pass else read)(model, tokens, policy)
+    two_passes = isinstance(policy.reading, WithResponse)
+    result = (read_oracle if two_passes else read)(model, tokens, policy)
     sets, scores = kept_sets(result.cache), np.asarray(result.scores)
     for row, (length, layers) in enumerate(restated(model_name, observers)):
         for index, layer in enumerate(layers):
@@ -343,12 +340,12 @@ def test_ada_over_pyramid_keeps_both_totals():
 
 def on_its_own(name):
     """Policies that need neither a second pass nor a draft (test_laq.py, test_baselines.py)."""
-    return not (POLICIES[name].two_pass or POLICIES[name].uses_draft)
+    return isinstance(make_policy(name).reading, (OnePass, WithModules))
 
 
 MADE = {
     **{name: make_policy(name) for name in POLICIES if on_its_own(name)},
-    **{name: case[0] for name, case in CASES.items() if not case[0].two_pass},
+    **{name: case[0] for name, case in CASES.items() if name != "oracle"},
     "ada-pyramid": Ada(inner=PyramidKV(window=4)),
 }
 
@@ -386,7 +383,7 @@ def test_unstacked_layers_keep_the_same(name):
     slots = slots_for(policy, tokens.shape[1], BUDGET, 8, config=RICH)
     unrolled = prefill(
         params, tokens, config=RICH, policy=policy, budget=BUDGET, slots=slots, new_tokens=8,
-        chunk=16, observer=observer(RICH, tokens) if policy.uses_modules else None,
+        chunk=16, observer=observer(RICH, tokens) if name == "lookaheadkv" else None,
     )  # fmt: skip
     scanned = read(RICH, tokens, policy)
     np.testing.assert_array_equal(unrolled.cache.pos, scanned.cache.pos)
@@ -452,7 +449,8 @@ def fake_view(scores, pos, length, window=None):
     k = jnp.zeros((*scores.shape, 2), jnp.float32)
     window = None if window is None else jnp.asarray(window, jnp.int32)
     zero = jnp.asarray(0, jnp.int32)
-    return LayerView(k, k, pos, length, zero, window, None, None, length, zero, PLAIN)
+    kind = LayerKind(zero, window, zero)
+    return LayerView.of(Context(k, k, pos), kind, length=length, span=length, config=PLAIN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -486,7 +484,7 @@ def test_select_properties(data):
     kept = select(
         Pins(last=last),
         fake_view(jnp.asarray(scores), jnp.asarray(pos), jnp.asarray(lengths), window),
-        jnp.asarray(scores), jnp.asarray(budgets), LIMIT, 5,
+        jnp.asarray(scores), budget=5, layer_budget=jnp.asarray(budgets), limit=LIMIT,
     )  # fmt: skip
     for row in range(2):
         allowed = (pos[row, 0] >= 0) & (lengths[row] - pos[row, 0] < (window or 10**6))
@@ -507,12 +505,12 @@ def test_select_properties(data):
     st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9), st.integers(0, 40)), min_size=1),
     st.floats(0, 1),
 )
-def test_complete_reaches_every_total_within_the_room(shares, where):
+def test_the_largest_remainder_reaches_every_total_within_the_room(shares, where):
     columns = np.array(shares, np.int32).T
     base, remainder, room = (column[:, None] for column in columns)
     total = int(base.sum() + round(where * room.sum()))
     result = np.asarray(
-        complete(
+        largest_remainder(
             jnp.asarray(base),
             jnp.asarray(remainder),
             jnp.asarray(room),
@@ -586,9 +584,11 @@ def test_make_policy_reads_text_and_values():
     assert make_policy("pyramidkv", preset="nopool", beta="10").beta == 10
     ada = make_policy("ada", inner="h2o", alpha="0.5", window="3")
     assert ada == Ada(inner=make_policy("h2o", window=3), alpha=0.5)
-    assert make_policy("ada", inner="oracle").two_pass
-    assert make_policy("ada", inner="lookaheadkv").uses_modules
-    assert make_policy("ada", inner="oracle", response_tokens=7).response_tokens == 7
+    assert make_policy("ada", inner="lookaheadkv").reading == WithModules()
+    wrapped = make_policy("ada", inner="oracle", response_tokens=7)
+    assert wrapped.reading == WithResponse(tokens=7)
+    assert make_policy("ada", inner="speckv", draft_tokens="9").reading == WithDraft(tokens=9)
+    assert make_policy("ada", inner="kvzip", allocate="layer").reading.across_layers is False
 
 
 @pytest.mark.parametrize(
@@ -603,9 +603,10 @@ def test_make_policy_reads_text_and_values():
         ("snapkv", dict(kernel=4), "odd"),
         ("snapkv", dict(preset="paper"), "factory, kvpress, nopool"),
         ("tova", dict(window=3), "takes none"),
-        ("ada", dict(inner="ada"), "snapkv, pyramidkv"),
-        ("ada", dict(inner="speckv"), "snapkv, pyramidkv"),
-        ("ada", dict(inner=make_policy("speckv")), "cannot wrap SpecKV"),
+        ("ada", dict(inner="snapvk"), "snapkv, pyramidkv"),
+        ("ada", dict(inner="ada"), "cannot wrap Ada: it shares budgets among heads itself"),
+        ("ada", dict(inner="full"), "cannot wrap Full: it keeps everything"),
+        ("ada", dict(inner="kvzip"), "cannot wrap KVzip: .* set allocate=layer"),
         ("ada", dict(inner=make_policy("kvzip")), "cannot wrap KVzip"),
         ("ada", dict(alpha="2"), "between 0 and 1"),
         ("ada", dict(alpha="nan"), "between 0 and 1"),
@@ -619,10 +620,10 @@ def test_make_policy_says_what_is_possible(name, arguments, listed):
     assert "\n" not in str(error.value)
 
 
-def test_a_window_that_would_eat_the_budget_is_cut_and_said():
+def test_a_window_beyond_the_budget_is_reduced_with_a_notice():
     policy = make_policy("ada", inner="snapkv", window=32)
     assert (policy.window_rows(64), policy.notice(64)) == (32, None)
     assert policy.window_rows(32) == 16
-    assert "cut to 16" in (policy.notice(32) or "")
+    assert policy.notice(32) == "window 32 exceeds budget 32; reduced to 16"
     assert make_policy("snapkv").window_rows(1) == 1
     assert make_policy("tova").notice(1) is None

@@ -1,7 +1,5 @@
 """Prefill, extend and compress against plain forwards, in any chunking, batch and padding."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +13,12 @@ from lookahead_jax.modules.definition import LookaheadConfig, init_modules, obse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefilling import batching
+from lookahead_jax.prefilling import batching, layer_steps
 from lookahead_jax.prefilling.layer_pass import hidden_states
 from lookahead_jax.prefilling.prefill import extend, prefill
 from tests import tiny
 from tests.test_policies import RICH, weights
 
-prefill_module = sys.modules["lookahead_jax.prefilling.prefill"]
 POLICY = SnapKV(window=4, pool="avg", kernel=3)
 # float32 sums in another order: a few 1e-6 of the largest logit on these models; a mask or a
 # position off by one changes logits by more than 1e-2 of it.
@@ -223,6 +220,38 @@ def test_bad_tokens_are_named(tokens, complaint):
         batching.check_tokens(np.asarray(tokens), config=tiny.config())
 
 
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda c: batching.pad_batch([[1, 2], [5.5]], config=c), "row 1: token id 5.5 is not an"),
+        (lambda c: batching.pad_batch([np.asarray([5.0])], config=c), "row 0: token id .*5.0"),
+        (lambda c: batching.pad_drafts(make_policy("speckv"), [[2.5]], 1), "token id 2.5 is not"),
+        (lambda c: batching.slots_for(Full(), 8, 2.5, 4, config=c), "budget must be an integer"),
+        (lambda c: batching.slots_for(Full(), 8, 2, 4.0, config=c), "new_tokens must be an int"),
+        (
+            lambda c: prefill(
+                tiny.params(c), tiny.batch((5,), c), config=c, policy=SnapKV(), budget=2.5,
+                slots=128, new_tokens=4,
+            ),
+            "budget must be an integer, not 2.5",
+        ),
+        (
+            lambda c: LookaheadConfig(tokens=2.5, rank=2, alpha=8.0, targets=("q",), init="normal"),
+            "tokens must be an integer, not 2.5",
+        ),
+    ],
+)  # fmt: skip
+def test_floats_are_not_cut_to_integers(call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call(tiny.config())
+
+
+def test_numpy_token_ids_are_integers():
+    rows = [np.asarray([1, 2], np.int64), [np.int32(3)]]
+    batch = batching.pad_batch(rows, config=tiny.config())
+    assert batch[:, :3].tolist() == [[1, 2, -1], [3, -1, -1]]
+
+
 def test_inputs_survive_and_jit_composes(model):
     """Prefill inside another jit, as research code would call it."""
     params, tokens = tiny.params(model), tiny.batch((40,), model)
@@ -252,13 +281,13 @@ def test_rows_of_a_long_text_are_taken_in_parts(rows, monkeypatch):
 
 def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch):
     """Read together with a prompt of one part, and behind a prompt in chunks; in long parts too."""
-    together, calls = prefill_module.read_together, []
+    together, calls = layer_steps.read_together, []
 
-    def counted(*arguments):
+    def counted(*arguments, **named):
         calls.append(1)
-        return together(*arguments)
+        return together(*arguments, **named)
 
-    monkeypatch.setattr(prefill_module, "read_together", counted)
+    monkeypatch.setattr(layer_steps, "read_together", counted)
     model, params, tokens = RICH, weights(RICH), tiny.batch([24, 17], RICH)
     targets = ("q", "v", "o", "gate", "down")
     sizes = LookaheadConfig(tokens=4, rank=2, alpha=8.0, targets=targets, init="normal")

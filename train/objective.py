@@ -20,13 +20,13 @@ from lookahead_jax.model.decoder import Block, Context, LayerKind, embed, layer_
 from lookahead_jax.model.layers import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import Queries
+from lookahead_jax.policies.view import Queries
 from lookahead_jax.prefilling.layer_pass import (
     CHUNK,
     layer_buffers,
     observe_layer,
-    open_prompt,
     prompt_layer,
+    prompt_layout,
 )
 
 # Floors of a share and of the mass on the prompt. A lone lookahead token may look at little but
@@ -83,7 +83,7 @@ def lookahead_losses(
     row without a response has a loss of 0.
     """
     width = responses.shape[1]
-    prompts, prompt = open_prompt(prompts, 0, chunk, config)
+    prompts, prompt = prompt_layout(prompts, 0, chunk, config)
     answered = (responses >= 0).sum(1, dtype=jnp.int32)
     steps = prompt.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
     response = Block(
@@ -106,18 +106,25 @@ def lookahead_losses(
     )
     def predict(variant, p, lora, rows, context, kind, target):
         rows, queries = observe_layer(
-            p, rows, observers[variant], ropes[1 + variant], kind, context, lora, config
+            p,
+            rows,
+            observers[variant],
+            ropes[1 + variant],
+            kind,
+            context=context,
+            lora=lora,
+            config=config,
         )
         return rows, divergence(target, _attention_on_prompt(queries, context, kind, config))
 
     def step(carry, inputs):
         x, buffers, response_rows, rows, losses = carry
         p, loras, kind = inputs
-        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
         # No slot bounds: a sweep with traced bounds could not be differentiated.
         context = Context(*buffers, prompt.positions[:, None])
         response_rows, queries = observe_layer(
-            p, response_rows, response, ropes[0], kind, context, None, config
+            p, response_rows, response, ropes[0], kind, context=context, lora=None, config=config
         )
         target = _attention_on_prompt(queries, context, kind, config)
         x, buffers, response_rows, context, target = jax.lax.stop_gradient(

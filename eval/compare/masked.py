@@ -20,12 +20,14 @@ from lookahead_jax.decoding.step import decode
 from lookahead_jax.generation.score import forced_logits
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import layer_kinds
+from lookahead_jax.model.decoder import Context, layer_kinds
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import LayerView, Policy, select
+from lookahead_jax.policies.base import OnePass, Policy, WithModules, WithResponse
 from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.selection import select
+from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import slots_for
 from lookahead_jax.prefilling.prefill import compress, prefill
 from lookahead_jax.prompts.read import read_again
@@ -91,10 +93,8 @@ def keep_masks(
         raise ValueError("a model with sliding windows has no full cache to mask")
     masks: dict[int, jax.Array] = {}
     drafts: dict[int, jax.Array] = {}
-    if policy.draft_policy is not None:
-        kept = keep_masks(
-            params, reference, policy.draft_policy, budgets, config=config, eos_ids=eos_ids
-        )
+    if (draft_policy := _draft_policy(policy)) is not None:
+        kept = keep_masks(params, reference, draft_policy, budgets, config=config, eos_ids=eos_ids)
         drafts = dict(zip(budgets, kept, strict=True))
     for group in _alike(policy, budgets, reference.tokens.shape[1]):
         budget = group[0]
@@ -112,9 +112,14 @@ def _alike(policy: Policy, budgets: tuple[int, ...], length: int) -> list[tuple[
     groups: dict[tuple, list[int]] = {}
     for budget in budgets:
         pinned = np.asarray(policy.protected(positions, jnp.array([length]), budget)).tobytes()
-        alone = budget if policy.draft_policy is not None else 0
+        alone = budget if _draft_policy(policy) is not None else 0
         groups.setdefault((policy.window_rows(budget), pinned, alone), []).append(budget)
     return [tuple(group) for group in groups.values()]
+
+
+def _draft_policy(policy: Policy) -> Policy | None:
+    """The policy that cuts the copy on which a response is decoded, if there is one."""
+    return policy.reading.draft_policy if isinstance(policy.reading, WithResponse) else None
 
 
 def _scores(
@@ -140,25 +145,31 @@ def _scores(
         )  # fmt: skip
         room = [(0, 0), (0, 0), (0, 0), (0, cache.slots - tokens.shape[1])]
         return jnp.pad(cast(jax.Array, read.scores), room)
-    response = None
-    if policy.two_pass:
-        response = reference.response[:, : policy.response_tokens]
-    if draft is not None:
-        response = decode(
-            params, masked(cache.fork(1), draft), reference.logits,
-            config=config, max_new_tokens=policy.response_tokens, eos_ids=eos_ids,
-        ).tokens  # fmt: skip
-    rows = policy.window_rows(budget)
-    if policy.uses_modules:
-        if modules is None:
-            raise ValueError(f"policy {type(policy).__name__} needs modules")
-        observer = observer_block(
-            modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype
-        )
-    elif rows or response is not None:
-        observer = read_again(params, tokens, rows, response, cache, config)
-    else:
-        observer = None
+    rows, observer = policy.window_rows(budget), None
+    match policy.reading:
+        case OnePass():
+            if rows:
+                observer = read_again(
+                    params, tokens, cache, rows=rows, response=None, config=config
+                )
+        case WithModules():
+            if modules is None:
+                raise ValueError(f"policy {type(policy).__name__} needs modules")
+            observer = observer_block(
+                modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype
+            )
+        case WithResponse() as reading:
+            response = reference.response[:, : reading.tokens]
+            if draft is not None:
+                response = decode(
+                    params, masked(cache.fork(1), draft), reference.logits,
+                    config=config, max_new_tokens=reading.tokens, eos_ids=eos_ids,
+                ).tokens  # fmt: skip
+            observer = read_again(
+                params, tokens, cache, rows=rows, response=response, config=config
+            )
+        case _:
+            raise ValueError(f"policy {type(policy).__name__} has no masked comparison")
     # Observers see what the prompt's own pass would have shown them: the prompt sees none of them.
     again = compress(
         params, cache, observer, config=config, policy=policy, budget=1, with_scores=True,
@@ -181,11 +192,10 @@ def _keep(
     shares = [policy.layer_budgets(cache.next_pos, budget, config) for budget in budgets]
 
     def layer(scores, k, v, pos, kind, share):
-        view = LayerView(
-            k, v, pos, cache.next_pos, kind.index, kind.window, None, None, cache.rope_span,
-            kind.rope, config,
-        )  # fmt: skip
-        kept = select(policy, view, scores, share, limit, budgets[0])
+        view = LayerView.of(
+            Context(k, v, pos), kind, length=cache.next_pos, span=cache.rope_span, config=config
+        )
+        kept = select(policy, view, scores, budget=budgets[0], layer_budget=share, limit=limit)
         at = jnp.where(kept.pos >= 0, kept.index, scores.shape[-1])
         b, h = (jnp.arange(n) for n in scores.shape[:2])
         mask = jnp.zeros(scores.shape, bool)

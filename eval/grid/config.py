@@ -12,7 +12,7 @@ from lookahead_jax.eval.grid.rows import Cell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
 from lookahead_jax.host.config_files import split_config
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithDraft, WithReplay, WithResponse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
 
@@ -128,7 +128,7 @@ class Method(NamedTuple):
     @property
     def speculates(self) -> bool:
         """Whether a small model is needed."""
-        return self.prune is not None or self.policy.uses_draft
+        return self.prune is not None or isinstance(self.policy.reading, WithDraft)
 
     @property
     def budgeted(self) -> bool:
@@ -187,7 +187,8 @@ def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cel
     """
 
     def last(spec: str) -> tuple[bool, bool]:
-        return not method_of(spec).budgeted, policy_of(spec).two_pass
+        two_passes = isinstance(policy_of(spec).reading, (WithResponse, WithReplay))
+        return not method_of(spec).budgeted, two_passes
 
     for spec in sorted(config.policies, key=last):
         budgets = sorted(set(config.budgets)) if method_of(spec).budgeted else (0,)

@@ -36,6 +36,7 @@ from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
 from lookahead_jax.generation.generate import Generation
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.policies.base import WithDraft, WithModules
 from lookahead_jax.prefilling.batching import bucket_length
 from lookahead_jax.prompts.kv_prediction import Predictor, load_predictor
 from lookahead_jax.prompts.speculation import select_tokens, speculate
@@ -53,7 +54,7 @@ def load(config: RunConfig, name: str) -> tuple[Model, Tokenizer, LookaheadModul
     if model.tokenizer is None:
         raise ValueError(f"{name}: the tasks are texts, and this model has no tokenizer.json")
     folder = modules_folder(config, name)
-    needed = any(policy_of(spec).uses_modules for spec in config.policies)
+    needed = any(isinstance(policy_of(spec).reading, WithModules) for spec in config.policies)
     modules = None
     if needed:
         if folder is None:
@@ -205,8 +206,9 @@ class Runner:
         """What is left of the prompts, and the small model's answers, if the method asks it."""
         if self._draft is None or not method.speculates:
             return rows, None
+        reading = method.policy.reading
         found = speculate(
-            self._draft, rows, tokens=max(method.policy.draft_tokens, 1),
+            self._draft, rows, tokens=reading.tokens if isinstance(reading, WithDraft) else 1,
             eos_ids=self._model.generation.eos_ids, attention=method.prune is not None,
         )  # fmt: skip
         if found.attention is not None:

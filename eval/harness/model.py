@@ -18,9 +18,9 @@ from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.eval.grid.config import EMBEDDED, model_folder, modules_folder_of
 from lookahead_jax.generation.score import forced_logits
 from lookahead_jax.modules.definition import LookaheadModules
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithModules
 from lookahead_jax.prefilling.batching import pad_batch
-from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
+from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -82,7 +82,7 @@ class HarnessModel:
         self.policy: Policy = lk.make_policy(settings.policy, **dict(settings.policy_settings))
         self.max_length = settings.max_length or self.model.config.max_position
         self._modules: LookaheadModules | None = None
-        if self.policy.uses_modules:
+        if isinstance(self.policy.reading, WithModules):
             own = None if settings.lookahead is None else Path(settings.lookahead)
             where = modules_folder_of(own, settings.pretrained)
             if where is None:
@@ -146,7 +146,7 @@ class HarnessModel:
             new_tokens=forced.shape[1], known_tokens=read_behind,
             modules=self._modules if evict else None,
             eos_ids=self.model.generation.eos_ids,
-            asks=requests_to_repeat(self.policy, self.tokenizer),
+            repeat_template=repeat_template(self.policy, self.tokenizer),
         )  # fmt: skip
         logits = forced_logits(params, read.cache, read.logits, jnp.asarray(forced), config=config)
         raw = np.asarray(logits, np.float64)

@@ -89,6 +89,7 @@ class EvictionOptions:
     def resolve(self, source: ModelOptions) -> Eviction:
         """The policy with its settings, and where the modules it reads are."""
         import lookahead_jax as lk
+        from lookahead_jax.policies.base import WithModules
 
         if self.budget < 1:
             raise ValueError(f"the budget must be at least 1, not {self.budget}")
@@ -102,7 +103,8 @@ class EvictionOptions:
         folder = self.lookahead or own
         name = self.policy or ("lookaheadkv" if folder else "snapkv")
         policy = lk.make_policy(name, **settings)
-        return Eviction(name, policy, folder if policy.uses_modules else self.lookahead)
+        reads_modules = isinstance(policy.reading, WithModules)
+        return Eviction(name, policy, folder if reads_modules else self.lookahead)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,7 @@ class Drafting:
         self._room = room
         self._eviction = eviction
         # A program is compiled for what it is given: modules that nobody reads stay away.
-        self._modules = modules if eviction is not None and eviction.policy.uses_modules else None
+        self._modules = modules if eviction is not None and eviction.reads_modules else None
         self._on_step = on_step
         self._host = None if isinstance(drafter, DeviceDrafter) else drafter
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()

@@ -1,8 +1,8 @@
-"""Eviction while decoding: text without end from a cache of constant size.
+"""Eviction while decoding: unbounded generation from a cache of constant size.
 
-A row is cut back to its budget C whenever the number of its tokens reaches a multiple of the
-interval E, so its heads hold C to C + E entries. Where a cut falls depends on the position alone,
-and no step crosses one: a drafted text is cut where the undrafted one is, and stays the same.
+Whenever the number of a row's tokens reaches a multiple of the interval E, the row is cut to its
+budget C, so its heads hold C to C + E entries. The place of a cut depends on the position alone,
+and no decoding step crosses one, so drafting does not change where a text is cut.
 B batch, L layers, K KV heads, S slots, W room for emitted tokens, E interval.
 """
 
@@ -11,21 +11,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
 from lookahead_jax.model.layers import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import Policy
-from lookahead_jax.policies.registry import POLICIES
+from lookahead_jax.policies.base import CutByModules, CutByTokens, Policy
+from lookahead_jax.policies.registry import policies_that_cut_while_decoding
 from lookahead_jax.prefilling.prefill import Prefilled, compress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeEviction:
-    """What cuts a row while it decodes, to how many entries a head, and how often.
+    """What cuts a row while it decodes, to how many entries per head, and how often.
 
-    Raises ValueError for a policy that cannot, and for sizes below 1.
+    Raises ValueError for a policy that cannot evict while decoding, and for sizes that are not
+    integers of at least 1.
     """
 
     policy: Policy
@@ -33,20 +35,34 @@ class DecodeEviction:
     interval: int
 
     def __post_init__(self) -> None:
-        if self.policy.decode_observers is None:
-            able = [name for name, kind in POLICIES.items() if kind.decode_observers is not None]
+        if self.policy.decode_cut is None:
+            able = policies_that_cut_while_decoding()
             raise ValueError(
                 f"policy {type(self.policy).__name__} cannot evict while decoding: "
                 f"use {', '.join(able[:-1])} or {able[-1]}"
             )
-        for name in ("budget", "interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_integer("budget", self.budget, least=1)
+        check_integer("interval", self.interval, least=1)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether scores add up from one cut to the next, the prompt's included."""
+        cut = self.policy.decode_cut
+        return isinstance(cut, CutByTokens) and cut.adds_up
+
+    @property
+    def reads_modules(self) -> bool:
+        """Whether lookahead modules observe at a cut."""
+        return isinstance(self.policy.decode_cut, CutByModules)
 
     def room(self, tokens: int, new_tokens: int, config: ModelConfig) -> int:
-        """Slots beside what a prompt of `tokens` may keep: enough for C + E, or for all."""
+        """Slots beside what a prompt of `tokens` may keep: enough between cuts, or for all.
+
+        A prompt shorter than the budget keeps fewer entries than a later cut may.
+        """
         kept = self.policy.max_entries(tokens, self.budget, config)
-        return min(new_tokens, max(self.budget - kept, 0) + self.interval)
+        later = self.policy.max_entries(tokens + new_tokens, self.budget, config)
+        return min(new_tokens, later - kept + self.interval)
 
     def until_cut(self, next_pos: jax.Array) -> jax.Array:
         """How many tokens [B] may enter a cache of `next_pos` [B] tokens before it is cut."""
@@ -54,35 +70,53 @@ class DecodeEviction:
 
 
 def opening_sums(eviction: DecodeEviction | None, read: Prefilled) -> jax.Array | None:
-    """Scores [L, B, K, S] of what a prompt has left in its cache, if the policy adds up scores."""
-    if eviction is None or not eviction.policy.accumulates:
+    """Scores [L, B, K, S] of a prompt's kept entries, if the policy's scores add up.
+
+    Raises ValueError if the prompt was read without scores.
+    """
+    if eviction is None or not eviction.adds_up:
         return None
     if read.scores is None:
-        raise ValueError("this policy adds up scores: read the prompt with with_scores=True")
-    found = jnp.take_along_axis(read.scores, jnp.maximum(read.cache.pos, 0), axis=-1)
-    return jnp.where(read.cache.pos >= 0, found, 0.0)
+        raise ValueError(
+            f"the scores of {type(eviction.policy).__name__} add up: read the prompt with "
+            "with_scores=True"
+        )
+    scores = jnp.take_along_axis(read.scores, jnp.maximum(read.cache.pos, 0), axis=-1)
+    return jnp.where(read.cache.pos >= 0, scores, 0.0)
 
 
 def evict(
     params: Params,
     cache: KVCache,
     sums: jax.Array | None,  # [L, B, K, S] float32, see opening_sums
+    *,
     emitted: jax.Array,  # [B, W] int32
     count: jax.Array,  # [B] int32 emitted tokens; all but the last are in the cache
     new: jax.Array,  # [B] int32 tokens that have just entered the cache
     modules: LookaheadModules | None,
-    *,
     config: ModelConfig,
     eviction: DecodeEviction,
 ) -> tuple[KVCache, jax.Array | None]:
-    """Cuts the rows that have just reached a multiple of the interval; the others stay."""
+    """Cuts the rows that have just reached a multiple of the interval; the others stay.
+
+    Returns the cache and the scores so far. Raises ValueError without the modules that the policy
+    reads.
+    """
     due = (new > 0) & (cache.next_pos % eviction.interval == 0)
 
     def cut(cache: KVCache, sums: jax.Array | None):
+        match eviction.policy.decode_cut:
+            case CutByModules():
+                observer = _lookahead_rows(cache, modules, eviction.policy)
+            case CutByTokens():
+                observer = _recent_rows(
+                    params, cache, emitted, count, config=config, interval=eviction.interval
+                )
+            case _:
+                observer = None
         shorter, _, added = compress(
-            params, cache, _observer(params, cache, emitted, count, modules, config, eviction),
-            config=config, policy=eviction.policy, budget=eviction.budget, slots=cache.slots,
-            sums=sums,
+            params, cache, observer, config=config, policy=eviction.policy,
+            budget=eviction.budget, slots=cache.slots, sums=sums,
         )  # fmt: skip
 
         def pick(after, before):
@@ -95,26 +129,30 @@ def evict(
     return jax.lax.cond(due.any(), cut, lambda cache, sums: (cache, sums), cache, sums)
 
 
-def _observer(
+def _lookahead_rows(cache: KVCache, modules: LookaheadModules | None, policy: Policy) -> Block:
+    if modules is None:
+        raise ValueError(
+            f"policy {type(policy).__name__} reads lookahead modules: give them "
+            "(modules=, lookahead=, or --lookahead)"
+        )
+    return observer_block(modules, cache.next_pos, cache.rope_span, dtype=cache.k.dtype)
+
+
+def _recent_rows(
     params: Params,
     cache: KVCache,
     emitted: jax.Array,
     count: jax.Array,
-    modules: LookaheadModules | None,
+    *,
     config: ModelConfig,
-    eviction: DecodeEviction,
-) -> Block | None:
-    """Who says what to keep: lookahead rows, the tokens since the last cut, or nobody."""
-    kind = eviction.policy.decode_observers
-    if kind == "modules":
-        if modules is None:
-            raise ValueError(f"policy {type(eviction.policy).__name__} reads lookahead modules")
-        return observer_block(modules, cache.next_pos, cache.rope_span, dtype=cache.k.dtype)
-    if kind == "nobody":
-        return None
-    # The cache has not changed since these tokens were decoded: read again, they look at it with
-    # the queries they had. Those of the prompt have been counted by prefill.
-    rows = jnp.arange(-eviction.interval, 0, dtype=jnp.int32)[None]
+    interval: int,
+) -> Block:
+    """The tokens since the last cut, as rows that see the cache alone.
+
+    The cache has not been cut since they were decoded, so they have the queries they had then.
+    Prompt tokens among them are padding: prefill has counted these.
+    """
+    rows = jnp.arange(-interval, 0, dtype=jnp.int32)[None]
     at = count[:, None] - 1 + rows
     ids = jnp.take_along_axis(emitted, jnp.maximum(at, 0), axis=1)
     ids = jnp.where(at >= 0, ids, -1)

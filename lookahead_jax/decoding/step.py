@@ -259,8 +259,8 @@ def _settle(
     cache, sums = commit(state.cache, entries), state.sums
     if eviction is not None:
         cache, sums = evict(
-            params, cache, sums, state.tokens, state.count, entries.count, modules,
-            config=config, eviction=eviction,
+            params, cache, sums, emitted=state.tokens, count=state.count, new=entries.count,
+            modules=modules, config=config, eviction=eviction,
         )  # fmt: skip
     return dataclasses.replace(state, cache=cache, sums=sums)
 

@@ -119,7 +119,7 @@ class Engine:
         )  # fmt: skip
         self._batch = RunningBatch(
             model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
-            summed=eviction is not None and policy.accumulates, burst=burst,
+            summed=eviction is not None and eviction.adds_up, burst=burst,
         )  # fmt: skip
         self._rows: list[Job | None] = [None] * rows
         self._ids = itertools.count()

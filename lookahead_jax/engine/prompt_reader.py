@@ -20,7 +20,7 @@ from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch
 from lookahead_jax.prefilling.prefill import Prefilled, extend
-from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
+from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
 
 
@@ -159,8 +159,8 @@ class PromptReader:
             self._model.params, tokens, config=self._model.config, policy=self._policy,
             budget=self._budget, new_tokens=room, known_tokens=known_tokens, modules=self._modules,
             eos_ids=_padded(eos_ids),
-            with_scores=self._eviction is not None and self._policy.accumulates,
-            asks=requests_to_repeat(self._policy, self._model.tokenizer),
+            with_scores=self._eviction is not None and self._eviction.adds_up,
+            repeat_template=repeat_template(self._policy, self._model.tokenizer),
         )  # fmt: skip
 
 

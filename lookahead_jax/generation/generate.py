@@ -38,7 +38,7 @@ from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling.batching import pad_batch, pad_drafts
 from lookahead_jax.prefilling.diagnosis import non_finite_error
 from lookahead_jax.prefilling.prefill import Prefilled, extend
-from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
+from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
 
 DEFAULT_BUDGET = 256
@@ -195,14 +195,14 @@ def generate(
     whole = tokens if asked is None else jnp.asarray(pad_batch(texts, config=config))
     asked_width = 0 if behind is None else behind.shape[1]
     known = 0 if asked is None else jnp.asarray([len(row) for row in asked], jnp.int32)
-    expected = pad_drafts(drafts, len(rows), policy.draft_tokens) if policy.uses_draft else None
+    expected = pad_drafts(policy, drafts, len(rows))
     packed = sampling_rows([sampling] * len(rows), seeds, config.vocab_size)
     eviction = None
     if evict_every is not None:
         if reader is not None:
             raise ValueError("a reader evicts nothing: leave evict_every out")
         eviction = DecodeEviction(policy=policy, budget=budget, interval=evict_every)
-        if asked is not None and policy.accumulates:
+        if asked is not None and eviction.adds_up:
             raise ValueError(
                 f"policy {type(policy).__name__} adds up scores and would miss those of questions: "
                 "leave evict_every out, or ask in the prompt"
@@ -227,8 +227,8 @@ def generate(
             params, tokens, config=config, policy=policy, budget=budget,
             new_tokens=asked_width + max_new_tokens, room=asked_width + added, modules=lookahead,
             known_tokens=known,
-            eos_ids=eos_ids, with_scores=eviction is not None and policy.accumulates,
-            draft=expected, asks=requests_to_repeat(policy, model.tokenizer),
+            eos_ids=eos_ids, with_scores=eviction is not None and eviction.adds_up,
+            draft=expected, repeat_template=repeat_template(policy, model.tokenizer),
         )  # fmt: skip
 
     def opened(result: Prefilled, eviction: DecodeEviction | None) -> DecodeState:

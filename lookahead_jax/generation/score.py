@@ -20,7 +20,7 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length, check_tokens
 from lookahead_jax.prefilling.diagnosis import non_finite_error
 from lookahead_jax.prefilling.layer_pass import hidden_states
-from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
+from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
 
 
@@ -56,7 +56,7 @@ def score(
     result = read_prompt(
         model.params, jnp.asarray(padded), config=model.config, policy=policy, budget=budget,
         new_tokens=0, modules=lookahead, eos_ids=model.generation.eos_ids, with_scores=True,
-        asks=requests_to_repeat(policy, model.tokenizer),
+        repeat_template=repeat_template(policy, model.tokenizer),
     )  # fmt: skip
     for i in np.flatnonzero(~np.isfinite(np.asarray(result.logits)).all(-1)).tolist():
         row = tokens[i][tokens[i] >= 0].tolist()

@@ -1,4 +1,4 @@
-"""Lookahead modules: the learned tokens that stand after a prompt, and the LoRA only they feel.
+"""Lookahead modules: learned tokens behind a prompt, and a LoRA that acts on them alone.
 
 Letters: M lookahead tokens, R LoRA rank, L layers, D model, F mlp, N query heads, K KV heads, H.
 Source: LookaheadKV (arXiv 2603.10899).
@@ -14,6 +14,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block
 from lookahead_jax.model.layers import Params
@@ -39,31 +40,33 @@ class LookaheadConfig:
     tokens: int
     """M, the number of lookahead tokens."""
     rank: int
-    """R, the rank of every LoRA; 0 trains the tokens alone."""
+    """R, the rank of every LoRA; 0 trains only the tokens."""
     alpha: float
-    """The LoRA update is scaled by alpha / rank."""
+    """Scales the LoRA update by alpha / rank."""
     targets: tuple[str, ...]
     """The linear layers that have a LoRA, in every decoder layer."""
     init: Literal["table", "normal"]
-    """Tokens start with the mean and spread of the embedding table, or from N(0, 0.02^2)."""
+    """Tokens are drawn with the mean and spread of the embedding table, or from N(0, 0.02^2)."""
 
     def __post_init__(self) -> None:
-        if self.tokens < 1 or self.rank < 0:
-            raise ValueError(f"{self.tokens} lookahead tokens of LoRA rank {self.rank}: too few")
+        check_integer("tokens", self.tokens, least=1)
+        check_integer("rank", self.rank, least=0)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"LoRA alpha {self.alpha} must be a positive number")
         unknown = [name for name in self.targets if name not in TARGETS]
         if unknown or len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"LoRA targets {self.targets}: name each once, of {list(TARGETS)}")
+            raise ValueError(
+                f"LoRA targets {list(self.targets)}: give each at most once, out of {list(TARGETS)}"
+            )
         if bool(self.targets) != bool(self.rank):
-            raise ValueError("a LoRA needs both a rank above 0 and targets; without it, neither")
+            raise ValueError("give a LoRA both a rank above 0 and targets, or neither")
         if self.init not in get_args(LookaheadConfig.__annotations__["init"]):
             raise ValueError(f"unknown init {self.init!r}; known: table, normal")
 
 
 @struct.dataclass
 class LookaheadModules:
-    """What is trained; everything else stays as it is. A pytree of two fields."""
+    """The trained parameters, a pytree of two fields."""
 
     embeddings: jax.Array  # [M, D] rows of the residual stream, embedding scale included
     lora: Params  # {"q": {"a": [L, D, R], "b": [L, R, N * H]}, ...} one pair per target
@@ -94,16 +97,16 @@ def init_modules(
 ) -> LookaheadModules:
     """Float32 modules to start training from.
 
-    Every LoRA starts as no change at all (b = 0, a uniform within 1 / sqrt(inputs), as PEFT
-    does). `init="table"` draws the tokens from a normal distribution with the mean and spread
-    that the embedding table of `params` has in each dimension: they start where the model expects
-    tokens, and differ from one another. Raises ValueError if it lacks `params`.
+    Every LoRA starts without effect (b = 0, a uniform within 1 / sqrt(inputs), as in PEFT).
+    `init="table"` draws the tokens from a normal distribution with the mean and spread that the
+    embedding table of `params` has in each dimension, so that they differ from one another and
+    lie where the model expects tokens. Raises ValueError if `init="table"` lacks `params`.
     """
     size = (config.tokens, model.hidden_size)
     normal = jax.random.normal(jax.random.fold_in(key, len(TARGETS)), size, jnp.float32)
     if config.init == "table":
         if params is None:
-            raise ValueError("lookahead tokens drawn from the embedding table need params")
+            raise ValueError('init="table" draws tokens from the embedding table: give params=')
         table = params["embed"].astype(jnp.float32) * (model.embed_scale or 1.0)
         normal = table.mean(0, keepdims=True) + normal * table.std(0, keepdims=True)
     else:
@@ -128,9 +131,9 @@ def observer_block(
     """The lookahead tokens as rows at positions length .. length + M - 1, with their LoRA.
 
     They see the prompt and one another causally. `length` is that of the prompt, `rope_span` the
-    span its rows were opened for. `dtype` is that of the model's weights (default: that of the
-    embeddings), which matters where modules are trained in float32 on a bfloat16 model. The LoRA's
-    scale is in its factor b.
+    total length its RoPE factors were chosen for. `dtype` is that of the model's weights (default:
+    that of the embeddings); it matters for modules in float32 on a bfloat16 model. The LoRA's
+    factor b includes the scale.
     """
     m, d = modules.embeddings.shape
     dtype = dtype or modules.embeddings.dtype

@@ -35,13 +35,13 @@ _EMBEDDINGS = "lookahead.embeddings"
 def save_modules(
     directory: str | os.PathLike, modules: LookaheadModules, *, params: Params
 ) -> None:
-    """Writes the modules for the base model `params` into `directory`, made if need be.
+    """Writes the modules for the base model `params` into `directory`, which is created if missing.
 
-    `lookahead_model.safetensors` holds float32 tensors, the LoRA under its PEFT names and in
-    PEFT's orientation (lora_A [R, in], lora_B [out, R]), the tokens as `lookahead.embeddings`
-    [M, D]; `lookahead_config.json` the sizes, the fingerprint of the base model and the digest
-    of the tensors. Each file is replaced whole, the config last: what a crash leaves between the
-    two does not load.
+    `lookahead_model.safetensors` holds float32 tensors: the LoRA under its PEFT names and in
+    PEFT's orientation (lora_A [R, in], lora_B [out, R]), and the tokens as `lookahead.embeddings`
+    [M, D]. `lookahead_config.json` holds the sizes, the fingerprint of the base model and the
+    digest of the tensors. Each file is replaced atomically, the config last; after a crash between
+    the two, loading fails.
     """
     tensors = {_EMBEDDINGS: np.asarray(modules.embeddings, np.float32)}
     for name, pair in modules.lora.items():
@@ -73,7 +73,7 @@ def load_modules(
     """The modules in `directory`, for the base model `params`, in `dtype` (default: the model's).
 
     Raises FileNotFoundError if a file is missing, and ValueError if the modules were trained for
-    another base model, or if a file is damaged or does not say what it should.
+    another base model, or if a file is damaged or has unexpected content.
     """
     path = Path(directory)
     described = _read_config(path)
@@ -87,7 +87,7 @@ def load_modules(
     modules_config = described["config"]
     content = (path / TENSOR_FILE).read_bytes()
     if hashlib.sha256(content).hexdigest() != described["tensors_sha256"]:
-        raise ValueError(f"{path / TENSOR_FILE} is damaged: it is not what {CONFIG_FILE} describes")
+        raise ValueError(f"{path / TENSOR_FILE} is damaged: its digest differs from {CONFIG_FILE}")
     try:
         tensors = safetensors.numpy.load(content)
     except safetensors.SafetensorError as error:
@@ -111,7 +111,7 @@ def _version() -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The checked content of the folder's config file, with the sizes as `config`."""
+    """The checked content of the folder's config file; `config` has the sizes."""
     described = read_json(path, CONFIG_FILE)
     if described is None:
         raise FileNotFoundError(f"{path}: has no {CONFIG_FILE}, so it holds no lookahead modules")
@@ -124,9 +124,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name, kind in kinds.items():
         value = described.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{path}: {name} is {value!r}")
+            raise ValueError(f"{path}: {name} is {value!r}, of the wrong type")
     if described["format"] != FORMAT:
-        raise ValueError(f"{path}: format {described['format']} is not known, only {FORMAT}")
+        raise ValueError(f"{path}: format {described['format']} is unknown; known: {FORMAT}")
     sizes = {field.name: described[field.name] for field in dataclasses.fields(LookaheadConfig)}
     try:
         targets = tuple(str(name) for name in sizes.pop("targets"))

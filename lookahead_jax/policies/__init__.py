@@ -1,5 +1,43 @@
 """Eviction policies: each file decides which prompt entries are kept."""
 
+from lookahead_jax.policies.ada import Ada
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.expected_attention import ExpectedAttention
+from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.h2o import H2O
+from lookahead_jax.policies.keydiff import KeyDiff
+from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
+from lookahead_jax.policies.lookaheadkv import LookaheadKV
+from lookahead_jax.policies.oracle import Oracle
+from lookahead_jax.policies.pyramidkv import PyramidKV
+from lookahead_jax.policies.random import Random
 from lookahead_jax.policies.registry import POLICIES, make_policy
+from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.policies.speckv import SpecKV
+from lookahead_jax.policies.streaming_llm import StreamingLLM
+from lookahead_jax.policies.tova import Tova
+from lookahead_jax.policies.wrapper import PolicyWrapper
 
-__all__ = ["POLICIES", "make_policy"]
+__all__ = [
+    "H2O",
+    "LAQ",
+    "POLICIES",
+    "Ada",
+    "ExpectedAttention",
+    "Full",
+    "KVzip",
+    "KeyDiff",
+    "LAQPlusPlus",
+    "LookaheadKV",
+    "Oracle",
+    "Policy",
+    "PolicyWrapper",
+    "PyramidKV",
+    "Random",
+    "SnapKV",
+    "SpecKV",
+    "StreamingLLM",
+    "Tova",
+    "make_policy",
+]

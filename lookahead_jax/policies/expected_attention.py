@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from lookahead_jax.kernels.common import KEY_BLOCK, key_blocks, read_block
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.rope import apply_rope, rope_tables
-from lookahead_jax.policies.base import Chunk, LayerView, Policy, candidates, share
+from lookahead_jax.policies.base import Policy, protected_share, visible_to_next
+from lookahead_jax.policies.view import Chunk, LayerView
 
 
 class Moments(NamedTuple):
@@ -22,7 +23,7 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
-    """Closed-form expected attention of future queries, times the norm of the value.
+    """Attention expected of future queries, in closed form, times the norm of the value.
 
     Queries before RoPE (after the q-norm), the first `sinks` left out, are taken as Gaussian
     with mean mu and covariance S; R is the mean RoPE matrix of the next `future` positions. With
@@ -40,6 +41,7 @@ class ExpectedAttention(Policy):
     """Added to the expected attention before it is multiplied by the value norm."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sinks < 0 or self.future < 1 or not 0 <= self.epsilon < float("inf"):
             raise ValueError("sinks and epsilon must not be negative, future must be at least 1")
 
@@ -71,9 +73,9 @@ class ExpectedAttention(Policy):
 
     def score(self, view: LayerView) -> jax.Array:
         if view.stats is None:
-            raise ValueError("expected_attention needs all prompt queries; a cache has none")
+            raise ValueError("expected_attention scores with all prompt queries; a cache has none")
         logits = _expected_logits(view, *self._future_queries(view))  # [B, K, G, T]
-        counted = candidates(view.pos, view.length, view.window) & (view.pos >= self.sinks)
+        counted = visible_to_next(view.pos, view.length, view.window) & (view.pos >= self.sinks)
         logits = jnp.where(counted[:, :, None], logits, -jnp.inf)
         peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
         mass = jnp.exp(logits - peak)
@@ -82,7 +84,7 @@ class ExpectedAttention(Policy):
         return jnp.where(counted, (share_of.mean(2) + self.epsilon) * norm, 0.0)
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
-        return (pos >= 0) & (pos < share(self.sinks, budget))
+        return (pos >= 0) & (pos < protected_share(self.sinks, budget))
 
     def _future_queries(self, view: LayerView) -> tuple[jax.Array, jax.Array]:
         """Mean [B, N, H] and covariance [B, N, H, H] of queries turned by the mean RoPE matrix."""

@@ -1,4 +1,4 @@
-"""full: nothing is evicted. The baseline every other policy is measured against."""
+"""full: nothing is evicted. Every other policy is measured against it."""
 
 import dataclasses
 
@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import LayerView, Policy
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.view import LayerView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +26,9 @@ class Full(Policy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole(Full):
-    """Also keeps what lies behind a sliding window: the first pass of two-pass policies.
+    """Also keeps entries that have left a sliding window: the first of two passes.
 
-    The next token cannot see it, but rows of the prompt that are read once more do.
+    The next token cannot see them, but prompt rows that are read once more can.
     """
 
     def candidates(self, pos: jax.Array, length: jax.Array, window: jax.Array | None) -> jax.Array:

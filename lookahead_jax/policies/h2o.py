@@ -1,7 +1,6 @@
-"""h2o: heavy hitters, the entries that all prompt queries looked at most (arXiv 2306.14048)."""
+"""h2o: heavy hitters, the entries with most attention from all queries (arXiv 2306.14048)."""
 
 import dataclasses
-from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,31 +8,34 @@ import jax.numpy as jnp
 from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.kernels.reductions import reduce_group
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import Chunk, LayerView, Policy, share, share_notice
+from lookahead_jax.policies.base import CutByTokens, Policy, protected_share, share_notice
+from lookahead_jax.policies.view import Chunk, LayerView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """Attention summed over all queries, group mean; the last `window` tokens are kept.
+    """Attention summed over all prompt queries, group mean; the last `window` tokens are kept.
 
-    Cut once, the prefill form, as in the code behind most published tables; cut while decoding,
-    the sums go on, as in the original. (Two more variants share the name: the average over the
-    queries that can see an entry, the sum over a window.) A window that would eat the budget is
-    cut to C // 2.
+    After the prompt the cache is cut once, as in the code behind most published tables. While
+    decoding, the sums continue, as in the original. (Two more variants share the name: the average
+    over the queries that can see an entry, and the sum over a window.) A window of C or more is
+    reduced to C // 2.
     """
-
-    decode_observers: ClassVar[Literal["tokens"]] = "tokens"
-    accumulates: ClassVar[bool] = True
 
     window: int = 32
     """Last prompt tokens, always kept."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.window < 0:
             raise ValueError(f"window={self.window} must not be negative")
 
+    @property
+    def decode_cut(self) -> CutByTokens:
+        return CutByTokens(adds_up=True)
+
     def notice(self, budget: int) -> str | None:
-        return share_notice(self.window, share(self.window, budget), budget)
+        return share_notice(self.window, protected_share(self.window, budget), budget)
 
     def init_stats(self, batch: int, tokens: int, config: ModelConfig) -> jax.Array:
         return jnp.zeros((batch, config.num_heads, tokens), jnp.float32)
@@ -60,8 +62,8 @@ class H2O(Policy):
         if view.sums is not None:
             return view.sums + view.attention_scores(reduce="sum", pool=None, group="mean")
         if view.stats is None:
-            raise ValueError("h2o needs all prompt queries; it cannot re-score a stored cache")
+            raise ValueError("h2o scores with all prompt queries; a stored cache has none")
         return reduce_group(view.stats, view.config.num_kv_heads, "mean")
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
-        return pos >= length[:, None, None] - share(self.window, budget)
+        return pos >= length[:, None, None] - protected_share(self.window, budget)

@@ -1,24 +1,26 @@
-"""keydiff: keys that point away from the others (arXiv 2504.15364)."""
+"""keydiff: keeps the keys that point away from the others (arXiv 2504.15364)."""
 
 import dataclasses
-from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.policies.base import LayerView, Policy
+from lookahead_jax.policies.base import CutByEntries, Policy
+from lookahead_jax.policies.view import LayerView
 
 _TINY = 1e-16  # below any squared norm that matters; keeps a zero key at a score of 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyDiff(Policy):
-    """Minus the cosine between a key (after RoPE) and the mean direction of the row's keys.
+    """Minus the cosine between a key (after RoPE) and the mean direction of all keys.
 
     One pass over the whole prompt, as in kvpress (the paper works block by block).
     """
 
-    decode_observers: ClassVar[Literal["nobody"]] = "nobody"
+    @property
+    def decode_cut(self) -> CutByEntries:
+        return CutByEntries()
 
     def score(self, view: LayerView) -> jax.Array:
         k = jnp.where((view.pos >= 0)[..., None], view.k, jnp.zeros((), view.k.dtype))

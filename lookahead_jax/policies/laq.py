@@ -1,36 +1,34 @@
-"""laq, laq++: a draft decoded on a cut copy of the cache asks for what the answer will need.
+"""laq, laq++: a draft decoded on a cut copy of the cache predicts what the answer will need.
 
 Source: Lookahead Q-Cache (arXiv 2505.20334) and its public code.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 
-from lookahead_jax.policies.base import LayerView, Policy, draft_scores, share
+from lookahead_jax.policies.base import Policy, WithResponse, protected_share
 from lookahead_jax.policies.snapkv import PoolName, SnapKV, check_pooling
+from lookahead_jax.policies.view import LayerView, draft_scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAQ(Policy):
     """Mean attention of drafted tokens on the full prompt, pooled per query head, group mean.
 
-    Two-pass: the prompt's full cache is copied, the copy cut by `SnapKV` to the same C, and
-    `draft_tokens` greedy tokens decoded on it, up to a row's end of sequence; these then observe
-    the full cache, which is cut by what they see. The defaults are those of the public code (the
-    authors of LookaheadKV gave it 32 draft tokens). It differs in two respects, to the baseline's
-    advantage. It scores with the queries recorded on the cut copy, and its causal mask hides the
-    end of the prompt from some of them; here the draft is read once more as a block over the full
-    cache, so that with a perfect draft the scores are those of `oracle`. And it keeps entries per
-    query head on a repeated cache; here, as everywhere, per KV head. (It sums over the queries:
-    the same ranking.)
+    Two passes: the prompt's full cache is copied, `SnapKV` cuts the copy to the same C, and
+    `draft_tokens` greedy tokens are decoded on it, up to a row's end of sequence. These then
+    observe the full cache, which is cut by their attention. The defaults are those of the public
+    code (the authors of LookaheadKV gave it 32 draft tokens). The public code differs in two
+    respects, both to the disadvantage of the method. It scores with the queries recorded on the
+    cut copy, and its causal mask hides the end of the prompt from some of them; here the draft is
+    read once more as a block over the full cache, so that a perfect draft gives the scores of
+    `oracle`. And it keeps entries per query head on a repeated cache; here, as everywhere, they
+    are kept per KV head. (It sums over the queries, which gives the same ranking.)
     """
 
-    two_pass: ClassVar[bool] = True
-
-    draft_tokens: int = 8  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Tokens that are drafted and observe, at most; what follows an end of sequence does not."""
+    draft_tokens: int = 8
+    """Tokens that are drafted and observe, at most; those after an end of sequence do not."""
     pool: PoolName = "max"
     """Smoothing of the scores along the prompt."""
     kernel: int = 7
@@ -45,6 +43,7 @@ class LAQ(Policy):
     """Last prompt tokens that observe as well, and are kept: 8 in laq++."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.draft_tokens < 1 or self.window < 0:
             raise ValueError(
                 f"draft_tokens={self.draft_tokens} must be at least 1 and window={self.window} "
@@ -52,24 +51,24 @@ class LAQ(Policy):
             )
         check_pooling(self.kernel)
         try:
-            _ = self.draft_policy
+            _ = self._draft_policy
         except ValueError as error:
             raise ValueError(f"the draft's {error}") from None
 
     @property
-    def draft_policy(self) -> SnapKV:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def _draft_policy(self) -> SnapKV:
         return SnapKV(window=self.draft_window, pool=self.draft_pool, kernel=self.draft_kernel)
 
     @property
-    def response_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.draft_tokens
+    def reading(self) -> WithResponse:
+        return WithResponse(tokens=self.draft_tokens, draft_policy=self._draft_policy)
 
     def notice(self, budget: int) -> str | None:
-        said = self.draft_policy.notice(budget)
-        return None if said is None else f"the draft is made on less: {said}"
+        notice = self._draft_policy.notice(budget)
+        return None if notice is None else f"the draft's {notice}"
 
     def window_rows(self, budget: int) -> int:
-        return share(self.window, budget)
+        return protected_share(self.window, budget)
 
     def score(self, view: LayerView) -> jax.Array:
         pool = None if self.pool == "none" else (self.pool, self.kernel)
@@ -81,9 +80,9 @@ class LAQ(Policy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAQPlusPlus(LAQ):
-    """As laq, and the last 8 prompt queries observe with the draft's; they are kept, inside C.
+    """As laq; the last `window` prompt queries observe too, and are kept inside C.
 
-    A window that would eat the budget is cut to C // 2.
+    A window of C or more is reduced to C // 2.
     """
 
     window: int = 8

@@ -1,8 +1,8 @@
-"""oracle: the model's own answer, seen in advance, decides what it needs."""
+"""oracle: the model's own answer, decoded in advance, decides what is kept."""
 
 import dataclasses
-from typing import ClassVar
 
+from lookahead_jax.policies.base import WithResponse
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 
 
@@ -10,19 +10,23 @@ from lookahead_jax.policies.lookaheadkv import LookaheadKV
 class Oracle(LookaheadKV):
     """Mean attention of the response's queries under the full cache, group mean.
 
-    What LookaheadKV is trained to predict, and an upper bound for it: the response is the
-    model's own greedy one. Two-pass: prefill with `Whole`, decode, then `prefill.compress` with
-    the response as the observer (rows shorter than the longest are padded with position -1).
+    LookaheadKV is trained to predict these scores, and they are an upper bound for it. The
+    response is the model's own greedy one: prefill with `Whole`, decode, then `prefill.compress`
+    with the response as the observer (rows shorter than the longest are padded with position -1).
     """
 
-    two_pass: ClassVar[bool] = True
-    uses_modules: ClassVar[bool] = False
-    decode_observers: ClassVar[None] = None  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    response_tokens: int = 128  # pyright: ignore[reportIncompatibleVariableOverride]
+    response_tokens: int = 128
     """Length of the response that is read, at most."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.response_tokens < 1:
             raise ValueError(f"response_tokens={self.response_tokens} must be at least 1")
+
+    @property
+    def reading(self) -> WithResponse:
+        return WithResponse(tokens=self.response_tokens)
+
+    @property
+    def decode_cut(self) -> None:
+        return None

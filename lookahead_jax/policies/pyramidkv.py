@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import complete
+from lookahead_jax.policies.selection import largest_remainder
 from lookahead_jax.policies.snapkv import SnapKV
 
 
@@ -18,8 +18,8 @@ class PyramidKV(SnapKV):
     where hi exceeds the T - w entries there are, hi = T - w and lo = 2 (C - w) - hi. The window
     is added to every layer. The published code floors each layer; here the largest remainders
     are rounded up, so that the mean over layers is exactly min(C, T) in every row. (kvpress
-    falls back to snapkv unless C >= beta w; this never does.) What a sliding-window layer cannot
-    use of its share is not moved to other layers.
+    falls back to snapkv unless C >= beta w; this never does.) If a sliding-window layer cannot use
+    its whole share, the rest is not moved to other layers.
     """
 
     beta: int = 20
@@ -49,7 +49,7 @@ class PyramidKV(SnapKV):
         scaled = high[None] * (steps - layer) + low[None] * layer  # [L, B]
         floors = scaled // steps
         room = high[None] - floors
-        shares = complete(
+        shares = largest_remainder(
             floors, scaled - floors * steps, room, jnp.full_like(length, layers * rest)
         )
         return jnp.minimum(shares + window, length[None])

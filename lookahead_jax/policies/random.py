@@ -1,11 +1,12 @@
-"""random: scores drawn from a seed. What a policy must beat to have learnt anything."""
+"""random: scores drawn from a seed. The floor that every other policy must beat."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.policies.base import LayerView, Policy
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.view import LayerView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

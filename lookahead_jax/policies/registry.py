@@ -1,6 +1,7 @@
-"""Eviction policies: which prompt entries are kept. `make_policy` builds one from its name."""
+"""Eviction policies by name: `make_policy` builds one, `policy_summaries` describes them all."""
 
 import dataclasses
+import inspect
 import typing
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
 from lookahead_jax.policies.tova import Tova
+from lookahead_jax.policies.wrapper import PolicyWrapper
 
 POLICIES: dict[str, type[Policy]] = {
     "full": Full,
@@ -41,19 +43,44 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def policy_summaries() -> dict[str, str]:
+    """One sentence on every policy by its name: the first paragraph of its class's docstring."""
+    summaries = {}
+    for name, kind in POLICIES.items():
+        summary = " ".join(inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].split())
+        # A dataclass without a docstring gets its signature as one.
+        summaries[name] = "" if summary.startswith(f"{kind.__name__}(") else summary
+    return summaries
+
+
+def policies_that_cut_while_decoding() -> list[str]:
+    """Names of the policies that can evict while decoding, with their default settings."""
+    defaults = (kind for kind in POLICIES.items() if _has_defaults(kind[1]))
+    return [name for name, kind in defaults if kind().decode_cut is not None]
+
+
+def _has_defaults(kind: type[Policy]) -> bool:
+    missing = dataclasses.MISSING
+    return all(
+        field.default is not missing or field.default_factory is not missing
+        for field in dataclasses.fields(kind)
+    )
+
+
 def make_policy(name: str, **arguments: Any) -> Policy:
     """The policy called `name` with its fields set from `arguments`.
 
     Values may be text, as on a command line (`window="16"`, `pool="none"`), or already parsed
-    (None stands for "none"). `preset` names a set of fields, which others override. `ada` takes
-    `inner`, the name of the policy it wraps, and hands that one the arguments it does not know.
-    Raises ValueError, listing what is possible, for an unknown name, argument or value.
+    (None stands for "none"). `preset` names a set of fields, which other arguments override. `ada`
+    takes `inner`, the name of the policy it wraps, and passes on the arguments that it does not
+    have itself. Raises ValueError, listing what is possible, for an unknown name, argument or
+    value.
     """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     kind = POLICIES[name]
-    if kind is Ada:
-        return _make_ada(arguments)
+    if issubclass(kind, PolicyWrapper):
+        return _make_wrapper(name, kind, arguments)
     fields = {}
     if "preset" in arguments and kind.presets:
         preset = str(arguments.pop("preset"))
@@ -67,25 +94,26 @@ def make_policy(name: str, **arguments: Any) -> Policy:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _make_ada(arguments: dict[str, Any]) -> Ada:
-    own = _parse_fields("ada", Ada, {k: v for k, v in arguments.items() if k == "alpha"})
+def _make_wrapper(name: str, kind: type[PolicyWrapper], arguments: dict[str, Any]) -> Policy:
+    """A policy around another; arguments that the outer one does not have go to the inner one."""
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != "inner"]
+    own = _parse_fields(name, kind, {k: v for k, v in arguments.items() if k in fields})
+    rest = {k: v for k, v in arguments.items() if k not in (*fields, "inner")}
     inner = arguments.get("inner", "snapkv")
-    rest = {k: v for k, v in arguments.items() if k not in ("alpha", "inner")}
-    wrappable = [name for name in POLICIES if name not in ("ada", "full", "speckv", "kvzip")]
     if not isinstance(inner, Policy):
-        if inner not in wrappable:
-            known = ", ".join(wrappable)
-            raise ValueError(f"ada: inner={inner} is not a policy it wraps; known: {known}")
+        if inner not in POLICIES:
+            raise ValueError(f"{name}: unknown inner={inner}; known: {', '.join(POLICIES)}")
         try:
             inner = make_policy(inner, **rest)
         except ValueError as error:
-            raise ValueError(f"ada (inner, alpha, or an argument of inner): {error}") from None
+            known = ", ".join(["inner", *fields])
+            raise ValueError(f"{name} ({known}, or an argument of inner): {error}") from None
     elif rest:
-        raise ValueError(f"ada: {', '.join(rest)} must be set on the inner policy itself")
+        raise ValueError(f"{name}: {', '.join(rest)} must be set on the inner policy itself")
     try:
-        return Ada(inner=inner, **own)
+        return kind(inner=inner, **own)
     except ValueError as error:
-        raise ValueError(f"ada: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _parse_fields(name: str, kind: type[Policy], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +136,8 @@ def _parse_value(name: str, key: str, kind: Any, value: Any) -> Any:
         if text.lower() in choices:
             return text.lower()
         raise ValueError(f"{name}: {key}={text} is not possible; choose {', '.join(choices)}")
+    if kind not in (int, float):
+        return value
     try:
         return kind(text)
     except ValueError:

@@ -1,30 +1,31 @@
-"""snapkv: the last prompt queries vote on what came before them (arXiv 2404.14469)."""
+"""snapkv: the last prompt queries score what came before them (arXiv 2404.14469)."""
 
 import dataclasses
 from typing import ClassVar, Literal
 
 import jax
 
-from lookahead_jax.policies.base import LayerView, Policy, share, share_notice
+from lookahead_jax.policies.base import Policy, protected_share, share_notice
+from lookahead_jax.policies.view import LayerView
 
 PoolName = Literal["max", "avg", "none"]
 
 
 def check_pooling(kernel: int) -> None:
-    """Raises ValueError for a pooling kernel that has no centre."""
+    """Raises ValueError for a pooling kernel without a centre."""
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel} must be odd: the pooling window is centred")
+        raise ValueError(f"kernel={kernel} must be odd, because the pooling window is centred")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """Mean attention of the last `window` queries, pooled per query head, group mean.
 
-    The window itself is always kept and counts in C; a window that would eat the budget is cut
-    to C // 2. Selection is per KV head (the original selects per query head on a repeated cache).
+    The window itself is always kept and counts in C; a window of C or more is reduced to C // 2.
+    Selection is per KV head (the original selects per query head on a repeated cache).
     """
 
-    # The same name means different things in different code bases; these are the three in use.
+    # Code bases differ in what they call snapkv; these are the three variants in use.
     presets: ClassVar = {
         "factory": dict(window=32, pool="max", kernel=7),  # behind most papers' tables
         "kvpress": dict(window=64, pool="avg", kernel=5),
@@ -39,19 +40,20 @@ class SnapKV(Policy):
     """Entries that the pooling covers; odd."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.window < 1:
-            raise ValueError(f"window={self.window} must be at least 1: it observes")
+            raise ValueError(f"window={self.window} must be at least 1, because it observes")
         check_pooling(self.kernel)
 
     def notice(self, budget: int) -> str | None:
         return share_notice(self.window, self.window_rows(budget), budget)
 
     def window_rows(self, budget: int) -> int:
-        return max(1, share(self.window, budget))
+        return max(1, protected_share(self.window, budget))
 
     def score(self, view: LayerView) -> jax.Array:
         if view.queries is None:
-            raise ValueError("this policy scores with the last prompt queries and got none")
+            raise ValueError("this policy scores with the last prompt queries and was given none")
         rows = view.queries.pos.shape[1]
         return view.attention_scores(
             reduce="mean",

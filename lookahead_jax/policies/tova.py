@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.policies.base import LayerView, Policy
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.view import LayerView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,22 +1,25 @@
-"""Between the host and the device: ragged prompts -> padded batches of few distinct shapes."""
+"""Ragged prompts on the host -> padded batches of few distinct shapes for the device."""
 
+import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import SLOT_MULTIPLE, round_up
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithDraft
 from lookahead_jax.prefilling.layer_pass import CHUNK
 
 
 def bucket_length(tokens: int, chunk: int = CHUNK) -> int:
     """The padded length that `tokens` prompt tokens are compiled for.
 
-    Powers of two from 16 to a chunk; above it 2, 3, 4, 6, 8, 12, ... chunks. A new length seldom
-    compiles anew. Padding costs memory, hardly time: chunks without tokens are skipped.
+    Powers of two from 16 to a chunk; above it 2, 3, 4, 6, 8, 12, ... chunks. So few new lengths
+    need compiling. Padding costs memory but little time: chunks without tokens are skipped.
+    Raises ValueError for less than one token.
     """
     if tokens < 1:
         raise ValueError("a prompt needs at least one token")
@@ -32,44 +35,67 @@ def bucket_length(tokens: int, chunk: int = CHUNK) -> int:
 def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarray:
     """Token rows of any lengths -> int32 [B, T], right-padded with -1 to a bucketed T.
 
-    Raises ValueError for an empty row or an id outside the vocabulary.
+    Raises ValueError for an empty row, and for an id that is not an integer or is outside the
+    vocabulary.
     """
     width = bucket_length(max((len(row) for row in rows), default=0))
     batch = np.full((len(rows), width), -1, np.int32)
     for i, row in enumerate(rows):
         try:
-            batch[i, : len(row)] = row
+            batch[i, : len(row)] = token_ids(row)
         except OverflowError:
             raise ValueError(
                 f"a token id of row {i} is outside the vocabulary of {config.vocab_size}"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"row {i}: {error}") from None
     check_tokens(batch, config=config)
     return batch
 
 
-def pad_drafts(drafts: Sequence[Sequence[int]] | None, rows: int, width: int) -> jax.Array:
-    """The first `width` tokens of every draft, int32 [rows, width] padded with -1.
+def token_ids(row: Sequence[int]) -> list[int]:
+    """A row of token ids as Python integers. Raises ValueError, with the id, for any other type."""
+    ids = []
+    for token in row:
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            raise ValueError(f"token id {token!r} is not an integer") from None
+    return ids
 
-    Raises ValueError unless there is one draft per row.
+
+def pad_drafts(
+    policy: Policy, drafts: Sequence[Sequence[int]] | None, rows: int
+) -> jax.Array | None:
+    """As many tokens of every draft as the policy reads, int32 [rows, tokens] padded with -1.
+
+    None for a policy that reads no drafts. Raises ValueError unless there is one draft per row, of
+    integer token ids.
     """
+    if not isinstance(policy.reading, WithDraft):
+        return None
+    width = policy.reading.tokens
     if drafts is None or len(drafts) != rows:
-        given = "no drafts" if drafts is None else f"{len(drafts)} drafts"
-        raise ValueError(f"{given} for {rows} prompts, of a policy that observes with drafts")
+        given = "none" if drafts is None else len(drafts)
+        raise ValueError(
+            f"policy {type(policy).__name__} needs a draft per prompt ({rows} prompts, drafts: "
+            f"{given}): give drafts=, the answers that a small model expects"
+        )
     padded = np.full((rows, width), -1, np.int32)
     for row, draft in zip(padded, drafts, strict=True):
-        row[: min(len(draft), width)] = draft[:width]
+        row[: min(len(draft), width)] = token_ids(draft[:width])
     return jnp.asarray(padded)
 
 
 def check_tokens(tokens: np.ndarray, *, config: ModelConfig) -> None:
     """Raises ValueError unless `tokens` is integer [B, T], right-padded with -1, ids in range.
 
-    A check on the host: inside jit an id out of range would silently read the last row.
+    This check is on the host: inside jit, an id out of range silently reads the last row.
     """
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens must be integers [B, T], got {tokens.dtype} {tokens.shape}")
     if not tokens.size:
-        raise ValueError(f"tokens {list(tokens.shape)} hold no prompt")
+        raise ValueError(f"tokens of shape {list(tokens.shape)} hold no prompt")
     outside = (tokens >= config.vocab_size) | (tokens < -1)
     if outside.any():
         row, column = np.argwhere(outside)[0]
@@ -87,5 +113,10 @@ def check_tokens(tokens: np.ndarray, *, config: ModelConfig) -> None:
 def slots_for(
     policy: Policy, tokens: int, budget: int, new_tokens: int, *, config: ModelConfig
 ) -> int:
-    """Cache slots for a padded prompt of `tokens`, its budget and `new_tokens` more."""
+    """Cache slots for a padded prompt of `tokens`, its budget and `new_tokens` more.
+
+    Raises ValueError for a size that is not an integer.
+    """
+    for name, value in (("tokens", tokens), ("budget", budget), ("new_tokens", new_tokens)):
+        check_integer(name, value, least=0)
     return round_up(policy.max_entries(tokens, budget, config) + new_tokens, SLOT_MULTIPLE)

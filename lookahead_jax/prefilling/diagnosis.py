@@ -16,7 +16,7 @@ from lookahead_jax.model.decoder import embed, layer_kinds, logits, scan_layers
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, rms_norm
 from lookahead_jax.prefilling.batching import pad_batch
-from lookahead_jax.prefilling.layer_pass import layer_buffers, open_prompt, prompt_layer
+from lookahead_jax.prefilling.layer_pass import layer_buffers, prompt_layer, prompt_layout
 
 
 class NonFiniteError(ValueError):
@@ -34,7 +34,7 @@ class _Finite(NamedTuple):
 
 @program(static_argnames=("config",))
 def _finite_outputs(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) -> _Finite:
-    tokens, prompt = open_prompt(tokens, 0, None, config)
+    tokens, prompt = prompt_layout(tokens, 0, None, config)
     valid = (tokens >= 0)[..., None]
 
     def finite(x: jax.Array) -> jax.Array:
@@ -45,7 +45,7 @@ def _finite_outputs(params: Params, tokens: Int[Array, "B T"], *, config: ModelC
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
         return (x, buffers), finite(x)
 
     carry = (x, layer_buffers(prompt, x.dtype, config))

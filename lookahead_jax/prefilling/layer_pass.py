@@ -1,4 +1,4 @@
-"""Reading a prompt layer by layer: its chunks, and the observers that look back at it.
+"""One layer over a prompt, in chunks, and over the observers that attend to it.
 
 Shared by prefill, training and the plain forward of whole texts. The prompt never sees an
 observer, so one pass over it serves any number of them.
@@ -31,7 +31,8 @@ from lookahead_jax.model.decoder import (
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, rms_norm
 from lookahead_jax.model.rope import rope_tables
-from lookahead_jax.policies.base import Chunk, Policy, Queries, Stats
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.view import Chunk, Queries, Stats
 
 CHUNK = 512  # rows of a prompt per step on CPU; also the attention's diagonal block
 
@@ -41,8 +42,12 @@ def default_chunk(tokens: int) -> int:
     return CHUNK if target_platform() == "cpu" else tokens
 
 
-class Prompt(NamedTuple):
-    """A padded batch of prompts, as every layer needs it."""
+Buffers = tuple[jax.Array, jax.Array]  # one layer's keys and values [B, K, T, H]
+Rope = tuple[jax.Array, jax.Array]  # cosines and sines [n_ropes, B, rows, dim/2]
+
+
+class PromptLayout(NamedTuple):
+    """Where the tokens of a padded batch of prompts are, the same for every layer."""
 
     positions: jax.Array  # [B, T] int32, -1 = padding
     length: jax.Array  # [B] int32
@@ -52,12 +57,21 @@ class Prompt(NamedTuple):
     chunk: int
     chunks: jax.Array  # int32 scalar: chunks that hold any token
 
+    def context(self, buffers: Buffers) -> Context:
+        """The prompt's keys and values in one layer, for rows behind the prompt."""
+        return Context(*buffers, self.positions[:, None], (0, self.chunks * self.chunk))
 
-def open_prompt(tokens: jax.Array, known_tokens, chunk: int | None, config: ModelConfig):
-    """Pads to whole chunks; returns the padded tokens and the prompt's facts.
+
+def prompt_layout(
+    tokens: jax.Array,
+    known_tokens: int | jax.Array,
+    chunk: int | None,
+    config: ModelConfig,
+) -> tuple[jax.Array, PromptLayout]:
+    """Pads `tokens` int32 [B, T] to whole chunks; returns them and their layout.
 
     `known_tokens` (int or [B]) more are known and will be read behind each row: see model/rope.py.
-    Raises ValueError for a chunk of no rows.
+    Raises ValueError for a chunk without rows.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1, not {chunk}")
@@ -69,11 +83,11 @@ def open_prompt(tokens: jax.Array, known_tokens, chunk: int | None, config: Mode
     positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
     cos, sin = rope_tables(config, positions, span)
     chunks = -(-length.max() // chunk)
-    return tokens, Prompt(positions, length, span, cos, sin, chunk, chunks)
+    return tokens, PromptLayout(positions, length, span, cos, sin, chunk, chunks)
 
 
-def layer_buffers(prompt: Prompt, dtype: DTypeLike, config: ModelConfig):
-    """Room for one layer's keys and values [B, K, T, H]; every layer writes over the last."""
+def layer_buffers(prompt: PromptLayout, dtype: DTypeLike, config: ModelConfig) -> Buffers:
+    """Zeros for one layer's keys and values [B, K, T, H]; every layer overwrites the last."""
     batch, total = prompt.positions.shape
     shape = (batch, config.num_kv_heads, total, config.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -82,13 +96,17 @@ def layer_buffers(prompt: Prompt, dtype: DTypeLike, config: ModelConfig):
 def prompt_layer(
     p: Params,
     x: jax.Array,
-    buffers: tuple[jax.Array, jax.Array],
-    prompt: Prompt,
+    buffers: Buffers,
+    prompt: PromptLayout,
     kind: LayerKind,
+    *,
     policy: Policy | None,
     config: ModelConfig,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array], Stats]:
-    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped."""
+) -> tuple[jax.Array, Buffers, Stats]:
+    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped.
+
+    Returns the next residual stream [B, T, D], the filled buffers and the policy's statistics.
+    """
     batch, total = prompt.positions.shape
     size = prompt.chunk
     slot = jnp.arange(total, dtype=jnp.int32)[None]
@@ -133,7 +151,13 @@ def prompt_layer(
 
 
 def window_queries(
-    p: Params, x: jax.Array, prompt: Prompt, kind: LayerKind, rows: int, config: ModelConfig
+    p: Params,
+    x: jax.Array,
+    prompt: PromptLayout,
+    kind: LayerKind,
+    *,
+    rows: int,
+    config: ModelConfig,
 ) -> Queries | None:
     """Queries of each row's last `rows` prompt tokens, from the layer's input."""
     if rows == 0:
@@ -150,8 +174,9 @@ def observe_layer(
     p: Params,
     rows: jax.Array,
     observer: Block,
-    cos_sin: tuple[jax.Array, jax.Array],
+    rope: Rope,
     kind: LayerKind,
+    *,
     context: Context,
     lora: Params | None,
     config: ModelConfig,
@@ -159,7 +184,7 @@ def observe_layer(
     """One layer over an observer block: its rows for the next layer, its queries in this one."""
     visible = block_visible(observer)
     rows, proj = layer_step(
-        p, Stream(rows, *cos_sin, lora), kind,
+        p, Stream(rows, *rope, lora), kind,
         positions=observer.positions, visible=visible, context=context, config=config,
     )  # fmt: skip
     return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
@@ -169,23 +194,23 @@ def read_together(
     p: Params,
     x: jax.Array,
     rows: jax.Array,
-    prompt: Prompt,
-    observer: Block,
-    cos_sin: tuple[jax.Array, jax.Array],
+    prompt: PromptLayout,
     kind: LayerKind,
+    *,
+    observer: Block,
+    rope: Rope,
     lora: Params | None,
     config: ModelConfig,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array], Queries]:
+) -> tuple[jax.Array, jax.Array, Buffers, Queries]:
     """`prompt_layer` and `observe_layer` at once, for a prompt that is one chunk.
 
-    The layer's weights, all but `o`, are read once for both. Without an observer's own pass over
-    them a few rows cost what they add to each product.
+    The layer's weights, all but `o`, are read once for both, so that the observer's rows cost only
+    what they add to each product.
     """
-    streams = [Stream(x, prompt.cos, prompt.sin), Stream(rows, *cos_sin, lora)]
+    streams = [Stream(x, prompt.cos, prompt.sin), Stream(rows, *rope, lora)]
     text, own = project_qkv(p, streams, kind, config=config)
     visible = block_visible(observer)
-    slots = (0, prompt.chunks * prompt.chunk)
-    context = Context(text.k, text.v, prompt.positions[:, None], slots)
+    context = prompt.context((text.k, text.v))
     seen, lse = attend(
         own, kind, positions=observer.positions, visible=visible, context=context, config=config
     )
@@ -200,13 +225,13 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Final-normed hidden states at every position of a right-padded batch; keeps no cache."""
     width = tokens.shape[1]
-    tokens, prompt = open_prompt(tokens, 0, chunk, config)
+    tokens, prompt = prompt_layout(tokens, 0, chunk, config)
     x = embed(params, tokens, config=config)
 
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
         return (x, buffers), None
 
     carry = (x, layer_buffers(prompt, x.dtype, config))

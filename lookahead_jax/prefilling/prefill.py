@@ -1,7 +1,8 @@
 """Prompt -> budgeted cache. Each layer is attended, scored and cut inside its own step.
 
-Layers outside, chunks of the prompt inside: what grows with the prompt is the residual stream
-[B, T, D] and one layer's keys and values; the full cache of all layers never exists.
+The outer loop is over layers, the inner one over chunks of the prompt. Only the residual stream
+[B, T, D] and one layer's keys and values grow with the prompt; the full cache of all layers never
+exists.
 """
 
 import dataclasses
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import SLOT_MULTIPLE, Entries, KVCache, commit, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import (
     Block,
-    Context,
     cache_context,
     embed,
     forward,
@@ -28,17 +29,16 @@ from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, rms_norm
 from lookahead_jax.model.rope import rope_tables
-from lookahead_jax.policies.base import Kept, LayerView, Policy, select
+from lookahead_jax.policies.base import Policy, WithDraft, WithModules
+from lookahead_jax.policies.selection import Kept, select
+from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import (
     CHUNK,
     layer_buffers,
     observe_layer,
-    open_prompt,
-    prompt_layer,
-    read_together,
-    window_queries,
+    prompt_layout,
 )
-from lookahead_jax.prefilling.sparse import prompt_keys, read_sparsely
+from lookahead_jax.prefilling.layer_steps import Carry, Layer, Observer, Scorer, choose_layer_step
 
 
 class Compressed(NamedTuple):
@@ -57,8 +57,17 @@ class Prefilled(NamedTuple):
     scores: jax.Array | None  # [L, B, K, T] float32, if asked for
 
 
-def cut_layer(view: LayerView, kept: Kept, slots: int):
-    """The kept entries of a layer, padded to `slots`: k, v, pos and how many."""
+class LayerEntries(NamedTuple):
+    """What a layer's part of the cache holds."""
+
+    k: jax.Array  # [B, K, S, H]
+    v: jax.Array  # [B, K, S, H]
+    pos: jax.Array  # [B, K, S] int32, -1 if empty
+    length: jax.Array  # [B, K] int32 filled slots
+
+
+def cut_layer(view: LayerView, kept: Kept, slots: int) -> LayerEntries:
+    """The kept entries of a layer, padded to `slots`."""
 
     def take(a):
         a = jnp.take_along_axis(a, kept.index[..., None], axis=2)
@@ -66,7 +75,7 @@ def cut_layer(view: LayerView, kept: Kept, slots: int):
 
     room = slots - kept.pos.shape[-1]
     pad = [(0, 0), (0, 0), (0, room)]
-    return (
+    return LayerEntries(
         jnp.pad(take(view.k), [*pad, (0, 0)]),
         jnp.pad(take(view.v), [*pad, (0, 0)]),
         jnp.pad(kept.pos, pad, constant_values=-1),
@@ -75,12 +84,19 @@ def cut_layer(view: LayerView, kept: Kept, slots: int):
 
 
 def _in_dtype(observer: Block, dtype: DTypeLike) -> Block:
-    """Rows in the dtype of the weights: others would have every weight converted for them."""
+    """The observer in the dtype of the weights; in another, every weight would be converted."""
     return dataclasses.replace(observer, x=observer.x.astype(dtype))
 
 
-def static_slots(policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig):
-    """The most entries a head keeps, and the rounded slots, which must hold them."""
+def static_slots(
+    policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig
+) -> tuple[int, int]:
+    """The most entries a head keeps, and `slots` rounded up.
+
+    Raises ValueError if the slots cannot hold the entries, and for sizes that are not integers.
+    """
+    check_integer("budget", budget)
+    check_integer("slots", slots)
     limit = policy.max_entries(tokens, budget, config)
     slots = round_up(slots, SLOT_MULTIPLE)
     if slots < limit:
@@ -111,76 +127,47 @@ def prefill(
     will be read behind each prompt: RoPE factors that depend on length are chosen from prompt +
     known_tokens. `new_tokens` has no effect and is accepted from callers of earlier versions, in
     which these factors depended on the tokens yet to be generated. `observer` holds the rows
-    that a policy asks (lookahead tokens, say); it is read after the prompt, sees it, and leaves
-    no trace in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
-    default, see `prompt.default_chunk`). Raises ValueError if `slots` cannot hold what the policy
-    may keep, without the observer that the policy needs, and for a chunk of no rows.
+    that a policy scores with (lookahead tokens or a draft); they are read behind the prompt and
+    are not in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
+    default, see `layer_pass.default_chunk`). Raises ValueError if `slots` cannot hold what the
+    policy may keep, without the observer that the policy needs, and for a chunk without rows.
     """
-    if observer is None and (policy.uses_modules or policy.uses_draft):
+    reading, padded = policy.reading, tokens.shape[1]
+    if observer is None and isinstance(reading, (WithModules, WithDraft)):
         raise ValueError(
-            f"policy {type(policy).__name__} asks rows behind the prompt: give them as observer"
+            f"policy {type(policy).__name__} scores with rows behind the prompt: give observer="
         )
-    padded = tokens.shape[1]
     limit, slots = static_slots(policy, padded, budget, slots, config)
-    sparse = policy.sparse(padded)
-    if sparse is not None and chunk is None:
+    pattern = reading.sparse_pattern(padded) if isinstance(reading, WithDraft) else None
+    if pattern is not None and chunk is None:
         chunk = CHUNK
-    tokens, prompt = open_prompt(tokens, known_tokens, chunk, config)
+    tokens, prompt = prompt_layout(tokens, known_tokens, chunk, config)
     x = embed(params, tokens, config=config)
+    rows = lora = placed = None
     if observer is not None:
         observer = _in_dtype(observer, x.dtype)
-        observer_rope = rope_tables(config, observer.positions, prompt.span)
-    whole = sparse is None and prompt.chunk == tokens.shape[1]
-    # Statistics are gathered as the prompt is read, by who has no observer beside it.
-    whole &= policy.init_stats(tokens.shape[0], tokens.shape[1], config) is None
+        placed = Observer(observer, rope_tables(config, observer.positions, prompt.span))
+        rows, lora = observer.x, observer.lora
+    read_layer = choose_layer_step(Scorer(policy, prompt, config), placed, pattern, budget=budget)
 
     def step(carry, inputs):
-        before, buffers, rows = carry
         p, lora, (kind, layer_budget) = inputs
-        after = stats = None
-        if observer is not None and whole:
-            x, after, buffers, queries = read_together(
-                p, before, rows, prompt, observer, observer_rope, kind, lora, config
-            )
-        elif sparse is None:
-            x, buffers, stats = prompt_layer(p, before, buffers, prompt, kind, policy, config)
-        else:
-            x, buffers = before, prompt_keys(p, before, buffers, prompt, kind, config)
-        if observer is None:
-            queries = window_queries(p, before, prompt, kind, policy.window_rows(budget), config)
-        elif not whole:
-            context = Context(
-                *buffers, prompt.positions[:, None], (0, prompt.chunks * prompt.chunk)
-            )
-            after, queries = observe_layer(
-                p, rows, observer, observer_rope, kind, context, lora, config
-            )
-        view = LayerView(
-            *buffers, prompt.positions[:, None], prompt.length, kind.index, kind.window, queries,
-            stats, prompt.span, kind.rope, config,
-        )  # fmt: skip
-        scores = policy.score(view)
-        if sparse is not None and observer is not None:
-            x, context = read_sparsely(
-                p, before, buffers, scores, prompt, sparse, observer.positions, kind, config
-            )
-            after, _ = observe_layer(p, rows, observer, observer_rope, kind, context, lora, config)
-        kept = select(policy, view, scores, layer_budget, limit, budget)
-        entry = cut_layer(view, kept, slots)
-        return (x, buffers, after), (entry, scores[..., :padded] if with_scores else None)
+        carry, view, scores = read_layer(Layer(p, lora, kind), carry)
+        kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
+        return carry, (cut_layer(view, kept, slots), scores[..., :padded] if with_scores else None)
 
-    carry = (x, layer_buffers(prompt, x.dtype, config), None if observer is None else observer.x)
-    lora = None if observer is None else observer.lora
     budgets = policy.layer_budgets(prompt.length, budget, config)
-    (x, _, _), ((k, v, pos, filled), scores) = scan_layers(
-        step, carry, params["layers"], lora, (layer_kinds(config), budgets)
+    carry, (entries, scores) = scan_layers(
+        step,
+        Carry(x, layer_buffers(prompt, x.dtype, config), rows),
+        params["layers"],
+        lora,
+        (layer_kinds(config), budgets),
     )
-    last = jnp.take_along_axis(x, (prompt.length - 1)[:, None, None], axis=1)
+    last = jnp.take_along_axis(carry.x, (prompt.length - 1)[:, None, None], axis=1)
     last = rms_norm(last, params["final_norm"], config=config)
     return Prefilled(
-        cache=KVCache(
-            k=k, v=v, pos=pos, length=filled, next_pos=prompt.length, rope_span=prompt.span
-        ),
+        cache=KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span),
         logits=logits(params, last, config=config)[:, 0],
         scores=scores,
     )
@@ -199,11 +186,12 @@ def compress(
     sums: Float[Array, "L B K S"] | None = None,
     with_scores: bool = False,
 ) -> Compressed:
-    """Cuts a cache that has been filled, by what `observer` pays attention to in it.
+    """Cuts a filled cache by what `observer` attends to in it.
 
-    The second pass of the two-pass policies (oracle, LAQ), and cutting while decoding, where
-    `observer` may be missing (a policy that looks at the entries alone) and `sums` are the scores
-    so far of a policy that adds them up.
+    This is the second pass of policies that read a response (oracle, LAQ), and the cut while
+    decoding. `observer` is None for a policy that scores by the entries alone; `sums` are the
+    scores so far of a policy whose scores add up. Raises ValueError if `slots` cannot hold what
+    the policy may keep.
     """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     if observer is not None:
@@ -214,31 +202,33 @@ def compress(
         p, lora, (kind, layer_budget, before) = inputs
         context, queries = cache_context(cache, kind.index), None
         if observer is not None:
-            rows, queries = observe_layer(p, rows, observer, rope, kind, context, lora, config)
-        view = LayerView(
-            context.k, context.v, context.pos, cache.next_pos, kind.index, kind.window, queries,
-            None, cache.rope_span, kind.rope, config, before,
+            rows, queries = observe_layer(
+                p, rows, observer, rope, kind, context=context, lora=lora, config=config
+            )
+        view = LayerView.of(
+            context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
+            queries=queries, sums=before,
         )  # fmt: skip
         scores = policy.score(view)
-        kept = select(policy, view, scores, layer_budget, limit, budget)
+        kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
         after = None if before is None else _sums(scores, kept, slots)
         return rows, (cut_layer(view, kept, slots), scores if with_scores else None, after)
 
     budgets = policy.layer_budgets(cache.next_pos, budget, config)
-    _, ((k, v, pos, filled), scores, after) = scan_layers(
+    _, (entries, scores, after) = scan_layers(
         step,
         None if observer is None else observer.x,
         params["layers"],
         None if observer is None else observer.lora,
         (layer_kinds(config), budgets, sums),
     )
-    return Compressed(dataclasses.replace(cache, k=k, v=v, pos=pos, length=filled), scores, after)
+    return Compressed(dataclasses.replace(cache, **entries._asdict()), scores, after)
 
 
 def _sums(scores: jax.Array, kept: Kept, slots: int) -> jax.Array:
-    """The scores [B, K, S] of what has been kept, in its new slots; 0 in empty ones."""
-    found = jnp.where(kept.pos >= 0, jnp.take_along_axis(scores, kept.index, axis=2), 0.0)
-    return jnp.pad(found, [(0, 0), (0, 0), (0, slots - kept.pos.shape[-1])])
+    """The scores [B, K, S] of the kept entries, in their new slots; 0 in empty ones."""
+    kept_scores = jnp.where(kept.pos >= 0, jnp.take_along_axis(scores, kept.index, axis=2), 0.0)
+    return jnp.pad(kept_scores, [(0, 0), (0, 0), (0, slots - kept.pos.shape[-1])])
 
 
 def extend(

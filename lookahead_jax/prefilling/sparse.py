@@ -1,10 +1,10 @@
 """SpecKV's sparse reading of a long prompt: every token sees a band before it, and a few columns.
 
-Source: arXiv 2506.08373 and its public code, which reads prompts beyond 4,096 tokens this way: in
-each layer and KV head the entries that the draft looks at most stay in sight of all later tokens,
-and so do each token's nearest neighbours. The published kernel covers the band in blocks of 64
-tokens, here it is covered by chunks of the prompt: a chunk sees itself, the `band` tokens before it
-and, of what lies further back, the columns.
+Source: arXiv 2506.08373 and its public code, which reads prompts beyond 4,096 tokens this way. In
+each layer and KV head, all later tokens see the entries that the draft attends to most, the
+columns; and each token sees its nearest neighbours, the band. The published kernel covers the band
+in blocks of 64 tokens. Here chunks of the prompt cover it: a chunk sees itself, the `band` tokens
+before it and, further back, the columns.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,12 @@ import jax.numpy as jnp
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Context, LayerKind, Stream, layer_step, project_qkv
 from lookahead_jax.model.layers import Params
-from lookahead_jax.prefilling.layer_pass import Prompt
-
-Buffers = tuple[jax.Array, jax.Array]  # one layer's keys and values [B, K, T, H]
+from lookahead_jax.policies.base import SparsePattern
+from lookahead_jax.prefilling.layer_pass import Buffers, PromptLayout
 
 
 class Columns(NamedTuple):
-    """The entries of one layer that stay in sight, V per row and KV head."""
+    """The entries of one layer that all later tokens see, V per row and KV head."""
 
     k: jax.Array  # [B, K, V, H]
     v: jax.Array  # [B, K, V, H]
@@ -30,9 +29,15 @@ class Columns(NamedTuple):
 
 
 def prompt_keys(
-    p: Params, x: jax.Array, buffers: Buffers, prompt: Prompt, kind: LayerKind, config: ModelConfig
+    p: Params,
+    x: jax.Array,
+    buffers: Buffers,
+    prompt: PromptLayout,
+    kind: LayerKind,
+    *,
+    config: ModelConfig,
 ) -> Buffers:
-    """One layer's keys and values of the whole prompt, before any token has looked at them."""
+    """One layer's keys and values of the whole prompt, before any attention."""
     size = prompt.chunk
 
     def step(c, buffers):
@@ -50,16 +55,17 @@ def prompt_keys(
 
 
 def columns_of(
-    scores: jax.Array, buffers: Buffers, prompt: Prompt, count: int, band: int
+    scores: jax.Array, buffers: Buffers, prompt: PromptLayout, pattern: SparsePattern
 ) -> Columns:
-    """The `count` best of each KV head by `scores` [B, K, T].
+    """The best entries of each KV head by `scores` [B, K, T].
 
-    Of rows that columns and band cover whole, the first ones: these are read densely.
+    For a row short enough that columns and band cover all of it, its first entries: it is read
+    densely.
     """
     pos = prompt.positions[:, None]
-    short = (prompt.length <= count + band)[:, None, None]
+    short = (prompt.length <= pattern.columns + pattern.band)[:, None, None]
     ranked = jnp.where(short, -pos.astype(jnp.float32), scores)
-    best, index = jax.lax.top_k(jnp.where(pos >= 0, ranked, -jnp.inf), count)
+    best, index = jax.lax.top_k(jnp.where(pos >= 0, ranked, -jnp.inf), pattern.columns)
     rows, heads = jnp.ogrid[: scores.shape[0], : scores.shape[1]]
     chosen = jnp.zeros(scores.shape, bool).at[rows[..., None], heads[..., None], index].set(True)
     k, v = (jnp.take_along_axis(a, index[..., None], axis=2) for a in buffers)
@@ -71,10 +77,11 @@ def sparse_layer(
     p: Params,
     x: jax.Array,
     buffers: Buffers,
-    columns: Columns,
-    prompt: Prompt,
-    band: int,
+    prompt: PromptLayout,
     kind: LayerKind,
+    *,
+    columns: Columns,
+    band: int,
     config: ModelConfig,
 ) -> jax.Array:
     """One layer over the whole prompt, whose keys and values `buffers` hold; the next input."""
@@ -114,22 +121,21 @@ def read_sparsely(
     p: Params,
     x: jax.Array,
     buffers: Buffers,
-    scores: jax.Array,
-    prompt: Prompt,
-    sparse: tuple[int, int],
-    observers: jax.Array,
+    prompt: PromptLayout,
     kind: LayerKind,
+    *,
+    scores: jax.Array,
+    pattern: SparsePattern,
+    observers: jax.Array,
     config: ModelConfig,
 ) -> tuple[jax.Array, Context]:
-    """One layer by its scores [B, K, T]: the next input, and what rows behind it see of the prompt.
+    """One layer, read by its scores [B, K, T]: the next input, and the context of rows behind it.
 
-    `sparse` is (columns, band); rows at positions `observers` [B, M] see the columns and the band
-    before the first of them.
+    Rows at positions `observers` [B, M] see the columns and the band before the first of them.
     """
-    count, band = sparse
-    columns = columns_of(scores, buffers, prompt, count, band)
-    x = sparse_layer(p, x, buffers, columns, prompt, band, kind, config)
+    columns = columns_of(scores, buffers, prompt, pattern)
+    x = sparse_layer(p, x, buffers, prompt, kind, columns=columns, band=pattern.band, config=config)
     first = jnp.where(observers >= 0, observers, jnp.iinfo(jnp.int32).max).min(1)
     pos = prompt.positions[:, None]
-    near = pos >= (first - band)[:, None, None]
+    near = pos >= (first - pattern.band)[:, None, None]
     return x, Context(*buffers, jnp.where(columns.chosen | near, pos, -1))

@@ -26,7 +26,7 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params, linear, rms_norm
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.model.sharding import mesh_of
-from lookahead_jax.prefilling.layer_pass import layer_buffers, open_prompt, prompt_layer
+from lookahead_jax.prefilling.layer_pass import layer_buffers, prompt_layer, prompt_layout
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 
 
@@ -124,7 +124,7 @@ def init_maps(key: jax.Array, base: ModelConfig, aux: ModelConfig) -> KVMaps:
 def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) -> PlainKV:
     """What a model projects of a right-padded batch of prompts, before key norm and RoPE."""
     width = tokens.shape[1]
-    tokens, prompt = open_prompt(tokens, 0, None, config)
+    tokens, prompt = prompt_layout(tokens, 0, None, config)
     x = embed(params, tokens, config=config)
 
     def step(carry, inputs):
@@ -132,7 +132,7 @@ def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) 
         x, buffers = carry
         inner = rms_norm(x, p["attn_norm"], config=config)
         k, v = (linear(p, name, inner).reshape(*x.shape[:2], -1)[:, :width] for name in "kv")
-        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, None, config)
+        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
         return (x, buffers), PlainKV(k, v)
 
     carry = (x, layer_buffers(prompt, x.dtype, config))

@@ -1,4 +1,4 @@
-"""KVzip's second pass: the context is read once more behind its own cache, a chunk at a time."""
+"""KVzip's second pass: the context is read again behind its own cache, in chunks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from lookahead_jax.model.decoder import Block, cache_context, embed, layer_kinds
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params
 from lookahead_jax.model.rope import rope_tables
-from lookahead_jax.policies.base import LayerView, Policy, select
-from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.base import Policy, WithReplay
+from lookahead_jax.policies.selection import rank, select, share_across_layers
+from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import observe_layer
 from lookahead_jax.prefilling.prefill import cut_layer, static_slots
 
@@ -26,33 +27,34 @@ ANSWER = "\n\nAnswer: "  # begins the repetition where a model has no chat templ
 OVERLAP = 8  # tokens of the chunk before that the second request names
 
 
-class Requests(NamedTuple):
-    """What stands around the chunks when they are repeated, as token ids."""
+class RepeatTemplate(NamedTuple):
+    """The token ids around the chunks when the model is asked to repeat them."""
 
     first: Sequence[int] = ()  # before the first chunk
     later: Sequence[int] = ()  # before the others; the end of the chunk before follows it
     answer: Sequence[int] = ()  # ends the request and begins the model's answer
 
 
-NOTHING_ASKED = Requests()
+NO_TEMPLATE = RepeatTemplate()
 
 
-def requests_to_repeat(policy: Policy, tokenizer: Tokenizer | None) -> Requests:
-    """KVzip's requests, ended by what a chat template puts behind the user's words.
+def repeat_template(policy: Policy, tokenizer: Tokenizer | None) -> RepeatTemplate:
+    """KVzip's requests as token ids; a chat template supplies what follows the user's message.
 
-    Empty without texts, and for policies that replay nothing.
+    Empty without a tokenizer, and for policies that replay nothing.
     """
-    if tokenizer is None or not policy.replays:
-        return NOTHING_ASKED
+    if tokenizer is None or not isinstance(policy.reading, WithReplay):
+        return NO_TEMPLATE
     answer = ANSWER
     if tokenizer.chat_templates:
         words = "user's words"
         chat = [{"role": "user", "content": words}]
         answer = tokenizer.render_chat(chat, enable_thinking=False).rpartition(words)[2]
-    return Requests(*(tokenizer.encode(t, special=False) for t in (REPEAT, REPEAT_FROM, answer)))
+    texts = (REPEAT, REPEAT_FROM, answer)
+    return RepeatTemplate(*(tokenizer.encode(text, special=False) for text in texts))
 
 
-@program(static_argnames=("config", "policy"))
+@program(static_argnames=("config", "policy", "reading"))
 def replay_scores(
     params: Params,
     cache: KVCache,
@@ -60,7 +62,8 @@ def replay_scores(
     first: jax.Array,
     *,
     config: ModelConfig,
-    policy: KVzip,
+    policy: Policy,
+    reading: WithReplay,
 ) -> jax.Array:
     """Scores of the chunk that begins at position `first`, float32 [L, B, K, S]; 0 elsewhere."""
     rope = rope_tables(config, block.positions, cache.rope_span)
@@ -68,37 +71,48 @@ def replay_scores(
     def step(rows, inputs):
         p, _, kind = inputs
         context = cache_context(cache, kind.index)
-        rows, queries = observe_layer(p, rows, block, rope, kind, context, None, config)
-        pos = jnp.where(policy.replayed(context.pos, first), context.pos, -1)
-        view = LayerView(
-            context.k, context.v, pos, cache.next_pos, kind.index, kind.window,
-            queries._replace(lse=None), None, cache.rope_span, kind.rope, config,
+        rows, queries = observe_layer(
+            p, rows, block, rope, kind, context=context, lora=None, config=config
+        )
+        seen = _seen_by_chunk(context.pos, first, reading)
+        view = LayerView.of(
+            context._replace(pos=jnp.where(seen, context.pos, -1)), kind, length=cache.next_pos,
+            span=cache.rope_span, config=config, queries=queries._replace(lse=None),
         )  # fmt: skip
         return rows, policy.score(view)
 
     return scan_layers(step, block.x, params["layers"], None, layer_kinds(config))[1]
 
 
+def _seen_by_chunk(pos: jax.Array, first: jax.Array, reading: WithReplay) -> jax.Array:
+    """Which entries the chunk from position `first` on scores: its own, and the sinks."""
+    inside = (pos >= first) & (pos < first + reading.chunk)
+    return inside | ((pos >= 0) & (pos < reading.sinks))
+
+
 def _replay_block(
     params: Params,
     tokens: jax.Array,
     cache: KVCache,
-    asks: Requests,
+    *,
+    template: RepeatTemplate,
     first: int,
-    policy: KVzip,
+    size: int,
     config: ModelConfig,
 ) -> Block:
-    """The request and the chunk as rows behind each context; none where the chunk is empty."""
+    """The request and a chunk of `size` tokens as rows behind each context.
+
+    Rows of the batch whose chunk is empty are padding.
+    """
 
     def same(ids: Sequence[int]) -> jax.Array:  # [B, n] for all rows
         return jnp.broadcast_to(jnp.asarray(ids, jnp.int32)[None], (len(tokens), len(ids)))
 
     overlap = tokens[:, max(first - OVERLAP, 0) : first]
-    chunk = tokens[:, first : first + policy.chunk]
-    missing = policy.chunk - chunk.shape[1]
-    chunk = jnp.pad(chunk, [(0, 0), (0, missing)], constant_values=-1)
-    asked = same(asks.later if first else asks.first)
-    ids = jnp.concatenate([asked, overlap, same(asks.answer), chunk], axis=1)
+    chunk = tokens[:, first : first + size]
+    chunk = jnp.pad(chunk, [(0, 0), (0, size - chunk.shape[1])], constant_values=-1)
+    request = same(template.later if first else template.first)
+    ids = jnp.concatenate([request, overlap, same(template.answer), chunk], axis=1)
     ids = jnp.where((chunk[:, :1] >= 0) & (ids >= 0), ids, -1)
     step = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(ids >= 0, cache.next_pos[:, None] + step, -1)
@@ -110,65 +124,73 @@ def replay(
     tokens: jax.Array,
     cache: KVCache,
     *,
-    asks: Requests,
+    template: RepeatTemplate,
     config: ModelConfig,
-    policy: KVzip,
+    policy: Policy,
+    reading: WithReplay,
 ) -> jax.Array:
     """Scores of every slot of a full cache, float32 [L, B, K, S], from replays of `tokens` [B, T].
 
-    `asks` come from `requests_to_repeat`.
+    `reading` is that of `policy`. A slot keeps its largest score. Raises ValueError for T = 0.
     """
-    policy = dataclasses.replace(policy, chunk=min(policy.chunk, tokens.shape[1]))
+    reading = dataclasses.replace(reading, chunk=min(reading.chunk, tokens.shape[1]))
     scores = None
-    for first in range(0, tokens.shape[1], policy.chunk):
-        block = _replay_block(params, tokens, cache, asks, first, policy, config)
+    for first in range(0, tokens.shape[1], reading.chunk):
+        block = _replay_block(
+            params, tokens, cache, template=template, first=first, size=reading.chunk,
+            config=config,
+        )  # fmt: skip
         new = replay_scores(
-            params, cache, block, jnp.asarray(first, jnp.int32), config=config, policy=policy
-        )
+            params, cache, block, jnp.asarray(first, jnp.int32), config=config, policy=policy,
+            reading=reading,
+        )  # fmt: skip
         scores = new if scores is None else jnp.maximum(scores, new)
     if scores is None:
         raise ValueError("there is no context to replay")
     return scores
 
 
-@partial(jax.jit, static_argnames=("config", "policy", "budget", "slots"))
+@partial(jax.jit, static_argnames=("config", "policy", "across_layers", "budget", "slots"))
 def cut_by_scores(
     cache: KVCache,
     scores: jax.Array,
     *,
     config: ModelConfig,
-    policy: KVzip,
+    policy: Policy,
+    across_layers: bool,
     budget: int,
     slots: int,
 ) -> KVCache:
-    """The best entries of a full cache by `scores` [L, B, K, S], in `slots` slots."""
+    """The best entries of a full cache by `scores` [L, B, K, S], in `slots` slots.
+
+    With `across_layers` all layers and heads of a row share one budget.
+    """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     kinds = layer_kinds(config)
 
-    def layer(kind):
+    def view_of(kind):
         context = cache_context(cache, kind.index)
-        return LayerView(
-            context.k, context.v, context.pos, cache.next_pos, kind.index, kind.window,
-            None, None, cache.rope_span, kind.rope, config,
-        )  # fmt: skip
+        return LayerView.of(
+            context, kind, length=cache.next_pos, span=cache.rope_span, config=config
+        )
 
-    budgets = policy.layer_budgets(cache.next_pos, budget, config)
-    if policy.allocate == "global":
-
-        def ranked(inputs):
-            kind, scores = inputs
-            view = layer(kind)
-            allowed = policy.candidates(view.pos, view.length, view.window)
-            pinned = policy.protected(view.pos, view.length, budget) & allowed
-            return jnp.where(pinned, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
-
-        budgets = policy.spread(jax.lax.map(ranked, (kinds, scores)), cache.next_pos, budget)
+    heads = None
+    if across_layers:
+        ranked = jax.lax.map(
+            lambda layer: rank(policy, view_of(layer[0]), layer[1], budget=budget)[0],
+            (kinds, scores),
+        )
+        heads = share_across_layers(ranked, cache.next_pos, budget)
 
     def step(_, inputs):
-        kind, scores, layer_budget = inputs
-        view = layer(kind)
-        kept = select(policy, view, scores, layer_budget, limit, budget)
+        kind, scores, layer_budget, head_budgets = inputs
+        view = view_of(kind)
+        kept = select(
+            policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit,
+            head_budgets=head_budgets,
+        )  # fmt: skip
         return None, cut_layer(view, kept, slots)
 
-    _, (k, v, pos, filled) = jax.lax.scan(step, None, (kinds, scores, budgets))
-    return dataclasses.replace(cache, k=k, v=v, pos=pos, length=filled)
+    budgets = policy.layer_budgets(cache.next_pos, budget, config)
+    _, entries = jax.lax.scan(step, None, (kinds, scores, budgets, heads))
+    return dataclasses.replace(cache, **entries._asdict())

@@ -1,6 +1,7 @@
-"""Prompts -> cut caches, whatever a policy wants to see first: modules, a response, nothing."""
+"""Prompts -> cut caches: one function for every way in which a policy reads a prompt."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,32 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
 from lookahead_jax.model.layers import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import Policy, scores_by_position
+from lookahead_jax.policies.base import (
+    OnePass,
+    Policy,
+    WithDraft,
+    WithModules,
+    WithReplay,
+    WithResponse,
+)
 from lookahead_jax.policies.full import Whole
-from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import slots_for
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
-from lookahead_jax.prompts.kvzip_replay import NOTHING_ASKED, Requests, cut_by_scores, replay
+from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
+
+
+class _Inputs(NamedTuple):
+    """A batch of prompts, and what is kept of it."""
+
+    params: Params
+    tokens: jax.Array  # [B, T] int32, padded with -1
+    config: ModelConfig
+    policy: Policy
+    budget: int
+    known_tokens: int | jax.Array
+    room: int
+    with_scores: bool
 
 
 def read_prompt(
@@ -32,140 +53,157 @@ def read_prompt(
     with_scores: bool = False,
     room: int | None = None,
     draft: jax.Array | None = None,
-    asks: Requests = NOTHING_ASKED,
+    repeat_template: RepeatTemplate = NO_TEMPLATE,
     known_tokens: int | jax.Array = 0,
 ) -> Prefilled:
-    """Prompt batch int32 [B, T] -> budgeted cache, whatever passes the policy needs.
+    """Prompt batch int32 [B, T] -> budgeted cache, in as many passes as `policy.reading` needs.
 
     At most `new_tokens` will follow; the cache has slots for `room` of them (None: for all).
     `known_tokens` (int or int32 [B]) of those are known already, a question for instance: RoPE
     factors that depend on length are chosen from prompt + known_tokens (model/rope.py).
-    Policies that use lookahead modules read them after the prompt. Two-pass policies first keep
-    everything, decode a response of `policy.response_tokens` tokens on it (or on a copy that
-    their `draft_policy` has cut to the same budget), and cut by what that response looks at;
-    `kvzip` instead replays the prompt behind requests to repeat it, `asks` (see replay.py).
-    Policies that use a draft observe with `draft` int32 [B, draft_tokens], padded with -1.
+    `modules` are for policies that read lookahead modules; `draft` int32 [B, tokens], padded with
+    -1, for policies that read a draft; `eos_ids` end the response that some policies decode;
+    `repeat_template` holds the requests around a replayed prompt (`kvzip_replay.repeat_template`).
 
     Raises ValueError for a policy without the modules or the draft that it needs.
     """
     room = new_tokens if room is None else room
-    if policy.replays:
-        return _read_and_replay(
-            params, tokens, config=config, policy=policy, budget=budget,
-            known_tokens=known_tokens, with_scores=with_scores, room=room, asks=asks,
-        )  # fmt: skip
-    if policy.two_pass:
-        return _read_twice(
-            params, tokens, config=config, policy=policy, budget=budget,
-            known_tokens=known_tokens, eos_ids=eos_ids, with_scores=with_scores, room=room,
-        )  # fmt: skip
-    slots = slots_for(policy, tokens.shape[1], budget, room, config=config)
-    observer = None
-    length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    if policy.uses_draft:
-        if draft is None:
-            raise ValueError(
-                f"policy {type(policy).__name__} observes with a small model's answer; give drafts"
-            )
-        rows = policy.window_rows(budget)
-        observer = reread(params, tokens, rows, draft, length, length + known_tokens, config)
-    if policy.uses_modules:
-        if modules is None:
-            raise ValueError(
-                f"policy {type(policy).__name__} reads lookahead modules; name their folder"
-            )
-        observer = observer_block(
-            modules, length, length + known_tokens, dtype=params["embed"].dtype
-        )
+    inputs = _Inputs(params, tokens, config, policy, budget, known_tokens, room, with_scores)
+    match policy.reading:
+        case OnePass():
+            return _read_once(inputs, None)
+        case WithModules():
+            return _read_with_modules(inputs, modules)
+        case WithDraft():
+            return _read_with_draft(inputs, draft)
+        case WithResponse() as reading:
+            return _read_with_response(inputs, reading, eos_ids)
+        case WithReplay() as reading:
+            return _read_with_replay(inputs, reading, repeat_template)
+
+
+def _read_once(inputs: _Inputs, observer: Block | None) -> Prefilled:
+    config, policy, budget = inputs.config, inputs.policy, inputs.budget
+    slots = slots_for(policy, inputs.tokens.shape[1], budget, inputs.room, config=config)
     return prefill(
-        params, tokens, config=config, policy=policy, budget=budget, slots=slots,
-        known_tokens=known_tokens, observer=observer, with_scores=with_scores,
+        inputs.params, inputs.tokens, config=config, policy=policy, budget=budget, slots=slots,
+        known_tokens=inputs.known_tokens, observer=observer, with_scores=inputs.with_scores,
     )  # fmt: skip
 
 
-def _read_twice(
-    params: Params,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    policy: Policy,
-    budget: int,
-    known_tokens: int | jax.Array,
-    eos_ids: Sequence[int],
-    with_scores: bool,
-    room: int,
+def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Prefilled:
+    if modules is None:
+        raise ValueError(
+            f"policy {type(inputs.policy).__name__} reads lookahead modules: give them "
+            "(modules=, lookahead=, or --lookahead)"
+        )
+    length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
+    dtype = inputs.params["embed"].dtype
+    return _read_once(
+        inputs, observer_block(modules, length, length + inputs.known_tokens, dtype=dtype)
+    )
+
+
+def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
+    if draft is None:
+        raise ValueError(
+            f"policy {type(inputs.policy).__name__} needs a draft per prompt, which a small model "
+            "expects as the answer: give drafts="
+        )
+    length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
+    observer = reread(
+        inputs.params, inputs.tokens, rows=inputs.policy.window_rows(inputs.budget),
+        response=draft, length=length, span=length + inputs.known_tokens, config=inputs.config,
+    )  # fmt: skip
+    return _read_once(inputs, observer)
+
+
+def _read_whole(inputs: _Inputs, room: int) -> Prefilled:
+    """A first pass that keeps everything, with slots for `room` tokens more."""
+    config, everything = inputs.config, Whole()
+    slots = slots_for(everything, inputs.tokens.shape[1], 0, room, config=config)
+    return prefill(
+        inputs.params, inputs.tokens, config=config, policy=everything, budget=0, slots=slots,
+        known_tokens=inputs.known_tokens,
+    )  # fmt: skip
+
+
+def _read_with_response(
+    inputs: _Inputs, reading: WithResponse, eos_ids: Sequence[int]
 ) -> Prefilled:
-    """`read_prompt` for policies that see a response before they cut."""
-    width, answer = tokens.shape[1], policy.response_tokens
-    full = prefill(
-        params, tokens, config=config, policy=Whole(), budget=0, known_tokens=known_tokens,
-        slots=slots_for(Whole(), width, 0, answer, config=config),
-    )  # fmt: skip
-    if (draft := policy.draft_policy) is None:
+    params, tokens, config, policy, budget = inputs[:5]
+    full = _read_whole(inputs, reading.tokens)
+    if reading.draft_policy is None:
         copy = full.cache.fork(1)
     else:
-        again = read_again(params, tokens, draft.window_rows(budget), None, full.cache, config)
-        slots = slots_for(draft, full.cache.slots, budget, answer, config=config)
-        copy = compress(
-            params, full.cache, again, config=config, policy=draft, budget=budget, slots=slots
-        ).cache
+        copy = _cut_copy(inputs, full.cache, reading.draft_policy, reading.tokens)
     response = decode(
-        params, copy, full.logits, config=config, max_new_tokens=answer, eos_ids=eos_ids
+        params, copy, full.logits, config=config, max_new_tokens=reading.tokens, eos_ids=eos_ids
     ).tokens
-    again = read_again(params, tokens, policy.window_rows(budget), response, full.cache, config)
-    slots = slots_for(policy, full.cache.slots, budget, room, config=config)
+    observer = read_again(
+        params, tokens, full.cache, rows=policy.window_rows(budget), response=response,
+        config=config,
+    )  # fmt: skip
+    slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
     cache, scores, _ = compress(
-        params, full.cache, again, config=config, policy=policy, budget=budget, slots=slots,
-        with_scores=with_scores,
+        params, full.cache, observer, config=config, policy=policy, budget=budget, slots=slots,
+        with_scores=inputs.with_scores,
     )  # fmt: skip
     if scores is not None:
-        scores = scores_by_position(scores, full.cache.pos, width)
+        scores = scores_by_position(scores, full.cache.pos, tokens.shape[1])
     return Prefilled(cache, full.logits, scores)
 
 
-def _read_and_replay(
-    params: Params,
-    tokens: jax.Array,
-    *,
-    config: ModelConfig,
-    policy: Policy,
-    budget: int,
-    known_tokens: int | jax.Array,
-    with_scores: bool,
-    room: int,
-    asks: Requests,
-) -> Prefilled:
-    """`read_prompt` for kvzip: everything is kept, scored by a second reading, and cut."""
-    if not isinstance(policy, KVzip):
-        raise TypeError(f"{type(policy).__name__} replays, and only kvzip says how")
-    full = prefill(
-        params, tokens, config=config, policy=Whole(), budget=0, known_tokens=known_tokens,
-        slots=slots_for(Whole(), tokens.shape[1], 0, 0, config=config),
-    )  # fmt: skip
-    scores = replay(params, tokens, full.cache, asks=asks, config=config, policy=policy)
-    slots = slots_for(policy, full.cache.slots, budget, room, config=config)
-    cache = cut_by_scores(
-        full.cache, scores, config=config, policy=policy, budget=budget, slots=slots
+def _cut_copy(inputs: _Inputs, cache: KVCache, policy: Policy, room: int) -> KVCache:
+    """A copy of a full cache, cut by `policy`, with slots for `room` tokens more."""
+    params, tokens, config, _, budget = inputs[:5]
+    observer = read_again(
+        params, tokens, cache, rows=policy.window_rows(budget), response=None, config=config
     )
-    shown = scores_by_position(scores, full.cache.pos, tokens.shape[1]) if with_scores else None
-    return Prefilled(cache, full.logits, shown)
+    slots = slots_for(policy, cache.slots, budget, room, config=config)
+    return compress(
+        params, cache, observer, config=config, policy=policy, budget=budget, slots=slots
+    ).cache
+
+
+def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemplate) -> Prefilled:
+    params, tokens, config, policy, budget = inputs[:5]
+    full = _read_whole(inputs, 0)
+    scores = replay(
+        params, tokens, full.cache, template=template, config=config, policy=policy,
+        reading=reading,
+    )  # fmt: skip
+    slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
+    cache = cut_by_scores(
+        full.cache, scores, config=config, policy=policy, across_layers=reading.across_layers,
+        budget=budget, slots=slots,
+    )  # fmt: skip
+    if not inputs.with_scores:
+        return Prefilled(cache, full.logits, None)
+    by_position = scores_by_position(scores, full.cache.pos, tokens.shape[1])
+    return Prefilled(cache, full.logits, by_position)
 
 
 def read_again(
     params: Params,
     tokens: jax.Array,
+    cache: KVCache,
+    *,
     rows: int,
     response: jax.Array | None,
-    cache: KVCache,
     config: ModelConfig,
 ) -> Block:
     """`reread` behind a cache that holds the prompts."""
-    return reread(params, tokens, rows, response, cache.next_pos, cache.rope_span, config)
+    return reread(
+        params, tokens, rows=rows, response=response, length=cache.next_pos,
+        span=cache.rope_span, config=config,
+    )  # fmt: skip
 
 
 def reread(
     params: Params,
     tokens: jax.Array,
+    *,
     rows: int,
     response: jax.Array | None,
     length: jax.Array,
@@ -174,7 +212,8 @@ def reread(
 ) -> Block:
     """The last `rows` tokens of each prompt, then `response` [B, Y], as rows over all its entries.
 
-    These hold the prompt's rows already: they are seen there, not in the block.
+    The entries hold the keys of these `rows` tokens already, so the block's rows see them there
+    and not in the block.
     """
     first = length[:, None] - rows
     positions = first + jnp.arange(rows, dtype=jnp.int32)[None]
