@@ -184,7 +184,7 @@ def test_too_few_slots_are_refused():
 @pytest.mark.parametrize("name", ["lookaheadkv", "speckv"])
 def test_a_policy_without_its_observer_is_refused(name):
     model = tiny.config()
-    with pytest.raises(ValueError, match="give them as observer"):
+    with pytest.raises(ValueError, match="give observer="):
         prefill(
             tiny.params(model), tiny.batch((50,), model), config=model, policy=make_policy(name),
             budget=8, slots=128, new_tokens=1,
