@@ -5,7 +5,6 @@ Everything here runs on the host between device calls; the work is in prefill an
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,31 +22,29 @@ from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.decoding.step import DecodeState, Step, seen_tokens, start
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.generation.output_text import Finish, OutputRow
+from lookahead_jax.generation.inputs import (
+    DEFAULT_BUDGET,
+    announce,
+    default_policy,
+    encode_prompts,
+    encode_questions,
+    end_ids,
+)
+from lookahead_jax.generation.output_text import FinishReason, OutputRow
 from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
-from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.layers import Params
 from lookahead_jax.model.params import unstack
 from lookahead_jax.model.sharding import on_its_mesh, place_rows
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
-from lookahead_jax.policies.lookaheadkv import LookaheadKV
-from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling.batching import pad_batch, pad_drafts
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
 from lookahead_jax.prompts.read import read_prompt
 
-DEFAULT_BUDGET = 256
-MAX_BUDGET = 2**24  # more than any prompt; sums of budgets stay within int32
 Reader = Callable[[jax.Array, int], Prefilled]
 """Prompts int32 [B, T], padded with -1, and how many tokens will follow -> their cache."""
-
-
-def default_policy(lookahead: LookaheadModules | None) -> Policy:
-    """What reads the lookahead modules where there are any, else SnapKV (preset factory)."""
-    return SnapKV() if lookahead is None else LookaheadKV()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,50 +71,13 @@ class Generation:
 
     tokens: list[list[int]]  # per row, an end-of-sequence token included
     text: list[str] | None  # None without a tokenizer; cut before a stop string
-    finish: list[Finish]
+    finish: list[FinishReason]
     prompt_tokens: list[int]
     prompt_ids: list[list[int]]
     kept: np.ndarray  # [L, B, K, S] int32 ascending positions of kept prompt entries, -1 padded
     cache: CacheReport
     timing: Timing
     drafting: DraftReport
-
-
-def encode_prompts(
-    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
-) -> list[list[int]]:
-    """Texts through the tokenizer, token rows as they are, less the padding at their end.
-
-    `special` puts around a text what the tokenizer does (BOS, ...).
-    """
-    if isinstance(prompts, str):
-        raise ValueError("prompts and questions are a list: give [text]")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if model.tokenizer is None:
-                raise ValueError("this model has no tokenizer.json: give token ids")
-            row = model.tokenizer.encode(prompt, special=special)
-        else:
-            row = [int(token) for token in prompt]
-            while row and row[-1] == -1:
-                row.pop()
-        if not row:
-            raise ValueError(f"prompt {i} is empty")
-        rows.append(row)
-    if not rows:
-        raise ValueError("no prompt was given")
-    return rows
-
-
-def encode_questions(
-    model: Model, questions: Sequence[str | Sequence[int]], prompts: int
-) -> list[list[int]]:
-    """What is read behind prompts: as `encode_prompts`, but nothing is put around a text."""
-    rows = encode_prompts(model, questions, special=False)
-    if len(rows) != prompts:
-        raise ValueError(f"{len(rows)} questions for {prompts} prompts")
-    return rows
 
 
 @on_its_mesh
@@ -134,7 +94,8 @@ def generate(
     stop: Sequence[str] = (),
     lookahead: LookaheadModules | None = None,
     drafts: Sequence[Sequence[int]] | None = None,
-    eos_ids: Sequence[int] | None = None,
+    eos_ids: Sequence[int | str] | None = None,
+    stop_token_ids: Sequence[int | str] = (),
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | Controller | None = None,
     evict_every: int | None = None,
@@ -173,13 +134,12 @@ def generate(
     policy = policy or default_policy(lookahead)
     decoding_params = for_decoding(params)
     rows = encode_prompts(model, prompts)
-    eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
+    eos_ids = end_ids(model, eos_ids, stop_token_ids)
     seeds = [0] * len(rows) if seeds is None else list(seeds)
     if len(seeds) != len(rows):
         raise ValueError(f"{len(seeds)} seeds for {len(rows)} prompts")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    check_eos_ids(eos_ids)
     asked = None if questions is None else encode_questions(model, questions, len(rows))
     texts = rows if asked is None else [a + b for a, b in zip(rows, asked, strict=True)]
     announce(policy, budget, max(map(len, texts)) + max_new_tokens, config)
@@ -263,8 +223,13 @@ def generate(
         full_bytes=_full_bytes(state.cache, tokens.shape[1] + asked_width + max_new_tokens),
     )
     outputs = [
-        OutputRow(model.tokenizer, stop, None if on_text is None else partial(on_text, i))
-        for i in range(len(rows))
+        OutputRow(
+            model.tokenizer,
+            prompt=text,
+            stop=stop,
+            on_text=None if on_text is None else partial(on_text, i),
+        )
+        for i, text in enumerate(texts)
     ]
     begin = time.perf_counter()
     state = drafting.begin(state, texts, whole)
@@ -313,32 +278,6 @@ def for_decoding(params: Params) -> Params:
     if apart or size > 2**30 or len(devices) > 1 or next(iter(devices)).platform != "cpu":
         return params
     return unstack(params)
-
-
-def check_eos_ids(eos_ids: Sequence[int]) -> None:
-    """Raises ValueError unless all can be token ids; ids beyond the vocabulary never come up."""
-    if any(not 0 <= token < 2**31 for token in eos_ids):
-        raise ValueError(f"eos_ids {list(eos_ids)} are not all token ids")
-
-
-def announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
-    """Warns of what the user asked for and will not quite get.
-
-    Raises ValueError for a budget that is no number of entries.
-    """
-    if not 1 <= budget <= MAX_BUDGET:
-        raise ValueError(
-            f"budget must be 1 to {MAX_BUDGET} entries, not {budget}; that of a prompt's length "
-            "keeps all of it"
-        )
-    if (notice := policy.notice(budget)) is not None:
-        warnings.warn(notice, stacklevel=3)
-    if length > config.max_position:
-        warnings.warn(
-            f"{length} tokens are more than the {config.max_position} positions this model was "
-            "made for; expect nonsense beyond them",
-            stacklevel=3,
-        )
 
 
 def _deliver(outputs: Sequence[OutputRow], state: DecodeState) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.generation.generate import DEFAULT_BUDGET, announce, default_policy
+from lookahead_jax.generation.inputs import DEFAULT_BUDGET, announce, default_policy
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits

@@ -1,0 +1,146 @@
+"""From what a caller gives to what a model reads: token rows, end tokens, checks."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.host.warn import warn
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.lookaheadkv import LookaheadKV
+from lookahead_jax.policies.snapkv import SnapKV
+
+DEFAULT_BUDGET = 256
+MAX_BUDGET = 2**24  # more than any prompt; sums of budgets stay within int32
+
+
+def default_policy(lookahead: LookaheadModules | None) -> Policy:
+    """LookaheadKV if there are lookahead modules, else SnapKV."""
+    return SnapKV() if lookahead is None else LookaheadKV()
+
+
+def encode_prompts(
+    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
+) -> list[list[int]]:
+    """Token rows of texts or of ids; padding (-1) at the end of a row of ids is dropped.
+
+    With `special`, the tokenizer adds its special tokens (BOS, ...) around a text. Raises
+    ValueError for a prompt without text or ids, and for texts without a tokenizer.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts and questions are a list: give [text]")
+    if not len(prompts):
+        raise ValueError("no prompt was given")
+    return [
+        _encode_prompt(model, prompt, special=special, index=i) for i, prompt in enumerate(prompts)
+    ]
+
+
+def _encode_prompt(
+    model: Model, prompt: str | Sequence[int], *, special: bool, index: int
+) -> list[int]:
+    if not isinstance(prompt, str):
+        row = [whole_id(token, f"a token of prompt {index}") for token in prompt]
+        while row and row[-1] == -1:
+            row.pop()
+    elif model.tokenizer is None:
+        raise ValueError("this model has no tokenizer.json: give token ids")
+    else:
+        # An empty text stays empty, although its special tokens would make a row.
+        row = model.tokenizer.encode(prompt, special=special) if prompt else []
+    if not row:
+        raise ValueError(f"prompt {index} is empty")
+    return row
+
+
+def whole_id(token: Any, name: str) -> int:
+    """A token id given as any kind of integer; a fraction would silently be another token."""
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise ValueError(f"{name} is {token!r}: token ids are integers") from None
+
+
+def encode_questions(
+    model: Model, questions: Sequence[str | Sequence[int]], prompts: int
+) -> list[list[int]]:
+    """Token rows of questions, one per prompt, as `encode_prompts` without special tokens."""
+    rows = encode_prompts(model, questions, special=False)
+    if len(rows) != prompts:
+        raise ValueError(f"{len(rows)} questions for {prompts} prompts")
+    return rows
+
+
+def token_ids(model: Model, tokens: Sequence[int | str]) -> tuple[int, ...]:
+    """Ids of tokens that are given by id or by content ("<|im_end|>").
+
+    Raises ValueError for a text that is not one token of the tokenizer, and for a number that
+    cannot be an id. Ids beyond the vocabulary are allowed: they never occur.
+    """
+    if isinstance(tokens, str):
+        raise ValueError(f"tokens are a list: give [{tokens!r}]")
+    ids = []
+    for token in tokens:
+        if isinstance(token, str):
+            if model.tokenizer is None:
+                raise ValueError(
+                    f"token {token!r} needs a tokenizer, and this model has no tokenizer.json: "
+                    "give its id"
+                )
+            if (id := model.tokenizer.token_id(token)) is None:
+                raise ValueError(
+                    f"{token!r} is not one token of this model's tokenizer: give one token or its "
+                    "id, or use stop= for text"
+                )
+            ids.append(id)
+        elif not 0 <= (id := whole_id(token, "an end token")) < 2**31:
+            raise ValueError(f"{token} is not a token id: ids are 0 to 2**31 - 1")
+        else:
+            ids.append(id)
+    return tuple(ids)
+
+
+def end_ids(
+    model: Model, eos_ids: Sequence[int | str] | None, stop_token_ids: Sequence[int | str] = ()
+) -> tuple[int, ...]:
+    """Ids of the tokens that end a row, each once: `eos_ids`, then `stop_token_ids`.
+
+    `eos_ids` None stands for the checkpoint's own (generation_config.json). If these lack the
+    tokenizer's own eos_token, which chat models may emit instead, a warning says so. Raises
+    ValueError as `token_ids`.
+    """
+    extra = token_ids(model, stop_token_ids)
+    if eos_ids is not None:
+        return tuple(dict.fromkeys((*token_ids(model, eos_ids), *extra)))
+    ends = tuple(dict.fromkeys((*model.generation.eos_ids, *extra)))
+    if model.tokenizer is not None:
+        token = model.tokenizer.special_tokens.get("eos_token")
+        id = None if token is None else model.tokenizer.token_id(token)
+        if id is not None and id not in ends:
+            warn(
+                f"the tokenizer's eos_token {token!r} (id {id}) does not end a row: the checkpoint "
+                f"names only {list(ends)} as end tokens. To stop there too, give "
+                f"stop_token_ids=[{token!r}] (--eos {token!r})"
+            )
+    return ends
+
+
+def announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> None:
+    """Warns if a policy changes its settings, or `length` tokens exceed the model's positions.
+
+    Raises ValueError for a budget outside 1 to `MAX_BUDGET`.
+    """
+    if not 1 <= budget <= MAX_BUDGET:
+        raise ValueError(
+            f"budget must be 1 to {MAX_BUDGET} entries, not {budget}; a budget of the prompt's "
+            "length keeps all of it"
+        )
+    if (notice := policy.notice(budget)) is not None:
+        warn(notice)
+    if length > config.max_position:
+        warn(
+            f"{length} tokens exceed the {config.max_position} positions this model was trained "
+            "for; output beyond them is unreliable"
+        )
