@@ -91,8 +91,6 @@ def test_stop_strings_cut_text_and_tokens(model, plain):
 class Letters:
     """A tokenizer of letters, for OutputRow alone; token 1 is special."""
 
-    special_contents = {1: "<end>"}  # noqa: RUF012
-
     class Stream:
         def push(self, token):
             return "" if token == 1 else chr(token)
@@ -102,6 +100,9 @@ class Letters:
 
     def stream(self, *, prompt):
         return self.Stream()
+
+    def special_text(self, token):
+        return "<end>" if token == 1 else ""
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back():

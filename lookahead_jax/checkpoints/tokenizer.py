@@ -67,15 +67,18 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @functools.cached_property
-    def special_contents(self) -> Mapping[int, str]:
-        """Id -> content of the tokens that `decode` skips by default."""
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that `decode` skips by default."""
+        return frozenset(self._special_contents)
+
+    @functools.cached_property
+    def _special_contents(self) -> Mapping[int, str]:
         added = self.backend.get_added_tokens_decoder()
         return {id: token.content for id, token in added.items() if token.special}
 
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of the tokens that `decode` skips by default."""
-        return frozenset(self.special_contents)
+    def special_text(self, token: int) -> str:
+        """The content of a token that `decode` skips by default; empty for other tokens."""
+        return self._special_contents.get(token, "")
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its content, or None."""

@@ -1,16 +1,24 @@
 """From what a caller gives to what a model reads: token rows, end tokens, checks."""
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.sharding import place_rows
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefilling.batching import pad_batch, pad_drafts
+from lookahead_jax.prompts.speculation import draft_answers
 
 DEFAULT_BUDGET = 256
 MAX_BUDGET = 2**24  # more than any prompt; sums of budgets stay within int32
@@ -53,6 +61,101 @@ def _encode_prompt(
     if not row:
         raise ValueError(f"prompt {index} is empty")
     return row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts, and questions behind them if there are any, as token rows and padded arrays."""
+
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    """Prompt and question of every row."""
+    tokens: jax.Array  # [B, T] int32 prompts, -1 padded, placed for the model
+    question_tokens: jax.Array | None  # [B, Q] int32
+    text_tokens: jax.Array  # [B, T'] int32 prompts and questions
+
+    @property
+    def question_width(self) -> int:
+        """Padded length of the questions, 0 without any."""
+        return 0 if self.question_tokens is None else self.question_tokens.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and question."""
+        return max(map(len, self.texts))
+
+
+def encode_batch(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    questions: Sequence[str | Sequence[int]] | None,
+) -> PromptBatch:
+    """Prompts and one question for each, if given, ready to be read.
+
+    Raises ValueError for empty ones, ids out of range, and another number of questions.
+    """
+    config = model.config
+    rows = encode_prompts(model, prompts)
+    tokens = place_rows(pad_batch(rows, config=config), model.params["embed"].sharding)
+    if questions is None:
+        return PromptBatch(
+            prompts=rows, texts=rows, tokens=tokens, question_tokens=None, text_tokens=tokens
+        )
+    asked = encode_questions(model, questions, len(rows))
+    texts = [prompt + question for prompt, question in zip(rows, asked, strict=True)]
+    return PromptBatch(
+        prompts=rows,
+        texts=texts,
+        tokens=tokens,
+        question_tokens=jnp.asarray(pad_batch(asked, config=config)),
+        text_tokens=jnp.asarray(pad_batch(texts, config=config)),
+    )
+
+
+def row_seeds(seeds: Sequence[int] | None, rows: int) -> list[int]:
+    """One seed per row, 0 for all by default; ValueError for another number of seeds."""
+    seeds = [0] * rows if seeds is None else list(seeds)
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
+    return seeds
+
+
+def check_eviction(eviction: EvictionSettings, *, by_reader: bool, questions: bool) -> None:
+    """Raises ValueError if a batch that is read like this cannot be evicted during decoding."""
+    if eviction.while_decoding() is None:
+        return
+    if by_reader:
+        raise ValueError("a reader evicts nothing: leave evict_every out")
+    if questions and eviction.policy.accumulates:
+        raise ValueError(
+            f"policy {type(eviction.policy).__name__} adds up scores and would miss those of "
+            "questions: leave evict_every out, or put the question into the prompt"
+        )
+
+
+def draft_tokens(
+    policy: Policy,
+    drafts: Sequence[Sequence[int]] | Model | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_ids: Sequence[int],
+) -> jax.Array | None:
+    """The drafts of a policy that observes with them, int32 [B, draft tokens], -1 padded.
+
+    `drafts` are one per prompt, or the small model to make them with. None for other policies.
+    Raises ValueError unless there is one draft per prompt, of ids.
+    """
+    if not policy.uses_draft:
+        return None
+    if isinstance(drafts, Model):
+        drafts = draft_answers(drafts, prompts, policy=policy, eos_ids=eos_ids)
+    if drafts is None or len(drafts) != len(prompts):
+        given = "none" if drafts is None else f"{len(drafts)} for {len(prompts)} prompts"
+        raise ValueError(
+            f"policy {type(policy).__name__} needs a draft per prompt, and there are {given}: give "
+            "drafts= (--draft-model)"
+        )
+    return pad_drafts(drafts, len(prompts), policy.draft_tokens)
 
 
 def whole_id(token: Any, name: str) -> int:

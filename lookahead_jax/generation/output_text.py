@@ -1,6 +1,6 @@
 """One request's output on the host: tokens become text; a stop string ends it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 FinishReason = Literal["eos", "stop", "length"]
@@ -19,9 +19,8 @@ class TextStream(Protocol):
 class StreamingTokenizer(Protocol):
     """What streaming needs of a tokenizer."""
 
-    @property
-    def special_contents(self) -> Mapping[int, str]:
-        """Id -> content of the tokens that the text omits."""
+    def special_text(self, token: int) -> str:
+        """The content of a token that the text omits; empty for other tokens."""
         ...
 
     def stream(self, *, prompt: Sequence[int]) -> TextStream:
@@ -88,8 +87,8 @@ class OutputRow:
         self.tokens: list[int] = []
         self.text = ""
         self.stopped = False
+        self._tokenizer = tokenizer
         self._decoder = None if tokenizer is None else tokenizer.stream(prompt=prompt)
-        self._special = {} if tokenizer is None else tokenizer.special_contents
         self._plain = _StopSearch(tuple(stop))
         self._marked = _StopSearch(tuple(stop))  # with special tokens
         self._omitted: list[tuple[int, int]] = []  # where they begin in it, and their lengths
@@ -102,8 +101,8 @@ class OutputRow:
             if self.stopped:
                 break
             self.tokens.append(int(token))
-            if self._decoder is not None:
-                self._grow(self._decoder.push(int(token)), self._special.get(int(token), ""))
+            if self._decoder is not None and self._tokenizer is not None:
+                self._grow(self._decoder.push(int(token)), self._tokenizer.special_text(int(token)))
         if self.stopped:
             self._show(len(self.text))
         else:

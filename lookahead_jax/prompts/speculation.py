@@ -16,7 +16,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.kernels.attention import softcap_logits
 from lookahead_jax.kernels.importance import visible_by_position
-from lookahead_jax.policies.base import LayerView
+from lookahead_jax.policies.base import LayerView, Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prompts.read import read_prompt
@@ -90,6 +90,30 @@ def speculate(
     first = min(first_layer, config.num_layers // 2)
     scores = np.asarray(cast(jax.Array, read.scores)[first:].max((0, 2)))  # [B, T]
     return Speculation(answers, [s[: len(r)] for s, r in zip(scores, rows, strict=True)])
+
+
+def draft_answers(
+    draft_model: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    policy: Policy,
+    eos_ids: Sequence[int],
+) -> list[list[int]]:
+    """The answers that a small model expects, for a policy that observes with them (speckv).
+
+    Token ids, one answer per prompt in `rows`, as long as the policy reads; `eos_ids` end them.
+    Raises ValueError for a policy that reads no drafts, and for a prompt outside the vocabulary of
+    the draft model.
+    """
+    if not policy.uses_draft:
+        raise ValueError(f"policy {type(policy).__name__} reads no drafts: leave them out")
+    largest = max(map(max, rows))
+    if largest >= draft_model.config.vocab_size:
+        raise ValueError(
+            f"a prompt has token id {largest} and the draft model only "
+            f"{draft_model.config.vocab_size} tokens: both models must share a tokenizer"
+        )
+    return speculate(draft_model, rows, tokens=policy.draft_tokens, eos_ids=eos_ids).answers
 
 
 def select_tokens(
