@@ -109,7 +109,7 @@ def test_what_cannot_be_combined():
     with pytest.raises(ValueError, match="draft model cannot be combined"):
         CombineOnDevice(make_drafter("recycling"), draft_model())
     for name in ("none+recycling", "recycling+none"):
-        with pytest.raises(ValueError, match="nothing to combine"):
+        with pytest.raises(ValueError, match="nothing to combine: leave out"):
             make_drafter(name)
 
 
@@ -117,7 +117,9 @@ def test_what_a_drafter_lacks_or_does_not_know_is_named():
     for name in ("draft_model", "drawn_model", "draft_model+recycling"):
         with pytest.raises(ValueError, match=r"needs a smaller model.*model=lk.load.*--draft-mod"):
             make_drafter(name)
-    with pytest.raises(ValueError, match=r"trie: unknown argument 'lenght'; known: capacity, branch"):
+    with pytest.raises(
+        ValueError, match=r"trie: unknown argument 'lenght'; known: capacity, branch"
+    ):
         make_drafter("trie", lenght=3)
     with pytest.raises(ValueError, match="none: unknown argument 'depth'; it takes none"):
         make_drafter("none", depth=3)

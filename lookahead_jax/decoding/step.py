@@ -1,11 +1,11 @@
-"""Decoding, on the device: propose a tree, run it, accept a path, commit it, until all is done.
+"""Decoding on the device: propose a tree, run it, accept a path, commit it, until all rows end.
 
 Plain decoding is the tree of one node. The last emitted token is always pending: it is the root
 of the next tree, and its keys and values enter the cache with the step that reads it. A row that
-is done takes no part in a step and costs its share of it. What is emitted is the target's own
-choice at each node of the accepted path, so the tokens depend neither on the drafter, nor on the
-number of nodes, nor on how many steps a burst has (Zhao et al. 2024, arXiv:2312.12728). Drafters
-that draw are the exception: see acceptance.py.
+is done takes no part in a step but still costs its share of it. The emitted tokens are the target's
+own choices along the accepted path, so they depend neither on the drafter, nor on the number of
+nodes, nor on the number of steps per burst (Zhao et al. 2024, arXiv:2312.12728). Drafters that
+sample their trees are the exception: see acceptance.py.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class DecodeState:
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
     reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
     draft: Any  # the drafter's state
-    sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
+    sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
 
 
 class Decoded(NamedTuple):
@@ -128,9 +128,9 @@ def start(
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
-    static room for them, `eos` what ends all rows [E] or each [B, E], `draft` the state of the
-    drafter that decoding will use, `sums` what `decode_eviction.opening_sums` says if the row will
-    be cut again. The cache is donated.
+    static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
+    of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
+    evicted during decoding. The cache is donated.
     """
     batch = logits.shape[0]
     state = DecodeState(
@@ -162,8 +162,8 @@ def _reached(accepted: Accepted) -> jax.Array:
     return (on_path[..., None] & first).sum(1, dtype=jnp.int32)
 
 
-class Rows(NamedTuple):
-    """Rows of a step that are still to be committed: arguments of `cache.commit`."""
+class Uncommitted(NamedTuple):
+    """Keys and values of a step that are not in the cache yet: arguments of `cache.commit`."""
 
     k: jax.Array  # [L, B, K, P, H]
     v: jax.Array  # [L, B, K, P, H]
@@ -173,10 +173,10 @@ class Rows(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A tree and what became of it."""
+    """A verified tree, as `on_step` receives it."""
 
     tree: TokenTree
-    valid: jax.Array  # [B, P] bool nodes that the target looked at
+    valid: jax.Array  # [B, P] bool nodes that the target has read
     path: jax.Array  # [B, P] int32 accepted nodes from the root down
     count: jax.Array  # [B] int32 how many; also the tokens emitted
 
@@ -190,14 +190,15 @@ def _step(
     drafter: DeviceDrafter,
     nodes: int,
     eviction: DecodeEviction | None,
-) -> tuple[DecodeState, Rows, Step]:
+) -> tuple[DecodeState, Uncommitted, Step]:
     """One forward of the target: propose, verify, emit. The accepted rows are not committed."""
     cache, base = state.cache, state.cache.next_pos[:, None]
     drawn = None
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
         draft, tree, drawn = drafter.draw(
-            weights, state.draft, state.token, nodes, cache.next_pos, state.sampling
-        )
+            weights, state.draft, state.token, nodes,
+            positions=cache.next_pos, sampling=state.sampling,
+        )  # fmt: skip
     else:
         draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
     room = jnp.where(state.done, 0, state.limit - state.count)
@@ -215,8 +216,8 @@ def _step(
     else:
         with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
         accepted = accept_drawn(
-            tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
-            state.sampling,
+            tree, laid, drawn=drawn, processed=processed, positions=base + laid.depth,
+            ending=with_ends.valid & ~laid.valid, sampling=state.sampling,
         )  # fmt: skip
     draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
@@ -227,24 +228,24 @@ def _step(
         reached=state.reached + _reached(accepted),
     )
     state = _emit(state, accepted.emitted, accepted.count)
-    rows = Rows(out.k, out.v, positions, accepted.path, accepted.count)
-    return state, rows, Step(tree, laid.valid, accepted.path, accepted.count)
+    new = Uncommitted(out.k, out.v, positions, accepted.path, accepted.count)
+    return state, new, Step(tree, laid.valid, accepted.path, accepted.count)
 
 
 def _settle(
     params: Params,
     state: DecodeState,
-    rows: Rows,
+    new: Uncommitted,
     modules: LookaheadModules | None,
     *,
     config: ModelConfig,
     eviction: DecodeEviction | None,
 ) -> DecodeState:
-    """The accepted rows of a step enter the cache; where that makes it due, it is cut."""
-    cache, sums = commit(state.cache, *rows), state.sums
+    """The accepted nodes of a step enter the cache, and rows that are due are evicted."""
+    cache, sums = commit(state.cache, *new), state.sums
     if eviction is not None:
         cache, sums = evict(
-            params, cache, sums, state.tokens, state.count, rows.count, modules,
+            params, cache, sums, state.tokens, state.count, new.count, modules,
             config=config, eviction=eviction,
         )  # fmt: skip
     return dataclasses.replace(state, cache=cache, sums=sums)
@@ -267,13 +268,13 @@ def decode_step(
 ) -> tuple[DecodeState, Step]:
     """One model step, and its tree. The state is donated.
 
-    For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree. The rest is
-    as for `decode_burst`.
+    For trees made on the host, `drafter` is `Given()` and `state.draft` the tree. The other
+    arguments are those of `decode_burst`.
     """
-    state, rows, step = _step(
+    state, new, step = _step(
         params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
     )
-    return _settle(params, state, rows, modules, config=config, eviction=eviction), step
+    return _settle(params, state, new, modules, config=config, eviction=eviction), step
 
 
 @program(static_argnames=_STATIC, donate_argnames=("state",))
@@ -292,10 +293,10 @@ def decode_burst(
     """Up to `steps` model steps, fewer if every row finishes. The state is donated.
 
     Each step verifies a tree of `nodes` nodes (tree.NODE_BUCKETS) that `drafter` proposes;
-    `state.draft` is the drafter's state and `weights` what it reads. The tokens do not depend on
-    either: without a drafter, one node a step, it is plain decoding. With `eviction` every row
-    is cut back to its budget at multiples of the interval (`modules` are for a policy that reads
-    them); the cache must have room for the budget and one interval.
+    `state.draft` is the drafter's state and `weights` the arrays it reads. The tokens do not depend
+    on them; without a drafter, with one node per step, this is plain decoding. With `eviction`,
+    every row is evicted down to its budget at multiples of the interval (`modules` are for policies
+    that read them); the cache must have room for the budget and one interval.
     """
     settle = partial(_settle, config=config, eviction=eviction)
 
@@ -304,21 +305,21 @@ def decode_burst(
         return (i < steps) & ~state.done.all()
 
     def step(carry):
-        # Rows enter the cache at the start of the next step: writing before reading lets XLA
+        # They enter the cache at the start of the next step: writing before reading lets XLA
         # update the cache in place; the other way round it copies the cache at every step.
-        i, state, rows = carry
-        state = settle(params, state, rows, modules)
-        state, rows, _ = _step(
+        i, state, new = carry
+        state = settle(params, state, new, modules)
+        state, new, _ = _step(
             params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
         )
-        return i + 1, state, rows
+        return i + 1, state, new
 
     cache = state.cache
     empty = jnp.zeros((*cache.k.shape[:3], nodes, cache.k.shape[4]), cache.k.dtype)
     nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
-    rows = Rows(empty, empty, nothing, nothing, nothing[:, 0])
-    _, state, rows = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, rows))
-    return settle(params, state, rows, modules)
+    new = Uncommitted(empty, empty, nothing, nothing, nothing[:, 0])
+    _, state, new = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, new))
+    return settle(params, state, new, modules)
 
 
 def decode(

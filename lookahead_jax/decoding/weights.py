@@ -1,4 +1,4 @@
-"""The weights as decoding reads them fastest."""
+"""The layout of the weights that decoding reads fastest."""
 
 import jax
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Int
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
-from lookahead_jax.decoding.drafted import Drafting, check_devices
+from lookahead_jax.decoding.draft_programs import check_devices
+from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS

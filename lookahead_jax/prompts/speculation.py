@@ -1,7 +1,7 @@
-"""What a small model can say about a prompt before the large one reads it: an answer, a selection.
+"""Drafts of a small model before the large one reads the prompt: an answer, a token selection.
 
 SpecKV observes with the answer (policies/speckv.py); SpecPC drops prompt tokens by the small
-model's attention. Source of both: arXiv 2506.08373 and its public code.
+model's attention. Both are from arXiv 2506.08373 and its public code.
 """
 
 import dataclasses
@@ -52,10 +52,10 @@ class TailAttention(Full):
 
 
 class Speculation(NamedTuple):
-    """What the small model made of a batch of prompts."""
+    """The small model's answers to a batch of prompts, and its attention on them."""
 
-    answers: list[list[int]]  # its own greedy answers, ended by what ends a text
-    attention: list[np.ndarray] | None  # [T] float32 of every prompt, if asked for
+    answers: list[list[int]]  # greedy, an end token included
+    attention: list[np.ndarray] | None  # [T] float32 of every prompt, if requested
 
 
 def speculate(
