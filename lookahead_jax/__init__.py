@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.decoding.step import decode
     from lookahead_jax.engine.engine import Engine
     from lookahead_jax.engine.requests import Event, Request, Result
-    from lookahead_jax.generation.generate import Generation, generate
+    from lookahead_jax.generation.generate import generate
+    from lookahead_jax.generation.results import Generation
     from lookahead_jax.generation.score import score, token_logits
     from lookahead_jax.model.cache import KVCache
     from lookahead_jax.model.config import ModelConfig
@@ -89,7 +90,8 @@ _HOME = {
     "decoding.step": ("decode",),
     "engine.engine": ("Engine",),
     "engine.requests": ("Event", "Request", "Result"),
-    "generation.generate": ("Generation", "generate"),
+    "generation.generate": ("generate",),
+    "generation.results": ("Generation",),
     "generation.score": ("score", "token_logits"),
     "model.cache": ("KVCache",),
     "model.config": ("ModelConfig",),

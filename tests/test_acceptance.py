@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax.decoding.acceptance import accept_drawn
-from lookahead_jax.decoding.drafted import attach
+from lookahead_jax.decoding.draft_programs import attach
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.decoding.step import decode_burst, start
 from lookahead_jax.decoding.tree import TokenTree, accept, layout
@@ -72,8 +72,8 @@ def emitted_pairs(key, how: str):
     rows = dataclasses.replace(sampling_rows([Sampling(temperature=1.0)], [0], V), seed=seeds)
     rows = dataclasses.replace(rows, temperature=jnp.ones(ROWS))
     result = accept_drawn(
-        tree, laid, jax.nn.softmax(draft[nodes]), target[nodes], laid.depth,
-        jnp.zeros(laid.valid.shape, bool), rows,
+        tree, laid, drawn=jax.nn.softmax(draft[nodes]), processed=target[nodes],
+        positions=laid.depth, ending=jnp.zeros(laid.valid.shape, bool), sampling=rows,
     )  # fmt: skip
     matched = accept(tree, laid, jax.random.categorical(keys[3], target[nodes]).astype(jnp.int32))
     one, two = result.emitted[:, 0], result.emitted[:, 1]
@@ -112,8 +112,9 @@ def test_an_ending_child_ends_the_text_as_often_as_the_target_would():
     settings = sampling_rows([Sampling(temperature=1.0)] * rows, range(rows), 4)
     shape = (rows, 2, 4)
     result = accept_drawn(
-        tree, laid, jnp.broadcast_to(draft, shape), jnp.broadcast_to(target, shape), laid.depth,
-        (tree.tokens == end) & (jnp.arange(2) == 1)[None], settings,
+        tree, laid, drawn=jnp.broadcast_to(draft, shape), processed=jnp.broadcast_to(target, shape),
+        positions=laid.depth, ending=(tree.tokens == end) & (jnp.arange(2) == 1)[None],
+        sampling=settings,
     )  # fmt: skip
     counts = np.bincount(np.asarray(result.emitted[:, 0]), minlength=4)
     assert chance_of_chi_square(counts, np.exp(np.asarray(target, np.float64))) > SURE

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoints.load import GenerationDefaults, Model
+from lookahead_jax.checkpoints.load import GenerationDefaults, Model, first_layers
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, repeat_template
 from lookahead_jax.prompts.read import read_prompt, reread
-from lookahead_jax.prompts.speculation import select_tokens, speculate
+from lookahead_jax.prompts.speculation import draft_answers, select_tokens, speculate
 from tests import reference, tiny
 from tests.test_policies import BUDGET, LENGTHS, RICH, TOLERANCE, kept_sets, protect, weights
 
@@ -133,8 +133,31 @@ def test_speckv_without_drafts_says_what_is_missing():
     model = tiny_model(RICH)
     with pytest.raises(ValueError, match=r"a draft per prompt \(1 prompts, drafts: none\)"):
         lk.generate(model, [[1, 2, 3]], policy=SPECKV, budget=2)
+    with pytest.raises(ValueError, match=r"\(1 prompts, drafts: 2\): give drafts="):
+        lk.generate(model, [[1, 2, 3]], policy=SPECKV, budget=2, drafts=[[1], [2]])
     with pytest.raises(ValueError, match="SpecKV needs a draft per prompt"):
         lk.score(model, np.array([[1, 2, 3]], np.int32), policy=SPECKV, budget=2)
+
+
+def test_speckv_takes_its_drafts_from_a_small_model():
+    model, prompts = tiny_model(RICH), [[1, 2, 3, 4, 5, 6, 7, 8], [9, 8, 7]]
+    small = first_layers(model, 1)
+    drafts = draft_answers(small, prompts, policy=SPECKV, eos_ids=[5])
+    expected = [
+        lk.generate(small, [p], policy=lk.make_policy("full"), max_new_tokens=5, eos_ids=[5])
+        for p in prompts
+    ]
+    assert drafts == [result.tokens[0] for result in expected]
+    settings = dict(policy=SPECKV, budget=4, max_new_tokens=4, eos_ids=[5])
+    by_model = lk.generate(model, prompts, drafts=small, **settings)
+    by_hand = lk.generate(model, prompts, drafts=drafts, **settings)
+    assert by_model.tokens == by_hand.tokens
+    np.testing.assert_array_equal(by_model.kept, by_hand.kept)
+    with pytest.raises(ValueError, match="SnapKV reads no drafts"):
+        draft_answers(small, prompts, policy=lk.make_policy("snapkv"), eos_ids=[])
+    few = dataclasses.replace(small, config=dataclasses.replace(small.config, vocab_size=9))
+    with pytest.raises(ValueError, match="token id 9 and the draft model only 9 tokens"):
+        draft_answers(few, prompts, policy=SPECKV, eos_ids=[])
 
 
 def tiny_model(config):

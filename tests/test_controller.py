@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lookahead_jax.decoding.node_choice import SHARE, Controller
+from lookahead_jax.decoding.draft_estimates import TUNING
+from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 
 COSTS = {1: 1.0, 8: 1.4, 16: 1.9, 32: 2.9, 64: 5.0, 128: 9.0}
@@ -82,7 +83,10 @@ def test_where_nothing_can_be_drafted_it_costs_at_most_three_percent(tokens, noi
         for seed in range(8)
     ]
     slack = 0.0 if costs is COSTS else 6.0 / tokens  # its first trial was not foreseen to cost 7
-    assert np.max(np.cumsum(ratios) / np.arange(1, 9)) < 1.005 + SHARE * (1 + 2 * noise) + slack
+    assert (
+        np.max(np.cumsum(ratios) / np.arange(1, 9))
+        < 1.005 + TUNING.exploration * (1 + 2 * noise) + slack
+    )
 
 
 @pytest.mark.parametrize(("most", "half"), [(1.2, 8), (2.5, 3), (12.0, 30), (20.0, 100)])
@@ -205,7 +209,7 @@ def test_watching_goes_on_whatever_it_costs_and_once_cost(cost):
     """Dear watching is rare, and is found to have become cheap."""
     controller = Controller()
     first, _ = simulate(lambda nodes, at: 1.0, tokens=8000, controller=controller, watching=cost)
-    assert first < 1.005 + 2 * SHARE
+    assert first < 1.005 + 2 * TUNING.exploration
     ratio, choices = simulate(lambda nodes, at: 6.0, tokens=8000, controller=controller)
     assert choices[-1] > 1
     assert ratio < 0.7
@@ -224,9 +228,9 @@ def test_times_that_vary_from_step_to_step_do_not_make_drafting_seem_cheap():
 def test_looking_at_plain_decoding_again_changes_no_trust():
     controller = Controller()
     simulate(lambda nodes, at: 4.0, tokens=400, controller=controller)
-    before = controller._trust.factor, controller._known[8].steps
+    before = controller._ratio.factor, controller._known[8].steps
     simulate(lambda nodes, at: 4.0, tokens=9000, seed=1, controller=controller)
-    assert controller._trust.factor == before[0]
+    assert controller._ratio.factor == before[0]
     assert controller._known[8].steps > before[1]
 
 

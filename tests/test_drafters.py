@@ -1,5 +1,8 @@
 """Drafters by themselves: what they propose, against restatements."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,8 +109,37 @@ def test_what_cannot_be_combined():
     with pytest.raises(ValueError, match="draft model cannot be combined"):
         CombineOnDevice(make_drafter("recycling"), draft_model())
     for name in ("none+recycling", "recycling+none"):
-        with pytest.raises(ValueError, match="nothing to combine"):
+        with pytest.raises(ValueError, match="nothing to combine: leave out"):
             make_drafter(name)
+
+
+def test_what_a_drafter_lacks_or_does_not_know_is_named():
+    for name in ("draft_model", "drawn_model", "draft_model+recycling"):
+        with pytest.raises(ValueError, match=r"needs a smaller model.*model=lk.load.*--draft-mod"):
+            make_drafter(name)
+    with pytest.raises(
+        ValueError, match=r"trie: unknown argument 'lenght'; known: capacity, branch"
+    ):
+        make_drafter("trie", lenght=3)
+    with pytest.raises(ValueError, match="none: unknown argument 'depth'; it takes none"):
+        make_drafter("none", depth=3)
+    with pytest.raises(ValueError, match="drafter trie: "):
+        make_drafter("trie", capacity="much")
+    with pytest.raises(ValueError, match="drafter suffix: depth must be at least 2"):
+        make_drafter("suffix", depth=1)
+
+
+def test_every_drafter_has_a_sentence_without_being_imported():
+    """Help texts list them: neither jax nor numba is imported."""
+    code = """if True:
+        import sys
+        from lookahead_jax.drafters.registry import DRAFTERS, drafter_summaries
+        said = drafter_summaries()
+        assert list(said) == list(DRAFTERS)
+        assert all(s[0].isupper() and s.endswith('.') for s in said.values()), said
+        assert not {"jax", "numba", "numpy"} & sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Room:

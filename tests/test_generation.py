@@ -2,16 +2,23 @@
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders
 
 from lookahead_jax.checkpoints.load import load
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.decoding.step import decode
+from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.requests import Request
+from lookahead_jax.generation import inputs
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.generation.score import score
@@ -82,22 +89,25 @@ def test_stop_strings_cut_text_and_tokens(model, plain):
 
 
 class Letters:
-    """A tokenizer of letters, for OutputRow alone."""
+    """A tokenizer of letters, for OutputRow alone; token 1 is special."""
 
     class Stream:
         def push(self, token):
-            return chr(token)
+            return "" if token == 1 else chr(token)
 
         def finish(self):
             return ""
 
-    def stream(self):
+    def stream(self, *, prompt):
         return self.Stream()
+
+    def special_text(self, token):
+        return "<end>" if token == 1 else ""
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back():
     shown = []
-    row = OutputRow(Letters(), ["STOP", "ANT"], shown.append)
+    row = OutputRow(Letters(), stop=["STOP", "ANT"], on_text=shown.append)
     row.feed(map(ord, "a ST"))
     assert shown == ["a "]
     row.feed(map(ord, "R"))
@@ -108,7 +118,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back():
     assert "".join(shown) == "a STR"
     assert row.tokens == list(map(ord, "a STRANT"))
     with pytest.raises(ValueError, match="empty"):
-        OutputRow(Letters(), [""], None)
+        OutputRow(Letters(), stop=[""])
 
 
 def test_what_is_shown_before_the_end_is_all_that_is_certain():
@@ -116,7 +126,7 @@ def test_what_is_shown_before_the_end_is_all_that_is_certain():
     for _ in range(200):
         stops = ["".join(rng.choice(list("ab"), rng.integers(1, 6))) for _ in range(3)]
         shown: list[str] = []
-        row = OutputRow(Letters(), stops, shown.append)
+        row = OutputRow(Letters(), stop=stops, on_text=shown.append)
         for letter in rng.choice(list("abc"), 12):
             row.feed([ord(letter)])
             if row.stopped:
@@ -126,11 +136,97 @@ def test_what_is_shown_before_the_end_is_all_that_is_certain():
             assert "".join(shown) + held == row.text
 
 
+@pytest.mark.parametrize(
+    ("stop", "output", "text", "taken"),
+    [
+        ("<end>", "ab\1cd", "ab", 3),
+        ("b<end>c", "ab\1cd", "a", 4),
+        ("b<end>", "\1ab\1cd", "a", 4),
+        ("bc", "ab\1cd", "a", 4),  # in the text as it is shown
+        ("end", "ab\1cd", "ab", 3),
+        ("<end>x", "ab\1cd", "abcd", 5),
+    ],
+)
+def test_stop_strings_may_hold_special_tokens(stop, output, text, taken):
+    """The text omits them, and a stop string finds them; no portion of the tokens shows more."""
+    for size in (1, 2, 9):
+        shown = []
+        row = OutputRow(Letters(), stop=[stop], on_text=shown.append)
+        ids = [ord(letter) for letter in output]
+        for begin in range(0, len(ids), size):
+            row.feed(ids[begin : begin + size])
+        row.close()
+        assert row.text == "".join(shown) == text
+        assert row.tokens == ids[:taken]
+        assert row.stopped == (text != "abcd")
+
+
+def test_text_behind_a_prompt_keeps_its_first_space(model, plain):
+    """With a decoder that strips it from a text; a special token stops, and is not shown."""
+    tokens = plain.tokens[0]
+    stop = next(t for t in tokens[2:] if t not in tokens[:2])
+    tokens = tokens[: tokens.index(stop) + 1]
+    pieces = [f"x{i}" for i in range(model.config.vocab_size)]
+    pieces[tokens[0]], pieces[stop] = "\u2581world", "<|im_end|>"
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, [])
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<|im_end|>"])
+    other = dataclasses.replace(model, tokenizer=Tokenizer(backend, {}, {}))
+    expected = " world" + "".join(pieces[t] for t in tokens[1:-1])
+    shown, prompt = [], plain.prompt_ids[0]
+    options = dict(max_new_tokens=24, eos_ids=(), stop=["<|im_end|>"])
+    result = generate(
+        other, [prompt], policy=POLICY, budget=16, on_text=lambda _, text: shown.append(text),
+        **options,
+    )  # fmt: skip
+    assert result.text == ["".join(shown)] == [expected]
+    assert (result.tokens, result.finish) == ([tokens], ["stop"])
+    engine = Engine(
+        other, policy=POLICY, budget=16, rows=1, max_new_tokens=24, max_prompt_tokens=64
+    )
+    events = []
+    request = Request(prompt=prompt, on_event=events.append, **options)
+    (served,) = engine.run([request])
+    assert served.text == "".join(event.text for event in events) == expected
+    assert served.tokens == tokens
+
+
 def test_eos_ends_a_row(model, plain):
     eos = plain.tokens[0][7]
     result = generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=24, eos_ids=[eos])
     assert result.tokens[0] == plain.tokens[0][: plain.tokens[0].index(eos) + 1]
     assert result.finish == ["eos"]
+
+
+def test_stop_tokens_come_on_top_of_eos_and_may_be_texts(model, plain):
+    options = dict(policy=POLICY, budget=16, max_new_tokens=24)
+    stop = plain.tokens[0][7]
+    begin = plain.tokens[0].index(stop)
+    content = model.tokenizer.backend.id_to_token(stop)
+    for given in (stop, content):
+        result = generate(model, [TEXT], stop_token_ids=[given], **options)
+        assert result.tokens[0] == plain.tokens[0][: begin + 1]
+        assert result.finish == ["eos"]
+    assert inputs.end_ids(model, None, [stop, "<|end|>"]) == (2, stop)
+    assert inputs.end_ids(model, ["<|begin|>"], [1]) == (1,)
+
+
+def test_an_eos_token_that_the_checkpoint_does_not_name_is_announced(model):
+    other = dataclasses.replace(
+        model, generation=dataclasses.replace(model.generation, eos_ids=(5,))
+    )
+    with pytest.warns(UserWarning, match=r"'<\|end\|>' \(id 2\).*stop_token_ids=") as said:
+        generate(other, [TEXT], policy=POLICY, budget=16, max_new_tokens=1)
+    assert [warning.filename for warning in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert inputs.end_ids(other, None, ["<|end|>"]) == (5, 2)
+        assert inputs.end_ids(other, ()) == ()
+        assert inputs.end_ids(model, None) == (2,)
 
 
 def test_measured_timing_has_every_part(model):
@@ -219,7 +315,12 @@ def test_four_devices_keep_and_generate_the_same():
         (dict(budget=0), "budget must be 1 to"),
         (dict(budget=2**31), "budget must be 1 to"),
         (dict(max_new_tokens=0), "max_new_tokens must be at least 1, not 0"),
-        (dict(eos_ids=[2**31]), "not all token ids"),
+        (dict(prompts=[""]), "prompt 0 is empty"),
+        (dict(prompts=[TEXT, ""]), "prompt 1 is empty"),
+        (dict(eos_ids=[2**31]), "is not a token id"),
+        (dict(eos_ids=[-1]), "-1 is not a token id"),
+        (dict(eos_ids=["nothing like it"]), "'nothing like it' is not one token"),
+        (dict(stop_token_ids="<|end|>"), r"give \['<|end|>'\]"),
         (dict(stop="return"), r"a list: give \['return'\]"),
         (dict(policy=make_policy("lookaheadkv")), "lookahead modules"),
         (dict(policy=make_policy("h2o"), questions=["a"], evict_every=4), "H2O adds up scores"),
@@ -230,9 +331,19 @@ def test_bad_requests_are_named(model, change, complaint):
         generate(model, **{"prompts": [TEXT], **change})
 
 
+def test_fractions_are_no_token_ids():
+    assert inputs.whole_id(np.int64(5), "a token") == 5
+    with pytest.raises(ValueError, match=r"a token is 5\.5: token ids are integers"):
+        inputs.whole_id(5.5, "a token")
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        Sampling(top_k=2.5)  # pyright: ignore[reportArgumentType]
+
+
 def test_surprises_are_announced(model):
-    with pytest.warns(UserWarning, match="cut to 4"):
+    with pytest.warns(UserWarning, match="cut to 4") as said:
         generate(model, [TEXT], policy=SnapKV(window=32), budget=8, max_new_tokens=1)
+    assert [warning.filename for warning in said] == [__file__]  # the caller's line
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_position=20))
-    with pytest.warns(UserWarning, match="more than the 20 positions"):
+    with pytest.warns(UserWarning, match="exceed the 20 positions") as said:
         score(short, np.full((1, 21), 5, np.int32), policy=POLICY, budget=8)
+    assert [warning.filename for warning in said] == [__file__]

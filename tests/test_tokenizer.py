@@ -111,6 +111,37 @@ def test_stream_keeps_spaces_of_sentencepiece_words():
     assert "".join(stream.push(token) for token in ids) == tokenizer.decode(ids)
 
 
+CONTINUATIONS = ["    return a", "b", " b", "  ", "\u00e9", "\n\u4f60 </s> a", ""]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("prompt", ["def f(a):\n", "a b", "ab </s>", "\u4f60", "a <s> </s><s>", ""])
+def test_a_continuation_keeps_what_it_begins_with(name, prompt):
+    """A text cut anywhere: prompt and continuation add up, spaces at the seam included."""
+    tokenizer = TOKENIZERS[name]
+    for continuation in CONTINUATIONS:
+        whole = tokenizer.encode(prompt + continuation)
+        for cut in range(len(whole) + 1):
+            end = cut  # a character that the prompt leaves incomplete comes with the rest
+            while (text := tokenizer.decode(whole[:end])).endswith("\ufffd"):
+                end -= 1
+            rest = tokenizer.decode_continuation(whole[:cut], whole[cut:])
+            assert text + rest == tokenizer.decode(whole)
+
+
+def test_a_continuation_behind_a_long_prompt_without_text():
+    """Special tokens and stray bytes at the prompt's end: its last words are further ahead."""
+    tokenizer = TOKENIZERS["sentencepiece"]
+    word, space, end = (tokenizer.token_id(t) for t in ("\u2581a", "\u2581", "</s>"))
+    assert tokenizer.decode_continuation([word, *[end] * 99], [word]) == " a"
+    assert tokenizer.decode_continuation([end] * 99, [word]) == "a"
+    assert tokenizer.decode_continuation([word], [space, space, space, word]) == "    a"
+    three = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in "\u4f60".encode()]
+    for cut in (0, 1, 2):  # bytes of a character that the prompt left incomplete
+        prompt = [word, *three * 9, *three[:cut]]
+        assert tokenizer.decode_continuation(prompt, [*three[cut:], word]) == "\u4f60 a"
+
+
 @pytest.mark.parametrize("case", CHATS, ids=lambda case: case["text"][:20])
 def test_chat_templates_render_as_transformers_does(case):
     tokenizer = Tokenizer(

@@ -270,7 +270,7 @@ def test_as_many_options_as_there_can_be():
     trie.begin(0, text(100))
     trie.observe(0, [*text(200), 0])
     trie.propose(0, 1, 1)  # counts what the prompt knows
-    checked = numba.njit(_trie_draft.propose.py_func, boundscheck=True)
+    checked = numba.njit(_trie_draft.best_tree.py_func, boundscheck=True)
     state = trie._requests[0]
     for nodes in (7, 63):
         tree = checked(*trie._store, state.active, state.root, state.recent, nodes, nodes)

@@ -33,7 +33,7 @@ from lookahead_jax.eval.grid.peak import Peak
 from lookahead_jax.eval.grid.prompts import Prompt, assemble
 from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, Key, RowFile, key_of, read_rows
 from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
-from lookahead_jax.generation.generate import Generation
+from lookahead_jax.generation.results import Generation
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import WithDraft, WithModules

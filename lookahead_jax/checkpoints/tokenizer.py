@@ -18,6 +18,7 @@ from lookahead_jax.checkpoints.hf_files import find, read_json
 
 _MAX_TOKENIZER_BYTES = 64 * 2**20  # twice the largest known ones, of 260,000 tokens
 _HELD = "\ufffd"  # how decoders show bytes that are not (yet) a character
+_CONTEXT = 8  # tokens of the prompt before a continuation, at first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,17 @@ class Tokenizer:
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of tokens that decode to nothing when special tokens are skipped."""
+        """Ids of the tokens that `decode` skips by default."""
+        return frozenset(self._special_contents)
+
+    @functools.cached_property
+    def _special_contents(self) -> Mapping[int, str]:
         added = self.backend.get_added_tokens_decoder()
-        return frozenset(token for token, content in added.items() if content.special)
+        return {id: token.content for id, token in added.items() if token.special}
+
+    def special_text(self, token: int) -> str:
+        """The content of a token that `decode` skips by default; empty for other tokens."""
+        return self._special_contents.get(token, "")
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its content, or None."""
@@ -150,9 +159,20 @@ class Tokenizer:
         """The text of token ids; bytes that form no character come out as U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def stream(self, *, skip_special: bool = True) -> "TextStream":
-        """A decoder for tokens that arrive one at a time."""
-        return TextStream(self, skip_special)
+    def decode_continuation(
+        self, prompt: Sequence[int], ids: Sequence[int], *, skip_special: bool = True
+    ) -> str:
+        """The text that `ids` add behind the tokens of `prompt`.
+
+        `decode(ids)` would lose a leading space with decoders that strip it from the beginning of
+        a text (Llama 2, Mistral).
+        """
+        stream = self.stream(prompt=prompt, skip_special=skip_special)
+        return "".join([*(stream.push(token) for token in ids), stream.finish()])
+
+    def stream(self, *, prompt: Sequence[int] = (), skip_special: bool = True) -> "TextStream":
+        """A decoder for tokens that arrive one at a time behind the tokens of `prompt`."""
+        return TextStream(self, prompt=prompt, skip_special=skip_special)
 
     def render_chat(
         self,
@@ -283,34 +303,58 @@ def _as_value_error() -> Iterator[None]:
 
 
 class TextStream:
-    """Turns tokens into text as they arrive; what it returns adds up to `decode` of all tokens.
+    """Turns tokens into text as they arrive; the pieces add up to `decode` of all tokens.
 
-    Text is held back while it ends in U+FFFD, since a later token may complete the character.
-    One difference remains: byte-fallback decoders (Llama 2) replace a whole run of byte tokens
-    once one of them is invalid, and text that has been streamed is not taken back.
+    With a prompt, they add up to what `decode` gives for prompt and tokens beyond that of the
+    prompt. Text is held back while it ends in U+FFFD, since a later token may complete the
+    character. One difference remains: byte-fallback decoders (Llama 2) replace a whole run of byte
+    tokens once one of them is invalid, and streamed text is not taken back. (That, and the
+    characters still incomplete at the end, is why this is not `tokenizers.decoders.DecodeStream`:
+    it raises on the first and drops the second.)
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool):
+    def __init__(self, tokenizer: Tokenizer, *, prompt: Sequence[int], skip_special: bool):
         self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
+        self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
         # Decoders treat the first token specially (they strip its space), so each new piece is
         # decoded behind the piece before it.
-        self._context: list[int] = []
+        self._context = self._last_words(prompt)
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that `token` settles; often a word, sometimes empty."""
+        if token in self._skipped:
+            return ""
         self._pending.append(token)
         text = self._new_text()
         if not text or text.endswith(_HELD):
             return ""
+        if self._decode(self._pending).startswith(_HELD):  # it ends a character of the context
+            self._pending = self._context + self._pending
         self._context, self._pending = self._pending, []
         return text
 
     def finish(self) -> str:
-        """Whatever was held back, once no more tokens come."""
+        """The text still held back, once no more tokens come."""
         text = self._new_text()
-        self._context, self._pending = [], []
+        self._context, self._pending = self._context + self._pending, []
         return text
 
+    def _last_words(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt: at least one with text, from the start of a character."""
+        size = _CONTEXT
+        while True:
+            words = [token for token in prompt[-size:] if token not in self._skipped]
+            text = self._decode(words)
+            if size >= len(prompt) or (text and not text.startswith(_HELD)):
+                return words
+            size *= 2
+
     def _new_text(self) -> str:
-        return self._decode(self._context + self._pending)[len(self._decode(self._context)) :]
+        before, text = self._decode(self._context), self._decode(self._context + self._pending)
+        if not text.startswith(before):  # the prompt left a character incomplete
+            complete = self._context
+            while before.endswith(_HELD):
+                complete = complete[:-1]
+                before = self._decode(complete)
+        return text[len(before) :]

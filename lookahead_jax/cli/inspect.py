@@ -67,5 +67,7 @@ def _pieces(tokenizer, prompt, ids: list[int]) -> tuple[str, list[tuple[int, int
 
 
 def _name(tokenizer, token: int) -> str:
-    """A token's text, by itself."""
-    return f"{token} " if tokenizer is None else tokenizer.decode([token], skip_special=False)
+    """A token's text as it is within a text: decoders may strip a space from the beginning."""
+    if tokenizer is None:
+        return f"{token} "
+    return tokenizer.decode_continuation([token], [token], skip_special=False)

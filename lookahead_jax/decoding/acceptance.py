@@ -1,12 +1,12 @@
-"""Acceptance by draft probability, for drafters that really draw what they propose.
+"""Acceptance by draft probability, for drafters that sample what they propose.
 
 At a node with the target's distribution p, whose children were drawn without replacement from q,
-child x is taken with probability min(1, p(x) / q(x)); if it is not, p becomes the positive part of
-p - q and q loses x, both normalised again, and the next child has its turn; behind the last one a
-token is drawn from what p has become. The emitted tokens are distributed as the target's; they are
-not the ones that decoding step by step would draw. More of a tree is taken than by `tree.accept`,
-and more can go wrong: the law holds only if whether a child exists was decided without looking at
-its token. (Chen et al. 2024, Sequoia, arXiv:2402.12374; Xiong et al. 2024, DySpec,
+child x is accepted with probability min(1, p(x) / q(x)). If it is rejected, p becomes the positive
+part of p - q, q loses x, both are normalised again, and the next child follows; after the last
+child a token is drawn from the remaining p. The emitted tokens have the target's distribution; they
+are not the ones that decoding step by step would draw. More of a tree is accepted than by
+`tree.accept`, but the distribution is right only if whether a child exists was decided without
+looking at its token. (Chen et al. 2024, Sequoia, arXiv:2402.12374; Xiong et al. 2024, DySpec,
 arXiv:2410.11744.) B batch, P nodes, V vocabulary.
 """
 
@@ -19,48 +19,49 @@ from jaxtyping import Array, Bool, Float, Int
 from lookahead_jax.decoding.sampling import SamplingRows, keyed_noise
 from lookahead_jax.decoding.tree import Accepted, Layout, TokenTree
 
-# Noise of one position is used for several things; each has a number of its own.
+# Noise at one position has several uses; each has its own number.
 DRAW, COIN, LAST = 1, 2, 3
 
 
 class _Walk(NamedTuple):
-    """The way down a tree, so far."""
+    """The accepted path so far."""
 
-    at: jax.Array  # [B] int32 the last node taken
-    p: jax.Array  # [B, V] what is left of the target's distribution there
-    q: jax.Array  # [B, V] what is left of the distribution its children were drawn from
-    taken: jax.Array  # [B, P] bool nodes taken
-    last: jax.Array  # [B] int32 an ending token that was taken, -1 = none
+    at: jax.Array  # [B] int32 the last accepted node
+    p: jax.Array  # [B, V] the remaining distribution of the target there
+    q: jax.Array  # [B, V] the remaining distribution that its children were drawn from
+    taken: jax.Array  # [B, P] bool accepted nodes
+    last: jax.Array  # [B] int32 an accepted token that ends the text, -1 = none
 
 
 def target_distribution(
-    processed: Float[Array, "B P V"], rows: SamplingRows
+    processed: Float[Array, "B P V"], sampling: SamplingRows
 ) -> Float[Array, "B P V"]:
-    """Probabilities from processed logits; a greedy row has all of it on its choice."""
+    """Probabilities of processed logits; a greedy row has probability 1 for its choice."""
     p = jax.nn.softmax(processed, axis=-1)
     best = jax.nn.one_hot(processed.argmax(-1), processed.shape[-1], dtype=p.dtype)
-    return jnp.where(rows.temperature[:, None, None] > 0, p, best)
+    return jnp.where(sampling.temperature[:, None, None] > 0, p, best)
 
 
 def accept_drawn(
     tree: TokenTree,
     layout: Layout,
+    *,
     drawn: Float[Array, "B P V"],
     processed: Float[Array, "B P V"],
     positions: Int[Array, "B P"],
     ending: Bool[Array, "B P"],
-    rows: SamplingRows,
+    sampling: SamplingRows,
 ) -> Accepted:
-    """Follows children as far as chance, weighed by p / q, takes them.
+    """Accepts children with probability min(1, p / q), from the root down.
 
     `drawn` are the probabilities that each node's children were drawn from, in the order of their
-    indices, `processed` the target's logits, `positions` where the nodes stand, `ending` nodes that
-    the layout left out for their token alone: taken, they end the text.
+    indices, `processed` the target's logits, `positions` those of the nodes. `ending` marks nodes
+    that the layout left out only because their token ends the text: if accepted, they end it.
     """
-    target = target_distribution(processed, rows)
+    target = target_distribution(processed, sampling)
     batch = jnp.arange(tree.tokens.shape[0])
     coins = keyed_noise(
-        lambda key: jax.random.uniform(key, ()), rows.seed, positions, COIN, distinct=True
+        lambda key: jax.random.uniform(key, ()), sampling.seed, positions, COIN, distinct=True
     )
 
     def child(walk: _Walk, i: jax.Array) -> tuple[_Walk, None]:
@@ -97,14 +98,14 @@ def accept_drawn(
     walk, _ = jax.lax.scan(child, start, jnp.arange(1, tree.tokens.shape[1], dtype=jnp.int32))
     noise = keyed_noise(
         lambda key: jax.random.gumbel(key, target.shape[-1:]),
-        rows.seed, positions[batch, walk.at][:, None], LAST,
+        sampling.seed, positions[batch, walk.at][:, None], LAST,
     )[:, 0]  # fmt: skip
     final = jnp.argmax(jnp.log(walk.p) + noise, axis=-1).astype(jnp.int32)
     return _accepted(tree, layout, walk, jnp.where(walk.last >= 0, walk.last, final))
 
 
 def _accepted(tree: TokenTree, layout: Layout, walk: _Walk, final: jax.Array) -> Accepted:
-    """The nodes taken in order, and what they emit: the tokens behind the root, then `final`."""
+    """The accepted nodes in order, and the tokens they emit: those below the root, then `final`."""
     index = jnp.arange(tree.tokens.shape[1], dtype=jnp.int32)
     at = walk.taken[:, None] & (layout.depth[:, None] == index[None, :, None])
     path = jnp.argmax(at, axis=-1).astype(jnp.int32)
@@ -115,6 +116,6 @@ def _accepted(tree: TokenTree, layout: Layout, walk: _Walk, final: jax.Array) ->
 
 
 def _normalised(weights: jax.Array, otherwise: jax.Array) -> jax.Array:
-    """Rows that sum to 1; where rounding has left nothing, `otherwise`."""
+    """Rows scaled to sum to 1; `otherwise` where rounding has left a sum of 0."""
     total = weights.sum(-1, keepdims=True)
     return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), otherwise)

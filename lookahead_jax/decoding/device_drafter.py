@@ -1,9 +1,9 @@
-"""The form of a drafter that lives on the device, fused into the decoding step.
+"""The interface of drafters that run on the device, compiled into the decoding step.
 
-A device drafter is a frozen dataclass, a static argument of the jitted step, whose methods are
-pure functions: what it learns is a state that travels with the batch, what it reads and never
-changes (a draft model's weights) is handed in beside it. Rows of the batch join with `begin` and
-need no farewell. B batch, P nodes, T prompt tokens, V vocabulary.
+A device drafter is a frozen dataclass, a static argument of the jitted step. Its methods are pure
+functions: what it learns is a state that travels with the batch, and what it only reads (a draft
+model's weights) is a separate argument. Rows join with `begin` and do not have to leave. B batch,
+P nodes, T prompt tokens, V vocabulary.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from lookahead_jax.decoding.sampling import SamplingRows
 from lookahead_jax.decoding.tree import Accepted, Layout, TokenTree, root_only
 from lookahead_jax.model.config import ModelConfig
 
-State = Any  # a drafter's own pytree
+State = Any  # the drafter's pytree
 Weights = Any  # arrays a drafter only reads
 
 
 class Verified(NamedTuple):
-    """What the target said about a tree."""
+    """A tree after the target has verified it."""
 
     tree: TokenTree
     layout: Layout
-    logits: jax.Array  # [B, P, V] float32, unprocessed; a row that is not valid means nothing
+    logits: jax.Array  # [B, P, V] float32, unprocessed; undefined for nodes that are not valid
     accepted: Accepted
 
 
@@ -32,9 +32,9 @@ class Verified(NamedTuple):
 class DeviceDrafter(Protocol):
     """Proposes trees inside the compiled step.
 
-    Between two steps a drafter has been told every token of a row but its root, the last one
-    emitted: prompts by `begin`, the others by `propose` (the root) and `update` (what was emitted
-    since, but for the new root).
+    Between two steps a drafter knows every token of a row but the last emitted one, the next root:
+    the prompt from `begin`, the others from `propose` (the root) and `update` (the emitted tokens
+    except the new root).
     """
 
     @property
@@ -45,7 +45,7 @@ class DeviceDrafter(Protocol):
         ...
 
     def begin(self, weights: Weights, state: State, rows: jax.Array, prompts: jax.Array) -> State:
-        """Rows [n] int32 of the batch start anew with `prompts` [n, T] int32, padded with -1."""
+        """Rows [n] int32 of the batch begin with `prompts` [n, T] int32, padded with -1."""
         ...
 
     def propose(
@@ -55,13 +55,13 @@ class DeviceDrafter(Protocol):
         ...
 
     def update(self, weights: Weights, state: State, verified: Verified) -> State:
-        """Learns from a step; rows whose root is not valid took no part."""
+        """Learns from a step. Rows whose root is not valid took no part in it."""
         ...
 
 
 @runtime_checkable
 class DrawingDrafter(DeviceDrafter, Protocol):
-    """Draws its trees, and says from what: they are accepted by their probability."""
+    """Samples its trees, which are then accepted by their probability (acceptance.py)."""
 
     def draw(
         self,
@@ -69,14 +69,15 @@ class DrawingDrafter(DeviceDrafter, Protocol):
         state: State,
         root: jax.Array,
         nodes: int,
+        *,
         positions: jax.Array,
-        rows: SamplingRows,
+        sampling: SamplingRows,
     ) -> tuple[State, TokenTree, jax.Array]:
-        """Like `propose`, for `nodes` > 1; roots stand at `positions` [B] int32.
+        """Like `propose`, for `nodes` > 1; `positions` [B] int32 are those of the roots.
 
         Also returns the float32 probabilities [B, P, V] that the children of each node were drawn
         from, without replacement and in the order of their indices. Whether a node exists may
-        depend on what was drawn before it, never on its own token.
+        depend on the nodes drawn before it, never on its own token.
         """
         ...
 
@@ -104,7 +105,7 @@ class NoDrafter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(NoDrafter):
-    """Trees that the host has made: the state is those of the next step, from `host.pack`."""
+    """Trees made by a host drafter: the state is the next step's trees, from `pack`."""
 
     def propose(
         self, weights: Weights, state: jax.Array, root: jax.Array, nodes: int

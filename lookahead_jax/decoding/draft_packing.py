@@ -1,4 +1,4 @@
-"""Drafts on the host: into the token trees of a batch, out of them, and beside what was emitted."""
+"""Host drafts: packed into the token trees of a batch, unpacked, compared with emitted tokens."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,8 @@ NOTHING = Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
 def pack(drafts: Sequence[Draft], nodes: int) -> np.ndarray:
     """One tree of `nodes` nodes per row, for `device.Given`: int32 [2, B, P] tokens and parents.
 
-    What a draft has beyond them is left out. The root's token is filled in on the device, which
-    also finds out what is wrong with a draft.
-    Raises ValueError if a draft's two arrays differ in length.
+    Further nodes of a draft are dropped. The device fills in the root's token and finds invalid
+    nodes. Raises ValueError if a draft's two arrays differ in length.
     """
     packed = np.full((2, len(drafts), nodes), -1, np.int32)
     tokens, parents = packed
@@ -27,7 +26,7 @@ def pack(drafts: Sequence[Draft], nodes: int) -> np.ndarray:
         tokens[row, 1 : size + 1] = draft.tokens[:size]
         # Draft: -1 continues the root, i the i-th drafted node; tree: 0 is the root.
         parents[row, 1 : size + 1] = np.asarray(draft.parents[:size]) + 1
-    return packed  # a step takes it as it is, which is quicker than making an array of it here
+    return packed  # a NumPy array: the step converts it faster than jnp.asarray would
 
 
 def unpack(tokens: np.ndarray, parents: np.ndarray) -> list[Draft]:
@@ -36,7 +35,7 @@ def unpack(tokens: np.ndarray, parents: np.ndarray) -> list[Draft]:
 
 
 def path_of(draft: Draft, text: Sequence[int]) -> list[int]:
-    """The nodes that a step would accept if the target chose `text`, from the root down."""
+    """The nodes that a step would accept, from the root down, if the target chose `text`."""
     children: dict[tuple[int, int], int] = {}
     tokens, parents = np.asarray(draft.tokens).tolist(), np.asarray(draft.parents).tolist()
     for node, (parent, token) in enumerate(zip(parents, tokens, strict=True)):

@@ -1,4 +1,4 @@
-"""Decoding with a drafter, seen from the host: who proposes, how many nodes, what came of it."""
+"""Decoding with a drafter, on the host: asks for drafts, chooses their size, runs the steps."""
 
 import dataclasses
 import itertools
@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, Given, NoDrafter
 from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
+from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.step import PLAIN, DecodeState, Step, decode_burst, decode_step
-from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
+from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.jit import Program, program
+from lookahead_jax.model.jit import Program
 from lookahead_jax.model.layers import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
@@ -27,24 +27,24 @@ _request = itertools.count()  # numbers requests of this process, whichever draf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftReport:
-    """What drafting came to, all rows together."""
+    """The outcome of drafting, over all rows."""
 
-    steps: int  # target forwards, counted once for every row that took part
-    mean_accepted: float | None  # tokens emitted per target forward; None if there was none
-    drafter_us: float | None  # microseconds of a host drafter per draft; None: it made none
+    steps: int  # forwards of the target, counted once for every row that took part
+    mean_accepted: float | None  # tokens emitted per forward and row; None without forwards
+    drafter_us: float | None  # microseconds per draft of a host drafter; None without drafts
     histogram: list[int]  # entry i: forwards that emitted i + 1 tokens
 
 
 class _Watched(NamedTuple):
-    """Drafts that are compared with what is emitted, and not run."""
+    """Drafts that are compared with the emitted tokens without being run."""
 
-    drafts: Sequence[Draft]  # of every row
+    drafts: Sequence[Draft]  # one per row
     nodes: int
-    seconds: float | None  # that they took; None: compiled meanwhile
+    seconds: float | None  # the time to make them; None if that included compilation
 
 
 class RowError(Exception):
-    """The host drafter failed at one row; no row has made a step."""
+    """The host drafter failed for one row; no row has made a step."""
 
     def __init__(self, row: int, error: Exception):
         super().__init__(f"row {row}: {type(error).__name__}: {error}")
@@ -53,10 +53,13 @@ class RowError(Exception):
 
 
 class Drafting:
-    """Steps of a batch with a drafter of either form.
+    """Decoding steps of a batch, with a host drafter or a device drafter.
 
-    A row of the batch joins with `begin` and leaves with `end`; `advance` runs the model. `nodes`
-    is the number of nodes of every step, or who chooses it (None: someone new).
+    All rows join with `begin` and leave with `end`, single rows with `join` and `leave`; `advance`
+    runs the model. `nodes` is the number of nodes per step, or the controller that chooses it
+    (None: a new one). `room` is the most tokens of a row, prompt included.
+
+    Raises ValueError for a number of nodes that this drafter cannot have.
     """
 
     def __init__(
@@ -76,12 +79,12 @@ class Drafting:
             nodes = 1
         if isinstance(nodes, int) and (nodes not in NODE_BUCKETS or (plain and nodes > 1)):
             possible = "1" if plain else ", ".join(map(str, NODE_BUCKETS))
-            raise ValueError(f"a step with this drafter has {possible} nodes, not {nodes}")
+            raise ValueError(f"draft_nodes must be {possible} with this drafter, not {nodes}")
         self._nodes = Controller() if nodes is None else nodes
         self._config = config
         self._room = room
         self._eviction = eviction
-        # A program is compiled for what it is given: modules that nobody reads stay away.
+        # Programs are compiled for their arguments: modules that are not read are not passed.
         self._modules = modules if eviction is not None and eviction.reads_modules else None
         self._on_step = on_step
         self._host = None if isinstance(drafter, DeviceDrafter) else drafter
@@ -115,7 +118,7 @@ class Drafting:
 
     @property
     def device(self) -> DeviceDrafter:
-        """Where single rows begin on the device; the plain one if the host drafts."""
+        """The device drafter; `NoDrafter` if the host drafts."""
         return self._device if self._host is None else NoDrafter()
 
     def empty(self) -> Any:
@@ -123,14 +126,14 @@ class Drafting:
         return self.device.init(len(self._requests), self._room, self._config)
 
     def join(self, row: int, prompt: Sequence[int]) -> None:
-        """One row begins, as far as the host is concerned."""
+        """One row joins a host drafter; a device drafter begins it in the batch's program."""
         if self._host is not None:
             request = next(_request)
             self._host.begin(request, prompt)
             self._requests[row], self._observed[row] = request, 0
 
     def leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
-        """One row leaves after it has emitted `tokens`; nothing happens if it had not joined."""
+        """One row leaves after emitting `tokens`; does nothing for a row that has not joined."""
         request = self._requests[row]
         if self._host is not None and request is not None:
             try:
@@ -140,12 +143,13 @@ class Drafting:
                 self._host.end(request)
 
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
-        """Runs up to `burst` steps; one, if the host takes part in it. The state is donated."""
+        """Runs up to `burst` steps, or one if the host drafts for it. The state is donated."""
         if isinstance(self._nodes, int):
             return self._run(params, state, self._nodes, burst, self._drafts(state, self._nodes))
         controller = self._nodes
-        drawn = isinstance(self._device, DrawingDrafter)  # its trees mean nothing unless they run
-        plan = controller.choose(burst, watchable=not drawn and self._on_step is None)
+        # Drawn trees cannot be judged without a run.
+        watchable = not self._draws and self._on_step is None
+        plan = controller.choose(burst, watchable=watchable)
         watched = self._watch(state, plan.watch) if plan.watch else None
         before, count, compiled = np.array(state.reached), np.array(state.count), self.compile_s
         begin = time.perf_counter()
@@ -157,14 +161,7 @@ class Drafting:
         seconds = time.perf_counter() - begin
         if (ran := int(reached[:, 0].max())) == 0:
             return state
-        gains: dict[int, float] = {}
-        if plan.most > 1:
-            means = (reached.sum(0) / reached[:, 0].sum()).tolist()
-            gains = dict(zip(NODE_BUCKETS, means, strict=True))
-        if drawn and plan.most > 1:
-            gains = {plan.most: gains[plan.most]}  # a drawn tree's first nodes are not drawn so
-        elif longest + 1 >= plan.most:  # more might have been drafted
-            gains = {n: gain for n, gain in gains.items() if n <= plan.most}
+        gains = self._gains(reached, plan.most, longest) if plan.most > 1 else {}
         measured = self.compile_s == compiled
         controller.record(plan.most, nodes, gains, ran, seconds / ran if measured else None)
         if watched is not None:
@@ -177,13 +174,30 @@ class Drafting:
             self._judge(controller, watched, texts)
         return state
 
+    @property
+    def _draws(self) -> bool:
+        return isinstance(self._device, DrawingDrafter)
+
+    def _gains(self, reached: np.ndarray, most: int, longest: int) -> dict[int, float]:
+        """Nodes -> tokens per step and row of trees of that size, from accepted nodes [B, 6].
+
+        The drafts had at most `longest` nodes, of the `most` that were asked for.
+        """
+        means = (reached.sum(0) / reached[:, 0].sum()).tolist()
+        gains = dict(zip(NODE_BUCKETS, means, strict=True))
+        if self._draws:  # the first nodes of a drawn tree are not drawn as a smaller tree's
+            return {most: gains[most]}
+        if longest + 1 >= most:  # larger trees might have had more nodes
+            return {n: gain for n, gain in gains.items() if n <= most}
+        return gains
+
     def _watch(self, state: DecodeState, nodes: int) -> _Watched:
-        """Drafts for every row that will not run."""
+        """Drafts for every row, which will not be run."""
         begin, compiled = time.perf_counter(), self.compile_s
         drafts = self._drafts(state, nodes)
         if drafts is None:
             tree = self._call(
-                propose, self._device.weights, state.draft, state.token,
+                draft_trees, self._device.weights, state.draft, state.token,
                 drafter=self._device, nodes=nodes,
             )  # fmt: skip
             drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
@@ -193,7 +207,7 @@ class Drafting:
     def _judge(
         self, controller: Controller, watched: _Watched, texts: Sequence[np.ndarray]
     ) -> None:
-        """Tells the controller what the drafts were worth, now that the texts have gone on."""
+        """Tells the controller how many of the watched nodes the emitted texts agree with."""
         went = [(d, text) for d, text in zip(watched.drafts, texts, strict=True) if text.size]
         paths = [path_of(draft, text[:-1].tolist()) for draft, text in went]
         longest = max(len(draft.tokens) for draft, _ in went)
@@ -224,7 +238,7 @@ class Drafting:
         return result[0]
 
     def _call(self, f: Program, *arguments: Any, **options: Any) -> Any:
-        """Calls a program, and keeps the time apart if that compiled it."""
+        """Calls a program; the time counts as `compile_s` if the call compiled it."""
         known, begin = f.compiled(), time.perf_counter()
         result = f(*arguments, **options)
         if f.compiled() > known:
@@ -232,7 +246,7 @@ class Drafting:
         return result
 
     def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
-        """Compiles every step that `advance` may take. Nothing may run in `state`."""
+        """Compiles every step that `advance` may take. All rows of `state` must be done."""
         for nodes in (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets:
             state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
         if isinstance(self._nodes, Controller) and self._nodes.watch > 1:
@@ -250,12 +264,12 @@ class Drafting:
         self._drafting_s += time.perf_counter() - begin
 
     def abandon(self) -> None:
-        """All rows leave, whatever they have emitted: a drafter outlives what has failed."""
+        """All rows leave after a failure, so that the drafter can be used again."""
         for row in range(len(self._requests)):
             self.leave(row, ())
 
     def report(self, state: DecodeState) -> DraftReport:
-        """The steps of the rows in `state` so far."""
+        """The report on the rows in `state` so far."""
         lengths = np.asarray(state.lengths).sum(0)
         steps = int(lengths.sum())
         emitted = int(lengths @ np.arange(1, lengths.size + 1))
@@ -267,7 +281,7 @@ class Drafting:
         )
 
     def _program(self, nodes: int, burst: int) -> tuple[Any, dict[str, Any], DeviceDrafter]:
-        """The function for steps of `nodes` nodes, its options, and its drafter."""
+        """The program for steps of `nodes` nodes, its options, and its drafter."""
         asks_host = self._host is not None and nodes > 1
         drafter = self._device if self._host is None or asks_host else PLAIN
         options = dict(config=self._config, drafter=drafter, nodes=nodes, eviction=self._eviction)
@@ -276,7 +290,7 @@ class Drafting:
         return decode_burst, {**options, "steps": burst}, drafter
 
     def _drafts(self, state: DecodeState, nodes: int) -> list[Draft] | None:
-        """What the host drafter says about every row that is running; None if it is not asked."""
+        """The host drafter's draft for every running row; None if it is not asked."""
         host = self._host
         if host is None or nodes == 1:
             return None
@@ -301,53 +315,8 @@ class Drafting:
         return drafts
 
     def _observe(self, row: int, tokens: np.ndarray, count: int) -> None:
-        """Tells the host drafter what a row has emitted since it was last told."""
+        """Passes the tokens that a row has emitted since the last call to the host drafter."""
         request, new = self._requests[row], tokens[self._observed[row] : count]
         if self._host is not None and request is not None and new.size:
             self._host.observe(request, new.tolist())
         self._observed[row] = count
-
-
-def check_devices(weights: Any, state: Any) -> None:
-    """One program runs both models: what has been put on devices must be on the same ones.
-
-    Raises ValueError where the arrays of a draft model and of the target are not.
-    """
-    drafts, target = (
-        {
-            device
-            for leaf in jax.tree.leaves(part)
-            if isinstance(leaf, jax.Array) and leaf.committed
-            for device in leaf.sharding.device_set
-        }
-        for part in (weights, state)
-    )
-    if drafts and target and drafts != target:
-        raise ValueError(
-            f"the draft model is on {len(drafts)} of the devices and the target on {len(target)}: "
-            "load the draft model with mesh= of the target"
-        )
-
-
-@program(static_argnames=("drafter", "room", "config"), donate_argnames=("state",))
-def attach(
-    state: DecodeState,
-    weights: Any,
-    prompts: jax.Array,
-    *,
-    drafter: DeviceDrafter,
-    room: int,
-    config: ModelConfig,
-) -> DecodeState:
-    """Decoding with a device drafter: its state, every row begun with its prompt [B, T]."""
-    rows = jnp.arange(prompts.shape[0], dtype=jnp.int32)
-    draft = drafter.begin(weights, drafter.init(len(rows), room, config), rows, prompts)
-    return dataclasses.replace(state, draft=draft)
-
-
-@program(static_argnames=("drafter", "nodes"))
-def propose(
-    weights: Any, state: Any, root: jax.Array, *, drafter: DeviceDrafter, nodes: int
-) -> TokenTree:
-    """The trees that a device drafter would have a step run."""
-    return drafter.propose(weights, state, root, nodes)[1]

@@ -1,4 +1,4 @@
-"""What a drafter that runs on the host is: it watches tokens go by and proposes continuations."""
+"""The interface of drafters that run on the host, in Python, between decoding steps."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -7,11 +7,11 @@ import numpy as np
 
 
 class Draft(NamedTuple):
-    """Proposed nodes below the last token of a request, which is not among them, best first.
+    """A tree of proposed tokens that continues the last token of a request, best nodes first.
 
-    A step may have room for the first of them only, and the choice of how many takes it that
-    fewer nodes would have been these. A parent is -1 (the last token itself) or an index into
-    these arrays, below the node's own.
+    The last token is the root and not part of the draft. A step may take only the first nodes, and
+    the number of nodes is chosen as if a smaller draft consisted of them. A parent is -1 (the root)
+    or the index of an earlier node.
     """
 
     tokens: np.ndarray  # int32 [n]
@@ -20,7 +20,7 @@ class Draft(NamedTuple):
 
 @runtime_checkable
 class HostDrafter(Protocol):
-    """Requests join, are observed token by token, and leave; each is known by a number."""
+    """Requests join, are observed as they emit tokens, and leave; each has a number."""
 
     def begin(self, request: int, prompt: Sequence[int]) -> None:
         """A request joins with its prompt, before any token is emitted."""
@@ -31,7 +31,7 @@ class HostDrafter(Protocol):
         ...
 
     def propose(self, request: int, nodes: int, depth: int) -> Draft:
-        """At most `nodes` nodes, no deeper than `depth`, that continue all that was observed."""
+        """At most `nodes` nodes, no deeper than `depth`, behind all observed tokens."""
         ...
 
     def end(self, request: int) -> None:
@@ -40,9 +40,9 @@ class HostDrafter(Protocol):
 
 
 def token_ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-    """The tokens as int64 [n]; ValueError unless they are ids of 0 to 2**31 - 1."""
+    """The tokens as int64 [n]; ValueError unless they are ids from 0 to 2**31 - 1."""
     ids = np.asarray(tokens, np.int64)
-    # A negative id is huge when read as unsigned, so that one reduction catches both ends.
+    # A negative id is huge when read as unsigned, so one reduction checks both ends.
     if ids.ndim != 1 or (ids.size and ids.view(np.uint64).max() >= 2**31):
-        raise ValueError("tokens must be a flat sequence of ids of 0 to 2**31 - 1, no padding")
+        raise ValueError("tokens must be a flat sequence of ids from 0 to 2**31 - 1")
     return ids

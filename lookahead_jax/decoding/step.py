@@ -58,7 +58,7 @@ class DecodeState:
     reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
     finite: jax.Array  # [B] bool; a row ends, without a token, at logits that are NaN or infinite
     draft: Any  # the drafter's state
-    sums: jax.Array | None  # [L, B, K, S] float32, see decode_eviction.opening_sums
+    sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
 
 
 class Decoded(NamedTuple):
@@ -136,9 +136,9 @@ def start(
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
-    static room for them, `eos` what ends all rows [E] or each [B, E], `draft` the state of the
-    drafter that decoding will use, `sums` what `decode_eviction.opening_sums` says if the row will
-    be cut again. The cache is donated.
+    static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
+    of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
+    evicted during decoding. The cache is donated.
     """
     batch = logits.shape[0]
     finite = jnp.isfinite(logits).all(-1)
@@ -183,10 +183,10 @@ def _finite_count(raw: jax.Array, accepted: Accepted) -> jax.Array:
 
 
 class Step(NamedTuple):
-    """A tree and what became of it."""
+    """A verified tree, as `on_step` receives it."""
 
     tree: TokenTree
-    valid: jax.Array  # [B, P] bool nodes that the target looked at
+    valid: jax.Array  # [B, P] bool nodes that the target has read
     path: jax.Array  # [B, P] int32 accepted nodes from the root down
     count: jax.Array  # [B] int32 how many; also the tokens emitted
 
@@ -206,8 +206,9 @@ def _step(
     drawn = None
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
         draft, tree, drawn = drafter.draw(
-            weights, state.draft, state.token, nodes, cache.next_pos, state.sampling
-        )
+            weights, state.draft, state.token, nodes,
+            positions=cache.next_pos, sampling=state.sampling,
+        )  # fmt: skip
     else:
         draft, tree = drafter.propose(weights, state.draft, state.token, nodes)
     room = jnp.where(state.done, 0, state.limit - state.count)
@@ -225,8 +226,8 @@ def _step(
     else:
         with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
         accepted = accept_drawn(
-            tree, laid, drawn, processed, base + laid.depth, with_ends.valid & ~laid.valid,
-            state.sampling,
+            tree, laid, drawn=drawn, processed=processed, positions=base + laid.depth,
+            ending=with_ends.valid & ~laid.valid, sampling=state.sampling,
         )  # fmt: skip
     count = _finite_count(raw, accepted)
     finite = count == accepted.count
@@ -282,8 +283,8 @@ def decode_step(
 ) -> tuple[DecodeState, Step]:
     """One model step, and its tree. The state is donated.
 
-    For trees that the host makes: `drafter` is `Given()` and `state.draft` the tree. The rest is
-    as for `decode_burst`.
+    For trees made on the host, `drafter` is `Given()` and `state.draft` the tree. The other
+    arguments are those of `decode_burst`.
     """
     state, entries, step = _step(
         params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
@@ -307,10 +308,10 @@ def decode_burst(
     """Up to `steps` model steps, fewer if every row finishes. The state is donated.
 
     Each step verifies a tree of `nodes` nodes (tree.NODE_BUCKETS) that `drafter` proposes;
-    `state.draft` is the drafter's state and `weights` what it reads. The tokens do not depend on
-    either: without a drafter, one node a step, it is plain decoding. With `eviction` every row
-    is cut back to its budget at multiples of the interval (`modules` are for a policy that reads
-    them); the cache must have room for the budget and one interval.
+    `state.draft` is the drafter's state and `weights` the arrays it reads. The tokens do not depend
+    on them; without a drafter, with one node per step, this is plain decoding. With `eviction`,
+    every row is evicted down to its budget at multiples of the interval (`modules` are for policies
+    that read them); the cache must have room for the budget and one interval.
     """
     settle = partial(_settle, config=config, eviction=eviction)
 

@@ -1,9 +1,8 @@
 """Token trees: several continuations of a text, verified in one step of the model.
 
 Node 0 is the root, the last emitted token; every other node continues its parent. A drafter gives
-tokens and parents, nothing else: depth, ancestors and validity are derived here, on the device,
-so that whatever a drafter hands over can cost time but never change the output. B batch, P nodes,
-V vocabulary.
+only tokens and parents. Depth, ancestors and validity are derived here, on the device, so that a
+bad draft can cost time but never change the output. B batch, P nodes, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
-NODE_BUCKETS = (1, 8, 16, 32, 64, 128)  # every number of nodes is a program of its own
+NODE_BUCKETS = (1, 8, 16, 32, 64, 128)  # each number of nodes compiles its own program
 
 
 @struct.dataclass
@@ -25,10 +24,10 @@ class TokenTree:
 
 
 class Layout(NamedTuple):
-    """What follows from a tree's tokens and parents."""
+    """Properties derived from a tree's tokens and parents."""
 
     depth: jax.Array  # [B, P] int32 tokens between the root and the node
-    parents: jax.Array  # [B, P] int32, fit to index with; the root is its own
+    parents: jax.Array  # [B, P] int32, valid as indices; the root is its own parent
     ancestors: jax.Array  # [B, P, P] bool, the node itself included
     valid: jax.Array  # [B, P] bool
 

@@ -1,8 +1,9 @@
-"""What the compiled code of the host drafters shares: children of nodes, and their hash table.
+"""Compiled code that the host drafters share: children of nodes, and their hash table.
 
-Compiled on first use and kept on disk. numba's disk cache does not notice that a function in
-another file has changed, and stale code would corrupt the arrays: so every name under which code
-is kept holds a checksum of all files of compiled code.
+Functions are compiled on first use and kept on disk. numba's disk cache does not notice that a
+function in another file has changed, and stale code would corrupt the arrays. So the cache's names
+hold a checksum of all files of compiled code. Compiled functions take their arrays one by one and
+by position, since numba has no keyword-only arguments.
 """
 
 import zlib

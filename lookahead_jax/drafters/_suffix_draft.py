@@ -1,4 +1,4 @@
-"""What a suffix tree proposes, compiled: the best tree over all matches of the context's end."""
+"""Proposals of a suffix tree, compiled: the best tree over all matches of the context's end."""
 
 from typing import no_type_check
 
@@ -16,7 +16,7 @@ OPTION = np.dtype(
         ("chance", np.float64),
     ]
 )
-SCANNED = 128  # children of one node that a proposal looks at, the most recently seen first
+SCANNED = 128  # children of one node that a proposal considers, the most recently seen first
 
 
 @compiled

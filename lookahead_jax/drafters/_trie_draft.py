@@ -1,4 +1,4 @@
-"""What the trie proposes, compiled: several suffixes of the context merged into one tree."""
+"""The trie's proposals, compiled: several suffixes of the context merged into one tree."""
 
 from typing import no_type_check
 
@@ -7,9 +7,9 @@ import numpy as np
 from lookahead_jax.drafters._compiled import NONE, compiled, find
 from lookahead_jax.drafters._trie import PUBLIC
 
-PROMPT, OUTPUT = 1, 2  # what a proposed node is known from, added up
+PROMPT, OUTPUT = 1, 2  # where a proposed node was seen; 3: in both
 ESCAPE = 1.0  # occurrences that count against each source, see `blend`
-WIDTH = 32  # children of one node that a proposal looks at, the most recently seen first
+WIDTH = 32  # children of one node that a proposal considers, the most recently seen first
 
 
 @compiled
@@ -26,12 +26,12 @@ def walk(nodes, table, root, tokens):
 @compiled
 @no_type_check
 def anchors(nodes, table, state, active, root, recent):
-    """Where the last tokens were seen: (nodes, occurrences that went on), the longest match first.
+    """Nodes of the last tokens, longest match first, and how often each was continued.
 
-    The private trie comes before the public one at each length. What is being written now has no
-    continuation yet and does not count.
+    At each length the private trie comes before the public one. The n-gram being written now has
+    no continuation yet and does not count.
     """
-    found = np.empty(2 * recent.size, np.int32)
+    matches = np.empty(2 * recent.size, np.int32)
     seen = np.empty(2 * recent.size, np.float32)
     n = 0
     for length in range(recent.size, 0, -1):
@@ -45,19 +45,19 @@ def anchors(nodes, table, state, active, root, recent):
             if length < active.size and node == active[length]:
                 count -= 1.0
             if count > 0:
-                found[n] = node
+                matches[n] = node
                 seen[n] = count
                 n += 1
-    return found[:n], seen[:n]
+    return matches[:n], seen[:n]
 
 
 @compiled
 @no_type_check
 def blend(nodes, weight, sources, seen, tokens, scores, kinds):
-    """Tokens after the sources, their probabilities and kinds (below); returns how many.
+    """Tokens that follow the sources, their probabilities and kinds; returns how many.
 
-    Prediction by partial matching: a source seen c times keeps c / (c + ESCAPE) of the mass that
-    the sources before it have left, and the rest goes to those after it.
+    Prediction by partial matching: a source seen c times keeps c / (c + ESCAPE) of the probability
+    that the sources before it have left, and passes the rest on.
     """
     n, left = 0, 1.0
     for s in range(sources.size):
@@ -89,12 +89,12 @@ def blend(nodes, weight, sources, seen, tokens, scores, kinds):
 
 @compiled
 @no_type_check
-def propose(nodes, table, state, active, root, recent, limit, depth):
+def best_tree(nodes, table, state, active, root, recent, limit, depth):
     """The best tree of at most `limit` nodes: (tokens, parents), int32 [n].
 
-    Best first by path probability over all anchors at once. Two quotas hold while anything else
-    is left: a child of the root and all below it take at most half the nodes (or one whole path),
-    and so do, at three quarters, the nodes known only from the prompt or only from outputs.
+    Best first by path probability over all anchors at once. Two quotas hold as long as other nodes
+    are left: a child of the root and all nodes below it take at most half of the nodes (or one
+    whole path), and nodes seen only in the prompt, or only in outputs, at most three quarters.
     """
     sources, seen = anchors(nodes, table, state, active, root, recent)
     weight = state[0].weight
@@ -106,14 +106,14 @@ def propose(nodes, table, state, active, root, recent, limit, depth):
     score = np.ones(limit + 1, np.float32)
     branch = np.zeros(limit + 1, np.int32)
     taken = np.zeros(limit + 2, np.int32)  # nodes of each branch
-    kinds = np.zeros(4, np.int32)  # chosen nodes, by what they are known from
+    kinds = np.zeros(4, np.int32)  # chosen nodes, by where they were seen
     branch_quota, kind_quota = max(depth, limit // 2), limit - limit // 4
     options = limit * 2 * WIDTH
     option_token = np.empty(options, np.int32)
     option_parent = np.empty(options, np.int32)
     option_score = np.empty(options, np.float32)
     option_kind = np.empty(options, np.int8)
-    found = np.empty(2 * WIDTH, np.int32)
+    successor = np.empty(2 * WIDTH, np.int32)
     probability = np.empty(2 * WIDTH, np.float32)
     kind = np.empty(2 * WIDTH, np.int8)
     n_options, n = 0, 0
@@ -123,9 +123,9 @@ def propose(nodes, table, state, active, root, recent, limit, depth):
             if expand > 0:
                 for s in range(sources.size):
                     seen[s] = 0 if at[expand, s] == NONE else nodes[at[expand, s]].count / weight
-            here = blend(nodes, weight, at[expand], seen, found, probability, kind)
+            here = blend(nodes, weight, at[expand], seen, successor, probability, kind)
             for i in range(here):
-                option_token[n_options] = found[i]
+                option_token[n_options] = successor[i]
                 option_parent[n_options] = expand
                 option_score[n_options] = score[expand] * min(probability[i], 1.0)
                 option_kind[n_options] = kind[i]

@@ -1,8 +1,7 @@
-"""combine: one tree out of the drafts of two drafters, both on the host or both on the device.
+"""combine: one tree from two drafters, both on the host or both on the device.
 
-The drafts are merged by prefix, best first: a node of each in turn, until the nodes are spent. A
-draft lists its nodes best first, parents before children. A node that both propose counts once,
-and what either has behind it stands behind it.
+The drafts are merged by prefix: a node of each in turn, best first, until all nodes are used. A
+node that both propose counts once and keeps the children of both.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ class Combine:
 
 @dataclasses.dataclass(frozen=True)
 class CombineOnDevice:
-    """Two device drafters as one; ValueError for one that has a model of its own, and for none."""
+    """Two device drafters as one. Raises ValueError for draft models and for `none`."""
 
     first: DeviceDrafter
     second: DeviceDrafter
@@ -56,10 +55,10 @@ class CombineOnDevice:
     def __post_init__(self) -> None:
         for drafter in (self.first, self.second):
             if isinstance(drafter, NoDrafter):
-                raise ValueError("there is nothing to combine with `none`")
-            if isinstance(drafter, DraftModel):  # its cache takes paths of its own depth only
+                raise ValueError("nothing to combine: leave out `none`")
+            if isinstance(drafter, DraftModel):  # its cache takes only paths of its own tree
                 raise ValueError(
-                    "a draft model cannot be combined, since it must have drafted what it reads: "
+                    "a draft model cannot be combined, since its cache takes only its own drafts: "
                     "use it alone"
                 )
 
@@ -91,7 +90,7 @@ class CombineOnDevice:
 
 
 def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
-    """The first `nodes` nodes of the drafts' union, a node of each draft in turn."""
+    """The first `nodes` nodes of the union of drafts, a node of each in turn."""
     place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
     merged = [[-1] * len(draft.tokens) for draft in drafts]
     for i in range(max((len(draft.tokens) for draft in drafts), default=0)):
@@ -101,7 +100,7 @@ def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
             parent = int(draft.parents[i])
             above = -1 if parent < 0 else own[parent]
             if parent >= 0 and above < 0:
-                continue  # its parent found no room
+                continue  # its parent has no place
             key = (above, int(draft.tokens[i]))
             if key not in place and len(place) < nodes:
                 place[key] = len(place)
@@ -113,11 +112,11 @@ def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
 
 
 def merge_trees(one: TokenTree, other: TokenTree) -> TokenTree:
-    """The same for two trees [B, P] of equal roots: the first P nodes of their union."""
+    """`merge` for two trees [B, P] of equal roots: the first P nodes of their union."""
     width = one.tokens.shape[1]
     a, a_path, a_parents = _paths(one)
     b, b_path, b_parents = _paths(other)
-    # A node is its path: which node of the first tree is which of the second.
+    # Nodes are equal if their paths are: which node of one tree is which of the other.
     same = (a_path[:, :, None] == b_path[:, None]).all(-1) & a[:, :, None] & b[:, None]
     index = jnp.arange(width, dtype=jnp.int32)[None]
     never = 2 * width
@@ -125,7 +124,7 @@ def merge_trees(one: TokenTree, other: TokenTree) -> TokenTree:
     turn = jnp.where(a, jnp.minimum(2 * index, turn), never)
     twin = same.any(1)
     turn = jnp.concatenate([turn, jnp.where(b & ~twin, 2 * index + 1, never)], axis=1)
-    # Nodes of the second tree are known by the number of their twin, else behind the first's.
+    # Nodes of the second tree have the number of their twin, others follow the first tree's.
     number = jnp.where(twin, jnp.argmax(same, axis=1).astype(jnp.int32), width + index)
     parents = jnp.concatenate([a_parents, jnp.take_along_axis(number, b_parents, axis=1)], axis=1)
     tokens = jnp.concatenate([one.tokens, other.tokens], axis=1)

@@ -1,7 +1,7 @@
 """draft_model: a smaller model of the same vocabulary drafts a dynamic tree.
 
 DySpec (Xiong et al. 2024, arXiv:2410.11744) in its threshold form, with the likeliest children
-instead of drawn ones: what the target chooses decides anyway. B batch, P nodes, W nodes a level.
+instead of drawn ones, since the target's choice decides. B batch, P nodes, W nodes a level.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from lookahead_jax.prefilling.prefill import prefill
 
 @struct.dataclass
 class DraftCache:
-    """The draft model's cache of everything but the root, the last accepted path on its way in."""
+    """The draft model's cache of all tokens but the root, and the pending accepted path."""
 
     cache: KVCache
     k: jax.Array  # [L, B, K, depth + 1, H]
     v: jax.Array  # [L, B, K, depth + 1, H]
-    count: jax.Array  # [B] int32 rows of k and v that count
+    count: jax.Array  # [B] int32 valid entries of k and v
 
     def whole(self) -> KVCache:
-        """The cache with the path in it; written before it is read, see decoding.decode_burst."""
+        """The cache with the pending path; written before it is read, see step.decode_burst."""
         steps = jnp.arange(self.k.shape[3], dtype=jnp.int32)[None]
         path = jnp.broadcast_to(steps, (self.count.shape[0], steps.shape[1]))
         positions = self.cache.next_pos[:, None] + path
@@ -40,10 +40,10 @@ class DraftCache:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftModel:
-    """Level by level the W likeliest paths, as long as one has a probability of 1 / P; then sorted.
+    """A tree of the W likeliest paths per level, as long as they have a probability of 1 / P.
 
-    W is as many as fill the nodes at `depth` levels. The draft model keeps its whole cache, for
-    prompt and output; it runs once per level and once over the accepted path.
+    W is the number that fills all nodes with `depth` levels. The draft model evicts nothing and
+    runs once per level and once over the accepted path.
     """
 
     model: Model = dataclasses.field(compare=False, repr=False)

@@ -1,9 +1,9 @@
-"""drawn_model: the draft model's tree with drawn children, accepted by their probability.
+"""drawn_model: children sampled from a draft model, accepted by their probability.
 
-DySpec (Xiong et al. 2024, arXiv:2410.11744) in its threshold form. A child's slot is worth the
-probability of the path to its parent times what its elder siblings have left of the parent's
-distribution: known before its token is drawn, as acceptance.accept_drawn asks. B batch, P nodes,
-W nodes a level, V vocabulary.
+DySpec (Xiong et al. 2024, arXiv:2410.11744) in its threshold form. The value of a child's slot is
+the probability of the path to its parent times the part of the parent's distribution that earlier
+siblings have left. It is known before the token is drawn, as acceptance.accept_drawn requires.
+B batch, P nodes, W nodes per level, V vocabulary.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from lookahead_jax.drafters.draft_model import DraftCache, DraftModel
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DrawnModel(DraftModel):
-    """Level by level the W most valuable slots, as long as one is worth 1 / P.
+    """A tree of the W most valuable slots per level, as long as their value is at least 1 / P.
 
-    Greedy rows get the likeliest children in place of drawn ones.
+    Greedy rows get the likeliest children instead of drawn ones.
     """
 
     def draw(
@@ -31,10 +31,11 @@ class DrawnModel(DraftModel):
         state: DraftCache,
         root: jax.Array,
         nodes: int,
+        *,
         positions: jax.Array,
-        rows: SamplingRows,
+        sampling: SamplingRows,
     ) -> tuple[DraftCache, TokenTree, jax.Array]:
-        """A tree behind each row's `root` [B], which stands at `positions` [B].
+        """A tree below each row's `root` [B], whose positions are `positions` [B].
 
         Also returns the probabilities [B, P, V] that the children of each node were drawn from.
         """
@@ -43,7 +44,7 @@ class DrawnModel(DraftModel):
         tree, batch = root_only(root), len(root)
         depth = min(self.depth, nodes - 1)
         width = (nodes - 1) // depth
-        warmth = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None, None]
+        warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
         value = jnp.ones((batch, 1), jnp.float32)  # probability of the paths to the newest level
         drawn = []
         for level in range(depth):
@@ -53,10 +54,10 @@ class DrawnModel(DraftModel):
             drawn.append(q)
             noise = keyed_noise(
                 lambda key, shape=q.shape[-1:]: jax.random.gumbel(key, shape),
-                rows.seed, jnp.broadcast_to(positions[:, None] + level, (batch, newest)), DRAW,
+                sampling.seed, jnp.broadcast_to(positions[:, None] + level, (batch, newest)), DRAW,
                 distinct=True,
             )  # fmt: skip
-            noise = jnp.where(rows.temperature[:, None, None] > 0, noise, 0.0)
+            noise = jnp.where(sampling.temperature[:, None, None] > 0, noise, 0.0)
             # The first of the perturbed probabilities are draws without replacement, in order.
             _, token = jax.lax.top_k(jnp.log(q) + noise, width)
             chance = jnp.take_along_axis(q, token, axis=-1)

@@ -1,4 +1,4 @@
-"""prompt_lookup: what followed the last n-gram where it stood before (Saxena 2023).
+"""prompt_lookup: the text that followed an earlier occurrence of the last n-gram (Saxena 2023).
 
 https://github.com/apoorvumang/prompt-lookup-decoding; defaults and choice of the match are those
 of `PromptLookupCandidateGenerator` in transformers 5.
@@ -17,17 +17,17 @@ from lookahead_jax.model.config import ModelConfig
 
 @struct.dataclass
 class Texts:
-    """Everything emitted so far but each row's root."""
+    """Prompt and output of each row, without the root."""
 
-    tokens: jax.Array  # [B, S] int32, -1 behind the end
+    tokens: jax.Array  # [B, S] int32, -1 after the end
     length: jax.Array  # [B] int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptLookup:
-    """A chain: the continuation of the leftmost earlier occurrence of the text's last n-gram.
+    """Drafts the continuation of the leftmost earlier occurrence of the text's last n-gram.
 
-    The longest n-gram that has one decides. Prompt and output are one text.
+    The longest n-gram with an earlier occurrence counts. Prompt and output are one text.
     """
 
     ngram: int = 2
@@ -66,13 +66,13 @@ class PromptLookup:
         return state, chain(root, jnp.where(found, drafted, -1), nodes)
 
     def update(self, weights: Weights, state: Texts, verified: Verified) -> Texts:
-        # The root and all that was emitted but the new root: the tokens of the accepted nodes.
+        # The accepted nodes are the old root and all emitted tokens but the new root.
         path = jnp.take_along_axis(verified.tree.tokens, verified.accepted.path, axis=1)
         return _append(state, path, verified.accepted.count)
 
 
 def _append(state: Texts, tokens: jax.Array, count: jax.Array) -> Texts:
-    """Writes the first `count` [B] of `tokens` [B, P] behind each text, as far as it has room."""
+    """Appends the first `count` [B] of `tokens` [B, P] to each text, as far as there is room."""
     step = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     width = state.tokens.shape[1]
     at = jnp.where(step < count[:, None], state.length[:, None] + step, width)
@@ -84,7 +84,7 @@ def _append(state: Texts, tokens: jax.Array, count: jax.Array) -> Texts:
 
 
 def _continuation(text: jax.Array, length: jax.Array, longest: int) -> jax.Array:
-    """Where the text [B, S] goes on after an earlier occurrence of its end: [B], -1 if none."""
+    """Where the text [B, S] continues after an earlier occurrence of its end: [B], -1 if none."""
     width = text.shape[1]
     index = jnp.arange(width, dtype=jnp.int32)[None]
     begin = jnp.full_like(length, -1)

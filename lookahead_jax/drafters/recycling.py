@@ -1,4 +1,4 @@
-"""recycling: candidates the target itself proposed the last time it saw a token.
+"""recycling: the target's likeliest successors from the last time it read a token.
 
 Token Recycling (Luo et al. 2024, arXiv:2408.08696). V vocabulary, B batch, P nodes.
 """
@@ -18,7 +18,7 @@ from lookahead_jax.decoding.tree import TokenTree
 from lookahead_jax.model.config import ModelConfig
 
 CANDIDATES = 8  # per token, as in the paper
-_DEEPER = 1.5  # a level down costs this factor; makes the depths of the authors' 80 nodes
+_DEEPER = 1.5  # cost factor per level; reproduces the depths of the authors' 80 nodes
 
 
 class Template(NamedTuple):
@@ -26,15 +26,15 @@ class Template(NamedTuple):
 
     parents: np.ndarray  # int32 [P]
     levels: tuple[tuple[np.ndarray, np.ndarray], ...]  # below the root: parents, ranks of siblings
-    place: np.ndarray  # int32 [P] where a node stands among the levels, whose parents are such
+    place: np.ndarray  # int32 [P] index of a node in the order of levels, as parents are given
 
 
 @cache
 def template(nodes: int) -> Template:
-    """The cheapest paths of candidate ranks: one costs its (rank + 1) and a factor per level.
+    """The cheapest paths of candidate ranks; each level costs (rank + 1) times a constant.
 
-    8, 21, 24, 19, 6, 1, 1 nodes a level for 80, against 8, 21, 25, 15, 8, 3 of the authors'
-    hand-picked tree. Every number of nodes has its tree, the first nodes of the larger ones.
+    80 nodes have 8, 21, 24, 19, 6, 1, 1 per level, against 8, 21, 25, 15, 8, 3 in the authors'
+    hand-picked tree. A smaller tree consists of the first nodes of a larger one.
     """
     heap: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
     paths = []
@@ -58,13 +58,13 @@ def template(nodes: int) -> Template:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recycling:
-    """A tree of fixed shape, filled from a table of each token's last eight best successors.
+    """A tree of fixed shape, filled from a table of each token's eight likeliest successors.
 
-    Every node that the target looked at, accepted or not, rewrites its token's line with the
-    target's eight best, unprocessed. Where a step holds a token several times, an accepted node
-    wins over a rejected one, then a later row of the batch, then a later node: the line does not
-    depend on the order of a scatter. The state is the table int32 [V, 8], -1 where nothing is
-    known; it belongs to all rows and outlives their requests.
+    Every node that the target has read, accepted or not, updates the table's line of its token,
+    from unprocessed logits. If a step holds a token several times, accepted nodes win over rejected
+    ones, then later rows of the batch, then later nodes, so the result does not depend on the order
+    of a scatter. The state is the table, int32 [V, 8], -1 where unknown. All rows share it, and it
+    outlives their requests.
     """
 
     weights = None
@@ -100,7 +100,7 @@ class Recycling:
         priority = nodes + jnp.where(on_path.any(-1).ravel(), tokens.size, 0)
         outside = state.shape[0]
         at = jnp.where(verified.layout.valid, tokens, outside).ravel()
-        # The last of each token's nodes wins; sorting so few is quicker than a pass over V.
+        # The last of each token's nodes wins; sorting the nodes is faster than a pass over V.
         at, _, node = jax.lax.sort((at, priority, nodes), num_keys=2)
         wins = jnp.append(at[1:] != at[:-1], True)
         lines = best.reshape(-1, CANDIDATES)[node].astype(jnp.int32)

@@ -1,8 +1,8 @@
-"""SuffixDecoding (arXiv 2411.04975): long repeats are drafted long, from suffix trees.
+"""SuffixDecoding (arXiv 2411.04975): drafts from suffix trees, longer for longer matches.
 
-One tree per request over its prompt and output, one over the outputs of all requests. The length
-rule and the score are the source's; the trees, unlike the source's, are spelled out token by
-token as far as text repeats, which keeps removal exact.
+Each request has a tree of its prompt and output; one more tree holds the outputs of all requests.
+Length rule and score are those of the paper. Unlike the paper's, the trees have one node per token
+where text repeats, so that removing a text is exact.
 """
 
 import threading
@@ -16,7 +16,7 @@ from lookahead_jax.decoding.host_drafter import Draft, token_ids
 from lookahead_jax.drafters import _suffix, _suffix_draft
 from lookahead_jax.drafters._compiled import NONE
 
-_RUNNING = 256  # requests at a time for which outputs need not be dropped; each has two sequences
+_RUNNING = 256  # concurrent requests that need no output dropped; each has two sequences
 
 
 @dataclass
@@ -25,21 +25,23 @@ class _Request:
     own: int  # sequence of prompt and output
     output: int  # sequence of the output, in the tree of all
     recent: np.ndarray  # int64, the last tokens
-    unread: list[np.ndarray]  # int64, tokens that its own tree will hold when it is asked
-    learns: bool = True  # until memory runs out
+    unread: list[np.ndarray]  # int64, tokens not yet in its own tree
+    learns: bool = True  # False once memory has run out
 
 
 class Suffix:
     """A host drafter. Safe to share between threads.
 
-    capacity: nodes (44 bytes each, at most 52, text included) of all trees together. When they
-        run out the outputs of the requests that ended first are dropped whole; when there is
-        none, the request stops learning. requests: outputs kept (4 * depth bytes each).
-    depth: longest stored suffix. factor, offset: a match of m tokens proposes at most
-        `factor * m + offset` nodes. least: probability below which nothing is proposed.
+    capacity: nodes of all trees together (44 to 52 bytes each, text included). When they run out,
+        the outputs of the requests that ended first are dropped; without any, the running request
+        stops learning.
+    requests: number of outputs kept (4 * depth bytes each).
+    depth: longest stored suffix.
+    factor, offset: a match of m tokens proposes at most `factor * m + offset` nodes.
+    least: smallest probability of a proposed node.
     """
 
-    _loaded = False  # code of this process
+    _loaded = False  # whether this process has loaded the compiled code
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class Suffix:
         if requests < 1:
             raise ValueError(f"requests must be at least 1, got {requests}")
         self._depth = depth
-        self._rule = (float(factor), float(offset), float(least))  # of one type: compiled once
+        self._rule = (float(factor), float(offset), float(least))  # one type, so one compilation
         self._kept = requests
         sequences = requests + 2 * _RUNNING
         self._forest = _suffix.empty_forest(capacity, sequences, depth)
@@ -71,7 +73,7 @@ class Suffix:
         self._lock = threading.Lock()
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
-        """`prompt` goes into the request's own tree, at the first proposal."""
+        """A request begins; `prompt` enters its own tree at the first proposal."""
         ids = token_ids(prompt)
         with self._lock:
             if request in self._requests:
@@ -86,10 +88,10 @@ class Suffix:
             self._requests[request] = state
         if not Suffix._loaded:
             Suffix._loaded = True
-            self.propose(request, 1, 1)  # what is compiled is loaded here
+            self.propose(request, 1, 1)  # loads the compiled code
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
-        """Reads `tokens` into the tree of all outputs, and later into the request's own."""
+        """Adds `tokens` to the shared tree now, and to the request's own at the next proposal."""
         ids = token_ids(tokens)
         with self._lock:
             state = self._get(request)
@@ -98,7 +100,7 @@ class Suffix:
             state.learns = state.learns and self._append(self._root, state.output, ids)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
-        """The better-scoring tree of the request's own and that of all outputs (ties: own)."""
+        """The draft with the better score, from the request's own tree or the shared one."""
         with self._lock:
             state = self._get(request)
             if state.unread and state.learns:
@@ -114,7 +116,7 @@ class Suffix:
         return Draft(tokens, parents)
 
     def end(self, request: Hashable) -> None:
-        """Drops the request's own tree; its output stays until newer ones need the room."""
+        """The request ends: its own tree is dropped, its output kept until memory is needed."""
         with self._lock:
             state = self._get(request)
             del self._requests[request]
@@ -131,7 +133,7 @@ class Suffix:
 
     @property
     def nbytes(self) -> int:
-        """Memory when full."""
+        """Bytes of the trees, allocated at once."""
         return sum(array.nbytes for array in self._forest)
 
     def _get(self, request: Hashable) -> _Request:
@@ -158,7 +160,7 @@ class Suffix:
             self._drop_oldest()
 
     def _append(self, root: int, sequence: int, ids: np.ndarray) -> bool:
-        """Whether all of `ids` found room, old outputs being dropped for it."""
+        """Adds `ids`, dropping old outputs if needed; whether there was room for all."""
         while True:
             ids = ids[_suffix.append(self._forest, root, sequence, ids) :]
             if not ids.size:

@@ -1,11 +1,11 @@
-"""The token trie: n-grams of prompts and outputs, counted as they go by (arXiv 2312.12728).
+"""The token trie: counts of the n-grams of prompts and outputs (arXiv 2312.12728).
 
-An n-gram counts where it begins. Those that begin in the prompt of a request, across its end
-too, are seen by that request only and leave with it; those that begin in an output are seen by
-all. Those of a prompt are counted when a context first holds the token they begin with, so a
-request pays for what it asks about and not for the length of its prompt. Differences from the
-published code: every token can be retrieved at once, several suffixes of the context are merged
-into one tree by path probability, and the nodes are bounded.
+An n-gram belongs to the text in which it begins. N-grams of a prompt are private to its request
+and removed with it; n-grams of outputs are shared by all requests. A prompt's n-grams are counted
+when a context first contains their first token, so the cost does not grow with the length of the
+prompt. Differences from the published code: tokens can be retrieved as soon as they are observed,
+several suffixes of the context are merged into one tree by path probability, and the number of
+nodes is bounded.
 """
 
 import os
@@ -27,7 +27,7 @@ _SAVED = {"tokens": np.int32, "parents": np.int32, "counts": np.float32, "ranks"
 class _Request(NamedTuple):
     root: int  # of its private trie
     active: np.ndarray  # int32 [D] nodes of the last 1 to D - 1 tokens
-    born: np.ndarray  # uint32 [D] which life of each node
+    born: np.ndarray  # uint32 [D] when each node was created
     recent: np.ndarray  # int32 [context] the last tokens, -1 before the first
     prompt: np.ndarray  # int64
     begun: int  # the store's clock before the prompt
@@ -37,16 +37,17 @@ class _Request(NamedTuple):
 class Trie:
     """A host drafter. Safe to share between threads.
 
-    capacity: nodes (48 bytes each, at most 56, taken at once) of all requests together. At the
-        bound the n-gram unseen for longest goes; prompts and outputs are each sure of half.
+    capacity: nodes of all requests together (48 to 56 bytes each, allocated at once). When it is
+        full, the n-gram seen least recently is dropped; prompts and outputs each keep at least
+        half of the nodes.
     branch: longest draft (published: 12). context: longest suffix looked up (published: 2).
-        Stored n-grams are `branch + context` tokens at most, so the longest suffixes of the
+        Stored n-grams have at most `branch + context` tokens, so the longest suffixes of the
         context have at least `branch` tokens after them.
-    half_life: observed tokens after which an occurrence counts half; by default as many as fill
-        the store when nothing repeats. `inf` counts exactly.
+    half_life: observed tokens after which an occurrence counts half; default: the number that
+        fills the store when nothing repeats. `inf` counts exactly.
     """
 
-    _loaded = False  # code of this process
+    _loaded = False  # whether this process has loaded the compiled code
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class Trie:
         self._lock = threading.Lock()
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
-        """The n-grams of `prompt` count for this request alone."""
+        """A request begins; the n-grams of `prompt` count for this request only."""
         ids = token_ids(prompt)
         with self._lock:
             if request in self._requests:
@@ -90,13 +91,13 @@ class Trie:
             begun = int(self._store[2][0]["clock"])
             state = _Request(root, active, born, recent, ids, begun, set())
             self._requests[request] = state
-            # The n-grams that may go on in the output are counted as they go by.
+            # N-grams that may continue in the output are counted as it is observed.
             tail = max(len(ids) - self._length + 1, 0)
             _trie.age(self._store[0], self._store[2], tail, self._growth)
             self._count(state, ids[tail:], root)
         if not Trie._loaded:
             Trie._loaded = True
-            self.propose(request, 1, 1)  # what is compiled is loaded here
+            self.propose(request, 1, 1)  # loads the compiled code
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts the n-grams that `tokens` complete."""
@@ -105,27 +106,27 @@ class Trie:
             self._count(self._get(request), ids, _trie.PUBLIC)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
-        """The best tree of at most `nodes` nodes and `depth` levels; see `_trie_draft.propose`."""
+        """The best tree of at most `nodes` nodes and `depth` levels (`_trie_draft.best_tree`)."""
         with self._lock:
             state = self._get(request)
             if nodes < 1 or depth < 1:
                 return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
             self._count_prompt(state)
-            tokens, parents = _trie_draft.propose(
+            tokens, parents = _trie_draft.best_tree(
                 *self._store, state.active, state.root, state.recent, nodes, depth
             )
         return Draft(tokens, parents)
 
     def end(self, request: Hashable) -> None:
-        """Forgets the n-grams that begin in the prompt of `request`."""
+        """The request ends; its prompt's n-grams are removed."""
         with self._lock:
             _trie.close_root(*self._store, self._get(request).root)
             del self._requests[request]
 
     def save(self, path: str | os.PathLike, *, vocabulary: str = "") -> None:
-        """Writes what was learned from outputs as a .npz archive; running requests are not in it.
+        """Writes the n-grams of outputs as an .npz archive, without those of running prompts.
 
-        vocabulary: names what the ids mean, a hash of the tokenizer say, and is checked by `load`.
+        vocabulary: identifies the tokenizer, for example by its hash; `load` compares it.
         """
         with self._lock:
             packed = _trie.pack(self._store[0], self._store[2])
@@ -135,9 +136,9 @@ class Trie:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, vocabulary: str = "", **settings: Any) -> "Trie":
-        """A trie with `settings` that begins with what `save` wrote; counts fade from here on.
+        """A trie with `settings` that starts with the n-grams that `save` wrote.
 
-        Raises ValueError if the file is anything else, is damaged, was saved for another
+        Raises ValueError if the file is no such archive, is damaged, was saved for another
         vocabulary, or has more nodes than the capacity.
         """
         trie = cls(**settings)
@@ -160,7 +161,7 @@ class Trie:
 
     @property
     def nbytes(self) -> int:
-        """Memory of a full store: nodes, child lookup and all."""
+        """Bytes of the store, nodes and child lookup included."""
         return sum(array.nbytes for array in self._store)
 
     def _get(self, request: Hashable) -> _Request:
@@ -173,7 +174,7 @@ class Trie:
         _trie.observe(*self._store, active, born, recent, root, ids, self._growth)
 
     def _count_prompt(self, request: _Request) -> None:
-        """What a proposal may look at: the n-grams that begin with a token of the context."""
+        """Counts the prompt's n-grams that begin with a token of the context."""
         whole = len(request.prompt) - self._length + 1
         for token in set(request.recent.tolist()) - request.asked - {NONE}:
             request.asked.add(token)

@@ -17,13 +17,14 @@ from jaxtyping import Array, Int
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
-from lookahead_jax.decoding.drafted import Drafting, check_devices
+from lookahead_jax.decoding.draft_programs import check_devices
+from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
+from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.prompt_reader import Opening, with_everything
 from lookahead_jax.engine.requests import MAX_EOS_IDS
-from lookahead_jax.generation.generate import for_decoding
 from lookahead_jax.model.cache import empty_cache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.layers import Params

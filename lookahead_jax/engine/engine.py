@@ -25,7 +25,7 @@ from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.prompt_reader import PromptReader
 from lookahead_jax.engine.prompt_store import PromptStore
 from lookahead_jax.engine.requests import Event, Job, Limits, Request, Result
-from lookahead_jax.generation.generate import announce
+from lookahead_jax.generation.inputs import announce, end_ids
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
 from lookahead_jax.modules.definition import LookaheadModules
@@ -72,7 +72,7 @@ class Engine:
         max_prompt_tokens: int | None = None,
         max_question_tokens: int = 0,
         lookahead: LookaheadModules | None = None,
-        eos_ids: Sequence[int] | None = None,
+        eos_ids: Sequence[int | str] | None = None,
         drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | Controller | None = None,
         evict_every: int | None = None,
@@ -97,7 +97,7 @@ class Engine:
         )
         announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
         self._model = model
-        self._eos_ids = model.generation.eos_ids if eos_ids is None else tuple(eos_ids)
+        self._eos_ids = end_ids(model, eos_ids)
         eviction = None
         if evict_every is not None and max_question_tokens:
             raise ValueError("documents (max_question_tokens) and evict_every exclude each other")

@@ -7,8 +7,8 @@ from typing import Literal
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
-from lookahead_jax.generation.generate import check_eos_ids, encode_prompts
-from lookahead_jax.generation.output_text import Finish, OutputRow
+from lookahead_jax.generation.inputs import encode_prompts, end_ids
+from lookahead_jax.generation.output_text import FinishReason, OutputRow
 from lookahead_jax.prefilling.batching import pad_batch
 
 MAX_EOS_IDS = 16  # room in every row's state; checkpoints name up to five
@@ -26,8 +26,10 @@ class Request:
     sampling: Sampling = GREEDY
     seed: int = 0
     stop: Sequence[str] = ()
-    eos_ids: Sequence[int] | None = None
-    """None: the engine's."""
+    eos_ids: Sequence[int | str] | None = None
+    """Tokens that end the row, by id or content; None: the engine's."""
+    stop_token_ids: Sequence[int | str] = ()
+    """More such tokens, beside `eos_ids`."""
     on_event: Callable[["Event"], None] | None = None
     """Receives the request's events in the thread that steps; its errors end the request."""
 
@@ -48,7 +50,7 @@ class Result:
     id: int
     tokens: list[int]  # an end-of-sequence token included
     text: str | None  # None without a tokenizer; cut before a stop string
-    finish: Finish | Literal["cancelled", "error"]
+    finish: FinishReason | Literal["cancelled", "error"]
     error: str | None  # why, if finish is "error"
     prompt_tokens: int
     reused_tokens: int  # of the prompt, those that an earlier request had read
@@ -112,7 +114,6 @@ class Limits:
             )
         if len(eos_ids) > MAX_EOS_IDS:
             raise ValueError(f"{len(eos_ids)} eos_ids are more than the {MAX_EOS_IDS} of a row")
-        check_eos_ids(eos_ids)
 
 
 class Job:
@@ -130,7 +131,8 @@ class Job:
             (document,) = encode_prompts(model, [request.document])
             (prompt,) = encode_prompts(model, [request.prompt], special=False)
         tokens = document + prompt
-        ends = tuple(eos_ids if request.eos_ids is None else request.eos_ids)
+        own = eos_ids if request.eos_ids is None else request.eos_ids
+        ends = end_ids(model, own, request.stop_token_ids)
         limits.check(request, tokens, len(document), ends)
         pad_batch([tokens], config=model.config)  # checks the ids
         self.id = id
@@ -143,7 +145,9 @@ class Job:
         self.reused_tokens = 0
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
-        self.output = OutputRow(model.tokenizer, request.stop, self._pieces.append)
+        self.output = OutputRow(
+            model.tokenizer, prompt=tokens, stop=request.stop, on_text=self._pieces.append
+        )
         self._has_text = model.tokenizer is not None
         self._submitted = time.perf_counter()
         self._started: float | None = None

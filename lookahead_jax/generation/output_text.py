@@ -1,9 +1,9 @@
-"""One request's output on the host: tokens become text as it is certain; stop strings end it."""
+"""One request's output on the host: tokens become text; a stop string ends it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
-Finish = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length"]
 
 
 @runtime_checkable
@@ -16,74 +16,35 @@ class TextStream(Protocol):
 
 
 @runtime_checkable
-class Decoder(Protocol):
-    """A tokenizer, as far as streaming needs it."""
+class StreamingTokenizer(Protocol):
+    """What streaming needs of a tokenizer."""
 
-    def stream(self) -> TextStream: ...
+    def special_text(self, token: int) -> str:
+        """The content of a token that the text omits; empty for other tokens."""
+        ...
+
+    def stream(self, *, prompt: Sequence[int]) -> TextStream:
+        """A decoder of tokens that continue `prompt`."""
+        ...
 
 
-class OutputRow:
-    """Receives a row's tokens in any portions and knows its text, its end and why it ended.
+class _StopSearch:
+    """A growing text, searched for stop strings."""
 
-    Text that may still turn out to be the beginning of a stop string is held back. The tokens
-    kept are those up to the one that completes a stop string; the text ends before it.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Decoder | None,
-        stop: Sequence[str],
-        on_text: Callable[[str], None] | None,
-    ):
-        if isinstance(stop, str):
-            raise ValueError(f"stop strings are a list: give [{stop!r}]")
-        if stop and tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
-        if any(not s for s in stop):
-            raise ValueError("a stop string is empty")
-        self.tokens: list[int] = []
+    def __init__(self, stop: Sequence[str]):
         self.text = ""
-        self.stopped = False
-        self._stop = tuple(stop)
-        self._decoder = None if tokenizer is None else tokenizer.stream()
-        self._on_text = on_text
-        self._shown = 0
+        self._stop = stop
+        self._longest = max(map(len, stop), default=0)
 
-    def feed(self, tokens: Iterable[int]) -> None:
-        """Takes the next tokens; those after a stop string are ignored."""
-        for token in tokens:
-            if self.stopped:
-                return
-            self.tokens.append(int(token))
-            if self._decoder is not None:
-                self._grow(self._decoder.push(int(token)))
-        self._show(len(self.text) - self._held_back())
-
-    def close(self) -> None:
-        """Shows what was held back; the row gets no more tokens."""
-        if self._decoder is not None and not self.stopped:
-            self._grow(self._decoder.finish())
-        self._show(len(self.text))
-
-    def finish(self, eos_ids: Sequence[int]) -> Finish:
-        """Why the row ended."""
-        if self.stopped:
-            return "stop"
-        return "eos" if self.tokens and self.tokens[-1] in eos_ids else "length"
-
-    def _grow(self, piece: str) -> None:
-        longest = max((len(s) for s in self._stop), default=0)
-        begin = max(len(self.text) - longest + 1, 0)
+    def add(self, piece: str) -> int | None:
+        """Appends a piece; where the first stop string that it completes begins, if any."""
+        begin = max(len(self.text) - self._longest + 1, 0)
         self.text += piece
-        found = [at for s in self._stop if (at := self.text.find(s, begin)) >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self.stopped = True
+        starts = [at for s in self._stop if (at := self.text.find(s, begin)) >= 0]
+        return min(starts, default=None)
 
-    def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
-        if self.stopped:
-            return 0
+    def certain(self) -> int:
+        """Length of the text before an end that may be the beginning of a stop string."""
         longest = 0
         for stop in self._stop:
             tail = self.text[max(len(self.text) - len(stop) + 1, 0) :]
@@ -91,7 +52,87 @@ class OutputRow:
             while at >= 0 and not stop.startswith(tail[at:]):
                 at = tail.find(stop[0], at + 1)
             longest = max(longest, len(tail) - at if at >= 0 else 0)
-        return longest
+        return len(self.text) - longest
+
+
+class OutputRow:
+    """Collects a row's tokens and turns them into text, up to the first stop string.
+
+    The text omits special tokens (`<|im_end|>`), but a stop string may be or contain one: it is
+    searched for in the text with and without them. Text that may be the beginning of a stop string
+    is not yet shown. `tokens` end with the one that completes a stop string; `text` ends before it.
+
+    Args:
+      prompt: the tokens that the row continues; they decide whether the text begins with a space.
+      stop: strings that end the row.
+      on_text: receives each piece of text once it is certain.
+
+    Raises ValueError for an empty stop string, and for any without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: StreamingTokenizer | None,
+        *,
+        prompt: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        on_text: Callable[[str], None] | None = None,
+    ):
+        if isinstance(stop, str):
+            raise ValueError(f"stop strings are a list: give [{stop!r}]")
+        if stop and tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has no tokenizer.json")
+        if any(not s for s in stop):
+            raise ValueError("a stop string is empty: leave it out")
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._decoder = None if tokenizer is None else tokenizer.stream(prompt=prompt)
+        self._plain = _StopSearch(tuple(stop))
+        self._marked = _StopSearch(tuple(stop))  # with special tokens
+        self._omitted: list[tuple[int, int]] = []  # where they begin in it, and their lengths
+        self._on_text = on_text
+        self._shown = 0
+
+    def feed(self, tokens: Iterable[int]) -> None:
+        """Takes the next tokens; those after a stop string are ignored."""
+        for token in tokens:
+            if self.stopped:
+                break
+            self.tokens.append(int(token))
+            if self._decoder is not None and self._tokenizer is not None:
+                self._grow(self._decoder.push(int(token)), self._tokenizer.special_text(int(token)))
+        if self.stopped:
+            self._show(len(self.text))
+        else:
+            self._show(min(self._plain.certain(), self._without_special(self._marked.certain())))
+
+    def close(self) -> None:
+        """Shows the text that was held back; the row gets no more tokens."""
+        if self._decoder is not None and not self.stopped:
+            self._grow(self._decoder.finish(), "")
+        self._show(len(self.text))
+
+    def finish(self, eos_ids: Sequence[int]) -> FinishReason:
+        """Why the row ended."""
+        if self.stopped:
+            return "stop"
+        return "eos" if self.tokens and self.tokens[-1] in eos_ids else "length"
+
+    def _grow(self, piece: str, special: str) -> None:
+        ends = [self._plain.add(piece)]
+        if special:
+            self._omitted.append((len(self._marked.text), len(special)))
+        at = self._marked.add(piece + special)
+        ends.append(None if at is None else self._without_special(at))
+        end = min((end for end in ends if end is not None), default=None)
+        self.stopped = end is not None
+        self.text = self._plain.text[:end]
+
+    def _without_special(self, at: int) -> int:
+        """The place in the text of a place in the text with special tokens."""
+        return at - sum(min(length, at - begin) for begin, length in self._omitted if begin < at)
 
     def _show(self, end: int) -> None:
         if self._on_text is not None and end > self._shown:

@@ -1,4 +1,4 @@
-"""What a model and a policy think of given tokens; nothing is generated."""
+"""Scores of given tokens by a policy or a model; nothing is generated."""
 
 from typing import NamedTuple, cast
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.generation.generate import DEFAULT_BUDGET, announce, default_policy
+from lookahead_jax.generation.inputs import DEFAULT_BUDGET, announce, default_policy
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
@@ -25,7 +25,7 @@ from lookahead_jax.prompts.read import read_prompt
 
 
 class Scored(NamedTuple):
-    """What a policy thinks of every prompt entry."""
+    """A policy's scores of every prompt entry."""
 
     scores: jax.Array  # [L, B, K, T] float32
     kept: jax.Array  # [L, B, K, C] int32 ascending positions, -1 padded
@@ -43,8 +43,8 @@ def score(
 ) -> Scored:
     """Scores every prompt entry and selects `budget` per layer and KV head; decodes nothing.
 
-    `tokens` is int32 [B, T], right-padded with -1. Raises ValueError if it is not, if an id is out
-    of range, and for a policy without its modules, or that observes with a draft (speckv);
+    `tokens` is int32 [B, T], right-padded with -1. Raises ValueError for other arrays, ids out of
+    range, a policy without its modules, and one that observes with a draft (speckv);
     NonFiniteError, naming the first layer at fault, for logits that are NaN or infinite.
     """
     check_tokens(tokens, config=model.config)
@@ -82,10 +82,10 @@ def forced_logits(
     *,
     config: ModelConfig,
 ) -> Float[Array, "B Y V"]:
-    """Float32 logits that foretell every token of `forced`, read behind a cache that is kept.
+    """Float32 logits that predict every token of `forced`, read behind a cache, which is kept.
 
-    `forced` is right-padded with -1, `first` holds the logits after the cache's last token. Where
-    the largest one is the forced token all along, greedy decoding emits just these tokens.
+    `forced` is right-padded with -1, `first` holds the logits after the cache's last token. If each
+    forced token has the largest logit, greedy decoding emits exactly these tokens.
     """
     step = jnp.arange(forced.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(forced >= 0, cache.next_pos[:, None] + step, -1)

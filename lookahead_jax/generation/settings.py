@@ -1,10 +1,13 @@
-"""Settings that travel together: what the cache keeps, and what drafts tokens."""
+"""Settings that travel together: what the cache keeps, what drafts tokens, how rows go on."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
+from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
+from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 
@@ -21,6 +24,15 @@ class EvictionSettings:
     evict_every: int | None = None
     """Evict again at every position that is a multiple of this; None: only after the prompt."""
 
+    def while_decoding(self) -> DecodeEviction | None:
+        """The eviction of the decoding steps, if there is any.
+
+        Raises ValueError for a policy that cannot evict during decoding.
+        """
+        if self.evict_every is None:
+            return None
+        return DecodeEviction(policy=self.policy, budget=self.budget, interval=self.evict_every)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DraftSettings:
@@ -29,3 +41,19 @@ class DraftSettings:
     drafter: HostDrafter | DeviceDrafter
     nodes: int | Controller | None = None
     """Nodes of a step's tree; None chooses by measured cost and accepted tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContinuationSettings:
+    """How the rows of a batch are continued, and what ends them."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seeds: Sequence[int]
+    """One per row."""
+    eos_ids: tuple[int, ...]
+    """Tokens that end a row."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")

@@ -4,11 +4,10 @@ They read a few integers from the device. Public functions call them once, befor
 device; loops over decoding steps never do.
 """
 
-import warnings
-
 import jax
 import numpy as np
 
+from lookahead_jax.host.warn import warn
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import check_not_donated, is_traced
@@ -31,7 +30,7 @@ def check_growth(
         return
     check_fit(name, cache, new_tokens)
     known, read = np.asarray(cache.rope_span), np.asarray(cache.next_pos)
-    warn_of_crossing(known, read + np.asarray(new_tokens), config=config, stacklevel=4)
+    warn_of_crossing(known, read + np.asarray(new_tokens), config=config)
 
 
 def check_fit(name: str, cache: KVCache, new_tokens: jax.Array | int) -> None:
@@ -53,7 +52,6 @@ def warn_of_crossing(
     total: np.ndarray | list[int],
     *,
     config: ModelConfig,
-    stacklevel: int = 2,
 ) -> None:
     """Warns if a row whose RoPE factors were chosen from `known` tokens outgrows their range."""
     boundary = rope_boundary(config)
@@ -63,9 +61,8 @@ def warn_of_crossing(
     crossed = np.flatnonzero((known <= boundary) & (total > boundary))
     if crossed.size:
         row = int(crossed[0])
-        warnings.warn(
+        warn(
             f"row {row} grows from {int(known[row])} to up to {int(total[row])} tokens, past the "
             f"{boundary} at which this model's RoPE factors change. The row keeps the factors "
             "chosen from the tokens read first; output beyond that length is less reliable",
-            stacklevel=stacklevel + 1,
         )

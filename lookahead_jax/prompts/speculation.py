@@ -1,7 +1,7 @@
-"""What a small model can say about a prompt before the large one reads it: an answer, a selection.
+"""Drafts of a small model before the large one reads the prompt: an answer, a token selection.
 
 SpecKV observes with the answer (policies/speckv.py); SpecPC drops prompt tokens by the small
-model's attention. Source of both: arXiv 2506.08373 and its public code.
+model's attention. Both are from arXiv 2506.08373 and its public code.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.kernels.common import softcap_logits, visible_by_position
+from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import pad_batch
@@ -51,10 +52,10 @@ class TailAttention(Full):
 
 
 class Speculation(NamedTuple):
-    """What the small model made of a batch of prompts."""
+    """The small model's answers to a batch of prompts, and its attention on them."""
 
-    answers: list[list[int]]  # its own greedy answers, ended by what ends a text
-    attention: list[np.ndarray] | None  # [T] float32 of every prompt, if asked for
+    answers: list[list[int]]  # greedy, an end token included
+    attention: list[np.ndarray] | None  # [T] float32 of every prompt, if requested
 
 
 def speculate(
@@ -89,6 +90,30 @@ def speculate(
     first = min(first_layer, config.num_layers // 2)
     scores = np.asarray(cast(jax.Array, read.scores)[first:].max((0, 2)))  # [B, T]
     return Speculation(answers, [s[: len(r)] for s, r in zip(scores, rows, strict=True)])
+
+
+def draft_answers(
+    draft_model: Model,
+    rows: Sequence[Sequence[int]],
+    *,
+    policy: Policy,
+    eos_ids: Sequence[int],
+) -> list[list[int]]:
+    """The answers that a small model expects, for a policy that observes with them (speckv).
+
+    Token ids, one answer per prompt in `rows`, as long as the policy reads; `eos_ids` end them.
+    Raises ValueError for a policy that reads no drafts, and for a prompt outside the vocabulary of
+    the draft model.
+    """
+    if not isinstance(policy.reading, WithDraft):
+        raise ValueError(f"policy {type(policy).__name__} reads no drafts: leave them out")
+    largest = max(map(max, rows))
+    if largest >= draft_model.config.vocab_size:
+        raise ValueError(
+            f"a prompt has token id {largest} and the draft model only "
+            f"{draft_model.config.vocab_size} tokens: both models must share a tokenizer"
+        )
+    return speculate(draft_model, rows, tokens=policy.reading.tokens, eos_ids=eos_ids).answers
 
 
 def select_tokens(

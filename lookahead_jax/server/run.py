@@ -3,12 +3,12 @@
 import ipaddress
 import socket
 import sys
-import warnings
 from types import FrameType
 
 import uvicorn
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.host.warn import warn
 from lookahead_jax.server.app import make_app
 from lookahead_jax.server.service import Service
 
@@ -28,10 +28,7 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
     except socket.gaierror as error:
         raise ValueError(f"{host} is no address to listen at ({error.strerror})") from error
     if not (has_key or ipaddress.ip_address(str(address).partition("%")[0]).is_loopback):
-        warnings.warn(
-            f"listening at {host} without a key: whoever reaches it can use it (--api-key-file)",
-            stacklevel=2,
-        )
+        warn(f"listening at {host} without a key: whoever reaches it can use it (--api-key-file)")
     bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

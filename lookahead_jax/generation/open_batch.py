@@ -1,0 +1,108 @@
+"""Prompts -> the decoding state after their first token: read, cut, questions read behind."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.eviction import opening_sums
+from lookahead_jax.decoding.sampling import sampling_rows
+from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
+from lookahead_jax.generation.inputs import PromptBatch
+from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.model.growth import check_fit
+from lookahead_jax.policies.full import Full
+from lookahead_jax.prefilling.prefill import Prefilled, extend
+from lookahead_jax.prompts.kvzip_replay import repeat_template
+from lookahead_jax.prompts.read import read_prompt
+
+Reader = Callable[..., Prefilled]
+"""(prompts int32 [B, T] padded with -1, most tokens to follow, known_tokens=) -> their cache.
+
+`known_tokens` (int or int32 [B]) of those that follow are a question's; given with questions only.
+"""
+
+
+def open_batch(
+    model: Model,
+    batch: PromptBatch,
+    continuation: ContinuationSettings,
+    eviction: EvictionSettings,
+    *,
+    drafts: jax.Array | None = None,
+    reader: Reader | None = None,
+) -> DecodeState:
+    """Reads prompts and questions and chooses each row's first token; waits for the device.
+
+    `drafts` int32 [B, draft tokens] are for the policies that observe with them. `reader` reads
+    the prompts instead of the policy, and evicts nothing.
+    """
+    config, new_tokens = model.config, continuation.max_new_tokens
+    added = batch.question_width + new_tokens
+    decode_eviction = eviction.while_decoding()
+    if reader is not None:
+        known = {} if batch.question_tokens is None else {"known_tokens": batch.question_lengths}
+        read = reader(batch.tokens, added, **known)
+        check_fit("reader", read.cache, batch.question_lengths + new_tokens - 1)
+    else:
+        summed = decode_eviction is not None and decode_eviction.adds_up
+        room = new_tokens
+        if decode_eviction is not None:
+            room = decode_eviction.room(batch.tokens.shape[1], new_tokens, config)
+        read = read_prompt(
+            model.params, batch.tokens, config=config, policy=eviction.policy,
+            budget=eviction.budget, new_tokens=added, room=batch.question_width + room,
+            modules=eviction.modules, eos_ids=continuation.eos_ids, with_scores=summed,
+            draft=drafts, known_tokens=batch.question_lengths,
+            repeat_template=repeat_template(eviction.policy, model.tokenizer),
+        )  # fmt: skip
+    cache, logits, sums = read.cache, read.logits, opening_sums(decode_eviction, read)
+    if batch.question_tokens is not None:
+        cache, logits = extend(model.params, batch.question_tokens, cache, config=config)
+    rows = len(batch.prompts)
+    packed = sampling_rows([continuation.sampling] * rows, continuation.seeds, config.vocab_size)
+    state = start(
+        cache, logits,
+        sampling=packed,
+        limit=jnp.full(rows, new_tokens, jnp.int32),
+        eos=jnp.asarray(continuation.eos_ids, jnp.int32),
+        seen=seen_tokens(batch.text_tokens, config.vocab_size) if packed.penalized else None,
+        width=new_tokens,
+        sums=sums,
+    )  # fmt: skip
+    return jax.block_until_ready(state)
+
+
+def open_timed(
+    model: Model,
+    batch: PromptBatch,
+    continuation: ContinuationSettings,
+    eviction: EvictionSettings,
+    *,
+    drafts: jax.Array | None,
+    reader: Reader | None,
+    measure: bool,
+) -> tuple[DecodeState, float, float | None]:
+    """`open_batch`, the seconds it took, and those that the policy adds to keeping everything.
+
+    The last is None unless `measure`; then everything is compiled by a first run.
+    """
+    run = partial(open_batch, model, batch, continuation)
+    by_policy = partial(run, eviction, drafts=drafts, reader=reader)
+    full_s = None
+    if measure:
+        keep_all = partial(run, EvictionSettings(policy=Full(), budget=eviction.budget))
+        by_policy()
+        keep_all()
+        full_s = _timed(keep_all)[1]
+    state, seconds = _timed(by_policy)
+    return state, seconds, None if full_s is None else seconds - full_s
+
+
+def _timed(run: Callable[[], DecodeState]) -> tuple[DecodeState, float]:
+    begin = time.perf_counter()
+    state = run()
+    return state, time.perf_counter() - begin
