@@ -235,7 +235,8 @@ class Tokenizer:
         """Ids of all control tokens but the one that stands for unknown characters."""
         tokens = self._control_tokens(tuple(self.chat_templates.values())).tokens
         unknown = getattr(self.backend.model, "unk_token", None)
-        return frozenset(self.backend.token_to_id(token) for token in tokens - {unknown})
+        ids = {self.backend.token_to_id(token) for token in tokens - {unknown}}
+        return frozenset(token for token in ids if token is not None)
 
     def _control_ids_of(self, row: tokenizers.Encoding) -> set[int]:
         """The control tokens in a text, without those that the tokenizer puts around it."""
