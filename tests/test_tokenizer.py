@@ -80,6 +80,23 @@ def test_text_that_cannot_be_encoded():
         BYTE_LEVEL.encode("\ud800")
 
 
+def test_panics_of_the_tokenizers_package_are_errors():
+    """A panic of its Rust code is a BaseException, which would pass through every handler."""
+    panic = type("PanicException", (BaseException,), {})
+
+    class Backend:
+        def __init__(self, error):
+            self.error = error
+
+        def encode_batch_fast(self, texts, add_special_tokens):
+            raise self.error
+
+    with pytest.raises(ValueError, match="cannot be tokenized .out of bounds"):
+        Tokenizer(Backend(panic("out of bounds")), {}, {}).encode("a")
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(Backend(KeyboardInterrupt()), {}, {}).encode("a")
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())

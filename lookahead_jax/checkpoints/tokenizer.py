@@ -41,10 +41,8 @@ class Tokenizer:
         path = find(directory, "tokenizer.json", limit=_MAX_TOKENIZER_BYTES)
         if path is None:
             return None
-        try:
+        with _as_value_error(f"{path}: not a valid tokenizer"):
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{path}: not a valid tokenizer ({error})") from error
         # Files keep the settings of their last use in training; callers batch on their own.
         backend.no_padding()
         backend.no_truncation()
@@ -108,7 +106,7 @@ class Tokenizer:
 
         Tokens that share one character share its span; added special tokens have an empty one.
         """
-        with _as_value_error():
+        with _as_value_error("the text cannot be tokenized"):
             encoding = self.backend.encode(text, add_special_tokens=special)
             if plain and self._control_ids_of(encoding):
                 encoding = self._plain_backend.encode(text, add_special_tokens=special)
@@ -226,7 +224,8 @@ class Tokenizer:
         control = self._control_tokens(tuple(self.chat_templates.values())).tokens
         for token in content["added_tokens"]:
             token["special"] = token["special"] or token["content"] in control
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        with _as_value_error("the tokenizer cannot be copied"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         backend.encode_special_tokens = True
         return backend
 
@@ -267,19 +266,19 @@ def _encode(
     backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool
 ) -> list[tokenizers.Encoding]:
     """Encodings without offsets; the batch call lets other threads run, unlike the single one."""
-    with _as_value_error():
+    with _as_value_error("the text cannot be tokenized"):
         return backend.encode_batch_fast(list(texts), add_special_tokens=special)
 
 
 @contextlib.contextmanager
-def _as_value_error() -> Iterator[None]:
+def _as_value_error(problem: str) -> Iterator[None]:
     """Turns errors of the tokenizers package, panics of its Rust code included, into ValueError."""
     try:
         yield
     except BaseException as error:
         # The package raises bare Exception; a panic is a BaseException that it does not export.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"the text cannot be tokenized ({error})") from error
+            raise ValueError(f"{problem} ({error})") from error
         raise
 
 
