@@ -14,11 +14,11 @@ from lookahead_jax.checkpoints.hf_files import listing
 from lookahead_jax.checkpoints.source import Reader, StoredTensor, Tensors
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import (
+    ParameterSpec,
     Params,
-    Spec,
     from_stored,
+    parameter_specs,
     shape,
-    specs,
     stored_index,
     stored_shape,
     tree,
@@ -88,10 +88,10 @@ def load_weights(
         loader = _Loader(stored, config, dtype, read)
         if mesh is None:
             one = SingleDeviceSharding(jax.local_devices()[0])
-            shardings = tree({path: one for path in specs(config)})
+            shardings = tree({path: one for path in parameter_specs(config)})
         else:
             shardings = param_shardings(config, mesh)
-        paths = tree({path: path for path in specs(config)})
+        paths = tree({path: path for path in parameter_specs(config)})
         params = jax.tree.map(loader.parameter, paths, shardings)
     if loader.not_finite:
         names = listing(sorted(loader.not_finite))
@@ -166,7 +166,7 @@ def _check(where: str, stored: dict[str, StoredTensor], config: ModelConfig) -> 
     """Raises ValueError unless names, shapes and types are those that the config calls for."""
     expected = {
         spec.tensor.format(layer=layer): stored_shape(spec, config)
-        for spec in specs(config).values()
+        for spec in parameter_specs(config).values()
         for layer in range(config.num_layers if spec.stacked else 1)
     }
     for problem, names in (
@@ -210,7 +210,7 @@ class _Loader:
     not_finite: set[str] = dataclasses.field(default_factory=set)
 
     def parameter(self, path: str, sharding: jax.sharding.Sharding) -> jax.Array:
-        spec = specs(self.config)[path]
+        spec = parameter_specs(self.config)[path]
         sizes = shape(spec.axes, self.config)
         blocks: dict[tuple, np.ndarray] = {}  # devices that hold the same block share a read
 
@@ -222,7 +222,7 @@ class _Loader:
 
         return jax.make_array_from_callback(sizes, sharding, block)
 
-    def _block(self, spec: Spec, index: tuple[slice, ...]) -> np.ndarray:
+    def _block(self, spec: ParameterSpec, index: tuple[slice, ...]) -> np.ndarray:
         """The values of one parameter at `index`, gathered from the tensors of its layers."""
         layers, inner = (index[0], index[1:]) if spec.stacked else (slice(0, 1), index)
         sizes = [layers.stop - layers.start, *(s.stop - s.start for s in inner)]

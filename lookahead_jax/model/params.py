@@ -27,7 +27,7 @@ FINGERPRINT_SAMPLES = 256  # of every parameter; other numbers give other finger
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class ParameterSpec:
     """One parameter.
 
     Its tensor in a Hugging Face checkpoint is [rows, *columns] (of a matrix: [out, in]). Rows of
@@ -52,18 +52,18 @@ class Spec:
         return self.axes[0] == "layer"
 
 
-def specs(config: ModelConfig) -> dict[str, Spec]:
-    """The table: parameter path ("embed", "layers.q", ...) -> Spec, for this model."""
+def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """The table: parameter path ("embed", "layers.q", ...) -> ParameterSpec, for this model."""
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attn, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
     norm = "model.layers.{layer}.%s_layernorm.weight"
     before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
 
-    def dense(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> Spec:
-        return Spec(("layer", *columns, *rows), name + "_proj.weight", (rows,), columns)
+    def dense(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> ParameterSpec:
+        return ParameterSpec(("layer", *columns, *rows), name + "_proj.weight", (rows,), columns)
 
-    def vector(name: str, *rows: str) -> Spec:
-        return Spec(("layer", *rows), name, (rows,))
+    def vector(name: str, *rows: str) -> ParameterSpec:
+        return ParameterSpec(("layer", *rows), name, (rows,))
 
     layers = {
         "attn_norm": vector(norm % "input", "embed"),
@@ -102,11 +102,11 @@ def specs(config: ModelConfig) -> dict[str, Spec]:
 
     table = ("vocab", "embed")
     top = {
-        "embed": Spec(table, "model.embed_tokens.weight", (("vocab",),), ("embed",)),
-        "final_norm": Spec(("embed",), "model.norm.weight", (("embed",),)),
+        "embed": ParameterSpec(table, "model.embed_tokens.weight", (("vocab",),), ("embed",)),
+        "final_norm": ParameterSpec(("embed",), "model.norm.weight", (("embed",),)),
     }
     if not config.tie_embeddings:
-        top["lm_head"] = Spec(table, "lm_head.weight", (("vocab",),), ("embed",))
+        top["lm_head"] = ParameterSpec(table, "lm_head.weight", (("vocab",),), ("embed",))
     return top | {f"layers.{name}": spec for name, spec in layers.items()}
 
 
@@ -130,20 +130,20 @@ def shape(axes: tuple[str, ...], config: ModelConfig) -> tuple[int, ...]:
 
 
 def tree(leaves: dict[str, Any]) -> Params:
-    """Leaves by path, as in `specs`, -> the nested dict."""
+    """Leaves by path, as in `parameter_specs`, -> the nested dict."""
     top = {path: leaf for path, leaf in leaves.items() if "." not in path}
     layers = {path.split(".")[1]: leaf for path, leaf in leaves.items() if "." in path}
     return top | {"layers": layers}
 
 
 def leaf(params: Params, path: str) -> Any:
-    """The leaf of a stacked tree at a path of `specs`."""
+    """The leaf of a stacked tree at a path of `parameter_specs`."""
     return params["layers"][path.split(".")[1]] if "." in path else params[path]
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
     """The tree as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    table = specs(config).items()
+    table = parameter_specs(config).items()
     return tree({path: jax.ShapeDtypeStruct(shape(s.axes, config), dtype) for path, s in table})
 
 
@@ -153,7 +153,7 @@ def init_params(key: jax.Array, config: ModelConfig, dtype: DTypeLike) -> Params
     A parameter's values depend on the key and its path only.
     """
     leaves = {}
-    for path, spec in specs(config).items():
+    for path, spec in parameter_specs(config).items():
         size = shape(spec.axes, config)
         if spec.columns:
             seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
@@ -175,13 +175,13 @@ def unstack(params: Params) -> Params:
     return params | {"layers": split}
 
 
-def stored_shape(spec: Spec, config: ModelConfig) -> tuple[int, ...]:
+def stored_shape(spec: ParameterSpec, config: ModelConfig) -> tuple[int, ...]:
     """Shape of the checkpoint tensor that holds this parameter (of one layer)."""
     rows = sum(math.prod(shape(part, config)) for part in spec.parts)
     return (rows, math.prod(shape(spec.columns, config))) if spec.columns else (rows,)
 
 
-def stored_index(spec: Spec, config: ModelConfig, index: Index) -> Index:
+def stored_index(spec: ParameterSpec, config: ModelConfig, index: Index) -> Index:
     """The smallest contiguous slice of the checkpoint tensor that covers `index`.
 
     `index` slices the parameter's own dimensions without "layer", with explicit bounds.
@@ -193,7 +193,9 @@ def stored_index(spec: Spec, config: ModelConfig, index: Index) -> Index:
     return (rows, _outermost(by_axis, spec.columns, config)) if spec.columns else (rows,)
 
 
-def from_stored(spec: Spec, config: ModelConfig, block: np.ndarray, index: Index) -> np.ndarray:
+def from_stored(
+    spec: ParameterSpec, config: ModelConfig, block: np.ndarray, index: Index
+) -> np.ndarray:
     """What `stored_index` selected -> the values at `index` of the parameter."""
     by_axis = dict(zip(_inner_axes(spec), index, strict=True))
     split, inner = [], []
@@ -213,7 +215,7 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     if isinstance(layers, tuple):
         params = params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
     tensors: dict[str, list[np.ndarray]] = {}
-    for path, spec in specs(config).items():
+    for path, spec in parameter_specs(config).items():
         values = np.asarray(leaf(params, path))
         order = [_inner_axes(spec).index(axis) for axis in (*spec.rows, *spec.columns)]
         own_shape = (-1, *stored_shape(spec, config)[1:])
@@ -250,7 +252,7 @@ def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
     return digest.hexdigest()
 
 
-def _inner_axes(spec: Spec) -> tuple[str, ...]:
+def _inner_axes(spec: ParameterSpec) -> tuple[str, ...]:
     return spec.axes[1:] if spec.stacked else spec.axes
 
 

@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Params, axis_sizes, specs, tree
+from lookahead_jax.model.params import Params, axis_sizes, parameter_specs, tree
 
 F = TypeVar("F", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -93,7 +93,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     Raises:
       ValueError: when a size of the model is not a multiple of the mesh axes that split it.
     """
-    used = {axis for spec in specs(config).values() for axis in spec.axes}
+    used = {axis for spec in parameter_specs(config).values() for axis in spec.axes}
     for axis, size in axis_sizes(config).items():
         ways = math.prod(mesh.shape.get(name, 1) for name in RULES[axis]) if axis in used else 1
         if size % ways:
@@ -101,7 +101,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
                 f"{axis} has size {size}, not a multiple of {ways}, the mesh's "
                 f"{' x '.join(RULES[axis])}; choose a smaller {RULES[axis][-1]} axis"
             )
-    return tree({path: sharding(spec.axes, mesh) for path, spec in specs(config).items()})
+    return tree({path: sharding(spec.axes, mesh) for path, spec in parameter_specs(config).items()})
 
 
 def mesh_of(params: Params) -> Mesh | None:
