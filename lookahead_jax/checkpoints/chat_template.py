@@ -77,6 +77,9 @@ def render(
       ValueError: when the template fails, takes too long or too much memory, or the last
         message cannot be continued.
     """
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a chat message must be an object with role and content: {message!r}")
     chat = _plain([{k: v for k, v in message.items() if v is not None} for message in messages])
     chat = [_with_reasoning_names(message) for message in chat]
     if continue_final_message:

@@ -1,8 +1,8 @@
 """Reads a Hugging Face `config.json` into a `ModelConfig`.
 
-Both generations of field names are understood: transformers 4 (`rope_theta`, `rope_scaling`,
-`sliding_window_pattern`) and 5 (`rope_parameters`, `layer_types`). What is not understood is
-refused by name; nothing is guessed.
+The field names of transformers 4 (`rope_theta`, `rope_scaling`, `sliding_window_pattern`) and 5
+(`rope_parameters`, `layer_types`) are supported. Fields and values that are not supported raise an
+error that names them.
 """
 
 from collections.abc import Mapping

@@ -88,7 +88,7 @@ class Tokenizer:
         """Token ids of several texts, as `encode`; other threads run meanwhile."""
         rows = _encode(self.backend, texts, special)
         if plain:
-            acting = [i for i, row in enumerate(rows) if self._control_ids_of(row)]
+            acting = [i for i, row in enumerate(rows) if self._has_control(texts[i], row)]
             again = _encode(self._plain_backend, [texts[i] for i in acting], special)
             for i, row in zip(acting, again, strict=True):
                 for token in self._control_ids_of(row):
@@ -108,7 +108,7 @@ class Tokenizer:
         """
         with _as_value_error("the text cannot be tokenized"):
             encoding = self.backend.encode(text, add_special_tokens=special)
-            if plain and self._control_ids_of(encoding):
+            if plain and self._has_control(text, encoding):
                 encoding = self._plain_backend.encode(text, add_special_tokens=special)
         return encoding.ids, encoding.offsets
 
@@ -233,9 +233,17 @@ class Tokenizer:
     def _control_ids(self) -> frozenset[int]:
         """Ids of all control tokens but the one that stands for unknown characters."""
         tokens = self._control_tokens(tuple(self.chat_templates.values())).tokens
-        unknown = getattr(self.backend.model, "unk_token", None)
-        ids = {self.backend.token_to_id(token) for token in tokens - {unknown}}
+        ids = {self.backend.token_to_id(token) for token in tokens - {self._unknown}}
         return frozenset(token for token in ids if token is not None)
+
+    @property
+    def _unknown(self) -> str | None:
+        return getattr(self.backend.model, "unk_token", None)
+
+    def _has_control(self, text: str, row: tokenizers.Encoding) -> bool:
+        """Whether a control token acts in a text that was encoded as usual."""
+        unknown = self._unknown
+        return bool(self._control_ids_of(row)) or (unknown is not None and unknown in text)
 
     def _control_ids_of(self, row: tokenizers.Encoding) -> set[int]:
         """The control tokens in a text, without those that the tokenizer puts around it."""

@@ -1,6 +1,6 @@
-"""The parameters: one table, from which shapes, init, shardings and checkpoint names are read.
+"""The parameters: one table gives their shapes, initial values, shardings and checkpoint names.
 
-The tree is a nested dict. `layers` is stacked, every leaf with a leading layer axis:
+The tree is a nested dict. `layers` is stacked: every leaf has a leading layer axis.
 
     {"embed": [V, D], "layers": {"q": [L, D, N, H], ...}, "final_norm": [D], "lm_head": [V, D]}
 
@@ -23,16 +23,16 @@ from lookahead_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
 Index = tuple[slice, ...]
-FINGERPRINT_SAMPLES = 256  # of every parameter; other numbers give other fingerprints
+FINGERPRINT_SAMPLES = 256  # per parameter and layer; changing it changes every fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
     """One parameter.
 
-    Its tensor in a Hugging Face checkpoint is [rows, *columns] (of a matrix: [out, in]). Rows of
-    a fused tensor are several parts, of which this parameter is number `part`. Each part and the
-    columns are products of logical axes, so one rule splits, permutes and slices everything.
+    Its tensor in a Hugging Face checkpoint is [rows, *columns] (of a matrix: [out, in]). The rows
+    of a fused tensor consist of several parts, and this parameter is number `part`. Each part and
+    the columns are products of logical axes, so one rule splits, permutes and slices every tensor.
     """
 
     axes: tuple[str, ...]
@@ -53,7 +53,7 @@ class ParameterSpec:
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """The table: parameter path ("embed", "layers.q", ...) -> ParameterSpec, for this model."""
+    """The table of this model: parameter path ("embed", "layers.q", ...) -> `ParameterSpec`."""
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attn, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
     norm = "model.layers.{layer}.%s_layernorm.weight"
@@ -142,7 +142,7 @@ def leaf(params: Params, path: str) -> Any:
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
-    """The tree as `jax.ShapeDtypeStruct`s; allocates nothing."""
+    """The tree with a `jax.ShapeDtypeStruct` for each parameter; allocates nothing."""
     table = parameter_specs(config).items()
     return tree({path: jax.ShapeDtypeStruct(shape(s.axes, config), dtype) for path, s in table})
 
@@ -150,7 +150,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
 def init_params(key: jax.Array, config: ModelConfig, dtype: DTypeLike) -> Params:
     """Random parameters: matrices normal with variance 1 / fan-in, norms identity, biases zero.
 
-    A parameter's values depend on the key and its path only.
+    The values of a parameter depend only on the key and its path.
     """
     leaves = {}
     for path, spec in parameter_specs(config).items():
@@ -166,7 +166,7 @@ def init_params(key: jax.Array, config: ModelConfig, dtype: DTypeLike) -> Params
 
 
 def unstack(params: Params) -> Params:
-    """The same parameters with `layers` as a tuple of per-layer dicts; identity if it is one."""
+    """The parameters with `layers` as a tuple of per-layer dicts; unchanged if it is one."""
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
@@ -221,19 +221,19 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
         own_shape = (-1, *stored_shape(spec, config)[1:])
         for layer, value in enumerate(values if spec.stacked else values[None]):
             name = spec.tensor.format(layer=layer)
-            # Parts of a fused tensor stand in the table in their stored order.
+            # The table lists the parts of a fused tensor in their stored order.
             tensors.setdefault(name, []).append(value.transpose(order).reshape(own_shape))
-    # safetensors writes an array's memory as it lies, so it must lie in C order.
+    # safetensors writes the memory of an array unchanged, so the array must be in C order.
     return {name: np.ascontiguousarray(np.concatenate(p)) for name, p in tensors.items()}
 
 
 def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
-    """A hex digest that tells base models apart, to match lookahead modules to their base.
+    """A hex digest that identifies a base model, to match lookahead modules and caches to it.
 
-    It covers names, shapes and some fixed entries of every parameter (of every layer), rounded to
-    bfloat16: the same checkpoint loaded as float32 or bfloat16, stacked or not,
-    sharded or not, has one fingerprint. Loaded as float16 it has another, that of the float32
-    values taken `through` float16 first.
+    It covers the names, the shapes and a fixed sample of the values of every parameter and layer,
+    rounded to bfloat16. A checkpoint has the same fingerprint as float32 or bfloat16, stacked or
+    not, sharded or not. As float16 it has another one: that of the float32 values rounded
+    `through` float16 first.
     """
     layers = params["layers"]
     if isinstance(layers, tuple):
@@ -264,7 +264,7 @@ def _outermost(by_axis: dict[str, slice], axes: tuple[str, ...], config: ModelCo
 
 
 def _sample(values: jax.Array, samples: int) -> np.ndarray:
-    # Multiples of the golden ratio modulo the size: spread out, fixed, no generator involved.
+    # Multiples of the golden ratio modulo the size: evenly spread and the same every time.
     steps = np.arange(samples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     index = np.unravel_index((steps % np.uint64(values.size)).astype(np.int64), values.shape)
     sampled = values[tuple(i.astype(np.int32) for i in index)]
