@@ -32,7 +32,8 @@ _EXPONENTS = {
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
 }
-_CHUNK = 2**22  # values that are looked at together
+_IN_CACHE = 2**17  # values that are checked together; more would go through memory twice
+_AT_ONCE = 2**22  # values that are read together to compare two tensors
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Names that say "language model" in multimodal Gemma 3, of transformers 4 and 5.
 _TEXT_PREFIXES = (
@@ -153,7 +154,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor, read: Reader) -> bool:
     if one.shape != other.shape or len(one.shape) != 2 or not known:
         return False
     rows, columns = one.shape
-    step = max(1, _CHUNK // max(1, columns))
+    step = max(1, _AT_ONCE // max(1, columns))
     for start in range(0, rows, step):
         index = (slice(start, min(start + step, rows)), slice(0, columns))
         a, b = (read(tensor, index).astype(np.float32) for tensor in (one, other))
@@ -243,8 +244,8 @@ class _Loader:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, by their bits: a fraction of the time of reading."""
+    """Whether no value is NaN or infinite, by their bits: much faster than reading them."""
     integer, exponent = _EXPONENTS[values.dtype]
     bits = np.ascontiguousarray(values).reshape(-1).view(integer)
-    chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
+    chunks = (bits[start : start + _IN_CACHE] for start in range(0, bits.size, _IN_CACHE))
     return all((chunk & integer(exponent)).max() < exponent for chunk in chunks)
