@@ -152,6 +152,9 @@ def test_template_sources(tmp_path):
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     tokenizer = Tokenizer.load(directory(tmp_path, chat_template=named))
     assert tokenizer.render_chat(USER) == "d"
+    mapping = {entry["name"]: entry["template"] for entry in named}
+    by_name = Tokenizer.load(directory(tmp_path, chat_template=mapping))
+    assert by_name.chat_templates == tokenizer.chat_templates
     assert tokenizer.render_chat(USER, tools=[{}]) == "t"
     assert tokenizer.render_chat(USER, tools=[{}], template="default") == "d"
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ mood }}")
@@ -283,6 +286,7 @@ LOOP = "{%% for i in range(99999) %%}%s{%% endfor %%}"
         (LOOP % "{% for j in range(99999) %}{% endfor %}", "longer"),
         ("{% set n = namespace(s='aa') %}" + LOOP % "{% set n.s = n.s + n.s %}", "memory|longer"),
         ("{{ 'a' * 10 ** 12 }}", "memory"),
+        ("{{ messages[0].content * 40000000 }}", "80000000 characters, more than 67108864"),
         ("{{ 'a'.ljust(10 ** 12) }}", "memory"),
         ("{{ 10 ** (10 ** 9) }}", "memory|longer"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),

@@ -48,7 +48,9 @@ def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, st
 
 
 def _named(declared: Any) -> dict[Any, Any]:
-    """Templates listed as {"name": ..., "template": ...}; {None: None} where they are not."""
+    """Templates by name, or listed as {"name": ..., "template": ...}; {None: None} otherwise."""
+    if isinstance(declared, Mapping):
+        return dict(declared)
     try:
         return {entry["name"]: entry["template"] for entry in declared}
     except (TypeError, KeyError):

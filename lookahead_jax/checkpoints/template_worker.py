@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SECONDS = 10.0  # for one chat; usual ones take a millisecond
 MAX_MEMORY = 2**30  # address space of the process, in bytes
+MAX_TEXT = 2**26  # characters of a rendered chat
 
 
 class TemplateWorker:
@@ -148,7 +149,10 @@ def _answer(line: bytes) -> dict[str, str]:
     # A template is a program: besides its own errors it can raise any of Python's.
     try:
         request = json.loads(line)
-        return {"text": _compile(request["source"]).render(request["context"])}
+        text = _compile(request["source"]).render(request["context"])
+        if len(text) > MAX_TEXT:
+            return {"error": f"the chat has {len(text)} characters, more than {MAX_TEXT}"}
+        return {"text": text}
     except MemoryError:
         return {"error": _MEMORY}
     except Exception as error:

@@ -115,6 +115,12 @@ class ModelConfig:
             raise ValueError(f"layer_rope {self.layer_rope} exceeds {len(self.ropes)} ropes")
         if any(window is not None and window < 1 for window in self.layer_window):
             raise ValueError(f"sliding windows must be positive, got {self.layer_window}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
+        for name in ("attn_softcap", "final_softcap"):
+            cap = getattr(self, name)
+            if cap is not None and not cap > 0:
+                raise ValueError(f"{name} must be positive, got {cap}")
         # All layers share one table of cosines, so all ropes rotate the same dimensions.
         if len({rope.dim for rope in self.ropes}) != 1 or self.ropes[0].dim > self.head_dim:
             raise ValueError(f"ropes must share one dim of at most head_dim {self.head_dim}")
