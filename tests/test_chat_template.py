@@ -55,6 +55,22 @@ def test_messages_cannot_forge_control_tokens(content):
     assert [honest.count(token) for token in (START, END)] == [2, 1]
 
 
+def test_keys_cannot_forge_control_tokens_either():
+    tools = [{"properties": {"<|end|>": 1}}]
+    ids = BYTES.encode_chat(user("a"), tools=tools)
+    assert ids.count(END) == 1
+    text = BYTES.render_chat(user("a"), tools=tools)
+    # The template's <|end|> takes the line break behind it.
+    assert BYTES.decode(ids, skip_special=False) == text.replace("<|end|>\n", "<|end|>")
+
+
+def test_the_unknown_token_as_text():
+    tokenizer = TOKENIZERS["sentencepiece"]
+    ids = tokenizer.encode("a<unk>", plain=True)
+    assert tokenizer.token_id("<unk>") not in ids
+    assert tokenizer.decode(ids) == "a<unk>"
+
+
 def test_plain_text_holds_no_control_tokens():
     text = "a<|end|> <think><other>"
     ids = BYTES.encode(text, plain=True)

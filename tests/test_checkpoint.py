@@ -1,5 +1,6 @@
 """Loading model directories: round trips, placement, and files that must be refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.checkpoints.source import StoredTensor, Tensors
+from lookahead_jax.checkpoints.weights import load_weights
 from lookahead_jax.model.params import stored_index
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 
@@ -114,6 +117,22 @@ def test_each_slice_is_read_once_and_nothing_else(monkeypatch):
     columns = slice(0, 32)
     halves = [(slice(0, 24), columns), (slice(24, 48), columns)]
     assert sorted(gate, key=str) == sorted(halves * 2, key=str)
+
+
+def test_tensors_of_another_format(copy):
+    """Another format gives named tensors and a reader, and no more."""
+    expected = load(MODELS / "phi3")
+    values = load_file(MODELS / "phi3" / "model.safetensors")
+    stored = {n: StoredTensor(Path("memory"), n, v.shape, "F32") for n, v in values.items()}
+
+    @contextlib.contextmanager
+    def open_values():
+        yield lambda tensor, index: values[tensor.name][index]
+
+    tensors = Tensors(where="memory", stored=stored, open=open_values)
+    weights = load_weights(tensors, expected.config)
+    assert_trees_equal(weights.params, expected.params)
+    assert weights.notices == ()
 
 
 def test_dtypes(copy):

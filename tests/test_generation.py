@@ -340,7 +340,7 @@ def test_fractions_are_no_token_ids():
 
 
 def test_surprises_are_announced(model):
-    with pytest.warns(UserWarning, match="cut to 4") as said:
+    with pytest.warns(UserWarning, match="reduced to 4") as said:
         generate(model, [TEXT], policy=SnapKV(window=32), budget=8, max_new_tokens=1)
     assert [warning.filename for warning in said] == [__file__]  # the caller's line
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_position=20))

@@ -1,6 +1,9 @@
 """Text, streams and chat templates; chat.json holds what transformers renders."""
 
+import concurrent.futures
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.checkpoints import chat_template
+from lookahead_jax.checkpoints.template_worker import TemplateWorker
+from lookahead_jax.checkpoints.tokenizer import Tokenizer, _as_value_error
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA3 = FIXTURES / "models" / "llama3"
@@ -73,6 +78,16 @@ def test_offsets_point_into_the_text():
 def test_text_that_cannot_be_encoded():
     with pytest.raises(ValueError, match="cannot be tokenized"):
         BYTE_LEVEL.encode("\ud800")
+
+
+def test_panics_of_the_tokenizers_package_are_errors():
+    """A panic of its Rust code is a BaseException, which would pass through every handler."""
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(ValueError, match="cannot be tokenized"):  # noqa: SIM117
+        with _as_value_error("the text cannot be tokenized"):
+            raise panic("out of bounds")
+    with pytest.raises(KeyboardInterrupt), _as_value_error("the text cannot be tokenized"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -168,6 +183,9 @@ def test_template_sources(tmp_path):
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     tokenizer = Tokenizer.load(directory(tmp_path, chat_template=named))
     assert tokenizer.render_chat(USER) == "d"
+    mapping = {entry["name"]: entry["template"] for entry in named}
+    by_name = Tokenizer.load(directory(tmp_path, chat_template=mapping))
+    assert by_name.chat_templates == tokenizer.chat_templates
     assert tokenizer.render_chat(USER, tools=[{}]) == "t"
     assert tokenizer.render_chat(USER, tools=[{}], template="default") == "d"
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ mood }}")
@@ -288,6 +306,53 @@ def test_failing_templates(template, message):
     tokenizer = Tokenizer(BYTE_LEVEL.backend, {}, templates)
     with pytest.raises(ValueError, match=message):
         tokenizer.render_chat(USER)
+
+
+LOOP = "{%% for i in range(99999) %%}%s{%% endfor %%}"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOP % "{% for j in range(99999) %}{% endfor %}", "longer"),
+        ("{% set n = namespace(s='aa') %}" + LOOP % "{% set n.s = n.s + n.s %}", "memory|longer"),
+        ("{{ 'a' * 10 ** 12 }}", "memory"),
+        ("{{ messages[0].content * 40000000 }}", "80000000 characters, more than 67108864"),
+        ("{{ 'a'.ljust(10 ** 12) }}", "memory"),
+        ("{{ 10 ** (10 ** 9) }}", "memory|longer"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ " + "(" * 10_000 + ")" * 10_000 + " }}", "recursion"),
+    ],
+)
+def test_templates_without_bounds(monkeypatch, template, message):
+    """They are ended, and the next template renders."""
+    monkeypatch.setattr(chat_template, "_worker", functools.cache(lambda: TemplateWorker(2.0)))
+    tokenizer = Tokenizer(BYTE_LEVEL.backend, {}, {"default": template, "good": "good"})
+    with pytest.raises(ValueError, match=f"chat template failed: .*({message})"):
+        tokenizer.render_chat(USER)
+    assert tokenizer.render_chat(USER, template="good") == "good"
+
+
+def test_templates_render_in_many_threads():
+    tokenizer = Tokenizer(BYTE_LEVEL.backend, {}, {"default": "{{ messages[0].content }}"})
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        chats = [[{"content": str(i) * 10_000}] for i in range(50)]
+        texts = list(pool.map(tokenizer.render_chat, chats))
+    assert texts == [chat[0]["content"] for chat in chats]
+
+
+def test_a_forked_process_renders_in_a_process_of_its_own(monkeypatch):
+    """The pipes of the first one belong to its parent."""
+    worker = TemplateWorker()
+    assert worker.render("a", {}) == "a"
+    first = worker._process
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: 1)
+        assert worker.render("b", {}) == "b"
+        assert worker._process is not first
+        worker.close()
+    assert first.poll() is None
+    first.communicate()
 
 
 @pytest.mark.parametrize("template", [3, [3], [{"name": "x"}], [{"name": "x", "template": None}]])

@@ -105,10 +105,11 @@ def _token(value: Any, where: str, *, special: bool = False) -> AddedToken:
     """A token written as text, or as an object with its flags."""
     if isinstance(value, str) and value:
         return AddedToken(value, special=special)
-    content = value.get("content") if isinstance(value, Mapping) else None
+    fields = value if isinstance(value, Mapping) else {}
+    content = fields.get("content")
     if not isinstance(content, str) or not content:
         raise ValueError(f"{where}: {value!r} is not a token: it needs a content")
-    flags = {name: value[name] for name in _FLAGS if value.get(name) is not None}
+    flags = {name: fields[name] for name in _FLAGS if fields.get(name) is not None}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise ValueError(f"{where}: the flags of token {content!r} must be true or false")
     return AddedToken(content, **(flags | ({"special": True} if special else {})))

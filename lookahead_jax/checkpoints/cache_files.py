@@ -110,7 +110,7 @@ def _digest(arrays: dict[str, np.ndarray], model: str) -> str:
     digest = hashlib.sha256(model.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f" {name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

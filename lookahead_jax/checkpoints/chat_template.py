@@ -1,19 +1,16 @@
 """Chat templates: Jinja programs that turn messages into the text a model was trained on."""
 
-import datetime
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import numpy as np
 
 from lookahead_jax.checkpoints.hf_files import files_of_folder, find, read_text
+from lookahead_jax.checkpoints.template_worker import TemplateWorker, environment
 
 MAX_BYTES = 2**20  # of one template; the longest published ones have some ten thousand
 _MAX_TEMPLATES = 100
@@ -51,7 +48,9 @@ def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, st
 
 
 def _named(declared: Any) -> dict[Any, Any]:
-    """Templates listed as {"name": ..., "template": ...}; {None: None} where they are not."""
+    """Templates by name, or listed as {"name": ..., "template": ...}; {None: None} otherwise."""
+    if isinstance(declared, Mapping):
+        return dict(declared)
     try:
         return {entry["name"]: entry["template"] for entry in declared}
     except (TypeError, KeyError):
@@ -77,8 +76,12 @@ def render(
       variables: further names that the template may read.
 
     Raises:
-      ValueError: when the template fails, or the last message cannot be continued.
+      ValueError: when the template fails, takes too long or too much memory, or the last
+        message cannot be continued.
     """
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a chat message must be an object with role and content: {message!r}")
     chat = _plain([{k: v for k, v in message.items() if v is not None} for message in messages])
     chat = [_with_reasoning_names(message) for message in chat]
     if continue_final_message:
@@ -94,10 +97,9 @@ def render(
         "messages": chat,
         "add_generation_prompt": add_generation_prompt,
     }
-    # A template is a program: besides its own errors it can raise any of Python's.
     try:
-        text = _compile(source).render(context)
-    except Exception as error:
+        text = _worker().render(source, context)
+    except ValueError as error:
         raise ValueError(f"the chat template failed: {error}") from error
     return _cut_behind_final_message(text, final) if continue_final_message else text
 
@@ -108,7 +110,7 @@ def literal_text(source: str) -> str:
     The whole source of a template that is not valid Jinja.
     """
     try:
-        syntax = _environment().parse(source)
+        syntax = environment().parse(source)
     except (jinja2.TemplateError, RecursionError):
         return source
     texts = [node.data for node in syntax.find_all(jinja2.nodes.TemplateData)]
@@ -124,7 +126,9 @@ def _plain(value: Any) -> Any:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    for kind in (str, int, float):  # an enumeration's member, a NumPy scalar
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    for kind in (str, int, float):  # members of enumerations
         if isinstance(value, kind):
             return kind(value)
     return f"<{type(value).__name__}>"
@@ -172,37 +176,6 @@ def _cut_behind_final_message(text: str, final: str) -> str:
     return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()
 
 
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks the assistant's part for training; here it only renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
 @functools.cache
-def _environment() -> jinja2.Environment:
-    """The sandbox that chat templates are written for, as transformers has it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # Jinja's own filter escapes HTML characters, which models were not trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+def _worker() -> TemplateWorker:
+    return TemplateWorker()

@@ -28,17 +28,21 @@ class ControlTokens:
     def mark(self, value: Any) -> Any:
         """The value (text, list or mapping) with marks around the control tokens in its texts.
 
-        Keys of mappings are left alone. A text that ends with the beginning of a control token
-        gets a mark there, in case the template puts the rest behind it.
+        A text that ends with the beginning of a control token gets a mark there, in case the
+        template puts the rest behind it.
         """
         if isinstance(value, str):
-            value = self._any.sub(f"{_START}\\g<0>{_END}", _RESERVED.sub("", value))
-            return self._mark_end(value)
+            return self._mark_end(self._mark_whole(value))
         if isinstance(value, Mapping):
-            return {key: self.mark(item) for key, item in value.items()}
+            return {self._mark_whole(key): self.mark(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.mark(item) for item in value]
         return value
+
+    def _mark_whole(self, value: Any) -> Any:
+        if not isinstance(value, str):  # keys may be anything
+            return value
+        return self._any.sub(f"{_START}\\g<0>{_END}", _RESERVED.sub("", value))
 
     def _mark_end(self, text: str) -> str:
         """The text with a seam inside the longest beginning of a control token at its end."""

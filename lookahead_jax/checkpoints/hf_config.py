@@ -1,8 +1,8 @@
 """Reads a Hugging Face `config.json` into a `ModelConfig`.
 
-Both generations of field names are understood: transformers 4 (`rope_theta`, `rope_scaling`,
-`sliding_window_pattern`) and 5 (`rope_parameters`, `layer_types`). What is not understood is
-refused by name; nothing is guessed.
+The field names of transformers 4 (`rope_theta`, `rope_scaling`, `sliding_window_pattern`) and 5
+(`rope_parameters`, `layer_types`) are supported. Fields and values that are not supported raise an
+error that names them.
 """
 
 from collections.abc import Mapping
@@ -54,12 +54,16 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in DEFAULTS:
         known = ", ".join([*DEFAULTS, "gemma3", "ministral"])
         raise ValueError(f"unknown model_type {model_type!r}; known: {known}")
+    fields = JsonFields(DEFAULTS[model_type] | dict(hf), f"config.json ({model_type})")
+    refuse_foreign_fields(fields, model_type)
+    return _model_config(fields, model_type)
 
-    f = JsonFields(DEFAULTS[model_type] | dict(hf), f"config.json ({model_type})")
+
+def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
+    """Fields, with the defaults of their family -> the constants of the model."""
     gemma = model_type in ("gemma2", "gemma3_text")
     if gemma and f.optional("use_bidirectional_attention", bool):
         raise ValueError(f"{f.where}: use_bidirectional_attention is not supported")
-    refuse_foreign_fields(f, model_type)
     hidden_size, num_heads = (
         f.required(name, int) for name in ("hidden_size", "num_attention_heads")
     )

@@ -1,6 +1,6 @@
-"""What transformers 5.23 assumes where a config.json omits a field, per `model_type`.
+"""The defaults of transformers 5.23 for fields that a config.json omits, per `model_type`.
 
-A null in the file stays null. `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and
+A null in the file remains null. `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and
 `original_max_position_embeddings` are the top-level fields of transformers 4.
 """
 

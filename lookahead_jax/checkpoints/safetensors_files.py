@@ -8,7 +8,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lookahead_jax.checkpoints.hf_files import find, listing, read_json
-from lookahead_jax.checkpoints.source import Index, Reader, StoredTensor, Tensors
+from lookahead_jax.checkpoints.source import Reader, StoredTensor, Tensors
+from lookahead_jax.model.params import Index
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -9,8 +9,7 @@ import numpy as np
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.model.config import ModelConfig
-
-Index = tuple[slice, ...]
+from lookahead_jax.model.params import Index
 
 
 @dataclasses.dataclass(frozen=True)

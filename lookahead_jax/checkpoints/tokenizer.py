@@ -42,10 +42,8 @@ class Tokenizer:
         path = find(directory, "tokenizer.json", limit=_MAX_TOKENIZER_BYTES)
         if path is None:
             return None
-        try:
+        with _as_value_error(f"{path}: not a valid tokenizer"):
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{path}: not a valid tokenizer ({error})") from error
         # Files keep the settings of their last use in training; callers batch on their own.
         backend.no_padding()
         backend.no_truncation()
@@ -99,7 +97,7 @@ class Tokenizer:
         """Token ids of several texts, as `encode`; other threads run meanwhile."""
         rows = _encode(self.backend, texts, special)
         if plain:
-            acting = [i for i, row in enumerate(rows) if self._control_ids_of(row)]
+            acting = [i for i, row in enumerate(rows) if self._has_control(texts[i], row)]
             again = _encode(self._plain_backend, [texts[i] for i in acting], special)
             for i, row in zip(acting, again, strict=True):
                 for token in self._control_ids_of(row):
@@ -117,9 +115,9 @@ class Tokenizer:
 
         Tokens that share one character share its span; added special tokens have an empty one.
         """
-        with _as_value_error():
+        with _as_value_error("the text cannot be tokenized"):
             encoding = self.backend.encode(text, add_special_tokens=special)
-            if plain and self._control_ids_of(encoding):
+            if plain and self._has_control(text, encoding):
                 encoding = self._plain_backend.encode(text, add_special_tokens=special)
         return encoding.ids, encoding.offsets
 
@@ -246,7 +244,8 @@ class Tokenizer:
         control = self._control_tokens(tuple(self.chat_templates.values())).tokens
         for token in content["added_tokens"]:
             token["special"] = token["special"] or token["content"] in control
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        with _as_value_error("the tokenizer cannot be copied"):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         backend.encode_special_tokens = True
         return backend
 
@@ -254,8 +253,17 @@ class Tokenizer:
     def _control_ids(self) -> frozenset[int]:
         """Ids of all control tokens but the one that stands for unknown characters."""
         tokens = self._control_tokens(tuple(self.chat_templates.values())).tokens
-        unknown = getattr(self.backend.model, "unk_token", None)
-        return frozenset(self.backend.token_to_id(token) for token in tokens - {unknown})
+        ids = {self.backend.token_to_id(token) for token in tokens - {self._unknown}}
+        return frozenset(token for token in ids if token is not None)
+
+    @property
+    def _unknown(self) -> str | None:
+        return getattr(self.backend.model, "unk_token", None)
+
+    def _has_control(self, text: str, row: tokenizers.Encoding) -> bool:
+        """Whether a control token acts in a text that was encoded as usual."""
+        unknown = self._unknown
+        return bool(self._control_ids_of(row)) or (unknown is not None and unknown in text)
 
     def _control_ids_of(self, row: tokenizers.Encoding) -> set[int]:
         """The control tokens in a text, without those that the tokenizer puts around it."""
@@ -286,19 +294,19 @@ def _encode(
     backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool
 ) -> list[tokenizers.Encoding]:
     """Encodings without offsets; the batch call lets other threads run, unlike the single one."""
-    with _as_value_error():
+    with _as_value_error("the text cannot be tokenized"):
         return backend.encode_batch_fast(list(texts), add_special_tokens=special)
 
 
 @contextlib.contextmanager
-def _as_value_error() -> Iterator[None]:
+def _as_value_error(problem: str) -> Iterator[None]:
     """Turns errors of the tokenizers package, panics of its Rust code included, into ValueError."""
     try:
         yield
     except BaseException as error:
         # The package raises bare Exception; a panic is a BaseException that it does not export.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"the text cannot be tokenized ({error})") from error
+            raise ValueError(f"{problem} ({error})") from error
         raise
 
 

@@ -14,11 +14,11 @@ from lookahead_jax.checkpoints.hf_files import listing
 from lookahead_jax.checkpoints.source import Reader, StoredTensor, Tensors
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import (
+    ParameterSpec,
     Params,
-    Spec,
     from_stored,
+    parameter_specs,
     shape,
-    specs,
     stored_index,
     stored_shape,
     tree,
@@ -32,7 +32,8 @@ _EXPONENTS = {
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
 }
-_CHUNK = 2**22  # values that are looked at together
+_IN_CACHE = 2**17  # values that are checked together; more would go through memory twice
+_AT_ONCE = 2**22  # values that are read together to compare two tensors
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Names that say "language model" in multimodal Gemma 3, of transformers 4 and 5.
 _TEXT_PREFIXES = (
@@ -88,10 +89,10 @@ def load_weights(
         loader = _Loader(stored, config, dtype, read)
         if mesh is None:
             one = SingleDeviceSharding(jax.local_devices()[0])
-            shardings = tree({path: one for path in specs(config)})
+            shardings = tree({path: one for path in parameter_specs(config)})
         else:
             shardings = param_shardings(config, mesh)
-        paths = tree({path: path for path in specs(config)})
+        paths = tree({path: path for path in parameter_specs(config)})
         params = jax.tree.map(loader.parameter, paths, shardings)
     if loader.not_finite:
         names = listing(sorted(loader.not_finite))
@@ -153,7 +154,7 @@ def _are_equal(one: StoredTensor, other: StoredTensor, read: Reader) -> bool:
     if one.shape != other.shape or len(one.shape) != 2 or not known:
         return False
     rows, columns = one.shape
-    step = max(1, _CHUNK // max(1, columns))
+    step = max(1, _AT_ONCE // max(1, columns))
     for start in range(0, rows, step):
         index = (slice(start, min(start + step, rows)), slice(0, columns))
         a, b = (read(tensor, index).astype(np.float32) for tensor in (one, other))
@@ -166,7 +167,7 @@ def _check(where: str, stored: dict[str, StoredTensor], config: ModelConfig) -> 
     """Raises ValueError unless names, shapes and types are those that the config calls for."""
     expected = {
         spec.tensor.format(layer=layer): stored_shape(spec, config)
-        for spec in specs(config).values()
+        for spec in parameter_specs(config).values()
         for layer in range(config.num_layers if spec.stacked else 1)
     }
     for problem, names in (
@@ -210,7 +211,7 @@ class _Loader:
     not_finite: set[str] = dataclasses.field(default_factory=set)
 
     def parameter(self, path: str, sharding: jax.sharding.Sharding) -> jax.Array:
-        spec = specs(self.config)[path]
+        spec = parameter_specs(self.config)[path]
         sizes = shape(spec.axes, self.config)
         blocks: dict[tuple, np.ndarray] = {}  # devices that hold the same block share a read
 
@@ -222,7 +223,7 @@ class _Loader:
 
         return jax.make_array_from_callback(sizes, sharding, block)
 
-    def _block(self, spec: Spec, index: tuple[slice, ...]) -> np.ndarray:
+    def _block(self, spec: ParameterSpec, index: tuple[slice, ...]) -> np.ndarray:
         """The values of one parameter at `index`, gathered from the tensors of its layers."""
         layers, inner = (index[0], index[1:]) if spec.stacked else (slice(0, 1), index)
         sizes = [layers.stop - layers.start, *(s.stop - s.start for s in inner)]
@@ -243,8 +244,8 @@ class _Loader:
 
 
 def _is_finite(values: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, by their bits: a fraction of the time of reading."""
+    """Whether no value is NaN or infinite, by their bits: much faster than reading them."""
     integer, exponent = _EXPONENTS[values.dtype]
     bits = np.ascontiguousarray(values).reshape(-1).view(integer)
-    chunks = (bits[start : start + _CHUNK] for start in range(0, bits.size, _CHUNK))
+    chunks = (bits[start : start + _IN_CACHE] for start in range(0, bits.size, _IN_CACHE))
     return all((chunk & integer(exponent)).max() < exponent for chunk in chunks)

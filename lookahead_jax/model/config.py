@@ -1,4 +1,4 @@
-"""The model's constants, as two frozen dataclasses that validate themselves."""
+"""The constants of a model: two frozen dataclasses that validate their fields."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -20,9 +20,9 @@ _REQUIRED_BY_KIND = {
 class RopeConfig:
     """Constants of one rotary embedding; a field that its kind does not use is None.
 
-    `dim` counts the rotated dimensions of a head (all of them unless rotation is partial), and
-    `short_factor` / `long_factor` have `dim / 2` entries. If `attention_factor` is None, it is
-    derived from the other fields (see `rope.inverse_frequencies`).
+    `dim` is the number of rotated dimensions of a head (all of them unless rotation is partial);
+    `short_factor` and `long_factor` have `dim / 2` entries. Where `attention_factor` is None, it
+    is derived from the other fields, as `rope.inverse_frequencies` documents.
     """
 
     kind: RopeKind
@@ -67,7 +67,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The decoder's settings for a checkpoint; hashable, a static argument of jitted functions."""
+    """Everything the decoder needs to know about a checkpoint; hashable: a static jit argument."""
 
     model_type: str
     vocab_size: int
@@ -79,9 +79,9 @@ class ModelConfig:
     mlp_dim: int
     ropes: tuple[RopeConfig, ...]
     layer_rope: tuple[int, ...]
-    """Per layer, the index of its rope; Gemma 3 has two: 0 global, 1 local."""
+    """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local."""
     layer_window: tuple[int | None, ...]
-    """Per layer, how many positions a token attends to, its own included; None: all."""
+    """Per layer, the number of positions a token attends to (its own included); None: all."""
     norm_eps: float
     norm_offset: bool
     """True: multiply by (1 + w) in float32, then cast (Gemma). False: cast, then multiply by w."""
@@ -93,7 +93,7 @@ class ModelConfig:
     mlp_bias: bool
     activation: Activation
     embed_scale: float | None
-    """Factor on embedded tokens, rounded to the weights' dtype when applied."""
+    """Factor of the token embeddings, rounded to the dtype of the weights when applied."""
     attn_scale: float
     attn_softcap: float | None
     final_softcap: float | None
@@ -115,7 +115,13 @@ class ModelConfig:
             raise ValueError(f"layer_rope {self.layer_rope} exceeds {len(self.ropes)} ropes")
         if any(window is not None and window < 1 for window in self.layer_window):
             raise ValueError(f"sliding windows must be positive, got {self.layer_window}")
-        # One table of cosines serves all layers, so all ropes rotate the same dimensions.
+        if not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
+        for name in ("attn_softcap", "final_softcap"):
+            cap = getattr(self, name)
+            if cap is not None and not cap > 0:
+                raise ValueError(f"{name} must be positive, got {cap}")
+        # All layers share one table of cosines, so all ropes rotate the same dimensions.
         if len({rope.dim for rope in self.ropes}) != 1 or self.ropes[0].dim > self.head_dim:
             raise ValueError(f"ropes must share one dim of at most head_dim {self.head_dim}")
         if self.activation not in get_args(Activation):

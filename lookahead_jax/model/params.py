@@ -1,4 +1,4 @@
-"""The parameters: one table defines their shapes, initialisation, shardings and checkpoint names.
+"""The parameters: one table gives their shapes, initial values, shardings and checkpoint names.
 
 The tree is a nested dict. `layers` is stacked: every leaf has a leading layer axis.
 
@@ -23,16 +23,16 @@ from lookahead_jax.model.config import ModelConfig
 
 Params = dict[str, Any]
 Index = tuple[slice, ...]
-FINGERPRINT_SAMPLES = 256  # per parameter; changing it changes all fingerprints
+FINGERPRINT_SAMPLES = 256  # per parameter and layer; changing it changes every fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class ParameterSpec:
     """One parameter.
 
-    Its tensor in a Hugging Face checkpoint is [rows, *columns] (of a matrix: [out, in]). Rows of
-    a fused tensor are several parts, of which this parameter is number `part`. Each part and the
-    columns are products of logical axes, so one rule splits, permutes and slices everything.
+    Its tensor in a Hugging Face checkpoint is [rows, *columns] (of a matrix: [out, in]). The rows
+    of a fused tensor consist of several parts, and this parameter is number `part`. Each part and
+    the columns are products of logical axes, so one rule splits, permutes and slices every tensor.
     """
 
     axes: tuple[str, ...]
@@ -52,18 +52,18 @@ class Spec:
         return self.axes[0] == "layer"
 
 
-def specs(config: ModelConfig) -> dict[str, Spec]:
-    """The table: parameter path ("embed", "layers.q", ...) -> Spec, for this model."""
+def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """The table of this model: parameter path ("embed", "layers.q", ...) -> `ParameterSpec`."""
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attn, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
     norm = "model.layers.{layer}.%s_layernorm.weight"
     before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
 
-    def dense(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> Spec:
-        return Spec(("layer", *columns, *rows), name + "_proj.weight", (rows,), columns)
+    def dense(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> ParameterSpec:
+        return ParameterSpec(("layer", *columns, *rows), name + "_proj.weight", (rows,), columns)
 
-    def vector(name: str, *rows: str) -> Spec:
-        return Spec(("layer", *rows), name, (rows,))
+    def vector(name: str, *rows: str) -> ParameterSpec:
+        return ParameterSpec(("layer", *rows), name, (rows,))
 
     layers = {
         "attn_norm": vector(norm % "input", "embed"),
@@ -102,11 +102,11 @@ def specs(config: ModelConfig) -> dict[str, Spec]:
 
     table = ("vocab", "embed")
     top = {
-        "embed": Spec(table, "model.embed_tokens.weight", (("vocab",),), ("embed",)),
-        "final_norm": Spec(("embed",), "model.norm.weight", (("embed",),)),
+        "embed": ParameterSpec(table, "model.embed_tokens.weight", (("vocab",),), ("embed",)),
+        "final_norm": ParameterSpec(("embed",), "model.norm.weight", (("embed",),)),
     }
     if not config.tie_embeddings:
-        top["lm_head"] = Spec(table, "lm_head.weight", (("vocab",),), ("embed",))
+        top["lm_head"] = ParameterSpec(table, "lm_head.weight", (("vocab",),), ("embed",))
     return top | {f"layers.{name}": spec for name, spec in layers.items()}
 
 
@@ -130,30 +130,30 @@ def shape(axes: tuple[str, ...], config: ModelConfig) -> tuple[int, ...]:
 
 
 def tree(leaves: dict[str, Any]) -> Params:
-    """Leaves by path, as in `specs`, -> the nested dict."""
+    """Leaves by path, as in `parameter_specs`, -> the nested dict."""
     top = {path: leaf for path, leaf in leaves.items() if "." not in path}
     layers = {path.split(".")[1]: leaf for path, leaf in leaves.items() if "." in path}
     return top | {"layers": layers}
 
 
 def leaf(params: Params, path: str) -> Any:
-    """The leaf of a stacked tree at a path of `specs`."""
+    """The leaf of a stacked tree at a path of `parameter_specs`."""
     return params["layers"][path.split(".")[1]] if "." in path else params[path]
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
-    """The tree as `jax.ShapeDtypeStruct`s; allocates nothing."""
-    table = specs(config).items()
+    """The tree with a `jax.ShapeDtypeStruct` for each parameter; allocates nothing."""
+    table = parameter_specs(config).items()
     return tree({path: jax.ShapeDtypeStruct(shape(s.axes, config), dtype) for path, s in table})
 
 
 def init_params(key: jax.Array, config: ModelConfig, dtype: DTypeLike) -> Params:
     """Random parameters: matrices normal with variance 1 / fan-in, norms identity, biases zero.
 
-    A parameter's values depend on the key and its path only.
+    The values of a parameter depend only on the key and its path.
     """
     leaves = {}
-    for path, spec in specs(config).items():
+    for path, spec in parameter_specs(config).items():
         size = shape(spec.axes, config)
         if spec.columns:
             seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
@@ -166,7 +166,7 @@ def init_params(key: jax.Array, config: ModelConfig, dtype: DTypeLike) -> Params
 
 
 def unstack(params: Params) -> Params:
-    """The same parameters with `layers` as a tuple of per-layer dicts; identity if it is one."""
+    """The parameters with `layers` as a tuple of per-layer dicts; unchanged if it is one."""
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
@@ -175,13 +175,13 @@ def unstack(params: Params) -> Params:
     return params | {"layers": split}
 
 
-def stored_shape(spec: Spec, config: ModelConfig) -> tuple[int, ...]:
+def stored_shape(spec: ParameterSpec, config: ModelConfig) -> tuple[int, ...]:
     """Shape of the checkpoint tensor that holds this parameter (of one layer)."""
     rows = sum(math.prod(shape(part, config)) for part in spec.parts)
     return (rows, math.prod(shape(spec.columns, config))) if spec.columns else (rows,)
 
 
-def stored_index(spec: Spec, config: ModelConfig, index: Index) -> Index:
+def stored_index(spec: ParameterSpec, config: ModelConfig, index: Index) -> Index:
     """The smallest contiguous slice of the checkpoint tensor that covers `index`.
 
     `index` slices the parameter's own dimensions without "layer", with explicit bounds.
@@ -193,7 +193,9 @@ def stored_index(spec: Spec, config: ModelConfig, index: Index) -> Index:
     return (rows, _outermost(by_axis, spec.columns, config)) if spec.columns else (rows,)
 
 
-def from_stored(spec: Spec, config: ModelConfig, block: np.ndarray, index: Index) -> np.ndarray:
+def from_stored(
+    spec: ParameterSpec, config: ModelConfig, block: np.ndarray, index: Index
+) -> np.ndarray:
     """What `stored_index` selected -> the values at `index` of the parameter."""
     by_axis = dict(zip(_inner_axes(spec), index, strict=True))
     split, inner = [], []
@@ -213,25 +215,25 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     if isinstance(layers, tuple):
         params = params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
     tensors: dict[str, list[np.ndarray]] = {}
-    for path, spec in specs(config).items():
+    for path, spec in parameter_specs(config).items():
         values = np.asarray(leaf(params, path))
         order = [_inner_axes(spec).index(axis) for axis in (*spec.rows, *spec.columns)]
         own_shape = (-1, *stored_shape(spec, config)[1:])
         for layer, value in enumerate(values if spec.stacked else values[None]):
             name = spec.tensor.format(layer=layer)
-            # Parts of a fused tensor stand in the table in their stored order.
+            # The table lists the parts of a fused tensor in their stored order.
             tensors.setdefault(name, []).append(value.transpose(order).reshape(own_shape))
-    # safetensors writes an array's memory as it lies, so it must lie in C order.
+    # safetensors writes the memory of an array unchanged, so the array must be in C order.
     return {name: np.ascontiguousarray(np.concatenate(p)) for name, p in tensors.items()}
 
 
 def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
-    """A hex digest that tells base models apart, to match lookahead modules to their base.
+    """A hex digest that identifies a base model, to match lookahead modules and caches to it.
 
-    It covers names, shapes and some fixed entries of every parameter (of every layer), rounded to
-    bfloat16: the same checkpoint loaded as float32 or bfloat16, stacked or not,
-    sharded or not, has one fingerprint. Loaded as float16 it has another, that of the float32
-    values taken `through` float16 first.
+    It covers the names, the shapes and a fixed sample of the values of every parameter and layer,
+    rounded to bfloat16. A checkpoint has the same fingerprint as float32 or bfloat16, stacked or
+    not, sharded or not. As float16 it has another one: that of the float32 values rounded
+    `through` float16 first.
     """
     layers = params["layers"]
     if isinstance(layers, tuple):
@@ -250,7 +252,7 @@ def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
     return digest.hexdigest()
 
 
-def _inner_axes(spec: Spec) -> tuple[str, ...]:
+def _inner_axes(spec: ParameterSpec) -> tuple[str, ...]:
     return spec.axes[1:] if spec.stacked else spec.axes
 
 
@@ -262,7 +264,7 @@ def _outermost(by_axis: dict[str, slice], axes: tuple[str, ...], config: ModelCo
 
 
 def _sample(values: jax.Array, samples: int) -> np.ndarray:
-    # Multiples of the golden ratio modulo the size: spread out, fixed, no generator involved.
+    # Multiples of the golden ratio modulo the size: evenly spread and the same every time.
     steps = np.arange(samples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     index = np.unravel_index((steps % np.uint64(values.size)).astype(np.int64), values.shape)
     sampled = values[tuple(i.astype(np.int32) for i in index)]

@@ -1,7 +1,7 @@
-"""Placement of arrays: a mesh of data, fsdp and tensor axes, and one table of rules.
+"""Placement of arrays: a mesh with data, fsdp and tensor axes, and one table of rules.
 
 Other code names the logical axes of its arrays ("embed", "heads", "batch", ...). Only this table
-maps them to mesh axes.
+says which mesh axes split them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Params, axis_sizes, specs, tree
+from lookahead_jax.model.params import Params, axis_sizes, parameter_specs, tree
 
 F = TypeVar("F", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -41,9 +41,9 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over all `devices` (default: `jax.devices()`) with axes data, fsdp, tensor.
+    """A mesh with axes data, fsdp and tensor over `devices` (default: all devices present).
 
-    If `data` is None, it is the number of devices divided by fsdp * tensor.
+    With `data` None, the data axis takes the devices that the other two leave.
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices.
@@ -58,8 +58,7 @@ def make_mesh(
         )
     # Auto: the default, Explicit, rejects a plain lookup in a sharded embedding table.
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    # Like jax.make_mesh, but on all TPU types an axis may span part of a physical axis, such as 8
-    # chips of a 4x4x4 slice.
+    # As jax.make_mesh, but splitting physical axes: 8 chips of a 4x4x4 slice can form an axis.
     arranged = mesh_utils.create_device_mesh(
         (data, fsdp, tensor), devices, allow_split_physical_axes=True
     )
@@ -67,12 +66,12 @@ def make_mesh(
 
 
 def partition_spec(axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
-    """The partition of an array's logical axes by the rules; an axis None is never split.
+    """Applies the rules to the logical axes of an array; an axis None is never split.
 
-    Mesh axes that `mesh` does not have are ignored, so a mesh of ("data", "tensor") works too.
+    Rules for mesh axes that `mesh` lacks have no effect, so a mesh of ("data", "tensor") works.
 
     Raises:
-      ValueError: for a logical axis that is not in the table.
+      ValueError: for a logical axis that the table does not contain.
     """
     entries = []
     for axis in axes:
@@ -84,7 +83,7 @@ def partition_spec(axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
 
 
 def sharding(axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
-    """`partition_spec` as a `NamedSharding` on the mesh."""
+    """`partition_spec` as a sharding on the mesh."""
     return NamedSharding(mesh, partition_spec(axes, mesh))
 
 
@@ -94,32 +93,32 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     Raises:
       ValueError: if a size of the model is not divisible by the mesh axes that split it.
     """
-    used = {axis for spec in specs(config).values() for axis in spec.axes}
+    used = {axis for spec in parameter_specs(config).values() for axis in spec.axes}
     for axis, size in axis_sizes(config).items():
         ways = math.prod(mesh.shape.get(name, 1) for name in RULES[axis]) if axis in used else 1
         if size % ways:
             raise ValueError(
-                f"{axis} has size {size}, not a multiple of {ways}, the mesh's "
-                f"{' x '.join(RULES[axis])}; choose a smaller {RULES[axis][-1]} axis"
+                f"{axis} has size {size}, not a multiple of {ways} (mesh axes "
+                f"{' x '.join(RULES[axis])}); choose a smaller {RULES[axis][-1]} axis"
             )
-    return tree({path: sharding(spec.axes, mesh) for path, spec in specs(config).items()})
+    return tree({path: sharding(spec.axes, mesh) for path, spec in parameter_specs(config).items()})
 
 
 def mesh_of(params: Params) -> Mesh | None:
-    """The mesh of sharded parameters; None if they are on one device."""
+    """The mesh of sharded parameters; None for parameters on one device."""
     placed = params["embed"].sharding
     mesh = placed.mesh if isinstance(placed, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
 def mesh_in_use(params: Params) -> contextlib.AbstractContextManager[Any]:
-    """A context that sets the mesh of sharded parameters, which kernels need to partition."""
+    """Sets the mesh of sharded parameters, so that kernels know how their arrays are split."""
     mesh = mesh_of(params)
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def on_its_mesh(function: F) -> F:
-    """A decorator: runs a function of a model with the mesh of the model's parameters set."""
+    """Wraps a function of a model: it runs with the mesh of the model's parameters set."""
 
     @functools.wraps(function)
     def run(model, *args, **options):
@@ -130,14 +129,14 @@ def on_its_mesh(function: F) -> F:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays with a leading batch axis and any other axes."""
+    """The sharding of arrays with a leading batch axis, of any rank."""
     return sharding(("batch",), mesh)
 
 
 def place_rows(rows: np.ndarray, like: jax.sharding.Sharding) -> jax.Array:
-    """A batch on the device, split over the mesh of `like` if its size allows.
+    """Puts a batch on the devices, split over the mesh of `like`.
 
-    On a single device, or if the number of rows is not divisible, JAX's default placement is used.
+    Without a mesh, or where the rows do not divide evenly, the compiler places the batch.
     """
     if not isinstance(like, NamedSharding):
         return jnp.asarray(rows)

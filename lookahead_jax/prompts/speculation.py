@@ -15,7 +15,7 @@ import numpy as np
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.kernels.common import softcap_logits, visible_by_position
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithDraft
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import pad_batch
