@@ -27,7 +27,7 @@ def check_growth(
     if is_traced((cache, new_tokens)):
         return
     check_not_donated(name, cache)
-    if not cache.length.is_fully_addressable:
+    if not getattr(cache.length, "is_fully_addressable", True):
         return
     check_fit(name, cache, new_tokens)
     known, read = np.asarray(cache.rope_span), np.asarray(cache.next_pos)
