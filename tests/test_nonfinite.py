@@ -11,6 +11,7 @@ from lookahead_jax.cli.main import main
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.engine.requests import Request
+from lookahead_jax.eval.harness.model import HarnessModel, Settings
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.generation.score import score
 from lookahead_jax.policies.full import Full
@@ -93,12 +94,29 @@ def test_a_finite_model_puts_the_blame_elsewhere(model):
     assert "a plain pass over these tokens is finite" in str(error)
 
 
-def test_the_command_fails_with_one_line(model, tmp_path, capsys):
+def test_commands_and_the_harness_fail_with_one_line(model, tmp_path, capsys):
     for file in model.path.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     bad = broken(model, "down", 1)
     save_params(tmp_path, bad.params, bad.config)
-    status = main(["generate", "--model", str(tmp_path), "--prompt", "abc"])
-    assert status == 1
-    assert "layer 1 of 3" in capsys.readouterr().err
+    rows = tmp_path / "rows.npy"
+    np.save(rows, np.asarray([PROMPTS[1]], np.int32))
+    for command in (
+        ["generate", "--model", str(tmp_path), "--prompt", "abc"],
+        [
+            "logits",
+            "--model",
+            str(tmp_path),
+            "--tokens",
+            str(rows),
+            "--out",
+            str(tmp_path / "x.npz"),
+        ],
+    ):
+        assert main(command) == 1
+        assert "layer 1 of 3; its weights down hold" in capsys.readouterr().err
+    assert not (tmp_path / "x.npz").exists()
+    harness = HarnessModel(Settings.of(dict(pretrained=str(tmp_path), batch_size=2)))
+    with pytest.raises(NonFiniteError, match="layer 1 of 3"):
+        harness.loglikelihoods([(PROMPTS[0], [1, 2])])

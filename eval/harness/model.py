@@ -20,6 +20,7 @@ from lookahead_jax.generation.score import forced_logits
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy, WithModules
 from lookahead_jax.prefilling.batching import pad_batch
+from lookahead_jax.prefilling.diagnosis import non_finite_error
 from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
 
@@ -150,6 +151,9 @@ class HarnessModel:
         )  # fmt: skip
         logits = forced_logits(params, read.cache, read.logits, jnp.asarray(forced), config=config)
         raw = np.asarray(logits, np.float64)
+        for i in np.flatnonzero(~np.isfinite(raw).all((1, 2))).tolist():
+            text = [*pairs[i][0], *pairs[i][1]]
+            raise non_finite_error(params, text, f"row {i}", config=config)
         peak = raw.max(-1, keepdims=True)
         total = peak[..., 0] + np.log(np.exp(raw - peak).sum(-1))
         at = np.maximum(forced, 0)[..., None]

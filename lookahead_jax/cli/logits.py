@@ -25,6 +25,7 @@ def main(config: Logits) -> None:
     import jax.numpy as jnp
 
     import lookahead_jax as lk
+    from lookahead_jax.prefilling.diagnosis import non_finite_error
 
     check_parent(config.out)
     model = config.source.load()
@@ -34,4 +35,7 @@ def main(config: Logits) -> None:
         length = (row >= 0).sum()
         found = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)
         logits[i, :length] = found[0, :length]
+        if not np.isfinite(logits[i]).all():
+            tokens_of_row = row[:length].tolist()
+            raise non_finite_error(model.params, tokens_of_row, f"row {i}", config=model.config)
     save_arrays(config.out, logits=logits)

@@ -26,14 +26,14 @@ def check_growth(
     if is_traced((cache, new_tokens)):
         return
     check_not_donated(name, cache)
-    if not cache.length.is_fully_addressable:
+    if not getattr(cache.length, "is_fully_addressable", True):
         return
     check_fit(name, cache, new_tokens)
     known, read = np.asarray(cache.rope_span), np.asarray(cache.next_pos)
     warn_of_crossing(known, read + np.asarray(new_tokens), config=config)
 
 
-def check_fit(name: str, cache: KVCache, new_tokens: jax.Array | int) -> None:
+def check_fit(name: str, cache: KVCache, new_tokens: jax.Array | np.ndarray | int) -> None:
     """Raises ValueError unless every row has free slots for its `new_tokens` (int or [B])."""
     free, new = np.broadcast_arrays(
         cache.slots - np.asarray(cache.length).max((0, 2)), np.asarray(new_tokens)
