@@ -83,7 +83,7 @@ def base():
 def test_maps_of_another_model_are_refused(tmp_path, base, part):
     maps = init_maps(jax.random.key(0), base.config, base.config)
     save_maps(tmp_path, maps.replace(**{part: maps.k[..., :7]}), None, 2)
-    with pytest.raises(ValueError, match="are not those of"):
+    with pytest.raises(ValueError, match="do not fit"):
         load_predictor(tmp_path, base)
 
 

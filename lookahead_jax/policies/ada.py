@@ -17,7 +17,7 @@ from lookahead_jax.policies.wrapper import PolicyWrapper
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ada(PolicyWrapper):
-    """Another policy's scores; heads with many high scores get more of their layer's budget.
+    """Scores by another policy; heads with many high scores get more of their layer's budget.
 
     The scores of a layer's heads are pooled, n_h counts how many of the K C best lie in head h,
     and the head keeps (1 - alpha) n_h + alpha C entries, rounded by largest remainder: a layer

@@ -23,7 +23,7 @@ class Moments(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Policy):
-    """Attention expected of future queries, in closed form, times the norm of the value.
+    """Keeps what future queries are expected to attend to, weighted by the norm of the value.
 
     Queries before RoPE (after the q-norm), the first `sinks` left out, are taken as Gaussian
     with mean mu and covariance S; R is the mean RoPE matrix of the next `future` positions. With

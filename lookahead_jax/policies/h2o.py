@@ -14,12 +14,12 @@ from lookahead_jax.policies.view import Chunk, LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(Policy):
-    """Attention summed over all prompt queries, group mean; the last `window` tokens are kept.
+    """Keeps what all prompt queries attend to most, and the last `window` tokens.
 
-    After the prompt the cache is cut once, as in the code behind most published tables. While
-    decoding, the sums continue, as in the original. (Two more variants share the name: the average
-    over the queries that can see an entry, and the sum over a window.) A window of C or more is
-    reduced to C // 2.
+    Scores are attention summed over the queries, group mean. After the prompt the cache is cut
+    once, as in the code behind most published tables. While decoding, the sums continue, as in the
+    original. (Two more variants share the name: the average over the queries that can see an entry,
+    and the sum over a window.) A window of C or more is reduced to C // 2.
     """
 
     window: int = 32

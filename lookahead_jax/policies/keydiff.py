@@ -13,9 +13,10 @@ _TINY = 1e-16  # below any squared norm that matters; keeps a zero key at a scor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyDiff(Policy):
-    """Minus the cosine between a key (after RoPE) and the mean direction of all keys.
+    """Keeps the keys that point away from the mean direction of all keys.
 
-    One pass over the whole prompt, as in kvpress (the paper works block by block).
+    Scores are minus the cosine between the two, after RoPE. One pass over the whole prompt, as in
+    kvpress (the paper works block by block).
     """
 
     @property

@@ -18,13 +18,14 @@ from lookahead_jax.policies.view import LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVzip(Policy):
-    """Largest attention, over the group and all queries, of the context read once more.
+    """Keeps what the model attends to while it reads the context once more.
 
-    Behind the prompt's full cache the context is read again in chunks, each after a request to
-    repeat it (kvzip_replay.py); a chunk's queries see sinks, the chunk and themselves. The first
-    entries are always kept. `allocate="global"` keeps the best L * K * C entries of a row, whatever
-    layers and heads they are in, so the cache needs a slot per prompt token; "layer" keeps the best
-    K * C of each layer. Entries that have left a sliding window are not candidates.
+    Scores are the largest attention over the group and all queries of the second reading. Behind
+    the prompt's full cache the context is read again in chunks, each after a request to repeat it
+    (kvzip_replay.py); a chunk's queries see sinks, the chunk and themselves. The first entries are
+    always kept. `allocate="global"` keeps the best L * K * C entries of a row, whatever layers and
+    heads they are in, so the cache needs a slot per prompt token; "layer" keeps the best K * C of
+    each layer. Entries that have left a sliding window are not candidates.
     """
 
     chunk: int = 2000

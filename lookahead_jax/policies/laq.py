@@ -14,8 +14,9 @@ from lookahead_jax.policies.view import LayerView, draft_scores
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAQ(Policy):
-    """Mean attention of drafted tokens on the full prompt, pooled per query head, group mean.
+    """Keeps what a short draft attends to, decoded on a copy of the cache cut by snapkv.
 
+    Scores are the draft's mean attention on the full prompt, pooled per query head, group mean.
     Two passes: the prompt's full cache is copied, `SnapKV` cuts the copy to the same C, and
     `draft_tokens` greedy tokens are decoded on it, up to a row's end of sequence. These then
     observe the full cache, which is cut by their attention. The defaults are those of the public
@@ -80,9 +81,9 @@ class LAQ(Policy):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAQPlusPlus(LAQ):
-    """As laq; the last `window` prompt queries observe too, and are kept inside C.
+    """As laq; the last `window` prompt queries observe too, and are kept.
 
-    A window of C or more is reduced to C // 2.
+    They count in C. A window of C or more is reduced to C // 2.
     """
 
     window: int = 8

@@ -18,10 +18,11 @@ from lookahead_jax.policies.view import LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LookaheadKV(Policy):
-    """Mean attention of the M lookahead tokens, group mean; pooling and a kept window optional.
+    """Keeps what trained lookahead tokens, placed behind the prompt, attend to.
 
-    The observer is `modules.definition.observer_block`. Nothing is protected by default. A window
-    of C or more is reduced to C // 2.
+    Scores are the mean attention of the M tokens, group mean, optionally pooled. The observer is
+    `modules.definition.observer_block`. Nothing is protected by default. A window of C or more is
+    reduced to C // 2.
     """
 
     window: int = 0

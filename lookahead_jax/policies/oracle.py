@@ -8,11 +8,12 @@ from lookahead_jax.policies.lookaheadkv import LookaheadKV
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Oracle(LookaheadKV):
-    """Mean attention of the response's queries under the full cache, group mean.
+    """Keeps what the model's own answer attends to, decoded in advance: an upper bound.
 
-    LookaheadKV is trained to predict these scores, and they are an upper bound for it. The
-    response is the model's own greedy one: prefill with `Whole`, decode, then `prefill.compress`
-    with the response as the observer (rows shorter than the longest are padded with position -1).
+    Scores are the mean attention of the answer under the full cache, group mean. LookaheadKV is
+    trained to predict these scores. The response is the model's own greedy one: prefill with
+    `Whole`, decode, then `prefill.compress` with the response as the observer (rows shorter than
+    the longest are padded with position -1).
     """
 
     response_tokens: int = 128

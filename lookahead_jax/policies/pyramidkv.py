@@ -12,14 +12,15 @@ from lookahead_jax.policies.snapkv import SnapKV
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """As snapkv, with budgets that fall linearly from the first layer to the last.
+    """As snapkv, with more entries in the first layers than in the last.
 
-    With w the window: lo = (C - w) // beta for the last layer, hi = 2 (C - w) - lo for the first;
-    where hi exceeds the T - w entries there are, hi = T - w and lo = 2 (C - w) - hi. The window
-    is added to every layer. The published code floors each layer; here the largest remainders
-    are rounded up, so that the mean over layers is exactly min(C, T) in every row. (kvpress
-    falls back to snapkv unless C >= beta w; this never does.) If a sliding-window layer cannot use
-    its whole share, the rest is not moved to other layers.
+    Budgets fall linearly from layer to layer. With w the window: lo = (C - w) // beta for the last
+    layer, hi = 2 (C - w) - lo for the first; if hi exceeds the T - w entries there are,
+    hi = T - w and lo = 2 (C - w) - hi. The window is added to every layer. The published code
+    floors each layer; here the largest remainders are rounded up, so that the mean over layers is
+    exactly min(C, T) in every row. (kvpress falls back to snapkv unless C >= beta w; this never
+    does.) If a sliding-window layer cannot use its whole share, the rest is not moved to other
+    layers.
     """
 
     beta: int = 20

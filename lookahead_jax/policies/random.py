@@ -11,10 +11,10 @@ from lookahead_jax.policies.view import LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(Policy):
-    """Uniform scores in [0, 1), different in every layer and head.
+    """Keeps random entries, different in every layer and head.
 
-    A score depends on (seed, layer, KV head, absolute position) alone, so a row keeps the same
-    entries alone, in any batch and under any padding.
+    Scores are uniform in [0, 1). A score depends on (seed, layer, KV head, absolute position)
+    alone, so a row keeps the same entries alone, in any batch and under any padding.
     """
 
     seed: int = 0

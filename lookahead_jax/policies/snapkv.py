@@ -19,10 +19,11 @@ def check_pooling(kernel: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
-    """Mean attention of the last `window` queries, pooled per query head, group mean.
+    """Keeps what the last `window` prompt queries attend to, and the window.
 
-    The window itself is always kept and counts in C; a window of C or more is reduced to C // 2.
-    Selection is per KV head (the original selects per query head on a repeated cache).
+    Scores are their mean attention, pooled per query head, group mean. The window itself is always
+    kept and counts in C; a window of C or more is reduced to C // 2. Selection is per KV head (the
+    original selects per query head on a repeated cache).
     """
 
     # Code bases differ in what they call snapkv; these are the three variants in use.

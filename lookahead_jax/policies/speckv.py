@@ -16,12 +16,13 @@ from lookahead_jax.policies.view import LayerView, draft_scores
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecKV(Policy):
-    """Largest attention, over the group and all queries, of the last prompt tokens and a draft.
+    """Keeps what a small model's draft answer and the last prompt tokens attend to.
 
-    The caller supplies the draft (`generate(..., drafts=)`, `speculation.speculate`). Its tokens
-    are read as observers behind the prompt, inside the layer's step, so one pass suffices. As in
-    the public code the last `window` + 1 prompt tokens observe and are kept; here they count in C.
-    A window of C or more is reduced to C // 2.
+    Scores are the largest attention, over the group and all these queries. The caller supplies the
+    draft (`generate(..., drafts=)`, `speculation.speculate`). Its tokens are read as observers
+    behind the prompt, inside the layer's step, so one pass suffices. As in the public code the last
+    `window` + 1 prompt tokens observe and are kept; here they count in C. A window of C or more is
+    reduced to C // 2.
 
     With `columns`, prompts longer than `columns` + `band` are read sparsely (sparse.py), as in the
     preset "published". Without it they are read densely, which is slower and exact.

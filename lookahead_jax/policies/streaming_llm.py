@@ -11,10 +11,10 @@ from lookahead_jax.policies.view import LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Policy):
-    """The first `sinks` tokens and the most recent ones: an entry's score is its position.
+    """Keeps the first `sinks` tokens and the most recent ones.
 
-    Kept keys keep the RoPE phase of their original position (the original numbers them anew inside
-    the cache). C sinks or more are reduced to C // 2.
+    An entry's score is its position. Kept keys keep the RoPE phase of their original position (the
+    original numbers them anew inside the cache). C sinks or more are reduced to C // 2.
     """
 
     sinks: int = 4

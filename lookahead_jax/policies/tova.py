@@ -11,9 +11,9 @@ from lookahead_jax.policies.view import LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tova(Policy):
-    """The last query's attention, averaged over all N heads and shared by the KV heads.
+    """Keeps what the last prompt query attends to, the same entries in all heads of a layer.
 
-    The last token itself is always kept.
+    Scores are its attention, averaged over all N heads. The last token itself is always kept.
     """
 
     def window_rows(self, budget: int) -> int:

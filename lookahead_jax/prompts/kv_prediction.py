@@ -1,8 +1,8 @@
-"""KV Prediction: a small model reads the prompt, and its keys and values are mapped to the base's.
+"""KV Prediction: a small model reads the prompt; its keys and values are mapped to the base's.
 
-Source: arXiv 2410.08391. Layer l of the base reads layer floor(l * La / L) of the auxiliary model;
-keys are mapped before the key norm and RoPE, which the base then applies itself. The base reads
-only the prompt's last token. Lossy: it trades quality for the time to the first token.
+Source: arXiv 2410.08391. Layer l of the base takes layer floor(l * La / L) of the small, auxiliary
+model. Keys are mapped before the key norm and RoPE, which the base then applies itself. The base
+reads only the prompt's last token. This is lossy: it trades quality for a faster first token.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class KVMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Reads a base's prompts with a small model: `generate(..., reader=)`."""
+    """A small model that reads prompts for a base: `generate(..., reader=)`."""
 
     base: Model
     aux: Model
@@ -61,27 +61,34 @@ class Predictor:
 
 
 def save_maps(folder: Path, maps: KVMaps, aux: str | None, aux_layers: int | None) -> None:
-    """Writes the maps, and which small model they are for (None: the base itself) cut to how many
-    of its layers."""
+    """Writes the maps and the small model they are for.
+
+    `aux` is its name (None: the base itself), `aux_layers` how many of its layers are used (None:
+    all).
+    """
     atomic_write(folder / "aux.json", json.dumps({"aux": aux, "layers": aux_layers}) + "\n")
     save_arrays(folder / "maps.npz", k=np.asarray(maps.k), v=np.asarray(maps.v))
 
 
 def load_predictor(folder: Path, base: Model) -> Predictor:
-    """What `save_maps` wrote, for the base that it was trained for; the small model on its mesh.
+    """The predictor that `save_maps` wrote, for the base it was trained for, on the base's mesh.
 
-    Raises ValueError where a file is not what `save_maps` wrote or the maps do not fit the models,
-    and what `load` raises for the small model.
+    Raises ValueError if a file was not written by `save_maps` or the maps do not fit the models,
+    FileNotFoundError without aux.json, and what `load` raises for the small model.
     """
     name, layers = _read_about(folder)
-    # One program reads what both have computed, so both have to be on the same devices.
+    # One program reads the results of both models, so both must be on the same devices.
     aux = base if name is None else load(name, mesh=mesh_of(base.params))
     if layers is not None:
         aux = first_layers(aux, layers)
     arrays = load_arrays(folder / "maps.npz")
-    found = {part: array.shape for part, array in arrays.items()}
-    if found != dict.fromkeys("kv", _shape(base.config, aux.config)):
-        raise ValueError(f"{folder}: maps {found} are not those of {base.path} and {aux.path}")
+    shapes = {part: array.shape for part, array in arrays.items()}
+    expected = dict.fromkeys("kv", _shape(base.config, aux.config))
+    if shapes != expected:
+        raise ValueError(
+            f"{folder}: maps of shapes {shapes} do not fit {base.path} and {aux.path}, which need "
+            f"{expected}"
+        )
     return Predictor(base, aux, KVMaps(k=jnp.asarray(arrays["k"]), v=jnp.asarray(arrays["v"])))
 
 
@@ -110,7 +117,10 @@ def _shape(base: ModelConfig, aux: ModelConfig) -> tuple[int, int, int]:
 
 
 def init_maps(key: jax.Array, base: ModelConfig, aux: ModelConfig) -> KVMaps:
-    """Random maps float32 that keep the scale; the identity where both models have one width."""
+    """Float32 maps to start training from: random and of unit gain, or the identity.
+
+    The identity if both models have the same width K * H.
+    """
     shape = _shape(base, aux)
     _, inputs, outputs = shape
     if inputs == outputs:
@@ -122,7 +132,7 @@ def init_maps(key: jax.Array, base: ModelConfig, aux: ModelConfig) -> KVMaps:
 
 @program(static_argnames=("config",))
 def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) -> PlainKV:
-    """What a model projects of a right-padded batch of prompts, before key norm and RoPE."""
+    """A model's keys and values of a right-padded batch of prompts, before key norm and RoPE."""
     width = tokens.shape[1]
     tokens, prompt = prompt_layout(tokens, 0, None, config)
     x = embed(params, tokens, config=config)
@@ -140,7 +150,7 @@ def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) 
 
 
 def predict(maps: KVMaps, aux: PlainKV) -> PlainKV:
-    """The base's keys and values as the auxiliary model's suggest them."""
+    """The base's keys and values, predicted from the auxiliary model's."""
     layers, given = maps.k.shape[0], aux.k.shape[0]
     source = jnp.arange(layers) * given // layers
     k, v = (
@@ -172,7 +182,7 @@ def predicted_cache(
     config: ModelConfig,
     slots: int,
 ) -> KVCache:
-    """The base's cache of all prompt tokens but each row's last, from the small model's `aux`."""
+    """The base's predicted cache of all prompt tokens except each row's last."""
     kv = predict(maps, aux)
     layers, batch, width = kv.k.shape[:3]
     slots = round_up(slots, SLOT_MULTIPLE)
@@ -218,9 +228,9 @@ def prefill_predicted(
     new_tokens: int,
     known_tokens: int | jax.Array = 0,
 ) -> Prefilled:
-    """Prompts int32 [B, T], padded with -1, through the small model: a cache that evicts nothing.
+    """Reads prompts int32 [B, T], padded with -1, with the small model, and evicts nothing.
 
-    The base's layers must be stacked (as `load` leaves them).
+    The base's layers must be stacked, as `load` returns them.
     """
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
     aux = plain_kv(aux_params, tokens, config=aux_config)

@@ -1,7 +1,7 @@
-"""Drafts of a small model before the large one reads the prompt: an answer, a token selection.
+"""A small model reads a prompt before the large one does: it drafts an answer or selects tokens.
 
-SpecKV observes with the answer (policies/speckv.py); SpecPC drops prompt tokens by the small
-model's attention. Both are from arXiv 2506.08373 and its public code.
+SpecKV scores entries with the draft (policies/speckv.py); SpecPC drops prompt tokens by the small
+model's attention. Source of both: arXiv 2506.08373 and its public code.
 """
 
 import dataclasses
@@ -24,10 +24,11 @@ from lookahead_jax.prompts.read import read_prompt
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TailAttention(Full):
-    """Keeps everything; its scores are the weighted attention of the last prompt tokens.
+    """Keeps everything and scores by the weighted attention of the last prompt tokens.
 
-    The last `rows` queries weigh 0 to 1, evenly spaced; the largest of the weighted probabilities
-    counts, over queries and query heads. (Queries times prompt in float32: for small models.)
+    The last `rows` queries have weights from 0 to 1, evenly spaced. A score is the largest weighted
+    probability over queries and query heads. (Memory: queries times prompt in float32, so use it
+    with small models.)
     """
 
     rows: int
@@ -46,7 +47,7 @@ class TailAttention(Full):
         raw = softcap_logits(raw * view.config.attn_scale, view.config.attn_softcap)
         seen = visible_by_position(queries.pos, view.pos, view.window)[:, :, None]
         probs = jax.nn.softmax(jnp.where(seen, raw, -jnp.inf), axis=-1)
-        probs = jnp.where(seen, probs, 0.0)  # a row that sees nothing is no number
+        probs = jnp.where(seen, probs, 0.0)  # a row that sees nothing is NaN
         weight = jnp.linspace(0.0, 1.0, rows, dtype=jnp.float32)[None, None, None, :, None]
         return (probs * weight).max((2, 3))
 
@@ -70,8 +71,8 @@ def speculate(
 ) -> Speculation:
     """Greedy answers of at most `tokens` tokens, and SpecPC's attention on each prompt token.
 
-    `rows` are ids of a vocabulary that `draft` shares. Layers before `first_layer` are left out of
-    the attention; of a model with fewer layers than twice that, the first half.
+    `rows` are token ids of a vocabulary that `draft` shares. The attention leaves out the layers
+    before `first_layer`; if that is more than half of the layers, it leaves out the first half.
     """
     config = draft.config
     batch = jnp.asarray(pad_batch(rows, config=config))
@@ -119,12 +120,13 @@ def draft_answers(
 def select_tokens(
     attention: np.ndarray, keep: int, *, pool: int = 64, neighbours: int = 64, window: int = 64
 ) -> np.ndarray:
-    """SpecPC: which of the prompt's tokens stay, ascending indices, at most `keep`.
+    """SpecPC: the prompt tokens that are kept, ascending indices, at most `keep`.
 
-    Scores are smoothed by a centred maximum over `pool` tokens. The last `window` tokens stay;
-    then the best tokens in their order, each with its nearest `neighbours` (itself included),
-    closest first, until `keep` are together; even sizes reach one further ahead than back. 64 and
-    64 are published for a Qwen pair of models, 32 and 32 for Llama.
+    Scores are smoothed by a centred maximum over `pool` tokens. The last `window` tokens are kept;
+    then the best tokens in order of their scores, each with its nearest `neighbours` (itself
+    included), closest first, until there are `keep`. Even sizes reach one token further ahead than
+    back. Published values of `pool` and `neighbours`: 64 and 64 for a Qwen pair of models, 32 and
+    32 for Llama.
     """
     length = len(attention)
     if keep >= length:
