@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.eviction import opening_sums
+from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import requests_to_repeat
@@ -42,14 +43,12 @@ def open_batch(
     if reader is not None:
         read = reader(batch.tokens, added)
     else:
-        summed = decode_eviction is not None and eviction.policy.accumulates
-        room = new_tokens
-        if decode_eviction is not None:
-            room = decode_eviction.room(batch.tokens.shape[1], new_tokens, config)
         read = read_prompt(
             model.params, batch.tokens, config=config, policy=eviction.policy,
-            budget=eviction.budget, new_tokens=added, room=batch.question_width + room,
-            modules=eviction.modules, eos_ids=continuation.eos_ids, with_scores=summed,
+            budget=eviction.budget, new_tokens=added,
+            room=_room(batch, eviction, decode_eviction, new_tokens, config=config),
+            modules=eviction.modules, eos_ids=continuation.eos_ids,
+            with_scores=decode_eviction is not None and eviction.policy.accumulates,
             draft=drafts, asks=requests_to_repeat(eviction.policy, model.tokenizer),
         )  # fmt: skip
     cache, logits, sums = read.cache, read.logits, opening_sums(decode_eviction, read)
@@ -67,6 +66,26 @@ def open_batch(
         sums=sums,
     )  # fmt: skip
     return jax.block_until_ready(state)
+
+
+def _room(
+    batch: PromptBatch,
+    eviction: EvictionSettings,
+    decode_eviction: DecodeEviction | None,
+    new_tokens: int,
+    *,
+    config: ModelConfig,
+) -> int:
+    """Slots to add to those of the padded prompt's entries, for question and new tokens."""
+    width = batch.tokens.shape[1]
+    if decode_eviction is not None:
+        return batch.question_width + decode_eviction.room(width, new_tokens, config)
+    # A policy that keeps (nearly) everything has slots for the padding. They stay empty: new tokens
+    # take them.
+    entries, budget = eviction.policy.max_entries, eviction.budget
+    longest = max(map(len, batch.prompts))
+    empty = entries(width, budget, config) - entries(longest, budget, config)
+    return max(batch.question_width + new_tokens - empty, 0)
 
 
 def open_timed(
