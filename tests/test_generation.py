@@ -57,6 +57,28 @@ def test_report_counts_what_was_kept(model, plain):
     assert plain.timing.eviction_overhead_s is None
 
 
+def test_full_bytes_do_not_count_the_padding_of_the_bucket(model, plain):
+    """61 tokens are read as 64; with 66 new ones they fit into 128 slots, not into 256."""
+    (prompt,), first = plain.prompt_ids, plain.tokens[0][0]
+    assert len(prompt) + 66 <= 128 < batching.bucket_length(len(prompt)) + 66
+    result = generate(model, [prompt], policy=POLICY, budget=16, max_new_tokens=66, eos_ids=[first])
+    assert result.cache.full_bytes == result.cache.bytes == plain.cache.bytes
+
+
+def test_new_tokens_take_the_slots_of_the_padding(model, plain):
+    """33 tokens read as 64, and 90 new ones: 128 slots hold them, and the tokens stay the same."""
+    prompt, full = plain.prompt_ids[0][:33], make_policy("full")
+    result = generate(model, [prompt], policy=full, max_new_tokens=90, eos_ids=())
+    read = read_prompt(
+        model.params, jnp.asarray(batching.pad_batch([prompt], config=model.config)),
+        config=model.config, policy=full, budget=0, new_tokens=90,
+    )  # fmt: skip
+    expected = decode(model.params, read.cache, read.logits, config=model.config, max_new_tokens=90)
+    assert read.cache.slots == 256
+    assert result.cache.bytes == result.cache.full_bytes == read.cache.bytes // 2
+    assert result.tokens[0] == np.asarray(expected.tokens[0]).tolist()
+
+
 @pytest.mark.parametrize("burst", [1, 5])
 def test_streamed_pieces_are_the_text_whatever_the_burst(model, plain, burst):
     pieces = []

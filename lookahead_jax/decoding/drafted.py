@@ -184,7 +184,7 @@ class Drafting:
         The drafts had at most `longest` nodes, of the `most` that were asked for.
         """
         means = (reached.sum(0) / reached[:, 0].sum()).tolist()
-        gains = dict(zip(NODE_BUCKETS, means, strict=True))
+        gains: dict[int, float] = dict(zip(NODE_BUCKETS, means, strict=True))
         if self._draws:  # the first nodes of a drawn tree are not drawn as a smaller tree's
             return {most: gains[most]}
         if longest + 1 >= most:  # larger trees might have had more nodes

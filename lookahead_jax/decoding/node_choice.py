@@ -142,7 +142,7 @@ class Controller:
         self._pay(most, nodes, gains, steps)
 
     def _record_gains(self, most: int, nodes: int, gains: Mapping[int, float], steps: int) -> None:
-        """`record` of drafted steps: what they emitted."""
+        """The part of `record` that concerns drafted steps."""
         before = self._known[most].drafted
         if self._promised:
             self._promised, self._until = False, None

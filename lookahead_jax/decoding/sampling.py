@@ -1,8 +1,8 @@
-"""Logits -> the distribution a request asked for -> a token.
+"""Logits -> the distribution that a request asked for -> a token.
 
-Noise is keyed by (request seed, absolute position), never by batch row or step: the token at a
-position does not depend on its neighbours, on how many tokens a step verifies, or on a drafter.
-Letters: B batch, P rows of a step (tree nodes), V vocabulary.
+Noise depends on (request seed, absolute position), never on batch row or step: the token at a
+position does not depend on other rows, on the number of tokens that a step verifies, or on a
+drafter. B batch, P rows of a step (tree nodes), V vocabulary.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Sampling:
     def __post_init__(self):
         if not (np.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if self.top_k is not None and (self.top_k < 1 or self.top_k != int(self.top_k)):
+        if self.top_k is not None and (self.top_k < 1 or self.top_k % 1 != 0):
             raise ValueError(f"top_k must be a whole number from 1, got {self.top_k}")
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
@@ -48,10 +48,10 @@ GREEDY = Sampling()
 
 @struct.dataclass
 class SamplingRows:
-    """The settings of a batch of requests; what no row uses is left out of the program.
+    """The settings of a batch of requests. Settings that no row uses are not compiled.
 
-    What is in it is skipped at run time while no row asks for it. A row gets the same numbers
-    either way, so rows of any settings can share a program that has everything.
+    Compiled ones are skipped at run time while no row uses them. Results are the same either way,
+    so rows with any settings can share a program that includes all of them.
     """
 
     seed: jax.Array  # [B] uint32
@@ -156,10 +156,10 @@ def keyed_noise(
     *,
     distinct: bool = False,
 ) -> Float[Array, "B P ..."]:
-    """`draw(key)` for each position of each row, from (seed, position) and nothing else.
+    """`draw(key)` for each position of each row; the key depends only on (seed, position).
 
-    `use` numbers what the noise is for, where a position needs it more than once; `distinct` gives
-    entries of the same position noise of their own, by their place in P.
+    `use` distinguishes several uses of noise at one position. With `distinct`, entries at the same
+    position get different noise, by their place in P.
     """
 
     def one(seed, position, place):

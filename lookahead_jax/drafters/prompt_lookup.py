@@ -61,9 +61,9 @@ class PromptLookup:
         begin = _continuation(text, state.length + 1, self.ngram)
         steps = jnp.arange(min(self.tokens, nodes - 1), dtype=jnp.int32)[None]
         at = begin[:, None] + steps
-        found = (begin >= 0)[:, None] & (at < text.shape[1])
-        drafted = jnp.take_along_axis(text, jnp.where(found, at, 0), axis=1)
-        return state, chain(root, jnp.where(found, drafted, -1), nodes)
+        known = (begin >= 0)[:, None] & (at < text.shape[1])
+        drafted = jnp.take_along_axis(text, jnp.where(known, at, 0), axis=1)
+        return state, chain(root, jnp.where(known, drafted, -1), nodes)
 
     def update(self, weights: Weights, state: Texts, verified: Verified) -> Texts:
         # The accepted nodes are the old root and all emitted tokens but the new root.

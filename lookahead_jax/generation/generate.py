@@ -19,7 +19,6 @@ from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.decoding.step import DecodeState, Step
 from lookahead_jax.decoding.weights import for_decoding
-from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.generation.inputs import (
     DEFAULT_BUDGET,
     PromptBatch,
@@ -33,14 +32,8 @@ from lookahead_jax.generation.inputs import (
 )
 from lookahead_jax.generation.open_batch import Reader, open_timed
 from lookahead_jax.generation.output_text import OutputRow
-from lookahead_jax.generation.results import (
-    CacheReport,
-    Generation,
-    Timing,
-    full_bytes,
-    kept_positions,
-)
-from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.generation.results import Generation, Timing, report_cache
+from lookahead_jax.generation.settings import ContinuationSettings, DraftSettings, EvictionSettings
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
@@ -125,9 +118,10 @@ def generate(
     )
     announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
     outputs = _output_rows(model, batch, stop, on_text)
+    draft = DraftSettings.of(drafter, draft_nodes)
     drafting = Drafting(
-        make_drafter(drafter) if isinstance(drafter, str) else drafter,
-        draft_nodes,
+        draft.drafter,
+        draft.nodes,
         config=model.config,
         batch=rows,
         room=batch.text_tokens.shape[1] + max_new_tokens,
@@ -140,12 +134,7 @@ def generate(
         model, batch, continuation, eviction, drafts=observed, reader=reader, measure=measure
     )
     prompt_tokens = [len(row) for row in batch.prompts]
-    counts, kept = kept_positions(state.cache, prompt_tokens)
-    cache = CacheReport(
-        kept_per_head=counts.tolist(),
-        bytes=state.cache.bytes,
-        full_bytes=full_bytes(state.cache, batch.longest + max_new_tokens),
-    )
+    cache, kept = report_cache(state.cache, prompt_tokens, batch.longest + max_new_tokens)
     state, decode_s = _decode(model, state, batch, drafting, outputs=outputs, burst=burst)
     lengths = [len(text) for text in batch.texts]
     total = [n + len(output.tokens) - 1 for n, output in zip(lengths, outputs, strict=True)]

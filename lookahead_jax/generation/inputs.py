@@ -1,4 +1,4 @@
-"""From what a caller gives to what a model reads: token rows, end tokens, checks."""
+"""Checks and encodes the arguments of `generate`: token rows, end tokens, drafts."""
 
 import dataclasses
 import operator

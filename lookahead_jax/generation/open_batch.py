@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.eviction import opening_sums
+from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.growth import check_fit
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.prefill import Prefilled, extend
@@ -48,14 +49,12 @@ def open_batch(
         read = reader(batch.tokens, added, **known)
         check_fit("reader", read.cache, batch.question_lengths + new_tokens - 1)
     else:
-        summed = decode_eviction is not None and decode_eviction.adds_up
-        room = new_tokens
-        if decode_eviction is not None:
-            room = decode_eviction.room(batch.tokens.shape[1], new_tokens, config)
         read = read_prompt(
             model.params, batch.tokens, config=config, policy=eviction.policy,
-            budget=eviction.budget, new_tokens=added, room=batch.question_width + room,
-            modules=eviction.modules, eos_ids=continuation.eos_ids, with_scores=summed,
+            budget=eviction.budget, new_tokens=added,
+            room=_room(batch, eviction, decode_eviction, new_tokens, config=config),
+            modules=eviction.modules, eos_ids=continuation.eos_ids,
+            with_scores=decode_eviction is not None and decode_eviction.adds_up,
             draft=drafts, known_tokens=batch.question_lengths,
             repeat_template=repeat_template(eviction.policy, model.tokenizer),
         )  # fmt: skip
@@ -74,6 +73,26 @@ def open_batch(
         sums=sums,
     )  # fmt: skip
     return jax.block_until_ready(state)
+
+
+def _room(
+    batch: PromptBatch,
+    eviction: EvictionSettings,
+    decode_eviction: DecodeEviction | None,
+    new_tokens: int,
+    *,
+    config: ModelConfig,
+) -> int:
+    """Slots to add to those of the padded prompt's entries, for question and new tokens."""
+    width = batch.tokens.shape[1]
+    if decode_eviction is not None:
+        return batch.question_width + decode_eviction.room(width, new_tokens, config)
+    # A policy that keeps (nearly) everything has slots for the padding. They stay empty: new tokens
+    # take them.
+    entries, budget = eviction.policy.max_entries, eviction.budget
+    longest = max(map(len, batch.prompts))
+    empty = entries(width, budget, config) - entries(longest, budget, config)
+    return max(batch.question_width + new_tokens - empty, 0)
 
 
 def open_timed(

@@ -43,20 +43,21 @@ class Generation:
     drafting: DraftReport
 
 
-def kept_positions(cache: KVCache, prompt_tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """How many entries of each prompt are kept [L, B, K], and their positions [L, B, K, S].
+def report_cache(
+    cache: KVCache, prompt_tokens: Sequence[int], longest: int
+) -> tuple[CacheReport, np.ndarray]:
+    """The report on a cache after the prompt, and the kept positions [L, B, K, S] int32.
 
-    Entries behind the prompt, those of a question, are left out.
+    Entries behind a row's `prompt_tokens`, those of a question, are not counted as kept. `longest`
+    tokens will be in the longest row, new ones included: without eviction they need as many slots,
+    rounded up for the kernels. A prompt's padding to its bucket is not counted there.
     """
     pos = np.asarray(cache.pos)
     of_prompt = (pos >= 0) & (pos < np.array(prompt_tokens)[None, :, None, None])
     counts = of_prompt.sum(-1, dtype=np.int32)
-    return counts, np.where(of_prompt, pos, -1)[..., : int(counts.max())]
-
-
-def full_bytes(cache: KVCache, longest: int) -> int:
-    """Bytes of a cache for as many rows of `longest` tokens that evicts nothing.
-
-    Slots are rounded up as the kernels need them; a prompt's padding to its bucket does not count.
-    """
-    return cache.bytes // cache.slots * round_up(longest, SLOT_MULTIPLE)
+    report = CacheReport(
+        kept_per_head=counts.tolist(),
+        bytes=cache.bytes,
+        full_bytes=cache.bytes // cache.slots * round_up(longest, SLOT_MULTIPLE),
+    )
+    return report, np.where(of_prompt, pos, -1)[..., : int(counts.max())]

@@ -1,4 +1,4 @@
-"""Settings that travel together: what the cache keeps, what drafts tokens, how rows go on."""
+"""Settings that travel together: eviction, drafting, and how rows are continued."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 
@@ -41,6 +42,14 @@ class DraftSettings:
     drafter: HostDrafter | DeviceDrafter
     nodes: int | Controller | None = None
     """Nodes of a step's tree; None chooses by measured cost and accepted tokens."""
+
+    @classmethod
+    def of(
+        cls, drafter: str | HostDrafter | DeviceDrafter, nodes: int | Controller | None
+    ) -> "DraftSettings":
+        """The settings with a drafter that may be given by its name for `make_drafter`."""
+        made = make_drafter(drafter) if isinstance(drafter, str) else drafter
+        return cls(drafter=made, nodes=nodes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
