@@ -94,7 +94,7 @@ def test_maps_of_another_model_are_refused(tmp_path, base, part):
         ("aux.json", "[]", r"aux\.json: expected a JSON object"),
         ("aux.json", '{"aux": 1, "layers": null}', r"aux\.json: expected `aux` and `layers`"),
         ("aux.json", "{", r"aux\.json: not valid JSON"),
-        ("maps.npz", "text", r"maps\.npz holds no arrays"),
+        ("maps.npz", "text", r"maps\.npz is not a readable"),
     ],
 )
 def test_files_that_are_no_maps_are_named(tmp_path, base, file, content, message):

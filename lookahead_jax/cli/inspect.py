@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from lookahead_jax.cli.options import OutFile, RunOptions, Text, megabytes
-from lookahead_jax.host.files import atomic_write, check_parent
+from lookahead_jax.host.files import atomic_write, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Inspect(RunOptions):
 def main(config: Inspect) -> None:
     from lookahead_jax.cli.inspect_page import drafted_steps, render  # imports jax
 
-    check_parent(config.out)
+    check_output(config.out)
     eviction = config.eviction.resolve(config.source)
     drafter = config.drafting.make(config.source.dtype)
     model = config.source.load()

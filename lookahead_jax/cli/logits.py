@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lookahead_jax.cli.options import ModelOptions, OutFile, TokenFile
 from lookahead_jax.cli.tokens import read_tokens
-from lookahead_jax.host.files import check_parent, save_arrays
+from lookahead_jax.host.files import check_output, save_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ def main(config: Logits) -> None:
 
     import lookahead_jax as lk
 
-    check_parent(config.out)
+    check_output(config.out)
     model = config.source.load()
     tokens = read_tokens(config.tokens, model.config)
     logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)

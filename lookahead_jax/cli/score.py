@@ -6,7 +6,7 @@ import numpy as np
 
 from lookahead_jax.cli.options import EvictionOptions, ModelOptions, OutFile, TokenFile
 from lookahead_jax.cli.tokens import read_tokens
-from lookahead_jax.host.files import check_parent, save_arrays
+from lookahead_jax.host.files import check_output, save_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Score:
 def main(config: Score) -> None:
     import lookahead_jax as lk
 
-    check_parent(config.out)
+    check_output(config.out)
     eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     scored = lk.score(
