@@ -21,19 +21,9 @@ def main(config: Generate) -> None:
     if config.json is not None:
         check_output(config.json)
         silent = is_stdout(config.json)
-    eviction = config.eviction.resolve(config.source)
-    drafter = config.drafting.make(config.source.dtype)
-    model = config.source.load()
-    prompts = config.input.read(model)
-    stream = len(prompts) == 1 and model.tokenizer is not None and not silent
-    result = config.run(
-        model,
-        prompts,
-        eviction,
-        drafter,
-        on_text=_print if stream else None,
-        measure=config.json is not None,
-    )
+    run = config.prepare()
+    stream = len(run.prompts) == 1 and run.model.tokenizer is not None and not silent
+    result = run.generate(on_text=_print if stream else None, measure=config.json is not None)
     if stream:
         print()
     elif not silent:
