@@ -1,6 +1,6 @@
 """Compile the training step for TPUs that are not there, and say what it needs.
 
-    python -m lookahead_jax.train.compile --topology v5e:16x16 --model llama-3.1-8b --prompt 16384
+    lookahead train compile --topology v5e:16x16 --model llama-3.1-8b --prompt 16384
 
 Weights, state and batch are abstract shapes; the compiler is the real one (the package libtpu, no
 TPU needed). A step that does not fit a chip's memory fails here. Memory is what the compiler
@@ -13,9 +13,9 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import tyro
 from jax.experimental import topologies
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import abstract_params
 from lookahead_jax.model.sharding import make_mesh
@@ -140,12 +141,15 @@ def _collectives(dump: Path) -> dict[str, int] | str:
     return {name: step[0].count(f" {name}(") + step[0].count(f" {name}-start(") for name in names}
 
 
-def main(options: Compile) -> None:
-    print(json.dumps(compile_training_step(options), indent=2))
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "lookahead train compile"
+    return run_command(
+        lambda: tyro.cli(Compile, args=args, prog=prog),
+        lambda options: print(json.dumps(compile_training_step(options), indent=2)),
+        prog=prog,
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Compile))
-    except ValueError as error:
-        sys.exit(f"compile: error: {error}")
+    end_process(main())

@@ -1,6 +1,6 @@
 """Training data of the lookahead modules: chats or prompts -> token rows in Arrow files.
 
-    python -m lookahead_jax.train.data --model DIR --source FILE ... --out DATA
+    lookahead train data --model DIR --source FILE ... --out DATA
 
 Sources are JSON lines or parquet files, or data sets of the Hugging Face hub (`hf:owner/name`); all
 are read as streams, `--limit` rows at most. A row has `messages` (the chat template is applied; the
@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,9 @@ from tqdm import tqdm
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.checkpoints.load import Model, load
 from lookahead_jax.generation.generate import generate
-from lookahead_jax.host.files import atomic_path, atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_path, atomic_write, make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import bucket_length, check_tokens
@@ -77,13 +78,23 @@ class DataConfig:
 
 
 def prepare(config: DataConfig) -> None:
-    """Writes `config.out`; see the module's text. Raises ValueError for rows it cannot read."""
+    """Writes the token rows into `config.out`; a restarted run skips finished shards.
+
+    Raises ValueError for rows it cannot read and for a folder begun with other settings,
+    BlockingIOError if another process does this part of the work.
+    """
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit={config.limit}: at least one row")
     if config.batch < 1 or config.shard_rows < 1 or not 0 <= config.part < config.parts:
         raise ValueError("batch, shard_rows and parts start at 1, and part is below parts")
+    make_folder(config.out)
+    with folder_lock(config.out, f"lock.{config.part}"):
+        _prepare(config)
+
+
+def _prepare(config: DataConfig) -> None:
+    """`prepare`, as the only process with this part of the work."""
     model = load(config.model, dtype=config.dtype)
-    config.out.mkdir(parents=True, exist_ok=True)
     settings = {
         "base_fingerprint": fingerprint(model.params),
         "source": [str(path) for path in config.source],
@@ -315,15 +326,11 @@ def _shards(directory: Path, base_fingerprint: str) -> list[Path]:
     return [_shard(directory, number) for number in range(about["shards"])]
 
 
-def main() -> int:
-    """The command line; a failure is one line on stderr."""
-    try:
-        prepare(tyro.cli(DataConfig, prog="python -m lookahead_jax.train.data"))
-    except (ValueError, OSError, NotImplementedError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "lookahead train data"
+    return run_command(lambda: tyro.cli(DataConfig, args=args, prog=prog), prepare, prog=prog)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,7 +1,7 @@
 """Trains the maps of KV Prediction for a base and a smaller model, and says what they are worth.
 
-    python -m lookahead_jax.train.kv_prediction --out RUN
-    python -m lookahead_jax.eval embedded --policies full kv_prediction --kv-maps RUN --out EVAL
+    lookahead train kv-prediction --out RUN
+    lookahead eval run embedded --policies full kv_prediction --kv-maps RUN --out EVAL
 
 Both models stay as they are; only the maps learn, by the mean absolute error of keys and values
 (the consistency term of arXiv 2410.08391; its two language-modelling terms, which train the small
@@ -11,8 +11,8 @@ are held-out code: one half to learn from, the other to test on.
 
 import dataclasses
 import json
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from tqdm import tqdm
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model, first_layers
 from lookahead_jax.eval.tasks.own.code import Split, code_stream
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params
@@ -131,6 +132,7 @@ def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[s
 
 def train(config: PredictionConfig) -> dict[str, Any]:
     """Trains, tests and writes the maps and OUT/report.json; returns the report."""
+    make_folder(config.out)
     model = lk.load(config.model or lk.EMBEDDED_MODEL)
     aux = first_layers(model, config.aux_layers) if config.aux is None else lk.load(config.aux)
     optimizer = make_optimizer(OptimizerConfig(rate=config.rate, warmup=10), config.steps)
@@ -147,7 +149,6 @@ def train(config: PredictionConfig) -> dict[str, Any]:
             aux_config=aux.config, optimizer=optimizer,
         )  # fmt: skip
         losses.append(float(loss))
-    config.out.mkdir(parents=True, exist_ok=True)
     aux_layers = config.aux_layers if config.aux is None else None
     save_maps(config.out, state[0], config.aux and str(config.aux), aux_layers)
     report = {
@@ -160,16 +161,15 @@ def train(config: PredictionConfig) -> dict[str, Any]:
     return report
 
 
-def main() -> int:
-    """The command line; a failure is one line on stderr."""
-    config = tyro.cli(PredictionConfig, prog="python -m lookahead_jax.train.kv_prediction")
-    try:
-        print(json.dumps(train(config), indent=1))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "lookahead train kv-prediction"
+    return run_command(
+        lambda: tyro.cli(PredictionConfig, args=args, prog=prog),
+        lambda config: print(json.dumps(train(config), indent=1)),
+        prog=prog,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

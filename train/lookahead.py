@@ -1,11 +1,12 @@
 """Train lookahead modules for a model.
 
-    python -m lookahead_jax.train.lookahead CONFIG --model DIR --data DIR --run DIR [--steps N ...]
+    lookahead train lookahead CONFIG --model DIR --data DIR --run DIR [--steps N ...]
 
 CONFIG is a JSON file, or the name of one in train/configs (`published`); any field can be set on
 the command line. The same command resumes a run. On several hosts, start it on each of them; a
 SIGTERM makes all of them save the same step and exit. RUN receives config.json (every field as it
-was used), metrics.jsonl, checkpoints/ and, at the end, modules/.
+was used), metrics.jsonl, checkpoints/ and, at the end, modules/. `python -m
+lookahead_jax.train.lookahead` is the same command.
 """
 
 import contextlib
@@ -28,7 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import Model, load
 from lookahead_jax.host.config_files import split_config
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.params import Params, fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
@@ -38,6 +41,7 @@ from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import TrainState, batch_sharding, compile_step, init_state
 
 _LOG = logging.getLogger(__name__)
@@ -115,7 +119,7 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
 
     `on_metrics` receives every line of metrics.jsonl as a dict, on the first process. Raises
     ValueError for a configuration that does not fit model, data or devices, FloatingPointError
-    when too many steps in a row are skipped.
+    when too many steps in a row are skipped, BlockingIOError if another process writes the run.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -129,6 +133,18 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     for name in ("save_every", "chunk"):
         if (size := getattr(config, name)) is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
+    make_folder(config.run)
+    # Only the first process writes logs and checkpoints; the folder may be on a shared disk.
+    lock = folder_lock(config.run) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock:
+        return _train(config, mesh, on_metrics)
+
+
+def _train(
+    config: TrainConfig, mesh: Mesh, on_metrics: OnMetrics | None
+) -> LookaheadModules | None:
+    """`train` in a folder that no other process writes."""
+    report(f"loading {config.model}")
     model = load(config.model, dtype=config.dtype, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(
@@ -137,7 +153,6 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     )  # fmt: skip
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     identity = {name: described[name] for name in _IDENTITY} | {"base": base}
-    config.run.mkdir(parents=True, exist_ok=True)
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=config.keep, identity=identity) as checkpoints,
@@ -171,7 +186,7 @@ def _steps(
     )  # fmt: skip
     trace_from, trace_to = config.profile or (-1, -1)
     with _stop_requests() as stop_requested, contextlib.ExitStack() as trace:
-        for step in range(first, config.steps):
+        for step in steps(first, config.steps):
             if step == trace_from:
                 trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
             batch = data.load(step, config.micro_batches, batch_sharding(mesh))
@@ -242,15 +257,17 @@ def join_cluster() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 also when a SIGTERM has ended the run in good order."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        config = parse(sys.argv[1:] if args is None else args)
+
+    def work(config: TrainConfig) -> None:
         join_cluster()
         train(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command(
+        lambda: parse(sys.argv[1:] if args is None else args),
+        work,
+        prog="lookahead train lookahead",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -1,6 +1,6 @@
 """Train many sets of lookahead modules at once: seeds, ablations, folds of unseen data.
 
-    python -m lookahead_jax.train.study STUDY --model DIR --data NAME=DIR ... --run DIR
+    lookahead train study STUDY --model DIR --data NAME=DIR ... --run DIR
 
 STUDY is a JSON file, or the name of one in train/configs/studies. It has the steps, the batch, and
 `modules`, `optimizer` and `seed` that all variants share; each of its `variants` may override them
@@ -13,7 +13,6 @@ checkpoints/ and, at the end, VARIANT/ for each.
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.host.config_files import read_config
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.jit import compiler_options
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.model.sharding import make_mesh, param_shardings
@@ -37,6 +37,7 @@ from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import Metrics, batch_sharding, init_state, variants_step
 
 _STUDIES = Path(__file__).parent / "configs" / "studies"
@@ -123,7 +124,7 @@ def train(config: StudyConfig) -> None:
     """Trains every variant to the end and writes its modules.
 
     Raises ValueError for a study that does not fit model or data, FloatingPointError when too many
-    steps in a row are skipped by all variants.
+    steps in a row are skipped by all variants, BlockingIOError if another process writes the run.
     """
     study = read_study(config.study)
     folders = _folders(config.data)
@@ -140,6 +141,14 @@ def train(config: StudyConfig) -> None:
             f"a batch of {study.batch} cannot be split into {study.micro_batches} micro-batches "
             f"on {mesh.shape['data']} devices"
         )
+    make_folder(config.run)
+    with folder_lock(config.run):
+        _train(config, study, folders, mesh)
+
+
+def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Mesh) -> None:
+    """`train` of a checked study, in a folder that no other process writes."""
+    report(f"loading {config.model}")
     model = load(config.model, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(
@@ -168,7 +177,6 @@ def train(config: StudyConfig) -> None:
 
     described = json.loads(json.dumps(dataclasses.asdict(study)))
     identity = described | {"base": base, "data": list(folders)}
-    config.run.mkdir(parents=True, exist_ok=True)
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=1, identity=identity) as checkpoints,
@@ -179,7 +187,7 @@ def train(config: StudyConfig) -> None:
         log = MetricsLog(
             config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE
         )
-        for step in tqdm(range(first, study.steps), initial=first, total=study.steps):
+        for step in steps(first, study.steps):
             batch = data.load(step, study.micro_batches, batch_sharding(mesh))
             used = rows_used(study, data, tuple(folders), step)
             states, metrics = step_fn(model.params, states, batch, used)
@@ -213,16 +221,12 @@ def _joined(labels: Iterable[str], metrics: Sequence[Metrics]) -> Metrics:
     }
 
 
-def main() -> int:
-    """The command line; a failure is one line on stderr."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        train(tyro.cli(StudyConfig, prog="python -m lookahead_jax.train.study"))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    prog = "lookahead train study"
+    return run_command(lambda: tyro.cli(StudyConfig, args=args, prog=prog), train, prog=prog)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

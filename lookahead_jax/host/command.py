@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from lookahead_jax.host.config_files import UsageError
+from lookahead_jax.host.config_files import UsageError, usage_errors
 
 EXPECTED = (ValueError, OSError, NotImplementedError, MemoryError, FloatingPointError)
 """Failures whose message is enough; the type of any other error is named as well."""
@@ -32,7 +32,7 @@ def run_command(
     _show_any_text()
     with _interrupts() as interrupted:
         try:
-            with _usage_errors():
+            with usage_errors():
                 config = parse()
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *place: say(prog, f"notice: {message}")
@@ -93,32 +93,6 @@ def _show_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-
-
-@contextlib.contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Turns tyro's framed complaint and SystemExit into a UsageError of one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            yield
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(_unframed(complaint.getvalue())) from None
-
-
-def _unframed(complaint: str) -> str:
-    """The message inside the frame that tyro draws: without its title, and the help after a rule."""
-    parts: list[list[str]] = [[]]
-    for line in complaint.splitlines():
-        text = line.strip("│ ")
-        if text and set(text) <= {"─", "-"}:
-            parts.append([])
-        elif not text.startswith(("╭", "╰")):
-            parts[-1].append(text)
-    title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
-    return " ".join(parts[min(title, len(parts) - 1)])
 
 
 @contextlib.contextmanager
