@@ -15,8 +15,11 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.cli.main import GROUPS, main
 from lookahead_jax.cli.options import EvictionOptions, ModelOptions, PromptOptions
+from lookahead_jax.cli.summaries import drafter_summaries, policy_summaries
+from lookahead_jax.drafters.registry import DRAFTERS
 from lookahead_jax.host.files import atomic_path, atomic_write
 from lookahead_jax.host.memory import free_bytes
+from lookahead_jax.policies.registry import POLICIES
 from lookahead_jax.prompts.speculation import speculate
 from tests import tiny
 
@@ -440,3 +443,19 @@ def test_groups_list_their_commands(group, capsys):
     for args in ([group], [group, "fly"]):
         assert main(args) == 2
         assert "expected one of" in capsys.readouterr().err
+
+
+def test_help_lists_policies_and_drafters_with_a_sentence_each():
+    code = (
+        "import sys\n"
+        "from lookahead_jax.cli.main import main\n"
+        "try:\n    main(['generate', '--help'])\n"
+        "finally:\n    print('jax' in sys.modules, file=sys.stderr)"
+    )
+    help = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert help.stderr == "False\n"
+    for names in (POLICIES, DRAFTERS):
+        for name in names:
+            assert re.search(rf"^  {re.escape(name)} +[A-Z`].*[a-z]", help.stdout, re.M), name
+    assert policy_summaries().keys() == POLICIES.keys()
+    assert drafter_summaries().keys() == DRAFTERS.keys()

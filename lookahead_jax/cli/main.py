@@ -4,6 +4,7 @@
 """
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -12,6 +13,7 @@ import tyro
 
 import lookahead_jax
 from lookahead_jax.cli import demo, generate, inspect, logits, score, serve
+from lookahead_jax.cli.summaries import drafter_summaries, policy_summaries
 from lookahead_jax.host.command import run_command
 from lookahead_jax.host.config_files import UsageError
 
@@ -49,6 +51,8 @@ GROUPS = {
         "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
     },
 }
+_WITH_POLICY = ("generate", "score", "inspect", "demo", "serve")
+_WITH_DRAFTER = ("generate", "inspect", "serve")
 DESCRIPTION = "Long prompts through a fixed-budget KV cache."
 
 
@@ -66,8 +70,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def parse(args: Sequence[str]):
-    """The dataclass of the command that `args` name; SystemExit, as tyro's, if none fits."""
+    """The dataclass of the command that `args` name; SystemExit, as tyro's, if none fits.
+
+    The help of a command with the options --policy and --drafter lists their values.
+    """
     commands = {command.__name__.lower(): command for command in (*COMMANDS, Train, Eval)}
+    if len(args) > 1 and args[0] in _WITH_POLICY and {"-h", "--help"} & set(args[1:]):
+        try:
+            _parse(commands, args)
+        finally:
+            _list("Policies (--policy)", policy_summaries())
+            if args[0] in _WITH_DRAFTER:
+                _list("Drafters (--drafter)", drafter_summaries())
+    return _parse(commands, args)
+
+
+def _parse(commands: dict[str, type], args: Sequence[str]):
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="lookahead",
@@ -77,15 +95,22 @@ def parse(args: Sequence[str]):
     )
 
 
+def _list(title: str, sentences: dict[str, str]) -> None:
+    """Prints names with a sentence each, as wide as tyro's help."""
+    indent = max(map(len, sentences)) + 4
+    print(f"\n{title}:")
+    for name, sentence in sentences.items():
+        head = f"  {name:{indent - 2}}"
+        print(textwrap.fill(sentence, 80, initial_indent=head, subsequent_indent=" " * indent))
+
+
 def _run_group(group: str, args: list[str]) -> int:
     commands = GROUPS[group]
     if args and args[0] in commands:
         return import_module(f"lookahead_jax.{commands[args[0]][0]}").main(args[1:])
     if args and args[0] in ("-h", "--help"):
-        width = max(map(len, commands))
-        print(f"usage: lookahead {group} COMMAND ...\n")
-        for name, (_, sentence) in commands.items():
-            print(f"  {name:{width}}  {sentence}")
+        print(f"usage: lookahead {group} COMMAND ...")
+        _list("Commands", {name: sentence for name, (_, sentence) in commands.items()})
         print(f"\nlookahead {group} COMMAND --help lists the options of a command.")
         return 0
 

@@ -57,7 +57,7 @@ class PromptOptions:
     """Text file (UTF-8) with the prompt; - reads standard input."""
     tokens: Annotated[File, OneSource] = None
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
-    special_tokens: bool = False
+    special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Control tokens in the prompt text act, as in a text that a chat template has rendered.
     Default: they are ordinary characters."""
 
