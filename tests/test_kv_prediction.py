@@ -18,7 +18,7 @@ from lookahead_jax.prompts.kv_prediction import (
     save_maps,
 )
 from lookahead_jax.prompts.read import read_prompt
-from lookahead_jax.train.kv_prediction import train_step
+from lookahead_jax.train.kv_prediction import maps_step
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny
 from tests.test_policies import LENGTHS, PLAIN, RICH, weights
@@ -127,7 +127,7 @@ def test_a_step_moves_the_maps_towards_the_base():
     state, losses = (maps, optimizer.init(maps)), []
     settings = dict(config=PLAIN, aux_config=SMALL, optimizer=optimizer)
     for _ in range(30):
-        state, loss = train_step(state, tiny.params(PLAIN), tiny.params(SMALL), tokens, **settings)
+        state, loss = maps_step(state, tiny.params(PLAIN), tiny.params(SMALL), tokens, **settings)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
 

@@ -28,8 +28,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import Model, load
-from lookahead_jax.host.config_files import split_config
 from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.config_files import split_config
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.params import Params, fingerprint
@@ -54,11 +54,11 @@ class MeshConfig:
     """How devices are arranged."""
 
     data: int | None = None
-    """Ways the batch alone is split; None takes the devices that the others leave."""
+    """Ways to split the batch; None: all devices that fsdp and tensor leave."""
     fsdp: int = 1
-    """Ways that the batch and the weights' model dimension are split."""
+    """Ways to split both the batch and the model dimension of the weights."""
     tensor: int = 1
-    """Ways that heads, MLP and vocabulary are split."""
+    """Ways to split heads, MLP and vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,36 +66,36 @@ class TrainConfig:
     """One training run of lookahead modules."""
 
     model: Path
-    """Folder of the base model, which stays as it is."""
+    """Folder of the base model, which is not changed."""
     data: tuple[Path, ...]
-    """Folders written by lookahead_jax.train.data, read as one."""
+    """Folders written by `lookahead train data`; their rows are pooled."""
     run: Path
-    """Folder of the run, made if need be."""
+    """Folder of the run, made if it does not exist. An existing run is resumed."""
     modules: LookaheadConfig
     optimizer: OptimizerConfig
     steps: int
-    """Updates of the whole run; the learning rate is planned for them."""
+    """Updates of the whole run, over which the learning rate decays."""
     batch: int
-    """Rows of one update, on all devices together."""
+    """Rows per update, over all devices."""
     micro_batches: int = 1
-    """The rows of an update are read in this many passes, which takes less memory."""
+    """Passes per update (gradient accumulation); more passes take less memory."""
     seed: int = 0
-    """Initial modules and the order of the data."""
+    """Seed of the initial modules and of the order of the data."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the base weights; None is that of the checkpoint."""
+    """Type of the base weights; None: that of the checkpoint."""
     max_prompt: int | None = None
-    """Rows with a longer prompt (in tokens) are not used."""
+    """Longest prompt in tokens; rows with a longer one are skipped. None: no limit."""
     chunk: int | None = CHUNK
-    """Prompt rows in flight in one layer; None is the platform's choice."""
+    """Prompt tokens that a layer processes at a time; None: chosen for the platform."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 3
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     log_every: int = 10
-    """Steps between looks at the metrics; each step has its line."""
+    """Steps between writes of metrics.jsonl, which has a line for every step."""
     stop_after_skipped: int = 50
-    """The run fails after this many steps in a row whose loss or gradient is not finite."""
+    """Stop with an error after this many consecutive steps with a non-finite loss or gradient."""
     profile: tuple[int, int] | None = None
     """First and last step of a jax.profiler trace, written to RUN/profile."""
 
@@ -157,23 +157,32 @@ def _train(
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=config.keep, identity=identity) as checkpoints,
     ):
-        state = _steps(config, model, data, mesh, checkpoints, described, on_metrics)
+        state = _run_steps(
+            config,
+            model,
+            data,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            described=described,
+            on_metrics=on_metrics,
+        )
     if state is None:
         return None
     save_modules(config.run / "modules", state.modules, params=model.params)
     return state.modules
 
 
-def _steps(
+def _run_steps(
     config: TrainConfig,
     model: Model,
     data: TrainingData,
+    *,
     mesh: Mesh,
     checkpoints: Checkpoints,
     described: dict[str, Any],
     on_metrics: OnMetrics | None,
 ) -> TrainState | None:
-    """The loop: from the newest checkpoint to the last step, or to a SIGTERM (then None)."""
+    """Trains from the newest checkpoint to the last step; None if a SIGTERM came before."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = compile_step(mesh, config=model.config, optimizer=optimizer, chunk=config.chunk)
     state = _start(config, model, optimizer, mesh)

@@ -5,9 +5,9 @@
 STUDY is a JSON file, or the name of one in train/configs/studies. It has the steps, the batch, and
 `modules`, `optimizer` and `seed` that all variants share; each of its `variants` may override them
 and learn `without` some of the named data. A step reads its prompts once for all variants, which is
-most of the work; otherwise they are runs of `train.lookahead`, except that all see the data in one
-order. The same command resumes. RUN receives study.json, metrics.jsonl (a loss per variant),
-checkpoints/ and, at the end, VARIANT/ for each.
+most of the work. Otherwise each variant trains as in `train.lookahead`, except that all variants
+share one order of the data. The same command resumes. RUN receives study.json, metrics.jsonl (a
+loss per variant), checkpoints/ and, at the end, a folder with the modules of each variant.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import load
-from lookahead_jax.host.config_files import read_config
 from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.config_files import read_config
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.jit import compiler_options
@@ -51,39 +51,39 @@ class Variant:
     modules: LookaheadConfig
     optimizer: OptimizerConfig
     seed: int
-    """Of the modules' first values."""
+    """Seed of the initial modules."""
     without: tuple[str, ...] = ()
-    """Names of the data that it does not learn from."""
+    """Names of the data that this variant does not learn from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """Variants and the steps they share."""
+    """Variants and the training steps they share."""
 
     steps: int
     batch: int
     micro_batches: int
     data_seed: int
-    """Order of the data."""
+    """Seed of the order of the data."""
     variants: dict[str, Variant]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is trained, on what, and where it goes."""
+    """One study: its variants, model, data and folder."""
 
     study: tyro.conf.Positional[str]
     """A .json file, or the name of one in train/configs/studies."""
     model: Path
-    """Folder of the base model, which stays as it is."""
+    """Folder of the base model, which is not changed."""
     data: tuple[str, ...]
-    """Folders written by lookahead_jax.train.data, as NAME=DIR."""
+    """Folders written by `lookahead train data`, as NAME=DIR."""
     run: Path
-    """Folder of the run, made if need be."""
+    """Folder of the run, made if it does not exist. An existing run is resumed."""
     save_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between looks at the metrics; each step has its line."""
+    """Steps between writes of metrics.jsonl, which has a line for every step."""
 
 
 def read_study(name: str) -> Study:
@@ -110,7 +110,7 @@ def read_study(name: str) -> Study:
 
 
 def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: int) -> np.ndarray:
-    """Which rows of the batch of `step` each variant learns from: bool [V, A, B]."""
+    """Rows of the batch of `step` that each variant learns from: bool [V, A, B]."""
     folder = data.folder[data.rows_of(step)].reshape(study.micro_batches, -1)
     return np.stack(
         [
@@ -120,7 +120,7 @@ def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: in
     )
 
 
-def train(config: StudyConfig) -> None:
+def train_study(config: StudyConfig) -> None:
     """Trains every variant to the end and writes its modules.
 
     Raises ValueError for a study that does not fit model or data, FloatingPointError when too many
@@ -147,7 +147,7 @@ def train(config: StudyConfig) -> None:
 
 
 def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Mesh) -> None:
-    """`train` of a checked study, in a folder that no other process writes."""
+    """`train_study` of a checked study, in a folder that no other process writes."""
     report(f"loading {config.model}")
     model = load(config.model, mesh=mesh)
     base = fingerprint(model.params)
@@ -225,7 +225,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     prog = "lookahead train study"
-    return run_command(lambda: tyro.cli(StudyConfig, args=args, prog=prog), train, prog=prog)
+    return run_command(lambda: tyro.cli(StudyConfig, args=args, prog=prog), train_study, prog=prog)
 
 
 if __name__ == "__main__":

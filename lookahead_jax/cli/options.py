@@ -252,8 +252,8 @@ class Run(NamedTuple):
         policy = self.eviction.policy
         if not policy.uses_draft:
             return None
-        ends = self.model.generation.eos_ids if ends is None else ends
-        return speculate(self.small, rows, tokens=policy.draft_tokens, eos_ids=ends).answers
+        eos_ids = self.model.generation.eos_ids if ends is None else ends
+        return speculate(self.small, rows, tokens=policy.draft_tokens, eos_ids=eos_ids).answers
 
     def _check_memory(self, rows: list[list[int]]) -> None:
         from lookahead_jax.generation.memory import check_memory
