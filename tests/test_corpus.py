@@ -72,5 +72,5 @@ def test_the_commands_of_the_embedded_model_fail_in_one_line(tmp_path, capsys):
         assert main(args) == 1
         line = capsys.readouterr().err
         assert line.endswith(f"error: {tmp_path} is not a corpus: it has no tokenizer.json\n")
-        assert main(["--colour", "red"]) == 2
+        assert main([*args, "--colour", "red"]) == 2
         assert "--colour" in capsys.readouterr().err

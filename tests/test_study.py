@@ -15,9 +15,10 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import lookahead, study
-from lookahead_jax.train.data import DataConfig, open_data, prepare
+from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig
 from lookahead_jax.train.step import batch_sharding, init_state, train_step, variants_step
+from lookahead_jax.train.training_data import open_data
 from tests import tiny
 
 SIZES = {"tokens": 3, "rank": 2, "alpha": 4.0, "targets": ["q", "down"], "init": "table"}

@@ -38,11 +38,11 @@ from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, 
 from lookahead_jax.modules.files import save_modules
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.checkpoints import Checkpoints
-from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import TrainState, batch_sharding, compile_step, init_state
+from lookahead_jax.train.training_data import TrainingData, open_data
 
 _LOG = logging.getLogger(__name__)
 _PRESETS = Path(__file__).parent / "configs"

@@ -34,11 +34,11 @@ from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
 from lookahead_jax.train.checkpoints import Checkpoints
-from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import Metrics, batch_sharding, init_state, variants_step
+from lookahead_jax.train.training_data import TrainingData, open_data
 
 _STUDIES = Path(__file__).parent / "configs" / "studies"
 _PATIENCE = 50  # steps in a row without an update that end a study

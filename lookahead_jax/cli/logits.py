@@ -1,4 +1,4 @@
-"""`lookahead logits`: the model's logits at every position, without any eviction."""
+"""`lookahead logits`: the model's logits at every position, without eviction."""
 
 from dataclasses import dataclass, field
 
@@ -12,13 +12,13 @@ from lookahead_jax.host.files import check_output, save_arrays
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """Write the logits at every position of token rows."""
+    """Write the model's logits at every position of token rows."""
 
     source: ModelOptions = field(default_factory=ModelOptions)
     tokens: TokenFile
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
     out: OutFile
-    """The .npz to write: logits [B, T, V], float32; zero where a row is padding."""
+    """The .npz file to write: logits [B, T, V], float32; zero where a row is padding."""
 
 
 def main(config: Logits) -> None:
@@ -32,6 +32,6 @@ def main(config: Logits) -> None:
     logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
     for i, row in enumerate(tqdm(tokens, "logits", disable=None)):
         length = (row >= 0).sum()
-        found = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)
-        logits[i, :length] = found[0, :length]
+        row_logits = lk.token_logits(model.params, jnp.asarray(row[None]), config=model.config)
+        logits[i, :length] = row_logits[0, :length]
     save_arrays(config.out, logits=logits)

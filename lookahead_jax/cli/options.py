@@ -279,10 +279,10 @@ def end_tokens(model, tokens: tuple[str, ...]) -> list[int] | None:
     ids = list(model.generation.eos_ids)
     for token in tokens:
         known = None if model.tokenizer is None else model.tokenizer.token_id(token)
-        found = int(token) if token.isdecimal() else known
-        if found is None or found >= model.config.vocab_size:
+        id = int(token) if token.isdecimal() else known
+        if id is None or id >= model.config.vocab_size:
             raise ValueError(f"--eos {token}: the model has no such token; give a token or its id")
-        ids.append(found)
+        ids.append(id)
     return ids
 
 

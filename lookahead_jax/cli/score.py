@@ -1,4 +1,4 @@
-"""`lookahead score`: what a policy thinks of every prompt token."""
+"""`lookahead score`: the scores a policy gives to the prompt tokens."""
 
 from dataclasses import dataclass, field
 
@@ -11,14 +11,14 @@ from lookahead_jax.host.files import check_output, save_arrays
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Write the importance of every prompt token, and the positions a policy keeps."""
+    """Write a policy's score of every prompt token, and the positions it keeps."""
 
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     tokens: TokenFile
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
     out: OutFile
-    """The .npz to write: scores [L, B, K, T], kept [L, B, K, C] (-1 padded), logits [B, V]."""
+    """The .npz file to write: scores [L, B, K, T], kept [L, B, K, C] (-1 padded), logits [B, V]."""
 
 
 def main(config: Score) -> None:
