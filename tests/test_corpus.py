@@ -1,8 +1,11 @@
 """The corpus: near-duplicates are found by content, the split respects them, text survives."""
 
+import re
+
 import numpy as np
 
-from lookahead_jax.train.embedded import base, task_prompts
+from lookahead_jax import EMBEDDED_MODEL
+from lookahead_jax.train.embedded import base, card, task_prompts
 from lookahead_jax.train.embedded.corpus import (
     BOS,
     EOS,
@@ -74,3 +77,9 @@ def test_the_commands_of_the_embedded_model_fail_in_one_line(tmp_path, capsys):
         assert line.endswith(f"error: {tmp_path} is not a corpus: it has no tokenizer.json\n")
         assert main([*args, "--colour", "red"]) == 2
         assert "--colour" in capsys.readouterr().err
+
+
+def test_the_card_that_ships_has_the_text_of_the_template():
+    shipped = (EMBEDDED_MODEL / "README.md").read_text("utf-8")
+    for piece in re.split(r"\{\{\w+\}\}", card.CARD):
+        assert piece in shipped

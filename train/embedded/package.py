@@ -155,9 +155,9 @@ def write_files(config: PackageConfig, params: Params, hf: dict, model: ModelCon
 
 def write_heldout(corpus: pathlib.Path) -> None:
     """The beginnings of the held-out files with their sources and licences, a JSON line each."""
-    sources = json.loads((corpus / "manifest.json").read_text())["sources"]
+    sources = json.loads((corpus / "manifest.json").read_text("utf-8"))["sources"]
     lines = []
-    for line in (corpus / "valid.jsonl").read_text().splitlines():
+    for line in (corpus / "valid.jsonl").read_text("utf-8").splitlines():
         file = json.loads(line)
         file["license"] = sources[file["source"]]["license"]
         file["text"] = file["text"][:HELDOUT_CHARS]
@@ -171,7 +171,7 @@ def package(config: PackageConfig) -> None:
     tokenizer = open_tokenizer(config.corpus)
     words = Words.of(tokenizer)
     valid = np.load(config.corpus / "valid.npy")
-    hf = json.loads((config.run / "config.json").read_text())
+    hf = json.loads((config.run / "config.json").read_text("utf-8"))
     model = config_from_hf(hf)
     params = read_params(config.run, model)
     write_files(config, params, hf, model)
