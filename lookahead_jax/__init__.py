@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.prefilling.prefill import extend, prefill
     from lookahead_jax.prompts.read import read_prompt
 
+    __version__: str
+
 if importlib.util.find_spec("lookahead_jax.kernels") is None:
     raise ImportError(
         "this checkout of lookahead_jax has no symbolic links, so lookahead_jax/kernels is not a "
@@ -110,11 +112,22 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name == "policies":
         return importlib.import_module("lookahead_jax.policies")
+    if name == "__version__":
+        return _version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib import metadata  # slow to import, and rarely needed
+
+    try:
+        return metadata.version("lookahead-jax")
+    except metadata.PackageNotFoundError:  # a source tree that is not installed
+        return "unknown"
 
 
 def __dir__() -> list[str]:

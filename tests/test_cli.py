@@ -1,5 +1,7 @@
 """The command line: its results are those of the functions, its faults are one line."""
 
+import importlib.util
+import inspect
 import json
 import re
 import subprocess
@@ -10,9 +12,15 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.cli.main import main
-from lookahead_jax.cli.options import EvictionOptions, ModelOptions
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.cli.main import GROUPS, main
+from lookahead_jax.cli.options import EvictionOptions, ModelOptions, PromptOptions
+from lookahead_jax.cli.summaries import drafter_summaries, policy_summaries
+from lookahead_jax.drafters.registry import DRAFTERS
 from lookahead_jax.host.files import atomic_path, atomic_write
+from lookahead_jax.host.memory import free_bytes
+from lookahead_jax.policies.registry import POLICIES
+from lookahead_jax.prompts.speculation import speculate
 from tests import tiny
 
 VOCABULARY = 256
@@ -222,6 +230,7 @@ def test_demo_prints_the_table(model_dir, tmp_path, capsys):
     [
         ([], "Expected one of"),
         (["demo", "--bogus", "1"], "--bogus"),
+        (["generate", "--prompt", "a", "--top-k", "2.5"], "--top-k"),
         (["demo", "--max-new-tokens", "many"], "--max-new-tokens"),
         (["demo", "--dtype", "int8"], "--dtype"),
         (["score", "--out", "x.npz"], "--tokens"),
@@ -349,3 +358,104 @@ def test_an_atomic_folder_is_there_whole_and_stays(tmp_path):
         temporary.mkdir()
         raise KeyError
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sizes_beyond_the_free_memory_are_refused_before_the_work(model_dir, capsys):
+    args = ("--model", model_dir, "--prompt", TEXT)
+    status, line = fault(capsys, "generate", *args, "--max-new-tokens", 10**12)
+    assert status == 1
+    assert re.match(r"the cache needs [\d,.]+ GB \(1 rows of 1,000,000,000,\d+ .*max_new_tok", line)
+    size = ("--max-tokens", 10**12, "--max-prompt-tokens", 64, "--port", 0)
+    assert fault(capsys, "serve", "--model", model_dir, *size)[1].startswith("the cache needs")
+
+
+def test_the_memory_of_accelerators_adds_up():
+    class Device:
+        platform = "gpu"
+
+        def memory_stats(self):
+            return {"bytes_limit": 1000, "bytes_in_use": 300}
+
+    assert free_bytes(Device()) == 700
+    assert 0 < free_bytes() < 2**60
+
+
+def test_eos_names_further_end_tokens(model_dir, model, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    args = ("--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 8, "--json", "-")
+    tokens = lk.generate(model, [TEXT], max_new_tokens=8).tokens[0]
+    end = tokens[3]
+    for named in (str(end), model.tokenizer.backend.id_to_token(end)):
+        run("generate", *args, "--eos", named)
+        found = json.loads(capsys.readouterr().out)  # with --json - there is nothing else
+        assert found["tokens"] == [tokens[: tokens.index(end) + 1]]
+        assert found["finish"] == ["eos"]
+    for wrong in ("<absent>", "99999"):
+        status, line = fault(capsys, "generate", *args, "--eos", wrong)
+        assert (status, f"--eos {wrong}" in line) == (1, True)
+    assert not out.exists()
+
+
+def test_speckv_observes_with_the_answer_of_a_draft_model(model_dir, model, capsys):
+    args = ("generate", "--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 4)
+    speckv = (*args, "--policy", "speckv", "--policy-arg", "draft_tokens=4", "--budget", 32)
+    run(*speckv, "--draft-model", model_dir)
+    policy = lk.make_policy("speckv", draft_tokens=4)
+    row = model.tokenizer.encode(TEXT)
+    drafts = speculate(model, [row], tokens=4, eos_ids=model.generation.eos_ids).answers
+    expected = lk.generate(
+        model, [row], policy=policy, budget=32, drafts=drafts, max_new_tokens=4
+    ).text[0]
+    assert capsys.readouterr().out == expected + "\n"
+    assert fault(capsys, *speckv) == (
+        2,
+        "--policy speckv needs --draft-model DIR, a smaller checkpoint (see lookahead --help)\n",
+    )
+    status, line = fault(capsys, *args, "--draft-model", model_dir)
+    assert (status, line.startswith("--draft-model has no use without")) == (2, True)
+
+
+@pytest.mark.skipif(
+    "plain" not in inspect.signature(Tokenizer.encode).parameters, reason="no plain text yet"
+)
+def test_control_tokens_in_a_prompt_are_plain_text_unless_asked_for(model_dir):
+    model = lk.load(lk.EMBEDDED_MODEL)
+    token = model.tokenizer.special_tokens["bos_token"]
+    bos = model.tokenizer.token_id(token)
+    for acts in (False, True):
+        (prompt,) = PromptOptions(prompt=f"a {token} b", special_tokens=acts).read(model)
+        assert (bos in prompt.ids[1:]) == acts
+
+
+def test_version_is_that_of_the_package(capsys):
+    run("--version")
+    assert capsys.readouterr().out == f"lookahead {lk.__version__}\n"
+
+
+@pytest.mark.parametrize("group", ["train", "eval"])
+def test_groups_list_their_commands(group, capsys):
+    run(group, "--help")
+    listed = capsys.readouterr().out
+    for name, (module, sentence) in GROUPS[group].items():
+        assert f"{name} " in listed
+        assert sentence in listed
+        assert importlib.util.find_spec(f"lookahead_jax.{module}") is not None
+    for args in ([group], [group, "fly"]):
+        assert main(args) == 2
+        assert "expected one of" in capsys.readouterr().err
+
+
+def test_help_lists_policies_and_drafters_with_a_sentence_each():
+    code = (
+        "import sys\n"
+        "from lookahead_jax.cli.main import main\n"
+        "try:\n    main(['generate', '--help'])\n"
+        "finally:\n    print('jax' in sys.modules, file=sys.stderr)"
+    )
+    help = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert help.stderr == "False\n"
+    for names in (POLICIES, DRAFTERS):
+        for name in names:
+            assert re.search(rf"^  {re.escape(name)} +[A-Z`].*[a-z]", help.stdout, re.M), name
+    assert policy_summaries().keys() == POLICIES.keys()
+    assert drafter_summaries().keys() == DRAFTERS.keys()

@@ -1,7 +1,11 @@
 """The corpus: near-duplicates are found by content, the split respects them, text survives."""
 
+import re
+
 import numpy as np
 
+from lookahead_jax import EMBEDDED_MODEL
+from lookahead_jax.train.embedded import base, card, task_prompts
 from lookahead_jax.train.embedded.corpus import (
     BOS,
     EOS,
@@ -63,3 +67,19 @@ def test_tokenizer_is_lossless_and_keeps_digits_single():
     assert stream.dtype == np.uint16
     ends = np.flatnonzero(stream == tokenizer.token_to_id(EOS))
     assert ends.tolist() == [len(ids), 2 * len(ids) + 1]
+
+
+def test_the_commands_of_the_embedded_model_fail_in_one_line(tmp_path, capsys):
+    given = ["--corpus", str(tmp_path), "--out", str(tmp_path / "out")]
+    for main, args in ((base.main, given), (task_prompts.main, given)):
+        assert main(args) == 1
+        line = capsys.readouterr().err
+        assert line.endswith(f"error: {tmp_path} is not a corpus: it has no tokenizer.json\n")
+        assert main([*args, "--colour", "red"]) == 2
+        assert "--colour" in capsys.readouterr().err
+
+
+def test_the_card_that_ships_has_the_text_of_the_template():
+    shipped = (EMBEDDED_MODEL / "README.md").read_text("utf-8")
+    for piece in re.split(r"\{\{\w+\}\}", card.CARD):
+        assert piece in shipped

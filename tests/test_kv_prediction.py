@@ -18,7 +18,7 @@ from lookahead_jax.prompts.kv_prediction import (
     save_maps,
 )
 from lookahead_jax.prompts.read import read_prompt
-from lookahead_jax.train.kv_prediction import train_step
+from lookahead_jax.train.kv_prediction import maps_step
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny
 from tests.test_policies import LENGTHS, PLAIN, RICH, weights
@@ -94,7 +94,7 @@ def test_maps_of_another_model_are_refused(tmp_path, base, part):
         ("aux.json", "[]", r"aux\.json: expected a JSON object"),
         ("aux.json", '{"aux": 1, "layers": null}', r"aux\.json: expected `aux` and `layers`"),
         ("aux.json", "{", r"aux\.json: not valid JSON"),
-        ("maps.npz", "text", r"maps\.npz holds no arrays"),
+        ("maps.npz", "text", r"maps\.npz is not a readable"),
     ],
 )
 def test_files_that_are_no_maps_are_named(tmp_path, base, file, content, message):
@@ -127,7 +127,7 @@ def test_a_step_moves_the_maps_towards_the_base():
     state, losses = (maps, optimizer.init(maps)), []
     settings = dict(config=PLAIN, aux_config=SMALL, optimizer=optimizer)
     for _ in range(30):
-        state, loss = train_step(state, tiny.params(PLAIN), tiny.params(SMALL), tokens, **settings)
+        state, loss = maps_step(state, tiny.params(PLAIN), tiny.params(SMALL), tokens, **settings)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
 

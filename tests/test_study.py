@@ -15,9 +15,10 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import lookahead, study
-from lookahead_jax.train.data import DataConfig, open_data, prepare
+from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig
 from lookahead_jax.train.step import batch_sharding, init_state, train_step, variants_step
+from lookahead_jax.train.training_data import open_data
 from tests import tiny
 
 SIZES = {"tokens": 3, "rank": 2, "alpha": 4.0, "targets": ["q", "down"], "init": "table"}
@@ -67,7 +68,7 @@ def run(folder, name, **fields):
         study=str(folder / "study.json"), model=folder / "model",
         data=(f"a={folder / 'a'}", f"b={folder / 'b'}"), run=folder / name, **fields,
     )  # fmt: skip
-    study.train(config)
+    study.train_study(config)
     model = load(folder / "model")
     return {
         label: load_modules(folder / name / label, params=model.params, config=model.config)
@@ -163,7 +164,7 @@ def test_a_wrong_study_is_one_clear_error(folder, tmp_path):
         study=study_of(), model=folder / "model", data=(f"a={folder / 'a'}",), run=tmp_path / "run"
     )
     with pytest.raises(ValueError, match="blind is without b: no such --data"):
-        study.train(config)
+        study.train_study(config)
     data = (*config.data, f"b={folder / 'b'}")
     for changed, options, said in (
         ({}, {"save_every": 0}, "save_every must be at least 1, not 0"),
@@ -171,5 +172,5 @@ def test_a_wrong_study_is_one_clear_error(folder, tmp_path):
     ):
         study_of(**changed)
         with pytest.raises(ValueError, match=said):
-            study.train(dataclasses.replace(config, data=data, **options))
+            study.train_study(dataclasses.replace(config, data=data, **options))
     assert not (tmp_path / "run").exists()

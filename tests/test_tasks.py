@@ -8,7 +8,7 @@ import lookahead_jax as lk
 from lookahead_jax.eval.tasks.own.code import CODE, code_prompts, code_stream
 from lookahead_jax.eval.tasks.own.prompts import TASKS, make_batch, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
-from lookahead_jax.train.embedded.base import exact_match
+from lookahead_jax.train.embedded.measure import exact_match
 from lookahead_jax.train.embedded.mixture import (
     repeat_row,
     stretched_positions,

@@ -16,6 +16,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.host.files import make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules
@@ -23,6 +25,7 @@ from lookahead_jax.train import lookahead
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.embedded import base
+from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
 from lookahead_jax.train.step import Batch, compile_step, init_state, train_step
 from tests import tiny
@@ -132,6 +135,54 @@ def test_a_run_survives_sigterm_bit_for_bit(run_config):
     assert digests(exported) == digests(straight)
     with pytest.raises(ValueError, match=r"belongs to another run \(batch differ\)"):
         lookahead.train(dataclasses.replace(config, batch=2, micro_batches=1))
+
+
+def test_a_run_belongs_to_one_process(run_config, tmp_path):
+    config = dataclasses.replace(run_config, run=tmp_path / "run")
+    with (
+        folder_lock(make_folder(config.run)),
+        pytest.raises(BlockingIOError, match=r"run is being written by process \d+"),
+    ):
+        lookahead.train(config)
+    source = DataConfig(model=config.model, source=("rows.jsonl",), out=tmp_path / "data")
+    with (
+        folder_lock(make_folder(source.out), "lock.0"),
+        pytest.raises(BlockingIOError, match="data is being written by"),
+    ):
+        prepare(source)
+
+
+def test_a_resumed_log_has_one_line_a_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": step, "loss": loss} for step, loss in ((0, 9), (1, 8), (0, 7), (1, 6), (2, 5))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text + 'garbage}\n{"step": 1, "lo')
+    log = MetricsLog(path, 2, every=1, patience=9)
+    log.add(2, {"loss": jnp.float32(4), "skipped_in_a_row": jnp.int32(0)})
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in kept] == [(0, 7), (1, 6), (2, 4)]
+
+
+def test_a_command_says_what_it_does_and_fails_in_one_line(run_config, tmp_path, capsys):
+    own = tmp_path / "config.json"
+    own.write_text(json.dumps(dataclasses.asdict(run_config), default=str))
+    assert lookahead.main([str(own), "--run", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert f"loading {run_config.model}\n" in shown
+    assert "compiling the step:   0%" in shown
+    assert "4/4" in shown
+    for args, status, message in (
+        (["nothing"], 1, "nothing: neither"),
+        ([str(own), "--epochs", "3"], 2, "--epochs"),
+        ([str(own), "--model", "nowhere"], 1, "nowhere"),
+        ([str(own), "--run", str(own)], 1, "is a file"),
+    ):
+        assert lookahead.main(args) == status
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("lookahead train lookahead: error: ")
+        assert message in line
 
 
 def test_damaged_checkpoints_are_passed_over_and_said_to_be(tmp_path, caplog):

@@ -13,6 +13,7 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.policies.full import Full
 from lookahead_jax.train import data
 from lookahead_jax.train.step import batch_sharding
+from lookahead_jax.train.training_data import open_data
 from tests import tiny
 
 
@@ -33,7 +34,7 @@ def write_rows(path, rows):
 def open_rows(folder, model_folder, **arguments):
     print_of_model = fingerprint(load(model_folder).params)
     arguments = {"batch": 4, "seed": 0} | arguments
-    return data.open_data([folder], base_fingerprint=print_of_model, **arguments)
+    return open_data([folder], base_fingerprint=print_of_model, **arguments)
 
 
 def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(
@@ -59,11 +60,11 @@ def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(
     monkeypatch.setattr(data, "prepare_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config)
-    with pytest.raises(ValueError, match="to its end"):
+    with pytest.raises(ValueError, match="let `lookahead train data` finish it"):
         open_rows(config.out, model_folder)
     data.prepare(config)
     assert len(calls) == 3  # the first shard was not made again
-    with pytest.raises(ValueError, match="begun with another max_response"):
+    with pytest.raises(ValueError, match=r"other settings \(max_response: 4, now 8\)"):
         data.prepare(data.dataclasses.replace(config, max_response=8))
 
     opened = open_rows(config.out, model_folder)
@@ -72,7 +73,7 @@ def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(
     own = generate(model, prompts[1:3], policy=Full(), max_new_tokens=4).tokens
     expected = [(prompts[0], given[0][:4]), (prompts[1], own[0]), (prompts[2], own[1])]
     assert stored == expected + [(prompts[i], given[i]) for i in (4, 5)]  # 60 tokens: left out
-    with pytest.raises(ValueError, match="usable rows, a batch takes 6"):
+    with pytest.raises(ValueError, match="usable rows are fewer than a batch of 6"):
         open_rows(config.out, model_folder, batch=6)
 
 
@@ -103,7 +104,7 @@ def test_sources_are_streamed_in_order_up_to_a_limit(tmp_path, model_folder, mon
     stored = [row["prompt"].tolist() for row in open_rows(config.out, model_folder).dataset]
     assert stored == prompts[:6]
     assert all(options["streaming"] for _, options in streams)
-    with pytest.raises(ValueError, match="begun with another limit"):
+    with pytest.raises(ValueError, match=r"other settings \(limit: 6, now 7\)"):
         data.prepare(data.dataclasses.replace(config, limit=7))
     monkeypatch.setattr(
         data.datasets, "load_dataset", lambda *names, **how: [how | {"names": names}]
@@ -112,7 +113,7 @@ def test_sources_are_streamed_in_order_up_to_a_limit(tmp_path, model_folder, mon
     assert asked == dict(names=("some/chats", "small"), split="test", streaming=True)
     with pytest.raises(ValueError, match="or hf:owner/name"):
         list(data.read_rows(("some/chats",)))
-    with pytest.raises(ValueError, match="limit=0"):
+    with pytest.raises(ValueError, match="--limit must be at least 1, not 0"):
         data.prepare(data.dataclasses.replace(config, limit=0))
 
 

@@ -20,13 +20,13 @@ _LOG = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoints of one run; close it, or the last one may never be complete."""
+    """The checkpoints of one run. Close it: the last one is complete only then."""
 
     def __init__(self, directory: str | os.PathLike, *, keep: int, identity: dict[str, Any]):
-        """Opens or makes `directory`, where the latest `keep` steps stay.
+        """Opens or makes `directory`, which keeps the latest `keep` steps.
 
-        `identity` is JSON that says what the state belongs to (sizes, base model, seed): a step
-        of another identity is an error, not damage.
+        `identity` is JSON that describes the run (sizes, base model, seed): a step of another
+        identity is an error, not damage.
         """
         self._path = Path(directory).absolute()
         self._identity = identity
@@ -42,7 +42,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any) -> None:
-        """Copies the state `step` steps of the run have led to, and writes it in the background."""
+        """Copies the state after `step` steps and writes it in the background."""
         if step in self._manager.all_steps():
             return
         about = {"step": step, "identity": self._identity, "sha256": digests(state)}
@@ -50,7 +50,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """The newest intact step and its state, placed as `like` is; None if there is none.
+        """The newest intact step and its state, placed as `like`; None if there is none.
 
         Damaged steps are reported and moved to the folder `damaged` beside the checkpoints. All
         processes return the same step. Raises ValueError if a step belongs to another run.
@@ -86,9 +86,9 @@ class Checkpoints:
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         state = read(state=ocp.args.StandardRestore(abstract))["state"]
-        found = digests(state)
-        wrong = [name for name, digest in about["sha256"].items() if found.get(name) != digest]
-        if wrong or len(found) != len(about["sha256"]):
+        actual = digests(state)
+        wrong = [name for name, digest in about["sha256"].items() if actual.get(name) != digest]
+        if wrong or len(actual) != len(about["sha256"]):
             raise ValueError(f"the checksum of {wrong[0] if wrong else 'a leaf'} does not match")
         return state
 
@@ -109,17 +109,17 @@ class _OtherRun(ValueError):
 
 def digests(tree: Any) -> dict[str, str]:
     """SHA-256 of type, shape and bytes of every leaf (which must be replicated), by path."""
-    found = {}
+    by_path = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
         values = np.asarray(leaf)
         digest = hashlib.sha256(f"{values.dtype} {values.shape}".encode())
         digest.update(np.ascontiguousarray(values).data)
-        found[jax.tree_util.keystr(path)] = digest.hexdigest()
-    return found
+        by_path[jax.tree_util.keystr(path)] = digest.hexdigest()
+    return by_path
 
 
 def _everywhere(fine: bool) -> bool:
-    """Whether every process says so."""
+    """Whether `fine` holds on every process."""
     if jax.process_count() == 1:
         return fine
     return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))

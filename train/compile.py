@@ -1,10 +1,10 @@
-"""Compile the training step for TPUs that are not there, and say what it needs.
+"""Compile the training step for TPUs without having one, and report memory and FLOPs.
 
-    python -m lookahead_jax.train.compile --topology v5e:16x16 --model llama-3.1-8b --prompt 16384
+    lookahead train compile --topology v5e:16x16 --model llama-3.1-8b --prompt 16384
 
-Weights, state and batch are abstract shapes; the compiler is the real one (the package libtpu, no
-TPU needed). A step that does not fit a chip's memory fails here. Memory is what the compiler
-allocates per chip; FLOPs are counted by hand, since a compiler counts a loop's body once.
+Weights, state and batch are abstract shapes. The compiler is the real one (package libtpu) and
+needs no TPU. A step that does not fit into a chip's memory fails here. Memory is what the compiler
+allocates per chip; FLOPs are counted by hand, since compilers count the body of a loop once.
 """
 
 import collections
@@ -13,9 +13,9 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import tyro
 from jax.experimental import topologies
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import abstract_params
 from lookahead_jax.model.sharding import make_mesh
@@ -35,7 +36,7 @@ from lookahead_jax.train.shapes import SHAPES
 from lookahead_jax.train.step import Batch, compile_step, init_state
 
 GIB = 2**30
-ENVIRONMENT = {  # told to the TPU compiler before it starts: there is no host it could ask
+ENVIRONMENT = {  # read by the TPU compiler at its start; without a TPU it cannot query a host
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -53,15 +54,15 @@ class Compile:
     model: str = "llama-3.1-8b"
     """A published shape (train/shapes.py)."""
     prompt: int = 16384
-    """Tokens of every prompt."""
+    """Tokens per prompt."""
     response: int = 512
-    """Tokens of every response."""
+    """Tokens per response."""
     batch: int = 32
-    """Rows of one step, on all chips together."""
+    """Rows per step, over all chips."""
     tensor: int = 8
-    """Ways in which heads and MLP are split; at most the KV heads."""
+    """Ways to split heads and MLP; at most the number of KV heads."""
     fsdp: int = 1
-    """Ways in which the rest of the weights is split, over rows of the batch."""
+    """Ways to split the model dimension of the weights, and the batch."""
     tokens: int = 32
     """Lookahead tokens M."""
     rank: int = 8
@@ -140,12 +141,15 @@ def _collectives(dump: Path) -> dict[str, int] | str:
     return {name: step[0].count(f" {name}(") + step[0].count(f" {name}-start(") for name in names}
 
 
-def main(options: Compile) -> None:
-    print(json.dumps(compile_training_step(options), indent=2))
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "lookahead train compile"
+    return run_command(
+        lambda: tyro.cli(Compile, args=args, prog=prog),
+        lambda options: print(json.dumps(compile_training_step(options), indent=2)),
+        prog=prog,
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Compile))
-    except ValueError as error:
-        sys.exit(f"compile: error: {error}")
+    end_process(main())

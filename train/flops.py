@@ -1,10 +1,10 @@
-"""What a training step computes, counted by hand: compilers count a loop's body once."""
+"""FLOPs of a training step, counted by hand: compilers count the body of a loop once."""
 
 from lookahead_jax.model.config import ModelConfig
 
 
 def training_flops(config: ModelConfig, prompt: int, response: int, tokens: int) -> float:
-    """FLOPs of one row of a step, by hand; no LM head is run.
+    """FLOPs of one row of a step; the LM head is not run.
 
     The forward pass of prompt and response, the response's logits once more for its scores, and
     the lookahead rows: their weights forward and backward, their attention and scores (three

@@ -1,18 +1,18 @@
-"""Trains the maps of KV Prediction for a base and a smaller model, and says what they are worth.
+"""Train the maps of KV Prediction for a base model and a smaller one, and measure them.
 
-    python -m lookahead_jax.train.kv_prediction --out RUN
-    python -m lookahead_jax.eval embedded --policies full kv_prediction --kv-maps RUN --out EVAL
+    lookahead train kv-prediction --out RUN
+    lookahead eval run embedded --policies full kv_prediction --kv-maps RUN --out EVAL
 
-Both models stay as they are; only the maps learn, by the mean absolute error of keys and values
-(the consistency term of arXiv 2410.08391; its two language-modelling terms, which train the small
-model as well, are not here). Without --aux the small model is the base's own first layers. Texts
-are held-out code: one half to learn from, the other to test on.
+Only the maps are trained, on the mean absolute error of keys and values. This is the consistency
+term of arXiv 2410.08391; its two language-modelling terms also train the small model and are not
+implemented. Without --aux the small model consists of the base model's first layers. The texts are
+held-out code: one half for training, the other for testing.
 """
 
 import dataclasses
 import json
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model, first_layers
 from lookahead_jax.eval.tasks.own.code import Split, code_stream
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import Params
@@ -38,36 +38,38 @@ from lookahead_jax.prompts.kv_prediction import (
     save_maps,
 )
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.progress import report as say
+from lookahead_jax.train.progress import steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictionConfig:
-    """A training of maps."""
+    """One training run of maps."""
 
     out: Path
-    """Folder of the maps and the report, made if need be."""
+    """Folder for the maps and the report, made if it does not exist."""
     model: Path | None = None
-    """Folder of the base; left out, the embedded model."""
+    """Folder of the base model. Default: the embedded model."""
     aux: Path | None = None
-    """Folder of a smaller model with the same tokens; left out, the base's first layers."""
+    """Folder of a smaller model with the same tokens. Default: the base model's first layers."""
     aux_layers: int = 2
-    """How many of them."""
+    """Number of first layers that make the small model, if there is no --aux."""
     steps: int = 300
-    """Updates."""
+    """Number of updates."""
     batch: int = 8
-    """Texts of an update."""
+    """Texts per update."""
     length: int = 256
-    """Tokens of a text."""
+    """Tokens per text."""
     rate: float = 2e-3
     """Peak learning rate of Adam."""
     tests: int = 64
-    """Texts of the test."""
+    """Number of test texts."""
     seed: int = 0
-    """Of the texts drawn."""
+    """Seed of the choice of texts."""
 
 
 @program(static_argnames=("config", "aux_config", "optimizer"), donate_argnames=("state",))
-def train_step(
+def maps_step(
     state: tuple[KVMaps, Any],
     params: Params,
     aux_params: Params,
@@ -88,10 +90,12 @@ def train_step(
 
 
 def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.ndarray:
-    """Random windows of held-out code, int32 [count, length], each after what begins a text."""
+    """Random windows of held-out code behind a BOS token: int32 [count, length]."""
     bos = model.generation.bos_id
     if model.tokenizer is None or bos is None:
-        raise ValueError("the texts need the model's tokenizer and its bos token")
+        raise ValueError(
+            f"{model.path} has no tokenizer.json with a BOS token, which the texts need"
+        )
     stream = code_stream(model.tokenizer.backend, split, bos)
     starts = np.random.default_rng(seed).integers(0, len(stream) - length, count)
     rows = stream[starts[:, None] + np.arange(length)]
@@ -100,16 +104,26 @@ def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.
 
 
 def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[str, float]:
-    """The predicted cache against the base's own: next token, divergence, seconds of each."""
-    shape = dict(config=model.config, new_tokens=1)
+    """Compares predicted and own cache: next token, KL divergence, seconds to read a batch."""
 
     def own() -> jax.Array:
-        policy = lk.make_policy("full")
-        return lk.read_prompt(model.params, tokens, policy=policy, budget=0, **shape).logits
+        full = lk.make_policy("full")
+        read = lk.read_prompt(
+            model.params, tokens, config=model.config, policy=full, budget=0, new_tokens=1
+        )
+        return read.logits
 
     def predicted() -> jax.Array:
-        given = dict(aux_params=aux.params, aux_config=aux.config)
-        return prefill_predicted(model.params, tokens, maps, **given, **shape).logits
+        read = prefill_predicted(
+            model.params,
+            tokens,
+            maps,
+            config=model.config,
+            aux_params=aux.params,
+            aux_config=aux.config,
+            new_tokens=1,
+        )
+        return read.logits
 
     seconds = []
     for read in (own, predicted):
@@ -129,8 +143,10 @@ def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[s
     }
 
 
-def train(config: PredictionConfig) -> dict[str, Any]:
+def train_maps(config: PredictionConfig) -> dict[str, Any]:
     """Trains, tests and writes the maps and OUT/report.json; returns the report."""
+    make_folder(config.out)
+    say("loading the models")
     model = lk.load(config.model or lk.EMBEDDED_MODEL)
     aux = first_layers(model, config.aux_layers) if config.aux is None else lk.load(config.aux)
     optimizer = make_optimizer(OptimizerConfig(rate=config.rate, warmup=10), config.steps)
@@ -139,15 +155,17 @@ def train(config: PredictionConfig) -> dict[str, Any]:
         model, "validation", config.steps * config.batch, config.length, config.seed
     ).reshape(config.steps, config.batch, config.length)
     tests = jnp.asarray(texts(model, "test", config.tests, config.length, config.seed))
+    say("testing the untrained maps")
     before = compare(model, aux, maps, tests)
-    state, losses = (maps, optimizer.init(maps)), []
-    for batch in tqdm(rows, unit=" steps"):
-        state, loss = train_step(
+    tree: Any = maps  # optax declares arrays, and takes any tree of them
+    state, losses = (maps, optimizer.init(tree)), []
+    for step in steps(0, config.steps):
+        batch = rows[step]
+        state, loss = maps_step(
             state, model.params, aux.params, jnp.asarray(batch), config=model.config,
             aux_config=aux.config, optimizer=optimizer,
         )  # fmt: skip
         losses.append(float(loss))
-    config.out.mkdir(parents=True, exist_ok=True)
     aux_layers = config.aux_layers if config.aux is None else None
     save_maps(config.out, state[0], config.aux and str(config.aux), aux_layers)
     report = {
@@ -160,16 +178,15 @@ def train(config: PredictionConfig) -> dict[str, Any]:
     return report
 
 
-def main() -> int:
-    """The command line; a failure is one line on stderr."""
-    config = tyro.cli(PredictionConfig, prog="python -m lookahead_jax.train.kv_prediction")
-    try:
-        print(json.dumps(train(config), indent=1))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "lookahead train kv-prediction"
+    return run_command(
+        lambda: tyro.cli(PredictionConfig, args=args, prog=prog),
+        lambda config: print(json.dumps(train_maps(config), indent=1)),
+        prog=prog,
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

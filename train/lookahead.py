@@ -1,11 +1,12 @@
 """Train lookahead modules for a model.
 
-    python -m lookahead_jax.train.lookahead CONFIG --model DIR --data DIR --run DIR [--steps N ...]
+    lookahead train lookahead CONFIG --model DIR --data DIR --run DIR [--steps N ...]
 
 CONFIG is a JSON file, or the name of one in train/configs (`published`); any field can be set on
 the command line. The same command resumes a run. On several hosts, start it on each of them; a
 SIGTERM makes all of them save the same step and exit. RUN receives config.json (every field as it
-was used), metrics.jsonl, checkpoints/ and, at the end, modules/.
+was used), metrics.jsonl, checkpoints/ and, at the end, modules/. `python -m
+lookahead_jax.train.lookahead` is the same command.
 """
 
 import contextlib
@@ -27,18 +28,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import Model, load
+from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.config_files import split_config
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.params import Params, fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.modules.files import save_modules
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.checkpoints import Checkpoints
-from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import TrainState, batch_sharding, compile_step, init_state
+from lookahead_jax.train.training_data import TrainingData, open_data
 
 _LOG = logging.getLogger(__name__)
 _PRESETS = Path(__file__).parent / "configs"
@@ -50,11 +54,11 @@ class MeshConfig:
     """How devices are arranged."""
 
     data: int | None = None
-    """Ways the batch alone is split; None takes the devices that the others leave."""
+    """Ways to split the batch; None: all devices that fsdp and tensor leave."""
     fsdp: int = 1
-    """Ways that the batch and the weights' model dimension are split."""
+    """Ways to split both the batch and the model dimension of the weights."""
     tensor: int = 1
-    """Ways that heads, MLP and vocabulary are split."""
+    """Ways to split heads, MLP and vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,36 +66,36 @@ class TrainConfig:
     """One training run of lookahead modules."""
 
     model: Path
-    """Folder of the base model, which stays as it is."""
+    """Folder of the base model, which is not changed."""
     data: tuple[Path, ...]
-    """Folders written by lookahead_jax.train.data, read as one."""
+    """Folders written by `lookahead train data`; their rows are pooled."""
     run: Path
-    """Folder of the run, made if need be."""
+    """Folder of the run, made if it does not exist. An existing run is resumed."""
     modules: LookaheadConfig
     optimizer: OptimizerConfig
     steps: int
-    """Updates of the whole run; the learning rate is planned for them."""
+    """Updates of the whole run, over which the learning rate decays."""
     batch: int
-    """Rows of one update, on all devices together."""
+    """Rows per update, over all devices."""
     micro_batches: int = 1
-    """The rows of an update are read in this many passes, which takes less memory."""
+    """Passes per update (gradient accumulation); more passes take less memory."""
     seed: int = 0
-    """Initial modules and the order of the data."""
+    """Seed of the initial modules and of the order of the data."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the base weights; None is that of the checkpoint."""
+    """Type of the base weights; None: that of the checkpoint."""
     max_prompt: int | None = None
-    """Rows with a longer prompt (in tokens) are not used."""
+    """Longest prompt in tokens; rows with a longer one are skipped. None: no limit."""
     chunk: int | None = CHUNK
-    """Prompt rows in flight in one layer; None is the platform's choice."""
+    """Prompt tokens that a layer processes at a time; None: chosen for the platform."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     save_every: int = 200
     """Steps between checkpoints."""
     keep: int = 3
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     log_every: int = 10
-    """Steps between looks at the metrics; each step has its line."""
+    """Steps between writes of metrics.jsonl, which has a line for every step."""
     stop_after_skipped: int = 50
-    """The run fails after this many steps in a row whose loss or gradient is not finite."""
+    """Stop with an error after this many consecutive steps with a non-finite loss or gradient."""
     profile: tuple[int, int] | None = None
     """First and last step of a jax.profiler trace, written to RUN/profile."""
 
@@ -115,7 +119,7 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
 
     `on_metrics` receives every line of metrics.jsonl as a dict, on the first process. Raises
     ValueError for a configuration that does not fit model, data or devices, FloatingPointError
-    when too many steps in a row are skipped.
+    when too many steps in a row are skipped, BlockingIOError if another process writes the run.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -129,6 +133,18 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     for name in ("save_every", "chunk"):
         if (size := getattr(config, name)) is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
+    make_folder(config.run)
+    # Only the first process writes logs and checkpoints; the folder may be on a shared disk.
+    lock = folder_lock(config.run) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock:
+        return _train(config, mesh, on_metrics)
+
+
+def _train(
+    config: TrainConfig, mesh: Mesh, on_metrics: OnMetrics | None
+) -> LookaheadModules | None:
+    """`train` in a folder that no other process writes."""
+    report(f"loading {config.model}")
     model = load(config.model, dtype=config.dtype, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(
@@ -137,28 +153,36 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     )  # fmt: skip
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     identity = {name: described[name] for name in _IDENTITY} | {"base": base}
-    config.run.mkdir(parents=True, exist_ok=True)
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=config.keep, identity=identity) as checkpoints,
     ):
-        state = _steps(config, model, data, mesh, checkpoints, described, on_metrics)
+        state = _run_steps(
+            config,
+            model,
+            data,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            described=described,
+            on_metrics=on_metrics,
+        )
     if state is None:
         return None
     save_modules(config.run / "modules", state.modules, params=model.params)
     return state.modules
 
 
-def _steps(
+def _run_steps(
     config: TrainConfig,
     model: Model,
     data: TrainingData,
+    *,
     mesh: Mesh,
     checkpoints: Checkpoints,
     described: dict[str, Any],
     on_metrics: OnMetrics | None,
 ) -> TrainState | None:
-    """The loop: from the newest checkpoint to the last step, or to a SIGTERM (then None)."""
+    """Trains from the newest checkpoint to the last step; None if a SIGTERM came before."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = compile_step(mesh, config=model.config, optimizer=optimizer, chunk=config.chunk)
     state = _start(config, model, optimizer, mesh)
@@ -171,7 +195,7 @@ def _steps(
     )  # fmt: skip
     trace_from, trace_to = config.profile or (-1, -1)
     with _stop_requests() as stop_requested, contextlib.ExitStack() as trace:
-        for step in range(first, config.steps):
+        for step in steps(first, config.steps):
             if step == trace_from:
                 trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
             batch = data.load(step, config.micro_batches, batch_sharding(mesh))
@@ -242,15 +266,17 @@ def join_cluster() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; 0 also when a SIGTERM has ended the run in good order."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        config = parse(sys.argv[1:] if args is None else args)
+
+    def work(config: TrainConfig) -> None:
         join_cluster()
         train(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_command(
+        lambda: parse(sys.argv[1:] if args is None else args),
+        work,
+        prog="lookahead train lookahead",
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

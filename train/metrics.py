@@ -13,11 +13,26 @@ from lookahead_jax.host.files import atomic_write
 OnMetrics = Callable[[dict[str, Any]], None]
 
 
-class MetricsLog:
-    """One line a step, written by the first process.
+def truncate_log(path: Path, first: int) -> None:
+    """Leaves one line for each step before `first`: later steps will be logged again.
 
-    Values stay on the devices until `every` steps have come together, so that no step waits for
-    the host.
+    Of several lines of a step, the last one stays. A line that a crash has cut is dropped.
+    """
+    lines: dict[int, str] = {}
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step < first:
+            lines[step] = line + "\n"
+    atomic_write(path, "".join(lines[step] for step in sorted(lines)))
+
+
+class MetricsLog:
+    """Logs one line per step, on the first process.
+
+    Values stay on the devices until `every` steps are pending, so that no step waits for the host.
     """
 
     def __init__(
@@ -29,19 +44,16 @@ class MetricsLog:
         patience: int,
         on_metrics: OnMetrics | None = None,
     ):
-        """Continues the file before step `first`; what it says of later steps happens again."""
+        """Continues the file before step `first`, the first one that will be logged."""
         self._path, self._every, self._patience = path, every, patience
         self._on_metrics = on_metrics
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         if jax.process_index() == 0:
-            lines = path.read_text().splitlines() if path.exists() else []
-            whole = [line for line in lines if line.endswith("}")]  # a crash may cut the last one
-            kept = [line + "\n" for line in whole if json.loads(line)["step"] < first]
-            atomic_write(path, "".join(kept))
+            truncate_log(path, first)
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Notes the scalars of a step; `values["skipped_in_a_row"]` is among them."""
+        """Adds the scalars of a step, `skipped_in_a_row` among them."""
         self._pending.append((step, values))
         if len(self._pending) >= self._every:
             self.flush()

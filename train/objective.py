@@ -160,5 +160,5 @@ def lookahead_loss(
     chunk: int | None = CHUNK,
 ) -> Float[Array, " B"]:
     """`lookahead_losses` of one set of modules: float32 [B]."""
-    shape = dict(config=config, chunk=chunk)
-    return lookahead_losses([modules], params, prompts, responses, **shape)[0]
+    losses = lookahead_losses([modules], params, prompts, responses, config=config, chunk=chunk)
+    return losses[0]

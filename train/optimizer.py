@@ -14,7 +14,7 @@ class OptimizerConfig:
     warmup: int
     """Steps of linear warm-up; 0 starts at the peak."""
     floor: float = 0.0
-    """The cosine ends at this share of the peak."""
+    """Final learning rate as a fraction of the peak."""
     b1: float = 0.9
     """Decay of Adam's mean."""
     b2: float = 0.999
@@ -22,11 +22,11 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Added to the root of the mean of squares."""
     clip: float | None = None
-    """Largest global norm of the gradient; None lets it be."""
+    """Largest global norm of the gradient; None disables clipping."""
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Updates made so far -> learning rate of the next one, over a run of `steps`."""
+    """The schedule of a run of `steps`: number of updates so far -> learning rate of the next."""
     if not config.warmup:
         return optax.cosine_decay_schedule(config.rate, steps, config.floor)
     return optax.warmup_cosine_decay_schedule(
@@ -35,9 +35,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule of a run of `steps`. Raises ValueError unless it outlasts the warm-up."""
+    """The optimizer of a run of `steps`. Raises ValueError unless the warm-up is shorter."""
     if not 0 <= config.warmup < steps:
-        raise ValueError(f"a warm-up of {config.warmup} steps does not fit a run of {steps}")
+        raise ValueError(f"a warm-up of {config.warmup} steps does not fit a run of {steps} steps")
     adam = optax.adam(learning_rate(config, steps), config.b1, config.b2, config.eps)
     return (
         adam if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adam)

@@ -1,19 +1,18 @@
 """Train many sets of lookahead modules at once: seeds, ablations, folds of unseen data.
 
-    python -m lookahead_jax.train.study STUDY --model DIR --data NAME=DIR ... --run DIR
+    lookahead train study STUDY --model DIR --data NAME=DIR ... --run DIR
 
 STUDY is a JSON file, or the name of one in train/configs/studies. It has the steps, the batch, and
 `modules`, `optimizer` and `seed` that all variants share; each of its `variants` may override them
 and learn `without` some of the named data. A step reads its prompts once for all variants, which is
-most of the work; otherwise they are runs of `train.lookahead`, except that all see the data in one
-order. The same command resumes. RUN receives study.json, metrics.jsonl (a loss per variant),
-checkpoints/ and, at the end, VARIANT/ for each.
+most of the work. Otherwise each variant trains as in `train.lookahead`, except that all variants
+share one order of the data. The same command resumes. RUN receives study.json, metrics.jsonl (a
+loss per variant), checkpoints/ and, at the end, a folder with the modules of each variant.
 """
 
 import dataclasses
 import json
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,22 +21,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import load
+from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.config_files import read_config
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.jit import compiler_options
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
 from lookahead_jax.train.checkpoints import Checkpoints
-from lookahead_jax.train.data import TrainingData, open_data
 from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
+from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import Metrics, batch_sharding, init_state, variants_step
+from lookahead_jax.train.training_data import TrainingData, open_data
 
 _STUDIES = Path(__file__).parent / "configs" / "studies"
 _PATIENCE = 50  # steps in a row without an update that end a study
@@ -50,39 +51,39 @@ class Variant:
     modules: LookaheadConfig
     optimizer: OptimizerConfig
     seed: int
-    """Of the modules' first values."""
+    """Seed of the initial modules."""
     without: tuple[str, ...] = ()
-    """Names of the data that it does not learn from."""
+    """Names of the data that this variant does not learn from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """Variants and the steps they share."""
+    """Variants and the training steps they share."""
 
     steps: int
     batch: int
     micro_batches: int
     data_seed: int
-    """Order of the data."""
+    """Seed of the order of the data."""
     variants: dict[str, Variant]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What is trained, on what, and where it goes."""
+    """One study: its variants, model, data and folder."""
 
     study: tyro.conf.Positional[str]
     """A .json file, or the name of one in train/configs/studies."""
     model: Path
-    """Folder of the base model, which stays as it is."""
+    """Folder of the base model, which is not changed."""
     data: tuple[str, ...]
-    """Folders written by lookahead_jax.train.data, as NAME=DIR."""
+    """Folders written by `lookahead train data`, as NAME=DIR."""
     run: Path
-    """Folder of the run, made if need be."""
+    """Folder of the run, made if it does not exist. An existing run is resumed."""
     save_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between looks at the metrics; each step has its line."""
+    """Steps between writes of metrics.jsonl, which has a line for every step."""
 
 
 def read_study(name: str) -> Study:
@@ -109,7 +110,7 @@ def read_study(name: str) -> Study:
 
 
 def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: int) -> np.ndarray:
-    """Which rows of the batch of `step` each variant learns from: bool [V, A, B]."""
+    """Rows of the batch of `step` that each variant learns from: bool [V, A, B]."""
     folder = data.folder[data.rows_of(step)].reshape(study.micro_batches, -1)
     return np.stack(
         [
@@ -119,11 +120,11 @@ def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: in
     )
 
 
-def train(config: StudyConfig) -> None:
+def train_study(config: StudyConfig) -> None:
     """Trains every variant to the end and writes its modules.
 
     Raises ValueError for a study that does not fit model or data, FloatingPointError when too many
-    steps in a row are skipped by all variants.
+    steps in a row are skipped by all variants, BlockingIOError if another process writes the run.
     """
     study = read_study(config.study)
     folders = _folders(config.data)
@@ -140,6 +141,14 @@ def train(config: StudyConfig) -> None:
             f"a batch of {study.batch} cannot be split into {study.micro_batches} micro-batches "
             f"on {mesh.shape['data']} devices"
         )
+    make_folder(config.run)
+    with folder_lock(config.run):
+        _train(config, study, folders, mesh)
+
+
+def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Mesh) -> None:
+    """`train_study` of a checked study, in a folder that no other process writes."""
+    report(f"loading {config.model}")
     model = load(config.model, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(
@@ -168,7 +177,6 @@ def train(config: StudyConfig) -> None:
 
     described = json.loads(json.dumps(dataclasses.asdict(study)))
     identity = described | {"base": base, "data": list(folders)}
-    config.run.mkdir(parents=True, exist_ok=True)
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=1, identity=identity) as checkpoints,
@@ -179,7 +187,7 @@ def train(config: StudyConfig) -> None:
         log = MetricsLog(
             config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE
         )
-        for step in tqdm(range(first, study.steps), initial=first, total=study.steps):
+        for step in steps(first, study.steps):
             batch = data.load(step, study.micro_batches, batch_sharding(mesh))
             used = rows_used(study, data, tuple(folders), step)
             states, metrics = step_fn(model.params, states, batch, used)
@@ -213,16 +221,12 @@ def _joined(labels: Iterable[str], metrics: Sequence[Metrics]) -> Metrics:
     }
 
 
-def main() -> int:
-    """The command line; a failure is one line on stderr."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        train(tyro.cli(StudyConfig, prog="python -m lookahead_jax.train.study"))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    prog = "lookahead train study"
+    return run_command(lambda: tyro.cli(StudyConfig, args=args, prog=prog), train_study, prog=prog)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -24,11 +24,11 @@ class Demo:
     """Continue a long file with the full cache and with an evicted one, and compare."""
 
     file: Annotated[tyro.conf.Positional[Path], option("FILE")] = EXAMPLE
-    """A text file (UTF-8); left out, an example that ships with the package."""
+    """Text file (UTF-8). Default: an example that ships with the package."""
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     max_new_tokens: int = 64
-    """Tokens to generate."""
+    """Number of tokens to generate."""
 
 
 def main(config: Demo) -> None:
@@ -39,7 +39,7 @@ def main(config: Demo) -> None:
     eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     if model.tokenizer is None:
-        raise ValueError(f"{model.path} has no tokenizer.json, and the demo reads text")
+        raise ValueError(f"{model.path} has no tokenizer.json, which the demo needs to read text")
     ids = model.tokenizer.encode(read_text(config.file))
     room = model.config.max_position - config.max_new_tokens
     if room < 1:
@@ -63,7 +63,7 @@ def main(config: Demo) -> None:
         )
 
     keep_all = dict(policy=lk.make_policy("full"), budget=len(prompt))
-    # Every program is compiled by a first run, and measured in a second one.
+    # A first run compiles each program; the second one is measured.
     steps = [keep_all, keep_all, evict, evict]
     _, full, _, evicted = (run(s) for s in tqdm(steps, "measuring", disable=None, leave=False))
     followed = _followed(model, prompt, full.tokens[0], evict)
@@ -75,8 +75,10 @@ def main(config: Demo) -> None:
 
 
 def table(name: str, full, evicted, followed: np.ndarray) -> str:
-    """A Markdown table of two `Generation`s; `followed` says which of the full cache's tokens the
-    evicted one would have chosen at the same place."""
+    """A Markdown table of two `Generation`s.
+
+    `followed` [tokens] is whether the evicted cache chooses each token of the full one.
+    """
     per_s = "decode_tokens_per_s"
     speed = [getattr(r.timing, per_s) or float("nan") for r in (full, evicted)]
     ttft = [r.timing.ttft_s for r in (full, evicted)]

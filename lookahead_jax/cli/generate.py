@@ -4,36 +4,29 @@ import json
 from dataclasses import asdict, dataclass
 
 from lookahead_jax.cli.options import File, RunOptions
-from lookahead_jax.host.files import atomic_write, check_parent
+from lookahead_jax.host.files import atomic_write, check_output, is_stdout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(RunOptions):
-    """Continue a prompt; the text streams to the standard output."""
+    """Continue a prompt and print the text as it is generated."""
 
     json: File = None
-    """Also write tokens, text, sizes, timing (after a first run) and drafting to this file."""
+    """Also write tokens, text, sizes, timing (without compilation) and drafting to this file.
+    `-` writes them to standard output instead of the text."""
 
 
 def main(config: Generate) -> None:
+    silent = False
     if config.json is not None:
-        check_parent(config.json)
-    eviction = config.eviction.resolve(config.source)
-    drafter = config.drafting.make(config.source.dtype)
-    model = config.source.load()
-    prompts = config.input.read(model)
-    stream = len(prompts) == 1 and model.tokenizer is not None
-    result = config.run(
-        model,
-        prompts,
-        eviction,
-        drafter,
-        on_text=_print if stream else None,
-        measure=config.json is not None,
-    )
+        check_output(config.json)
+        silent = is_stdout(config.json)
+    run = config.prepare()
+    stream = len(run.prompts) == 1 and run.model.tokenizer is not None and not silent
+    result = run.generate(on_text=_print if stream else None, measure=config.json is not None)
     if stream:
         print()
-    else:
+    elif not silent:
         for row, continuation in enumerate(result.text or result.tokens):
             print(f"[{row}] {continuation}")
     if config.json is not None:

@@ -5,8 +5,8 @@ from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from lookahead_jax.cli.options import OutFile, RunOptions, Text, megabytes
-from lookahead_jax.host.files import atomic_write, check_parent
+from lookahead_jax.cli.options import EncodedPrompt, OutFile, RunOptions, Text, megabytes
+from lookahead_jax.host.files import atomic_write, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +22,18 @@ class Inspect(RunOptions):
 def main(config: Inspect) -> None:
     from lookahead_jax.cli.inspect_page import drafted_steps, render  # imports jax
 
-    check_parent(config.out)
-    eviction = config.eviction.resolve(config.source)
-    drafter = config.drafting.make(config.source.dtype)
-    model = config.source.load()
-    prompts = config.input.read(model)
-    if len(prompts) != 1:
-        raise ValueError(f"inspect shows one prompt, and {config.input.tokens} has {len(prompts)}")
+    check_output(config.out)
+    run = config.prepare()
+    model, eviction = run.model, run.eviction
+    if len(run.prompts) != 1:
+        raise ValueError(
+            f"inspect shows one prompt, and {config.input.tokens} has {len(run.prompts)} rows"
+        )
     plain, steps = config.drafting.drafter == "none", []
     on_step = None if plain else steps.append
-    result = config.run(model, prompts, eviction, drafter, on_step=on_step)
+    result = run.generate(on_step=on_step)
     name = partial(_name, model.tokenizer)
-    prompt, offsets, pieces = _pieces(model.tokenizer, prompts[0], result.prompt_ids[0])
+    prompt, offsets, pieces = _pieces(model.tokenizer, run.prompts[0])
     page = render(
         prompt=prompt,
         offsets=offsets,
@@ -54,15 +54,14 @@ def main(config: Inspect) -> None:
     print(config.out)
 
 
-def _pieces(tokenizer, prompt, ids: list[int]) -> tuple[str, list[tuple[int, int]], list[str]]:
+def _pieces(tokenizer, prompt: EncodedPrompt) -> tuple[str, list[tuple[int, int]], list[str]]:
     """The prompt's text, each token's characters in it, and each token's name.
 
     The text of a prompt given as ids is made of its tokens one by one.
     """
-    if isinstance(prompt, str):
-        _, offsets = tokenizer.encode_with_offsets(prompt)
-        return prompt, offsets, [_name(tokenizer, i) for i in ids]
-    pieces = [_name(tokenizer, i) for i in ids]
+    pieces = [_name(tokenizer, i) for i in prompt.ids]
+    if prompt.text is not None and prompt.offsets is not None:
+        return prompt.text, prompt.offsets, pieces
     return "".join(pieces), list(pairwise(accumulate(map(len, pieces), initial=0))), pieces
 
 

@@ -1,17 +1,32 @@
-"""The command line: every command is a frozen dataclass and a `main(config)` in commands/."""
+"""The command `lookahead`: every command is a frozen dataclass and a `main(config)` in this room.
 
-import contextlib
-import io
-import os
+`lookahead train ...` and `lookahead eval ...` call the commands of those two rooms.
+"""
+
 import sys
-import traceback
-import warnings
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
 import tyro
 
+import lookahead_jax
 from lookahead_jax.cli import demo, generate, inspect, logits, score, serve
+from lookahead_jax.cli.summaries import drafter_summaries, policy_summaries
+from lookahead_jax.host.command import run_command
 from lookahead_jax.host.config_files import UsageError
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train lookahead modules; `lookahead train --help` lists the commands."""
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Measure policies and drafters; `lookahead eval --help` lists the commands."""
+
 
 COMMANDS = {
     generate.Generate: generate.main,
@@ -21,79 +36,86 @@ COMMANDS = {
     demo.Demo: demo.main,
     serve.Serve: serve.main,
 }
+# Imported when called: these modules import JAX. Each has a `main(args)` that returns the status.
+GROUPS = {
+    "train": {
+        "data": ("train.data", "Tokenize chats or prompts, and generate missing responses."),
+        "lookahead": ("train.lookahead", "Train lookahead modules for a model."),
+        "study": ("train.study", "Train several sets of modules at once, for comparisons."),
+        "compile": ("train.compile", "Compile the training step for TPUs and report its needs."),
+        "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),
+    },
+    "eval": {
+        "run": ("eval.__main__", "Answer the tasks with each policy, budget and drafter."),
+        "report": ("eval.report.report", "Write a page with the tables and charts of runs."),
+        "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
+    },
+}
+_WITH_POLICY = ("generate", "score", "inspect", "demo", "serve")
+_WITH_DRAFTER = ("generate", "inspect", "serve")
 DESCRIPTION = "Long prompts through a fixed-budget KV cache."
-EXPECTED = (ValueError, OSError, NotImplementedError, MemoryError)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 (it failed) or 2 (it was misused).
+    """Runs one command and returns its exit status; see `run_command`."""
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in GROUPS:
+        return _run_group(args[0], args[1:])
+    if args == ["--version"]:
+        print("lookahead", lookahead_jax.__version__)
+        return 0
+    return run_command(
+        lambda: parse(args), lambda config: COMMANDS[type(config)](config), prog="lookahead"
+    )
 
-    A failure is one line on stderr; LOOKAHEAD_DEBUG=1 adds the traceback.
+
+def parse(args: Sequence[str]):
+    """The dataclass of the command that `args` name; SystemExit, as tyro's, if none fits.
+
+    The help of a command with the options --policy and --drafter lists their values.
     """
-    try:
-        config = parse(args)
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *place: _say(f"notice: {message}")
-            COMMANDS[type(config)](config)
-        sys.stdout.flush()
-    except UsageError as error:
-        return _fail(f"{error} (see lookahead --help)", status=2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
-    except BrokenPipeError:  # the reader left, as `head` does; stdout must not be flushed again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except EXPECTED as error:
-        return _fail(_message(error), status=1)
-    except Exception as error:
-        return _fail(f"unexpected {type(error).__name__}: {error}", status=1)
-    return 0
+    commands = {command.__name__.lower(): command for command in (*COMMANDS, Train, Eval)}
+    if len(args) > 1 and args[0] in _WITH_POLICY and {"-h", "--help"} & set(args[1:]):
+        try:
+            _parse(commands, args)
+        finally:
+            _list("Policies (--policy)", policy_summaries())
+            if args[0] in _WITH_DRAFTER:
+                _list("Drafters (--drafter)", drafter_summaries())
+    return _parse(commands, args)
 
 
-def parse(args: Sequence[str] | None = None):
-    """The dataclass of the command that `args` (or sys.argv) name; UsageError if none fits."""
-    commands = {command.__name__.lower(): command for command in COMMANDS}
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.extras.subcommand_cli_from_dict(
-                commands,
-                prog="lookahead",
-                description=DESCRIPTION,
-                args=args,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(_unbox(complaint.getvalue())) from None
+def _parse(commands: dict[str, type], args: Sequence[str]):
+    return tyro.extras.subcommand_cli_from_dict(
+        commands,
+        prog="lookahead",
+        description=DESCRIPTION,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
-def _unbox(complaint: str) -> str:
-    """The message inside the box that tyro draws: without its title, and the help after a rule."""
-    parts: list[list[str]] = [[]]
-    for line in complaint.splitlines():
-        text = line.strip("│ ")
-        if text and set(text) <= {"─", "-"}:
-            parts.append([])
-        elif not text.startswith(("╭", "╰")):
-            parts[-1].append(text)
-    title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
-    return " ".join(parts[min(title, len(parts) - 1)])
+def _list(title: str, sentences: dict[str, str]) -> None:
+    """Prints names with a sentence each, as wide as tyro's help."""
+    indent = max(map(len, sentences)) + 4
+    print(f"\n{title}:")
+    for name, sentence in sentences.items():
+        head = f"  {name:{indent - 2}}"
+        print(textwrap.fill(sentence, 80, initial_indent=head, subsequent_indent=" " * indent))
 
 
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
+def _run_group(group: str, args: list[str]) -> int:
+    commands = GROUPS[group]
+    if args and args[0] in commands:
+        return import_module(f"lookahead_jax.{commands[args[0]][0]}").main(args[1:])
+    if args and args[0] in ("-h", "--help"):
+        print(f"usage: lookahead {group} COMMAND ...")
+        _list("Commands", {name: sentence for name, (_, sentence) in commands.items()})
+        print(f"\nlookahead {group} COMMAND --help lists the options of a command.")
+        return 0
 
+    def unknown() -> None:
+        given = f"unknown command {args[0]!r}" if args else "no command"
+        raise UsageError(f"{given}: expected one of {', '.join(commands)}")
 
-def _fail(message: str, *, status: int) -> int:
-    if os.environ.get("LOOKAHEAD_DEBUG") == "1":
-        traceback.print_exc()
-    _say(f"error: {message}")
-    return status
-
-
-def _say(message: str) -> None:
-    print("lookahead:", " ".join(message.split()), file=sys.stderr)
+    return run_command(unknown, lambda _: None, prog=f"lookahead {group}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and what they load."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -23,14 +23,16 @@ OutFile = Annotated[Path, option("FILE")]
 Text = Annotated[str | None, option("TEXT")]
 OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
+Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
+_READS_MODEL = ("draft_model", "drawn_model")  # drafters
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     model: Folder = None
-    """Folder of a Hugging Face checkpoint; left out, the embedded model."""
+    """Folder of a Hugging Face checkpoint. Default: the embedded model."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, option("DTYPE")] = None
-    """float32, bfloat16 or float16; left out, what the checkpoint is stored in."""
+    """Type of the weights: float32, bfloat16 or float16. Default: that of the checkpoint."""
 
     def load(self):
         """The model these options name."""
@@ -39,27 +41,44 @@ class ModelOptions:
         return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
 
 
+class EncodedPrompt(NamedTuple):
+    """A prompt as token ids; for a text also the text, and each token's characters in it."""
+
+    ids: list[int]
+    text: str | None = None
+    offsets: list[tuple[int, int]] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     prompt: Annotated[Text, OneSource] = None
-    """The prompt itself."""
+    """The prompt text."""
     prompt_file: Annotated[File, OneSource] = None
-    """A text file (UTF-8) as the prompt; - is the standard input."""
+    """Text file (UTF-8) with the prompt; - reads standard input."""
     tokens: Annotated[File, OneSource] = None
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
+    special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Control tokens in the prompt text act, as in a text that a chat template has rendered.
+    Default: they are ordinary characters."""
 
-    def read(self, model) -> list[str] | list[list[int]]:
+    def read(self, model) -> list[EncodedPrompt]:
         """The prompts: one text, or the rows of a token file."""
         if self.tokens is not None:
-            return [row[row >= 0].tolist() for row in read_tokens(self.tokens, model.config)]
+            rows = read_tokens(self.tokens, model.config)
+            return [EncodedPrompt(row[row >= 0].tolist()) for row in rows]
         text = self.prompt if self.prompt_file is None else read_text(self.prompt_file)
         if not text:
             raise ValueError("the prompt is empty")
-        return [text]
+        if model.tokenizer is None:
+            raise ValueError(f"{model.path} has no tokenizer.json: give token ids with --tokens")
+        ids, offsets = model.tokenizer.encode_with_offsets(text)
+        if not ids:
+            raise ValueError("the prompt is empty")
+        return [EncodedPrompt(ids, text, offsets)]
 
 
 class Eviction(NamedTuple):
-    """What the eviction options come to for one model."""
+    """The eviction options, resolved for one model."""
 
     name: str
     policy: Any
@@ -77,22 +96,24 @@ class Eviction(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class EvictionOptions:
     policy: Annotated[Text, option("NAME")] = None
-    """How prompt entries are chosen; `full` keeps all. Left out, lookaheadkv where there are
-    lookahead modules (--lookahead, or the embedded model's own), else snapkv."""
+    """The eviction policy, which chooses the prompt entries to keep; `full` keeps all. Default:
+    lookaheadkv if there are lookahead modules (--lookahead, or those of the embedded model), else
+    snapkv."""
     policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
-    """A setting of the policy, as name=value."""
+    """A setting of the policy. May be repeated."""
     budget: int = 256
-    """Prompt entries kept per layer and KV head."""
+    """Prompt entries to keep per layer and KV head."""
     lookahead: Folder = None
-    """Folder of trained lookahead modules; left out, those of the embedded model are for it."""
+    """Folder of trained lookahead modules. Default: those of the embedded model, if that is the
+    model."""
 
     def resolve(self, source: ModelOptions) -> Eviction:
-        """The policy with its settings, and where the modules it reads are."""
+        """The policy with its settings, and the folder of the modules it reads."""
         import lookahead_jax as lk
         from lookahead_jax.policies.base import WithModules
 
         if self.budget < 1:
-            raise ValueError(f"the budget must be at least 1, not {self.budget}")
+            raise ValueError(f"--budget must be at least 1, not {self.budget}")
         settings = {}
         for pair in self.policy_arg:
             name, equals, value = pair.partition("=")
@@ -110,41 +131,54 @@ class EvictionOptions:
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     temperature: float = 0.0
-    """Randomness of the choice; 0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the most likely token."""
     top_k: Annotated[int | None, option("INT")] = None
-    """Choose among the k likeliest tokens."""
+    """Sample from the k most likely tokens."""
     top_p: Annotated[float | None, option("FLOAT")] = None
-    """Choose among the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     min_p: Annotated[float | None, option("FLOAT")] = None
-    """Leave out tokens less likely than this share of the likeliest."""
+    """Exclude tokens less likely than this fraction of the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides the score of tokens already seen; 1 is none."""
+    """Divides the scores of tokens that have occurred; 1 disables it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftingOptions:
     drafter: Annotated[str, option("NAME")] = "none"
-    """What drafts several tokens a step: trie, suffix, both as trie+suffix, prompt_lookup,
-    recycling, both as prompt_lookup+recycling, draft_model or drawn_model."""
+    """The drafter, which proposes several tokens per step. Two that run on the host, or two on the
+    device, combine: trie+suffix, prompt_lookup+recycling."""
     draft_nodes: Annotated[int | None, option("INT")] = None
-    """Nodes of a step's tree: 1, 8, 16, 32, 64 or 128; left out, as many as pay."""
+    """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
-    """Folder of the smaller checkpoint that draft_model and drawn_model read."""
+    """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
+    drawn_model, and for generate and inspect with policy speckv."""
 
-    def make(self, dtype: str | None):
-        """The drafter these options name."""
-        from lookahead_jax.drafters.registry import make_drafter
+    def load(self, dtype: str | None, policy: Any = None):
+        """The smaller model, or None; UsageError if it is missing or has no use.
 
-        reads = self.drafter in ("draft_model", "drawn_model")
-        if reads != (self.draft_model is not None):
-            raise UsageError(
-                "--draft-model DIR goes together with --drafter draft_model or drawn_model"
-            )
-        if self.draft_model is None:
-            return make_drafter(self.drafter)
+        `policy` is the eviction policy, where one that observes with drafts can be served.
+        """
         import lookahead_jax as lk
 
-        return make_drafter(self.drafter, model=lk.load(self.draft_model, dtype=dtype))
+        users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
+        if policy is not None and policy.uses_draft:
+            users.append("--policy speckv")
+        if users and self.draft_model is None:
+            raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
+        if not users and self.draft_model is not None:
+            raise UsageError(
+                "--draft-model has no use without --drafter draft_model, --drafter drawn_model or "
+                "--policy speckv"
+            )
+        return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)
+
+    def make(self, small):
+        """The drafter these options name; `small` is the model that `load` returned."""
+        from lookahead_jax.drafters.registry import make_drafter
+
+        if self.drafter in _READS_MODEL:
+            return make_drafter(self.drafter, model=small)
+        return make_drafter(self.drafter)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,38 +191,105 @@ class RunOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     drafting: DraftingOptions = field(default_factory=DraftingOptions)
     max_new_tokens: int = 128
-    """Tokens to generate at most, per row."""
+    """Maximum number of tokens to generate per row."""
     evict_every: Annotated[int | None, option("INT")] = None
-    """Cut the cache back to the budget again every so many tokens: constant memory, however long
-    the text. With policy streaming_llm, keydiff, h2o or lookaheadkv."""
+    """Evict again after every this many tokens, so that memory stays constant however long the
+    text becomes. For the policies streaming_llm, keydiff, h2o and lookaheadkv."""
     stop: Repeated = ()
-    """Ends the text before this string."""
+    """End the text before this string. May be repeated."""
+    eos: Tokens = ()
+    """A token that ends the text, besides those of the checkpoint: its id, or the token itself,
+    such as <|im_end|>. May be repeated."""
     seed: int = 0
-    """Seed of the sampling, for every row: a row comes out the same alone and among others."""
+    """Seed of the sampling, the same for every row."""
 
-    def run(self, model, prompts, eviction: Eviction, drafter, **arguments):
-        """Continues the prompts with `lk.generate`, which `arguments` are handed to."""
+    def prepare(self) -> "Run":
+        """Loads what these options name."""
+        eviction = self.eviction.resolve(self.source)
+        small = self.drafting.load(self.source.dtype, eviction.policy)
+        drafter = self.drafting.make(small)
+        model = self.source.load()
+        return Run(self, eviction, small, drafter, model, self.input.read(model))
+
+
+class Run(NamedTuple):
+    """Everything a continuation needs, loaded."""
+
+    options: RunOptions
+    eviction: Eviction
+    small: Any  # the draft model, or None
+    drafter: Any
+    model: Any
+    prompts: list[EncodedPrompt]
+
+    def generate(self, **arguments: Any):
+        """Continues the prompts with `lk.generate`, which receives `arguments` too."""
         import lookahead_jax as lk
 
+        options, rows = self.options, [prompt.ids for prompt in self.prompts]
+        ends = end_tokens(self.model, options.eos)
+        self._check_memory(rows)
         return lk.generate(
-            model,
-            prompts,
-            policy=eviction.policy,
-            budget=self.eviction.budget,
-            lookahead=eviction.modules(model),
-            sampling=lk.Sampling(**asdict(self.sampling)),
-            max_new_tokens=self.max_new_tokens,
-            stop=self.stop,
-            seeds=[self.seed] * len(prompts),
-            drafter=drafter,
-            draft_nodes=self.drafting.draft_nodes,
-            evict_every=self.evict_every,
+            self.model,
+            rows,
+            policy=self.eviction.policy,
+            budget=options.eviction.budget,
+            lookahead=self.eviction.modules(self.model),
+            sampling=lk.Sampling(**asdict(options.sampling)),
+            max_new_tokens=options.max_new_tokens,
+            stop=options.stop,
+            eos_ids=ends,
+            seeds=[options.seed] * len(rows),
+            drafts=self._drafts(rows, ends),
+            drafter=self.drafter,
+            draft_nodes=options.drafting.draft_nodes,
+            evict_every=options.evict_every,
             **arguments,
         )
 
+    def _drafts(self, rows: list[list[int]], ends: list[int] | None) -> list[list[int]] | None:
+        """The small model's answers, for a policy that observes with them."""
+        from lookahead_jax.prompts.speculation import speculate
+
+        policy = self.eviction.policy
+        if not policy.uses_draft:
+            return None
+        eos_ids = self.model.generation.eos_ids if ends is None else ends
+        return speculate(self.small, rows, tokens=policy.draft_tokens, eos_ids=eos_ids).answers
+
+    def _check_memory(self, rows: list[list[int]]) -> None:
+        from lookahead_jax.generation.memory import check_memory
+
+        options = self.options
+        if min(options.max_new_tokens, options.evict_every or 1) < 1:
+            return  # `generate` says what is wrong
+        check_memory(
+            self.model,
+            policy=self.eviction.policy,
+            rows=len(rows),
+            prompt_tokens=max(map(len, rows)),
+            budget=options.eviction.budget,
+            new_tokens=options.max_new_tokens,
+            evict_every=options.evict_every,
+        )
+
+
+def end_tokens(model, tokens: tuple[str, ...]) -> list[int] | None:
+    """Ids of the checkpoint's end tokens and of `tokens`; None if there are no `tokens`."""
+    if not tokens:
+        return None
+    ids = list(model.generation.eos_ids)
+    for token in tokens:
+        known = None if model.tokenizer is None else model.tokenizer.token_id(token)
+        id = int(token) if token.isdecimal() else known
+        if id is None or id >= model.config.vocab_size:
+            raise ValueError(f"--eos {token}: the model has no such token; give a token or its id")
+        ids.append(id)
+    return ids
+
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, or of the standard input if `path` is -."""
+    """The text of a UTF-8 file, or of standard input if `path` is -."""
     try:
         content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return content.decode()

@@ -1,4 +1,4 @@
-"""`lookahead score`: what a policy thinks of every prompt token."""
+"""`lookahead score`: the scores a policy gives to the prompt tokens."""
 
 from dataclasses import dataclass, field
 
@@ -6,25 +6,25 @@ import numpy as np
 
 from lookahead_jax.cli.options import EvictionOptions, ModelOptions, OutFile, TokenFile
 from lookahead_jax.cli.tokens import read_tokens
-from lookahead_jax.host.files import check_parent, save_arrays
+from lookahead_jax.host.files import check_output, save_arrays
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Write the importance of every prompt token, and the positions a policy keeps."""
+    """Write a policy's score of every prompt token, and the positions it keeps."""
 
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     tokens: TokenFile
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
     out: OutFile
-    """The .npz to write: scores [L, B, K, T], kept [L, B, K, C] (-1 padded), logits [B, V]."""
+    """The .npz file to write: scores [L, B, K, T], kept [L, B, K, C] (-1 padded), logits [B, V]."""
 
 
 def main(config: Score) -> None:
     import lookahead_jax as lk
 
-    check_parent(config.out)
+    check_output(config.out)
     eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     scored = lk.score(

@@ -10,6 +10,8 @@ from lookahead_jax.cli.options import (
     EvictionOptions,
     File,
     ModelOptions,
+    Tokens,
+    end_tokens,
     option,
 )
 from lookahead_jax.server.limits import ServerLimits
@@ -17,29 +19,32 @@ from lookahead_jax.server.limits import ServerLimits
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Answer OpenAI-style requests over HTTP: completions, chat, both as streams too."""
+    """Serve OpenAI-style completions and chat over HTTP, streaming included."""
 
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     drafting: DraftingOptions = field(default_factory=DraftingOptions)
     host: str = "127.0.0.1"
-    """Address to listen at."""
+    """Address to listen on."""
     port: int = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 takes a free one."""
     api_key_file: File = None
-    """File with the key that clients must send; left out, none is asked for."""
+    """File with the API key that clients must send. Default: no key."""
     rows: int = 8
-    """Continuations that decode at the same time."""
+    """Requests that decode at the same time."""
     max_tokens: int = 512
-    """The most tokens a continuation may have."""
+    """Maximum number of new tokens per request."""
     max_prompt_tokens: Annotated[int | None, option("INT")] = None
-    """The longest prompt; left out, what the model's positions leave beside --max-tokens."""
+    """Longest prompt. Default: the model's positions less --max-tokens."""
     evict_every: Annotated[int | None, option("INT")] = None
-    """Cut the cache back to the budget every so many new tokens; see lookahead generate --help."""
+    """Evict again after every this many tokens; see lookahead generate --help."""
+    eos: Tokens = ()
+    """A token that ends the text, besides those of the checkpoint: its id, or the token itself,
+    such as <|im_end|>. May be repeated."""
     max_question_tokens: int = 0
-    """The longest prompt behind a `document`, for which every row has room; 0 takes none."""
+    """Longest prompt behind a `document`; every row reserves room for it. 0: no documents."""
     prompt_store_mb: int = 256
-    """Megabytes of read prompts to keep: an equal one is not read again. 0 keeps none."""
+    """Megabytes of prompt caches to keep, so that an equal prompt is not read again; 0: none."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -57,13 +62,15 @@ def main(config: Serve) -> None:
     # Bound before anything is loaded: a port that is taken is no surprise after minutes of work.
     with bind(config.host, config.port, has_key=key is not None) as socket:
         eviction = config.eviction.resolve(config.source)
-        drafter = config.drafting.make(config.source.dtype)
+        drafter = config.drafting.make(config.drafting.load(config.source.dtype))
         model = config.source.load()
+        _check_memory(config, model, eviction.policy)
         engine = lk.Engine(
             model,
             policy=eviction.policy,
             budget=config.eviction.budget,
             lookahead=eviction.modules(model),
+            eos_ids=end_tokens(model, config.eos),
             rows=config.rows,
             max_new_tokens=config.max_tokens,
             max_prompt_tokens=config.max_prompt_tokens,
@@ -83,6 +90,24 @@ def main(config: Serve) -> None:
         _say(f"serving {name} at http://{host}:{port}/v1")
         server.run(sockets=[socket])
     _say("stopped")
+
+
+def _check_memory(config: Serve, model, policy) -> None:
+    from lookahead_jax.generation.memory import check_memory
+
+    longest = model.config.max_position - config.max_tokens - config.max_question_tokens
+    longest = longest if config.max_prompt_tokens is None else config.max_prompt_tokens
+    if min(longest, config.rows, config.max_tokens, config.evict_every or 1) < 1:
+        return  # the engine says what is wrong
+    check_memory(
+        model,
+        policy=policy,
+        rows=config.rows,
+        prompt_tokens=longest,
+        budget=config.eviction.budget,
+        new_tokens=config.max_tokens + config.max_question_tokens,
+        evict_every=config.evict_every,
+    )
 
 
 def read_key(path: Path) -> str:

@@ -8,7 +8,7 @@ from lookahead_jax.model.config import ModelConfig
 
 
 def read_tokens(path: Path, config: ModelConfig) -> np.ndarray:
-    """The tokens of a file, int32 [B, T], checked; ValueError names the first fault.
+    """Reads the tokens of a file: int32 [B, T]. Raises ValueError, naming the first fault.
 
     Pickled arrays are refused.
     """

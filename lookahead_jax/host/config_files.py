@@ -1,7 +1,9 @@
 """Configuration files of commands: a JSON object, overridden field by field on the command line."""
 
+import contextlib
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,29 @@ def as_options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
         else:
             options += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
     return options
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turns a complaint that tyro prints before it exits into a UsageError of one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            yield
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_unbox(complaint.getvalue())) from None
+
+
+def _unbox(complaint: str) -> str:
+    """The message inside the box that tyro draws: without its title, and the help after a rule."""
+    parts: list[list[str]] = [[]]
+    for line in complaint.splitlines():
+        text = line.strip("│ ")
+        if text and set(text) <= {"─", "-"}:
+            parts.append([])
+        elif not text.startswith(("╭", "╰")):
+            parts[-1].append(text)
+    title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
+    return " ".join(parts[min(title, len(parts) - 1)])

@@ -10,13 +10,13 @@ CARD = """\
 # Base model of lookahead_jax
 
 A small Llama-style decoder that ships with the package, so that every command works without a
-download. It continues Python source code and looks things up in its prompt. It is a demonstration
-of cache eviction on a CPU, not an assistant: it follows no instructions and knows no facts.
+download. It continues Python source code and answers lookups in its prompt. It demonstrates cache
+eviction on a CPU. It is not a chat assistant: it follows no instructions and knows no facts.
 
 Format: `config.json` (`model_type` llama, tied embeddings), `model.safetensors` (float32), byte-
 level BPE in `tokenizer.json`. Rows were at most {{longest}} tokens long in training; positions up
-to 2048 were reached by random gaps between positions, so longer prompts work less well (see the
-table).
+to 2048 were trained by random gaps between positions, so accuracy is lower on longer prompts (see
+the table).
 
 ## What it was trained on
 
@@ -25,12 +25,12 @@ packages.
 
 {{sources}}
 
-Files were clustered by content (MinHash over runs of three lines); one file per cluster was used,
-and clusters, not names, were held out. {{split}}
+Files were clustered by content (MinHash over runs of three lines). One file per cluster was used,
+and whole clusters were held out. {{split}}
 
 2. Synthetic documents with questions (`eval/tasks`): lookups, records, ordered extraction by tag,
-marked spans, chains; and plain copies. Every document is fresh; the words are single tokens. Half
-of them stand among lines of training text.
+marked spans, chains; and plain copies. Every document is new, and its words are single tokens. Half
+of the documents are surrounded by lines of training text.
 
 ## Measured
 
@@ -38,7 +38,7 @@ Held-out text (windows of 512 tokens, no overlap):
 
 {{figures}}
 
-Exact match by greedy decoding (teacher forcing) with the full cache on fresh prompts, with 95 %
+Exact match of greedy decoding (by teacher forcing) with the full cache on new prompts, with 95 %
 Wilson intervals:
 
 {{accuracy}}
@@ -46,32 +46,34 @@ Wilson intervals:
 `lookup` asks for 1 of 48 names, `multi_lookup` for 4 of 48; `records` for the six fields of one
 of 8 schemas, which the question does not name; `tagged` for the six values of one of 6 tags in
 the order of the document; `spans` for one of 4 spans of 12 words; `chains` for 4 hops among 14
-chains. A row of `tagged` names the value before it under its tag: without that, an earlier model
-of this size found a tag's first value and never the order of the others.
+chains. A row of `tagged` also names the previous value of its tag: without it, an earlier model of
+this size found the first value of a tag but not the order of the others.
 
 ## Loss over training
 
 Text loss is in nats per token, task loss in nats per answer token, both on training rows. Half of
-the tokens are text; no document was seen twice.
+the tokens are text. No document was used twice.
 
 {{curves}}
 
 ## Examples
 
-Greedy continuations of three openings, not selected:
+Greedy continuations of three prompts, not selected:
 
 {{completions}}
 ## Recipe
 
-Muon for the matrices, Adam for embeddings and norms; constant rates after the warm-up, linear decay
-to zero. Float32, one CPU core. Two runs, the second (`start`) from the weights of the first, with
-rates raised again and one straight decay. In the first, the stages were set while it went on: for
-850 steps the rows of the tasks read ` name = value` and the copies stood at a fixed distance, and
-no lookup was learned; with values next to their names and copies at varying distances they came
-within 200 steps. The planned length of its last stage, and with it the decay, was changed at steps
-1050, 1350 and 1500. It had rows of `tagged` without the value before, up to 4 tags and 10 chains;
-the second run has the present tasks. One seed each; the whole was not repeated, so the result of
-this recipe may differ.
+Muon for the matrices, Adam for embeddings and norms; constant rates after the warm-up, then linear
+decay to zero. Float32 on one CPU core. There were two runs. The second one started from the weights
+of the first (`start`), with raised rates and a single linear decay.
+
+The stages of the first run were chosen while it ran. For 850 steps, the task rows had the form
+` name = value` and copies had a fixed distance; the model learned no lookup. With values next to
+their names and copies at varying distances, it learned them within 200 steps. The length of the
+last stage, and therefore the decay, was changed at steps 1050, 1350 and 1500. The first run's rows
+of `tagged` did not name the previous value, and it had at most 4 tags and 10 chains; the second run
+has the present tasks. Each run used one seed and was not repeated, so another run of this recipe
+may give another result.
 
 {{recipes}}
 
@@ -81,18 +83,18 @@ this recipe may differ.
     python -m lookahead_jax.train.embedded.package --corpus CORPUS --run RUN \\
         --out lookahead_jax/assets/base
 
-The corpus depends on the versions of the packages above, so weights made elsewhere differ.
+The corpus depends on the versions of the packages above, so weights trained elsewhere differ.
 
 ## Licence
 
-Apache-2.0, as the package. `../example.txt` is a file of the Python standard library that was
+Apache-2.0, like the package. `../example.txt` is a file of the Python standard library that was
 held out of training (PSF-2.0, see its first lines).
 """
 
 
 def loss_curve(run: pathlib.Path, points: int = 16) -> list[str]:
-    """The metrics of a run as a table, averaged over equal stretches of steps."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The metrics of a run as a table, averaged over intervals of equal length."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     lines = list({line["step"]: line for line in lines}.values())
     seen, rows = 0, ["| steps | tokens | length | text loss | task loss | answer tokens right |"]
     rows.append("|---" * 6 + "|")
@@ -111,7 +113,7 @@ def loss_curve(run: pathlib.Path, points: int = 16) -> list[str]:
 
 def lineage(run: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
     """The runs that led to this one and their settings, the first one first."""
-    recipe = json.loads((run / "run.json").read_text())
+    recipe = json.loads((run / "run.json").read_text("utf-8"))
     start = recipe.get("start")
     before = [] if start in (None, "None") else lineage(pathlib.Path(start))
     recipe = {name: recipe[name] for name in recipe if name not in ("corpus", "out")}
@@ -121,8 +123,8 @@ def lineage(run: pathlib.Path) -> list[tuple[pathlib.Path, dict[str, Any]]]:
 
 
 def card(corpus: pathlib.Path, run: pathlib.Path, sections: dict[str, list[str]]) -> str:
-    """The model card: a fixed frame around what was measured."""
-    manifest = json.loads((corpus / "manifest.json").read_text())
+    """The model card: a fixed text with the measured sections filled in."""
+    manifest = json.loads((corpus / "manifest.json").read_text("utf-8"))
     runs = lineage(run)
     sources = [
         f"| {name} | {s['version']} | {s['license']} | {s['files']} | {s['bytes'] / 1e6:.1f} MB |"

@@ -1,8 +1,8 @@
 """Build the training text and the tokenizer of the embedded model.
 
-The text is what every machine with Python has: the sources of the standard library and of
-installed, permissively licensed packages. Near-duplicates are found by content (MinHash over line
-shingles), so that a held-out file has no edited copy in the training split, whatever its name.
+The text consists of the Python sources of the standard library and of installed, permissively
+licensed packages. Near-duplicates are found by content (MinHash over line shingles), so that no
+held-out file has an edited copy in the training split.
 
     python -m lookahead_jax.train.embedded.corpus --out DIR
 """
@@ -14,13 +14,18 @@ import importlib.util
 import json
 import pathlib
 import sysconfig
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
 import tyro
 
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.train.progress import report
+
 BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
-BANDS, ROWS = 32, 3  # of a MinHash signature: `near_duplicates` says what they find
+BANDS, ROWS = 32, 3  # of a MinHash signature; see `near_duplicates` for the pairs they find
 SPECIAL = (BOS, EOS, USER, ASSISTANT)
 PACKAGES = (
     "numpy",
@@ -50,27 +55,27 @@ PACKAGES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What goes into the corpus, and where it is written."""
+    """Contents and folder of the corpus."""
 
     out: pathlib.Path
-    """Directory for train.npy, valid.npy, tokenizer.json, valid.jsonl and manifest.json."""
+    """Folder for train.npy, valid.npy, tokenizer.json, valid.jsonl and manifest.json."""
     packages: tuple[str, ...] = PACKAGES
-    """Installed packages read besides the standard library; missing ones are skipped and noted."""
+    """Installed packages to read besides the standard library; missing ones are skipped."""
     package_bytes: int = 4_000_000
-    """At most this much text of one package; files are taken in the order of their content hash."""
+    """Maximum bytes of text per package; files are taken in the order of their content hash."""
     file_bytes: tuple[int, int] = (400, 120_000)
-    """Smallest and largest file that is read."""
+    """Smallest and largest size of a file, in bytes."""
     vocab_size: int = 4096
-    """Entries of the tokenizer, special tokens included."""
+    """Size of the tokenizer's vocabulary, special tokens included."""
     holdout: float = 0.03
-    """Share of the near-duplicate clusters that is held out."""
+    """Fraction of the near-duplicate clusters to hold out."""
     seed: int = 0
-    """Chooses the MinHash permutations, the held-out clusters and the order of the documents."""
+    """Seed of the MinHash permutations, the held-out clusters and the order of the documents."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One file: where it came from (source, path inside it) and its text."""
+    """One file: its source, its path in that source, and its text."""
 
     source: str
     path: str
@@ -207,6 +212,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def open_tokenizer(corpus: pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a corpus; FileNotFoundError if the folder is not a corpus."""
+    path = corpus / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{corpus} is not a corpus: it has no {path.name}")
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
 def encode(tokenizer: tokenizers.Tokenizer, documents: list[Document]) -> np.ndarray:
     """All documents in one stream, each between <s> and </s>: uint16 [n]."""
     eos = tokenizer.token_to_id(EOS)
@@ -235,19 +248,23 @@ def collect(config: CorpusConfig) -> tuple[list[Document], dict[str, dict]]:
     return documents, sources
 
 
-def main(config: CorpusConfig) -> None:
+def write_corpus(config: CorpusConfig) -> None:
+    """Collects, splits and tokenizes the documents, and writes the corpus."""
+    make_folder(config.out)
+    report("reading sources")
     documents, sources = collect(config)
     for name in sources:
         own = [d for d in documents if d.source == name]
         sources[name] |= {"files": len(own), "bytes": sum(len(d.text) for d in own)}
+    report(f"clustering {len(documents)} files")
     train, held = split(documents, holdout=config.holdout, seed=config.seed)
+    report("training the tokenizer")
     tokenizer = train_tokenizer([d.text for d in train], config.vocab_size)
-    config.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(config.out / "tokenizer.json"))
     streams = {"train": encode(tokenizer, train), "valid": encode(tokenizer, held)}
     for name, stream in streams.items():
         np.save(config.out / f"{name}.npy", stream)
-    with open(config.out / "valid.jsonl", "w") as file:
+    with open(config.out / "valid.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(dataclasses.asdict(d)) + "\n" for d in held)
     manifest = {
         "sources": sources,
@@ -264,9 +281,17 @@ def main(config: CorpusConfig) -> None:
         },
         "config": dataclasses.asdict(config) | {"out": config.out.name},
     }
-    (config.out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    atomic_write(config.out / "manifest.json", json.dumps(manifest, indent=1))
     print(json.dumps({k: manifest[k] for k in ("files_read", "train", "valid")}))
 
 
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "python -m lookahead_jax.train.embedded.corpus"
+    return run_command(
+        lambda: tyro.cli(CorpusConfig, args=args, prog=prog), write_corpus, prog=prog
+    )
+
+
 if __name__ == "__main__":
-    main(tyro.cli(CorpusConfig))
+    end_process(main())

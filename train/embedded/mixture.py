@@ -9,7 +9,7 @@ from lookahead_jax.eval.tasks.own.prompts import comments, document, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 
 
-class Rows(NamedTuple):
+class TrainingRows(NamedTuple):
     """Token rows and the places where the next token is learned; NumPy arrays, traced in a step."""
 
     tokens: Any  # [rows, T + 1] int32
@@ -34,12 +34,14 @@ def stretched_positions(
     return (np.arange(length) + gaps.cumsum(axis=1)).astype(np.int32)
 
 
-def text_rows(rng: np.random.Generator, stream: np.ndarray, *, rows: int, length: int) -> Rows:
+def text_rows(
+    rng: np.random.Generator, stream: np.ndarray, *, rows: int, length: int
+) -> TrainingRows:
     """Random windows of the text; every token is learned."""
     starts = rng.integers(0, len(stream) - length - 1, rows)
     tokens = stream[starts[:, None] + np.arange(length + 1)].astype(np.int32)
     picks = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    return Rows(tokens, picks, picks, np.ones((rows, length), np.float32))
+    return TrainingRows(tokens, picks, picks, np.ones((rows, length), np.float32))
 
 
 def _knobs(rng: np.random.Generator, family: str, room: int) -> dict[str, Any]:
@@ -149,7 +151,7 @@ def task_rows(
     length: int,
     repeats: float = 0.0,
     fill: float = 0.8,
-) -> Rows:
+) -> TrainingRows:
     """Fresh documents with questions; only answers are learned, at most T / 2 tokens of a row.
 
     A share `repeats` of the rows are copies instead; documents take 0.35 to `fill` of their row.
@@ -166,4 +168,4 @@ def task_rows(
         picks[i, : len(answers)] = np.array(answers, np.int32) - 1
         weights[i, : len(answers)] = 1.0
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    return Rows(tokens, positions, picks, weights)
+    return TrainingRows(tokens, positions, picks, weights)

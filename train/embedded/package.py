@@ -11,6 +11,7 @@ import json
 import math
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
@@ -23,14 +24,17 @@ from lookahead_jax.eval.tasks.own.code import HELDOUT
 from lookahead_jax.eval.tasks.own.prompts import TASKS, Filler, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.generation.generate import generate
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
 from lookahead_jax.policies.registry import make_policy
-from lookahead_jax.train.embedded.base import evaluate, exact_match, read_params
+from lookahead_jax.train.embedded.base import read_params
 from lookahead_jax.train.embedded.card import card
+from lookahead_jax.train.embedded.corpus import open_tokenizer
+from lookahead_jax.train.embedded.measure import evaluate, exact_match
 
-# The model knows no roles: a conversation is its messages one after the other.
+# The model has no roles: a conversation is the concatenation of its messages.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -41,25 +45,25 @@ PROMPTS = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):",
     "def mean(values):\n    total = 0\n    for value in values:",
 )
-HELDOUT_CHARS = 12_000  # of each held-out file, lest a few long ones outweigh the rest
+HELDOUT_CHARS = 12_000  # of each held-out file, so that a few long ones do not dominate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackageConfig:
-    """What is measured, and where the model goes."""
+    """Measurements to make, and the folder to write."""
 
     corpus: pathlib.Path
-    """Directory written by train.corpus."""
+    """Folder written by lookahead_jax.train.embedded.corpus."""
     run: pathlib.Path
-    """Run directory of train.base."""
+    """Folder of a run of lookahead_jax.train.embedded.base."""
     out: pathlib.Path
-    """Directory to write."""
+    """Folder to write."""
     count: int = 200
-    """Fresh prompts per task."""
+    """New prompts per task."""
     seed: int = 2_000_000
-    """Of the prompts; training uses other seeds."""
+    """Seed of the prompts; training uses other seeds."""
     lengths: tuple[int, ...] = (512, 1024, 2000)
-    """Prompt lengths; above 512, only a quarter of `count`."""
+    """Prompt lengths; above 512, a quarter of `count` prompts each."""
 
 
 def interval(right: np.ndarray) -> str:
@@ -116,7 +120,7 @@ def text_figures(
 
 
 def completions(out: pathlib.Path) -> list[str]:
-    """Greedy continuations of a few openings by the written model, loaded as a user would."""
+    """Greedy continuations of a few prompts by the written model."""
     model, blocks = load(out), []
     for prompt in PROMPTS:
         result = generate(
@@ -128,8 +132,7 @@ def completions(out: pathlib.Path) -> list[str]:
 
 
 def write_files(config: PackageConfig, params: Params, hf: dict, model: ModelConfig) -> None:
-    """Everything but the card."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    """Writes everything except the card."""
     save_params(config.out, params, model)
     (config.out / "model.safetensors").chmod(0o644)
     shutil.copy(config.corpus / "tokenizer.json", config.out / "tokenizer.json")
@@ -147,14 +150,14 @@ def write_files(config: PackageConfig, params: Params, hf: dict, model: ModelCon
         },
     }
     for name, content in contents.items():
-        (config.out / name).write_text(json.dumps(content, indent=1) + "\n")
+        atomic_write(config.out / name, json.dumps(content, indent=1) + "\n")
 
 
 def write_heldout(corpus: pathlib.Path) -> None:
     """The beginnings of the held-out files with their sources and licences, a JSON line each."""
-    sources = json.loads((corpus / "manifest.json").read_text())["sources"]
+    sources = json.loads((corpus / "manifest.json").read_text("utf-8"))["sources"]
     lines = []
-    for line in (corpus / "valid.jsonl").read_text().splitlines():
+    for line in (corpus / "valid.jsonl").read_text("utf-8").splitlines():
         file = json.loads(line)
         file["license"] = sources[file["source"]]["license"]
         file["text"] = file["text"][:HELDOUT_CHARS]
@@ -162,11 +165,13 @@ def write_heldout(corpus: pathlib.Path) -> None:
     atomic_write(HELDOUT, "\n".join(lines) + "\n")
 
 
-def main(config: PackageConfig) -> None:
-    tokenizer = tokenizers.Tokenizer.from_file(str(config.corpus / "tokenizer.json"))
+def package(config: PackageConfig) -> None:
+    """Writes the model, its measurements and its card into the folder that ships."""
+    make_folder(config.out)
+    tokenizer = open_tokenizer(config.corpus)
     words = Words.of(tokenizer)
     valid = np.load(config.corpus / "valid.npy")
-    hf = json.loads((config.run / "config.json").read_text())
+    hf = json.loads((config.run / "config.json").read_text("utf-8"))
     model = config_from_hf(hf)
     params = read_params(config.run, model)
     write_files(config, params, hf, model)
@@ -178,8 +183,14 @@ def main(config: PackageConfig) -> None:
         "completions": completions(config.out),
         "accuracy": accuracy_table(params, model, words, valid, config),
     }
-    (config.out / "README.md").write_text(card(config.corpus, config.run, sections))
+    atomic_write(config.out / "README.md", card(config.corpus, config.run, sections))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "python -m lookahead_jax.train.embedded.package"
+    return run_command(lambda: tyro.cli(PackageConfig, args=args, prog=prog), package, prog=prog)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PackageConfig))
+    end_process(main())

@@ -1,49 +1,52 @@
-r"""Prompts to train lookahead modules of the embedded model on: the tasks' documents, and code.
+r"""Write prompts for training the embedded model's lookahead modules: documents of tasks, and code.
 
     python -m lookahead_jax.train.embedded.task_prompts --corpus CORPUS --out FILE \
         --tasks records tagged
 
-Writes JSON lines with `task` and `prompt` (token ids) for train.data, which adds the model's own
-responses. Difficulty, length and filler vary; seeds and code differ from those of the evaluation.
+FILE receives JSON lines with `task` and `prompt` (token ids). `lookahead train data` adds the
+model's own responses. Difficulty, length and filler vary; seeds and code differ from those of the
+evaluation.
 """
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tokenizers
 import tyro
 
 from lookahead_jax.eval.tasks.own.code import CODE
 from lookahead_jax.eval.tasks.own.prompts import TASKS, comments, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.files import atomic_write, check_output
+from lookahead_jax.train.embedded.corpus import open_tokenizer
 
 SHORTEST = 160  # tokens of the shortest prompts; the tasks' knobs below fit into them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Which prompts, and how many."""
+    """Kinds and number of the prompts."""
 
     corpus: pathlib.Path
-    """Directory written by train.corpus."""
+    """Folder written by lookahead_jax.train.embedded.corpus."""
     out: pathlib.Path
     """JSON lines file to write."""
     tasks: tuple[str, ...] = (*TASKS, CODE)
-    """Tasks, in turn."""
+    """Tasks, used in turn."""
     count: int = 2048
-    """Prompts of all tasks together."""
+    """Number of prompts, over all tasks."""
     longest: int = 512
-    """Tokens of the longest prompts; lengths are spread evenly below."""
+    """Tokens of the longest prompts; lengths are distributed evenly up to it."""
     seed: int = 4_000_000
-    """First seed; every prompt has one of its own."""
+    """Seed; each prompt derives its own from it."""
 
 
 def random_knobs(rng: np.random.Generator, task: str, length: int) -> dict[str, Any]:
-    """Difficulty of one prompt: as many rows as fit into most of it, or fewer."""
+    """Random difficulty of one prompt, whose rows fill at most 80 % of it."""
 
     def rows(tokens: int, most: int, least: int) -> int:
         fit = max(least, int(0.8 * length) // tokens)
@@ -71,7 +74,7 @@ def random_knobs(rng: np.random.Generator, task: str, length: int) -> dict[str, 
 def prompt(
     task: str, number: int, words: Words, stream: np.ndarray, config: PromptsConfig
 ) -> list[int]:
-    """The prompt with this number, a function of it and the seed."""
+    """The prompt with this number: a function of the number and the seed."""
     rng = np.random.default_rng((config.seed, number))
     length = int(rng.integers(SHORTEST, config.longest + 1))
     if task == CODE:
@@ -85,8 +88,10 @@ def prompt(
     ).prompt.tolist()
 
 
-def main(config: PromptsConfig) -> None:
-    tokenizer = tokenizers.Tokenizer.from_file(str(config.corpus / "tokenizer.json"))
+def write_prompts(config: PromptsConfig) -> None:
+    """Writes the prompts as JSON lines."""
+    check_output(config.out)
+    tokenizer = open_tokenizer(config.corpus)
     words, stream = Words.of(tokenizer), np.load(config.corpus / "train.npy")
     lines = []
     for number in range(config.count):
@@ -96,5 +101,13 @@ def main(config: PromptsConfig) -> None:
     atomic_write(config.out, "\n".join(lines) + "\n")
 
 
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    prog = "python -m lookahead_jax.train.embedded.task_prompts"
+    return run_command(
+        lambda: tyro.cli(PromptsConfig, args=args, prog=prog), write_prompts, prog=prog
+    )
+
+
 if __name__ == "__main__":
-    main(tyro.cli(PromptsConfig))
+    end_process(main())
