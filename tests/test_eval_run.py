@@ -96,10 +96,10 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     first = len(calls)
     runner.run(dataclasses.replace(finished, out=left))
     assert len(calls) == first, "what is done is not done again"
-    with pytest.raises(ValueError, match=r"other settings \(seed\); choose another --out"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0, now 1\); choose"):
         runner.run(dataclasses.replace(finished, out=left, seed=1))
     (left / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"no settings.json .*; choose another --out"):
+    with pytest.raises(ValueError, match=r"no settings.json, .*; choose another folder"):
         runner.run(dataclasses.replace(finished, out=left))
 
 
@@ -278,13 +278,16 @@ def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
     assert main([str(path), "--tasks", "nothing"]) == 1
     assert main([str(path), "--tasks", "longproc/pseudo_to_code_2k"]) == 1
     assert main(["absent"]) == 1
-    for hidden in ({"allow_exec": True}, {"allow-exec": []}, {"tasks": ["own", "--allow-exec"]}):
-        path.write_text(json.dumps({"out": "run"} | hidden))
-        with pytest.raises(ValueError, match="only --allow-exec on the command line"):
+    path.write_text(json.dumps({"out": "run", "tasks": ["own", "--allow-exec"]}))
+    assert not parse([str(path)]).allow_exec
+    for name in ("allow_exec", "allow-exec"):
+        path.write_text(json.dumps({"out": "run", name: True}))
+        with pytest.raises(ValueError, match="only be set by --allow-exec, not in a file"):
             parse([str(path)])
     assert main([str(path)]) == 1
+    assert main([str(path), "--nonsense"]) == 1
     said = capsys.readouterr().err
     assert "unknown task 'nothing'" in said
     assert "--allow-exec permits it" in said
-    assert "only --allow-exec on the command line" in said
+    assert "only be set by --allow-exec" in said
     assert "embedded" in said

@@ -41,11 +41,11 @@ from lookahead_jax.eval.compare.methods import (
     write_chosen,
 )
 from lookahead_jax.eval.compare.summary import best_settings, write_summary
-from lookahead_jax.eval.folder import keep_settings
 from lookahead_jax.eval.tasks.own.code import CODE, Split, code_prompts, code_stream
 from lookahead_jax.eval.tasks.own.prompts import comments, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.host.files import save_arrays
+from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.modules.files import CONFIG_FILE, load_modules

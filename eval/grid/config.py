@@ -11,7 +11,7 @@ from lookahead_jax import EMBEDDED_MODEL, EMBEDDED_MODULES
 from lookahead_jax.eval.grid.rows import Cell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
-from lookahead_jax.host.config_files import split_config
+from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
@@ -107,13 +107,8 @@ def parse(args: Sequence[str]) -> RunConfig:
     CONFIG is a .json file, or the name of one that ships. Raises ValueError if there is none, or if
     it permits programs to be run.
     """
-    options, overrides = split_config(args, CONFIGS)
-    if any(option.replace("_", "-").startswith("--allow-exec") for option in options):
-        raise ValueError(f"{args[0]}: only --allow-exec on the command line permits programs")
-    return tyro.cli(
-        RunConfig,
-        args=[*options, *overrides],
-        prog="python -m lookahead_jax.eval [CONFIG]",
+    return cli_with_file(
+        RunConfig, args, CONFIGS, "python -m lookahead_jax.eval", refused=("allow_exec",)
     )
 
 

@@ -18,7 +18,6 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model, first_layers
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.eval.folder import keep_settings
 from lookahead_jax.eval.grid.config import (
     Method,
     RunConfig,
@@ -34,6 +33,7 @@ from lookahead_jax.eval.grid.prompts import Prompt, assemble
 from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, Key, RowFile, key_of, read_rows
 from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
 from lookahead_jax.generation.generate import Generation
+from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.prefilling.batching import bucket_length
