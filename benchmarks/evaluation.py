@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lookahead_jax.eval.grid.config import parse
+from lookahead_jax.eval.grid.config import parse_run
 from lookahead_jax.eval.grid.rows import ROWS
 from lookahead_jax.eval.grid.run import run
 from lookahead_jax.eval.report import report
@@ -73,7 +73,7 @@ def main() -> None:
     for step, config in CONFIGS.items():
         if step in options.steps:
             fewer = [] if options.count is None else ["--count", options.count]
-            run(parse([config, "--out", str(options.work / step), *fewer]))
+            run(parse_run([config, "--out", str(options.work / step), *fewer]))
     if "report" in options.steps:
         runs = tuple(options.work / step for step in CONFIGS)
         for path in report.write(report.ReportConfig(runs=runs, out=options.work / "report")):

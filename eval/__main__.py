@@ -3,14 +3,14 @@
 import sys
 from collections.abc import Sequence
 
-from lookahead_jax.eval.grid.config import parse
+from lookahead_jax.eval.grid.config import parse_run
 from lookahead_jax.eval.grid.run import run
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command line; a failure is one line on stderr."""
     try:
-        run(parse(sys.argv[1:] if args is None else args))
+        run(parse_run(sys.argv[1:] if args is None else args))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

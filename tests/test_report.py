@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax.eval.compare.summary import wilson
-from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, RowFile
+from lookahead_jax.eval.grid.rows import ROWS, VIEWS, GridCell, RowFile
 from lookahead_jax.eval.report import figures, report, stats
 from lookahead_jax.eval.report.charts import Chart, Heat
 
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     for task in ("own/a", "longbench/b"):
         for length in (100, 200):
             for policy, budget in (("full", 0), ("snapkv", 16), ("snapkv", 32), ("h2o", 16)):
-                cell = Cell("some/model", policy, budget, task, length, "none", "seen")
+                cell = GridCell("some/model", policy, budget, task, length, "none", "seen")
                 for i in range(6):
                     graded = task == "longbench/b"
                     score = float(rng.random()) if graded else float(rng.integers(0, 2))
@@ -42,15 +42,15 @@ def run(tmp_path_factory):
                     more = {"measures": {"part": i / 6}} if graded else {"depth": 10 * (i % 3)}
                     more["full_ttft_s"] = 0.1 * (1 + i // 2)
                     rows.append(row(cell, i, score, binary=not graded, ttft=ttft, **more))
-    drafted = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
+    drafted = GridCell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
     rows += [row(drafted, i, 1.0) for i in range(4)]
-    judged = Cell("some/model", "snapkv", 16, "mt_bench", 100, "trie", "seen")
+    judged = GridCell("some/model", "snapkv", 16, "mt_bench", 100, "trie", "seen")
     rows += [row(judged, 0, None, binary=False)]
     file = RowFile(folder / ROWS)
     file.append(rows)
     file.close()
     views = RowFile(folder / VIEWS)
-    cell = Cell("some/model", "snapkv", 16, "own/a", 100, "none", "seen")
+    cell = GridCell("some/model", "snapkv", 16, "own/a", 100, "none", "seen")
     view = {"id": "0", "pieces": ["a", NASTY], "kept": [1.0, 0.0]}
     views.append([{**cell._asdict(), **view, "predicted_answer": "x", "answer": ["y"]}])
     views.close()
@@ -78,7 +78,7 @@ def test_means_have_their_intervals(run):
 
 def test_time_is_compared_on_the_same_batches(run):
     cells = stats.read_runs([run])
-    cell = Cell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
+    cell = GridCell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
     full = cells[cell._replace(policy="full", budget=0)]
     assert stats.overhead(cells[cell], []) == pytest.approx([0.32] * 3)
     drifted = [r | {"ttft_s": 9.0} for r in full]
@@ -96,7 +96,7 @@ def test_time_is_compared_on_the_same_batches(run):
 
 
 def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
-    cell = Cell("some/model", "full", 0, "own/a", 100, "none", "seen")
+    cell = GridCell("some/model", "full", 0, "own/a", 100, "none", "seen")
     file = RowFile(tmp_path / ROWS)
     file.append([row(cell, 0, 0.25)])
     file.close()
@@ -116,7 +116,7 @@ def test_charts_hold_the_numbers_of_their_cells(run):
     assert lines["full"].across
     point = lines["snapkv"].points[1]
     cells = [
-        Cell("some/model", "snapkv", 32, task, 100, "none", "seen")
+        GridCell("some/model", "snapkv", 32, task, 100, "none", "seen")
         for task in ("own/a", "longbench/b")
     ]
     expected = stats.average([made.stats[cell] for cell in cells])

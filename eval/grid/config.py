@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from lookahead_jax import EMBEDDED_MODEL, EMBEDDED_MODULES
-from lookahead_jax.eval.grid.rows import Cell
+from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
 from lookahead_jax.host.config_files import cli_with_file
@@ -101,7 +101,7 @@ FIXED = (
 """Fields that change what a row means: a resumed run must not change them."""
 
 
-def parse(args: Sequence[str]) -> RunConfig:
+def parse_run(args: Sequence[str]) -> RunConfig:
     """[CONFIG] and overrides -> a run.
 
     CONFIG is a .json file, or the name of one that ships. Raises ValueError if there is none, or if
@@ -174,7 +174,7 @@ def modules_folder_of(given: Path | None, model: str) -> Path | None:
     return given or (EMBEDDED_MODULES if model == EMBEDDED else None)
 
 
-def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cell]:
+def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[GridCell]:
     """All cells of one model, task and length.
 
     What keeps everything comes last, what needs two passes before it: on accelerators the mark of
@@ -189,7 +189,7 @@ def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cel
         for budget in budgets:
             for drafter in config.drafters:
                 for protocol in config.protocols:
-                    yield Cell(model, spec, budget, task, length, drafter, protocol)
+                    yield GridCell(model, spec, budget, task, length, drafter, protocol)
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

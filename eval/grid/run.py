@@ -29,8 +29,17 @@ from lookahead_jax.eval.grid.config import (
     settings,
 )
 from lookahead_jax.eval.grid.peak import Peak
-from lookahead_jax.eval.grid.prompts import Prompt, assemble
-from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, Key, RowFile, key_of, read_rows
+from lookahead_jax.eval.grid.prompts import AssembledPrompt, assemble
+from lookahead_jax.eval.grid.rows import (
+    ANSWERED,
+    ROWS,
+    VIEWS,
+    GridCell,
+    Key,
+    RowFile,
+    key_of,
+    read_rows,
+)
 from lookahead_jax.eval.tasks.base import Example, Source, Task, scored
 from lookahead_jax.generation.generate import Generation
 from lookahead_jax.host.run_folder import keep_settings
@@ -62,7 +71,7 @@ def load(config: RunConfig, name: str) -> tuple[Model, Tokenizer, LookaheadModul
     return model, model.tokenizer, modules
 
 
-class Runner:
+class ModelRun:
     """One model, and the run's files."""
 
     def __init__(
@@ -92,7 +101,7 @@ class Runner:
         """The most tokens the model was made for."""
         return self._model.config.max_position
 
-    def prompts(self, task: Task, length: int) -> tuple[list[Example], list[Prompt]]:
+    def prompts(self, task: Task, length: int) -> tuple[list[Example], list[AssembledPrompt]]:
         """This run's share of the task's examples at a length, made and assembled once."""
         source = Source(
             tokenizer=self._tokenizer, length=length, count=self._config.count,
@@ -104,7 +113,7 @@ class Runner:
 
     def _assembled(
         self, examples: list[Example], length: int
-    ) -> tuple[list[Example], list[Prompt]]:
+    ) -> tuple[list[Example], list[AssembledPrompt]]:
         """Examples with their prompts, the short ones first."""
         chat = self._config.chat and bool(self._tokenizer.chat_templates)
         made = [assemble(e, self._tokenizer, limit=length, chat=chat) for e in examples]
@@ -112,7 +121,7 @@ class Runner:
         return [examples[i] for i in order], [made[i] for i in order]
 
     def cell(
-        self, cell: Cell, task: Task, examples: list[Example], made: list[Prompt]
+        self, cell: GridCell, task: Task, examples: list[Example], made: list[AssembledPrompt]
     ) -> Iterator[int]:
         """Answers what is missing of a cell, a batch at a time; yields how many that were.
 
@@ -138,7 +147,11 @@ class Runner:
                     yield 0  # progress counts first turns
 
     def _answer(
-        self, cell: Cell, examples: Sequence[Example], prompts: Sequence[Prompt], drafter: Any
+        self,
+        cell: GridCell,
+        examples: Sequence[Example],
+        prompts: Sequence[AssembledPrompt],
+        drafter: Any,
     ) -> tuple[Generation, dict[str, Any]]:
         """One batch; the first of its shape runs twice, so that no number holds compilation."""
         config, hidden = self._config, cell.protocol == "hidden"
@@ -216,7 +229,7 @@ class Runner:
         return rows, found.answers
 
     def _keep(
-        self, cell: Cell, task: Task, examples: Sequence[Example], prompts: Sequence[Prompt],
+        self, cell: GridCell, task: Task, examples: Sequence[Example], prompts: Sequence[AssembledPrompt],
         result: Generation, measured: dict[str, Any],
     ) -> None:  # fmt: skip
         """Scores a batch and stores its rows."""
@@ -242,7 +255,9 @@ class Runner:
         if cell.budget and method_of(cell.policy).prune is None:
             self._views.append(self._seen(cell, examples, result))
 
-    def _seen(self, cell: Cell, examples: Sequence[Example], result: Generation) -> Iterator[dict]:
+    def _seen(
+        self, cell: GridCell, examples: Sequence[Example], result: Generation
+    ) -> Iterator[dict]:
         """What was kept of the task's first examples, as shares of the heads."""
         for i, example in enumerate(examples):
             ids = result.prompt_ids[i]
@@ -281,7 +296,7 @@ def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
     """
     keep_settings(config.out, settings(config), ROWS)
     rows = config.out / ROWS
-    done = {key_of(row): row["predicted_answer"] for row in read_rows(rows)}
+    done = {key_of(row): row["predicted_answer"] for row in read_rows(rows, ANSWERED)}
     return done, RowFile(rows), RowFile(config.out / VIEWS)
 
 
@@ -298,7 +313,7 @@ def run(config: RunConfig) -> None:
     total = len(grid) * count * len(config.models)
     with contextlib.closing(rows), contextlib.closing(views), tqdm(total=total) as bar:
         for name in config.models:
-            runner = Runner(config, name, done, rows, views)
+            runner = ModelRun(config, name, done, rows, views)
             for task in tasks:
                 for length in config.lengths:
                     bar.set_description(f"{task.name} {length}")

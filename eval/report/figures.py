@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lookahead_jax.eval.grid.rows import Cell
+from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.report import charts
 from lookahead_jax.eval.report.charts import Bars, Chart, Heat, HeatCell, Line, Point
 from lookahead_jax.eval.report.stats import (
@@ -49,7 +49,7 @@ class Report:
         self.colors = {name: next(palette) for name in policies} | {"full": charts.REFERENCE}
         self.stats = {c: s for c, rows in self.cells.items() if (s := accuracy(rows))}
 
-    def having(self, **fields: Any) -> list[Cell]:
+    def having(self, **fields: Any) -> list[GridCell]:
         """Cells with these fields; of several drafters one, since they do not change answers."""
         found = [c for c in self.cells if all(getattr(c, k) == v for k, v in fields.items())]
         if "drafter" not in fields and found:
@@ -58,21 +58,21 @@ class Report:
             found = [c for c in found if c.drafter == one]
         return found
 
-    def distinct(self, name: str, cells: Sequence[Cell]) -> list[Any]:
+    def distinct(self, name: str, cells: Sequence[GridCell]) -> list[Any]:
         """The values of a field, in their first order; numbers ascending."""
         values = list(dict.fromkeys(getattr(c, name) for c in cells))
         return sorted(values) if values and isinstance(values[0], int) else values
 
-    def href(self, cells: Sequence[Cell]) -> str:
+    def href(self, cells: Sequence[GridCell]) -> str:
         """A link that opens the rows of cells."""
         return "#r=" + ",".join(str(self.number[c]) for c in cells)
 
-    def over(self, cells: Sequence[Cell]) -> Stat | None:
+    def over(self, cells: Sequence[GridCell]) -> Stat | None:
         """The mean of cells, one per task; None if one has no score."""
         stats = [self.stats[c] for c in cells if c in self.stats]
         return average(stats) if stats and len(stats) == len(cells) else None
 
-    def _line(self, policy: str, cells: Sequence[Cell], x: str) -> Line:
+    def _line(self, policy: str, cells: Sequence[GridCell], x: str) -> Line:
         points = []
         for value in self.distinct(x, cells):
             group = [c for c in cells if getattr(c, x) == value]
@@ -141,11 +141,13 @@ class Report:
         title = "Accuracy over time to the first token"
         return Section(title, note, list(found), self.legend(every)) if found else None
 
-    def _at(self, cells: Sequence[Cell], policy: str, length: int, budget: int) -> list[Cell]:
+    def _at(
+        self, cells: Sequence[GridCell], policy: str, length: int, budget: int
+    ) -> list[GridCell]:
         found = [c for c in cells if (c.policy, c.length) == (policy, length)]
         return [c for c in found if c.budget in (0, budget)]  # 0: without a budget
 
-    def overheads(self, cell: Cell) -> list[float]:
+    def overheads(self, cell: GridCell) -> list[float]:
         """What each batch of a cell adds to the full cache's time to the first token."""
         full = self.cells.get(cell._replace(policy="full", budget=0), [])
         return overhead(self.cells[cell], full)
@@ -175,7 +177,7 @@ class Report:
         note = "Mean of the tasks; point at a field for its interval."
         return Section("Length and policy", note, list(found)) if found else None
 
-    def _field(self, cells: Sequence[Cell], what: str) -> HeatCell | None:
+    def _field(self, cells: Sequence[GridCell], what: str) -> HeatCell | None:
         stat = self.over(cells)
         if stat is None:
             return None
@@ -272,7 +274,7 @@ class Report:
             )
         return found
 
-    def legend(self, cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    def legend(self, cells: Sequence[GridCell]) -> list[tuple[str, str]]:
         """(policy, colour) of everything that is drawn."""
         return [(name, self.colors[name]) for name in self.distinct("policy", cells)]
 

@@ -4,7 +4,7 @@ import html
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lookahead_jax.eval.grid.rows import Cell
+from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.report.charts import Bars, Chart, Heat, bars_svg, chart_svg, heat_svg
 from lookahead_jax.eval.report.stats import measures, spread
 
@@ -45,7 +45,7 @@ def megabytes(count: int | None) -> str:
     return "–" if count is None else f"{count / 1e6:,.1f}"
 
 
-def _cell_row(report: "Report", cell: Cell) -> str:
+def _cell_row(report: "Report", cell: GridCell) -> str:
     rows = report.cells[cell]
     stat = report.stats.get(cell)
     score = "–" if stat is None else f"{stat.mean:.3f}"

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lookahead_jax.eval.compare.summary import normal, wilson
-from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, key_of, read_rows
+from lookahead_jax.eval.grid.rows import (
+    MEASURED,
+    ROWS,
+    VIEWED,
+    VIEWS,
+    GridCell,
+    key_of,
+    read_rows,
+)
 
 Row = Mapping[str, Any]
 
@@ -23,18 +31,18 @@ class Stat(NamedTuple):
     n: int
 
 
-def read_runs(runs: Sequence[Path]) -> dict[Cell, list[dict[str, Any]]]:
+def read_runs(runs: Sequence[Path]) -> dict[GridCell, list[dict[str, Any]]]:
     """The rows of several runs by cell; of a row that occurs twice the last one counts.
 
     Every row learns where it stands: `file` and `line`. Raises ValueError if there is none.
     """
     found: dict[Any, dict[str, Any]] = {}
     for run in runs:
-        for line, row in enumerate(read_rows(run / ROWS), 1):
+        for line, row in enumerate(read_rows(run / ROWS, MEASURED), 1):
             found[key_of(row)] = row | {"file": str(run / ROWS), "line": line}
     if not found:
         raise ValueError(f"no rows in {', '.join(map(str, runs))}")
-    cells: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[GridCell, list[dict[str, Any]]] = defaultdict(list)
     for (cell, _), row in found.items():
         cells[cell].append(row)
     return dict(cells)
@@ -42,7 +50,7 @@ def read_runs(runs: Sequence[Path]) -> dict[Cell, list[dict[str, Any]]]:
 
 def read_views(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """The kept tokens of chosen examples, the last of those that occur twice."""
-    return list({key_of(v): v for run in runs for v in read_rows(run / VIEWS)}.values())
+    return list({key_of(v): v for run in runs for v in read_rows(run / VIEWS, VIEWED)}.values())
 
 
 def scores(rows: Iterable[Row]) -> list[float]:
