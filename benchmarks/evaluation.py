@@ -26,12 +26,12 @@ from lookahead_jax.eval.grid.config import parse_run
 from lookahead_jax.eval.grid.rows import ROWS
 from lookahead_jax.eval.grid.run import run
 from lookahead_jax.eval.report import report
-from lookahead_jax.eval.report.figures import Report
+from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.host.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"answers": "embedded", "times": "embedded_times"}
-SEEN, HIDDEN = (f"embedded-question-{p}-while-the-prompt-is-cut" for p in ("seen", "hidden"))
+SEEN, HIDDEN = (f"embedded-question-{p}-during-compression" for p in ("seen", "hidden"))
 PICTURES = {
     "evaluation-seen-512": f"{SEEN}-accuracy-over-budget-512-tokens",
     "evaluation-hidden-512": f"{HIDDEN}-accuracy-over-budget-512-tokens",

@@ -13,7 +13,7 @@ from lookahead_jax import EMBEDDED_MODULES
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.eval.compare import compare, methods
 from lookahead_jax.eval.compare.masked import RESPONSE, keep_masks, outcome, read_full
-from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts, wilson
+from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts
 from lookahead_jax.host.files import save_arrays
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.registry import make_policy
@@ -188,12 +188,6 @@ def test_settings_of_the_learned_policy_come_as_text():
     assert (policy.pool, policy.window) == ("max", 8)
     with pytest.raises(ValueError, match="settings pool: expected NAME=VALUE"):
         methods.setting_of(("pool",))
-
-
-def test_wilson_interval_against_the_textbook():
-    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
-    np.testing.assert_allclose(wilson(81 / 263, 263), (0.2553, 0.3662), atol=5e-4)
-    np.testing.assert_allclose(wilson(0.0, 20), (0.0, 0.1611), atol=5e-4)
 
 
 def test_verdicts_name_the_best_rival_and_the_share_of_the_gap():

@@ -38,6 +38,7 @@ MEASURED: Fields = ANSWERED | {
     "score": (*_NUMBER, _NONE), "binary": (bool,), "answer": (list,), "question": (str,),
     "prompt_tokens": (int,), "new_tokens": (int,), "first_of_batch": (str,), "ttft_s": _NUMBER,
     "peak_bytes": (int, _NONE), "peak_is_bound": (bool,), "cache_bytes": (int,),
+    "draft_lengths": (list,),
 }  # fmt: skip
 """Of a row, as far as the report needs it."""
 VIEWED: Fields = ANSWERED | {"pieces": (list,), "kept": (list,), "answer": (list,)}

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lookahead_jax.eval.compare.summary import normal, wilson
 from lookahead_jax.eval.grid.rows import (
     MEASURED,
     ROWS,
@@ -18,6 +17,7 @@ from lookahead_jax.eval.grid.rows import (
     key_of,
     read_rows,
 )
+from lookahead_jax.eval.intervals import of_mean, of_share
 
 Row = Mapping[str, Any]
 
@@ -59,17 +59,17 @@ def scores(rows: Iterable[Row]) -> list[float]:
 
 
 def accuracy(rows: Sequence[Row]) -> Stat | None:
-    """Mean score: a Wilson interval for shares, a normal one for graded scores; None without."""
+    """Mean score, with Wilson's interval for shares and Student's for graded scores, if any."""
     values = scores(rows)
     if not values:
         return None
     mean, n = float(np.mean(values)), len(values)
-    return Stat(mean, *wilson(mean, n), n) if all(r["binary"] for r in rows) else graded(values)
+    return Stat(mean, *of_share(mean, n), n) if all(r["binary"] for r in rows) else graded(values)
 
 
 def graded(values: Sequence[float]) -> Stat:
-    """Mean of values in [0, 1] with a normal interval; of a single one it says nothing."""
-    low, high = normal(np.array(values)) if len(values) > 1 else (0.0, 1.0)
+    """Mean of values in [0, 1] with Student's interval; that of a single one is [0, 1]."""
+    low, high = of_mean(values)
     return Stat(float(np.mean(values)), max(low, 0.0), min(high, 1.0), len(values))
 
 
@@ -107,9 +107,12 @@ def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> Stat | None:
-    """Mean of measured values with a normal interval; of a single one the interval is empty."""
+    """Mean of measured values with Student's interval; None without values.
+
+    The interval of a single value is drawn as empty: it has no finite one.
+    """
     if not values:
         return None
     mean = float(np.mean(values))
-    low, high = normal(np.array(values)) if len(values) > 1 else (mean, mean)
+    low, high = of_mean(values) if len(values) > 1 else (mean, mean)
     return Stat(mean, low, high, len(values))
