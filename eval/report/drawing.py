@@ -14,7 +14,7 @@ from lookahead_jax.eval.report.charts import AnyChart, Bars, Chart, Heat
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _GREY = "#8b909a"  # of axes, readable on light and on dark paper
 _FILL = "#0f766e"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font and colour
     "svg.hashsalt": "lookahead",  # the same chart is the same file
     "text.parse_math": False,  # names are no formulas

@@ -10,19 +10,20 @@ behind it. Needs matplotlib (extra `report`).
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 from markupsafe import Markup
 
+from lookahead_jax.eval.command import run_command
 from lookahead_jax.eval.report import drawing, page
 from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.eval.report.figures import sections
-from lookahead_jax.host.config_files import UsageError, usage_errors
 from lookahead_jax.host.files import atomic_path, atomic_write
 from lookahead_jax.host.pages import embed_json, render_page
+
+PROG = "python -m lookahead_jax.eval.report"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,19 +72,10 @@ def write(config: ReportConfig) -> list[Path]:
     return [out / "report.html", out / "cells.json", *pictures]
 
 
-def main(args: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """The command line; a failure is one line on stderr."""
-    try:
-        with usage_errors():
-            config = tyro.cli(
-                ReportConfig, prog=prog or "python -m lookahead_jax.eval.report", args=args
-            )
-        for path in write(config):
-            print(path)
-    except UsageError as error:
-        print(f"error: {error} (see --help)", file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        lambda: tyro.cli(ReportConfig, prog=PROG, args=args),
+        lambda config: print(*write(config), sep="\n"),
+        prog=PROG,
+    )
