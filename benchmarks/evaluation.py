@@ -22,16 +22,16 @@ from pathlib import Path
 import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lookahead_jax.eval.grid.config import parse
+from lookahead_jax.eval.grid.config import parse_run
 from lookahead_jax.eval.grid.rows import ROWS
 from lookahead_jax.eval.grid.run import run
 from lookahead_jax.eval.report import report
-from lookahead_jax.eval.report.figures import Report
+from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.host.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"answers": "embedded", "times": "embedded_times"}
-SEEN, HIDDEN = (f"embedded-question-{p}-while-the-prompt-is-cut" for p in ("seen", "hidden"))
+SEEN, HIDDEN = (f"embedded-question-{p}-during-compression" for p in ("seen", "hidden"))
 PICTURES = {
     "evaluation-seen-512": f"{SEEN}-accuracy-over-budget-512-tokens",
     "evaluation-hidden-512": f"{HIDDEN}-accuracy-over-budget-512-tokens",
@@ -73,7 +73,7 @@ def main() -> None:
     for step, config in CONFIGS.items():
         if step in options.steps:
             fewer = [] if options.count is None else ["--count", options.count]
-            run(parse([config, "--out", str(options.work / step), *fewer]))
+            run(parse_run([config, "--out", str(options.work / step), *fewer]))
     if "report" in options.steps:
         runs = tuple(options.work / step for step in CONFIGS)
         for path in report.write(report.ReportConfig(runs=runs, out=options.work / "report")):

@@ -13,7 +13,7 @@ from lookahead_jax import EMBEDDED_MODULES
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.eval.compare import compare, methods
 from lookahead_jax.eval.compare.masked import RESPONSE, keep_masks, outcome, read_full
-from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts, wilson
+from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts
 from lookahead_jax.host.files import save_arrays
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.base import WithModules
@@ -145,23 +145,23 @@ def test_a_run_is_not_resumed_with_other_settings(small, tmp_path):
 
     folder = shutil.copytree(EMBEDDED_MODULES, tmp_path / "modules")
     others = [
-        ({"length": 120}, "length"),
-        ({"count": 3, "split": "validation"}, "count, split"),
-        ({"settings": ("pool=max",)}, "settings"),
-        ({"modules": (f"lookaheadkv={folder}",)}, "modules"),
+        ({"length": 120}, "length: 100, now 120"),
+        ({"count": 3, "split": "validation"}, "count: 2, now 3, split: 'test', now 'validation'"),
+        ({"settings": ("pool=max",)}, r"settings: \[\], now \['pool=max'\]"),
+        ({"modules": (f"lookaheadkv={folder}",)}, r"modules: .*"),
     ]
     for changes, named in others:
-        with pytest.raises(ValueError, match=rf"other settings \({named}\); choose another --out"):
+        with pytest.raises(ValueError, match=rf"other settings \({named}\); choose"):
             compare.compare(dataclasses.replace(small, **changes))
-    with pytest.raises(ValueError, match=r"\(split, tune, chosen_settings\); choose"):
+    with pytest.raises(ValueError, match=r"\(split: .*, tune: .*, chosen_settings: .*\); choose"):
         compare.tune(dataclasses.replace(small, tune=True))
     methods.write_chosen({"records": {"h2o": [0]}}, 100, (4,))
-    with pytest.raises(ValueError, match=r"\(chosen_settings\)"):
+    with pytest.raises(ValueError, match=r"settings \(chosen_settings: .*\)"):
         compare.compare(small)
     assert (small.out / "table.md").read_text() == table
 
     (small.out / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"no settings.json .*; choose another --out"):
+    with pytest.raises(ValueError, match=r"no settings.json, .*; choose another folder"):
         compare.compare(small)
 
 
@@ -173,7 +173,7 @@ def test_modules_are_told_apart_by_their_content(small, tmp_path):
     compare.compare(dataclasses.replace(config, modules=(f"lookaheadkv={moved}",)))
     about = moved / "lookahead_config.json"  # as of modules that were trained on
     about.write_text(about.read_text().replace('"tensors_sha256": "', '"tensors_sha256": "0'))
-    with pytest.raises(ValueError, match=r"\(modules\)"):
+    with pytest.raises(ValueError, match=r"\(modules: .*\)"):
         compare.compare(dataclasses.replace(config, modules=(f"lookaheadkv={moved}",)))
 
 
@@ -191,12 +191,6 @@ def test_settings_of_the_learned_policy_come_as_text():
     assert (policy.pool, policy.window) == ("max", 8)
     with pytest.raises(ValueError, match="settings pool: expected NAME=VALUE"):
         methods.setting_of(("pool",))
-
-
-def test_wilson_interval_against_the_textbook():
-    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
-    np.testing.assert_allclose(wilson(81 / 263, 263), (0.2553, 0.3662), atol=5e-4)
-    np.testing.assert_allclose(wilson(0.0, 20), (0.0, 0.1611), atol=5e-4)
 
 
 def test_verdicts_name_the_best_rival_and_the_share_of_the_gap():

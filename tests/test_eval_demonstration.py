@@ -21,6 +21,8 @@ def test_every_run_has_its_numbers_and_its_rows(tmp_path):
     row = dict(
         model="embedded", policy="full", budget=0, task="own/needle", length=8, drafter="none",
         protocol="seen", id="0", score=1.0, binary=True, first_of_batch="0", cache_bytes=4,
+        predicted_answer="x", answer=["x"], question="?", prompt_tokens=8, new_tokens=1,
+        peak_bytes=None, peak_is_bound=True, draft_lengths=[],
     )  # fmt: skip
     for step, seconds in (("answers", 2.0), ("times", 1.0)):
         (tmp_path / step / "rows.jsonl").write_text(json.dumps(row | {"ttft_s": seconds}) + "\n")

@@ -12,9 +12,18 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import first_layers
 from lookahead_jax.eval.__main__ import main
 from lookahead_jax.eval.grid import run as runner
-from lookahead_jax.eval.grid.config import RunConfig, cells, method_of, parse
+from lookahead_jax.eval.grid.config import RunConfig, cells, method_of, parse_run
 from lookahead_jax.eval.grid.prompts import assemble
-from lookahead_jax.eval.grid.rows import ROWS, VIEWS, RowFile, key_of, read_rows
+from lookahead_jax.eval.grid.rows import (
+    MEASURED,
+    ROWS,
+    VIEWED,
+    VIEWS,
+    RowFile,
+    key_of,
+    read_rows,
+)
+from lookahead_jax.eval.report import report
 from lookahead_jax.eval.tasks.base import Source
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.prompts.speculation import select_tokens, speculate
@@ -46,11 +55,14 @@ def finished(tmp_path_factory):
 
 
 def answers(out):
-    return {key_of(row): (row["predicted_answer"], row["score"]) for row in read_rows(out / ROWS)}
+    return {
+        key_of(row): (row["predicted_answer"], row["score"])
+        for row in read_rows(out / ROWS, MEASURED)
+    }
 
 
 def test_every_cell_has_its_rows(finished):
-    rows = list(read_rows(finished.out / ROWS))
+    rows = list(read_rows(finished.out / ROWS, MEASURED))
     expected = {
         (cell, str(i)) for cell in cells(finished, "embedded", "own/needle", 120) for i in range(3)
     }
@@ -68,7 +80,7 @@ def test_every_cell_has_its_rows(finished):
 
 
 def test_views_hold_the_shares_that_were_kept(finished):
-    views = list(read_rows(finished.out / VIEWS))
+    views = list(read_rows(finished.out / VIEWS, VIEWED))
     assert {view["id"] for view in views} == {"0"}
     for view in views:
         hidden = view["protocol"] == "hidden"
@@ -76,7 +88,7 @@ def test_views_hold_the_shares_that_were_kept(finished):
         assert len(view["kept"]) == tokens
         assert tokens == (115 if hidden else 120)
         assert sum(view["kept"]) == pytest.approx(24, abs=0.05 * tokens)
-        row = next(r for r in read_rows(finished.out / ROWS) if key_of(r) == key_of(view))
+        row = next(r for r in read_rows(finished.out / ROWS, MEASURED) if key_of(r) == key_of(view))
         assert (row["question"] in "".join(view["pieces"])) != hidden
 
 
@@ -92,30 +104,57 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(lk, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
     runner.run(dataclasses.replace(finished, out=left))
     assert answers(left) == answers(finished.out)
-    assert sum(1 for _ in read_rows(left / ROWS)) == len(lines)
+    assert sum(1 for _ in read_rows(left / ROWS, MEASURED)) == len(lines)
     first = len(calls)
     runner.run(dataclasses.replace(finished, out=left))
     assert len(calls) == first, "what is done is not done again"
-    with pytest.raises(ValueError, match=r"other settings \(seed\); choose another --out"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: 0, now 1\); choose"):
         runner.run(dataclasses.replace(finished, out=left, seed=1))
     (left / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"no settings.json .*; choose another --out"):
+    with pytest.raises(ValueError, match=r"no settings.json, .*; choose another folder"):
         runner.run(dataclasses.replace(finished, out=left))
 
 
 def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a"')
-    assert list(read_rows(path)) == [{"a": 1}]
+    assert list(read_rows(path, {})) == [{"a": 1}]
     file = RowFile(path)
     with pytest.raises(BlockingIOError, match="written by another run"):
         RowFile(path)
     file.append([{"a": 2}])
     file.close()
-    assert [row["a"] for row in read_rows(path)] == [1, 2]
+    assert [row["a"] for row in read_rows(path, {})] == [1, 2]
     path.write_bytes(b'{"a"\n{"a": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
-        list(read_rows(path))
+        list(read_rows(path, {}))
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("[1, 2]", "expected a JSON object, got list"),
+        ('{"prompt": "x"}', "it has no field 'model'"),
+        ('{"budget": "24"}', "'budget' must be int, got \"24\""),
+        ('{"id": 3}', "'id' must be str, got 3"),
+        ('{"score": "right"}', "'score' must be int or float or null, got \"right\""),
+        ('{"ttft_s": null}', "'ttft_s' must be int or float, got null"),
+    ],
+)
+def test_foreign_rows_are_one_clear_line(finished, tmp_path, line, complaint, capsys):
+    """Both where a run goes on and where a report is made of it."""
+    own, changes = next(read_rows(finished.out / ROWS, MEASURED)), json.loads(line)
+    if "prompt" not in line and isinstance(changes, dict):
+        line = json.dumps(own | changes)
+    (tmp_path / ROWS).write_text(f"{json.dumps(own)}\n{line}\n")
+    assert report.main([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith(f"rows.jsonl, line 2: not a row of an evaluation ({complaint})\n")
+    if complaint.startswith(("'score'", "'ttft_s'")):
+        return  # not needed to go on
+    (tmp_path / "settings.json").write_bytes((finished.out / "settings.json").read_bytes())
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not a row"):
+        runner.open_run(dataclasses.replace(finished, out=tmp_path))
 
 
 def test_a_second_turn_is_asked_behind_the_model_s_own_first_answer(tmp_path, monkeypatch):
@@ -135,7 +174,7 @@ def test_a_second_turn_is_asked_behind_the_model_s_own_first_answer(tmp_path, mo
         lk, "generate", lambda m, rows, **k: asked.append(rows) or generate(m, rows, **k)
     )
     runner.run(config)
-    rows = {row["id"]: row for row in read_rows(config.out / ROWS)}
+    rows = {row["id"]: row for row in read_rows(config.out / ROWS, MEASURED)}
     assert set(rows) == {"80", "81", "80:2"}
     model = lk.load(lk.EMBEDDED_MODEL)
     first = rows["80"]["predicted_answer"]
@@ -148,9 +187,9 @@ def test_a_second_turn_is_asked_behind_the_model_s_own_first_answer(tmp_path, mo
     (config.out / ROWS).write_bytes(b"".join(lines[:2]))
     asked.clear()
     runner.run(config)
-    assert {row["id"]: row["predicted_answer"] for row in read_rows(config.out / ROWS)} == {
-        id: row["predicted_answer"] for id, row in rows.items()
-    }
+    assert {
+        row["id"]: row["predicted_answer"] for row in read_rows(config.out / ROWS, MEASURED)
+    } == {id: row["predicted_answer"] for id, row in rows.items()}
     assert asked
     assert all(rows == [dialogue] * 2 for rows in asked)
 
@@ -223,13 +262,13 @@ def test_methods_with_a_small_model_are_its_answer_and_its_selection(model, tmp_
         )},
     )  # fmt: skip
     runner.run(config)
-    rows = list(read_rows(config.out / ROWS))
+    rows = list(read_rows(config.out / ROWS, MEASURED))
     assert len(rows) == 6
     assert {row["policy"] for row in rows} == set(config.policies)
     assert all(row["full_ttft_s"] > 0 for row in rows)
     assert {(row["draft_model"], row["draft_layers"]) for row in rows} == {("embedded", 2)}
 
-    task = config.tasks_found()[0]
+    task = config.find_tasks()[0]
     source = Source(tokenizer=model.tokenizer, length=120, count=2, seed=0, data=None)
     examples = task.make(source)
     prompts = [
@@ -272,19 +311,23 @@ def test_names_of_methods():
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
     path = tmp_path / "grid.json"
     path.write_text(json.dumps({"out": "run", "budgets": [8, 16], "policies": ["snapkv"]}))
-    config = parse([str(path), "--count", "4", "--chat", "False", "--allow-exec"])
+    config = parse_run([str(path), "--count", "4", "--chat", "False", "--allow-exec"])
     assert (config.chat, config.allow_exec) == (False, True)
     assert (config.budgets, config.count) == ((8, 16), 4)
     assert main([str(path), "--tasks", "nothing"]) == 1
     assert main([str(path), "--tasks", "longproc/pseudo_to_code_2k"]) == 1
     assert main(["absent"]) == 1
-    for hidden in ({"allow_exec": True}, {"allow-exec": []}, {"tasks": ["own", "--allow-exec"]}):
-        path.write_text(json.dumps({"out": "run"} | hidden))
-        with pytest.raises(ValueError, match="only --allow-exec on the command line"):
-            parse([str(path)])
+    path.write_text(json.dumps({"out": "run", "tasks": ["own", "--allow-exec"]}))
+    assert not parse_run([str(path)]).allow_exec
+    for name in ("allow_exec", "allow-exec"):
+        path.write_text(json.dumps({"out": "run", name: True}))
+        with pytest.raises(ValueError, match="only be set by --allow-exec, not in a file"):
+            parse_run([str(path)])
     assert main([str(path)]) == 1
+    path.write_text(json.dumps({"out": "run"}))
+    assert main([str(path), "--nonsense"]) == 2
     said = capsys.readouterr().err
     assert "unknown task 'nothing'" in said
     assert "--allow-exec permits it" in said
-    assert "only --allow-exec on the command line" in said
+    assert "only be set by --allow-exec" in said
     assert "embedded" in said

@@ -11,7 +11,8 @@ import pytest
 
 import lookahead_jax as lk
 from lookahead_jax import lm_eval
-from lookahead_jax.eval.harness.model import HarnessModel, Settings, sampling_of
+from lookahead_jax.eval.harness.model import HarnessModel, Settings
+from lookahead_jax.eval.harness.options import GenerationOptions, sampling_of
 
 ROOT = Path(__file__).parent.parent
 PAIRS = [([5, 6, 7, 8, 9, 10, 11, 12] * 4, [13, 14]), ([40, 50], [60, 70, 80]), ([7] * 20, [9])]
@@ -19,7 +20,7 @@ PAIRS = [([5, 6, 7, 8, 9, 10, 11, 12] * 4, [13, 14]), ([40, 50], [60, 70, 80]), 
 
 @pytest.fixture(scope="module")
 def model():
-    arguments = dict(policy="snapkv", policy_window=4, budget="8", batch_size="2", device="cuda:0")
+    arguments = dict(policy="snapkv", policy_window=4, budget="8", batch_size="2", device="cpu")
     return HarnessModel(Settings.of(arguments))
 
 
@@ -38,6 +39,31 @@ def test_log_likelihoods_are_the_full_cache_s(model):
         expected = log_p[np.arange(len(continuation)), continuation].sum()
         assert total == pytest.approx(expected, rel=1e-5)
         assert greedy == (raw.argmax(-1) == continuation).all()
+
+
+TEXT = (
+    "import os\nimport sys\n\ndef main():\n    print(os.path.join(sys.argv[1], 'x'))\n\n\n"
+    "if __name__ == '__main__':\n    main()\n"
+)
+
+
+def test_windows_are_those_of_the_harness_s_own_models():
+    """Numbers of lm-eval 0.4.13's class HFLM with transformers 5.24, float32, max_length=24."""
+    short = HarnessModel(Settings.of(dict(max_length=24, batch_size=2, dtype="float32")))
+    assert short.rolling_loglikelihoods([TEXT]) == pytest.approx([-114.28470993], abs=1e-3)
+    # The harness moves white space from the end of a context to its continuation.
+    tokens = short.encode(TEXT.rstrip(), None)
+    pairs = [
+        (tokens, short.encode(TEXT + continuation, None)[len(tokens) :])
+        for continuation in (" x", TEXT[:40])
+    ]
+    found = short.loglikelihoods(pairs)
+    assert [p for p, _ in found] == pytest.approx([-13.17280197, -31.86730957], abs=1e-3)
+    # A continuation of max_length tokens just fits: its last token is not read.
+    ((total, _),) = short.loglikelihoods([([0], tokens[1:25])])
+    assert np.isfinite(total)
+    with pytest.raises(ValueError, match="a continuation of 25 tokens exceeds max_length=24"):
+        short.loglikelihoods([([0], tokens[1:26])])
 
 
 @pytest.mark.slow
@@ -65,12 +91,102 @@ def test_generation_has_the_policy_and_stops_where_it_is_told(model):
     assert found[1] == expected.text[0]
 
 
-def test_settings_and_texts():
-    with pytest.raises(ValueError, match="unknown model argument 'polcy'"):
-        Settings.of({"polcy": "snapkv"})
+def test_a_sample_depends_on_its_request_and_repeat_alone(model):
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6, "until": []}
+    repeated = model.generate([("import os\n", options)] * 3)
+    assert len(set(repeated)) == 3, "repeats of a request differ, also across batches"
+    behind = model.generate([("x = 1\n", options)] + [("import os\n", options)] * 3)
+    assert behind[1:] == repeated, "neighbours and places do not matter"
+    reseeded = model.generate([("import os\n", options | {"seed": 1})] * 3)
+    assert not set(reseeded) & set(repeated)
+
+
+def test_an_open_assistant_turn_is_continued(model):
+    """A task's `gen_prefix` ends the prompt: its turn must not be closed."""
+    chat = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "It is"}]
+    assert model.render_chat(chat) == "<s>1 + 1It is</s>"
+    assert model.render_chat(chat, add_generation_prompt=False) == "<s>1 + 1It is"
+    with pytest.raises(ValueError, match=r"no chat template 'tools'; this tokenizer has: default"):
+        model.template_source("tools")
+    assert "eos_token" in model.template_source(None)
+
+
+def options_of(**kwargs):
+    return GenerationOptions.of(kwargs, default_length=256)
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_every_name_of_the_limit_acts(name):
+    assert options_of(**{name: 5}).max_new_tokens == 5
+    assert options_of(**{name: None}).max_new_tokens == 256
+    assert options_of(max_gen_toks=3, **{name: 5} if name != "max_gen_toks" else {}) == options_of(
+        max_new_tokens=3
+    )
+
+
+def test_generation_options_act():
+    assert options_of(until="a").stop == ("a",)
+    assert options_of(until=["a", "", "b"]).stop == ("a", "b")
+    assert options_of(seed=3).seed == 3
+    sampled = sampling_of(
+        dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
+    )
+    assert sampled == lk.Sampling(
+        temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2
+    )
+    off = dict(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, num_beams=1, use_cache=True)
+    assert options_of(**off).sampling == lk.Sampling(temperature=0.7)
+    assert sampling_of({"do_sample": True}).temperature == 1
+    greedy = sampling_of({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.3})
+    assert greedy == lk.Sampling(repetition_penalty=1.3), "the penalty changes greedy decoding, too"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "complaint"),
+    [
+        ({"num_beams": 10}, "num_beams=10 is not supported; leave it out or set it to 1"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not supported"),
+        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
+        ({"max_length": 99}, "max_length=99 is not supported; supported: .*max_gen_toks"),
+        ({"temprature": 1}, "temprature=1 is not supported"),
+        ({"do_sample": True, "temperature": 0.0}, "needs a temperature above 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name(kwargs, complaint):
+    if "top_k" in kwargs:
+        kwargs = kwargs | {"temperature": 1.0}
+    with pytest.raises(ValueError, match=complaint):
+        options_of(**kwargs)
+
+
+def test_the_limit_must_leave_room_for_a_prompt(model):
+    with pytest.raises(ValueError, match=r"max_gen_toks=9999999 leaves no room for a prompt"):
+        model.generate([("x", {"max_gen_toks": 9_999_999})])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"polcy": "snapkv"}, "unknown model argument 'polcy'"),
+        ({"device": "mps"}, "device=mps: JAX runs on cpu here"),
+        ({"device": "cuda:0"}, "device=cuda:0: JAX runs on cpu here"),
+        ({"parallelize": True}, "parallelize is not supported"),
+        ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
+        ({"max_length": "long"}, "max_length must be a whole number above 0, got 'long'"),
+    ],
+)
+def test_model_arguments_that_cannot_be_followed_are_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Settings.of(arguments)
+
+
+def test_model_arguments_act():
     assert Settings.of({"batch_size": "auto:4"}).batch_size == 8
-    assert sampling_of({"do_sample": False, "temperature": 0.7}).temperature == 0
-    assert sampling_of({"temperature": 0.7, "top_p": 0.9}).top_p == 0.9
+    assert Settings.of({"batch_size": "auto", "max_batch_size": 4}).batch_size == 4
+    given = {"device": None, "parallelize": False, "trust_remote_code": True, "policy_window": 4}
+    assert Settings.of(given) == Settings(policy_settings=(("window", "4"),))
 
 
 def test_a_text_that_brings_its_bos_gets_no_second(model):

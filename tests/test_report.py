@@ -1,17 +1,20 @@
 """The report: its numbers from made-up rows, its links, and what it does with foreign text."""
 
+import dataclasses
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
 
-from lookahead_jax.eval.compare.summary import wilson
-from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, RowFile
-from lookahead_jax.eval.report import figures, report, stats
+from lookahead_jax.eval.grid.rows import ROWS, VIEWS, GridCell, RowFile
+from lookahead_jax.eval.intervals import of_mean, of_share
+from lookahead_jax.eval.report import drawing, figures, report, stats
+from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.eval.report.charts import Chart, Heat
 
-SEEN = "model: question seen while the prompt is cut"
+SEEN = "model: question seen during compression"
 NASTY = '</script><b onclick="x">&'
 
 
@@ -34,7 +37,7 @@ def run(tmp_path_factory):
     for task in ("own/a", "longbench/b"):
         for length in (100, 200):
             for policy, budget in (("full", 0), ("snapkv", 16), ("snapkv", 32), ("h2o", 16)):
-                cell = Cell("some/model", policy, budget, task, length, "none", "seen")
+                cell = GridCell("some/model", policy, budget, task, length, "none", "seen")
                 for i in range(6):
                     graded = task == "longbench/b"
                     score = float(rng.random()) if graded else float(rng.integers(0, 2))
@@ -42,19 +45,38 @@ def run(tmp_path_factory):
                     more = {"measures": {"part": i / 6}} if graded else {"depth": 10 * (i % 3)}
                     more["full_ttft_s"] = 0.1 * (1 + i // 2)
                     rows.append(row(cell, i, score, binary=not graded, ttft=ttft, **more))
-    drafted = Cell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
+    drafted = GridCell("some/model", "snapkv", 16, "own/a", 100, "trie", "seen")
     rows += [row(drafted, i, 1.0) for i in range(4)]
-    judged = Cell("some/model", "snapkv", 16, "mt_bench", 100, "trie", "seen")
+    judged = GridCell("some/model", "snapkv", 16, "mt_bench", 100, "trie", "seen")
     rows += [row(judged, 0, None, binary=False)]
     file = RowFile(folder / ROWS)
     file.append(rows)
     file.close()
     views = RowFile(folder / VIEWS)
-    cell = Cell("some/model", "snapkv", 16, "own/a", 100, "none", "seen")
+    cell = GridCell("some/model", "snapkv", 16, "own/a", 100, "none", "seen")
     view = {"id": "0", "pieces": ["a", NASTY], "kept": [1.0, 0.0]}
     views.append([{**cell._asdict(), **view, "predicted_answer": "x", "answer": ["y"]}])
     views.close()
     return folder
+
+
+def test_intervals_against_published_ones():
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
+    np.testing.assert_allclose(of_share(81 / 263, 263), (0.2553, 0.3662), atol=5e-4)
+    np.testing.assert_allclose(of_share(0.0, 20), (0.0, 0.1611), atol=5e-4)
+    # Student 1908: three values have t = 4.3027, not 1.96.
+    np.testing.assert_allclose(
+        of_mean([1.0, 2.0, 3.0]), 2 + np.array([-1, 1]) * 4.3027 / 3**0.5, rtol=1e-4
+    )
+    assert of_mean([2.0]) == (-np.inf, np.inf)
+    assert of_mean([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_intervals_of_few_values_cover_their_mean():
+    """95 of 100 intervals of three values hold the true mean; with z = 1.96 it would be 81."""
+    rng = np.random.default_rng(0)
+    covered = [low < 0 < high for low, high in map(of_mean, rng.standard_normal((2000, 3)))]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
 
 def test_means_have_their_intervals(run):
@@ -68,17 +90,17 @@ def test_means_have_their_intervals(run):
         assert stat.mean == pytest.approx(values.mean())
         assert stat.n == len(values)
         if cell.task == "own/a":
-            assert (stat.low, stat.high) == pytest.approx(wilson(values.mean(), len(values)))
+            assert (stat.low, stat.high) == pytest.approx(of_share(values.mean(), len(values)))
         else:
-            half = 1.96 * values.std(ddof=1) / np.sqrt(len(values))
-            assert stat.high - stat.mean == pytest.approx(min(half, 1 - stat.mean))
+            half = 2.5706 * values.std(ddof=1) / np.sqrt(len(values))  # t of 5 degrees of freedom
+            assert stat.high - stat.mean == pytest.approx(min(half, 1 - stat.mean), rel=1e-4)
     both = stats.average([stats.Stat(0.5, 0.2, 0.8, 6), stats.Stat(1.0, 0.6, 1.0, 6)])
     assert both[:3] == pytest.approx((0.75, 0.75 - 0.25, 0.9))
 
 
 def test_time_is_compared_on_the_same_batches(run):
     cells = stats.read_runs([run])
-    cell = Cell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
+    cell = GridCell("some/model", "snapkv", 32, "own/a", 200, "none", "seen")
     full = cells[cell._replace(policy="full", budget=0)]
     assert stats.overhead(cells[cell], []) == pytest.approx([0.32] * 3)
     drifted = [r | {"ttft_s": 9.0} for r in full]
@@ -86,17 +108,15 @@ def test_time_is_compared_on_the_same_batches(run):
     alone = [r | {"full_ttft_s": None} for r in cells[cell]]
     assert stats.overhead(alone, full) == pytest.approx([0.32] * 3)
     assert stats.overhead(alone, []) == []
-    sections = dict(figures.Report([run]).sections())[
-        "model: question seen while the prompt is cut"
-    ]
+    sections = dict(figures.sections(Report([run])))[SEEN]
     pareto = next(s for s in sections if s.title.startswith("Accuracy over time"))
-    points = {line.label: line.points[0] for line in pareto.charts[-1].lines}  # 200 tokens, 32 kept
+    points = {s.label: s.points[0] for s in pareto.charts[-1].series}  # 200 tokens, 32 kept
     assert points["full"].x == pytest.approx(0)
     assert (points["snapkv"].x, points["snapkv"].x_low) == pytest.approx((32, 32))
 
 
 def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
-    cell = Cell("some/model", "full", 0, "own/a", 100, "none", "seen")
+    cell = GridCell("some/model", "full", 0, "own/a", 100, "none", "seen")
     file = RowFile(tmp_path / ROWS)
     file.append([row(cell, 0, 0.25)])
     file.close()
@@ -108,15 +128,15 @@ def test_of_rows_that_occur_twice_the_last_counts(run, tmp_path):
 
 
 def test_charts_hold_the_numbers_of_their_cells(run):
-    made = figures.Report([run])
-    sections = dict(made.sections())[SEEN]
+    made = Report([run])
+    sections = dict(figures.sections(made))[SEEN]
     first = sections[0].charts[0]
     assert isinstance(first, Chart)
-    lines = {line.label: line for line in first.lines}
+    lines = {series.label: series for series in first.series}
     assert lines["full"].across
     point = lines["snapkv"].points[1]
     cells = [
-        Cell("some/model", "snapkv", 32, task, 100, "none", "seen")
+        GridCell("some/model", "snapkv", 32, task, 100, "none", "seen")
         for task in ("own/a", "longbench/b")
     ]
     expected = stats.average([made.stats[cell] for cell in cells])
@@ -127,11 +147,11 @@ def test_charts_hold_the_numbers_of_their_cells(run):
     field = needles.fields[1][0]
     rows = [r for r in made.cells[cells[0]._replace(policy="full", budget=0)] if r["depth"] == 10]
     assert field.value == pytest.approx(np.mean([r["score"] for r in rows]))
-    (drafting,) = dict(made.sections())["some/model: drafting"]
+    (drafting,) = dict(figures.sections(made))["some/model: drafting"]
     assert drafting.charts[0].shares == pytest.approx([0.75, 0.25])
 
 
-def test_the_page_is_whole_and_its_links_open_rows(run, tmp_path, capsys):
+def test_the_page_is_whole_and_its_links_open_rows(run, tmp_path):
     paths = report.write(report.ReportConfig(runs=(run,), out=tmp_path, rows=5))
     page = paths[0].read_text("utf-8")
     assert NASTY not in page
@@ -146,18 +166,39 @@ def test_the_page_is_whole_and_its_links_open_rows(run, tmp_path, capsys):
     assert "part 0.417 (" in page
     numbers = json.loads(paths[1].read_text("utf-8"))
     for cell in numbers:
-        half = 1.96 * np.std(np.arange(6) / 6, ddof=1) / 6**0.5
+        half = 2.5706 * np.std(np.arange(6) / 6, ddof=1) / 6**0.5
         part = pytest.approx([2.5 / 6, 2.5 / 6 - half, 2.5 / 6 + half], abs=1e-4)
         assert cell.get("measures", {}) == ({"part": part} if cell["task"] == "longbench/b" else {})
     assert [cell["n"] for cell in numbers] == [cell["total"] for cell in data["cells"]]
-    pictures = [path for path in paths if path.suffix == ".png"]
-    if pictures:
-        assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-        assert len(pictures) == page.count('<section class="card">')
-    else:
-        assert "need matplotlib" in capsys.readouterr().out
+    pictures = paths[2:]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert len(pictures) == page.count('<section class="card">')
+
+
+def test_points_are_links_with_their_numbers(run):
+    section = dict(figures.sections(Report([run])))[SEEN][0]
+    chart = section.charts[0]
+    drawn = drawing.svg(chart)
+    assert drawn == drawing.svg(chart), "the same chart is the same text"
+    links = re.findall(r'<a xlink:href="([^"]*)">\s*<title>([^<]*)</title>', drawn)
+    points = {(p.href, p.note) for series in chart.series for p in series.points}
+    assert set(links) == points
+    assert "<metadata" not in drawn
+    nasty = dataclasses.replace(chart, x_label=NASTY + " $x$")
+    assert "&lt;/script&gt;" in drawing.svg(nasty)
+    assert NASTY not in drawing.svg(nasty)
+
+
+def test_without_matplotlib_one_line_says_what_to_install(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert report.main([str(run), "--out", str(tmp_path)]) == 1
+    assert "pip install 'lookahead-jax[report]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_rows_is_one_line_on_stderr(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("error: no rows")
+    assert "eval.report: error: no rows in" in capsys.readouterr().err
+    assert report.main(["--nonsense"]) == 2
+    assert "error: " in (said := capsys.readouterr().err)
+    assert said.count("\n") == 1

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
-from lookahead_jax.eval.scorers import infinitebench, longproc, rouge, sandbox, text
+from lookahead_jax.eval.scorers import infinitebench, limited_run, longproc, rouge, text
 
 GOLDEN = Path(__file__).parent / "fixtures" / "scorers.json"
 
@@ -119,7 +120,7 @@ def test_programs_run_under_limits(tmp_path):
 
 def test_commands_run_under_limits(tmp_path, monkeypatch):
     def run(script, **limits):
-        return sandbox.run_limited(["/bin/sh", "-c", script], "in", folder=tmp_path, **limits)
+        return limited_run.run_limited(["/bin/sh", "-c", script], "in", folder=tmp_path, **limits)
 
     monkeypatch.setenv("SECRET", "x")
     assert "SECRET" not in run("env")
@@ -129,17 +130,90 @@ def test_commands_run_under_limits(tmp_path, monkeypatch):
     assert (tmp_path / "big").stat().st_size <= 2**26
     assert run("head -c 1000000000 /dev/zero") is None, "nor does it fill our memory"
     begin = time.perf_counter()
-    assert run("sleep 60 & echo $! > left", seconds=20) == ""
+    assert run(f"sleep {MARK} &", seconds=20) == ""
     assert run("sleep 60", seconds=1) is None
     assert time.perf_counter() - begin < 15
-    left = Path("/proc") / (tmp_path / "left").read_text().strip() / "stat"
-    assert not left.exists() or left.read_text().split()[2] == "Z", "what was left is killed, too"
+    assert not marked_processes(), "what was left is killed, too"
+
+
+MARK = "314159265"  # seconds of sleep, by which a test finds its processes
+
+
+def marked_processes():
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if MARK.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def isolated():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(limited_run.isolation())
+
+
+@pytest.fixture(params=["namespaces", "none"])
+def shell(request, tmp_path, monkeypatch):
+    """Runs a script under limits, with and without namespaces."""
+    if request.param == "none":
+        monkeypatch.setattr(limited_run, "isolation", lambda: ())
+    elif not isolated():
+        pytest.skip("this system allows no namespaces")
+
+    def run(script, **limits):
+        return limited_run.run_limited(["/bin/sh", "-c", script], "", folder=tmp_path, **limits)
+
+    return run
+
+
+def test_no_process_survives_its_command(shell):
+    """Not even one in a session of its own, of a command that ends or of one that is stopped."""
+    assert shell(f"setsid sleep {MARK} & sleep 0.1; echo x", seconds=5) == "x\n"
+    assert not marked_processes()
+    assert shell(f"setsid sleep {MARK} & setsid sh -c 'sleep {MARK}' & wait", seconds=1) is None
+    assert not marked_processes()
+
+
+@pytest.mark.skipif(not isolated(), reason="this system allows no namespaces")
+def test_a_program_sees_neither_this_process_nor_a_network(tmp_path):
+    def run(script):
+        return limited_run.run_limited(["/bin/sh", "-c", script], "", folder=tmp_path, seconds=5)
+
+    outside = subprocess.Popen(["sleep", "60"], env={"SECRET": "hidden"})
+    try:
+        script = "cat /proc/[0-9]*/environ; umount /proc; cat /proc/[0-9]*/environ; echo end"
+        seen = run(f"({script}) 2>/dev/null")
+        assert seen.endswith("end\n")
+        assert "SECRET" not in seen
+        assert run(f"kill -9 {outside.pid} {os.getpid()} -1 2>/dev/null; true") is not None
+        assert run(f"kill -9 {outside.pid} && echo killed") is None
+        assert outside.poll() is None
+        assert int(run("ls -d /proc/[0-9]* | wc -l")) < 6, "only its own processes"
+        assert run("tail -n +3 /proc/net/dev | cut -d: -f1").split() == ["lo"]
+        assert run("grep CapEff /proc/self/status").split()[1] == "0" * 16
+    finally:
+        outside.kill()
+        outside.wait()
+
+
+def test_a_system_without_namespaces_is_warned_about(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    limited_run.isolation.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="programs that the model writes can use the network"):
+            assert limited_run.isolation() == ()
+    finally:
+        limited_run.isolation.cache_clear()
 
 
 BUSY = """
 import sys, threading, time
 from pathlib import Path
-from lookahead_jax.eval.scorers.sandbox import run_limited
+from lookahead_jax.eval.scorers.limited_run import run_limited
 
 for _ in range(80):
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import Model, load
 from lookahead_jax.host.command import end_process, run_command
-from lookahead_jax.host.config_files import split_config
+from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.params import Params, fingerprint
@@ -101,17 +100,11 @@ class TrainConfig:
 
 
 def parse(args: Sequence[str]) -> TrainConfig:
-    """CONFIG and overrides -> the run's configuration; exits with a message if they are wrong.
+    """CONFIG and overrides -> the run's configuration.
 
-    Raises ValueError if there is no such CONFIG.
+    Raises ValueError if CONFIG does not exist or does not fit, UsageError for wrong options.
     """
-    options, overrides = split_config(args, _PRESETS)
-    return tyro.cli(
-        TrainConfig,
-        args=[*options, *overrides],
-        prog="python -m lookahead_jax.train.lookahead [CONFIG]",
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
-    )
+    return cli_with_file(TrainConfig, args, _PRESETS, "python -m lookahead_jax.train.lookahead")
 
 
 def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> LookaheadModules | None:

@@ -13,7 +13,6 @@ task and method, are kept. It ends by writing RUN/summary.json and RUN/table.md.
 import dataclasses
 import functools
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.eval.command import run_command
 from lookahead_jax.eval.compare.masked import Reference, keep_masks, outcome, read_full
 from lookahead_jax.eval.compare.methods import (
     FOLDS,
@@ -41,15 +41,16 @@ from lookahead_jax.eval.compare.methods import (
     write_chosen,
 )
 from lookahead_jax.eval.compare.summary import best_settings, write_summary
-from lookahead_jax.eval.folder import keep_settings
 from lookahead_jax.eval.tasks.own.code import CODE, Split, code_prompts, code_stream
 from lookahead_jax.eval.tasks.own.prompts import comments, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.host.files import save_arrays
+from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.modules.files import CONFIG_FILE, load_modules
 
+PROG = "python -m lookahead_jax.eval.compare"
 TASKS = ("records", "tagged", "spans", "chains", "multi_lookup", CODE)
 ANSWER = 16  # tokens that the longest answer of a task may have
 SEEDS: dict[Split, int] = {"test": 7_000_000, "validation": 8_000_000}
@@ -328,12 +329,10 @@ def tune(config: CompareConfig) -> None:
     write_chosen(best_settings(config.out), config.length, runner.budgets)
 
 
-def main() -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """The command line; a failure is one line on stderr."""
-    config = tyro.cli(CompareConfig, prog="python -m lookahead_jax.eval.compare.compare")
-    try:
-        (tune if config.tune else compare)(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        lambda: tyro.cli(CompareConfig, prog=PROG, args=args),
+        lambda config: (tune if config.tune else compare)(config),
+        prog=PROG,
+    )

@@ -6,7 +6,6 @@ averaged per prompt, so that an interval counts prompts, not prompts times seeds
 """
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,29 +14,16 @@ from typing import Any
 import numpy as np
 
 from lookahead_jax.eval.compare.methods import DRAFT_FREE, LOOKAHEAD, ORACLE
+from lookahead_jax.eval.intervals import of_mean, of_share
 from lookahead_jax.eval.tasks.own.code import CODE
 from lookahead_jax.host.files import atomic_write
 
 MEASURES = ("score", "kl", "recall")
 RESAMPLES = 2000
-Z = 1.96
 LEAST_GAP = 0.02  # of scores; less is no gap to close, and shares of it are noise
 
 Cells = dict[str, dict[str, np.ndarray]]
 """Method -> measure -> [U, N], seeds averaged."""
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """95 % interval of a share of n trials."""
-    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def normal(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a mean."""
-    half = Z * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return float(values.mean()) - half, float(values.mean()) + half
 
 
 def read_cells(folder: Path) -> tuple[Cells, np.ndarray, dict[str, int]]:
@@ -91,7 +77,7 @@ def summarise(cells: Cells, task: str, seeds: dict[str, int]) -> dict[str, Any]:
             share = measure == "score" and task != CODE
             rows = []
             for row in values:
-                low, high = wilson(float(row.mean()), len(row)) if share else normal(row)
+                low, high = of_share(float(row.mean()), len(row)) if share else of_mean(row)
                 rows.append({"mean": float(row.mean()), "low": low, "high": high})
             summary[method][measure] = rows
     return summary

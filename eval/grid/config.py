@@ -1,4 +1,4 @@
-"""What a run is: the configuration file, its grid of cells, and what stands behind the names."""
+"""The configuration of a run: its options, its grid of cells, and its methods by name."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -8,15 +8,16 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from lookahead_jax import EMBEDDED_MODEL, EMBEDDED_MODULES
-from lookahead_jax.eval.grid.rows import Cell
+from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
-from lookahead_jax.host.config_files import split_config
+from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.policies.base import Policy, WithDraft, WithReplay, WithResponse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
 
 CONFIGS = Path(__file__).parent / "configs"
+PROG = "python -m lookahead_jax.eval"
 EMBEDDED = "embedded"
 Protocol = Literal["seen", "hidden"]
 
@@ -26,102 +27,96 @@ class RunConfig:
     """A grid of model x policy x budget x task x length x drafter x protocol."""
 
     out: Path
-    """Folder of the run, made if need be; the same command resumes it."""
+    """Folder of the run, created if missing. The same command resumes the run."""
     models: tuple[str, ...] = (EMBEDDED,)
     """Folders of checkpoints; `embedded` is the model that ships with the package."""
     policies: tuple[str, ...] = ("full", "snapkv")
-    """Policies, settings after a colon: snapkv:window=8,pool=none."""
+    """Policies, with settings after a colon: snapkv:window=8,pool=none."""
     budgets: tuple[int, ...] = (256,)
-    """Entries kept per layer and KV head; the policy `full` has no use for them."""
+    """Entries kept per layer and KV head; the policy `full` ignores them."""
     tasks: tuple[str, ...] = ("own",)
     """Tasks, or families of tasks such as ruler, longbench, own."""
     lengths: tuple[int, ...] = (512,)
-    """Tokens of a prompt: what is generated, and where prompts from files lose their middle."""
+    """Tokens of a prompt. Longer prompts from files lose their middle."""
     drafters: tuple[str, ...] = ("none",)
     """Drafters: none, trie, suffix, prompt_lookup, recycling."""
     protocols: tuple[Protocol, ...] = ("seen",)
-    """seen: the question is there while the prompt is cut; hidden: it is read afterwards."""
+    """seen: the question is part of the compressed prompt; hidden: it is read afterwards."""
     count: int = 32
     """Examples of each task, at most."""
     seed: int = 0
-    """Of the generated examples."""
+    """Seed of the generated examples."""
     batch: int = 8
-    """Examples at a time."""
+    """Examples per batch."""
     data: Path | None = None
-    """Folder of the benchmarks' files, see docs/evaluation.md."""
+    """Folder of the benchmarks' files; see docs/evaluation.md."""
     lookahead: Path | None = None
-    """Folder of lookahead modules; left out, the embedded model has its own."""
+    """Folder of lookahead modules. Default: those that ship for the embedded model."""
     draft_model: str | None = None
     """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
     draft_layers: int | None = None
-    """Only the first layers of the small model: for who has no smaller one."""
+    """Use only the first layers of the small model, if there is no smaller one."""
     kv_maps: Path | None = None
-    """Folder of kv_prediction's maps, from python -m lookahead_jax.train.kv_prediction."""
+    """Folder of the maps of kv_prediction, made by python -m lookahead_jax.train.kv_prediction."""
     chat: tyro.conf.FlagConversionOff[bool] = True
     """Use the chat template of models that have one, where the benchmark does."""
     max_new_tokens: int | None = None
-    """Ends every answer here, whatever its task allows."""
+    """Upper limit of every answer, below that of its task."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights; left out, the checkpoint's own."""
+    """Type of the weights. Default: that of the checkpoint."""
     tensor: int = 1
-    """Devices that share every layer."""
+    """Devices that each layer is split over."""
     fsdp: int = 1
-    """Devices that share the weights; rows of a batch are split over what is left."""
+    """Devices that the weights are split over; the rows of a batch use the remaining ones."""
     part: int = 0
-    """Which share of the examples this run answers, of `parts`; each into an --out of its own."""
+    """Which of the `parts` this run answers, from 0; each part needs its own --out."""
     parts: int = 1
-    """Into how many shares the examples are divided: one for each host, say."""
+    """Number of parts that the examples are divided into, such as one per host."""
     pair_times: tyro.conf.FlagConversionOff[bool] = False
-    """Read every batch with the full cache, too, next to the policy's own reading: what a policy
-    adds to the time to the first token then holds where load and clocks drift. The full cache must
-    fit into memory, and on accelerators it sets the mark of the peak."""
+    """Also read every batch with the full cache, right before or after, so that the time a policy
+    adds to the first token can be trusted on a machine with changing load. The full cache must fit
+    into memory, and on accelerators it determines the peak."""
     views: int = 2
     """Examples per task whose kept tokens are stored for the report."""
     allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Run the programs that a model writes, under limits, where a score needs it; not in files."""
+    """Run programs that the model writes, under limits, for scores that need it. Cannot be set in a
+    file."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
             raise ValueError(f"part {self.part} of {self.parts}: parts are counted from 0")
 
-    def tasks_found(self) -> list[Task]:
-        """All tasks; ValueError for unknown names and for programs that nobody allowed."""
-        found = {task.name: task for name in self.tasks for task in find_task(name)}
-        if not self.allow_exec and (refused := [t.name for t in found.values() if t.executes]):
+    def find_tasks(self) -> list[Task]:
+        """All tasks; ValueError for unknown names and for programs that are not allowed."""
+        tasks = {task.name: task for name in self.tasks for task in find_task(name)}
+        if not self.allow_exec and (refused := [t.name for t in tasks.values() if t.executes]):
             raise ValueError(
                 f"{', '.join(refused)} runs programs that the model writes; --allow-exec permits it"
             )
-        return list(found.values())
+        return list(tasks.values())
 
 
 FIXED = (
     "seed", "chat", "max_new_tokens", "dtype", "lookahead", "draft_model", "draft_layers",
     "kv_maps",
 )  # fmt: skip
-"""Fields that change what a row means: a resumed run must not change them."""
+"""Fields that change the meaning of a row, so that a resumed run must not change them."""
 
 
-def parse(args: Sequence[str]) -> RunConfig:
+def parse_run(args: Sequence[str]) -> RunConfig:
     """[CONFIG] and overrides -> a run.
 
-    CONFIG is a .json file, or the name of one that ships. Raises ValueError if there is none, or if
-    it permits programs to be run.
+    CONFIG is a .json file, or the name of one that ships. Raises ValueError if it does not exist,
+    does not fit, or sets `allow_exec`; UsageError for wrong options.
     """
-    options, overrides = split_config(args, CONFIGS)
-    if any(option.replace("_", "-").startswith("--allow-exec") for option in options):
-        raise ValueError(f"{args[0]}: only --allow-exec on the command line permits programs")
-    return tyro.cli(
-        RunConfig,
-        args=[*options, *overrides],
-        prog="python -m lookahead_jax.eval [CONFIG]",
-    )
+    return cli_with_file(RunConfig, args, CONFIGS, PROG, refused=("allow_exec",))
 
 
 class Method(NamedTuple):
-    """What a policy's name stands for: the policy, and what a small model does before it."""
+    """A policy, and what a small model does before it."""
 
     policy: Policy
-    prune: int | None  # tokens that SpecPC leaves of a prompt; 0: as many as the budget
+    prune: int | None  # tokens that SpecPC keeps of a prompt; 0: as many as the budget
     select: dict[str, int]  # settings of speculation.select_tokens
     predicts: bool = False  # a small model reads the prompt (kv_prediction.py)
 
@@ -132,17 +127,17 @@ class Method(NamedTuple):
 
     @property
     def budgeted(self) -> bool:
-        """Whether a budget means anything to it."""
+        """Whether the budget changes its result."""
         return self.prune is not None or not isinstance(self.policy, Full)
 
 
 def method_of(spec: str) -> Method:
     """`name` or `name:field=value,...` -> the method.
 
-    Besides the policies: `specpc` drops prompt tokens down to the budget, `speckv_pc` drops them
-    down to `prune` (2048) and goes on as `speckv`. Their `select_pool` and `select_neighbours` are
-    published as 64 for Qwen and 32 for Llama models, and 32 in speckv_pc. `kv_prediction` reads
-    prompts with a small model and keeps everything.
+    Besides the policies there are three methods: `specpc` drops prompt tokens down to the budget;
+    `speckv_pc` drops them down to `prune` (2048) and then applies `speckv`; `kv_prediction` reads
+    prompts with a small model and keeps everything. The published values of `select_pool` and
+    `select_neighbours` are 64 for Qwen and 32 for Llama models, and 32 in speckv_pc.
     """
     name, _, settings = spec.partition(":")
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
@@ -165,25 +160,25 @@ def policy_of(spec: str) -> Policy:
 
 
 def model_folder(name: str) -> Path:
-    """Where the weights of a model are."""
+    """The folder of a model's weights."""
     return EMBEDDED_MODEL if name == EMBEDDED else Path(name)
 
 
 def modules_folder(config: RunConfig, model: str) -> Path | None:
-    """Where the lookahead modules for a model are, if there are any."""
+    """The folder of the lookahead modules for a model, if there is one."""
     return modules_folder_of(config.lookahead, model)
 
 
 def modules_folder_of(given: Path | None, model: str) -> Path | None:
-    """The folder that was given, or what ships for the embedded model."""
+    """The given folder, or the one that ships for the embedded model."""
     return given or (EMBEDDED_MODULES if model == EMBEDDED else None)
 
 
-def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cell]:
+def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[GridCell]:
     """All cells of one model, task and length.
 
-    What keeps everything comes last, what needs two passes before it: on accelerators the mark of
-    the highest memory use never falls.
+    Methods that keep everything come last, after those of two passes, since on accelerators the
+    high-water mark of memory never falls.
     """
 
     def last(spec: str) -> tuple[bool, bool]:
@@ -195,11 +190,11 @@ def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Cel
         for budget in budgets:
             for drafter in config.drafters:
                 for protocol in config.protocols:
-                    yield Cell(model, spec, budget, task, length, drafter, protocol)
+                    yield GridCell(model, spec, budget, task, length, drafter, protocol)
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What must stay the same when a run is resumed."""
+    """The settings that must stay the same when a run is resumed."""
     return {
         name: str(value) if isinstance(value := getattr(config, name), Path) else value
         for name in FIXED

@@ -6,7 +6,7 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.eval.tasks.base import Cut, Example
 
 
-class Prompt(NamedTuple):
+class AssembledPrompt(NamedTuple):
     """One example as the model reads it."""
 
     whole: list[int]  # context and question together
@@ -29,7 +29,7 @@ def truncate(text: str, tokenizer: Tokenizer, limit: int, cut: Cut) -> str:
     return tokenizer.decode(ids[:half]) + tokenizer.decode(ids[-half:])
 
 
-def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) -> Prompt:
+def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) -> AssembledPrompt:
     """The example in at most `limit` tokens (before the chat template and the answer's prefix).
 
     What was said before in a dialogue comes on top of these, whole; without a template the turns
@@ -38,7 +38,7 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
     """
     if isinstance(example.context, tuple) or isinstance(example.question, tuple):
         context, question = list(example.context), list(example.question)
-        return Prompt([*context, *question], context, question)  # type: ignore[list-item]
+        return AssembledPrompt([*context, *question], context, question)  # type: ignore[list-item]
     text = truncate(example.context + example.question, tokenizer, limit, example.cut)
     if not text.endswith(example.question):
         raise ValueError(
@@ -61,7 +61,7 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
         at -= lead if text[at - lead : at] == example.question[:lead] else 0
     text += example.prefix
     has_question = bool(example.question)
-    return Prompt(
+    return AssembledPrompt(
         whole=tokenizer.encode(text, special=special),
         context=tokenizer.encode(text[:at], special=special) if has_question else [],
         question=tokenizer.encode(text[at:], special=False) if has_question else [],

@@ -1,4 +1,4 @@
-"""The rows of a run: one JSON object per example, appended so that a kill costs at most a batch."""
+"""The rows of a run: one JSON object per example, appended so that a kill loses at most a batch."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ ROWS = "rows.jsonl"
 VIEWS = "views.jsonl"
 
 
-class Cell(NamedTuple):
+class GridCell(NamedTuple):
     """One point of the grid; with an example's id it names a row."""
 
     model: str
@@ -23,29 +23,63 @@ class Cell(NamedTuple):
     protocol: str  # "seen" or "hidden": whether the question is there while the prompt is cut
 
 
-Key = tuple[Cell, str]
+Key = tuple[GridCell, str]
 """A cell and an example's id."""
+
+
+Fields = Mapping[str, tuple[type, ...]]
+"""The fields that a reader needs of a row, with the types that they may have."""
+_NUMBER = (int, float)
+_NONE = type(None)
+_KEY: Fields = {name: (kind,) for name, kind in GridCell.__annotations__.items()} | {"id": (str,)}
+ANSWERED: Fields = _KEY | {"predicted_answer": (str,)}
+"""Of a row, as far as a run needs it that goes on."""
+MEASURED: Fields = ANSWERED | {
+    "score": (*_NUMBER, _NONE), "binary": (bool,), "answer": (list,), "question": (str,),
+    "prompt_tokens": (int,), "new_tokens": (int,), "first_of_batch": (str,), "ttft_s": _NUMBER,
+    "peak_bytes": (int, _NONE), "peak_is_bound": (bool,), "cache_bytes": (int,),
+    "draft_lengths": (list,),
+}  # fmt: skip
+"""Of a row, as far as the report needs it."""
+VIEWED: Fields = ANSWERED | {"pieces": (list,), "kept": (list,), "answer": (list,)}
+"""Of the kept tokens of one example."""
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """Which example of which cell a row is."""
-    return Cell(*(row[name] for name in Cell._fields)), row["id"]
+    return GridCell(*(row[name] for name in GridCell._fields)), row["id"]
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, a torn last line left out.
+def read_rows(path: Path, fields: Fields) -> Iterator[dict[str, Any]]:
+    """The rows of a file without a torn last line; each has at least `fields`.
 
-    Raises ValueError for a line that is broken anywhere else.
+    Raises ValueError, naming the line and the field, for anything else.
     """
     if not path.is_file():
         return
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is torn
-        if line:
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        if (problem := _misfit(row, fields)) is not None:
+            raise ValueError(f"{path}, line {number}: not a row of an evaluation ({problem})")
+        yield row
+
+
+def _misfit(row: Any, fields: Fields) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected a JSON object, got {type(row).__name__}"
+    for name, kinds in fields.items():
+        if name not in row:
+            return f"it has no field {name!r}"
+        if type(row[name]) not in kinds:
+            names = " or ".join("null" if kind is _NONE else kind.__name__ for kind in kinds)
+            return f"{name!r} must be {names}, got {json.dumps(row[name])[:40]}"
+    return None
 
 
 class RowFile:
@@ -74,5 +108,5 @@ class RowFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Closes the file and releases its lock."""
         self._file.close()

@@ -3,9 +3,9 @@
     python -m lookahead_jax.lm_eval run --model lookahead --tasks arc_easy \
         --model_args pretrained=DIR,policy=snapkv,policy_window=8,budget=256,drafter=trie
 
-lm-evaluation-harness (extra `lm-eval`, made with 0.4.13) has no plugins: the model must be
-registered in its process, which is all that happens here. Log-likelihoods are those of the full
-cache unless `evict_loglikelihood=true`.
+lm-evaluation-harness (extra `lm-eval`, tested with 0.4.13) has no plugins, so a model must be
+registered in its own process; this command does that and then runs the harness's command line.
+Log-likelihoods are those of the full cache unless `evict_loglikelihood=true`.
 """
 
 import sys
@@ -20,10 +20,6 @@ def register() -> type:
     try:
         from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
         from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-        from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
-            get_rolling_token_windows,
-            make_disjoint_window,
-        )
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("lm_eval"):
             raise
@@ -41,6 +37,7 @@ def register() -> type:
         def __init__(self, **arguments: Any):
             super().__init__()
             self.own = HarnessModel(Settings.of(arguments))
+            self._template: str | None = None  # by name; None: the default one
 
         @property
         def eot_token_id(self) -> int:
@@ -64,17 +61,20 @@ def register() -> type:
             return self.own.encode(string, add_special_tokens)
 
         def chat_template(self, chat_template: bool | str = False) -> str | None:
-            """The source of the template, by which the harness names cached requests."""
+            """The source of the template, which the harness stores with its results.
+
+            A name chooses the template of all later chats.
+            """
             if chat_template is False or chat_template is None:
                 return None
-            name = chat_template if isinstance(chat_template, str) else "default"
-            return self.own.tokenizer.chat_templates.get(name, "")
+            self._template = chat_template if isinstance(chat_template, str) else None
+            return self.own.template_source(self._template)
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            return self.own.tokenizer.render_chat(
-                chat_history, add_generation_prompt=add_generation_prompt
+            return self.own.render_chat(
+                chat_history, add_generation_prompt=add_generation_prompt, template=self._template
             )
 
         def _loglikelihood_tokens(
@@ -85,17 +85,9 @@ def register() -> type:
                 return self.own.loglikelihoods(pairs, bar.update)
 
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-            totals = []
-            for request in tqdm(requests, disable=disable_tqdm):
-                windows = get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length - 1,
-                    context_len=1,
-                )
-                pairs = [make_disjoint_window(window) for window in windows]
-                totals.append(sum(p for p, _ in self.own.loglikelihoods(pairs)))
-            return totals
+            texts = [request.args[0] for request in requests]
+            with tqdm(unit=" windows", disable=disable_tqdm) as bar:
+                return self.own.rolling_loglikelihoods(texts, bar.update)
 
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             with tqdm(total=len(requests), disable=disable_tqdm) as bar:

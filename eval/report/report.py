@@ -1,79 +1,81 @@
-"""Runs -> one page and PNG files: what was kept, what it cost, how sure that is.
+"""Runs -> a page with charts of accuracy, time and memory, and intervals for each number.
 
     python -m lookahead_jax.eval.report RUN... [--out DIR]
 
-DIR (the first RUN if left out) gets report.html, which needs no network, cells.json with the
-numbers of every cell, and PNG files of the charts if matplotlib is there (extra `report`). Every
-number of the page opens the rows behind it.
+Writes report.html (one file, which needs no network), cells.json with the numbers of every cell,
+and PNG files of the charts to DIR, or to the first RUN. Every number of the page opens the rows
+behind it. Needs matplotlib (extra `report`).
 """
 
 import dataclasses
-import html
 import json
 import re
-import sys
 from collections.abc import Sequence
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
+from markupsafe import Markup
 
-from lookahead_jax.eval.report import charts, page
-from lookahead_jax.eval.report.figures import Report
+from lookahead_jax.eval.command import run_command
+from lookahead_jax.eval.report import drawing, page
+from lookahead_jax.eval.report.cells import Report
+from lookahead_jax.eval.report.figures import sections
 from lookahead_jax.host.files import atomic_path, atomic_write
-from lookahead_jax.host.pages import embed_json
+from lookahead_jax.host.pages import embed_json, render_page
+
+PROG = "python -m lookahead_jax.eval.report"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What is reported, and where to."""
+    """Which runs are reported, and where the report goes."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""
     out: Path | None = None
-    """Folder of the report; left out, the first run."""
+    """Folder of the report. Default: the first run."""
     rows: int = 100
-    """Rows of a cell that the page holds; all of them stand in the run's files."""
+    """Rows per cell that the page shows; the run's files have all of them."""
 
 
 def write(config: ReportConfig) -> list[Path]:
-    """Writes the page and its PNG files; returns their paths."""
+    """Writes the page, the numbers and the PNG files; returns their paths.
+
+    Raises ModuleNotFoundError without matplotlib, ValueError for folders without rows.
+    """
+    if not config.runs:
+        raise ValueError("no runs to report: give the folder of at least one")
+    drawing.require_matplotlib()
     report = Report(config.runs)
     out = config.out or config.runs[0]
     out.mkdir(parents=True, exist_ok=True)
-    body, written = [], []
-    pictures = find_spec("matplotlib") is not None
-    for heading, sections in report.sections():
-        body.append(f"<h2>{html.escape(heading)}</h2>")
-        for section in sections:
-            body.append(page.section_html(section))
-            if pictures:
-                name = re.sub(r"[^a-z0-9]+", "-", f"{heading} {section.title}".lower()).strip("-")
-                path = out / f"{name}.png"
-                with atomic_path(path) as temporary:
-                    charts.save_png(temporary, f"{heading}\n{section.title}", section.charts)
-                written.append(path)
-    body.append(page.cells_html(report))
-    data = page.data(report, config.rows)
-    template = (
-        files("lookahead_jax.eval.report").joinpath("templates/report.html").read_text("utf-8")
+    groups = list(sections(report))
+    content = render_page(
+        "lookahead_jax.eval.report",
+        "report.html",
+        groups=groups,
+        drawn=lambda chart: Markup(drawing.svg(chart)),
+        heads=(*page.NAMES, *page.NUMBERS),
+        table=page.table_rows(report),
+        data=embed_json(page.data(report, config.rows)),
     )
-    content = template.replace("__BODY__", "\n".join(body)).replace("__DATA__", embed_json(data))
     atomic_write(out / "report.html", content)
     atomic_write(out / "cells.json", json.dumps(report.numbers(), indent=0) + "\n")
-    if not pictures:
-        print("no PNG files: they need matplotlib (pip install 'lookahead-jax[report]')")
-    return [out / "report.html", out / "cells.json", *written]
+    pictures = []
+    for heading, members in groups:
+        for section in members:
+            name = re.sub(r"[^a-z0-9]+", "-", f"{heading} {section.title}".lower()).strip("-")
+            path = out / f"{name}.png"
+            with atomic_path(path) as temporary:
+                drawing.save_png(temporary, f"{heading}\n{section.title}", section.charts)
+            pictures.append(path)
+    return [out / "report.html", out / "cells.json", *pictures]
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command line; a failure is one line on stderr."""
-    config = tyro.cli(ReportConfig, prog="python -m lookahead_jax.eval.report.report", args=args)
-    try:
-        for path in write(config):
-            print(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(
+        lambda: tyro.cli(ReportConfig, prog=PROG, args=args),
+        lambda config: print(*write(config), sep="\n"),
+        prog=PROG,
+    )

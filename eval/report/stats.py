@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lookahead_jax.eval.compare.summary import normal, wilson
-from lookahead_jax.eval.grid.rows import ROWS, VIEWS, Cell, key_of, read_rows
+from lookahead_jax.eval.grid.rows import (
+    MEASURED,
+    ROWS,
+    VIEWED,
+    VIEWS,
+    GridCell,
+    key_of,
+    read_rows,
+)
+from lookahead_jax.eval.intervals import of_mean, of_share
 
 Row = Mapping[str, Any]
 
@@ -23,18 +31,18 @@ class Stat(NamedTuple):
     n: int
 
 
-def read_runs(runs: Sequence[Path]) -> dict[Cell, list[dict[str, Any]]]:
+def read_runs(runs: Sequence[Path]) -> dict[GridCell, list[dict[str, Any]]]:
     """The rows of several runs by cell; of a row that occurs twice the last one counts.
 
     Every row learns where it stands: `file` and `line`. Raises ValueError if there is none.
     """
     found: dict[Any, dict[str, Any]] = {}
     for run in runs:
-        for line, row in enumerate(read_rows(run / ROWS), 1):
+        for line, row in enumerate(read_rows(run / ROWS, MEASURED), 1):
             found[key_of(row)] = row | {"file": str(run / ROWS), "line": line}
     if not found:
         raise ValueError(f"no rows in {', '.join(map(str, runs))}")
-    cells: dict[Cell, list[dict[str, Any]]] = defaultdict(list)
+    cells: dict[GridCell, list[dict[str, Any]]] = defaultdict(list)
     for (cell, _), row in found.items():
         cells[cell].append(row)
     return dict(cells)
@@ -42,7 +50,7 @@ def read_runs(runs: Sequence[Path]) -> dict[Cell, list[dict[str, Any]]]:
 
 def read_views(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """The kept tokens of chosen examples, the last of those that occur twice."""
-    return list({key_of(v): v for run in runs for v in read_rows(run / VIEWS)}.values())
+    return list({key_of(v): v for run in runs for v in read_rows(run / VIEWS, VIEWED)}.values())
 
 
 def scores(rows: Iterable[Row]) -> list[float]:
@@ -51,17 +59,17 @@ def scores(rows: Iterable[Row]) -> list[float]:
 
 
 def accuracy(rows: Sequence[Row]) -> Stat | None:
-    """Mean score: a Wilson interval for shares, a normal one for graded scores; None without."""
+    """Mean score, with Wilson's interval for shares and Student's for graded scores, if any."""
     values = scores(rows)
     if not values:
         return None
     mean, n = float(np.mean(values)), len(values)
-    return Stat(mean, *wilson(mean, n), n) if all(r["binary"] for r in rows) else graded(values)
+    return Stat(mean, *of_share(mean, n), n) if all(r["binary"] for r in rows) else graded(values)
 
 
 def graded(values: Sequence[float]) -> Stat:
-    """Mean of values in [0, 1] with a normal interval; of a single one it says nothing."""
-    low, high = normal(np.array(values)) if len(values) > 1 else (0.0, 1.0)
+    """Mean of values in [0, 1] with Student's interval; that of a single one is [0, 1]."""
+    low, high = of_mean(values)
     return Stat(float(np.mean(values)), max(low, 0.0), min(high, 1.0), len(values))
 
 
@@ -99,9 +107,12 @@ def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
 
 
 def spread(values: Sequence[float]) -> Stat | None:
-    """Mean of measured values with a normal interval; of a single one the interval is empty."""
+    """Mean of measured values with Student's interval; None without values.
+
+    The interval of a single value is drawn as empty: it has no finite one.
+    """
     if not values:
         return None
     mean = float(np.mean(values))
-    low, high = normal(np.array(values)) if len(values) > 1 else (mean, mean)
+    low, high = of_mean(values) if len(values) > 1 else (mean, mean)
     return Stat(mean, low, high, len(values))

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-from lookahead_jax.eval.scorers.sandbox import run_cpp
+from lookahead_jax.eval.scorers.limited_run import run_cpp
 
 Measures = dict[str, float]
 

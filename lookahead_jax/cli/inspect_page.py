@@ -1,13 +1,12 @@
 """The page of `lookahead inspect`: what the cache kept of a prompt, and what a drafter proposed."""
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from typing import NamedTuple
 
 import numpy as np
 
 from lookahead_jax.decoding.step import Step
-from lookahead_jax.host.pages import embed_json
+from lookahead_jax.host.pages import embed_json, render_page
 
 
 class DraftedStep(NamedTuple):
@@ -15,18 +14,18 @@ class DraftedStep(NamedTuple):
 
     names: list[str]  # text of each node
     parents: list[int]  # before their children; -1 for node 0
-    ignored: list[int]  # nodes that the model did not look at
-    path: list[int]  # accepted nodes from node 0 down
-    own: str | None  # what the model chose behind the path; None if the text ended before
+    ignored: list[int]  # nodes that the model did not verify
+    path: list[int]  # accepted nodes, from node 0 down
+    own: str | None  # the model's own next token after the path; None if the text ended before
 
 
 def drafted_steps(
     steps: Sequence[Step], tokens: Sequence[int], name: Callable[[int], str]
 ) -> list[DraftedStep]:
-    """What `generate(on_step=...)` handed over about its first row, for `render`.
+    """The steps that `generate(on_step=...)` reported for its first row, for `render`.
 
-    `tokens` are the row's, the first of which no step emitted; `name` is a token's text. Nodes
-    without a token or without an earlier node to continue are left out.
+    `tokens` are the row's new tokens, the first of which comes from the prompt pass; `name` gives a
+    token's text. Nodes without a token or without an earlier parent are left out.
     """
     drawn, at = [], 1
     for step in steps:
@@ -62,12 +61,12 @@ def render(
     mark: str | None = None,
     steps: Sequence[DraftedStep] | None = None,
 ) -> str:
-    """One self-contained HTML page (no network; all text is data, none of it markup).
+    """One self-contained HTML page, which needs no network and shows all text as text.
 
-    `offsets` [T] are character ranges of the tokens in `prompt`, `pieces` [T] their names, shown
-    for tokens without characters; `kept` [L][K] are ascending positions per layer and KV head;
-    `facts` stand at the top in their order; every occurrence of `mark` is underlined. With
-    `steps` the page has a section that lists them and draws the tree of each.
+    `offsets` [T] are character ranges of the tokens in `prompt`, and `pieces` [T] their names,
+    shown for tokens without characters. `kept` [L][K] holds ascending positions per layer and KV
+    head. `facts` are listed at the top, and every occurrence of `mark` is underlined. With `steps`,
+    a section lists the decoding steps and draws the draft tree of each.
     Raises ValueError if lengths or positions do not fit together, or if `mark` does not occur.
     """
     if len(offsets) != len(pieces):
@@ -80,20 +79,15 @@ def render(
         "generated": generated,
         "facts": dict(facts),
     }
-    section = ""
     if steps is not None:
         data["steps"] = _drawn(steps)
-        section = "\n" + _template("steps.html")
-    page = _template("inspect.html").replace("__STEPS__", section)
-    return page.replace("__DATA__", embed_json(data))
-
-
-def _template(name: str) -> str:
-    return files("lookahead_jax.cli").joinpath("templates", name).read_text("utf-8")
+    return render_page(
+        "lookahead_jax.cli", "inspect.html", with_steps=steps is not None, data=embed_json(data)
+    )
 
 
 def _drawn(steps: Sequence[DraftedStep]) -> dict:
-    """The steps, every text once: `tokens` and `own` are indices into `names`, -1 for none."""
+    """The steps with each text stored once: `tokens` and `own` index `names`, -1 for none."""
     index: dict[str, int] = {}
 
     def number(text: str | None) -> int:

@@ -1,11 +1,22 @@
-"""Configuration files of commands: a JSON object, overridden field by field on the command line."""
+"""Command lines that start from a configuration file: its values are the defaults of the options.
+
+A configuration file is a JSON object with fields of the command's dataclass; a nested dataclass is
+a nested object.
+"""
 
 import contextlib
+import dataclasses
 import io
 import json
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
+
+Config = TypeVar("Config")
 
 
 class UsageError(ValueError):
@@ -15,7 +26,7 @@ class UsageError(ValueError):
 def read_config(name: str, presets: Path) -> dict[str, Any]:
     """The fields of a .json file, or of the one of that name in the folder `presets`.
 
-    Raises ValueError if there is no such file, or if it holds something else.
+    Raises ValueError if there is no such file, or if it is not a JSON object.
     """
     path = Path(name) if name.endswith(".json") else presets / f"{name}.json"
     if not path.is_file():
@@ -30,25 +41,40 @@ def read_config(name: str, presets: Path) -> dict[str, Any]:
     return fields
 
 
-def split_config(args: Sequence[str], presets: Path) -> tuple[list[str], Sequence[str]]:
-    """[CONFIG] and overrides -> the fields of CONFIG as options, and the overrides.
+def cli_with_file(
+    config_class: type[Config],
+    args: Sequence[str],
+    presets: Path,
+    prog: str,
+    *,
+    refused: Sequence[str] = (),
+) -> Config:
+    """Parses `[CONFIG] [options]` into a `config_class`, a dataclass.
 
-    In front of the overrides, both are read, and refused, by the same rules.
+    CONFIG is a .json file, or the name of one in the folder `presets`; without it, the defaults are
+    those of the class. Every field can be overridden by its option. Fields named in `refused` may
+    be set on the command line only.
+
+    Raises ValueError if CONFIG does not exist or has an unknown, ill-typed or refused field, and
+    UsageError for wrong options. `--help` prints the options and exits.
     """
-    if not args or args[0].startswith("-"):
-        return [], args
-    return as_options(read_config(args[0], presets)), args[1:]
-
-
-def as_options(fields: dict[str, Any], prefix: str = "--") -> list[str]:
-    """The fields of a configuration file as the command line would give them."""
-    options: list[str] = []
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            options += as_options(value, f"{prefix}{name}.")
-        else:
-            options += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
-    return options
+    default: Any = tyro.MISSING
+    if args and not args[0].startswith("-"):
+        fields = read_config(args[0], presets)
+        for name in refused:
+            if name in (key.replace("-", "_") for key in fields):
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{args[0]}: {name} may only be set by {option}, not in a file")
+        default = _default(config_class, fields, args[0])
+        args = args[1:]
+    with usage_errors():
+        return tyro.cli(
+            config_class,
+            default=default,
+            args=list(args),
+            prog=f"{prog} [CONFIG]",
+            config=(tyro.conf.AvoidSubcommands,),
+        )
 
 
 @contextlib.contextmanager
@@ -75,3 +101,55 @@ def _unbox(complaint: str) -> str:
             parts[-1].append(text)
     title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
     return " ".join(parts[min(title, len(parts) - 1)])
+
+
+def _default(config_class: type[Config], fields: dict[str, Any], where: str) -> Config:
+    """The fields of a file as a default for tyro, which then asks for those that are missing.
+
+    The dataclass's own `__post_init__` does not run: it checks whole configurations, and overrides
+    are still to come.
+    """
+    hints = typing.get_type_hints(config_class)
+    known = {f.name: f for f in dataclasses.fields(config_class) if f.init}  # pyright: ignore[reportArgumentType]
+    given = {name.replace("-", "_"): value for name, value in fields.items()}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(known)}")
+    default = object.__new__(config_class)
+    for name, field in known.items():
+        if name in given:
+            value = _typed(hints[name], given[name], f"{where}: {name}")
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = tyro.MISSING
+        object.__setattr__(default, name, value)
+    return default
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as the type that a field is annotated with; ValueError if it does not fit."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in options:
+            with contextlib.suppress(ValueError):
+                return _typed(option, value, where)
+    elif origin is typing.Literal:
+        if value in options:
+            return value
+    elif origin is tuple and isinstance(value, list):
+        repeated = len(options) == 2 and options[1] is Ellipsis
+        each = options[:1] * len(value) if repeated else options
+        if len(each) == len(value):
+            return tuple(_typed(t, v, where) for t, v in zip(each, value, strict=True))
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _default(typing.cast("type[Any]", hint), value, where)
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint or hint is Any:  # an exact match: True is no int
+        return value
+    expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"{where}: expected {expected}, got {json.dumps(value)}")

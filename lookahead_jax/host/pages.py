@@ -1,9 +1,30 @@
-"""HTML pages in one file: data is embedded as JSON that cannot end its script element."""
+"""HTML pages in one file, made from Jinja templates: text never becomes markup."""
 
 import json
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 
-def embed_json(data: object) -> str:
-    """JSON that cannot end the script element it stands in."""
+def embed_json(data: object) -> Markup:
+    """JSON for the inside of a script element, which it cannot end."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def render_page(package: str, template: str, **values: Any) -> str:
+    """The template of that name in the folder `templates` of a package, filled in.
+
+    Values are escaped unless they are `Markup`; a value that the template needs and does not get is
+    an error.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)

@@ -19,7 +19,7 @@ import tyro
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.load import load, save_params
-from lookahead_jax.eval.compare.summary import wilson
+from lookahead_jax.eval.intervals import of_share
 from lookahead_jax.eval.tasks.own.code import HELDOUT
 from lookahead_jax.eval.tasks.own.prompts import TASKS, Filler, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
@@ -68,7 +68,7 @@ class PackageConfig:
 
 def interval(right: np.ndarray) -> str:
     """Share of successes with its 95 % Wilson interval, as a cell of a table."""
-    low, high = wilson(float(right.mean()), len(right))
+    low, high = of_share(float(right.mean()), len(right))
     return f"{right.mean():.3f} ({low:.3f}-{high:.3f})"
 
 

@@ -1,0 +1,47 @@
+"""A batch of prompts of one cell, before and after it is answered."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lookahead_jax.eval.grid.config import Method
+from lookahead_jax.eval.grid.prompts import AssembledPrompt
+from lookahead_jax.eval.grid.rows import GridCell
+from lookahead_jax.eval.tasks.base import Example
+from lookahead_jax.generation.generate import Generation
+from lookahead_jax.prefilling.batching import bucket_length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts of one cell that are answered together."""
+
+    cell: GridCell
+    method: Method
+    contexts: list[list[int]]
+    questions: list[list[int]] | None  # of the protocol `hidden`
+    new_tokens: int
+    stop: tuple[str, ...]
+
+    @property
+    def compiled_as(self) -> tuple:
+        """Equal for batches that run the same programs."""
+        cell = self.cell
+        shape = [max(map(len, part)) for part in (self.contexts, self.questions or [[0]])]
+        key = (cell.policy, cell.budget, cell.drafter, self.questions is not None)
+        return (*key, self.new_tokens, *map(bucket_length, shape))
+
+
+class Answered(NamedTuple):
+    """A batch of one cell with its answers; copies that filled it up are left out."""
+
+    cell: GridCell
+    examples: Sequence[Example]
+    prompts: Sequence[AssembledPrompt]
+    result: Generation
+    measured: dict[str, Any]  # of the whole batch
+
+    @property
+    def texts(self) -> list[str]:
+        """The model's answers."""
+        return (self.result.text or [])[: len(self.examples)]
