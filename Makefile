@@ -28,7 +28,7 @@ slow: setup  ## the slow tests, the examples among them
 	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
 
 docs: setup  ## the site, into build/site; a warning is an error
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup  ## the CPU benchmarks that need a minute; each program of benchmarks/ has a --help
 	$(BIN)/python benchmarks/time_to_first_token.py --repetitions 10
