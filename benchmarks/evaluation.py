@@ -5,8 +5,9 @@ Times depend on other load of the machine, answers do not: measure times on an i
     python benchmarks/evaluation.py --work DIR --steps answers
     python benchmarks/evaluation.py --work DIR --steps times report
 
-A stopped step resumes; use a new DIR when the model or its modules have changed. The last step writes DIR/report and renews evaluation_embedded.json, evaluation_embedded_times.json and
-the rows of both in benchmarks/results, and the pictures of docs/images.
+A stopped step resumes; use a new DIR when the model or its modules have changed. The last step
+writes DIR/report and renews evaluation_embedded.json, evaluation_embedded_times.json and the rows
+of both in benchmarks/results, and the pictures of docs/images.
 """
 
 import dataclasses

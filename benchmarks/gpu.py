@@ -12,11 +12,11 @@ select, drafting (the embedded model), memory. All but kernels and drafting use 
 model in bfloat16. Together they take about 36 minutes on an H100 or H200 by estimate (`SECTIONS`),
 half of it compiling.
 
-Every measurement is written at once to one JSON file per card and commit; a later run skips it. Each
-section is a process: if a kernel hangs or takes the device down, that measurement becomes an error
-and the section continues with the next one. --again repeats errors. --smoke runs everything at toy
-sizes on any machine, in one process, and writes no report. docs/gpu.md lists the requirements and
-says how to add kvpress.
+Every measurement is written at once to one JSON file per card and commit; a later run skips it.
+Each section is a process: if a kernel hangs or takes the device down, that measurement becomes an
+error and the section continues with the next one. --again repeats errors. --smoke runs everything
+at toy sizes on any machine, in one process, and writes no report. docs/gpu.md lists the
+requirements and says how to add kvpress.
 """
 
 import dataclasses

@@ -1,9 +1,10 @@
-"""Counts the bytes that programs compiled for an NVIDIA card move: an estimate, made without a card.
+"""Counts the bytes that programs compiled for an NVIDIA card move: an estimate, without a card.
 
 Steps of an 8B-shaped model and its prefill are compiled ahead of time for a card's description
-(benchmarks/cards/). Bytes and kernels are counted from the result (hlo_traffic.py), next to the floor:
-every weight but the embedding table and every filled slot, once. Nothing runs on a card. Rows "XLA's
-own options" are the same programs with XLA's default options (lookahead_jax/model/jit.py).
+(benchmarks/cards/). Bytes and kernels are counted from the result (hlo_traffic.py), next to the
+floor: every weight but the embedding table and every filled slot, once. Nothing runs on a card.
+Rows "XLA's own options" are the same programs with XLA's default options
+(lookahead_jax/model/jit.py).
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \\
         nvidia-cuda-runtime

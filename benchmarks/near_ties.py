@@ -2,8 +2,8 @@
 
 Two groupings of the same sums round differently, so a decision between two logits that nearly tie
 may change. Prompts are windows of the packaged example, greedy, on the embedded model: each alone,
-in batches of 8 with other lengths and paddings, and in steps of 16 nodes with two drafters. The tests
-demand equality in float32 with highest precision; bfloat16 is only recorded.
+in batches of 8 with other lengths and paddings, and in steps of 16 nodes with two drafters. The
+tests demand equality in float32 with highest precision; bfloat16 is only recorded.
 
     python benchmarks/near_ties.py --dtype float32 --out benchmarks/results/near_ties.json
     python benchmarks/near_ties.py --dtype bfloat16 --out benchmarks/results/near_ties_bf16.json

@@ -1,8 +1,9 @@
 """How much memory prefill of a long prompt on an 8B model allocates, without running it.
 
-The shape is Llama 3.1 8B in bfloat16 and the arrays are abstract. The compiler reports what it would
-allocate (`memory_analysis`): the budgeted cache, and the temporaries, which grow with the prompt by
-the residual stream and one layer's keys and values only. The full cache is measured as well.
+The shape is Llama 3.1 8B in bfloat16 and the arrays are abstract. The compiler reports what it
+would allocate (`memory_analysis`): the budgeted cache, and the temporaries, which grow with the
+prompt by the residual stream and one layer's keys and values only. The full cache is measured as
+well.
 
     python benchmarks/prefill_memory.py                       # compiled for this CPU
     python benchmarks/prefill_memory.py --topology v5p:2x2x1    # ahead of time for a TPU (libtpu)

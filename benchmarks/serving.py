@@ -1,8 +1,9 @@
 """Tokens per second of `lookahead serve` at 8 concurrent requests against one at a time.
 
 Two servers run, each in its own process: one with 8 rows, one with a single row. Every repetition
-sends the same requests one at a time to both, and 8 at a time to the first, in random order. Prompts
-differ, nothing is kept between requests, and all requests ask for the same number of tokens.
+sends the same requests one at a time to both, and 8 at a time to the first, in random order.
+Prompts differ, nothing is kept between requests, and all requests ask for the same number of
+tokens.
 
     python benchmarks/serving.py --out benchmarks/results/serving.json
 """

@@ -1,9 +1,9 @@
 """Memory and time of the host drafters: fills a trie and a suffix tree to a million nodes.
 
-The text is synthetic: tokens of a Zipf distribution, with repeated phrases. Cold is the filling of an
-empty store, warm the time at its bound, where every new node evicts another. Both insert 3 tokens per
-call, as a decoding step does. Times are given as wall time and as process time, because on a busy
-machine they differ.
+The text is synthetic: tokens of a Zipf distribution, with repeated phrases. Cold is the filling of
+an empty store, warm the time at its bound, where every new node evicts another. Both insert 3
+tokens per call, as a decoding step does. Times are given as wall time and as process time, because
+on a busy machine they differ.
 
     python benchmarks/trie.py --out benchmarks/results/trie.json
 """
