@@ -17,7 +17,7 @@ at which a matrix of that size is read, and the FLOPs of the prompt over those o
 matrix product (both measured with torch in the same run).
 """
 
-import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -28,8 +28,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
-HERE = Path(__file__).resolve().parent
+from common import RESULTS, ROOT, Help, commit, machine, parse, save
+
 TOKENS, BUDGET, NEW_TOKENS, WINDOW, POOL = 2048, 256, 128, 64, 5
 CORES = 2
 PAUSE_S = 0.5  # threads of the other worker stop spinning
@@ -64,7 +66,6 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        sys.path.insert(0, str(HERE.parent))
         from lookahead_jax.checkpoints.load import load
         from lookahead_jax.model.params import unstack
 
@@ -197,7 +198,7 @@ class Worker:
     def __init__(self, python: str, side: str, directory: Path, prompt: list[int]):
         cores = sorted(os.sched_getaffinity(0))[:CORES]
         self.process = subprocess.Popen(
-            [python, str(HERE / "against_transformers.py"), "--serve", side, str(directory)],
+            [python, __file__, "--serve", side, str(directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -226,7 +227,6 @@ def random_model(directory: Path, seed: int) -> None:
     """Writes the random 100M Llama as a Hugging Face directory."""
     import jax
 
-    sys.path.insert(0, str(HERE.parent))
     from lookahead_jax.checkpoints.hf_config import config_from_hf
     from lookahead_jax.checkpoints.load import save_params
     from lookahead_jax.model.params import init_params
@@ -321,56 +321,52 @@ def table(models: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    peer: Annotated[str | None, Help("Python of the environment with transformers and kvpress")] = (
+        None
+    )
+    models: Annotated[tuple[str, ...], Help("models to measure: embedded, random-100m")] = (
+        "embedded",
+        "random-100m",
+    )
+    repetitions: Annotated[int, Help("measurements of each case on both sides")] = 7
+    seed: Annotated[int, Help("seed of the prompt and of the random model")] = 0
+    out: Annotated[Path, Help("file of the report")] = RESULTS / "against_transformers.json"
+    serve: Annotated[tuple[str, ...] | None, Help(None, nargs=2)] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", help="Python of the environment with transformers and kvpress")
-    parser.add_argument("--models", nargs="+", default=["embedded", "random-100m"])
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(HERE / "results" / "against_transformers.json"))
-    parser.add_argument("--serve", nargs=2, metavar=("SIDE", "DIRECTORY"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     if options.serve:
         serve(*options.serve)
         return
     if not options.peer:
-        parser.error("--peer is needed; see the top of this file")
+        raise SystemExit("--peer is needed: the Python of an environment as described in --help")
 
     models = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.models:
-            directory = HERE.parent / "lookahead_jax" / "assets" / "base"
+            directory = ROOT / "lookahead_jax" / "assets" / "base"
             if name == "random-100m":
                 directory = Path(scratch)
                 random_model(directory, options.seed)
             models.append(compare(name, directory, options))
             print(table(models[-1:]), flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
     report = {
         "command": "python benchmarks/against_transformers.py "
         f"--models {' '.join(options.models)} --repetitions {options.repetitions} "
         f"--seed {options.seed}",
-        "commit": commit,
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {CORES} cores",
+        "machine": machine(CORES),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
         "shape": dict(tokens=TOKENS, budget=BUDGET, new_tokens=NEW_TOKENS, dtype="float32"),
         "models": models,
     }
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.out).write_text(json.dumps(report, indent=1) + "\n")
+    save(options.out, report)
     print("\n" + table(models))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Drafted decoding on four kinds of text: tokens per step, drafter time, speed over plain decoding.
 
-The model inside the package, float32, greedy, batch 1, full cache; drafting_texts.py makes the
-prompts. Sections run in the order given; each replaces its part of the report when it ends.
+Setting: the embedded model, float32, greedy, batch 1, full cache; drafting_texts.py makes the
+prompts. Sections run in the given order; each replaces its part of the report when it ends.
 
     cost        seconds of a step of P nodes: c(P), and c(P) / c(1); and of one whose tree comes
                 from the host, begun and waited for by itself, without the drafter's time
@@ -24,7 +24,6 @@ also with the cost of a step that the host takes part in.
     python benchmarks/drafting.py --peer PEER/bin/python
 """
 
-import argparse
 import dataclasses
 import datetime
 import inspect
@@ -36,11 +35,12 @@ import statistics
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import RESULTS, Help, commit, machine, parse, save, settings
 from drafting_texts import Text, Texts
 
 import lookahead_jax as lk
@@ -50,7 +50,6 @@ from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.model.params import unstack
 
-HERE = Path(__file__).resolve().parent
 KINDS = ("completion", "question", "editing", "free_text")
 SECTIONS = ("cost", *KINDS, "replay", "peer")
 DRAFTERS = {  # label -> (name, warm)
@@ -108,10 +107,26 @@ class HostStar:
         pass
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    sections: Annotated[tuple[str, ...], Help("sections to run, in this order", SECTIONS)] = (
+        SECTIONS
+    )
+    prompts: Annotated[int, Help("measured prompts of each kind")] = 4
+    warm: Annotated[int, Help("further prompts, seen by warm drafters only")] = 12
+    new_tokens: Annotated[int, Help("tokens to generate at most")] = 96
+    repetitions: Annotated[int, Help("measurements of each case")] = 3
+    nodes: Annotated[tuple[int, ...], Help("fixed numbers of draft nodes")] = NODE_BUCKETS[1:]
+    peer: Annotated[str | None, Help("Python of the environment with transformers")] = None
+    out: Annotated[Path, Help("file of the report; sections that ran replace theirs")] = (
+        RESULTS / "drafting.json"
+    )
+
+
 class Bench:
     """The model, the texts, and what has been compiled."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: Options):
         self.options = options
         model = lk.load(lk.EMBEDDED_MODEL, dtype="float32")
         # Once, not at every call of `generate`.
@@ -437,22 +452,9 @@ def table(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--prompts", type=int, default=4, help="measured prompts of each kind")
-    parser.add_argument("--warm", type=int, default=12, help="more prompts, for warm drafters")
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--nodes", type=int, nargs="+", default=NODE_BUCKETS[1:])
-    parser.add_argument("--peer", help="Python of the environment with transformers")
-    parser.add_argument("--out", default=str(HERE / "results" / "drafting.json"))
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     jax.config.update("jax_default_matmul_precision", "highest")
-    bench, out = Bench(options), Path(options.out)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
-    ).stdout.strip()
-    settings = {k: v for k, v in vars(options).items() if k not in ("sections", "peer", "out")}
+    bench, out = Bench(options), options.out
     for section in options.sections:
         begin = time.perf_counter()
         result = bench.kind(section) if section in KINDS else getattr(bench, section)()
@@ -460,24 +462,18 @@ def main() -> None:
         report[section] = result
         report["summary"] = summary(report)
         report.setdefault("runs", {})[section] = {
-            "commit": commit,
+            "commit": commit(),
             "date": datetime.date.today().isoformat(),
-            "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+            "machine": machine(),
             "load_average": os.getloadavg(),
             "python": platform.python_version(),
             "jax": jax.__version__,
             "seconds": round(time.perf_counter() - begin, 1),
-            "settings": settings,
+            "settings": settings(options, "sections", "peer", "out"),
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=1) + "\n")
+        save(out, report)
         print(f"{section}: {time.perf_counter() - begin:.0f} s", flush=True)
     print("\n" + table(report))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

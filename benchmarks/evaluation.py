@@ -1,27 +1,24 @@
 """The evaluation's demonstration: a grid of answers, a smaller one of times, and their report.
 
-The answers do not depend on what else the machine does, the times do: run these on a quiet one.
+Times depend on other load of the machine, answers do not: measure times on an idle machine.
 
     python benchmarks/evaluation.py --work DIR --steps answers
     python benchmarks/evaluation.py --work DIR --steps times report
 
-A step goes on where it was stopped; take a new DIR when the model or its modules have changed. The
-last step writes DIR/report and renews evaluation_embedded.json, evaluation_embedded_times.json and
-the rows of both in benchmarks/results, and the pictures of docs/images.
+A stopped step resumes; use a new DIR when the model or its modules have changed. The last step
+writes DIR/report and renews evaluation_embedded.json, evaluation_embedded_times.json and the rows
+of both in benchmarks/results, and the pictures of docs/images.
 """
 
-import argparse
+import dataclasses
 import gzip
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Annotated
 
 import jax
+from common import RESULTS, ROOT, Help, commit, machine, parse, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lookahead_jax.eval.grid.config import parse_run
 from lookahead_jax.eval.grid.rows import ROWS
 from lookahead_jax.eval.grid.run import run
@@ -29,8 +26,8 @@ from lookahead_jax.eval.report import report
 from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.host.files import atomic_write
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"answers": "embedded", "times": "embedded_times"}
+STEPS = (*CONFIGS, "report")
 SEEN, HIDDEN = (f"embedded-question-{p}-during-compression" for p in ("seen", "hidden"))
 PICTURES = {
     "evaluation-seen-512": f"{SEEN}-accuracy-over-budget-512-tokens",
@@ -41,35 +38,32 @@ PICTURES = {
 
 def keep(work: Path, results: Path, images: Path) -> None:
     """Keeps the numbers of both runs, the rows behind them, and the report's pictures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     about = {
-        "commit": commit,
-        "machine": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "commit": commit(short=False),
+        "machine": machine(),
         "jax": jax.__version__,
     }
     for step, cells, name in (("answers", "", "_rows"), ("times", "_times", "_times")):
         content = about | {"cells": Report((work / step,)).numbers()}
-        path = results / f"evaluation_embedded{cells}.json"
-        atomic_write(path, json.dumps(content, indent=0) + "\n")
+        save(results / f"evaluation_embedded{cells}.json", content, indent=0)
         rows = gzip.compress((work / step / ROWS).read_bytes(), 9, mtime=0)
         atomic_write(results / f"evaluation_embedded{name}.jsonl.gz", rows)
     for name, source in PICTURES.items():
         shutil.copyfile(work / "report" / f"{source}.png", images / f"{name}.png")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    work: Annotated[Path, Help("folder of the runs")]
+    steps: Annotated[tuple[str, ...], Help("steps to run", STEPS)] = STEPS
+    count: Annotated[str | None, Help("examples of each task, to try things out")] = None
+    results: Annotated[Path, Help("folder of the figures that are kept")] = RESULTS
+    images: Annotated[Path, Help("folder of the pictures that are kept")] = ROOT / "docs" / "images"
+
+
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--steps", nargs="+", default=[*CONFIGS, "report"])
-    parser.add_argument("--count", help="examples of each task, to try things out")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "images")
-    options = parser.parse_args()
-    if unknown := set(options.steps) - {*CONFIGS, "report"}:
-        parser.error(f"unknown steps: {', '.join(sorted(unknown))}")
+    options = parse(Options, __doc__)
     for step, config in CONFIGS.items():
         if step in options.steps:
             fewer = [] if options.count is None else ["--count", options.count]
@@ -79,11 +73,6 @@ def main() -> None:
         for path in report.write(report.ReportConfig(runs=runs, out=options.work / "report")):
             print(path)
         keep(options.work, options.results, options.images)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
 
 
 if __name__ == "__main__":

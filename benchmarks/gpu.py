@@ -1,25 +1,25 @@
-"""Kernels and the whole pipeline on one accelerator, in parts that go on where they stopped.
+"""Measures kernels and the whole pipeline on one accelerator, in sections that can be resumed.
 
-    python benchmarks/gpu.py --minutes 9          # again and again, until it measures nothing
-    python benchmarks/gpu.py --section ttft       # one part
+    python benchmarks/gpu.py --minutes 9          # repeat until nothing is left to measure
+    python benchmarks/gpu.py --section ttft       # one section
     python benchmarks/gpu.py --table              # the merged report as a table
 
-Sections, in the order of their worth: ceilings (the others refer to it), ttft (time to the first
+Sections, the most useful first: ceilings (the others refer to it), ttft (time to the first
 token), decode, compilers and graph (decoding compiled in other ways), steps (of 1 to 128 nodes),
 scores and attention (every kernel is checked against float64 NumPy before it is timed), long (128K
 tokens), train, peer (transformers + kvpress on the same card, "not run" where not installed),
 select, drafting (the embedded model), memory. All but kernels and drafting use an 8B-shaped random
-model in bfloat16. Together about 36 minutes on an H100 or H200, half of it compiling: an estimate,
-`SECTIONS` has it in parts.
+model in bfloat16. Together they take about 36 minutes on an H100 or H200 by estimate (`SECTIONS`),
+half of it compiling.
 
-Every measurement is written as soon as it is made, to one JSON per card and commit, and skipped
-when it stands there. A section runs in a process of its own: a kernel that hangs or takes the
-device down costs that one measurement, which stands as an error, and the section begins anew
-behind it. --again repeats errors. `--smoke` runs everything at toy sizes on any machine, in one
-process, and keeps nothing. docs/gpu.md says what is needed and how to add kvpress.
+Every measurement is written at once to one JSON file per card and commit; a later run skips it.
+Each section is a process: if a kernel hangs or takes the device down, that measurement becomes an
+error and the section continues with the next one. --again repeats errors. --smoke runs everything
+at toy sizes on any machine, in one process, and writes no report. docs/gpu.md lists the
+requirements and says how to add kvpress.
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import queue
@@ -31,10 +31,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import RESULTS, Help, commit, parse
+
 SECTIONS = {  # seconds that one measurement should take at most, by estimate
     "ceilings": 20, "ttft": 120, "decode": 45, "compilers": 60, "graph": 60, "steps": 40,
     "scores": 30, "attention": 30, "long": 240, "train": 90, "peer": 60, "select": 20,
@@ -152,17 +152,26 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def commit() -> str:
-    """The checkout's commit, as far as git can tell."""
-    try:
-        git = ["git", "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    section: Annotated[
+        tuple[str, ...],
+        Help("a section, once per section; by default all", tuple(SECTIONS), repeated=True),
+    ] = ()
+    minutes: Annotated[float, Help("nothing begins that would end later, by estimate")] = 9.0
+    smoke: Annotated[bool, Help("toy sizes on any machine; writes no report")] = False
+    again: Annotated[bool, Help("repeat measurements that ended in an error")] = False
+    table: Annotated[bool, Help("print the reports as Markdown and measure nothing")] = False
+    results: Annotated[Path, Help("folder of the reports")] = RESULTS
+    commit: Annotated[str | None, Help("name of the measured code; by default git's commit")] = None
+    compiled: Annotated[Path, Help("folder of compiled programs, shared by the processes")] = (
+        Path(tempfile.gettempdir()) / "lookahead-gpu-compiled"
+    )
+    child: Annotated[bool, Help(None)] = False
+    until: Annotated[float, Help(None)] = float("inf")
 
 
-def measure_here(options: argparse.Namespace) -> None:
+def measure_here(options: Options) -> None:
     """The sections in this process."""
     import jax
 
@@ -189,22 +198,8 @@ def measure_here(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--section", action="append", choices=list(SECTIONS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="within which all shall end")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes; nothing is kept")
-    parser.add_argument("--again", action="store_true", help="repeat what ended in an error")
-    parser.add_argument("--table", action="store_true", help="print the reports and stop")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--commit", help="name of the code measured; default: git's")
-    parser.add_argument(
-        "--compiled", type=Path, default=Path(tempfile.gettempdir()) / "lookahead-gpu-compiled",
-        help="where compiled programs are kept between processes",
-    )  # fmt: skip
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.commit = options.commit or commit()
+    options = parse(Options, __doc__)
+    options = dataclasses.replace(options, commit=options.commit or commit())
     if options.table:
         for path in sorted(options.results.glob(f"gpu-*-{options.commit}.json")):
             print(table(json.loads(path.read_text())))

@@ -1,10 +1,10 @@
-"""What XLA compiles for an NVIDIA card, counted without one: an estimate of bytes, not of time.
+"""Counts the bytes that programs compiled for an NVIDIA card move: an estimate, without a card.
 
-Steps of an 8B-shaped model and the reading of a prompt are compiled ahead of time for a card's
-description (benchmarks/cards/), and bytes and kernels are counted from the result (hlo_traffic.py),
-next to the bytes that have to move: every weight but the embedding table and every filled slot,
-once. Nothing here has run on a card. Rows "XLA's own options" are the same programs as XLA compiles
-them by itself (lookahead_jax/program.py says what differs).
+Steps of an 8B-shaped model and its prefill are compiled ahead of time for a card's description
+(benchmarks/cards/). Bytes and kernels are counted from the result (hlo_traffic.py), next to the
+floor: every weight but the embedding table and every filled slot, once. Nothing runs on a card.
+Rows "XLA's own options" are the same programs with XLA's default options
+(lookahead_jax/model/jit.py).
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \\
         nvidia-cuda-runtime
@@ -13,7 +13,7 @@ them by itself (lookahead_jax/program.py says what differs).
 (the plugins of the installed jax's version, 0.11 or newer; no driver is needed).
 """
 
-import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,10 +22,10 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import Help, commit, parse, save
+
 CARDS = Path(__file__).parent / "cards"
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}  # byte/s, datasheets
 FLOPS = 989e12  # dense bfloat16 of both, datasheets
@@ -199,33 +199,32 @@ def reading(card: Card, bandwidth: float) -> Iterator[Row]:
             yield f"prompt of {tokens}, {label}", partial(read, tokens, label)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    card: Annotated[str, Help("card to compile for", tuple(BANDWIDTH))] = "h200"
+    out: Annotated[Path | None, Help("file of the counts, as JSON")] = None
+    child: Annotated[bool, Help(None)] = False
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--card", choices=list(BANDWIDTH), default="h200")
-    parser.add_argument("--out", type=Path, help="where to write the counts as JSON")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     if not options.child:  # where the compiler is has to be known before JAX starts
         command = [sys.executable, __file__, "--child", *sys.argv[1:]]
         raise SystemExit(subprocess.run(command, env=environment()).returncode)
 
     import jax
 
-    from lookahead_jax.host.files import atomic_write
-
     card = Card(options.card)
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     report: dict[str, Any] = {
         "what": "bytes and kernels of compiled programs; nothing was run on a card",
-        "card": options.card, "commit": commit, "jax": jax.__version__, "rows": {},
+        "card": options.card, "commit": commit(), "jax": jax.__version__, "rows": {},
     }  # fmt: skip
     for section in (steps, reading):
         for label, count in section(card, BANDWIDTH[options.card]):
             report["rows"][label] = count()
             print(label, json.dumps(report["rows"][label]), flush=True)
     if options.out is not None:
-        atomic_write(options.out, json.dumps(report, indent=1) + "\n")
+        save(options.out, report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the base model's keys say about the tag of the row they stand in.
+"""How well the base model's keys encode the tag of the row they belong to.
 
 A lookahead token finds entries by its query times their keys, so it can select the rows of one tag
-only as far as keys tell tags apart. Here a linear classifier (ridge, fitted on three quarters of
+only as far as keys distinguish tags. A linear classifier (ridge, fitted on three quarters of
 the documents, tested on the rest) reads the tag from the key of each value of `tagged` and `spans`
 documents, as stored (rotated by position) and with the rotation undone, which no query can do at
 all distances.
@@ -9,12 +9,13 @@ all distances.
     python benchmarks/key_probe.py --out benchmarks/results/key_probe.json
 """
 
-import argparse
-import json
+import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
+from common import Help, parse, publish
 
 import lookahead_jax as lk
 from lookahead_jax.eval.tasks.own.prompts import comments, make_example
@@ -88,15 +89,16 @@ def measure(task: str, documents: int) -> dict:
     return report
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    documents: Annotated[int, Help("documents of each task")] = 160
+    out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", type=int, default=160)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     report = {task: measure(task, options.documents) for task in ("tagged", "spans")}
-    print(json.dumps(report, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    publish(report, options.out)
 
 
 if __name__ == "__main__":

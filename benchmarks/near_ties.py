@@ -1,23 +1,22 @@
-"""How often the same request ends differently when the work is grouped differently.
+"""How often the same request gives other tokens when its sums are grouped differently.
 
-Two groupings of the same sums round differently, so a decision whose two best logits nearly tie
-may fall either way. Prompts are windows of the packaged example, greedy, on the model inside the
-package: each alone, against batches of 8 with other lengths and paddings, and against steps of 16
-nodes with two drafters. float32 with highest precision is what the tests demand; bfloat16 is only
-recorded.
+Two groupings of the same sums round differently, so a decision between two logits that nearly tie
+may change. Prompts are windows of the packaged example, greedy, on the embedded model: each alone,
+in batches of 8 with other lengths and paddings, and in steps of 16 nodes with two drafters. The
+tests demand equality in float32 with highest precision; bfloat16 is only recorded.
 
     python benchmarks/near_ties.py --dtype float32 --out benchmarks/results/near_ties.json
     python benchmarks/near_ties.py --dtype bfloat16 --out benchmarks/results/near_ties_bf16.json
 """
 
-import argparse
-import json
-import subprocess
+import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import Help, commit, parse, publish, settings
 
 import lookahead_jax as lk
 from lookahead_jax.drafters.registry import make_drafter
@@ -60,13 +59,16 @@ def compare(model, prompts, policy, mine, theirs) -> dict:
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    rows: Annotated[int, Help("requests")] = 64
+    seed: Annotated[int, Help("seed of the prompts")] = 0
+    dtype: Annotated[str, Help("type of the weights", ("float32", "bfloat16"))] = "float32"
+    out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--out", help="file for the report; it is printed in any case")
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     jax.config.update("jax_default_matmul_precision", "highest")
     model = lk.load(lk.EMBEDDED_MODEL, dtype=options.dtype)
     text = model.tokenizer.encode((lk.EMBEDDED_MODEL.parent / "example.txt").read_text("utf-8"))
@@ -78,31 +80,26 @@ def main() -> None:
         prompts.append(text[begin : begin + length])
 
     policy = lk.make_policy("snapkv")
-    settings = dict(policy=policy, budget=BUDGET, max_new_tokens=NEW_TOKENS, eos_ids=())
-    alone = [lk.generate(model, [p], **settings).tokens[0] for p in prompts]
+    arguments = dict(policy=policy, budget=BUDGET, max_new_tokens=NEW_TOKENS, eos_ids=())
+    alone = [lk.generate(model, [p], **arguments).tokens[0] for p in prompts]
     together = [
         tokens
         for i in range(0, len(prompts), BATCH)
-        for tokens in lk.generate(model, prompts[i : i + BATCH], **settings).tokens
+        for tokens in lk.generate(model, prompts[i : i + BATCH], **arguments).tokens
     ]
     report = {"batches": compare(model, prompts, policy, alone, together)}
     for name in DRAFTERS:
         drafter, drafted, steps = make_drafter(name), [], 0
         for prompt in prompts:
-            result = lk.generate(model, [prompt], drafter=drafter, draft_nodes=NODES, **settings)
+            result = lk.generate(model, [prompt], drafter=drafter, draft_nodes=NODES, **arguments)
             drafted.append(result.tokens[0])
             steps += result.drafting.steps
         emitted = len(prompts) * (NEW_TOKENS - 1)
         report[name] = compare(model, prompts, policy, alone, drafted) | {
             "nodes": NODES, "emitted_per_step": round(emitted / steps, 3)
         }  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    settings = {k: v for k, v in vars(options).items() if k != "out"}
-    report = {"commit": commit.stdout.strip(), "jax": jax.__version__, **settings, **report}
-    content = json.dumps(report, indent=2) + "\n"
-    print(content, end="")
-    if options.out:
-        Path(options.out).write_text(content)
+    about = {"commit": commit(), "jax": jax.__version__, **settings(options, "out")}
+    publish({**about, **report}, options.out, indent=2)
 
 
 if __name__ == "__main__":

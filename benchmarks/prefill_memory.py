@@ -1,26 +1,26 @@
-"""What prefill of a long prompt on an 8B model allocates, found without running it.
+"""How much memory prefill of a long prompt on an 8B model allocates, without running it.
 
-The shape is Llama 3.1 8B in bfloat16, the arrays are abstract, and the compiler says how much it
+The shape is Llama 3.1 8B in bfloat16 and the arrays are abstract. The compiler reports what it
 would allocate (`memory_analysis`): the budgeted cache, and the temporaries, which grow with the
-prompt by the residual stream and one layer's keys and values only. Full cache next to it.
+prompt by the residual stream and one layer's keys and values only. The full cache is measured as
+well.
 
     python benchmarks/prefill_memory.py                       # compiled for this CPU
     python benchmarks/prefill_memory.py --topology v5p:2x2x1    # ahead of time for a TPU (libtpu)
 """
 
-import argparse
+import dataclasses
 import json
 import os
-import sys
-from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import Help, parse
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import abstract_params
@@ -63,13 +63,16 @@ def measure(config: ModelConfig, tokens: int, policy: Policy, budget: int, chunk
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    tokens: Annotated[tuple[int, ...], Help("lengths of the prompt")] = (8192, 16384, 32768)
+    budget: Annotated[int, Help("prompt entries kept per layer and KV head")] = 1024
+    chunk: Annotated[int | None, Help("prompt rows in flight; by default the platform's")] = None
+    topology: Annotated[str | None, Help("TPU to compile for, such as v5p:2x2x1")] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--budget", type=int, default=1024)
-    parser.add_argument("--chunk", type=int, default=None)
-    parser.add_argument("--topology", help="a TPU to compile for, such as v5p:2x2x1")
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
     config = config_from_hf(SHAPES["llama-3.1-8b"])
     sharding = None
     if options.topology:

@@ -1,14 +1,15 @@
 """Tokens per second of `lookahead serve` at 8 concurrent requests against one at a time.
 
-Two servers, each in a process of its own: one with 8 rows, one with a single row. Every repetition
-sends the same requests one at a time to both, and 8 at a time to the first, in random order; the
-prompts differ from each other, nothing is kept between requests, and each asks for as many tokens.
+Two servers run, each in its own process: one with 8 rows, one with a single row. Every repetition
+sends the same requests one at a time to both, and 8 at a time to the first, in random order.
+Prompts differ, nothing is kept between requests, and all requests ask for the same number of
+tokens.
 
     python benchmarks/serving.py --out benchmarks/results/serving.json
 """
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -22,15 +23,24 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import jax
+from common import ROOT, Help, commit, parse, publish, settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lookahead_jax as lk
-from lookahead_jax.host.files import atomic_write
 
-ROOT = Path(__file__).resolve().parent.parent
 CONCURRENT = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    prompt: Annotated[int, Help("tokens of every prompt")] = 512
+    new: Annotated[int, Help("tokens of every continuation")] = 128
+    budget: Annotated[int, Help("prompt entries kept per layer and KV head")] = 128
+    requests: Annotated[int, Help("requests of a repetition")] = 16
+    repetitions: Annotated[int, Help("measurements of each case")] = 5
+    out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
 
 
 @contextlib.contextmanager
@@ -79,7 +89,7 @@ def resident_mb(pid: int) -> float | None:
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measure(options: argparse.Namespace) -> dict:
+def measure(options: Options) -> dict:
     """Rates of all repetitions, their ratios, and the memory of the larger server."""
     tokenizer = lk.load(lk.EMBEDDED_MODEL).tokenizer
     ids = tokenizer.encode((lk.EMBEDDED_MODEL.parent / "example.txt").read_text())
@@ -117,30 +127,17 @@ def compare(rates: list[float], base: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of every prompt")
-    parser.add_argument("--new", type=int, default=128, help="tokens of every continuation")
-    parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    content = json.dumps(
-        {
-            "commit": commit.stdout.strip(),
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "jax": jax.__version__,
-            **{k: v for k, v in vars(options).items() if k != "out"},
-            **measure(options),
-        },
-        indent=1,
-    )
-    print(content)
-    if options.out is not None:
-        atomic_write(options.out, content + "\n")
+    options = parse(Options, __doc__)
+    report = {
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        **settings(options, "out"),
+        **measure(options),
+    }
+    publish(report, options.out)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,24 @@
-"""What eviction adds to the time to the first token, in paired and interleaved runs.
+"""The time that eviction adds to the first token, in paired and interleaved runs.
 
-Every repetition reads the same prompt once with each policy, in random order; the figures are the
+Every repetition reads the same prompt once with each policy, in random order. The report has the
 mean difference from the full cache with a 95 % interval over repetitions, and the median ratio.
 
     python benchmarks/time_to_first_token.py --out benchmarks/results/time_to_first_token.json
 """
 
-import argparse
-import json
+import dataclasses
 import os
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import Help, commit, parse, publish
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lookahead_jax as lk
-from lookahead_jax.host.files import atomic_write
 
 POLICIES = {
     "full": ("full", {}),
@@ -69,34 +66,28 @@ def _compare(values: list[float], full: list[float]) -> dict:
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    tokens: Annotated[int, Help("prompt tokens")] = 2048
+    budget: Annotated[int, Help("prompt entries kept per layer and KV head")] = 128
+    repetitions: Annotated[int, Help("readings of the prompt by each policy")] = 40
+    modules: Annotated[Path, Help("folder of the lookahead modules")] = lk.EMBEDDED_MODULES
+    out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=40)
-    parser.add_argument("--modules", type=Path, default=lk.EMBEDDED_MODULES)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    content = json.dumps(
-        {
-            "commit": commit.stdout.strip(),
-            "device": jax.devices()[0].device_kind,
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "jax": jax.__version__,
-            "tokens": options.tokens,
-            "budget": options.budget,
-            "repetitions": options.repetitions,
-            "policies": measure(
-                options.tokens, options.budget, options.repetitions, options.modules
-            ),
-        },
-        indent=1,
-    )
-    print(content)
-    if options.out is not None:
-        atomic_write(options.out, content + "\n")
+    options = parse(Options, __doc__)
+    sizes = (options.tokens, options.budget, options.repetitions)
+    report = {
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        **dict(zip(("tokens", "budget", "repetitions"), sizes, strict=True)),
+        "policies": measure(*sizes, options.modules),
+    }
+    publish(report, options.out)
 
 
 if __name__ == "__main__":

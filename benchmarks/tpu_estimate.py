@@ -1,32 +1,27 @@
-"""What the TPU compiler says about the kernels: an estimate, made without any TPU.
+"""Estimates the TPU kernels from the TPU compiler's schedule, without a TPU.
 
 Each kernel is compiled ahead of time for real shapes (package libtpu, extra `tpu-aot`), and the
 compiler's dumps are read: memory, spills, and the final static schedule (VLIW bundles of a grid
-step times the steps, at the chip's clock). The schedule knows no waiting for memory and counts
-code that runs only at a row's first or last step as if it ran at each; so the longer of schedule
-and roofline is what to expect at best. With --reading whole prompts are counted in XLA's
-own estimate of cycles, which takes jax 0.11 or newer. Nothing here has been timed on a TPU.
+step times the steps, at the chip's clock). The schedule ignores waiting for memory and counts code
+that runs only at a row's first or last step as if it ran at each; the longer of schedule and
+roofline is a lower bound of the time. --reading adds whole prompts by XLA's own estimate of cycles,
+which needs jax 0.11 or newer. Nothing here has been timed on a TPU.
 
     python benchmarks/tpu_estimate.py --reading --out benchmarks/results/tpu_estimate.json
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lookahead_jax.host.files import atomic_write
+from common import Help, commit, parse, save
 
-ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("importance_row_lse", "importance_column_scores", "block_attention")
 UNITS = [
     "MATMUL",
@@ -322,13 +317,20 @@ def reading(tokens: int, policy: str, kind: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    specs: Annotated[
+        tuple[str, ...], Help("names in kernels/specs.py; by default all", nargs="*")
+    ] = ()
+    chips: Annotated[tuple[str, ...], Help("chips to compile for", tuple(CHIPS), nargs="*")] = (
+        tuple(CHIPS)
+    )
+    reading: Annotated[bool, Help("estimate the reading of whole prompts, too")] = False
+    out: Annotated[Path | None, Help("file of the report; without it the report is printed")] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--specs", nargs="*", help="names in kernels/specs.py; default: all")
-    parser.add_argument("--chips", nargs="*", choices=list(CHIPS), default=list(CHIPS))
-    parser.add_argument("--reading", action="store_true", help="whole prompts, too")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse(Options, __doc__)
 
     from lookahead_jax.train.compile import ENVIRONMENT
 
@@ -351,9 +353,7 @@ def main() -> None:
         ]
         report = {
             "what": "static estimate of the TPU compiler; nothing was run on a TPU",
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-            ).stdout.strip(),
+            "commit": commit(),
             "jax": jax.__version__,
             "rows": rows,
             "sharded": sharded(),
@@ -367,11 +367,10 @@ def main() -> None:
                 for policy in ("full", "lookaheadkv")
             ],
         }
-    content = json.dumps(report, indent=1)
     if options.out is None:
-        print(content)
+        print(json.dumps(report, indent=1))
     else:
-        atomic_write(options.out, content + "\n")
+        save(options.out, report)
         for row in rows:
             times = {k: row[k] for k in ("schedule_ms", "memory_ms", "matrix_ms")}
             print(row["chip"], row["spec"], times)

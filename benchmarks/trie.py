@@ -1,22 +1,22 @@
 """Memory and time of the host drafters: fills a trie and a suffix tree to a million nodes.
 
-The text is made up: tokens of a Zipf distribution, with phrases that come back. Cold is the
-filling of an empty store, warm the time at its bound, where every new node evicts another; both
-hand over 3 tokens a call, as a decoding step does. Times are given on the clock and of the
-process: on a busy machine they differ, and the first is what the neighbours leave.
+The text is synthetic: tokens of a Zipf distribution, with repeated phrases. Cold is the filling of
+an empty store, warm the time at its bound, where every new node evicts another. Both insert 3
+tokens per call, as a decoding step does. Times are given as wall time and as process time, because
+on a busy machine they differ.
 
     python benchmarks/trie.py --out benchmarks/results/trie.json
 """
 
-import argparse
-import json
+import dataclasses
 import platform
-import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from common import Help, commit, parse, processor, publish, settings
 
 from lookahead_jax.drafters.suffix import Suffix
 from lookahead_jax.drafters.trie import Trie
@@ -106,29 +106,28 @@ def measure(drafter, capacity: int, nodes: int, depth: int, rng: np.random.Gener
 
 
 def machine() -> dict[str, str]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    )
     return {
-        "cpu": cpu[0].split(":")[1].strip(),
-        "commit": commit.stdout.strip(),
+        "cpu": processor(),
+        "commit": commit(),
         "python": platform.python_version(),
         "numpy": version("numpy"),
         "numba": version("numba"),
     }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    capacity: Annotated[int, Help("nodes of the store")] = 1 << 20
+    nodes: Annotated[int, Help("nodes of a proposal")] = 64
+    depth: Annotated[int, Help("depth of a proposal")] = 12
+    seed: Annotated[int, Help("seed of the text")] = 0
+    note: Annotated[str, Help("how busy the machine is, for the report")] = ""
+    out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capacity", type=int, default=1 << 20)
-    parser.add_argument("--nodes", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--note", default="", help="how busy the machine was")
-    parser.add_argument("--out", help="file for the report; it is printed in any case")
-    options = parser.parse_args()
-    report = {**machine(), "settings": {k: v for k, v in vars(options).items() if k != "out"}}
+    options = parse(Options, __doc__)
+    report = {**machine(), "settings": settings(options, "out")}
     for kind in (Trie, Suffix):
         small = kind(capacity=1_000)  # compiles
         small.begin(0, [1, 2, 1])
@@ -139,10 +138,7 @@ def main() -> None:
         report[kind.__name__.lower()] = measure(
             kind(capacity=options.capacity), options.capacity, options.nodes, options.depth, rng
         )
-    content = json.dumps(report, indent=2) + "\n"
-    print(content, end="")
-    if options.out:
-        Path(options.out).write_text(content)
+    publish(report, options.out, indent=2)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""The command lines of benchmarks/: one mechanism, and a help text for every option."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import common
+import pytest
+from common import Help
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PROGRAMS = sorted(
+    path.name for path in BENCHMARKS.glob("*.py") if "\nclass Options:" in path.read_text("utf-8")
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    work: Annotated[Path, Help("folder")]
+    tokens: Annotated[tuple[int, ...], Help("lengths")] = (8, 16)
+    card: Annotated[str, Help("card", ("h100", "h200"))] = "h200"
+    chunk: Annotated[int | None, Help("rows at 50 %")] = None
+    section: Annotated[tuple[str, ...], Help("section", repeated=True)] = ()
+    again: Annotated[bool, Help("repeat")] = False
+    until: Annotated[float, Help(None)] = 1.5
+
+
+def parsed(*args):
+    return common.parse(Options, "What it does.", ["--work", "w", *args])
+
+
+def test_options_are_the_fields_of_a_dataclass():
+    assert parsed() == Options(work=Path("w"))
+    assert parsed(
+        "--tokens", "4", "5", "--card", "h100", "--chunk", "3", "--again",
+        "--section", "a", "--section", "b", "--until", "2",
+    ) == Options(
+        work=Path("w"), tokens=(4, 5), card="h100", chunk=3, again=True, section=("a", "b"),
+        until=2.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "args", [["--card", "v5e"], ["--chunk", "x"], ["--nothing"], ["--tokens"]], ids=str
+)
+def test_anything_else_is_refused(args, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(*args)
+    assert stopped.value.code == 2
+    assert args[0] in capsys.readouterr().err
+
+
+def test_help_shows_defaults_and_hides_what_is_internal(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    text = capsys.readouterr().out
+    assert "lengths (default: 8 16)" in text
+    assert "rows at 50 %" in text
+    assert "--until" not in text
+
+
+def test_a_report_names_the_options_that_matter(tmp_path):
+    options = parsed("--tokens", "4")
+    report = common.settings(options, "work", "until")
+    assert list(report) == ["tokens", "card", "chunk", "section", "again"]
+    common.save(tmp_path / "new" / "report.json", report)
+    assert json.loads((tmp_path / "new" / "report.json").read_text())["tokens"] == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_explains_itself(program, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / program), "--help"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
