@@ -36,6 +36,12 @@ def check_signature(function):
 install_import_hook("lookahead_jax", f"{__name__}.check_signature")
 
 
+def pytest_configure(config):
+    from tests import tokenizer_adapter
+
+    tokenizer_adapter.install()
+
+
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="all combinations of the product tests")
 

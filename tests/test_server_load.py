@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.engine.engine import Engine
-from lookahead_jax.engine.requests import Event, Job
+from lookahead_jax.engine.requests import ActiveRequest, Event
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Call
@@ -190,7 +190,7 @@ def holdings():
     gc.collect()
     arrays = jax.live_arrays()
     # Not isinstance: it asks objects for __class__, and those of other packages may answer oddly.
-    ours = [type(o).__name__ for o in gc.get_objects() if type(o) in (Job, Call, Event)]
+    ours = [type(o).__name__ for o in gc.get_objects() if type(o) in (ActiveRequest, Call, Event)]
     files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     size = sum(array.nbytes for array in arrays)
     return {"bytes": size, "arrays": len(arrays), "ours": ours, "files": files}
