@@ -3,6 +3,8 @@
 Delete this file, and its call in conftest.py, once `lookahead_jax.checkpoints.tokenizer` has both.
 """
 
+import re
+
 import tokenizers
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
@@ -27,15 +29,18 @@ def install() -> None:
         self, messages, *, add_generation_prompt=True, continue_final_message=False, plain=True,
         **template_arguments,
     ):  # fmt: skip
-        if continue_final_message and add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
         text = self.render_chat(
-            messages, add_generation_prompt=add_generation_prompt, **template_arguments
+            marked, add_generation_prompt=add_generation_prompt, **template_arguments
         )
         if continue_final_message:
-            last = messages[-1]["content"]
-            text = text[: text.rindex(last) + len(last)]
-        return encode_batch(self, [text], special=False, plain=plain)[0]
+            text = text[: text.rindex("\ue001") + 1]
+        ids = []
+        for part in re.split("(\ue000[0-9]+\ue001)", text):
+            is_content = part.startswith("\ue000")
+            part = messages[int(part[1:-1])]["content"] if is_content else part
+            ids += encode_batch(self, [part], special=False, plain=plain and is_content)[0]
+        return ids
 
     Tokenizer.encode_batch = encode_batch
     Tokenizer.encode_chat = encode_chat

@@ -40,6 +40,9 @@ class Serve:
     """The longest prompt behind a `document`, for which every row has room; 0 takes none."""
     prompt_store_mb: int = 256
     """Megabytes of read prompts to keep: an equal one is not read again. 0 keeps none."""
+    allow_special_tokens: bool = False
+    """Let control tokens act that clients spell in prompts and messages, such as <|im_end|>; for
+    clients that apply chat templates themselves."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -75,7 +78,10 @@ def main(config: Serve) -> None:
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name
         service = Service(engine, config.limits)
-        server = Server(service, model, name=name, api_key=key)
+        server = Server(
+            service, model, name=name, api_key=key,
+            allow_special_tokens=config.allow_special_tokens,
+        )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up()
         host, port = socket.getsockname()[:2]

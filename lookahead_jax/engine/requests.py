@@ -73,12 +73,16 @@ class Event:
     result: Result | None  # the last event of every request has one
 
 
-class TooLong(ValueError):
-    """The request's `field` has more tokens, or bytes of text, than the engine has room for."""
+class RequestError(ValueError):
+    """A request that cannot be served because of its `field`."""
 
-    def __init__(self, message: str, field: Literal["prompt", "document"]):
+    def __init__(self, message: str, field: str):
         super().__init__(message)
-        self.field: Literal["prompt", "document"] = field
+        self.field = field
+
+
+class TooLong(RequestError):
+    """The field has more tokens, or bytes of text, than the engine has room for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,16 +155,18 @@ class EncodedRequest:
             )
         for name in ("max_new_tokens", "seed"):
             if not isinstance(value := getattr(self, name), int | np.integer):
-                raise ValueError(f"{name} must be an integer, not {value!r}")
+                raise RequestError(f"{name} must be an integer, not {value!r}", name)
         if not 1 <= self.max_new_tokens <= limits.max_new_tokens:
-            raise ValueError(
+            raise RequestError(
                 f"a request may ask for 1 to max_new_tokens = {limits.max_new_tokens} tokens, "
-                f"not {self.max_new_tokens}"
+                f"not {self.max_new_tokens}",
+                "max_new_tokens",
             )
         if len(self.eos_ids) > MAX_EOS_IDS:
-            raise ValueError(
+            raise RequestError(
                 f"{len(self.eos_ids)} tokens in eos_ids and stop_token_ids exceed the "
-                f"{MAX_EOS_IDS} of a row"
+                f"{MAX_EOS_IDS} of a row",
+                "stop_token_ids",
             )
 
 
