@@ -199,12 +199,14 @@ def test_stop_strings_end_a_text_before_them(model, server):
 
 
 def test_stop_token_ids_end_a_text(model, server):
-    expected = alone(model, "abc")
-    at = next(i for i in range(5, NEW) if expected.tokens[0][i] not in expected.tokens[0][:i])
-    given = dict(model=NAME, prompt="abc", max_tokens=NEW)
+    expected = alone(model, "abc", seed=7, **WARM)
+    tokens = expected.tokens[0]
+    at = next(i for i in range(5, NEW) if tokens[i] not in tokens[:i])
+    unused = next(i for i in range(256) if i not in tokens)
     answer = server.client().completions.create(
-        **given, extra_body={"stop_token_ids": [0, expected.tokens[0][at]]}
-    )
+        model=NAME, prompt="abc", max_tokens=NEW, seed=7,
+        extra_body={"stop_token_ids": [unused, tokens[at]], **WARM},
+    )  # fmt: skip
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == at + 1
     assert expected.text[0].startswith(answer.choices[0].text[:-1])
