@@ -184,7 +184,7 @@ class ActiveRequest:
         self.reused_tokens = 0
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
-        self.output = OutputRow(tokenizer, request.stop, self._pieces.append)
+        self.output = OutputRow(tokenizer, stop=request.stop, on_text=self._pieces.append)
         self._has_text = tokenizer is not None
         self._submitted = time.perf_counter()
         self._started: float | None = None
