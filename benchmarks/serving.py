@@ -1,9 +1,8 @@
-"""Tokens per second of `lookahead serve` at 8 concurrent requests against one at a time.
+"""Tokens per second of `lookahead serve` with 8 concurrent requests, and with one at a time.
 
-Two servers run, each in its own process: one with 8 rows, one with a single row. Every repetition
-sends the same requests one at a time to both, and 8 at a time to the first, in random order.
-Prompts differ, nothing is kept between requests, and all requests ask for the same number of
-tokens.
+There are two servers, each in its own process: one with 8 rows and one with a single row. Every
+repetition sends the same requests one at a time to both, and 8 at a time to the first, in random
+order. All prompts differ, no prompt is stored, and all continuations have the same length.
 
     python benchmarks/serving.py --out benchmarks/results/serving.json
 """
@@ -45,7 +44,7 @@ class Options:
 
 @contextlib.contextmanager
 def serving(rows: int, prompt: int, new: int, budget: int) -> Iterator[tuple[str, int]]:
-    """A server of its own: its address and process."""
+    """Runs a server; its address and process id."""
     command = [sys.executable, "-m", "lookahead_jax", "serve", "--port", "0", "--rows", str(rows)]
     command += ["--max-tokens", str(new), "--max-prompt-tokens", str(prompt)]
     command += ["--budget", str(budget), "--prompt-store-mb", "0"]
@@ -64,7 +63,7 @@ def serving(rows: int, prompt: int, new: int, budget: int) -> Iterator[tuple[str
 
 
 def ask(url: str, prompt: list[int], new: int) -> int:
-    """Sends one request; how many tokens came."""
+    """Sends one request; returns the number of generated tokens."""
     body = {"model": "embedded", "prompt": prompt, "max_tokens": new}
     request = urllib.request.Request(
         f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -74,7 +73,7 @@ def ask(url: str, prompt: list[int], new: int) -> int:
 
 
 def tokens_per_s(url: str, prompts: list[list[int]], new: int, concurrent: int) -> float:
-    """Generated tokens per second of wall time over all requests, prompts included."""
+    """Generated tokens per second of wall time; the time of prompts is included."""
     with ThreadPoolExecutor(concurrent) as pool:
         began = time.perf_counter()
         count = sum(pool.map(lambda prompt: ask(url, prompt, new), prompts))
@@ -82,7 +81,7 @@ def tokens_per_s(url: str, prompts: list[list[int]], new: int, concurrent: int) 
 
 
 def resident_mb(pid: int) -> float | None:
-    """Memory of a process, where /proc tells."""
+    """Resident memory of a process; None without /proc."""
     path = Path(f"/proc/{pid}/statm")
     if not path.exists():
         return None
@@ -90,7 +89,7 @@ def resident_mb(pid: int) -> float | None:
 
 
 def measure(options: Options) -> dict:
-    """Rates of all repetitions, their ratios, and the memory of the larger server."""
+    """The rates of all repetitions, their ratios, and the memory of the server with 8 rows."""
     tokenizer = lk.load(lk.EMBEDDED_MODEL).tokenizer
     ids = tokenizer.encode((lk.EMBEDDED_MODEL.parent / "example.txt").read_text())
     dice = random.Random(0)

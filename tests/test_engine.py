@@ -153,7 +153,8 @@ def test_a_controller_may_have_plain_decoding_alone(model, alone):
 
 def test_a_cancelled_request_ends_within_a_burst_and_frees_its_row(engine, alone):
     ids = [engine.submit(request(0, max_new_tokens=NEW)) for _ in range(4)]
-    assert {event.id for event in engine.step()} == set(ids[:3])
+    events = [event for _ in range(3) for event in engine.step()]
+    assert {event.id for event in events} == set(ids[:3])
     assert engine.cancel(ids[1])
     assert engine.cancel(ids[3])
     events = engine.step()
@@ -169,18 +170,145 @@ def test_a_cancelled_request_ends_within_a_burst_and_frees_its_row(engine, alone
     assert ended[ids[0]].tokens == ended[ids[2]].tokens == alone[0]
 
 
+class Diary:
+    """What an engine did, in order: "read" a prompt, or decoded a "burst" of so many steps."""
+
+    def __init__(self, engine, monkeypatch):
+        self.entries = []
+        read, advance = engine._reader.read, engine._batch.advance
+
+        def noted_read(*arguments):
+            self.entries.append("read")
+            return read(*arguments)
+
+        def noted_advance(steps):
+            self.entries.append(steps)
+            return advance(steps)
+
+        monkeypatch.setattr(engine._reader, "read", noted_read)
+        monkeypatch.setattr(engine._batch, "advance", noted_advance)
+
+
+def test_requests_of_one_token_do_not_stop_a_running_one(engine, alone, monkeypatch):
+    """Every answer brings the next such request, as clients that classify send them."""
+    diary, pauses, answered = Diary(engine, monkeypatch), [], []
+    monkeypatch.setattr(engine, "on_pause", lambda *pause: pauses.append(pause))
+
+    def again(event):
+        if event.result is not None:
+            answered.append(event.result.tokens)
+            if not ended:
+                submit_short()
+
+    def submit_short():
+        engine.submit(request(5, max_new_tokens=1, on_event=again))
+
+    ended = []
+    stream = engine.submit(request(0, max_new_tokens=NEW))
+    for _ in range(4):
+        submit_short()
+    for _ in range(4 * NEW):
+        events = engine.step()
+        ended += [event.result for event in events if event.id == stream and event.result]
+        if ended:
+            break
+    assert ended[0].tokens == alone[0]
+    # 15 tokens beyond the first; the first burst is short because others might fill rows.
+    assert diary.entries == ["read", 1] + ["read", 4] * 4
+    assert [prompts for prompts, _ in pauses] == [1] * 4  # the stream's own delayed nobody
+    assert all(seconds > 0 for _, seconds in pauses)
+    drain(engine)
+    assert set(map(tuple, answered)) == {tuple(alone[5][:1])}
+
+
+def test_bursts_are_short_while_the_rows_fill_up(model, alone, monkeypatch):
+    engine = make_engine(model, burst=8)
+    diary = Diary(engine, monkeypatch)
+    for i in (0, 2, 5):
+        engine.submit(request(i))
+    ended = results(drain(engine))
+    assert [ended[i].tokens for i in range(3)] == [alone[i] for i in (0, 2, 5)]
+    assert diary.entries[:6] == ["read", 2, "read", 2, "read", 8]
+
+
+def test_a_request_cancelled_in_the_queue_is_never_read(engine, monkeypatch):
+    diary = Diary(engine, monkeypatch)
+    ids = [engine.submit(request(i)) for i in range(6)]
+    heard = []
+
+    def cancel_others(event):
+        heard.append(event)
+        for id in ids:
+            engine.cancel(id)
+
+    first = engine.submit(request(1, max_new_tokens=1, on_event=cancel_others))
+    for id in ids[:3]:
+        engine.cancel(id)
+    engine.step()
+    assert diary.entries.count("read") == 1
+    for id in ids[3:]:
+        engine.cancel(id)
+    ended = results(drain(engine))
+    assert ended[first].finish == "length"
+    assert diary.entries.count("read") == 2
+    assert len(heard) == 1
+
+
+class Panic(BaseException):
+    """As pyo3 raises it: no Exception."""
+
+
+@pytest.mark.parametrize("at", ["push", "finish"])
+def test_a_panic_while_decoding_text_ends_one_request(model, engine, alone, monkeypatch, at):
+    stream_of = type(model.tokenizer).stream
+
+    def stream(self, **options):
+        stream = stream_of(self, **options)
+
+        def panic(*_):
+            raise Panic("called `Option::unwrap()` on a `None` value")
+
+        if not streams:
+            setattr(stream, at, panic)
+        streams.append(stream)
+        return stream
+
+    streams = []
+    monkeypatch.setattr(type(model.tokenizer), "stream", stream)
+    failed, other = engine.run([request(0), request(0)])
+    assert failed.finish == "error"
+    assert "the output cannot be decoded" in failed.error
+    assert "Panic" in failed.error
+    assert other.tokens == alone[0]
+    assert engine._rows == [None] * 3
+
+
+def test_an_interrupt_while_a_prompt_is_read_leaves_a_usable_engine(engine, alone, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(engine._reader, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.run([request(0)])
+    assert engine.alive == 0
+    assert engine.run([request(0)])[0].tokens == alone[0]
+
+
 def test_stop_strings_and_ends_are_each_requests_own(model, engine, alone):
     decode = model.tokenizer.decode
     text = decode(alone[0])
     stop = text[6:8]
     eos = alone[0][3]
-    stopped, ended, free = engine.run(
+    stopped, ended, also, free = engine.run(
         [
             request(0, stop=[stop]),
             request(0, eos_ids=[319, eos]),
+            request(0, eos_ids=[319], stop_token_ids=[eos]),
             request(0),
         ]
     )
+    assert also.tokens == ended.tokens
     assert stopped.finish == "stop"
     assert stopped.text == text[: text.find(stop)]
     assert ended.finish == "eos"
@@ -201,6 +329,9 @@ def test_stop_strings_and_ends_are_each_requests_own(model, engine, alone):
         (dict(stop=[""]), "stop string is empty"),
         (dict(stop="a"), "are a list"),
         (dict(prompt=[2**31]), "outside the vocabulary"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be an integer, not 2.5"),
+        (dict(seed=1.5), "seed must be an integer, not 1.5"),
+        (dict(prompt="a" * 70_000), "70000 bytes, more than the 65536 that max_prompt_tokens = 32"),
     ],
 )
 def test_what_cannot_be_served_is_refused_when_submitted(engine, change, message):

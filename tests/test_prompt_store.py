@@ -10,7 +10,7 @@ import pytest
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.engine.engine import Engine
-from lookahead_jax.engine.prompt_store import PromptStore, Read
+from lookahead_jax.engine.prompt_store import PromptStore, StoredPrompt
 from lookahead_jax.engine.requests import Request
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.model.cache import empty_cache
@@ -70,7 +70,7 @@ def composed(model, document, question):
 
 def prefilled(config, slots):
     cache = empty_cache(config, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32))
-    return Read(cache, jnp.zeros((1, config.vocab_size)), None)
+    return StoredPrompt(cache, jnp.zeros((1, config.vocab_size)), None)
 
 
 def test_the_least_recently_used_make_room_within_the_bound():

@@ -198,6 +198,20 @@ def test_stop_strings_end_a_text_before_them(model, server):
         assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+def test_stop_token_ids_end_a_text(model, server):
+    expected = alone(model, "abc", seed=7, **WARM)
+    tokens = expected.tokens[0]
+    at = next(i for i in range(1, NEW) if tokens[i] not in tokens[:i])
+    unused = next(i for i in range(256) if i not in tokens)
+    answer = server.client().completions.create(
+        model=NAME, prompt="abc", max_tokens=NEW, seed=7,
+        extra_body={"stop_token_ids": [unused, tokens[at]], **WARM},
+    )  # fmt: skip
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == at + 1
+    assert expected.text[0].startswith(answer.choices[0].text[:-1])
+
+
 def test_an_equal_prompt_and_an_equal_document_are_read_once(server):
     client = server.client()
 
@@ -247,6 +261,18 @@ WRONG = [
     ("completions", fields(prompt=[1, -1]), 400, "prompt"),
     ("completions", fields(prompt=[True]), 400, "prompt"),
     ("completions", fields(prompt=[2**40]), 400, "prompt"),
+    ("completions", fields(prompt=[[5.5]]), 400, "prompt"),
+    ("completions", fields(prompt=[5.0]), 400, "prompt"),
+    ("completions", fields(document=[5.5]), 400, "document"),
+    ("completions", fields(top_k=2.5), 400, "top_k"),
+    ("completions", fields(top_k=2.0), 400, "top_k"),
+    ("completions", fields(seed=1.5), 400, "seed"),
+    ("completions", fields(max_tokens=5.0), 400, "max_tokens"),
+    ("completions", fields(stop_token_ids=[5.5]), 400, "stop_token_ids.0"),
+    ("completions", fields(stop_token_ids=[-1]), 400, "stop_token_ids.0"),
+    ("completions", fields(stop_token_ids=7), 400, "stop_token_ids"),
+    ("completions", fields(stop_token_ids=list(range(17))), 400, "stop_token_ids"),
+    ("completions", fields(add_generation_prompt=True), 400, "add_generation_prompt"),
     ("completions", fields(prompt=[256]), 400, "prompt"),
     ("completions", fields(prompt="a" * (PROMPT + 1)), 400, "prompt"),
     ("completions", fields(prompt=["a"] * 100), 400, "prompt"),
@@ -288,6 +314,8 @@ WRONG = [
     ("chat/completions", chat(response_format={"type": "json_object"}), 400, "response_format"),
     ("chat/completions", chat(max_tokens=2, max_completion_tokens=2), 400, "max_completion_tokens"),
     ("chat/completions", chat(prompt="a"), 400, "prompt"),
+    ("chat/completions", chat(continue_final_message=True), 400, "continue_final_message"),
+    ("chat/completions", chat(add_generation_prompt=1), 400, "add_generation_prompt"),
 ]
 
 
@@ -388,6 +416,9 @@ def test_metrics_are_prometheus_text(server):
     assert gain("lookahead_first_token_seconds_count") == 2
     assert gain("lookahead_http_responses_total", "/v1/completions", "200") == 1
     assert gain("lookahead_http_responses_total", "/v1/completions", "400") == 1
+    assert {"lookahead_prompts_between_bursts_count", "lookahead_prompt_pause_seconds_count"} <= {
+        name for name, *_ in after
+    }
     assert after[("lookahead_running",)] == after[("lookahead_waiting",)] == 0
     assert after[("lookahead_prompt_store_bytes",)] == server.engine.stored_bytes
 
@@ -411,7 +442,7 @@ def test_a_client_that_leaves_frees_its_row_within_a_burst(server, gate):
             assert connection.getresponse().readline().startswith(b"data: ")
         until(lambda: engine.waiting == 0)
         connection.sock.shutdown(SHUT_RDWR)
-        until(lambda: engine._cancelled)
+        until(lambda: engine._queue._cancelled)
         assert engine.alive == 1
         gate.allow(1)
         until(lambda: engine.alive == 0)
@@ -425,7 +456,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server, gate):
     until(lambda: engine.alive == ROWS + 2)
     for connection in connections:
         connection.close()
-    until(lambda: len(engine._cancelled) == ROWS + 2)
+    until(lambda: len(engine._queue._cancelled) == ROWS + 2)
     gate.allow(1)
     until(lambda: server.service.taken == 0)
     assert engine.alive == 0
@@ -520,7 +551,7 @@ def test_what_does_not_finish_in_time_fails_explicitly(model, spare, spare_gate)
             half.putheader("Content-Type", "application/json")
             half.putheader("Content-Length", "100")
             half.endheaders()
-            until(lambda: server.service.taken == 3)
+            until(lambda: server.service.taken == 2)
             spare_gate.allow(2)
             begun = connection.getresponse()
             assert begun.readline().startswith(b"data: ")
@@ -576,10 +607,10 @@ def test_an_error_of_one_request_is_its_own(model, server, monkeypatch, caplog):
     engine = server.engine
     read, (bang,) = engine._reader.read, model.tokenizer.encode("!")
 
-    def moody(tokens, *arguments, **named):
-        if tokens[0] == bang:
+    def moody(encoded):
+        if encoded.tokens[0] == bang:
             raise RuntimeError("secret detail")
-        return read(tokens, *arguments, **named)
+        return read(encoded)
 
     monkeypatch.setattr(engine._reader, "read", moody)
     status, content = server.send("POST", "/v1/completions", fields(prompt="!a"))

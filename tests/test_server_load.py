@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.engine.engine import Engine
-from lookahead_jax.engine.requests import Event, Job
+from lookahead_jax.engine.requests import ActiveRequest, Event
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Call
@@ -141,14 +142,17 @@ def test_requests_of_any_kind_are_answered_or_refused(server, method, path, body
 
 
 def one_client(server, seed, outcomes):
-    """Requests one after the other, each with an outcome; some leave in the middle."""
-    dice = random.Random(seed)
+    """Requests one after the other, each with an outcome; some leave in the middle.
+
+    Every fourth client asks for one token at a time, as clients that classify do.
+    """
+    dice, most = random.Random(seed), NEW if seed % 4 else 1
     client = server.client()
     for _ in range(ROUNDS):
         body = dict(
             model=NAME,
             prompt="".join(dice.choices("abcdefgh ", k=dice.randint(1, PROMPT + 2))),
-            max_tokens=dice.randint(1, NEW),
+            max_tokens=dice.randint(1, most),
             temperature=dice.choice([0, 1]),
             seed=seed,
             n=dice.choice([1, 1, 1, 2]),
@@ -190,10 +194,18 @@ def holdings():
     gc.collect()
     arrays = jax.live_arrays()
     # Not isinstance: it asks objects for __class__, and those of other packages may answer oddly.
-    ours = [type(o).__name__ for o in gc.get_objects() if type(o) in (Job, Call, Event)]
+    ours = [type(o).__name__ for o in gc.get_objects() if type(o) in (ActiveRequest, Call, Event)]
     files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     size = sum(array.nbytes for array in arrays)
     return {"bytes": size, "arrays": len(arrays), "ours": ours, "files": files}
+
+
+def prompts_between_bursts(server):
+    """Cumulative counts of the histogram, by upper bound."""
+    text = server.send("GET", "/metrics")[1]
+    name = "lookahead_prompts_between_bursts_bucket"
+    found = re.findall(rf'^{name}{{le="(\S+)"}} (\S+)$', text, re.MULTILINE)
+    return {bound: float(count) for bound, count in found}
 
 
 @pytest.mark.slow
@@ -213,6 +225,9 @@ def test_64_clients_of_whom_some_leave_get_an_answer_or_a_refusal(server):
     until(lambda: holdings() == before)
     assert before["ours"] == []
     assert STORED * 0.9 < engine.stored_bytes <= STORED
+    pauses = prompts_between_bursts(server)
+    assert pauses["1.0"] == pauses["+Inf"] > 0
+    assert any(body["max_tokens"] == 1 for status, body, _ in outcomes if status == 200)
     finished = [(body, text) for status, body, text in outcomes if text is not None]
     for body, text in finished[:12]:  # alone, each gets what it got in the crowd
         quiet = server.client().completions.create(**body)

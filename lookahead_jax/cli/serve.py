@@ -45,6 +45,9 @@ class Serve:
     """Longest prompt behind a `document`; every row reserves room for it. 0: no documents."""
     prompt_store_mb: int = 256
     """Megabytes of prompt caches to keep, so that an equal prompt is not read again; 0: none."""
+    allow_special_tokens: bool = False
+    """Encode control tokens in prompts and messages, such as <|im_end|>, as what they are; for
+    clients that apply chat templates themselves."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -82,7 +85,10 @@ def main(config: Serve) -> None:
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name
         service = Service(engine, config.limits)
-        server = Server(service, model, name=name, api_key=key)
+        server = Server(
+            service, model, name=name, api_key=key,
+            allow_special_tokens=config.allow_special_tokens,
+        )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up()
         host, port = socket.getsockname()[:2]

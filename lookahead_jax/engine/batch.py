@@ -1,7 +1,7 @@
-"""The batch that an engine runs: rows that are empty, are taken by a request, and are free again.
+"""The batch that an engine decodes: a fixed number of rows, each empty or used by one request.
 
-Every array has its final size from the beginning, so nothing is compiled for a request but the
-reading of its prompt, once per padded length.
+Every array has its final size from the beginning, so a request compiles nothing but the reading
+of its prompt, once per padded length.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.decoding.weights import for_decoding
-from lookahead_jax.engine.prompt_reader import Opening, with_everything
+from lookahead_jax.engine.prompt_reader import PrefilledRequest, with_everything
 from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.model.cache import empty_cache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.layers import Params
 
 
-def empty_rows(
+def empty_batch(
     params: Params,
     *,
     config: ModelConfig,
@@ -41,12 +41,10 @@ def empty_rows(
     draft: Any,
     summed: bool,
 ) -> DecodeState:
-    """A batch in which nothing runs: room for `width` tokens and `ends` end tokens a row.
+    """A batch in which nothing runs, with room for `width` tokens and `ends` end tokens a row.
 
-    `summed` says that a policy adds up scores while decoding.
-
-    Everything is placed where the parameters are: an array without a place would compile the
-    first steps once more.
+    `summed` says that the policy adds up scores while decoding. All arrays are placed where the
+    parameters are: an uncommitted array would compile the first steps once more.
     """
 
     def zeros(dtype=jnp.int32):
@@ -80,19 +78,19 @@ def insert_row(
     state: DecodeState,
     weights: Any,
     row: Int[Array, ""],
-    opening: Opening,
+    request: PrefilledRequest,
     *,
     config: ModelConfig,
     drafter: DeviceDrafter,
 ) -> DecodeState:
-    """A request takes row `row` with the cache of its prompt, and emits its first token.
+    """Puts a request into row `row` with the cache of its prompt, and emits its first token.
 
-    The other rows stay as they are. The prompt's cache may have fewer slots than `state`; what
-    else the row's last tenant left is marked as empty. `state` is donated.
+    The other rows are unchanged. The prompt's cache may have fewer slots than `state`: the other
+    slots of the row are marked as empty. `state` is donated.
     """
     new = start(
-        opening.cache, opening.logits, sampling=opening.sampling, limit=opening.limit,
-        eos=opening.eos, seen=seen_tokens(opening.prompt, config.vocab_size),
+        request.cache, request.logits, sampling=request.sampling, limit=request.limit,
+        eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
         width=state.tokens.shape[1],
     )  # fmt: skip
 
@@ -101,12 +99,12 @@ def insert_row(
         return jnp.pad(slots, [(0, 0)] * 3 + [(0, spare)], constant_values=empty)
 
     pos = pad(new.cache.pos, -1)
-    sums = None if state.sums is None else pad(opening.sums, 0.0)
+    sums = None if state.sums is None else pad(request.sums, 0.0)
 
     def put(axis, whole, one):
         return jax.lax.dynamic_update_slice_in_dim(whole, one, row, axis)
 
-    # Of the cache, what has one entry per row has only that axis; the rest begins with layers.
+    # Arrays of the cache begin with layers, except those with one entry per row.
     cache, sums = jax.tree.map(
         lambda whole, one: put(min(whole.ndim - 1, 1), whole, one),
         (state.cache, state.sums),
@@ -117,12 +115,12 @@ def insert_row(
         dataclasses.replace(state, cache=None, draft=None, sums=None),
         dataclasses.replace(new, cache=None, draft=None),
     )
-    draft = drafter.begin(weights, state.draft, row[None], opening.prompt)
+    draft = drafter.begin(weights, state.draft, row[None], request.prompt)
     return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
 
 
 class RunningBatch:
-    """The state of all rows, and what is done to it; who sits where is the engine's business."""
+    """The decoding state of all rows; which request has which row is known to the engine."""
 
     def __init__(
         self,
@@ -133,7 +131,6 @@ class RunningBatch:
         slots: int,
         new_tokens: int,
         summed: bool,
-        burst: int,
     ):
         self._model = model
         self._drafting = drafting
@@ -141,15 +138,14 @@ class RunningBatch:
         self._slots = slots
         self._new_tokens = new_tokens
         self._summed = summed
-        self._burst = burst
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
         self.clear()
 
     def clear(self) -> None:
-        """Every row is empty, whatever has become of it."""
+        """Empties every row, even where an error has left the state unusable."""
         self._halted.clear()
-        self._state = empty_rows(
+        self._state = empty_batch(
             self._model.params,
             config=self._model.config,
             batch=self._size,
@@ -160,42 +156,42 @@ class RunningBatch:
             summed=self._summed,
         )
 
-    def insert(self, row: int, opening: Opening) -> None:
-        """A request takes a free row and emits its first token.
+    def insert(self, row: int, request: PrefilledRequest) -> None:
+        """Puts a request into a free row and emits its first token.
 
         Raises ValueError for a draft model on other devices than the target.
         """
         drafter = self._drafting.device
-        check_devices(drafter.weights, opening.cache)
+        check_devices(drafter.weights, request.cache)
         # The tree of a host drafter belongs to the last step; its shape may differ in the next.
         plain = isinstance(drafter, NoDrafter)
         self._state = insert_row(
             dataclasses.replace(self._state, draft=()) if plain else self._state,
             drafter.weights,
             jnp.asarray(row, jnp.int32),
-            opening,
+            request,
             config=self._model.config,
             drafter=drafter,
         )
         self._halted.discard(row)
 
-    def advance(self) -> None:
-        """A burst of steps, of one step if the host drafts."""
+    def advance(self, steps: int) -> None:
+        """Decodes a burst of up to `steps` steps; one step if the host drafts."""
         if self._halted:
             done = np.array(self._state.done)
             done[list(self._halted)] = True
-            # Placed as it was: an array without a place would compile the step once more.
+            # Placed as before: an uncommitted array would compile the step once more.
             done = jax.device_put(done, self._state.done.sharding)
             self._state = dataclasses.replace(self._state, done=done)
             self._halted.clear()
-        self._state = self._drafting.advance(self._params, self._state, self._burst)
+        self._state = self._drafting.advance(self._params, self._state, steps)
 
     def halt(self, row: int) -> None:
-        """A row takes no part from the next step on."""
+        """Ends a row before the next step."""
         self._halted.add(row)
 
     def look(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Each row's tokens [B, W], how many [B], whether it is done [B], its steps [B].
+        """Each row's tokens [B, W], their number [B], whether it is done [B], its steps [B].
 
         The last array [B] says whether all logits of the row were finite.
         """
@@ -205,8 +201,8 @@ class RunningBatch:
         )
         return tokens, count, done, lengths.sum(1), finite
 
-    def warm_up(self, openings: Iterable[Opening]) -> None:
-        """Compiles what requests that open like these need. Only while nothing runs."""
-        for opening in openings:
-            self.insert(0, opening._replace(limit=jnp.zeros(1, jnp.int32)))
-        self._state = self._drafting.warm_up(self._params, self._state, self._burst)
+    def warm_up(self, requests: Iterable[PrefilledRequest], steps: int) -> None:
+        """Compiles what requests like these need. Only while nothing runs."""
+        for request in requests:
+            self.insert(0, request._replace(limit=jnp.zeros(1, jnp.int32)))
+        self._state = self._drafting.warm_up(self._params, self._state, steps)

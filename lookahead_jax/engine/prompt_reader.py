@@ -1,4 +1,4 @@
-"""Prompts on their way into a row: read, or found among those that an earlier request had read."""
+"""Reads the prompts of requests, or takes them from the store of earlier readings."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,13 +11,12 @@ import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
-from lookahead_jax.decoding.sampling import GREEDY, Sampling, SamplingRows, sampling_rows
-from lookahead_jax.engine.prompt_store import PromptStore, Read
-from lookahead_jax.engine.requests import MAX_EOS_IDS, Limits
+from lookahead_jax.decoding.sampling import GREEDY, SamplingRows, sampling_rows
+from lookahead_jax.engine.prompt_store import PromptStore, StoredPrompt
+from lookahead_jax.engine.requests import MAX_EOS_IDS, EncodedRequest, Limits
+from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.rope import span_class
-from lookahead_jax.modules.definition import LookaheadModules
-from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
@@ -25,17 +24,17 @@ from lookahead_jax.prompts.read import read_prompt
 
 
 def with_everything(rows: SamplingRows) -> SamplingRows:
-    """Rows for a program that has every setting: what no row asks for is skipped at run time."""
+    """The same rows for a program with every setting; unused ones are skipped at run time."""
     return dataclasses.replace(rows, sampled=True, filtered=True, penalized=True)
 
 
-class Opening(NamedTuple):
-    """A prompt that has been read, and how its request goes on; one row of everything."""
+class PrefilledRequest(NamedTuple):
+    """A request whose prompt has been read, as one row of a batch's arrays."""
 
     prompt: jax.Array  # [1, T] int32
     cache: KVCache
     logits: jax.Array  # [1, V] float32 after the prompt
-    sums: jax.Array | None  # [L, 1, K, S] float32, see decode_eviction.opening_sums
+    sums: jax.Array | None  # [L, 1, K, S] float32, see decoding.eviction.opening_sums
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
@@ -51,32 +50,29 @@ def _widened(cache: KVCache, *, slots: int) -> KVCache:
         v=jnp.pad(cache.v, [*spare, (0, 0)]),
         pos=jnp.pad(cache.pos, spare, constant_values=-1),
     )
-    return jax.tree.map(jnp.copy, wide)  # what is returned unchanged would be the caller's own
+    return jax.tree.map(jnp.copy, wide)  # an unchanged array would be the caller's own
 
 
 class PromptReader:
-    """Reads the prompts of an engine, each alone, and keeps some of them for the next request."""
+    """Reads the prompts of an engine, each alone, and stores some of them for later requests."""
 
     def __init__(
         self,
         model: Model,
         limits: Limits,
         store: PromptStore,
-        *,
-        policy: Policy,
-        budget: int,
-        modules: LookaheadModules | None,
-        eviction: DecodeEviction | None,
+        settings: EvictionSettings,
+        decode_eviction: DecodeEviction | None,
     ):
         self._model = model
         self._limits = limits
         self._store = store
-        self._policy = policy
-        self._budget = budget
-        self._modules = modules
-        self._eviction = eviction
+        self._settings = settings
+        self._eviction = decode_eviction
         width, new = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
-        room = new if eviction is None else eviction.room(width, new, model.config)
+        room = new
+        if decode_eviction is not None:
+            room = decode_eviction.room(width, new, model.config)
         largest = jax.eval_shape(
             lambda tokens: self._prefill(tokens, 0, limits.max_question_tokens + room, ()),
             jax.ShapeDtypeStruct((1, width), jnp.int32),
@@ -84,83 +80,86 @@ class PromptReader:
         self.slots: int = largest.cache.slots
         """Cache slots that a row needs for the longest prompt, its question and its output."""
 
-    def read(
-        self,
-        tokens: Sequence[int],
-        new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        eos_ids: Sequence[int],
-        *,
-        document: int = 0,
-    ) -> tuple[Opening, int]:
-        """Reads a prompt and cuts its cache, and how many tokens of it had been read before.
+    def read(self, request: EncodedRequest) -> tuple[PrefilledRequest, int]:
+        """The request with its prompt read and cut, and how many tokens the store had of it.
 
-        The first `document` tokens are read and cut on their own.
+        A document is read and cut on its own; the rest of the prompt is read behind it.
         """
         config = self._model.config
-        if document:
-            head, question = tokens[:document], tokens[document:]
-            read, reused = self._kept(head, len(question), eos_ids)
-            asked = jnp.asarray(pad_batch([question], config=config))
-            # All of a row's slots, all of a row's tokens: one program inserts every question.
-            cache = _widened(read.cache, slots=self.slots)
-            cache, logits = extend(self._model.params, asked, cache, config=config)
-            read = Read(cache, logits, read.sums)
-            prompt = np.full((1, bucket_length(self._limits.longest)), -1, np.int32)
-            prompt[0, : len(tokens)] = tokens
+        if request.document:
+            stored, reused, prompt = self._read_behind_document(request)
         else:
-            read, reused = self._kept(tokens, 0, eos_ids)
-            prompt = pad_batch([tokens], config=config)
-        opening = Opening(
+            stored, reused = self._stored(request.tokens, 0, request.eos_ids)
+            prompt = pad_batch([request.tokens], config=config)
+        rows = sampling_rows([request.sampling], [request.seed], config.vocab_size)
+        prefilled = PrefilledRequest(
             prompt=jnp.asarray(prompt),
             # Waits, so that an error belongs to this request; no room, the batch has it.
-            **jax.block_until_ready(read)._asdict(),
-            sampling=with_everything(sampling_rows([sampling], [seed], config.vocab_size)),
-            limit=jnp.asarray([new_tokens], jnp.int32),
-            eos=jnp.asarray([_padded(eos_ids)], jnp.int32),
+            **jax.block_until_ready(stored)._asdict(),
+            sampling=with_everything(rows),
+            limit=jnp.asarray([request.max_new_tokens], jnp.int32),
+            eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),
         )
-        return opening, reused
+        return prefilled, reused
 
-    def samples(self, lengths: Iterable[int]) -> Iterator[Opening]:
-        """One opening for every program that prompts of `lengths` tokens use; none is kept."""
+    def samples(self, lengths: Iterable[int]) -> Iterator[PrefilledRequest]:
+        """One request for every program that prompts of `lengths` tokens use; none is stored."""
         longest, question = self._limits.max_prompt_tokens, self._limits.max_question_tokens
         shapes = [(min(width, longest), 0) for width in _buckets(lengths)]
         if question:
             shapes += [(length, 1) for length, _ in shapes]
             shapes += [(1, min(width, question)) for width in _buckets(range(1, question + 1))]
         for first, behind in shapes:
-            tokens = [0] * (first + behind)
-            yield self.read(tokens, 1, GREEDY, 0, (), document=first if behind else 0)[0]
+            request = EncodedRequest(
+                tokens=[0] * (first + behind), document=first if behind else 0, max_new_tokens=1,
+                sampling=GREEDY, seed=0, eos_ids=(),
+            )  # fmt: skip
+            yield self.read(request)[0]
             self._store.clear()
 
-    def _kept(
+    def _read_behind_document(
+        self, request: EncodedRequest
+    ) -> tuple[StoredPrompt, int, np.ndarray]:
+        """The whole prompt read, the tokens that the store had, and the prompt int32 [1, T]."""
+        document, question = request.tokens[: request.document], request.tokens[request.document :]
+        stored, reused = self._stored(document, len(question), request.eos_ids)
+        asked = jnp.asarray(pad_batch([question], config=self._model.config))
+        # With a row's final sizes of cache and prompt, one program inserts every question.
+        cache = _widened(stored.cache, slots=self.slots)
+        cache, logits = extend(self._model.params, asked, cache, config=self._model.config)
+        prompt = np.full((1, bucket_length(self._limits.longest)), -1, np.int32)
+        prompt[0, : len(request.tokens)] = request.tokens
+        return StoredPrompt(cache, logits, stored.sums), reused, prompt
+
+    def _stored(
         self, tokens: Sequence[int], known_tokens: int, eos_ids: Sequence[int]
-    ) -> tuple[Read, int]:
-        """A prompt that is read, by an earlier request or now, and how much was read earlier.
+    ) -> tuple[StoredPrompt, int]:
+        """A prompt from the store, or read now; and how many of its tokens the store had.
 
         `known_tokens` of a question will be read behind it.
         """
-        # All that the reading depends on: RoPE on the known length, two-pass policies on ends.
+        # The reading depends on all of this: RoPE on the known length, two-pass policies on end
+        # tokens.
         span = span_class(self._model.config, len(tokens) + known_tokens)
         key = (np.asarray(tokens, np.int32).tobytes(), span, tuple(eos_ids))
-        if (kept := self._store.get(key)) is not None:
-            return kept, len(tokens)
+        if (stored := self._store.get(key)) is not None:
+            return stored, len(tokens)
         prompt = jnp.asarray(pad_batch([tokens], config=self._model.config))
         full = jax.block_until_ready(self._prefill(prompt, known_tokens, 0, eos_ids))
-        read = Read(full.cache, full.logits, opening_sums(self._eviction, full))
+        read = StoredPrompt(full.cache, full.logits, opening_sums(self._eviction, full))
         self._store.put(key, read)
         return read, 0
 
     def _prefill(
         self, tokens: jax.Array, known_tokens: int, room: int, eos_ids: Sequence[int]
     ) -> Prefilled:
+        settings = self._settings
         return read_prompt(
-            self._model.params, tokens, config=self._model.config, policy=self._policy,
-            budget=self._budget, new_tokens=room, known_tokens=known_tokens, modules=self._modules,
-            eos_ids=_padded(eos_ids),
+            self._model.params, tokens, config=self._model.config, policy=settings.policy,
+            budget=settings.budget, new_tokens=room, known_tokens=known_tokens,
+            modules=settings.modules, eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._eviction.adds_up,
-            repeat_template=repeat_template(self._policy, self._model.tokenizer),
+            repeat_template=repeat_template(settings.policy, self._model.tokenizer),
         )  # fmt: skip
 
 

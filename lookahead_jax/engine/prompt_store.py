@@ -9,51 +9,51 @@ import jax
 from lookahead_jax.model.cache import KVCache
 
 
-class Read(NamedTuple):
-    """A prompt that has been read and cut, and what else goes on from it."""
+class StoredPrompt(NamedTuple):
+    """A prompt's cut cache, and what else continuing it needs."""
 
     cache: KVCache
     logits: jax.Array  # [1, V] float32
-    sums: jax.Array | None  # [L, 1, K, S] float32, see decode_eviction.opening_sums
+    sums: jax.Array | None  # [L, 1, K, S] float32, see decoding.eviction.opening_sums
 
 
 class PromptStore:
-    """A bounded number of bytes of read prompts; the one used least recently makes room.
+    """Prompts within a bound of bytes; the least recently used make room.
 
-    A key has to name all that a reading depended on: then what comes out is what would be read.
+    A key has to name everything that the reading depended on.
     """
 
     def __init__(self, limit: int):
         if limit < 0:
-            raise ValueError(f"a prompt store cannot have {limit} bytes")
+            raise ValueError(f"a prompt store cannot have {limit} bytes: give 0 or more")
         self._limit = limit
-        self._kept: OrderedDict[Hashable, Read] = OrderedDict()
+        self._prompts: OrderedDict[Hashable, StoredPrompt] = OrderedDict()
         self.bytes = 0
 
-    def get(self, key: Hashable) -> Read | None:
-        """The prompt read under `key`, if it is still here."""
-        read = self._kept.get(key)
-        if read is not None:
-            self._kept.move_to_end(key)
-        return read
+    def get(self, key: Hashable) -> StoredPrompt | None:
+        """The prompt stored under `key`, or None."""
+        prompt = self._prompts.get(key)
+        if prompt is not None:
+            self._prompts.move_to_end(key)
+        return prompt
 
-    def put(self, key: Hashable, read: Read) -> None:
-        """Keeps a prompt, unless it alone is too large; others may have to go for it."""
-        size = _size(read)
-        if size > self._limit or key in self._kept:
+    def put(self, key: Hashable, prompt: StoredPrompt) -> None:
+        """Stores a prompt unless it alone exceeds the bound; others may have to make room."""
+        size = _size(prompt)
+        if size > self._limit or key in self._prompts:
             return
-        self._kept[key] = read
+        self._prompts[key] = prompt
         self.bytes += size
         while self.bytes > self._limit:
-            _, oldest = self._kept.popitem(last=False)
+            _, oldest = self._prompts.popitem(last=False)
             self.bytes -= _size(oldest)
 
     def clear(self) -> None:
-        """Keeps nothing of what is here."""
-        self._kept.clear()
+        """Removes all prompts."""
+        self._prompts.clear()
         self.bytes = 0
 
 
-def _size(read: Read) -> int:
-    sums = 0 if read.sums is None else read.sums.nbytes
-    return read.cache.bytes + read.logits.nbytes + sums
+def _size(prompt: StoredPrompt) -> int:
+    sums = 0 if prompt.sums is None else prompt.sums.nbytes
+    return prompt.cache.bytes + prompt.logits.nbytes + sums

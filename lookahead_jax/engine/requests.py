@@ -1,28 +1,33 @@
-"""What an engine is asked, and what it answers."""
+"""Requests to an engine, their limits, and the events and results that answer them."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lookahead_jax.checkpoints.load import Model
+import numpy as np
+
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
-from lookahead_jax.generation.inputs import encode_prompts, end_ids
 from lookahead_jax.generation.output_text import FinishReason, OutputRow
-from lookahead_jax.prefilling.batching import pad_batch
+from lookahead_jax.host.panics import panics_as_errors
 
 MAX_EOS_IDS = 16  # room in every row's state; checkpoints name up to five
+SMALL_TEXT = 2**16
+"""Bytes of text that are tokenized whatever the limits: that takes milliseconds."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt and how to continue it, in the words of `generate`."""
+    """One prompt and how to continue it; the fields mean what they mean to `generate`."""
 
     prompt: str | Sequence[int]
     max_new_tokens: int
     document: str | Sequence[int] | None = None
-    """Read and cut on its own, as if nothing followed; the prompt is read behind what was kept,
-    and all of it stays. Other requests with the same document need not read it again."""
+    """Read and cut on its own, as if nothing followed. The prompt is read behind the entries that
+    were kept and stays whole. Requests with the same document share its reading."""
+    plain: bool = False
+    """Encode control tokens that the texts spell ("<|im_end|>") as ordinary characters."""
     sampling: Sampling = GREEDY
     seed: int = 0
     stop: Sequence[str] = ()
@@ -31,21 +36,21 @@ class Request:
     stop_token_ids: Sequence[int | str] = ()
     """More such tokens, beside `eos_ids`."""
     on_event: Callable[["Event"], None] | None = None
-    """Receives the request's events in the thread that steps; its errors end the request."""
+    """Receives the request's events in the stepping thread; an error in it ends the request."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestTiming:
-    """Seconds since the request was submitted; None for what did not happen."""
+    """Seconds since the request was submitted; None if it did not come that far."""
 
-    started_s: float | None  # its prompt began to be read
-    first_token_s: float | None  # its first token was handed out
+    started_s: float | None  # until the reading of its prompt began
+    first_token_s: float | None  # until its first token was handed out
     ended_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """A request that has ended, with all that it emitted until then."""
+    """A request that has ended, with everything it emitted."""
 
     id: int
     tokens: list[int]  # an end-of-sequence token included
@@ -53,8 +58,8 @@ class Result:
     finish: FinishReason | Literal["cancelled", "error"]
     error: str | None  # why, if finish is "error"
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, those that an earlier request had read
-    steps: int  # forwards of the model after the prompt; one emits one token or more
+    reused_tokens: int  # prompt tokens that an earlier request had read
+    steps: int  # model steps after the prompt; each emits one token or more
     timing: RequestTiming
 
 
@@ -64,101 +69,140 @@ class Event:
 
     id: int
     tokens: list[int]
-    text: str  # what has become certain; it may lag behind the tokens
+    text: str  # the new text that is certain; it may lag behind the tokens
     result: Result | None  # the last event of every request has one
 
 
-class TooLong(ValueError):
-    """More tokens than an engine has room for, in the request's `field`."""
+class RequestError(ValueError):
+    """A request that cannot be served because of its `field`."""
 
-    def __init__(self, message: str, field: Literal["prompt", "document"]):
+    def __init__(self, message: str, field: str):
         super().__init__(message)
-        self.field: Literal["prompt", "document"] = field
+        self.field = field
+
+
+class TooLong(RequestError):
+    """The field has more tokens, or bytes of text, than the engine has room for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What the rows of an engine are sized for."""
+    """The sizes of an engine's rows."""
 
     max_prompt_tokens: int
     max_new_tokens: int
     max_question_tokens: int
+    token_bytes: int = 1
+    """Most bytes of text that one token stands for."""
+
+    def __post_init__(self):
+        least = dict(max_prompt_tokens=1, max_new_tokens=1, max_question_tokens=0)
+        for name, smallest in least.items():
+            if (size := getattr(self, name)) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, not {size}")
 
     @property
     def longest(self) -> int:
-        """Tokens that a row may hold before it emits any."""
+        """Most tokens of a row before its first new one."""
         return self.max_prompt_tokens + self.max_question_tokens
 
-    def check(
-        self, request: Request, tokens: Sequence[int], document: int, eos_ids: Sequence[int]
+    def check_text(
+        self, texts: Sequence[str], field: Literal["prompt", "document"], *, behind: bool = False
     ) -> None:
-        """Raises ValueError (`TooLong`) with the limit that a request goes beyond."""
-        first = document or len(tokens)
-        if first > self.max_prompt_tokens:
-            name = "document" if document else "prompt"
+        """Raises TooLong if texts, together, certainly have too many tokens; tokenizes nothing.
+
+        `behind` says that they are a prompt behind a document.
+        """
+        name = "max_question_tokens" if behind else "max_prompt_tokens"
+        tokens = getattr(self, name)
+        most = max(tokens * self.token_bytes, SMALL_TEXT)
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        if size > most:
+            raise TooLong(
+                f"the {field} has {size} bytes, more than the {most} that {name} = {tokens} tokens "
+                "can stand for",
+                field,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedRequest:
+    """A request in token ids, checked against an engine's limits."""
+
+    tokens: list[int]  # of document and prompt
+    document: int  # how many of them are the document's; 0 without one
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    eos_ids: tuple[int, ...]
+
+    def check(self, limits: Limits) -> None:
+        """Raises ValueError (`TooLong`) with the limit that the request exceeds."""
+        first = self.document or len(self.tokens)
+        if first > limits.max_prompt_tokens:
+            name = "document" if self.document else "prompt"
             raise TooLong(
                 f"the {name} has {first} tokens, more than max_prompt_tokens = "
-                f"{self.max_prompt_tokens}",
+                f"{limits.max_prompt_tokens}",
                 name,
             )
-        if document and len(tokens) - document > self.max_question_tokens:
+        question = len(self.tokens) - self.document
+        if self.document and question > limits.max_question_tokens:
             raise TooLong(
-                f"the prompt behind the document has {len(tokens) - document} tokens, more than "
-                f"max_question_tokens = {self.max_question_tokens}",
+                f"the prompt behind the document has {question} tokens, more than "
+                f"max_question_tokens = {limits.max_question_tokens}",
                 "prompt",
             )
-        if not 1 <= request.max_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"a request may ask for 1 to max_new_tokens = {self.max_new_tokens} tokens, "
-                f"not {request.max_new_tokens}"
+        for name in ("max_new_tokens", "seed"):
+            if not isinstance(value := getattr(self, name), int | np.integer):
+                raise RequestError(f"{name} must be an integer, not {value!r}", name)
+        if not 1 <= self.max_new_tokens <= limits.max_new_tokens:
+            raise RequestError(
+                f"a request may ask for 1 to max_new_tokens = {limits.max_new_tokens} tokens, "
+                f"not {self.max_new_tokens}",
+                "max_new_tokens",
             )
-        if len(eos_ids) > MAX_EOS_IDS:
-            raise ValueError(f"{len(eos_ids)} eos_ids are more than the {MAX_EOS_IDS} of a row")
+        if len(self.eos_ids) > MAX_EOS_IDS:
+            raise RequestError(
+                f"{len(self.eos_ids)} tokens in eos_ids and stop_token_ids exceed the "
+                f"{MAX_EOS_IDS} of a row",
+                "stop_token_ids",
+            )
 
 
-class Job:
-    """A request on its way through an engine.
-
-    Raises ValueError for a request that cannot be served.
-    """
+class ActiveRequest:
+    """A request on its way through an engine, from the queue to its result."""
 
     def __init__(
-        self, id: int, request: Request, model: Model, limits: Limits, eos_ids: Sequence[int]
+        self, id: int, request: Request, encoded: EncodedRequest, tokenizer: Tokenizer | None
     ):
-        if request.document is None:
-            document, (prompt,) = [], encode_prompts(model, [request.prompt])
-        else:
-            (document,) = encode_prompts(model, [request.document])
-            (prompt,) = encode_prompts(model, [request.prompt], special=False)
-        tokens = document + prompt
-        own = eos_ids if request.eos_ids is None else request.eos_ids
-        ends = end_ids(model, own, request.stop_token_ids)
-        limits.check(request, tokens, len(document), ends)
-        pad_batch([tokens], config=model.config)  # checks the ids
         self.id = id
-        self.request = request
-        self.tokens = tokens
-        self.document = len(document)  # tokens of the document, 0 if there is none
-        self.eos_ids = ends
+        self.encoded = encoded
+        self.on_event = request.on_event
         self.row: int | None = None
         self.steps = 0
         self.reused_tokens = 0
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
         self.output = OutputRow(
-            model.tokenizer, prompt=tokens, stop=request.stop, on_text=self._pieces.append
+            tokenizer, prompt=encoded.tokens, stop=request.stop, on_text=self._pieces.append
         )
-        self._has_text = model.tokenizer is not None
+        self._has_text = tokenizer is not None
         self._submitted = time.perf_counter()
         self._started: float | None = None
         self._first: float | None = None
 
     def start(self) -> None:
-        """The prompt is about to be read."""
+        """Notes that the prompt begins to be read."""
         self._started = self._elapsed()
 
+    def take(self, tokens: np.ndarray) -> None:
+        """Takes all output tokens so far, int32 [count]; ValueError if they cannot be decoded."""
+        with panics_as_errors("the output cannot be decoded"):
+            self.output.feed(tokens[len(self.output.tokens) :].tolist())
+
     def news(self, result: Result | None = None) -> Event:
-        """What the output has gained since the last time."""
+        """The tokens and text that no event has had yet."""
         tokens, text = self.output.tokens[self._told :], "".join(self._pieces)
         self._told += len(tokens)
         self._pieces.clear()
@@ -166,11 +210,15 @@ class Job:
             self._first = self._elapsed()
         return Event(id=self.id, tokens=tokens, text=text, result=result)
 
-    def end(self, why: Literal["cancelled"] | Exception | None) -> Event:
-        """The last event; `why` None is an end of the output's own."""
-        self.output.close()
-        finish, error = self.output.finish(self.eos_ids), None
-        if isinstance(why, Exception):
+    def end(self, why: Literal["cancelled"] | BaseException | None) -> Event:
+        """The last event; with `why` None, the output ended by itself."""
+        try:
+            with panics_as_errors("the output cannot be decoded"):
+                self.output.close()
+        except Exception as error:
+            why = why or error
+        finish, error = self.output.finish(self.encoded.eos_ids), None
+        if isinstance(why, BaseException):
             finish, error = "error", f"{type(why).__name__}: {why}"
         elif why is not None:
             finish = why
@@ -181,7 +229,7 @@ class Job:
             text=self.output.text if self._has_text else None,
             finish=finish,
             error=error,
-            prompt_tokens=len(self.tokens),
+            prompt_tokens=len(self.encoded.tokens),
             reused_tokens=self.reused_tokens,
             steps=self.steps,
             timing=RequestTiming(

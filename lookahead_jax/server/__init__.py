@@ -1,1 +1,1 @@
-"""HTTP in front of an engine, in the words of OpenAI's API; needs the extra `serve`."""
+"""An HTTP server for an engine, with OpenAI's API; needs the extra `serve`."""

@@ -1,4 +1,4 @@
-"""What OpenAI's clients read: whole answers, the chunks of a stream, counts of tokens."""
+"""Answers in OpenAI's form: whole ones, chunks of streams, and token counts."""
 
 import time
 import uuid
@@ -13,7 +13,7 @@ _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One answer on its way; `chat` says which of the two endpoints gives it."""
+    """The parts of one answer; `chat` selects the form of the chat endpoint."""
 
     chat: bool
     model: str
@@ -28,20 +28,20 @@ class Answer:
         }
 
     def begin(self, choices: int) -> list[dict[str, Any]]:
-        """What a stream says before any text."""
+        """The chunks of a stream before any text."""
         first = {"role": "assistant", "content": ""}
         return [self._chunk(i, delta=first) for i in range(choices)] if self.chat else []
 
     def piece(self, index: int, text: str) -> dict[str, Any]:
-        """More text of one choice."""
+        """The chunk with more text of one choice."""
         return self._chunk(index, delta={"content": text}, text=text)
 
     def end(self, index: int, result: Result) -> dict[str, Any]:
-        """The end of one choice."""
+        """The last chunk of one choice."""
         return self._chunk(index, delta={}, text="", finish=_FINISH[result.finish])
 
     def counts(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
-        """The chunk after the last choice, if the client wants the counts."""
+        """The chunk after the last choice, for clients that ask for counts."""
         return self._object(".chunk") | {"choices": [], "usage": usage(results, choices)}
 
     def _object(self, suffix: str) -> dict[str, Any]:
@@ -56,25 +56,25 @@ class Answer:
 
     def _whole_choice(self, index: int, result: Result) -> dict[str, Any]:
         text = result.text or ""
-        said = (
+        content = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
             if self.chat
             else {"text": text}
         )
         return {
-            "index": index, **said, "logprobs": None, "finish_reason": _FINISH[result.finish]
+            "index": index, **content, "logprobs": None, "finish_reason": _FINISH[result.finish]
         }  # fmt: skip
 
     def _chunk(
         self, index: int, *, delta: Mapping[str, str], text: str = "", finish: str | None = None
     ) -> dict[str, Any]:
-        said = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
+        content = {"delta": delta} if self.chat else {"text": text}
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
         return self._object(".chunk") | {"choices": [choice]}
 
 
 def usage(results: Sequence[Result], choices: int) -> dict[str, Any]:
-    """Counts of tokens; a prompt with several choices counts once."""
+    """Token counts; a prompt with several choices counts once."""
     prompts = sum(result.prompt_tokens for result in results[::choices])
     generated = sum(len(result.tokens) for result in results)
     reused = sum(result.reused_tokens for result in results[::choices])

@@ -1,9 +1,10 @@
-"""The routes, the key, and errors that belong to no endpoint."""
+"""The routes, the check of the key, and errors outside the endpoints."""
 
 import contextlib
 import hmac
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,10 +22,13 @@ from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Service
 
 
-def make_app(service: Service, model: Model, *, name: str, api_key: str | None) -> ASGIApp:
+def make_app(
+    service: Service, model: Model, *, name: str, api_key: str | None, allow_special_tokens: bool
+) -> ASGIApp:
     """The whole server: OpenAI's endpoints for one model, /health and /metrics.
 
-    With `api_key` everything but /health asks for it.
+    With `api_key`, everything but /health requires it. `allow_special_tokens` lets control tokens
+    that clients spell in texts act as such.
     """
     entry = {
         "id": name, "object": "model", "created": int(time.time()), "owned_by": "lookahead_jax"
@@ -52,9 +56,10 @@ def make_app(service: Service, model: Model, *, name: str, api_key: str | None) 
         finally:
             await service.stop()
 
+    endpoint = partial(Endpoint, service, model, name=name, plain=not allow_special_tokens)
     routes = [
-        Route("/v1/completions", Endpoint(service, model, name, CompletionBody), methods=["POST"]),
-        Route("/v1/chat/completions", Endpoint(service, model, name, ChatBody), methods=["POST"]),
+        Route("/v1/completions", endpoint(kind=CompletionBody), methods=["POST"]),
+        Route("/v1/chat/completions", endpoint(kind=ChatBody), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
         Route("/health", health),
@@ -63,11 +68,11 @@ def make_app(service: Service, model: Model, *, name: str, api_key: str | None) 
     handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    return _Door(app, service, {route.path for route in routes}, api_key)
+    return _KeyCheck(app, service, {route.path for route in routes}, api_key)
 
 
-class _Door:
-    """Asks for the key, and counts what goes out."""
+class _KeyCheck:
+    """Checks the key and counts the answers."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: set[str], key: str | None):
         self._app = app

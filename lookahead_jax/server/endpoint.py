@@ -1,42 +1,49 @@
-"""/v1/completions and /v1/chat/completions: from a body to requests, from events to an answer."""
+"""/v1/completions and /v1/chat/completions: bodies become requests, events become answers."""
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.checkpoints.tokenizer import Tokenizer
-from lookahead_jax.engine.requests import Event, Request, Result, TooLong
+from lookahead_jax.engine.requests import Event, RequestError, Result, TooLong
 from lookahead_jax.server.answers import Answer
+from lookahead_jax.server.call import Call
 from lookahead_jax.server.errors import Gone, Refused
-from lookahead_jax.server.schema import ChatBody, CompletionBody, parse
-from lookahead_jax.server.service import Call, Service
+from lookahead_jax.server.prompts import make_requests
+from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody, parse
+from lookahead_jax.server.service import Service
 from lookahead_jax.server.wire import EventStream, discard_body, read_body, watch
 
 DEFAULT_MAX_TOKENS = 128  # as `lookahead generate`
 
-AnyBody = CompletionBody | ChatBody
-
 
 class Endpoint:
-    """An ASGI application that continues prompts; `kind` says what its bodies look like."""
+    """An ASGI application that continues prompts; `kind` is the type of its bodies.
 
-    def __init__(self, service: Service, model: Model, name: str, kind: type[AnyBody]):
+    `plain` says that control tokens which clients spell in texts are ordinary characters.
+    """
+
+    def __init__(
+        self, service: Service, model: Model, *, name: str, kind: type[AnyBody], plain: bool
+    ):
         if model.tokenizer is None:
             raise ValueError(f"{model.path} has no tokenizer.json, and a server answers in text")
         self._service = service
         self._tokenizer = model.tokenizer
         self._name = name
         self._kind = kind
+        self._plain = plain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limits, stream, unread = self._service.limits, EventStream(send), True
+        stream, unread, answer = EventStream(send), True, None
         try:
             with self._service.call() as call:
-                call.end_after(limits.request_seconds, "the request was not done in", "timeout")
-                content = await read_body(scope, receive, limits.max_body_bytes)
+                seconds = self._service.limits.request_seconds
+                call.end_after(seconds, "the request was not done in", "timeout")
+                content = await read_body(scope, receive, self._service)
                 unread = False
                 leaving = asyncio.create_task(watch(receive, call))
                 try:
@@ -44,20 +51,23 @@ class Endpoint:
                     answer = await self._answer(call, body, stream)
                 finally:
                     leaving.cancel()
-            if answer is not None:
-                await answer(scope, receive, send)
         except Gone:
-            pass
+            return
         except Refused as refused:
+            # A copy has no traceback, which would hold body and tokens until the client has read.
+            answer = refused.copy()
+        if isinstance(answer, Refused):
             if stream.begun:
-                await stream.fail(refused)
+                await stream.fail(answer)
                 return
             if unread:
                 await discard_body(scope, receive)
-            await refused.response()(scope, receive, send)
+            answer = answer.response()
+        if answer is not None:
+            await answer(scope, receive, send)
 
     async def _answer(self, call: Call, body: AnyBody, stream: EventStream) -> JSONResponse | None:
-        """The answer; None if it went through the stream."""
+        """The answer; None if it was sent as a stream."""
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
         await self._submit(call, body, count)
@@ -89,55 +99,38 @@ class Endpoint:
             given = body.max_completion_tokens
         if given is not None and given > most:
             raise Refused(
-                400, f"max_tokens: at most {most} here, not {given}", param="max_tokens",
+                400, f"max_tokens: at most {most}, not {given}", param="max_tokens",
                 code="invalid_value",
             )  # fmt: skip
-        tokens = min(DEFAULT_MAX_TOKENS, most) if given is None else given
+        make = partial(
+            make_requests,
+            body,
+            max_new_tokens=min(DEFAULT_MAX_TOKENS, most) if given is None else given,
+            tokenizer=self._tokenizer,
+            limits=self._service.engine.limits,
+            plain=self._plain,
+        )
         try:
-            await call.submit(count, lambda: _requests(body, tokens, self._tokenizer))
+            await call.submit(count, make)
         except ValueError as error:
-            field = error.field if isinstance(error, TooLong) else "prompt"
-            raise Refused(
-                400,
-                str(error),
-                param="messages" if isinstance(body, ChatBody) else field,
-                code="context_length_exceeded" if isinstance(error, TooLong) else None,
-            ) from error
+            field = error.field if isinstance(error, RequestError) else "prompt"
+            if field == "prompt" and isinstance(body, ChatBody):
+                field = "messages"
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
+            raise Refused(400, str(error), param=field, code=code) from None
 
 
 def check_model(given: str, name: str) -> None:
-    """Raises `Refused` with status 404 for any model but the one that is served."""
+    """Raises `Refused` with status 404 unless `given` names the served model."""
     if given != name:
         raise Refused(
-            404, f"there is no model {given!r} here, only {name!r}", param="model",
+            404, f"there is no model {given!r}, only {name!r}", param="model",
             code="model_not_found",
         )  # fmt: skip
 
 
-def _requests(body: AnyBody, tokens: int, tokenizer: Tokenizer) -> list[Request]:
-    """One request per prompt and choice; the choices of a prompt have seeds in a row."""
-    document = None
-    if isinstance(body, CompletionBody):
-        prompts, document = body.prompt, body.document
-    else:
-        text = tokenizer.render_chat([message.model_dump() for message in body.messages])
-        prompts = [tokenizer.encode(text, special=False)]
-    return [
-        Request(
-            prompt=prompt,
-            document=document,
-            max_new_tokens=tokens,
-            sampling=body.sampling,
-            seed=body.seed + choice,
-            stop=body.stop,
-        )
-        for prompt in prompts
-        for choice in range(body.n)
-    ]
-
-
 async def _events(call: Call, count: int, seconds: float) -> AsyncIterator[tuple[int, Event]]:
-    """News until all `count` requests have ended; the first within `seconds`."""
+    """Events until all `count` requests have ended; the first within `seconds`."""
     waiting = call.end_after(seconds, "there was no token within", "queue_timeout")
     running = count
     while running:

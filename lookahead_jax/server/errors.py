@@ -1,15 +1,16 @@
-"""What a request gets instead of an answer."""
+"""Errors that end a request."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
+RETRY = {"Retry-After": "1"}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class Refused(Exception):
-    """A request that ends with an error; status and body as OpenAI's clients expect them."""
+    """Ends a request with an error, whose status and body are as OpenAI's clients expect them."""
 
     def __init__(
         self,
@@ -26,9 +27,15 @@ class Refused(Exception):
         self._param = param
         self._headers = headers
 
+    def copy(self) -> "Refused":
+        """An equal error. One that is raised twice would keep the frames of both tracebacks."""
+        return Refused(
+            self.status, str(self), code=self._code, param=self._param, headers=self._headers
+        )
+
     @property
     def body(self) -> dict[str, Any]:
-        """The error object, which is also what a stream that fails sends."""
+        """The error object; a stream that fails sends it as its last event."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
             "error": {
@@ -40,9 +47,9 @@ class Refused(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The whole answer."""
+        """The error as a whole answer."""
         return JSONResponse(self.body, self.status, self._headers)
 
 
 class Gone(Exception):
-    """The client has left; there is nobody to answer."""
+    """The client has left, so there is nobody to answer."""

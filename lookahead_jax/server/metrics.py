@@ -9,7 +9,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Metrics:
-    """What one server has done since it began; of no other, even in the same process."""
+    """The counts of one server, even if a process has several."""
 
     def __init__(self, engine: Engine):
         self._registry = CollectorRegistry()
@@ -19,30 +19,41 @@ class Metrics:
         self._finished = self._counter(
             "continuations", "Continuations by how they ended.", "finish"
         )
-        self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were begun.")
-        self._reused = self._counter("reused_prompt_tokens", "Of these, not read again.")
-        self._generated = self._counter("generated_tokens", "Tokens that were generated.")
-        self._steps = self._counter("steps", "Forwards of the model, counted once for every row.")
-        self._queue = self._seconds("queue_seconds", "Until the prompt began to be read.")
-        self._first = self._seconds("first_token_seconds", "Until the first token.")
-        self._total = self._seconds("continuation_seconds", "Until the end of a continuation.")
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts that were read or reused.")
+        self._reused = self._counter(
+            "reused_prompt_tokens", "Of these, read by an earlier request."
+        )
+        self._generated = self._counter("generated_tokens", "Generated tokens.")
+        self._steps = self._counter("steps", "Model steps, counted once for every row.")
+        self._queue = self._seconds("queue_seconds", "Time until the prompt begins to be read.")
+        self._first = self._seconds("first_token_seconds", "Time until the first token.")
+        self._total = self._seconds("continuation_seconds", "Time until the end of a continuation.")
+        self._pause = self._seconds(
+            "prompt_pause_seconds", "Time that running continuations waited for prompts per burst."
+        )
+        self._prompts = Histogram(
+            "lookahead_prompts_between_bursts",
+            "Prompts read between two bursts of running continuations.",
+            registry=self._registry,
+            buckets=(1, 2, 4, 8),
+        )
         gauges = {
             "waiting": ("Continuations that wait for a row.", lambda: engine.waiting),
             "running": (
                 "Continuations that have a row.",
                 lambda: max(engine.alive - engine.waiting, 0),
             ),
-            "prompt_store_bytes": ("Bytes of kept prompts.", lambda: engine.stored_bytes),
+            "prompt_store_bytes": ("Bytes of stored prompts.", lambda: engine.stored_bytes),
         }
         for name, (text, read) in gauges.items():
             Gauge(f"lookahead_{name}", text, registry=self._registry).set_function(read)
 
     def responded(self, path: str, status: int) -> None:
-        """One answer; 499 stands for a client that left before it."""
+        """Counts an answer; 499 stands for a client that left before it."""
         self._responses.labels(path, str(status)).inc()
 
     def ended(self, result: Result) -> None:
-        """One continuation."""
+        """Counts a continuation that has ended."""
         self._finished.labels(result.finish).inc()
         self._generated.inc(len(result.tokens))
         self._steps.inc(result.steps)
@@ -54,8 +65,13 @@ class Metrics:
         if result.timing.first_token_s is not None:
             self._first.observe(result.timing.first_token_s)
 
+    def paused(self, prompts: int, seconds: float) -> None:
+        """One pause of the running continuations, for `prompts` to be read."""
+        self._prompts.observe(prompts)
+        self._pause.observe(seconds)
+
     def text(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

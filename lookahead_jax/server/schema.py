@@ -1,7 +1,8 @@
-"""The bodies of requests: what is read, what is refused, and what stands for a field left out.
+"""The bodies of requests: their fields, defaults and checks.
 
 A field that is left out, or null, means what the same option of `lookahead generate` means when it
-is left out. Every other field is refused by name, unless it has the value that changes nothing.
+is left out. Unknown and unsupported fields are refused by name, except with a value that changes
+nothing.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -11,10 +12,11 @@ from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import from_json
 
 from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.server.errors import Refused
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 16, 1000, 128
-# Fields of OpenAI's API that this server does not have, and the values that ask for nothing.
+# Fields of OpenAI's API that this server does not support, and their values without effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -44,11 +46,11 @@ _TEMPLATES = ("chat_template", "chat_template_kwargs")
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """One prompt or several, as texts or token ids."""
+    """One prompt or several, as strings or token ids."""
     if isinstance(value, str) or _are_ids(value):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(p, str) or _are_ids(p) for p in value):
-        raise ValueError("must be a text, a list of token ids, or a list of such prompts")
+        raise ValueError("must be a string, a list of token ids, or a list of such prompts")
     if not value or not all(value):
         raise ValueError("must not be empty")
     return value
@@ -60,30 +62,30 @@ def _are_ids(value: Any) -> bool:
 
 def _document(value: Any) -> str | list[int]:
     if not (isinstance(value, str) or _are_ids(value)) or not value:
-        raise ValueError("must be a text or a list of token ids, and not empty")
+        raise ValueError("must be a string or a list of token ids, and not empty")
     return value
 
 
 def _stops(value: Any) -> list[str]:
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(stop, str) for stop in value):
-        raise ValueError("must be a text or a list of texts")
+        raise ValueError("must be a string or a list of strings")
     if len(value) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in value):
-        raise ValueError(f"must be up to {MAX_STOPS} texts of 1 to {MAX_STOP_LENGTH} characters")
+        raise ValueError(f"must be up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
     return value
 
 
 def _content(value: Any) -> str:
-    """A text, or the texts of a list of parts one after the other."""
+    """A string, or the joined texts of a list of parts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError("must be a text or a list of text parts")
+        raise ValueError("must be a string or a list of text parts")
     for part in value:
         if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
-            raise ValueError('parts must be {"type": "text", "text": ...}; this model reads text')
+            raise ValueError('parts must be {"type": "text", "text": ...}: only text is supported')
         if not isinstance(part["text"], str):
-            raise ValueError("the text of a part must be a text")
+            raise ValueError("the text of a part must be a string")
     return "".join(part["text"] for part in value)
 
 
@@ -99,13 +101,16 @@ class _Strict(pydantic.BaseModel):
     )
 
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
 class Body(_Strict):
-    """What both endpoints take."""
+    """The fields of both endpoints."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
@@ -116,6 +121,8 @@ class Body(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: Annotated[list[str], PlainValidator(_stops)] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_EOS_IDS)] = []
+    """Not OpenAI's: tokens that end a continuation, beside the model's own."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -123,7 +130,7 @@ class Body(_Strict):
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
+        """The settings of sampling."""
         return Sampling(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -147,7 +154,7 @@ class Body(_Strict):
 class CompletionBody(Body):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     document: Annotated[str | list[int] | None, PlainValidator(_document)] = None
-    """Not OpenAI's: read and cut on its own, before every prompt; see `requests.Request`."""
+    """Not OpenAI's: read and cut on its own, before every prompt; see `engine.requests.Request`."""
 
 
 class Message(_Strict):
@@ -157,7 +164,7 @@ class Message(_Strict):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _left_out(cls, value: Any) -> Any:
-        """Clients send an answer back as it came, with a refusal that is null."""
+        """Drops null fields: clients send an answer back as it came, with a refusal of null."""
         if not isinstance(value, dict):
             return value
         return {name: given for name, given in value.items() if given is not None}
@@ -166,20 +173,35 @@ class Message(_Strict):
 class ChatBody(Body):
     messages: Annotated[list[Message], AfterValidator(_some)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    add_generation_prompt: bool = True
+    """Not OpenAI's, but vLLM's: end where a new turn of the assistant begins."""
+    continue_final_message: bool = False
+    """Not OpenAI's, but vLLM's: continue the last message instead of beginning a new turn."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_ending(self):
+        if self.continue_final_message and self.add_generation_prompt:
+            raise _wrong(
+                "continue_final_message",
+                "continue_final_message needs add_generation_prompt = false, which is true if left "
+                "out",
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_maximum(self):
         if None not in (self.max_tokens, self.max_completion_tokens):
             name = "max_completion_tokens"
-            raise _wrong(name, f"{name} is another name of max_tokens; give one of them")
+            raise _wrong(name, f"{name} is another name of max_tokens: give only one of them")
         return self
 
 
+AnyBody = CompletionBody | ChatBody
 _Kind = TypeVar("_Kind", bound=Body)
 
 
 def parse(kind: type[_Kind], content: bytes) -> _Kind:
-    """The fields of a body; `Refused` with status 400 names the first that is wrong."""
+    """The fields of a body; `Refused` with status 400 names the first wrong one."""
     try:
         fields = from_json(content, allow_inf_nan=False)
     except ValueError as error:
@@ -193,7 +215,7 @@ def parse(kind: type[_Kind], content: bytes) -> _Kind:
             raise _wrong(name, f"{name} is not supported here; leave it out")
     for name in _TEMPLATES:
         if name in given:
-            raise _wrong(name, f"{name}: a chat is written with the model's own template only")
+            raise _wrong(name, f"{name}: only the model's own chat template is used; leave it out")
     try:
         return kind.model_validate(given)
     except pydantic.ValidationError as error:
@@ -205,7 +227,7 @@ def _alike(kind: type) -> tuple[type, ...]:
 
 
 def _complaint(error: pydantic.ValidationError) -> Refused:
-    """The first fault, with the way to it as its name."""
+    """The first error, with the path of its field."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     name = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")

@@ -1,0 +1,75 @@
+"""From requests in text to checked token ids."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.engine.requests import EncodedRequest, Limits, Request
+from lookahead_jax.generation.inputs import encode_prompts, end_ids
+from lookahead_jax.host.panics import panics_as_errors
+from lookahead_jax.prefilling.batching import pad_batch
+
+
+def longest_token_bytes(tokenizer: Tokenizer | None) -> int:
+    """An upper bound of the bytes of text that one token stands for: the longest token's.
+
+    Byte-level vocabularies write some bytes as characters of two, so this may be twice the truth.
+    """
+    vocabulary = () if tokenizer is None else tokenizer.backend.get_vocab(with_added_tokens=True)
+    return max((len(token.encode()) for token in vocabulary), default=1)
+
+
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, special: bool, plain: bool
+) -> list[list[int]]:
+    """Token ids of every text, by the batch call, which lets other Python threads run meanwhile.
+
+    Raises ValueError for text that cannot be tokenized, also where the tokenizer panics.
+    """
+    with panics_as_errors("the text cannot be tokenized"):
+        return tokenizer.encode_batch(texts, special=special, plain=plain)
+
+
+def encode_request(
+    model: Model, request: Request, *, limits: Limits, eos_ids: Sequence[int]
+) -> EncodedRequest:
+    """The request in token ids; `eos_ids` are those of the engine.
+
+    Raises ValueError (`TooLong`) for a request that the engine cannot serve.
+    """
+    texts = partial(_ids, model, request=request, limits=limits)
+    document = []
+    if request.document is not None:
+        document = texts(request.document, "document", behind=False)
+    prompt = texts(request.prompt, "prompt", behind=request.document is not None)
+    own = eos_ids if request.eos_ids is None else request.eos_ids
+    ends = end_ids(model, own, request.stop_token_ids)
+    encoded = EncodedRequest(
+        tokens=document + prompt,
+        document=len(document),
+        max_new_tokens=request.max_new_tokens,
+        sampling=request.sampling,
+        seed=request.seed,
+        eos_ids=ends,
+    )
+    encoded.check(limits)
+    pad_batch([encoded.tokens], config=model.config)  # checks the ids
+    return encoded
+
+
+def _ids(
+    model: Model,
+    given: str | Sequence[int],
+    field: Literal["prompt", "document"],
+    *,
+    behind: bool,
+    request: Request,
+    limits: Limits,
+) -> list[int]:
+    if isinstance(given, str) and given and model.tokenizer is not None:
+        limits.check_text([given], field, behind=behind)
+        (given,) = encode_texts(model.tokenizer, [given], special=not behind, plain=request.plain)
+    (ids,) = encode_prompts(model, [given])
+    return ids

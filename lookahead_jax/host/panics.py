@@ -1,0 +1,19 @@
+"""Panics of compiled extensions (Rust, by pyo3) as ordinary errors."""
+
+import contextlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def panics_as_errors(what: str) -> Iterator[None]:
+    """Raises ValueError where the block raises a BaseException that is no Exception.
+
+    pyo3 derives PanicException from BaseException, so `except Exception` misses it. Interrupts and
+    exits pass unchanged.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from None

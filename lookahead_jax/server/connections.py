@@ -1,0 +1,152 @@
+"""Connections with limits: how many there are, how long they may be idle, and how they end."""
+
+import asyncio
+import errno
+import json
+import logging
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lookahead_jax.server.errors import Refused
+from lookahead_jax.server.limits import ServerLimits
+
+BACKLOG = 128
+"""Connections accepted at once, before the first of them is counted."""
+_RESERVE = 64  # descriptors for everything but connections: files, devices, threads' pipes
+_SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_LOG_SECONDS = 60.0
+_PROBE_SECONDS, _MOST_PROBE_SECONDS = 0.1, 5.0
+_log = logging.getLogger(__name__)
+
+_BODY = json.dumps(Refused(503, "too many connections").body).encode()
+_BUSY = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
+)
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with limits on connections; `limited_protocol` sets the class variables.
+
+    A client that has shut down its sending side is answered. Whether it has left altogether shows
+    only when something is sent: an interim "100 Continue" or a comment in a stream of events, both
+    of which clients skip.
+    """
+
+    max_connections: int
+    idle_seconds: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._head_begun = False
+        self._restart_timer()
+        if len(self.connections) > self.max_connections:
+            transport.write(_BUSY)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._timer, self._probe_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        was_busy = self._busy
+        super().data_received(data)
+        if not was_busy and (self._busy or not self._head_begun):
+            self._head_begun = True
+            self._restart_timer()
+
+    def on_response_complete(self) -> None:
+        self._head_begun = False
+        self._restart_timer()
+        super().on_response_complete()  # may begin the next request
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        if not self._busy or self.cycle.more_body:
+            return None
+        self.cycle.keep_alive = False
+        if self.cycle.scope["http_version"] == "1.1":
+            self._probe(_PROBE_SECONDS)
+        return True
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _restart_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._unsent: int | None = None  # bytes that the client had yet to read
+        self._timer = self.loop.call_later(self.idle_seconds, self._check)
+
+    def _check(self) -> None:
+        """Closes a connection whose client neither sends a request nor reads its answer."""
+        unsent, before = self.transport.get_write_buffer_size(), self._unsent
+        if (before is None or unsent < before) if unsent else self._busy:
+            self._unsent = unsent or None
+            self._timer = self.loop.call_later(self.idle_seconds, self._check)
+        else:
+            self.transport.abort()
+
+    def _probe(self, seconds: float) -> None:
+        if not self._busy or self.transport.is_closing():
+            return
+        if not self.cycle.response_started:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif not self.flow.write_paused:  # what has begun and not ended is a stream of events
+            self.transport.write(self.conn.send(h11.Data(data=b":\n\n")) or b"")
+        pause = min(2 * seconds, _MOST_PROBE_SECONDS)
+        self._probe_timer = self.loop.call_later(seconds, self._probe, pause)
+
+
+def limited_protocol(limits: ServerLimits) -> type[LimitedProtocol]:
+    """The protocol with these limits, and with as many connections as there are descriptors for.
+
+    Raises ValueError where the process may open hardly any file.
+    """
+    most = limits.max_connections
+    if (descriptors := _max_descriptors()) is not None:
+        most = min(most, descriptors - BACKLOG - _RESERVE)
+    if most < 1:
+        raise ValueError(
+            f"the process may open {descriptors} files, and a server needs more than "
+            f"{BACKLOG + _RESERVE}: raise the limit (ulimit -n)"
+        )
+    values = {"max_connections": most, "idle_seconds": limits.idle_seconds}
+    return type("Protocol", (LimitedProtocol,), values)
+
+
+class AcceptErrors:
+    """A handler of the event loop's errors that logs scarce descriptors once a minute.
+
+    asyncio itself logs a traceback for each of many attempts per second.
+    """
+
+    def __init__(self):
+        self._logged: float | None = None
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in _SCARCE and "socket" in context):
+            loop.default_exception_handler(context)
+            return
+        now = loop.time()
+        if self._logged is None or now - self._logged >= _LOG_SECONDS:
+            self._logged = now
+            _log.error("no new connections for now: %s (lower --max-connections)", error.strerror)
+
+
+def _max_descriptors() -> int | None:
+    """How many files the process may have open; None where there is no such limit."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -1,0 +1,65 @@
+"""From the body of an HTTP request to requests of the engine, in token ids."""
+
+from functools import partial
+
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.engine.encoding import encode_texts
+from lookahead_jax.engine.requests import Limits, Request
+from lookahead_jax.host.panics import panics_as_errors
+from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody
+
+
+def make_requests(
+    body: AnyBody, *, max_new_tokens: int, tokenizer: Tokenizer, limits: Limits, plain: bool
+) -> list[Request]:
+    """One request per prompt and choice; the seeds of a prompt's choices are consecutive.
+
+    With `plain`, control tokens that the client's texts spell are ordinary characters. Text is
+    refused by its bytes before it is tokenized: ValueError, `TooLong` where it is too long.
+    """
+    document = None
+    if isinstance(body, CompletionBody):
+        document, prompts = _completion_ids(body, tokenizer, limits, plain)
+    else:
+        prompts = [_chat_ids(body, tokenizer, limits, plain)]
+    return [
+        Request(
+            prompt=prompt,
+            document=document,
+            max_new_tokens=max_new_tokens,
+            sampling=body.sampling,
+            seed=body.seed + choice,
+            stop=body.stop,
+            stop_token_ids=body.stop_token_ids,
+        )
+        for prompt in prompts
+        for choice in range(body.n)
+    ]
+
+
+def _completion_ids(
+    body: CompletionBody, tokenizer: Tokenizer, limits: Limits, plain: bool
+) -> tuple[list[int] | None, list[list[int]]]:
+    encode = partial(encode_texts, tokenizer, plain=plain)
+    document, behind = body.document, body.document is not None
+    if isinstance(document, str):
+        limits.check_text([document], "document")
+    for prompt in body.prompt:
+        if isinstance(prompt, str):
+            limits.check_text([prompt], "prompt", behind=behind)
+    if isinstance(document, str):
+        (document,) = encode([document], special=True)
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    encoded = iter(encode(texts, special=not behind) if texts else ())
+    return document, [next(encoded) if isinstance(p, str) else p for p in body.prompt]
+
+
+def _chat_ids(body: ChatBody, tokenizer: Tokenizer, limits: Limits, plain: bool) -> list[int]:
+    limits.check_text([message.content for message in body.messages], "prompt")
+    with panics_as_errors("the chat cannot be tokenized"):
+        return tokenizer.encode_chat(
+            [message.model_dump() for message in body.messages],
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            plain=plain,
+        )
