@@ -341,6 +341,38 @@ def test_templates_render_in_many_threads():
     assert texts == [chat[0]["content"] for chat in chats]
 
 
+def test_an_interrupted_chat_is_not_the_answer_of_the_next(monkeypatch):
+    worker = TemplateWorker()
+    assert worker.render("a", {}) == "a"
+    exchange = TemplateWorker._exchange
+
+    def interrupted(process, request):
+        process.stdin.write(request)
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TemplateWorker, "_exchange", staticmethod(interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            worker.render("b", {})
+    assert TemplateWorker._exchange is exchange
+    assert worker.render("c", {}) == "c"
+
+
+def test_chats_that_cannot_be_rendered():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    tokenizer = Tokenizer(BYTE_LEVEL.backend, {}, {"default": "{{ messages }}"})
+    for use in (tokenizer.render_chat, tokenizer.encode_chat):
+        with pytest.raises(ValueError, match="nested more than 100 deep"):
+            use([{"content": nested}])
+    many = tokenizers.Tokenizer.from_file(str(LLAMA3 / "tokenizer.json"))
+    many.add_special_tokens(["<" * n for n in range(2, 3000)])
+    with pytest.raises(ValueError, match="control tokens begin with one another"):
+        Tokenizer(many, {}, {}).encode("<<", plain=True)
+
+
 def test_a_forked_process_renders_in_a_process_of_its_own(monkeypatch):
     """The pipes of the first one belong to its parent."""
     worker = TemplateWorker()

@@ -14,6 +14,7 @@ from lookahead_jax.checkpoints.template_worker import TemplateWorker, environmen
 
 MAX_BYTES = 2**20  # of one template; the longest published ones have some ten thousand
 _MAX_TEMPLATES = 100
+_MAX_DEPTH = 100
 _FOLDER = "additional_chat_templates"
 # Names under which messages carry reasoning; templates read the first, gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -82,7 +83,7 @@ def render(
     for message in messages:
         if not isinstance(message, Mapping):
             raise ValueError(f"a chat message must be an object with role and content: {message!r}")
-    chat = _plain([{k: v for k, v in message.items() if v is not None} for message in messages])
+    chat = plain_data([{k: v for k, v in message.items() if v is not None} for message in messages])
     chat = [_with_reasoning_names(message) for message in chat]
     if continue_final_message:
         if add_generation_prompt:
@@ -93,7 +94,7 @@ def render(
         field = "content" if continue_final_message is True else str(continue_final_message)
         final = _tag_final_message(chat, field, source)
     context = {
-        **_plain(variables),
+        **plain_data(variables),
         "messages": chat,
         "add_generation_prompt": add_generation_prompt,
     }
@@ -118,16 +119,22 @@ def literal_text(source: str) -> str:
     return "\0".join([*texts, *(value for value in constants if isinstance(value, str))])
 
 
-def _plain(value: Any) -> Any:
-    """The value rebuilt from JSON types: other objects may have methods that are not harmless."""
+def plain_data(value: Any, depth: int = 0) -> Any:
+    """The value rebuilt from JSON types: methods of other objects may do harm in a template.
+
+    Raises:
+      ValueError: when lists and mappings are nested more than 100 deep.
+    """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"messages or template arguments are nested more than {_MAX_DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {plain_data(k, depth + 1): plain_data(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_data(item, depth + 1) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain_data(value.item(), depth)
     for kind in (str, int, float):  # members of enumerations
         if isinstance(value, kind):
             return kind(value)

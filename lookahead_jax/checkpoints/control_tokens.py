@@ -18,12 +18,16 @@ class ControlTokens:
 
     def __init__(self, tokens: frozenset[str]):
         self.tokens = tokens
-        any_token = _pattern(tokens)
-        self._any = re.compile(any_token)
-        self._marked = re.compile(f"{_START}({any_token}){_END}|[{_START}{_END}]")
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
+        self._longest_beginning = max(map(len, self._beginnings), default=0)
         joined = (token[0] + _SEAM + token[1:] for token in tokens if len(token) > 1)
-        self._joined = re.compile(_pattern(joined))
+        try:
+            any_token = _pattern(tokens)
+            self._any = re.compile(any_token)
+            self._marked = re.compile(f"{_START}({any_token}){_END}|[{_START}{_END}]")
+            self._joined = re.compile(_pattern(joined))
+        except RecursionError as error:
+            raise ValueError("too many control tokens begin with one another") from error
 
     def mark(self, value: Any) -> Any:
         """The value (text, list or mapping) with marks around the control tokens in its texts.
@@ -47,8 +51,7 @@ class ControlTokens:
     def _mark_end(self, text: str) -> str:
         """The text with a seam inside the longest beginning of a control token at its end."""
         stripped = text.rstrip()  # templates may strip it too
-        longest = max(map(len, self._beginnings), default=0)
-        for length in range(min(longest, len(stripped)), 0, -1):
+        for length in range(min(self._longest_beginning, len(stripped)), 0, -1):
             if stripped[-length:] in self._beginnings:
                 at = len(stripped) - length + 1
                 return text[:at] + _SEAM + text[at:]

@@ -54,12 +54,14 @@ class TemplateWorker:
 
             timer = threading.Timer(self._seconds, end)
             timer.start()
+            answer = None
             try:
                 answer = self._exchange(process, request)
             finally:
                 timer.cancel()
-            if answer is None:
-                self.close()
+                # After an interrupt its answer is still to come: the next chat must not get it.
+                if answer is None or overdue.is_set():
+                    self.close()
         if answer is None:
             raise ValueError(
                 f"it took longer than {self._seconds:g} s" if overdue.is_set() else _MEMORY

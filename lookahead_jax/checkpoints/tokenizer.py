@@ -149,7 +149,9 @@ class Tokenizer:
             text = self.render_chat(messages, tools=tools, **options, **variables)
             return self.encode(text, special=False)
         control = self._control_tokens((self._template(template, tools),))
-        messages, tools, variables = (control.mark(v) for v in (messages, tools, variables))
+        messages, tools, variables = (
+            control.mark(chat_template.plain_data(value)) for value in (messages, tools, variables)
+        )
         text = self.render_chat(messages, tools=tools, **options, **variables)
         return self._encode_pieces(control.pieces(text))
 
