@@ -18,7 +18,7 @@ from lookahead_jax.eval.scorers import longproc as scores
 from lookahead_jax.eval.tasks.base import Example, Source, Task, field, rows_of
 
 SIZES = {"0.5k": 1024, "2k": 3072, "8k": 9216}  # tokens of an answer
-TASKS: dict[str, tuple[str, ...]] = {
+LONGPROC_SIZES: dict[str, tuple[str, ...]] = {
     "path_traversal": ("0.5k", "2k", "8k"),
     "html_to_tsv": ("0.5k", "2k", "8k"),
     "pseudo_to_code": ("0.5k", "2k"),
@@ -84,7 +84,7 @@ def _next_turn(example: Example, prediction: str) -> Example | None:
 def tasks() -> list[Task]:
     """longproc/<task>_<size> and mt_bench."""
     found = [Task(name="mt_bench", make=_mt_bench, score=None, follow=_next_turn)]
-    for name, sizes in TASKS.items():
+    for name, sizes in LONGPROC_SIZES.items():
         for size in sizes:
             make: Callable[[Source], list[Example]] = functools.partial(_make, name, size)
             found.append(

@@ -107,11 +107,11 @@ def niah(
             for part in parts
         ]
         kind = value[:-1]
-    filled = [
+    prompt, question, prefix = (
         part.replace("{kind}", kind).replace("{query}", listed(asked)).replace("{context}", context)
         for part in parts
-    ]
-    return Text(*filled, [v for name in asked for v in found[name]])
+    )
+    return Text(prompt, question, prefix, [v for name in asked for v in found[name]])
 
 
 def _chain(rng: random.Random, letters: int, value: str) -> tuple[list[str], list[str]]:

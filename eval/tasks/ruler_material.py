@@ -68,10 +68,13 @@ def published(source: Source, needs: set[str]) -> Material:
 @functools.cache
 def substitute() -> Material:
     """Held-out code for essays, the embedded model's task words for words."""
-    lines = [json.loads(line)["text"] for line in HELDOUT.read_text("utf-8").splitlines()]
-    names = sorted(set(own_words.WORDS.split()))
+    lines: list[str] = [
+        json.loads(line)["text"] for line in HELDOUT.read_text("utf-8").splitlines()
+    ]
+    names: list[str] = sorted(set(own_words.WORDS.split()))
     half = len(names) // 2
-    return Material(" ".join(lines).split(), names, (names[:half], names[half:]))
+    text: str = " ".join(lines)
+    return Material(text.split(), names, (names[:half], names[half:]))
 
 
 def insert_sentences(text: str, sentences: Sequence[str], depths: Sequence[int]) -> str:
