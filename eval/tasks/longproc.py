@@ -68,7 +68,7 @@ def _mt_bench(source: Source) -> list[Example]:
 
 
 def _next_turn(example: Example, prediction: str) -> Example | None:
-    """The question after this one, with all that was said: ids are 81, 81:2, ..."""
+    """The next question, with all earlier turns; ids are 81, 81:2, ..."""
     if not (later := example.extra["later"]):
         return None
     said = (*example.turns, (str(example.context), prediction.strip()))

@@ -1,4 +1,4 @@
-"""What RULER's prompts are written with: essays, words, and what may stand in for them."""
+"""The material of RULER's prompts: essays, words, and substitutes for them."""
 
 import functools
 import importlib.util
@@ -14,7 +14,7 @@ from lookahead_jax.eval.tasks.own.code import HELDOUT
 
 
 class Material(NamedTuple):
-    """What prompts are written with."""
+    """The essay and the words that prompts are made of."""
 
     essay: list[str]  # words
     words: list[str]
@@ -50,7 +50,7 @@ def published_words(path: Path | None) -> dict[str, list[str]]:
 
 
 def published(source: Source, needs: set[str]) -> Material:
-    """What RULER is made of, as far as a task needs it."""
+    """RULER's own material, as far as a task needs it."""
     found: list[str] = []
     if "essay" in needs:
         found = essay(source.file("ruler/PaulGrahamEssays.json", "ruler/PaulGrahamEssays.txt"))

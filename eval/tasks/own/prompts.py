@@ -21,7 +21,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class TokenPrompt(NamedTuple):
-    """One prompt with its only right answer."""
+    """One prompt with its only right answer, as token ids."""
 
     prompt: np.ndarray  # [T] int32
     answer: np.ndarray  # [Y] int32, ends in </s>
