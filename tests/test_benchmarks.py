@@ -55,7 +55,7 @@ def test_all_benchmarks_are_there():
     assert len(longbench.FORMS) == 16
     assert len(longbench.E_TASKS) == 13
     assert len(infinitebench.FORMS) == 12
-    assert sum(map(len, longproc.TASKS.values())) == 16
+    assert sum(map(len, longproc.LONGPROC_SIZES.values())) == 16
     assert len(find_task("ruler")) == 13
     with pytest.raises(ValueError, match=r"families: .*longbench"):
         find_task("rule")

@@ -12,7 +12,9 @@ import pytest
 from lookahead_jax import EMBEDDED_MODULES
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.eval.compare import compare, methods
+from lookahead_jax.eval.compare.config import CompareConfig
 from lookahead_jax.eval.compare.masked import RESPONSE, keep_masks, outcome, read_full
+from lookahead_jax.eval.compare.measure import Comparison, Measured
 from lookahead_jax.eval.compare.summary import best_settings, duel, summarise, verdicts
 from lookahead_jax.host.files import save_arrays
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
@@ -120,14 +122,14 @@ def test_chosen_settings_come_back_for_their_length_and_budgets(tmp_path, monkey
 def small(tmp_path, monkeypatch):
     """A run of two cells that takes no time to measure."""
 
-    def measured(runner, task, *args):
-        shape = (len(runner.budgets), runner.config.count)
-        return compare.Cell(*np.zeros((4, *shape), np.float32))
+    def measured(comparison, task, *args):
+        shape = (len(comparison.budgets), comparison.config.count)
+        return Measured(*np.zeros((4, *shape), np.float32))
 
-    monkeypatch.setattr(compare.Runner, "cell", measured)
-    monkeypatch.setattr(compare.Runner, "full", measured)
+    monkeypatch.setattr(Comparison, "cell", measured)
+    monkeypatch.setattr(Comparison, "full", measured)
     monkeypatch.setattr(methods, "CHOSEN", tmp_path / "chosen.json")
-    return compare.CompareConfig(
+    return CompareConfig(
         out=tmp_path / "run", tasks=("records",), methods=("random",), length=100, count=2
     )
 
@@ -182,7 +184,7 @@ def test_tuning_is_resumed_after_it_has_chosen(small):
     compare.tune(config)
     assert methods.chosen_at(100)["settings"]["records"]["h2o"]
     compare.tune(config)
-    with pytest.raises(ValueError, match=r"\(split, tune, chosen_settings\)"):
+    with pytest.raises(ValueError, match=r"\(split: .*, tune: .*, chosen_settings: .*\)"):
         compare.compare(dataclasses.replace(config, tune=False))
 
 
@@ -191,6 +193,18 @@ def test_settings_of_the_learned_policy_come_as_text():
     assert (policy.pool, policy.window) == ("max", 8)
     with pytest.raises(ValueError, match="settings pool: expected NAME=VALUE"):
         methods.setting_of(("pool",))
+
+
+def test_foreign_files_and_unknown_names_are_one_clear_line(small, tmp_path, capsys):
+    compare.compare(small)
+    foreign = small.out / "records" / "random.npz"
+    save_arrays(foreign, weights=np.zeros(3))
+    with pytest.raises(ValueError, match=r"random.npz: not a cell of .* no array 'budgets'"):
+        compare.compare(small)
+    with pytest.raises(ValueError, match=r"npz: not a setting of a comparison"):
+        best_settings(small.out)
+    assert compare.main(["--out", str(small.out), "--tasks", "poems"]) != 0
+    assert "unknown task 'poems'; known: records" in capsys.readouterr().err
 
 
 def test_verdicts_name_the_best_rival_and_the_share_of_the_gap():

@@ -1,9 +1,9 @@
 """What a policy keeps at many budgets, and what that costs, from one full cache per prompt.
 
-An evicted cache is a full one with the positions of the dropped entries blanked: masks come from
-positions, so the answer's rows see exactly what they would see after a real eviction. Forcing the
-answer through in one block tells at every token what greedy decoding would have chosen there, so
-exact match needs no decoding loop.
+An evicted cache is a full one in which the positions of dropped entries are -1. Attention masks
+come from positions, so the answer's rows see exactly what they would see after a real eviction. One
+pass over the forced answer gives the greedy choice at every token, so exact match needs no decoding
+loop.
 
 Letters: B batch, T prompt, Y answer, S slots, L layers, K KV heads, U budgets, V vocabulary.
 """
@@ -99,15 +99,17 @@ def keep_masks(
     for group in _alike(policy, budgets, reference.tokens.shape[1]):
         budget = group[0]
         scores = _scores(
-            params, reference, policy, budget, modules, drafts.get(budget), config, eos_ids
-        )
+            params, reference, policy,
+            budget=budget, modules=modules, draft=drafts.get(budget), config=config,
+            eos_ids=eos_ids,
+        )  # fmt: skip
         kept = _keep(scores, reference.cache, config=config, policy=policy, budgets=group)
         masks |= dict(zip(group, kept, strict=True))
     return jnp.stack([masks[budget] for budget in budgets])
 
 
 def _alike(policy: Policy, budgets: tuple[int, ...], length: int) -> list[tuple[int, ...]]:
-    """Groups of budgets at which the policy scores and protects alike; a draft has its own."""
+    """Groups of budgets with equal scores and protected entries; with a draft, each is its own."""
     positions = jnp.arange(length, dtype=jnp.int32)[None, None]
     groups: dict[tuple, list[int]] = {}
     for budget in budgets:
@@ -126,6 +128,7 @@ def _scores(
     params: Params,
     reference: Reference,
     policy: Policy,
+    *,
     budget: int,
     modules: LookaheadModules | None,
     draft: jax.Array | None,
@@ -134,10 +137,11 @@ def _scores(
 ) -> jax.Array:
     """Scores over the slots of the full cache: float32 [L, B, K, S].
 
-    `draft` [L, B, K, S] is what the copy has kept that a draft is decoded on.
+    `draft` [L, B, K, S] marks the entries that the draft of the answer is decoded on.
     """
     tokens, cache = reference.tokens, reference.cache
-    if policy.init_stats(*tokens.shape, config) is not None:  # it looks at every prompt row
+    batch, length = tokens.shape
+    if policy.init_stats(batch, length, config) is not None:  # it reads every prompt row
         read = prefill(
             params, tokens, config=config, policy=policy, budget=budget,
             slots=slots_for(policy, tokens.shape[1], budget, 0, config=config),

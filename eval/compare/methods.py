@@ -1,7 +1,7 @@
-"""The policies of the comparison, and the settings that each of them may choose from.
+"""The policies of the comparison, and the candidate settings of each.
 
 A baseline gets its best setting per task and budget, chosen on the validation split. The learned
-policy has no choice: its one setting is the default.
+policy always uses its default setting.
 """
 
 import json
@@ -18,8 +18,7 @@ CHOSEN = Path(__file__).parent / "chosen_settings.json"
 ORACLE = "oracle"
 LOOKAHEAD = "lookaheadkv"
 
-# Tasks that share a fold are learned together: modules tested on one of them as unseen were trained
-# on the other folds alone.
+# Modules that are tested on a task as unseen were trained on the other folds only.
 FOLDS = {
     "records": "a",
     "tagged": "a",
@@ -37,10 +36,10 @@ SHIPPED = (
     ),
     f"{LOOKAHEAD}-unseen={_ASSETS}/comparison/unseen-{{fold}}",
 )
-"""The modules that ship, for `--modules`: three seeds, and one for each fold that never saw it."""
+"""The modules that ship, for `--modules`: three seeds, and one per fold, trained without it."""
 
 Setting = tuple[tuple[str, str], ...]
-"""Arguments of make_policy, as pairs of text."""
+"""Arguments of make_policy, as pairs of strings."""
 
 
 def _grid(**choices: tuple) -> tuple[Setting, ...]:
@@ -101,7 +100,7 @@ def build(method: str, setting: Setting) -> Policy:
 
 
 def setting_of(fields: tuple[str, ...]) -> Setting:
-    """NAME=VALUE texts as a setting; ValueError for another form."""
+    """A setting from NAME=VALUE strings; ValueError for any other form."""
     pairs = [field.partition("=") for field in fields]
     if not all(name and value for name, _, value in pairs):
         raise ValueError(f"settings {' '.join(fields)}: expected NAME=VALUE")
@@ -111,28 +110,28 @@ def setting_of(fields: tuple[str, ...]) -> Setting:
 def write_chosen(
     chosen: dict[str, dict[str, list[int]]], length: int, budgets: tuple[int, ...]
 ) -> None:
-    """Notes task -> method -> the number of its best setting at each budget, for one length.
+    """Stores task -> method -> the number of its best setting at each budget, for one length.
 
-    What was noted of other tasks and methods at these budgets stays.
+    Choices for other tasks and methods at these budgets are kept.
     """
     content = json.loads(CHOSEN.read_text()) if CHOSEN.is_file() else {}
     known = content.get(str(length), {})
     settings = known.get("settings", {}) if known.get("budgets") == list(budgets) else {}
     for task, methods in chosen.items():
-        found = {m: [_text(METHODS[m][i]) for i in best] for m, best in methods.items()}
-        settings[task] = settings.get(task, {}) | found
+        texts = {m: [_text(METHODS[m][i]) for i in best] for m, best in methods.items()}
+        settings[task] = settings.get(task, {}) | texts
     content[str(length)] = {"budgets": budgets, "settings": settings}
     atomic_write(CHOSEN, json.dumps(content, indent=1) + "\n")
 
 
 def chosen_at(length: int) -> dict[str, Any]:
-    """All that was chosen for one length: the `budgets`, and the `settings` as text."""
+    """All choices for one length: the `budgets`, and the `settings` as text."""
     content = json.loads(CHOSEN.read_text()) if CHOSEN.is_file() else {}
     return content.get(str(length), {"budgets": [], "settings": {}})
 
 
 def read_chosen(task: str, method: str, length: int, budgets: tuple[int, ...]) -> list[Setting]:
-    """The setting of a method at each budget. Methods without a choice need no file.
+    """The setting of a method at each budget. Methods with a single setting need no file.
 
     Raises:
       ValueError: nothing was chosen for this length, task or method; `--tune` does that.

@@ -1,13 +1,13 @@
 """Cells of a comparison -> means with 95 % intervals, verdicts, and Markdown tables.
 
-The score of a cell is the share of exact answers; of code, where the model's own continuation is
-the answer, the share of its tokens before the first that differs. Seeds of the modules are
+The score of a cell is the share of exact answers. For code, where the model's own continuation is
+the answer, it is the share of tokens before the first that differs. Seeds of the modules are
 averaged per prompt, so that an interval counts prompts, not prompts times seeds.
 """
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,28 @@ import numpy as np
 from lookahead_jax.eval.compare.methods import DRAFT_FREE, LOOKAHEAD, ORACLE
 from lookahead_jax.eval.intervals import of_mean, of_share
 from lookahead_jax.eval.tasks.own.code import CODE
-from lookahead_jax.host.files import atomic_write
+from lookahead_jax.host.files import atomic_write, load_arrays
 
 MEASURES = ("score", "kl", "recall")
 RESAMPLES = 2000
-LEAST_GAP = 0.02  # of scores; less is no gap to close, and shares of it are noise
+LEAST_GAP = 0.02  # of scores; shares of a smaller gap are noise
 
 Cells = dict[str, dict[str, np.ndarray]]
 """Method -> measure -> [U, N], seeds averaged."""
 
 
 def read_cells(folder: Path) -> tuple[Cells, np.ndarray, dict[str, int]]:
-    """The cells of one task, its budgets, and how many seeds each method had."""
+    """The cells of one task, its budgets, and how many seeds each method had.
+
+    Raises ValueError for a file that is not a cell.
+    """
     seeds: dict[str, list[dict[str, np.ndarray]]] = defaultdict(list)
     budgets = np.zeros(0)
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path) as file:
-            found = dict(file)
-        budgets = found.pop("budgets")
-        found["score"] = found["followed" if folder.name == CODE else "exact"]
-        seeds[path.stem.partition(".")[0]].append(found)
+        cell = _read_cell(path, ("budgets", "exact", "kl", "followed", "recall"))
+        budgets = cell.pop("budgets")
+        cell["score"] = cell["followed" if folder.name == CODE else "exact"]
+        seeds[path.stem.partition(".")[0]].append(cell)
     cells = {
         name: {m: np.mean([cell[m] for cell in group], axis=0) for m in MEASURES}
         for name, group in seeds.items()
@@ -43,24 +45,34 @@ def read_cells(folder: Path) -> tuple[Cells, np.ndarray, dict[str, int]]:
     return cells, budgets, {name: len(group) for name, group in seeds.items()}
 
 
+def _read_cell(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of a cell; ValueError if the file lacks one of `names`, or is damaged."""
+    arrays = load_arrays(path)
+    if missing := [name for name in names if name not in arrays]:
+        raise ValueError(f"{path}: not a cell of a comparison (it has no array {missing[0]!r})")
+    return arrays
+
+
 def best_settings(out: Path) -> dict[str, dict[str, list[int]]]:
     """task -> method -> the number of its best setting at each budget, of cells METHOD.NUMBER.npz.
 
-    The highest score; between equals, the smaller divergence from the full cache.
+    The highest score wins; ties go to the smaller divergence from the full cache. Raises ValueError
+    for a file that is not such a cell.
     """
     best: dict[str, dict[str, list[int]]] = {}
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
-        found: dict[str, dict[int, dict[str, np.ndarray]]] = defaultdict(dict)
+        cells: dict[str, dict[int, dict[str, np.ndarray]]] = defaultdict(dict)
+        score = "followed" if folder.name == CODE else "exact"
         for path in folder.glob("*.npz"):
             method, _, number = path.stem.rpartition(".")
-            with np.load(path) as file:
-                found[method][int(number)] = dict(file)
-        best[folder.name] = {m: _best(s, folder.name) for m, s in sorted(found.items())}
+            if not method or not number.isdigit():
+                raise ValueError(f"{path}: not a setting of a comparison (METHOD.NUMBER.npz)")
+            cells[method][int(number)] = _read_cell(path, (score, "kl"))
+        best[folder.name] = {m: _best(s, score) for m, s in sorted(cells.items())}
     return best
 
 
-def _best(settings: dict[int, dict[str, np.ndarray]], task: str) -> list[int]:
-    score = "followed" if task == CODE else "exact"
+def _best(settings: dict[int, dict[str, np.ndarray]], score: str) -> list[int]:
     budgets = len(next(iter(settings.values()))[score])
     return [
         max(settings, key=lambda n: (settings[n][score][u].mean(), -settings[n]["kl"][u].mean()))
@@ -99,7 +111,7 @@ def duel(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 
 def verdicts(cells: Cells, budgets: np.ndarray) -> list[dict[str, Any]]:
     """Trained modules against the best policy without a draft, LAQ and the oracle, per budget."""
-    found = []
+    lines = []
     for method in learned(cells):
         for u, budget in enumerate(budgets.tolist()):
             score = {name: cells[name]["score"][u] for name in cells}
@@ -120,8 +132,8 @@ def verdicts(cells: Cells, budgets: np.ndarray) -> list[dict[str, Any]]:
                 gap = float(score[ORACLE].mean() - score["snapkv"].mean())
                 gain = float(score[method].mean() - score["snapkv"].mean())
                 line["gap_closed"] = gain / gap if gap > LEAST_GAP else None
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def write_summary(out: Path, *, length: int, base: str) -> None:
@@ -152,7 +164,7 @@ def _order(name: str) -> tuple[int, str]:
     return rank, name
 
 
-def _section(task: str, found: dict[str, Any], length: int) -> str:
+def _section(task: str, summary: dict[str, Any], length: int) -> str:
     """Scores, divergences and recalls of one task as Markdown tables."""
     titles = {
         "score": "tokens followed" if task == CODE else "exact answers",
@@ -164,15 +176,15 @@ def _section(task: str, found: dict[str, Any], length: int) -> str:
         "kl": lambda c: f"{c['mean']:.3f}",
         "recall": lambda c: f"{c['mean']:.2f}",
     }
-    lines = [f"## {task}: {found['prompts']} prompts of {length} tokens", ""]
+    lines = [f"## {task}: {summary['prompts']} prompts of {length} tokens", ""]
     for measure in MEASURES:
-        heads = [f"{b} ({100 * b / length:.1f} %)" for b in found["budgets"]]
+        heads = [f"{b} ({100 * b / length:.1f} %)" for b in summary["budgets"]]
         lines += [
             f"| {titles[measure]} | " + " | ".join(heads) + " |",
             "|---" * (len(heads) + 1) + "|",
         ]
-        for name in sorted(found["methods"], key=_order):
-            cells = [forms[measure](cell) for cell in found["methods"][name][measure]]
+        for name in sorted(summary["methods"], key=_order):
+            cells = [forms[measure](cell) for cell in summary["methods"][name][measure]]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, as the platform can tell it."""
+"""Peak memory during a piece of work, as far as the platform reports it."""
 
 import contextlib
 from pathlib import Path
@@ -9,11 +9,11 @@ _REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class Peak:
-    """Opened before the work and read after it.
+    """A measurement: create it before the work and read it afterwards.
 
-    On accelerators the allocator's high-water mark, summed over this process's devices; it cannot
-    be reset, so a piece of work that does not raise it has only a bound. On a CPU under Linux the
-    process's resident memory, everything included, which can be reset.
+    On accelerators, the allocator's high-water mark, summed over this process's devices. It cannot
+    be reset, so work that does not raise it has only an upper bound. On a CPU under Linux, the
+    peak resident memory of the process, which can be reset.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Peak:
                 self.resets = True
 
     def read(self) -> tuple[int | None, bool]:
-        """Bytes at the peak (None if nobody knows), and whether that is only an upper bound."""
+        """Bytes at the peak (None if unknown), and whether that is only an upper bound."""
         after = self._device()
         if after is not None:
             return after, after == self._before
@@ -38,5 +38,5 @@ class Peak:
     @staticmethod
     def _device() -> int | None:
         stats = [device.memory_stats() for device in jax.local_devices()]
-        marks = [found["peak_bytes_in_use"] for found in stats if found]
+        marks = [stat["peak_bytes_in_use"] for stat in stats if stat]
         return sum(marks) if marks else None

@@ -1,4 +1,4 @@
-"""Examples -> token ids, as the benchmarks publish it: cut in the middle, in the chat template."""
+"""Examples -> token ids, as published: long prompts lose their middle, then the chat template."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class AssembledPrompt(NamedTuple):
     """One example as the model reads it."""
 
     whole: list[int]  # context and question together
-    context: list[int]  # on its own, with what begins a text
+    context: list[int]  # on its own, with BOS
     question: list[int]  # on its own; empty if the example has none
 
 
@@ -18,7 +18,7 @@ def truncate(text: str, tokenizer: Tokenizer, limit: int, cut: Cut) -> str:
     """`text` without its middle, if it has more than `limit` tokens.
 
     "halves": the first and last limit/2 tokens, each decoded on its own (LongBench). "joined":
-    decoded together (LongBench v2, InfiniteBench). Special tokens fall out.
+    decoded together (LongBench v2, InfiniteBench). Special tokens are dropped.
     """
     ids = tokenizer.encode(text)
     if len(ids) <= limit:
@@ -32,9 +32,9 @@ def truncate(text: str, tokenizer: Tokenizer, limit: int, cut: Cut) -> str:
 def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) -> AssembledPrompt:
     """The example in at most `limit` tokens (before the chat template and the answer's prefix).
 
-    What was said before in a dialogue comes on top of these, whole; without a template the turns
-    stand one under the other. `chat` puts context and question into the chat template, unless the
-    example forbids it. Raises ValueError if the question alone does not fit into half of `limit`.
+    Earlier turns of a dialogue are added in full, outside the limit; without a template, empty
+    lines separate the turns. `chat` puts context and question into the chat template, unless the
+    example forbids it. Raises ValueError if the question alone exceeds half of `limit`.
     """
     if isinstance(example.context, tuple) or isinstance(example.question, tuple):
         context, question = list(example.context), list(example.question)

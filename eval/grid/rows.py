@@ -20,7 +20,7 @@ class GridCell(NamedTuple):
     task: str
     length: int
     drafter: str
-    protocol: str  # "seen" or "hidden": whether the question is there while the prompt is cut
+    protocol: str  # "seen" or "hidden": whether the question is part of the compressed prompt
 
 
 Key = tuple[GridCell, str]
@@ -33,16 +33,16 @@ _NUMBER = (int, float)
 _NONE = type(None)
 _KEY: Fields = {name: (kind,) for name, kind in GridCell.__annotations__.items()} | {"id": (str,)}
 ANSWERED: Fields = _KEY | {"predicted_answer": (str,)}
-"""Of a row, as far as a run needs it that goes on."""
+"""Fields that resuming a run needs."""
 MEASURED: Fields = ANSWERED | {
     "score": (*_NUMBER, _NONE), "binary": (bool,), "answer": (list,), "question": (str,),
     "prompt_tokens": (int,), "new_tokens": (int,), "first_of_batch": (str,), "ttft_s": _NUMBER,
     "peak_bytes": (int, _NONE), "peak_is_bound": (bool,), "cache_bytes": (int,),
     "draft_lengths": (list,),
 }  # fmt: skip
-"""Of a row, as far as the report needs it."""
+"""Fields that the report needs."""
 VIEWED: Fields = ANSWERED | {"pieces": (list,), "kept": (list,), "answer": (list,)}
-"""Of the kept tokens of one example."""
+"""Fields of a view: the kept tokens of one example."""
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
@@ -50,7 +50,7 @@ def key_of(row: Mapping[str, Any]) -> Key:
     return GridCell(*(row[name] for name in GridCell._fields)), row["id"]
 
 
-def read_rows(path: Path, fields: Fields) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, fields: Fields = ANSWERED) -> Iterator[dict[str, Any]]:
     """The rows of a file without a torn last line; each has at least `fields`.
 
     Raises ValueError, naming the line and the field, for anything else.
@@ -101,7 +101,7 @@ class RowFile:
         self._file.truncate(content.rfind(b"\n") + 1)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """All rows in one write, on the disk when this returns."""
+        """Writes all rows at once; they are on the disk when this returns."""
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         self._file.write(text.encode())
         self._file.flush()

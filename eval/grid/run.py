@@ -33,7 +33,6 @@ from lookahead_jax.eval.grid.config import (
 from lookahead_jax.eval.grid.peak import Peak
 from lookahead_jax.eval.grid.prompts import AssembledPrompt, assemble
 from lookahead_jax.eval.grid.rows import (
-    ANSWERED,
     ROWS,
     VIEWS,
     GridCell,
@@ -259,7 +258,7 @@ def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
     """
     keep_settings(config.out, settings(config), ROWS)
     rows = config.out / ROWS
-    done = {key_of(row): row["predicted_answer"] for row in read_rows(rows, ANSWERED)}
+    done = {key_of(row): row["predicted_answer"] for row in read_rows(rows)}
     return done, RowFile(rows), RowFile(config.out / VIEWS)
 
 

@@ -32,18 +32,19 @@ class Stat(NamedTuple):
 
 
 def read_runs(runs: Sequence[Path]) -> dict[GridCell, list[dict[str, Any]]]:
-    """The rows of several runs by cell; of a row that occurs twice the last one counts.
+    """The rows of several runs by cell; if a row occurs twice, the last one counts.
 
-    Every row learns where it stands: `file` and `line`. Raises ValueError if there is none.
+    Each row gets its place, `file` and `line`. Raises ValueError if there are no rows, or foreign
+    ones.
     """
-    found: dict[Any, dict[str, Any]] = {}
+    latest: dict[Any, dict[str, Any]] = {}
     for run in runs:
         for line, row in enumerate(read_rows(run / ROWS, MEASURED), 1):
-            found[key_of(row)] = row | {"file": str(run / ROWS), "line": line}
-    if not found:
+            latest[key_of(row)] = row | {"file": str(run / ROWS), "line": line}
+    if not latest:
         raise ValueError(f"no rows in {', '.join(map(str, runs))}")
     cells: dict[GridCell, list[dict[str, Any]]] = defaultdict(list)
-    for (cell, _), row in found.items():
+    for (cell, _), row in latest.items():
         cells[cell].append(row)
     return dict(cells)
 
@@ -74,16 +75,16 @@ def graded(values: Sequence[float]) -> Stat:
 
 
 def measures(rows: Sequence[Row]) -> dict[str, Stat]:
-    """Name -> mean of what a benchmark measures beside the score."""
-    found: dict[str, list[float]] = defaultdict(list)
+    """Name -> mean of the benchmark's other measures."""
+    by_name: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         for name, value in row.get("measures", {}).items():
-            found[name].append(value)
-    return {name: graded(values) for name, values in found.items()}
+            by_name[name].append(value)
+    return {name: graded(values) for name, values in by_name.items()}
 
 
 def average(stats: Sequence[Stat]) -> Stat:
-    """Mean over tasks, each counting the same; independent intervals add in squares."""
+    """Mean over tasks with equal weights; half-widths of independent intervals add in squares."""
     count = len(stats)
     mean = sum(s.mean for s in stats) / count
     below = math.sqrt(sum((s.mean - s.low) ** 2 for s in stats)) / count
@@ -92,7 +93,7 @@ def average(stats: Sequence[Stat]) -> Stat:
 
 
 def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
-    """What a policy adds to the time to the first token, as a share of the full cache's.
+    """The time that a policy adds to the first token, as a share of the full cache's time.
 
     One value per batch. Batches that were read both ways, next to each other (`pair_times`), are
     compared with themselves; others with the full cache's own rows, by their examples.

@@ -26,15 +26,15 @@ _OPERATORS = {
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b if b else None,
 }
-# A model may write any number of digits. Beyond 300 they are no number here: int() refuses 4301 of
-# them, and the quotient of integers must fit a float.
+# A model may write any number of digits. More than 300 are not read as a number: int() refuses 4301
+# digits, and the quotient of integers must fit a float.
 _N = r"(?<!\d)\d{1,300}(?!\d)"
 _STEP = re.compile(rf"\s*(?P<a>{_N})\s*(?P<op>[-*/])\s*(?P<b>{_N})\s*=\s*(?P<c>-?{_N})\s*")
 _SUM = re.compile(rf"\s*(?P<a>-?{_N})\s*(?P<op>\+)\s*(?P<b>-?{_N})\s*=\s*(?P<c>-?{_N})\s*")
 
 
 def tagged(text: str, tag: str) -> str | None:
-    """What stands between <tag> and </tag>."""
+    """The text between <tag> and </tag>."""
     start, end = text.find(f"<{tag}>"), text.find(f"</{tag}>")
     return None if start < 0 or end < 0 else text[start + len(tag) + 2 : end].strip()
 
@@ -239,7 +239,7 @@ def html_to_tsv(prediction: str, reference: str, metadata: Mapping[str, Any]) ->
 def pseudo_to_code(prediction: str, reference: str, metadata: Mapping[str, Any]) -> Measures:
     """The C++ program in the answer passes the first ten test cases; there is no partly.
 
-    Runs the model's program: callers ask for that with --allow-exec.
+    Runs the model's program, which --allow-exec permits.
     """
     found = re.search(r"```cpp([\s\S]*)```", prediction.replace("```c++", "```cpp"))
     if found is None:

@@ -1,7 +1,7 @@
-"""Scores of an answer against the right ones, number for number those of the published benchmarks.
+"""Scores of an answer against the expected ones, equal to those of the published benchmarks.
 
 F1, classification, retrieval, counting and code similarity are LongBench's (THUDM/LongBench,
-metrics.py), substring matches RULER's. `tests/fixtures/make_scorers.py` holds them against the
+metrics.py), substring matches RULER's. `tests/fixtures/make_scorers.py` compares them with the
 originals.
 """
 
@@ -16,7 +16,7 @@ Score = Callable[[str, str], float]
 
 
 def best(score: Score, prediction: str, answers: Sequence[str]) -> float:
-    """The score against the most favourable of the right answers; 0 without one."""
+    """The best score against any of the expected answers; 0 without one."""
     return max((float(score(prediction, answer)) for answer in answers), default=0.0)
 
 

@@ -1,7 +1,7 @@
-"""What a task is: examples, and a score of what a model answers to one.
+"""A task: its examples, and the score of an answer.
 
-An example keeps its context and its question apart, because both protocols need that: either the
-model sees both while it compresses, or the context alone.
+An example keeps its context and its question apart for the two protocols: the model compresses
+either both of them or the context alone.
 """
 
 import dataclasses
@@ -13,36 +13,36 @@ from typing import Any, Literal
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
 Cut = Literal["halves", "joined"]
-"""How the middle of a prompt that is too long goes: see `prompts.truncate`."""
+"""How a prompt that is too long loses its middle: see `prompts.truncate`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One prompt and its right answers.
+    """One prompt and its expected answers.
 
-    `context` and `question` are texts, or token ids (`context` with what begins a text). The
+    `context` and `question` are texts, or token ids (those of `context` start with BOS). The
     prompt is context + question + prefix; a chat template, where there is one and `chat` allows
     it, goes around the first two, and the prefix begins the model's answer.
     """
 
     id: str
     context: str | tuple[int, ...]
-    question: str | tuple[int, ...]  # empty: nothing can be hidden
+    question: str | tuple[int, ...]  # empty: no hidden protocol
     prefix: str = ""
     answers: tuple[str, ...] = ()
-    turns: tuple[tuple[str, str], ...] = ()  # of a dialogue, what was said before: (user, model)
+    turns: tuple[tuple[str, str], ...] = ()  # earlier turns of a dialogue: (user, model)
     max_new_tokens: int
     chat: bool = True
     cut: Cut = "halves"
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
-    )  # what the scorer or the report reads
+    )  # for the scorer and the report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a task makes its examples from."""
+    """The inputs that a task makes its examples from."""
 
     tokenizer: Tokenizer
     length: int  # tokens of a prompt, at most
@@ -53,7 +53,7 @@ class Source:
     def file(self, *names: str) -> Path:
         """The first of `names` that the data folder holds.
 
-        Raises FileNotFoundError, naming what was looked for.
+        Raises FileNotFoundError, naming the files, if there is none.
         """
         found = [self.data / name for name in names] if self.data is not None else []
         for path in found:
@@ -82,7 +82,7 @@ class Task:
 
 
 def scored(task: Task, text: str, example: Example) -> tuple[float | None, dict[str, float]]:
-    """The score of an answer, and the benchmark's measures beside it."""
+    """The score of an answer, and the benchmark's other measures."""
     if task.score is None:
         return None, {}
     found = task.score(text, example)

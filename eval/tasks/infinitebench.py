@@ -16,7 +16,7 @@ from lookahead_jax.eval.tasks.longbench import fill
 
 
 class Form(NamedTuple):
-    """How a task asks, and how its answers are scored."""
+    """The prompt of a task, and the length and score of its answers."""
 
     prompt: str
     answer: int  # tokens
@@ -96,7 +96,7 @@ _OPTIONED = ("longbook_choice_eng", "code_debug")
 
 
 def _fields(name: str, row: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """What the prompt needs besides the context."""
+    """The fields of the prompt, the context excepted."""
     asked = field(row, "input", path)
     fields = {"input": asked}
     if name in _OPTIONED:

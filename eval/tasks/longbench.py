@@ -18,12 +18,12 @@ from lookahead_jax.eval.tasks.base import Example, Source, Task, field, rows_of
 
 
 class Form(NamedTuple):
-    """How a task asks, and how its answers are scored."""
+    """The prompt of a task, and the length and score of its answers."""
 
     prompt: str
     answer: int  # tokens
     score: str
-    chat: bool = True  # chat models are better off without their template on few-shot and code
+    chat: bool = True  # chat models do better without their template on few-shot and code tasks
 
 
 _STORY = (
@@ -158,7 +158,7 @@ _SCORES: dict[str, text.Score] = {
 
 
 def fill(template: str, **fields: str) -> str:
-    """Replaces {name}; braces in the fields mean nothing."""
+    """Replaces {name}; braces in the fields stay as they are."""
     parts = [template]
     for name, value in fields.items():
         cut = [part.split(f"{{{name}}}") if i % 2 == 0 else [part] for i, part in enumerate(parts)]

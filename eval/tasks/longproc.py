@@ -18,7 +18,7 @@ from lookahead_jax.eval.scorers import longproc as scores
 from lookahead_jax.eval.tasks.base import Example, Source, Task, field, rows_of
 
 SIZES = {"0.5k": 1024, "2k": 3072, "8k": 9216}  # tokens of an answer
-TASKS: dict[str, tuple[str, ...]] = {
+LONGPROC_SIZES: dict[str, tuple[str, ...]] = {
     "path_traversal": ("0.5k", "2k", "8k"),
     "html_to_tsv": ("0.5k", "2k", "8k"),
     "pseudo_to_code": ("0.5k", "2k"),
@@ -68,7 +68,7 @@ def _mt_bench(source: Source) -> list[Example]:
 
 
 def _next_turn(example: Example, prediction: str) -> Example | None:
-    """The question after this one, with all that was said: ids are 81, 81:2, ..."""
+    """The next question, with all earlier turns; ids are 81, 81:2, ..."""
     if not (later := example.extra["later"]):
         return None
     said = (*example.turns, (str(example.context), prediction.strip()))
@@ -84,7 +84,7 @@ def _next_turn(example: Example, prediction: str) -> Example | None:
 def tasks() -> list[Task]:
     """longproc/<task>_<size> and mt_bench."""
     found = [Task(name="mt_bench", make=_mt_bench, score=None, follow=_next_turn)]
-    for name, sizes in TASKS.items():
+    for name, sizes in LONGPROC_SIZES.items():
         for size in sizes:
             make: Callable[[Source], list[Example]] = functools.partial(_make, name, size)
             found.append(

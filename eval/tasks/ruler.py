@@ -107,11 +107,11 @@ def niah(
             for part in parts
         ]
         kind = value[:-1]
-    filled = [
+    prompt, question, prefix = (
         part.replace("{kind}", kind).replace("{query}", listed(asked)).replace("{context}", context)
         for part in parts
-    ]
-    return Text(*filled, [v for name in asked for v in found[name]])
+    )
+    return Text(prompt, question, prefix, [v for name in asked for v in found[name]])
 
 
 def _chain(rng: random.Random, letters: int, value: str) -> tuple[list[str], list[str]]:
@@ -170,7 +170,7 @@ def cwe(rng: random.Random, units: int, material: Material, length: int) -> Text
 
     def one(words: int, common: int, rare: int) -> tuple[str, list[str]]:
         stock = material.words
-        if words > len(stock):  # the original turns to a longer list, which nobody ships
+        if words > len(stock):  # the original has a longer list, which is not published
             stock = [f"{a}-{b}" for a in stock for b in stock[: words // len(stock) + 1]]
         drawn = rng.sample(stock, max(words, 10))
         every = drawn[:10] * common + drawn[10:] * rare
@@ -300,7 +300,7 @@ def _qa(file: str, source: Source) -> list[Example]:
 
 
 def tasks() -> list[Task]:
-    """The 13 tasks, and the 11 that can do without the published material."""
+    """The 13 tasks, and the 11 that have substitutes for the published material."""
     found = []
     for name in _PLAIN:
         ways: dict[str, Callable[[Source], Material]] = {
@@ -309,7 +309,7 @@ def tasks() -> list[Task]:
         }
         for family, material in ways.items():
             if family == "ruler_like" and not _needs(name):
-                continue  # nothing in it is a substitute
+                continue  # it has no substitute
             make = functools.partial(_make, name, material)
             found.append(Task(name=f"{family}/{name}", make=make, score=_score_all))
     for name, file in (("qa_1", "squad"), ("qa_2", "hotpotqa")):

@@ -1,4 +1,4 @@
-"""What RULER's prompts are written with: essays, words, and what may stand in for them."""
+"""The material of RULER's prompts: essays, words, and substitutes for them."""
 
 import functools
 import importlib.util
@@ -14,7 +14,7 @@ from lookahead_jax.eval.tasks.own.code import HELDOUT
 
 
 class Material(NamedTuple):
-    """What prompts are written with."""
+    """The essay and the words that prompts are made of."""
 
     essay: list[str]  # words
     words: list[str]
@@ -50,7 +50,7 @@ def published_words(path: Path | None) -> dict[str, list[str]]:
 
 
 def published(source: Source, needs: set[str]) -> Material:
-    """What RULER is made of, as far as a task needs it."""
+    """RULER's own material, as far as a task needs it."""
     found: list[str] = []
     if "essay" in needs:
         found = essay(source.file("ruler/PaulGrahamEssays.json", "ruler/PaulGrahamEssays.txt"))
@@ -68,10 +68,13 @@ def published(source: Source, needs: set[str]) -> Material:
 @functools.cache
 def substitute() -> Material:
     """Held-out code for essays, the embedded model's task words for words."""
-    lines = [json.loads(line)["text"] for line in HELDOUT.read_text("utf-8").splitlines()]
-    names = sorted(set(own_words.WORDS.split()))
+    lines: list[str] = [
+        json.loads(line)["text"] for line in HELDOUT.read_text("utf-8").splitlines()
+    ]
+    names: list[str] = sorted(set(own_words.WORDS.split()))
     half = len(names) // 2
-    return Material(" ".join(lines).split(), names, (names[:half], names[half:]))
+    text: str = " ".join(lines)
+    return Material(text.split(), names, (names[:half], names[half:]))
 
 
 def insert_sentences(text: str, sentences: Sequence[str], depths: Sequence[int]) -> str:

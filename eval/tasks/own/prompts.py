@@ -20,8 +20,8 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
 """Task name -> (family, knobs at 512 tokens)."""
 
 
-class Example(NamedTuple):
-    """One prompt with its only right answer."""
+class TokenPrompt(NamedTuple):
+    """One prompt with its only right answer, as token ids."""
 
     prompt: np.ndarray  # [T] int32
     answer: np.ndarray  # [Y] int32, ends in </s>
@@ -92,7 +92,7 @@ def make_example(
     length: int,
     filler: Filler | None = None,
     **knobs: Any,
-) -> Example:
+) -> TokenPrompt:
     """A fresh prompt of exactly `length` tokens, question included; the same for the same seed.
 
     `knobs` override those of TASKS (number of rows, of distractors, of keys asked for).
@@ -109,7 +109,7 @@ def make_example(
     text = document(
         rng, words, [facts], length=length - len(asked), filler=filler or comments(words)
     )
-    return Example(np.array(text + asked, np.int32), np.array(answer, np.int32))
+    return TokenPrompt(np.array(text + asked, np.int32), np.array(answer, np.int32))
 
 
 def make_batch(
