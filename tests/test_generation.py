@@ -212,9 +212,11 @@ def test_text_behind_a_prompt_keeps_its_first_space(model, plain):
     )
     events = []
     request = Request(prompt=prompt, on_event=events.append, **options)
-    (served,) = engine.run([request])
-    assert served.text == "".join(event.text for event in events) == expected
-    assert served.tokens == tokens
+    by_token = dict(max_new_tokens=24, eos_ids=(), stop_token_ids=["<|im_end|>"])
+    served, ended = engine.run([request, Request(prompt=prompt, **by_token)])
+    assert served.text == ended.text == "".join(event.text for event in events) == expected
+    assert served.tokens == ended.tokens == tokens
+    assert (served.finish, ended.finish) == ("stop", "eos")
 
 
 def test_eos_ends_a_row(model, plain):

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lookahead_jax.checkpoints import chat_template
 from lookahead_jax.checkpoints.template_worker import TemplateWorker
@@ -126,14 +126,26 @@ def test_stream_keeps_spaces_of_sentencepiece_words():
     assert "".join(stream.push(token) for token in ids) == tokenizer.decode(ids)
 
 
+def metaspace():
+    """Mistral's newer arrangement: the decoder of Metaspace, bytes of unknown characters."""
+    backend = tokenizers.Tokenizer.from_str(TOKENIZERS["sentencepiece"].backend.to_str())
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
+    )
+    return Tokenizer(backend, {}, {})
+
+
+CONTINUED = {**TOKENIZERS, "metaspace": metaspace()}
 CONTINUATIONS = ["    return a", "b", " b", "  ", "\u00e9", "\n\u4f60 </s> a", ""]
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", CONTINUED)
 @pytest.mark.parametrize("prompt", ["def f(a):\n", "a b", "ab </s>", "\u4f60", "a <s> </s><s>", ""])
 def test_a_continuation_keeps_what_it_begins_with(name, prompt):
     """A text cut anywhere: prompt and continuation add up, spaces at the seam included."""
-    tokenizer = TOKENIZERS[name]
+    tokenizer = CONTINUED[name]
     for continuation in CONTINUATIONS:
         whole = tokenizer.encode(prompt + continuation)
         for cut in range(len(whole) + 1):

@@ -29,7 +29,7 @@ def compiled(function: Callable) -> Callable[..., Any]:
 
 
 def touched(shape: int | tuple[int, int], dtype: np.dtype | type) -> np.ndarray:
-    """Zeros that have their memory: new pages would be paid for by the first requests' steps."""
+    """Zeros in allocated memory: new pages would otherwise slow the steps of the first requests."""
     array = np.empty(shape, dtype)
     array.view(np.uint8).fill(0)
     return array

@@ -1,7 +1,7 @@
 """The store of the suffix trees, compiled.
 
-A suffix is spelled out only as far as it has been seen twice: the one occurrence below a leaf is
-read from the text. `seats[s, k]` is the node at which the last k tokens of sequence s end, or NONE
+A suffix has nodes only as far as it has occurred twice: the only occurrence below a leaf is read
+from the text. `seats[s, k]` is the node at which the last k tokens of sequence s end, or NONE
 while that occurrence is alone below a leaf.
 """
 
@@ -48,7 +48,7 @@ class Forest(NamedTuple):
 
 
 def empty_forest(capacity: int, sequences: int, depth: int) -> Forest:
-    """Without trees."""
+    """A forest without trees."""
     pool = np.zeros(1, POOL)
     pool[0] = (NONE, 0, 0, 0)
     return Forest(
@@ -71,7 +71,7 @@ def spare(forest):
 @compiled
 @no_type_check
 def plant(forest, parent, token, count, sequence, position):
-    """A new node; the caller has seen to it that there is one to spare."""
+    """A new node; the caller has checked that there is a spare one."""
     nodes, pool = forest.nodes, forest.pool[0]
     if pool.free != NONE:
         node = pool.free
@@ -159,7 +159,7 @@ def make_room(forest, sequence, tokens):
 @compiled
 @no_type_check
 def push_down(forest, leaf, depth):
-    """Spells out one more token of the only occurrence below `leaf`, which is `depth` deep."""
+    """Adds a node for one more token of the only occurrence below `leaf`, at depth `depth`."""
     nodes, seats = forest.nodes, forest.seats
     sequence, position = nodes[leaf].sequence, nodes[leaf].position
     nodes[leaf].sequence = NONE
@@ -222,7 +222,7 @@ def open_sequence(forest, sequence):
 @compiled
 @no_type_check
 def uproot(forest, root, sequence):
-    """Takes every suffix of a sequence out of the tree again; its text goes too."""
+    """Removes every suffix of a sequence from the tree, and its text."""
     nodes = forest.nodes
     depth = forest.seats.shape[1]
     s = forest.sequences[sequence]

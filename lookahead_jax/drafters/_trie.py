@@ -93,7 +93,7 @@ def release(nodes, state, node):
 @compiled
 @no_type_check
 def remove(nodes, table, state, node):
-    """Removes a leaf. Its parent, if that leaves it bare, is the next to be evicted."""
+    """Removes a leaf. Its parent, if it becomes a leaf, is the next to be evicted."""
     unlink_leaf(nodes, node)
     unlink_child(nodes, node)
     forget(nodes, table, node)
@@ -107,7 +107,7 @@ def remove(nodes, table, state, node):
 @compiled
 @no_type_check
 def allocate(nodes, table, state, side):
-    """A node for `side`; if need be the leaf unused longest goes. Each side is sure of half."""
+    """A node for `side`, evicting the least recently used leaf if needed; each side keeps half."""
     s = state[0]
     if s.free == NONE and s.fresh == nodes.size:
         mine = s.public if side == PUBLIC else s.private
@@ -203,7 +203,7 @@ def step(nodes, table, state, parent, token, weight):
 @compiled
 @no_type_check
 def age(nodes, state, tokens, growth):
-    """So many tokens go by, each making the weight of the next `growth` times what it was."""
+    """Advances the clock by `tokens`; the weight of an occurrence grows by `growth` each time."""
     state[0].clock += tokens
     for _ in range(tokens if growth > 1.0 else 0):
         state[0].weight *= growth
@@ -242,8 +242,8 @@ def observe(nodes, table, state, active, born, recent, root, tokens, growth):
 def count_from(nodes, table, state, root, prompt, whole, first, length, begun, growth):
     """Counts the n-grams of `prompt` that begin with the token `first`, in the trie `root`.
 
-    Only at the first `whole` positions; those behind are counted as they go by. begun: the clock
-    at the prompt's first token; an n-gram weighs what it would have weighed when it went by.
+    Only at the first `whole` positions; later ones have been counted as they were observed. begun:
+    the clock at the prompt's first token; n-grams get the weight of the time they were observed.
     """
     for i in range(whole):
         if prompt[i] != first:
@@ -260,7 +260,7 @@ def count_from(nodes, table, state, root, prompt, whole, first, length, begun, g
 @no_type_check
 def pack(nodes, state):
     """The public trie as (tokens, parents, counts, ranks), [n]; parents come first, ranks order
-    the leaves from the one unused longest."""
+    the leaves from the least recently used."""
     size = state[0].public
     tokens, parents = np.empty(size, np.int32), np.empty(size, np.int32)
     counts, ranks = np.empty(size, np.float32), np.full(size, NONE, np.int32)
@@ -291,7 +291,7 @@ def pack(nodes, state):
 @compiled
 @no_type_check
 def unpack(nodes, table, state, tokens, parents, counts, ranks):
-    """Fills an empty store with what `pack` gave; False at a duplicate sibling."""
+    """Fills an empty store with the arrays of `pack`; False at a duplicate sibling."""
     base = state[0].fresh
     for i in range(tokens.size):
         node = allocate(nodes, table, state, PUBLIC)

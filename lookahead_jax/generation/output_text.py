@@ -89,8 +89,9 @@ class OutputRow:
         self.stopped = False
         self._tokenizer = tokenizer
         self._decoder = None if tokenizer is None else tokenizer.stream(prompt=prompt)
-        self._plain = _StopSearch(tuple(stop))
-        self._marked = _StopSearch(tuple(stop))  # with special tokens
+        self._stop = tuple(stop)
+        self._plain = _StopSearch(self._stop)
+        self._marked = _StopSearch(self._stop)  # with special tokens
         self._omitted: list[tuple[int, int]] = []  # where they begin in it, and their lengths
         self._on_text = on_text
         self._shown = 0
@@ -103,10 +104,7 @@ class OutputRow:
             self.tokens.append(int(token))
             if self._decoder is not None and self._tokenizer is not None:
                 self._grow(self._decoder.push(int(token)), self._tokenizer.special_text(int(token)))
-        if self.stopped:
-            self._show(len(self.text))
-        else:
-            self._show(min(self._plain.certain(), self._without_special(self._marked.certain())))
+        self._show(self._certain())
 
     def close(self) -> None:
         """Shows the text that was held back; the row gets no more tokens."""
@@ -120,7 +118,16 @@ class OutputRow:
             return "stop"
         return "eos" if self.tokens and self.tokens[-1] in eos_ids else "length"
 
+    def _certain(self) -> int:
+        """Length of the text that no stop string will cut off."""
+        if self.stopped or not self._stop:
+            return len(self.text)
+        return min(self._plain.certain(), self._without_special(self._marked.certain()))
+
     def _grow(self, piece: str, special: str) -> None:
+        if not self._stop:
+            self.text += piece
+            return
         ends = [self._plain.add(piece)]
         if special:
             self._omitted.append((len(self._marked.text), len(special)))
