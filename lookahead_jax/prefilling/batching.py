@@ -127,5 +127,6 @@ def check_room(cache: KVCache, new_tokens: int) -> None:
     free = cache.slots - int(np.max(np.asarray(cache.length)))
     if free < new_tokens:
         raise ValueError(
-            f"the cache has {free} free slots for {new_tokens} tokens: prefill with more slots"
+            f"the cache has {free} free slots for {new_tokens} tokens: prefill with a "
+            "larger new_tokens"
         )
