@@ -235,6 +235,21 @@ def test_engine_and_generate_cut_alike(name, every):
     assert all(2 * g.cache.full_bytes == 3 * g.cache.bytes for g in alone)  # 256 slots, not 384
 
 
+@pytest.mark.slow
+def test_ada_cuts_while_decoding():
+    """An even share is the inner policy; a free one keeps as many entries in each layer."""
+    settings = dict(budget=BUDGET, max_new_tokens=NEW, evict_every=INTERVAL)
+    prompts = tiny.prompts((33, 5))
+    plain = lk.generate(model(), prompts, policy=make_policy("h2o", window=3), **settings)
+    even = make_policy("ada", inner="h2o", window=3, alpha=1)
+    assert lk.generate(model(), prompts, policy=even, **settings).tokens == plain.tokens
+    free = make_policy("ada", inner="h2o", window=3, alpha=0)
+    result = lk.generate(model(), prompts, policy=free, **settings)
+    assert [len(row) for row in result.tokens] == [NEW, NEW]
+    lengths = np.asarray(result.cache.kept_per_head)
+    assert (lengths.sum(-1) == PLAIN.num_kv_heads * np.array([[BUDGET, 5]])).all()
+
+
 @pytest.mark.parametrize("name", ["snapkv", "laq", "oracle"])
 def test_policies_that_cannot_say_so(name):
     policy = make_policy(name)
