@@ -103,6 +103,19 @@ def machine(cores: int | None = None) -> str:
     return f"{processor()}, {cores} cores"
 
 
+def ran_on() -> dict[str, Any]:
+    """Code, device and versions of a run, as the reports of timings begin."""
+    import jax
+
+    return {
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+    }
+
+
 def settings(options: Any, *without: str) -> dict[str, Any]:
     """The options as a report names them, less those that change no figure."""
     return {k: v for k, v in vars(options).items() if k not in without}

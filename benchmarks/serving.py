@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -24,8 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-import jax
-from common import ROOT, Help, commit, parse, publish, settings
+from common import ROOT, Help, parse, publish, ran_on, settings
 
 import lookahead_jax as lk
 
@@ -128,11 +126,7 @@ def compare(rates: list[float], base: list[float]) -> dict[str, float]:
 def main() -> None:
     options = parse(Options, __doc__)
     report = {
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "jax": jax.__version__,
+        **ran_on(),
         **settings(options, "out"),
         **measure(options),
     }

@@ -7,8 +7,6 @@ mean difference from the full cache with a 95 % interval over repetitions, and t
 """
 
 import dataclasses
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +14,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Help, commit, parse, publish
+from common import Help, parse, publish, ran_on
 
 import lookahead_jax as lk
 
@@ -79,11 +77,7 @@ def main() -> None:
     options = parse(Options, __doc__)
     sizes = (options.tokens, options.budget, options.repetitions)
     report = {
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "jax": jax.__version__,
+        **ran_on(),
         **dict(zip(("tokens", "budget", "repetitions"), sizes, strict=True)),
         "policies": measure(*sizes, options.modules),
     }
