@@ -65,6 +65,7 @@ def run_section(
     smoke: bool,
     report: dict[str, Any],
     save: Callable[[], None],
+    *,
     again: bool = False,
     until: float = float("inf"),
 ) -> None:

@@ -34,7 +34,9 @@ from lookahead_jax.train.shapes import SHAPES
 NEW_TOKENS = 256
 
 
-def measure(config: ModelConfig, tokens: int, policy: Policy, budget: int, chunk, sharding) -> dict:
+def measure(
+    config: ModelConfig, tokens: int, policy: Policy, budget: int, *, chunk, sharding
+) -> dict:
     """Bytes of weights, temporaries and results for one prompt of `tokens` tokens."""
 
     def place(leaf):

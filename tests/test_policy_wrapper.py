@@ -1,6 +1,5 @@
 """A wrapped policy is asked everything its wrapper does not decide: by name, and end to end."""
 
-import dataclasses
 import inspect
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.base import CutByTokens, Policy, WithDraft
-from lookahead_jax.policies.registry import POLICIES, make_policy, policy_summaries
+from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.policies.view import Chunk
 from lookahead_jax.policies.wrapper import PolicyWrapper
 from lookahead_jax.prompts.read import read_prompt
@@ -120,25 +119,6 @@ def test_ada_cuts_while_decoding_as_its_inner_policy_does(inner):
         kept = policy.max_entries(tokens, 12, PLAIN)
         held = min(policy.max_entries(tokens + new, 12, PLAIN) + 8, kept + new)
         assert kept + eviction.room(tokens, new, PLAIN) >= held
-
-
-def test_every_policy_is_summarised_in_one_sentence():
-    summaries = policy_summaries()
-    assert list(summaries) == list(POLICIES)
-    assert len(set(summaries.values())) == len(POLICIES)
-    for name, summary in summaries.items():
-        assert summary.endswith("."), name
-        assert len(summary) <= 100, name
-        assert "\n" not in summary
-
-
-def test_a_policy_without_a_docstring_has_no_summary(monkeypatch):
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Silent(Policy):
-        window: int = 4
-
-    monkeypatch.setitem(POLICIES, "silent", Silent)
-    assert policy_summaries()["silent"] == ""
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def lookahead_losses(
         policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         static_argnums=0,
     )
-    def predict(variant, p, lora, rows, context, kind, target):
+    def predict(variant, layer, rows, context, target):
+        p, lora, kind = layer
         rows, queries = observe_layer(
             p,
             rows,
@@ -131,7 +132,7 @@ def lookahead_losses(
             (x, buffers, response_rows, context, target)
         )
         predicted = [
-            predict(i, p, lora, r, context, kind, target)
+            predict(i, (p, lora, kind), r, context, target)
             for i, (lora, r) in enumerate(zip(loras, rows, strict=True))
         ]
         losses = losses + jnp.stack([loss.mean(-1) for _, loss in predicted])

@@ -195,9 +195,9 @@ def _keep(
     limit = max(policy.max_entries(cache.slots, budget, config) for budget in budgets)
     shares = [policy.layer_budgets(cache.next_pos, budget, config) for budget in budgets]
 
-    def layer(scores, k, v, pos, kind, share):
+    def layer(scores, context, kind, share):
         view = LayerView.of(
-            Context(k, v, pos), kind, length=cache.next_pos, span=cache.rope_span, config=config
+            context, kind, length=cache.next_pos, span=cache.rope_span, config=config
         )
         kept = select(policy, view, scores, budget=budgets[0], layer_budget=share, limit=limit)
         at = jnp.where(kept.pos >= 0, kept.index, scores.shape[-1])
@@ -206,9 +206,10 @@ def _keep(
         return mask.at[b[:, None, None], h[None, :, None], at].set(True, mode="drop")
 
     layers = jax.vmap(layer)
-    each = jax.vmap(layers, in_axes=(None, None, None, None, None, 0))
+    each = jax.vmap(layers, in_axes=(None, None, None, 0))
     kinds = layer_kinds(config)
-    return each(scores, cache.k, cache.v, cache.pos, kinds, jnp.stack(shares))
+    entries = Context(cache.k, cache.v, cache.pos)
+    return each(scores, entries, kinds, jnp.stack(shares))
 
 
 def masked(cache: KVCache, keep: jax.Array) -> KVCache:

@@ -13,7 +13,8 @@ import tyro
 
 import lookahead_jax
 from lookahead_jax.cli import demo, generate, inspect, logits, score, serve
-from lookahead_jax.cli.summaries import drafter_summaries, policy_summaries
+from lookahead_jax.cli.summaries import policy_summaries
+from lookahead_jax.drafters.registry import drafter_summaries
 from lookahead_jax.host.command import run_command
 from lookahead_jax.host.config_files import UsageError
 

@@ -1,4 +1,4 @@
-"""One sentence for each policy and drafter, for help texts.
+"""One sentence for each policy, for help texts.
 
 The sentences are the first ones of the classes' docstrings. They are read from the sources:
 importing the classes would import JAX, and help should appear at once.
@@ -7,57 +7,36 @@ importing the classes would import JAX, and help should appear at once.
 import ast
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent.parent
+_POLICIES = Path(__file__).parent.parent / "policies"
 
 
 def policy_summaries() -> dict[str, str]:
     """Name of each eviction policy -> what it does."""
-    return _summaries(_PACKAGE / "policies" / "registry.py", "POLICIES")
-
-
-def drafter_summaries() -> dict[str, str]:
-    """Name of each drafter -> what it does."""
-    return _summaries(_PACKAGE / "drafters" / "registry.py", "DRAFTERS")
-
-
-def _summaries(registry: Path, table: str) -> dict[str, str]:
-    """The names in a registry's table, each with the sentence of its class.
-
-    The table's values are classes that the registry imports, their dotted names in the package, or
-    calls whose last argument is the sentence.
-    """
-    tree = ast.parse(registry.read_text("utf-8"))
-    modules = {
-        alias.name: node.module.removeprefix("lookahead_jax.")
+    tree = ast.parse((_POLICIES / "registry.py").read_text("utf-8"))
+    files = {
+        alias.name: node.module.rpartition(".")[2]
         for node in tree.body
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
-    summaries = {}
-    for key, value in zip(*_table(tree, table), strict=True):
-        if isinstance(value, ast.Call):
-            sentence = ast.literal_eval(value.args[-1])
-        elif isinstance(value, ast.Name):
-            sentence = _first_sentence(modules[value.id], value.id)
-        else:
-            module, _, name = ast.literal_eval(value).rpartition(".")
-            sentence = _first_sentence(module, name)
-        summaries[ast.literal_eval(key)] = sentence
-    return summaries
+    return {
+        ast.literal_eval(key): _first_sentence(_POLICIES / f"{files[value.id]}.py", value.id)
+        for key, value in _table(tree)
+    }
 
 
-def _table(tree: ast.Module, name: str) -> tuple[list[ast.expr], list[ast.expr]]:
+def _table(tree: ast.Module) -> list[tuple[ast.expr, ast.Name]]:
+    """Keys and classes of the registry's table POLICIES."""
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        value = getattr(node, "value", None)
-        named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
-        if named and isinstance(value, ast.Dict):
-            return [key for key in value.keys if key is not None], value.values
-    raise ValueError(f"there is no table {name}")
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "POLICIES":
+            if not isinstance(node.value, ast.Dict):
+                break
+            pairs = zip(node.value.keys, node.value.values, strict=True)
+            return [(key, kind) for key, kind in pairs if key and isinstance(kind, ast.Name)]
+    raise ValueError("policies/registry.py has no table POLICIES")
 
 
-def _first_sentence(module: str, name: str) -> str:
-    path = _PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+def _first_sentence(path: Path, name: str) -> str:
     for node in ast.parse(path.read_text("utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]

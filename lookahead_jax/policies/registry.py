@@ -1,7 +1,6 @@
-"""Eviction policies by name: `make_policy` builds one, `policy_summaries` describes them all."""
+"""Eviction policies by name: `make_policy` builds one."""
 
 import dataclasses
-import inspect
 import typing
 from typing import Any, Literal
 
@@ -41,16 +40,6 @@ POLICIES: dict[str, type[Policy]] = {
     "lookaheadkv": LookaheadKV,
     "oracle": Oracle,
 }
-
-
-def policy_summaries() -> dict[str, str]:
-    """One sentence on every policy by its name: the first paragraph of its class's docstring."""
-    summaries = {}
-    for name, kind in POLICIES.items():
-        summary = " ".join(inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].split())
-        # A dataclass without a docstring gets its signature as one.
-        summaries[name] = "" if summary.startswith(f"{kind.__name__}(") else summary
-    return summaries
 
 
 def policies_that_cut_while_decoding() -> list[str]:
