@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Help, parse, publish, ran_on
+from common import Help, parse, publish, ran_on, settings
 
 import lookahead_jax as lk
 
@@ -78,7 +78,7 @@ def main() -> None:
     sizes = (options.tokens, options.budget, options.repetitions)
     report = {
         **ran_on(),
-        **dict(zip(("tokens", "budget", "repetitions"), sizes, strict=True)),
+        **settings(options, "modules", "out"),
         "policies": measure(*sizes, options.modules),
     }
     publish(report, options.out)

@@ -3,7 +3,8 @@
     python examples/compress_once.py
 
 A fork copies the cut cache, so every question starts from the document alone. Nothing but the fork
-and the question is computed again.
+and the question is computed again. A third of the document is kept without knowing the questions,
+so an answer may be wrong.
 """
 
 from pathlib import Path
@@ -45,7 +46,7 @@ def main() -> dict[str, str]:
         made_with = fingerprint(model.params)  # a cache is of no use to other weights
         lk.save_cache(path, read.cache, fingerprint=made_with)
         cache = lk.load_cache(path, fingerprint=made_with)
-        for name in ROWS:
+        for name, value in ROWS.items():
             question = model.tokenizer.encode(f"\n>>> find {name} :", special=False)
             longer, logits = lk.extend(
                 model.params, jnp.asarray([question]), cache.fork(1), config=model.config
@@ -60,7 +61,7 @@ def main() -> dict[str, str]:
             )
             ids = answer.tokens[0, : answer.count[0]].tolist()
             answers[name] = model.tokenizer.decode(ids).strip()
-            print(f"{name}: {answers[name]}")
+            print(f"{name}: {answers[name]!r}, in the document {name + ' ' + value!r}")
     print(f"{int((tokens >= 0).sum())} prompt tokens, {BUDGET} kept per head")
     return answers
 

@@ -12,9 +12,6 @@ import pytest
 from common import Help
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PROGRAMS = sorted(
-    path.name for path in BENCHMARKS.glob("*.py") if "\nclass Options:" in path.read_text("utf-8")
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,13 +67,21 @@ def test_a_report_names_the_options_that_matter(tmp_path):
     assert json.loads((tmp_path / "new" / "report.json").read_text())["tokens"] == [4]
 
 
+def test_one_module_has_the_import_path_and_the_options():
+    for path in BENCHMARKS.glob("*.py"):
+        text = path.read_text("utf-8")
+        own = path.name == "common.py"
+        assert ("sys.path" in text or "argparse" in text) == own, path.name
+        assert ("def main()" in text) == ("parse(Options, __doc__)" in text), path.name
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_program_explains_itself(program, tmp_path):
+@pytest.mark.parametrize("program", ["gpu.py", "trie.py", "against_transformers.py"])
+def test_a_program_runs_without_an_installation(program, tmp_path):
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / program), "--help"],
         cwd=tmp_path, capture_output=True, text=True,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "--help" in done.stdout
+    assert "options:" in done.stdout
