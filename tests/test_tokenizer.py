@@ -90,7 +90,7 @@ def test_panics_of_the_tokenizers_package_are_errors():
     backend.pre_tokenizer = pre_tokenizers.Split(slow, "isolated")
     tokenizer = Tokenizer(backend, {}, {})
     for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
-        with pytest.raises(ValueError, match="cannot be tokenized .*retry-limit"):
+        with pytest.raises(ValueError, match=r"cannot be tokenized .*retry-limit"):
             encode("a" * 200 + "!")
     with pytest.raises(KeyboardInterrupt), _as_value_error("the text cannot be tokenized"):
         raise KeyboardInterrupt
