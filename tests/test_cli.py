@@ -409,7 +409,7 @@ def test_speckv_observes_with_the_answer_of_a_draft_model(model_dir, model, caps
     assert capsys.readouterr().out == expected + "\n"
     assert fault(capsys, *speckv) == (
         2,
-        "--policy speckv needs --draft-model DIR, a smaller checkpoint (see lookahead --help)\n",
+        "--policy speckv needs --draft-model DIR, a smaller checkpoint (see lookahead generate --help)\n",
     )
     status, line = fault(capsys, *args, "--draft-model", model_dir)
     assert (status, line.startswith("--draft-model has no use without")) == (2, True)
