@@ -321,7 +321,7 @@ def test_the_traceback_is_there_when_asked_for(monkeypatch, capsys):
 def test_python_m_shows_the_commands():
     command = [sys.executable, "-m", "lookahead_jax", "--help"]
     run = subprocess.run(command, check=True, capture_output=True, text=True)
-    commands = ("generate", "score", "logits", "inspect", "demo", "serve")
+    commands = ("generate", "score", "logits", "inspect", "demo", "serve", "train", "eval")
     assert all(name in run.stdout for name in commands)
 
 
@@ -409,7 +409,8 @@ def test_speckv_observes_with_the_answer_of_a_draft_model(model_dir, model, caps
     assert capsys.readouterr().out == expected + "\n"
     assert fault(capsys, *speckv) == (
         2,
-        "--policy speckv needs --draft-model DIR, a smaller checkpoint (see lookahead --help)\n",
+        "--policy speckv needs --draft-model DIR, a smaller checkpoint "
+        "(see lookahead generate --help)\n",
     )
     status, line = fault(capsys, *args, "--draft-model", model_dir)
     assert (status, line.startswith("--draft-model has no use without")) == (2, True)

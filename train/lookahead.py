@@ -40,7 +40,13 @@ from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import report, steps
-from lookahead_jax.train.step import TrainState, batch_sharding, compile_step, init_state
+from lookahead_jax.train.step import (
+    TrainState,
+    batch_sharding,
+    check_batch,
+    compile_step,
+    init_state,
+)
 from lookahead_jax.train.training_data import TrainingData, open_data
 
 _LOG = logging.getLogger(__name__)
@@ -115,14 +121,7 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     when too many steps in a row are skipped, BlockingIOError if another process writes the run.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if min(config.batch, config.micro_batches) < 1 or config.batch % (
-        devices * config.micro_batches
-    ):
-        raise ValueError(
-            f"a batch of {config.batch} cannot be split into {config.micro_batches} micro-batches "
-            f"on {devices} devices"
-        )
+    check_batch(config.batch, config.micro_batches, mesh)
     for name in ("save_every", "chunk"):
         if (size := getattr(config, name)) is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")

@@ -1,8 +1,8 @@
-"""The loss of LookaheadKV: predicted importance of every prompt entry against the true one.
+"""The loss of LookaheadKV: predicted against true importance of each prompt entry.
 
-One pass over the prompt serves both sides. In each layer the response (rows of the untouched
-model) and the lookahead tokens (rows with the LoRA) look back at the same keys; gradients reach
-the lookahead rows only, so the backward pass is as long as they are many, not as the prompt.
+One pass over the prompt serves both. In each layer the response (rows of the unchanged model) and
+the lookahead tokens (rows with the LoRA) attend to the same keys. Gradients reach the lookahead
+rows only, so the backward pass grows with their number and not with the prompt.
 Letters: B batch, T prompt, Y response, M lookahead tokens, N query heads, L layers.
 Source: LookaheadKV (arXiv 2603.10899), section 3: KL per layer and query head.
 """
@@ -29,8 +29,8 @@ from lookahead_jax.prefilling.layer_pass import (
     prompt_layout,
 )
 
-# Floors of a share and of the mass on the prompt. A lone lookahead token may look at little but
-# itself; the inverse of their product, which its gradient holds, must stay a float32.
+# Floors of one entry's share and of the mass on the prompt. A single lookahead token may attend
+# almost only to itself; its gradient has the inverse of their product, which must fit a float32.
 _TINY = 1e-20
 _LITTLE = 1e-15
 
@@ -54,7 +54,7 @@ def _attention_on_prompt(
 
 
 def _normalised(scores: jax.Array) -> jax.Array:
-    """Scores as a distribution over the prompt's entries; hardly anything where they have none."""
+    """Scores as a distribution over the prompt's entries; near zero where all scores are."""
     return scores / jnp.maximum(scores.sum(-1, keepdims=True), _LITTLE)
 
 

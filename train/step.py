@@ -25,7 +25,7 @@ Metrics = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """What a step changes; the base model is no part of it."""
+    """The state that a step updates; the base model is not part of it."""
 
     modules: LookaheadModules  # float32
     optimizer: optax.OptState
@@ -35,7 +35,7 @@ class TrainState:
 
 @struct.dataclass
 class Batch:
-    """Token rows of one step, right-padded with -1; a row without a response counts for nothing."""
+    """Token rows of one step, right-padded with -1; rows without a response are ignored."""
 
     prompts: jax.Array  # [A, B, T] int32
     responses: jax.Array  # [A, B, Y] int32
@@ -143,6 +143,16 @@ def _update(
     )
 
 
+def check_batch(batch: int, micro_batches: int, mesh: Mesh) -> None:
+    """Raises ValueError unless every device gets as many rows of each micro-batch."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if min(batch, micro_batches) < 1 or batch % (devices * micro_batches):
+        raise ValueError(
+            f"a batch of {batch} cannot be split into {micro_batches} micro-batches on {devices} "
+            "devices"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of each micro-batch are split over the data axes."""
     return sharding((None, "batch"), mesh)
@@ -157,7 +167,7 @@ def compile_step(
 ) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step` jitted for a mesh: weights sharded, state replicated and donated.
 
-    `.lower` accepts abstract shapes, so that a step can be compiled for chips that are not there.
+    `.lower` accepts abstract shapes, so that a step can be compiled for absent chips.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,9 @@ from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.config_files import read_config
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.params import Params, fingerprint
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
@@ -37,7 +39,14 @@ from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import report, steps
-from lookahead_jax.train.step import Metrics, batch_sharding, init_state, variants_step
+from lookahead_jax.train.step import (
+    Metrics,
+    TrainState,
+    batch_sharding,
+    check_batch,
+    init_state,
+    variants_step,
+)
 from lookahead_jax.train.training_data import TrainingData, open_data
 
 _STUDIES = Path(__file__).parent / "configs" / "studies"
@@ -134,13 +143,7 @@ def train_study(config: StudyConfig) -> None:
     if config.save_every < 1:
         raise ValueError(f"save_every must be at least 1, not {config.save_every}")
     mesh = make_mesh(data=None, fsdp=1, tensor=1)
-    if min(study.batch, study.micro_batches) < 1 or study.batch % (
-        study.micro_batches * mesh.shape["data"]
-    ):
-        raise ValueError(
-            f"a batch of {study.batch} cannot be split into {study.micro_batches} micro-batches "
-            f"on {mesh.shape['data']} devices"
-        )
+    check_batch(study.batch, study.micro_batches, mesh)
     make_folder(config.run)
     with folder_lock(config.run):
         _train(config, study, folders, mesh)
@@ -154,34 +157,14 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
     data = open_data(
         tuple(folders.values()), batch=study.batch, seed=study.data_seed, base_fingerprint=base
     )
-    variants = tuple(study.variants.values())
-    optimizers = tuple(make_optimizer(variant.optimizer, study.steps) for variant in variants)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    step_fn = jax.jit(
-        partial(variants_step, config=model.config, optimizers=optimizers),
-        in_shardings=(
-            param_shardings(model.config, mesh), replicated, batch_sharding(mesh), replicated,
-        ),
-        out_shardings=replicated,
-        donate_argnums=1,
-        compiler_options=compiler_options(),
-    )  # fmt: skip
-
-    def begin(params):
-        return tuple(
-            init_state(
-                init_modules(jax.random.key(v.seed), v.modules, model.config, params=params), opt
-            )
-            for v, opt in zip(variants, optimizers, strict=True)
-        )
-
+    begin, step_fn = _programs(study, model.config, mesh)
     described = json.loads(json.dumps(dataclasses.asdict(study)))
     identity = described | {"base": base, "data": list(folders)}
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=1, identity=identity) as checkpoints,
     ):
-        states = jax.jit(begin, out_shardings=replicated)(model.params)
+        states = begin(model.params)
         first, states = checkpoints.restore(states) or (0, states)
         atomic_write(config.run / "study.json", json.dumps(described, indent=2) + "\n")
         log = MetricsLog(
@@ -198,6 +181,30 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
                 checkpoints.save(done, states)
     for label, state in zip(study.variants, states, strict=True):
         save_modules(config.run / label, state.modules, params=model.params)
+
+
+def _programs(study: Study, config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """Jitted: weights -> the state of every variant before the first step, and `variants_step`."""
+    variants = tuple(study.variants.values())
+    optimizers = tuple(make_optimizer(variant.optimizer, study.steps) for variant in variants)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def begin(params: Params) -> tuple[TrainState, ...]:
+        return tuple(
+            init_state(init_modules(jax.random.key(v.seed), v.modules, config, params=params), opt)
+            for v, opt in zip(variants, optimizers, strict=True)
+        )
+
+    step = jax.jit(
+        partial(variants_step, config=config, optimizers=optimizers),
+        in_shardings=(
+            param_shardings(config, mesh), replicated, batch_sharding(mesh), replicated,
+        ),
+        out_shardings=replicated,
+        donate_argnums=1,
+        compiler_options=compiler_options(),
+    )  # fmt: skip
+    return jax.jit(begin, out_shardings=replicated), step
 
 
 def _folders(data: tuple[str, ...]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from lookahead_jax.cli.options import EncodedPrompt, OutFile, RunOptions, Text, megabytes
-from lookahead_jax.host.files import atomic_write, check_output
+from lookahead_jax.host.files import atomic_write, check_output, is_stdout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ def main(config: Inspect) -> None:
         steps=None if plain else drafted_steps(steps, result.tokens[0], name),
     )
     atomic_write(config.out, page)
-    print(config.out)
+    if not is_stdout(config.out):
+        print(config.out)
 
 
 def _pieces(tokenizer, prompt: EncodedPrompt) -> tuple[str, list[tuple[int, int]], list[str]]:

@@ -65,8 +65,12 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print("lookahead", lookahead_jax.__version__)
         return 0
+    named = args and args[0] in (command.__name__.lower() for command in COMMANDS)
     return run_command(
-        lambda: parse(args), lambda config: COMMANDS[type(config)](config), prog="lookahead"
+        lambda: parse(args),
+        lambda config: COMMANDS[type(config)](config),
+        prog="lookahead",
+        help_with=f"lookahead {args[0]} --help" if named else "",
     )
 
 

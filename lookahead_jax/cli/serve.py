@@ -93,6 +93,7 @@ def main(config: Serve) -> None:
         engine.warm_up()
         host, port = socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
+        socket.listen()  # connections wait in the backlog until the server runs
         _say(f"serving {name} at http://{host}:{port}/v1")
         server.run(sockets=[socket])
     _say("stopped")

@@ -164,6 +164,10 @@ def _open_stream(path: str | os.PathLike) -> Iterator[BinaryIO | Any]:
 
 def _replace(temporary: Path, target: Path) -> None:
     """Puts a written file or folder in the place of `target`, on the disk when this returns."""
+    if temporary.is_dir():
+        for file in temporary.rglob("*"):
+            _sync(file)
+    _sync(temporary)
     if temporary.is_file():
         mode = _MODE  # some writers make their files private
         if target.is_file():
@@ -172,10 +176,6 @@ def _replace(temporary: Path, target: Path) -> None:
             with contextlib.suppress(PermissionError):
                 os.chown(temporary, before.st_uid, before.st_gid)
         temporary.chmod(mode)
-    elif temporary.is_dir():
-        for file in temporary.rglob("*"):
-            _sync(file)
-    _sync(temporary)
     os.replace(temporary, target)
     _sync(target.parent)
 
