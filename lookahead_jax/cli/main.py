@@ -1,5 +1,7 @@
 """The command line: every command is a frozen dataclass and a `main(config)` in commands/."""
 
+import contextlib
+import io
 import os
 import sys
 import traceback
@@ -9,7 +11,7 @@ from collections.abc import Sequence
 import tyro
 
 from lookahead_jax.cli import demo, generate, inspect, logits, score, serve
-from lookahead_jax.host.config_files import UsageError, usage_errors
+from lookahead_jax.host.config_files import UsageError
 
 COMMANDS = {
     generate.Generate: generate.main,
@@ -51,14 +53,33 @@ def main(args: Sequence[str] | None = None) -> int:
 def parse(args: Sequence[str] | None = None):
     """The dataclass of the command that `args` (or sys.argv) name; UsageError if none fits."""
     commands = {command.__name__.lower(): command for command in COMMANDS}
-    with usage_errors():
-        return tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog="lookahead",
-            description=DESCRIPTION,
-            args=args,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="lookahead",
+                description=DESCRIPTION,
+                args=args,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_unbox(complaint.getvalue())) from None
+
+
+def _unbox(complaint: str) -> str:
+    """The message inside the box that tyro draws: without its title, and the help after a rule."""
+    parts: list[list[str]] = [[]]
+    for line in complaint.splitlines():
+        text = line.strip("│ ")
+        if text and set(text) <= {"─", "-"}:
+            parts.append([])
+        elif not text.startswith(("╭", "╰")):
+            parts[-1].append(text)
+    title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
+    return " ".join(parts[min(title, len(parts) - 1)])
 
 
 def _message(error: Exception) -> str:
