@@ -1,10 +1,7 @@
-"""`python -m lookahead_jax.eval [CONFIG] ...`, which `lookahead eval` calls, too."""
+"""`python -m lookahead_jax.eval [CONFIG] ...`; `lookahead eval` calls the same function."""
 
 import sys
 from collections.abc import Sequence
-
-from lookahead_jax.eval.command import run_command
-from lookahead_jax.eval.grid.config import PROG, parse_run
 
 _USAGE = """\
 usage: python -m lookahead_jax.eval [CONFIG] [options]        answer a grid of tasks
@@ -30,14 +27,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return compare(args[1:])
     if args[:1] in (["-h"], ["--help"]):
         print(_USAGE)
-    return run_command(lambda: parse_run(args), _run, prog=PROG)
+    return _grid(args)
 
 
-def _run(config) -> None:
-    print(f"{PROG}: starting JAX", file=sys.stderr, flush=True)
+def _grid(args: Sequence[str]) -> int:
+    from lookahead_jax.eval.command import run_command
+    from lookahead_jax.eval.grid.config import PROG, parse_run
     from lookahead_jax.eval.grid.run import run
 
-    run(config)
+    return run_command(lambda: parse_run(args), run, prog=PROG)
 
 
 if __name__ == "__main__":

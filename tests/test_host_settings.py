@@ -63,6 +63,17 @@ def test_a_file_s_values_are_defaults_that_options_override(tmp_path):
     assert named.inner == Inner(size=1, names=("k", "v"))
 
 
+def test_without_a_file_the_defaults_are_those_of_the_class(tmp_path, capsys):
+    command = cli_with_file(Command, ["--out", "x", "--inner.size", "1"], tmp_path, "prog")
+    assert command == Command(out=Path("x"), inner=Inner(size=1))
+    with pytest.raises(SystemExit):
+        cli_with_file(Command, ["--help"], tmp_path, "prog")
+    assert "(default: 0.5)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse(tmp_path, FILE, "--help")
+    assert "(default: 1.0)" in capsys.readouterr().out, "the help shows the file's values"
+
+
 def test_a_file_may_need_its_overrides(tmp_path):
     """A file is checked as a whole only after the options: alone, part 1 of 1 would be wrong."""
     command = parse(tmp_path, FILE | {"part": 1, "out": "o"}, "--parts", "2")

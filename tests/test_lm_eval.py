@@ -171,7 +171,7 @@ def test_the_limit_must_leave_room_for_a_prompt(model):
     [
         ({"polcy": "snapkv"}, "unknown model argument 'polcy'"),
         ({"device": "mps"}, "device=mps: JAX runs on cpu here"),
-        ({"device": "cuda:0"}, "device=cuda:0: JAX runs on cpu here"),
+        ({"device": "cuda:1"}, "device=cuda:1: JAX runs on cpu here"),
         ({"parallelize": True}, "parallelize is not supported"),
         ({"batch_size": 0}, "batch_size must be a whole number above 0, got 0"),
         ({"max_length": "long"}, "max_length must be a whole number above 0, got 'long'"),
@@ -185,6 +185,8 @@ def test_model_arguments_that_cannot_be_followed_are_refused(arguments, complain
 def test_model_arguments_act():
     assert Settings.of({"batch_size": "auto:4"}).batch_size == 8
     assert Settings.of({"batch_size": "auto", "max_batch_size": 4}).batch_size == 4
+    for device in ("cuda:0", "cpu"):  # the former is the harness's default
+        assert Settings.of({"device": device}) == Settings()
     given = {"device": None, "parallelize": False, "trust_remote_code": True, "policy_window": 4}
     assert Settings.of(given) == Settings(policy_settings=(("window", "4"),))
 

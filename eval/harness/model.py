@@ -29,7 +29,7 @@ from lookahead_jax.prompts.read import read_prompt
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of the continuation that is scored."""
 _AUTO_BATCH = 8
-_PLATFORMS = {"cpu": ("cpu",), "cuda": ("gpu",), "gpu": ("gpu",), "tpu": ("tpu",)}
+_DEFAULT_DEVICE = "cuda:0"  # the harness passes it where nothing was chosen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,11 +95,10 @@ def _positive(name: str, value: Any) -> int:
 
 def _check_device(device: str | None) -> None:
     """Raises ValueError if the harness asks for a kind of device that JAX does not run on."""
-    if device is None:
+    if device in (None, _DEFAULT_DEVICE):
         return
-    kind = str(device).partition(":")[0]
-    platform = jax.default_backend()
-    if platform not in _PLATFORMS.get(kind, ()):
+    kind, platform = str(device).partition(":")[0], jax.default_backend()
+    if {"cuda": "gpu"}.get(kind, kind) != platform:
         raise ValueError(
             f"device={device}: JAX runs on {platform} here; leave it out, or set JAX_PLATFORMS"
         )

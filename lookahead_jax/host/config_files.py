@@ -58,19 +58,19 @@ def cli_with_file(
     Raises ValueError if CONFIG does not exist or has an unknown, ill-typed or refused field, and
     UsageError for wrong options. `--help` prints the options and exits.
     """
-    default: Any = tyro.MISSING
+    defaults: dict[str, Any] = {}  # without a file, those of the class
     if args and not args[0].startswith("-"):
         fields = read_config(args[0], presets)
         for name in refused:
             if name in (key.replace("-", "_") for key in fields):
                 option = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{args[0]}: {name} may only be set by {option}, not in a file")
-        default = _default(config_class, fields, args[0])
+        defaults["default"] = _default(config_class, fields, args[0])
         args = args[1:]
     with usage_errors():
         return tyro.cli(
             config_class,
-            default=default,
+            **defaults,
             args=list(args),
             prog=f"{prog} [CONFIG]",
             config=(tyro.conf.AvoidSubcommands,),
