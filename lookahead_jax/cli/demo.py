@@ -71,7 +71,7 @@ def main(config: Demo) -> None:
     print(f"{config.file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
     name = f"{eviction.name}, {config.eviction.budget} per head"
     print(table(name, full, evicted, followed))
-    print(f"\nContinued from the evicted cache:\n{evicted.text[0]}")
+    print(f"\nContinued from the evicted cache:\n{(evicted.text or [''])[0]}")
 
 
 def table(name: str, full, evicted, followed: np.ndarray) -> str:
