@@ -24,11 +24,11 @@ class Demo:
     """Continue a long file with the full cache and with an evicted one, and compare."""
 
     file: Annotated[tyro.conf.Positional[Path], option("FILE")] = EXAMPLE
-    """Text file (UTF-8). Default: an example that ships with the package."""
+    """A text file (UTF-8); left out, an example that ships with the package."""
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     max_new_tokens: int = 64
-    """Number of tokens to generate."""
+    """Tokens to generate."""
 
 
 def main(config: Demo) -> None:
@@ -39,7 +39,7 @@ def main(config: Demo) -> None:
     eviction = config.eviction.resolve(config.source)
     model = config.source.load()
     if model.tokenizer is None:
-        raise ValueError(f"{model.path} has no tokenizer.json, which the demo needs to read text")
+        raise ValueError(f"{model.path} has no tokenizer.json, and the demo reads text")
     ids = model.tokenizer.encode(read_text(config.file))
     room = model.config.max_position - config.max_new_tokens
     if room < 1:
@@ -63,7 +63,7 @@ def main(config: Demo) -> None:
         )
 
     keep_all = dict(policy=lk.make_policy("full"), budget=len(prompt))
-    # A first run compiles each program; the second one is measured.
+    # Every program is compiled by a first run, and measured in a second one.
     steps = [keep_all, keep_all, evict, evict]
     _, full, _, evicted = (run(s) for s in tqdm(steps, "measuring", disable=None, leave=False))
     followed = _followed(model, prompt, full.tokens[0], evict)
@@ -71,15 +71,12 @@ def main(config: Demo) -> None:
     print(f"{config.file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
     name = f"{eviction.name}, {config.eviction.budget} per head"
     print(table(name, full, evicted, followed))
-    text = evicted.text or [""]
-    print(f"\nContinued from the evicted cache:\n{text[0]}")
+    print(f"\nContinued from the evicted cache:\n{(evicted.text or [''])[0]}")
 
 
 def table(name: str, full, evicted, followed: np.ndarray) -> str:
-    """A Markdown table of two `Generation`s.
-
-    `followed` [tokens] is whether the evicted cache chooses each token of the full one.
-    """
+    """A Markdown table of two `Generation`s; `followed` says which of the full cache's tokens the
+    evicted one would have chosen at the same place."""
     per_s = "decode_tokens_per_s"
     speed = [getattr(r.timing, per_s) or float("nan") for r in (full, evicted)]
     ttft = [r.timing.ttft_s for r in (full, evicted)]
