@@ -219,9 +219,9 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
         own_shape = (-1, *stored_shape(spec, config)[1:])
         for layer, value in enumerate(values if spec.stacked else values[None]):
             name = spec.tensor.format(layer=layer)
-            # The table lists the parts of a fused tensor in their stored order.
+            # Parts of a fused tensor stand in the table in their stored order.
             tensors.setdefault(name, []).append(value.transpose(order).reshape(own_shape))
-    # safetensors writes the memory of an array unchanged, so it must be in C order.
+    # safetensors writes an array's memory as it lies, so it must lie in C order.
     return {name: np.ascontiguousarray(np.concatenate(p)) for name, p in tensors.items()}
 
 
