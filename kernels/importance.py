@@ -45,7 +45,7 @@ def head_scores(
     softcap: float | None,
     window: jax.Array | int | None,
     reduce: Reduce,
-    lse: jax.Array | None = None,  # [B, N, M] float32, if the attention has already found it
+    lse: jax.Array | None = None,  # [B, N, M] float32, if the attention has computed it already
     slots: Slots | None = None,
     key_block: int | None = None,
     implementation: Implementation | None = None,

@@ -28,7 +28,7 @@ from lookahead_jax.kernels.tpu_blocks import (
     slots_spec,
 )
 
-_STATISTICS_BLOCK = 512  # keys whose logits exist at once while row sums are found
+_STATISTICS_BLOCK = 512  # keys whose logits exist at once while row sums are computed
 _ROWS = 256  # rows of a tile, all heads of a group together
 
 

@@ -75,7 +75,7 @@ def slots_spec(dim: int, size: int, lead: int, at) -> pl.BlockSpec:
 
 
 def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap):
-    """Logits [R, S] of one tile on one block, float32 in units of log(2), and who sees whom.
+    """Logits [R, S] of one tile on one block, float32 in units of log(2), and their mask.
 
     Keys are [S, H], or [H, S] if they are stored so. The hardware computes powers of two:
     exp(x - lse) would cost one more multiplication per element.
