@@ -41,7 +41,7 @@ class Serve:
     prompt_store_mb: int = 256
     """Megabytes of read prompts to keep: an equal one is not read again. 0 keeps none."""
     allow_special_tokens: bool = False
-    """Let control tokens act that clients spell in prompts and messages, such as <|im_end|>; for
+    """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 

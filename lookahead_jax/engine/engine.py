@@ -182,8 +182,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Ends cancelled requests, reads at most one prompt, runs a burst; returns the events.
 
-        So whoever calls `step` in a loop regains control after one prompt and one burst, and
-        running rows get a burst between any two prompts. An error while a prompt is read, or of
+        A caller in a loop thus regains control after one prompt and one burst, and running rows
+        get a burst between any two prompts. An error while a prompt is read, or of
         the drafter at one row, ends that request; an error of the model's steps ends all that
         take part. The events say so, and the engine goes on.
         """
