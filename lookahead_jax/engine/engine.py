@@ -36,7 +36,7 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import bucket_length
 
 _log = logging.getLogger(__name__)
-_FILLING = 4  # bursts are this many times shorter while waiting requests fill free rows
+_ADMITTING = 4  # bursts are this many times shorter while requests wait and rows are free
 
 
 class Engine:
@@ -215,10 +215,11 @@ class Engine:
 
     def _serve(self, events: list[Event]) -> None:
         try:
-            filling = self._admit_one(events)
+            self._admit_one(events)
             if any(self._rows):
                 self._report_pause()
-                self._batch.advance(max(1, self._burst // _FILLING) if filling else self._burst)
+                admits = None in self._rows and self.waiting > 0
+                self._batch.advance(max(1, self._burst // _ADMITTING) if admits else self._burst)
                 self._deliver(events)
         except RowError as failed:
             if (request := self._rows[failed.row]) is not None:
@@ -229,19 +230,15 @@ class Engine:
                 self._finish(request, events, error)
             self._batch.clear()
 
-    def _admit_one(self, events: list[Event]) -> bool:
-        """Reads the prompt of the request that has waited longest, if a row is free.
-
-        Returns whether it runs now and another request could follow it into a free row.
-        """
+    def _admit_one(self, events: list[Event]) -> None:
+        """Reads the prompt of the request that has waited longest, if a row is free."""
         if None not in self._rows or (request := self._queue.take()) is None:
-            return False
-        row, others_run, begin = self._rows.index(None), any(self._rows), time.perf_counter()
-        self._begin(request, row, events)
+            return
+        others_run, begin = any(self._rows), time.perf_counter()
+        self._begin(request, self._rows.index(None), events)
         if others_run:
             self._prompts_since_burst += 1
             self._paused_s += time.perf_counter() - begin
-        return self._rows[row] is not None and None in self._rows and self.waiting > 0
 
     def _begin(self, request: ActiveRequest, row: int, events: list[Event]) -> None:
         """A request takes a free row, and its first token is handed out."""
