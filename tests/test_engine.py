@@ -213,15 +213,15 @@ def test_requests_of_one_token_do_not_stop_a_running_one(engine, alone, monkeypa
         if ended:
             break
     assert ended[0].tokens == alone[0]
-    # 15 tokens beyond the first; the first burst is short because others might fill rows.
-    assert diary.entries == ["read", 1] + ["read", 4] * 4
-    assert [prompts for prompts, _ in pauses] == [1] * 4  # the stream's own delayed nobody
+    # 15 tokens beyond the first, by bursts of a quarter of 4 steps: others wait, and rows are free.
+    assert diary.entries == ["read", 1] * 15
+    assert [prompts for prompts, _ in pauses] == [1] * 14  # the stream's own delayed nobody
     assert all(seconds > 0 for _, seconds in pauses)
     drain(engine)
     assert set(map(tuple, answered)) == {tuple(alone[5][:1])}
 
 
-def test_bursts_are_short_while_the_rows_fill_up(model, alone, monkeypatch):
+def test_bursts_are_short_while_requests_wait_for_free_rows(model, alone, monkeypatch):
     engine = make_engine(model, burst=8)
     diary = Diary(engine, monkeypatch)
     for i in (0, 2, 5):

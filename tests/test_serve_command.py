@@ -72,6 +72,25 @@ def test_misuse_is_one_line(args, message, tmp_path, monkeypatch, capsys):
     assert out.count("\n") == 1
 
 
+@pytest.mark.parametrize(("options", "allowed"), [([], False), (["--allow-special-tokens"], True)])
+def test_options_reach_the_server(options, allowed, tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def server(service, model, **keywords):
+        given.update(keywords, limits=service.limits)
+        raise ValueError("enough")
+
+    tiny.save_bytes_model(tmp_path, num_hidden_layers=1)
+    monkeypatch.setattr("lookahead_jax.server.run.Server", server)
+    options = [*options, "--max-connections", "7", "--idle-seconds", "2.5", "--port", "0"]
+    policy = ["--policy", "snapkv", "--policy-arg", "window=4"]
+    sizes = ["--budget", "12", "--max-tokens", "8", "--rows", "2"]
+    assert main(["serve", "--model", str(tmp_path), *policy, *sizes, *options]) == 1
+    assert "enough" in capsys.readouterr().err
+    assert given["allow_special_tokens"] == allowed
+    assert (given["limits"].max_connections, given["limits"].idle_seconds) == (7, 2.5)
+
+
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith("lookahead_jax.server")]:
         monkeypatch.delitem(sys.modules, name)

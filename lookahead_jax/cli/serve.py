@@ -46,7 +46,7 @@ class Serve:
     prompt_store_mb: int = 256
     """Megabytes of prompt caches to keep, so that an equal prompt is not read again; 0: none."""
     allow_special_tokens: bool = False
-    """Encode control tokens in prompts and messages, such as <|im_end|>, as what they are; for
+    """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 

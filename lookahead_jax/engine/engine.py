@@ -37,7 +37,7 @@ from lookahead_jax.prefilling.batching import bucket_length
 from lookahead_jax.prefilling.diagnosis import NonFiniteError, non_finite_error
 
 _log = logging.getLogger(__name__)
-_FILLING = 4  # bursts are this many times shorter while waiting requests fill free rows
+_ADMITTING = 4  # bursts are this many times shorter while requests wait and rows are free
 
 
 class Engine:
@@ -183,8 +183,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Ends cancelled requests, reads at most one prompt, runs a burst; returns the events.
 
-        So whoever calls `step` in a loop regains control after one prompt and one burst, and
-        running rows get a burst between any two prompts. An error while a prompt is read, or of
+        A caller in a loop thus regains control after one prompt and one burst, and running rows
+        get a burst between any two prompts. An error while a prompt is read, or of
         the drafter at one row, ends that request; an error of the model's steps ends all that
         take part. The events say so, and the engine goes on.
         """
@@ -216,10 +216,11 @@ class Engine:
 
     def _serve(self, events: list[Event]) -> None:
         try:
-            filling = self._admit_one(events)
+            self._admit_one(events)
             if any(self._rows):
                 self._report_pause()
-                self._batch.advance(max(1, self._burst // _FILLING) if filling else self._burst)
+                admits = None in self._rows and self.waiting > 0
+                self._batch.advance(max(1, self._burst // _ADMITTING) if admits else self._burst)
                 self._deliver(events)
         except RowError as failed:
             if (request := self._rows[failed.row]) is not None:
@@ -230,19 +231,15 @@ class Engine:
                 self._finish(request, events, error)
             self._batch.clear()
 
-    def _admit_one(self, events: list[Event]) -> bool:
-        """Reads the prompt of the request that has waited longest, if a row is free.
-
-        Returns whether it runs now and another request could follow it into a free row.
-        """
+    def _admit_one(self, events: list[Event]) -> None:
+        """Reads the prompt of the request that has waited longest, if a row is free."""
         if None not in self._rows or (request := self._queue.take()) is None:
-            return False
-        row, others_run, begin = self._rows.index(None), any(self._rows), time.perf_counter()
-        self._begin(request, row, events)
+            return
+        others_run, begin = any(self._rows), time.perf_counter()
+        self._begin(request, self._rows.index(None), events)
         if others_run:
             self._prompts_since_burst += 1
             self._paused_s += time.perf_counter() - begin
-        return self._rows[row] is not None and None in self._rows and self.waiting > 0
 
     def _begin(self, request: ActiveRequest, row: int, events: list[Event]) -> None:
         """A request takes a free row, and its first token is handed out."""

@@ -13,8 +13,8 @@ from lookahead_jax.server.errors import RETRY, Refused
 from lookahead_jax.server.metrics import Metrics
 
 
-class Places(Protocol):
-    """A service, as far as a call needs it."""
+class CallOwner(Protocol):
+    """What a call needs of the service that it belongs to."""
 
     engine: Engine
     metrics: Metrics
@@ -28,7 +28,7 @@ class Places(Protocol):
 class Call:
     """What one HTTP request has asked of the engine, and how it may be ended from outside."""
 
-    def __init__(self, service: Places):
+    def __init__(self, service: CallOwner):
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call belongs to a task")

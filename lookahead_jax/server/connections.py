@@ -32,7 +32,8 @@ class LimitedProtocol(H11Protocol):
 
     A client that has shut down its sending side is answered. Whether it has left altogether shows
     only when something is sent: an interim "100 Continue" or a comment in a stream of events, both
-    of which clients skip.
+    of which clients skip. HTTP/1.0 has no interim answers, and proxies that speak it close both
+    sides: there, the end of the sending side ends the request.
     """
 
     max_connections: int
@@ -67,11 +68,10 @@ class LimitedProtocol(H11Protocol):
         super().on_response_complete()  # may begin the next request
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        if not self._busy or self.cycle.more_body:
-            return None
+        if not self._busy or self.cycle.more_body or self.cycle.scope["http_version"] != "1.1":
+            return None  # closes the connection
         self.cycle.keep_alive = False
-        if self.cycle.scope["http_version"] == "1.1":
-            self._probe(_PROBE_SECONDS)
+        self._probe(_PROBE_SECONDS)
         return True
 
     @property

@@ -52,4 +52,4 @@ class Refused(Exception):
 
 
 class Gone(Exception):
-    """The client has left, so there is nobody to answer."""
+    """The client has left: no answer is sent."""

@@ -11,11 +11,11 @@ class ServerLimits:
     max_queue: int = 64
     """Continuations that may wait for a row; a request that would add more gets status 429."""
     max_connections: int = 512
-    """Open connections, fewer where the process may not open as many files; beyond, one gets
-    status 503 and is closed."""
+    """Most open connections; a further one gets status 503. Lowered to fit the limit on open files
+    of the process."""
     idle_seconds: float = 30.0
-    """A connection is closed when its client takes longer than this to send the head of a request,
-    or stops reading an answer for as long."""
+    """A connection is closed if its client sends no complete head of a request for this many
+    seconds, or does not read its answer for as long."""
     queue_seconds: float = 60.0
     """A request that has no token after this many seconds gets status 503."""
     request_seconds: float = 600.0
