@@ -230,7 +230,7 @@ FLOATS = {
     "batching.slots_for(Full(), 8, 2, 4.0, config=model)": "new_tokens must be an integer, not 4.0",
     "static_slots(Full(), 8, 2.5, 128, model)": "budget must be an integer, not 2.5",
     'LookaheadConfig(tokens=2.5, rank=2, alpha=8.0, targets=("q",), init="normal")': (
-        "tokens must be an integer, not 2.5"
+        "lookahead tokens must be an integer, not 2.5"
     ),
     "len(batching.pad_batch([np.asarray([1, 2], np.int64)], config=model))": "1",
 }

@@ -49,8 +49,8 @@ class LookaheadConfig:
     """Tokens are drawn with the mean and spread of the embedding table, or from N(0, 0.02^2)."""
 
     def __post_init__(self) -> None:
-        check_integer("tokens", self.tokens, least=1)
-        check_integer("rank", self.rank, least=0)
+        check_integer("lookahead tokens", self.tokens, least=1)
+        check_integer("LoRA rank", self.rank, least=0)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"LoRA alpha {self.alpha} must be a positive number")
         unknown = [name for name in self.targets if name not in TARGETS]
