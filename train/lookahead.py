@@ -69,7 +69,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run of lookahead modules."""
+    """Train lookahead modules for a model; the same command resumes."""
 
     model: Path
     """Folder of the base model, which is not changed."""
@@ -115,7 +115,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
     return tyro.cli(
         TrainConfig,
         args=[*options, *overrides],
-        prog="python -m lookahead_jax.train.lookahead [CONFIG]",
+        prog="lookahead train lookahead [CONFIG]",
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
 
