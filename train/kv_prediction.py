@@ -44,7 +44,7 @@ from lookahead_jax.train.progress import steps
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictionConfig:
-    """One training run of maps."""
+    """Train the maps of KV Prediction for a base model and a smaller one, and measure them."""
 
     out: Path
     """Folder for the maps and the report, made if it does not exist."""

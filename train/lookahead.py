@@ -68,7 +68,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run of lookahead modules."""
+    """Train lookahead modules for a model; the same command resumes."""
 
     model: Path
     """Folder of the base model, which is not changed."""
@@ -110,7 +110,7 @@ def parse(args: Sequence[str]) -> TrainConfig:
 
     Raises ValueError if CONFIG does not exist or does not fit, UsageError for wrong options.
     """
-    return cli_with_file(TrainConfig, args, _PRESETS, "python -m lookahead_jax.train.lookahead")
+    return cli_with_file(TrainConfig, args, _PRESETS, "lookahead train lookahead")
 
 
 def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> LookaheadModules | None:

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +79,9 @@ class Study:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """One study: its variants, model, data and folder."""
+    """Train the variants of a study; the same command resumes."""
 
-    study: tyro.conf.Positional[str]
+    study: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STUDY")]
     """A .json file, or the name of one in train/configs/studies."""
     model: Path
     """Folder of the base model, which is not changed."""
