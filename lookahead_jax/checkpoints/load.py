@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from lookahead_jax.checkpoints.gguf_file import open_gguf
 from lookahead_jax.checkpoints.hf_directory import open_directory
 from lookahead_jax.checkpoints.safetensors_files import SINGLE
 from lookahead_jax.checkpoints.source import GenerationDefaults
@@ -56,7 +57,7 @@ def first_layers(model: Model, count: int) -> Model:
 def load(
     directory: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
 ) -> Model:
-    """Loads a Hugging Face model directory.
+    """Loads a Hugging Face model directory or a GGUF file.
 
     Warns when weights are NaN or infinite, and when the output head of a file differs from the
     embedding it should be tied to (the head of the file is used, as in transformers).
@@ -72,7 +73,7 @@ def load(
       ValueError: for anything malformed, unsupported or inconsistent, naming file and remedy.
     """
     path = Path(directory)
-    source = open_directory(path)
+    source = open_gguf(path) if path.suffix == ".gguf" else open_directory(path)
     weights = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh)
     for notice in weights.notices:
         warnings.warn(notice, stacklevel=2)

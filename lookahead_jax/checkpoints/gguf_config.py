@@ -1,0 +1,149 @@
+"""Metadata of a GGUF file -> the content of a Hugging Face `config.json`."""
+
+from typing import Any
+
+import numpy as np
+
+from lookahead_jax.checkpoints.gguf_header import GgufHeader
+from lookahead_jax.checkpoints.gguf_tensors import (
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    read_vector,
+)
+
+_FAMILIES = {  # general.architecture -> model_type; Mistral's files are llama with a window
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+}
+# Keys that are read below, or that change nothing here.
+_OTHER = {
+    "attention.sliding_window",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+}
+_LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2, whose files hold the result as a tensor
+# Gemma files lack the scale of queries. By layers, where it is not the head's size.
+_QUERY_SCALES = {("gemma2", 46): 144, ("gemma3", 62): 168}
+
+
+def hf_config(header: GgufHeader) -> dict[str, Any]:
+    """The fields of a `config.json`, for `config_from_hf`.
+
+    Raises:
+      ValueError: for an unknown architecture, and for settings that have no counterpart.
+    """
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        raise ValueError(f"unknown general.architecture {architecture!r}; known: {known}")
+    prefix = architecture + "."
+    settings = {
+        name.removeprefix(prefix): _plain(value)
+        for name, value in header.metadata.items()
+        if name.startswith(prefix)
+    }
+    if unknown := sorted(settings.keys() - _FIELDS.keys() - _OTHER):
+        raise ValueError(f"{architecture} files with {', '.join(unknown)} are not supported")
+    if "token_embd.weight" not in header.tensors:
+        raise ValueError("it has no token_embd.weight")
+    fields = {hf: settings[name] for name, hf in _FIELDS.items() if name in settings}
+    fields |= {
+        "model_type": _FAMILIES[architecture],
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+    if (window := settings.get("attention.sliding_window")) is not None:
+        fields["sliding_window"] = window
+        if architecture == "llama":
+            fields["model_type"] = "mistral"
+    if architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
+        fields["attention_bias"] = True
+    if architecture in ("gemma2", "gemma3"):
+        scale = _QUERY_SCALES.get((architecture, fields.get("num_hidden_layers", 0)))
+        fields["query_pre_attn_scalar"] = scale or fields.get("head_dim")
+    return fields | _rope(header, architecture, settings, fields)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as a config.json has them: float32 1e-5 is stored as 9.99999974e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rope(
+    header: GgufHeader, architecture: str, settings: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields that describe RoPE."""
+    kind, factor = settings.get("rope.scaling.type"), settings.get("rope.scaling.factor")
+    if architecture == "gemma3":
+        full = {"rope_theta": fields.pop("rope_theta", 1e6)}
+        if kind == "linear":
+            full |= {"rope_type": "linear", "factor": factor}
+        sliding = {"rope_theta": 1e4, "rope_type": "default"}
+        return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
+    scaling: dict[str, Any] = {}
+    original = settings.get("rope.scaling.original_context_length")
+    if ROPE_FACTORS in header.tensors:
+        scaling = _llama3(read_vector(header, ROPE_FACTORS), settings, fields)
+    elif LONG_FACTORS in header.tensors:
+        scaling = {
+            "rope_type": "longrope",
+            "long_factor": read_vector(header, LONG_FACTORS).astype(float).tolist(),
+            "short_factor": read_vector(header, SHORT_FACTORS).astype(float).tolist(),
+        }
+    elif kind in ("linear", "yarn"):
+        scaling = {"rope_type": kind, "factor": factor}
+    elif kind not in (None, "none"):
+        raise ValueError(f"rope.scaling.type {kind!r} is not supported")
+    if scaling and original is not None:
+        scaling["original_max_position_embeddings"] = original
+    described: dict[str, Any] = {"rope_scaling": scaling} if scaling else {}
+    rotated = settings.get("rope.dimension_count")
+    heads = fields.get("num_attention_heads") or 1
+    head = fields.get("head_dim") or fields.get("hidden_size", 0) // heads
+    if rotated is not None and rotated != head:
+        described["partial_rotary_factor"] = rotated / head
+    return described
+
+
+def _llama3(stored: np.ndarray, settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The settings of Llama 3.1's RoPE whose factors are those of the tensor."""
+    dim = settings.get("rope.dimension_count") or 2 * len(stored)
+    theta = fields.get("rope_theta", 10000.0)
+    for factor in _LLAMA3_FACTORS:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        wavelength = 2 * np.pi * theta ** (np.arange(0, dim, 2) / dim)
+        smooth = np.clip((8192 / wavelength - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+        expected = 1.0 / ((1 - smooth) / factor + smooth)
+        if expected.shape == stored.shape and np.allclose(expected, stored, rtol=1e-4):
+            return scaling
+    raise ValueError(f"{ROPE_FACTORS} holds factors of an unknown scaling")
