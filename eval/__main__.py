@@ -31,9 +31,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _grid(args: Sequence[str]) -> int:
-    from lookahead_jax.eval.command import run_command
     from lookahead_jax.eval.grid.config import PROG, parse_run
     from lookahead_jax.eval.grid.run import run
+    from lookahead_jax.host.command import run_command
 
     return run_command(lambda: parse_run(args), run, prog=PROG)
 

@@ -180,16 +180,17 @@ def tokenize(row: dict[str, Any], model: Model) -> tuple[list[int], list[int]]:
             before, last = [*before, last], {}
         text = _tokenizer(model).render_chat(before)
         prompt = _tokenizer(model).encode(text, special=False)
-        return prompt, _ids(last.get("content") or [], model, special=False)
+        return prompt, _ids(last.get("content") or [], model, behind=True)
     if row.get("prompt") is None:
         raise ValueError(f"has neither messages nor a prompt, only {', '.join(row) or 'nothing'}")
-    prompt = _ids(row["prompt"], model, special=True)
-    return prompt, _ids(row.get("response") or [], model, special=False)
+    prompt = _ids(row["prompt"], model)
+    return prompt, _ids(row.get("response") or [], model, behind=True)
 
 
-def _ids(content: str | Sequence[int], model: Model, *, special: bool) -> list[int]:
+def _ids(content: str | Sequence[int], model: Model, *, behind: bool = False) -> list[int]:
     if isinstance(content, str):
-        return _tokenizer(model).encode(content, special=special)
+        tokenizer = _tokenizer(model)
+        return tokenizer.encode_behind(content) if behind else tokenizer.encode(content)
     if content:
         check_tokens(np.asarray([content]), config=model.config)
     return list(content)

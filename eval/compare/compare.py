@@ -20,7 +20,6 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from lookahead_jax.eval.command import run_command
 from lookahead_jax.eval.compare.config import CompareConfig, identity, modules_of
 from lookahead_jax.eval.compare.measure import Comparison, Measured
 from lookahead_jax.eval.compare.methods import (
@@ -33,6 +32,7 @@ from lookahead_jax.eval.compare.methods import (
     write_chosen,
 )
 from lookahead_jax.eval.compare.summary import best_settings, write_summary
+from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import save_arrays
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint

@@ -64,5 +64,5 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
     return AssembledPrompt(
         whole=tokenizer.encode(text, special=special),
         context=tokenizer.encode(text[:at], special=special) if has_question else [],
-        question=tokenizer.encode(text[at:], special=False) if has_question else [],
+        question=tokenizer.encode_behind(text[at:]) if has_question else [],
     )

@@ -16,10 +16,10 @@ from pathlib import Path
 import tyro
 from markupsafe import Markup
 
-from lookahead_jax.eval.command import run_command
 from lookahead_jax.eval.report import drawing, page
 from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.eval.report.figures import sections
+from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import atomic_path, atomic_write
 from lookahead_jax.host.pages import embed_json, render_page
 

@@ -10,10 +10,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from lookahead_jax.checkpoints.gguf_file import open_gguf
 from lookahead_jax.checkpoints.hf_directory import open_directory
 from lookahead_jax.checkpoints.safetensors_files import SINGLE
-from lookahead_jax.checkpoints.source import GenerationDefaults
+from lookahead_jax.checkpoints.source import GenerationDefaults, Source
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import load_weights
 from lookahead_jax.host.files import atomic_path
@@ -73,7 +72,7 @@ def load(
       ValueError: for anything malformed, unsupported or inconsistent, naming file and remedy.
     """
     path = Path(directory)
-    source = open_gguf(path) if path.suffix == ".gguf" else open_directory(path)
+    source = _open(path)
     weights = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh)
     for notice in weights.notices:
         warnings.warn(notice, stacklevel=2)
@@ -84,6 +83,15 @@ def load(
         generation=source.generation,
         path=path,
     )
+
+
+def _open(path: Path) -> Source:
+    """The checkpoint at a path, by its kind."""
+    if path.suffix != ".gguf":
+        return open_directory(path)
+    from lookahead_jax.checkpoints.gguf_file import open_gguf  # its package is slow to import
+
+    return open_gguf(path)
 
 
 def save_params(directory: str | os.PathLike, params: Params, config: ModelConfig) -> None:

@@ -108,6 +108,19 @@ class Tokenizer:
                 rows[i] = row
         return [row.ids for row in rows]
 
+    def encode_behind(self, text: str, *, plain: bool = False) -> list[int]:
+        """Token ids of a text that stands behind another one, such as a question.
+
+        Nothing is put around it, nor the space that some tokenizers (Llama 2) put in front of a
+        text. Raises ValueError as `encode`.
+        """
+        # Encoded behind a line break, which is then taken off.
+        newline = self.encode("\n", special=False)
+        behind = self.encode("\n" + text, special=False, plain=plain)
+        if behind[: len(newline)] == newline:
+            return behind[len(newline) :]
+        return self.encode(text, special=False, plain=plain)
+
     def encode_with_offsets(
         self, text: str, *, special: bool = True, plain: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -278,17 +291,11 @@ class Tokenizer:
     def _encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> list[int]:
         """Token ids of the parts of one text, each with whether it is to be plain."""
         ids: list[int] = []
-        newline = self.encode("\n", special=False)
         for place, (text, plain) in enumerate(pieces):
             if place == 0 and not plain:
                 ids += self.encode(text, special=False)
-                continue
-            # Behind a line break, since some tokenizers put a space in front of a text.
-            piece = self.encode("\n" + text, special=False, plain=plain)
-            if piece[: len(newline)] == newline:
-                ids += piece[len(newline) :]
             else:
-                ids += self.encode(text, special=False, plain=plain)
+                ids += self.encode_behind(text, plain=plain)
         return ids
 
 

@@ -71,7 +71,7 @@ class PromptOptions:
             raise ValueError("the prompt is empty")
         if model.tokenizer is None:
             raise ValueError(f"{model.path} has no tokenizer.json: give token ids with --tokens")
-        ids, offsets = model.tokenizer.encode_with_offsets(text)
+        ids, offsets = model.tokenizer.encode_with_offsets(text, plain=not self.special_tokens)
         if not ids:
             raise ValueError("the prompt is empty")
         return [EncodedPrompt(ids, text, offsets)]

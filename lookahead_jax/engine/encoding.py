@@ -21,17 +21,6 @@ def longest_token_bytes(tokenizer: Tokenizer | None) -> int:
     return max((len(token.encode()) for token in vocabulary), default=1)
 
 
-def encode_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], *, special: bool, plain: bool
-) -> list[list[int]]:
-    """Token ids of every text, by the batch call, which lets other Python threads run meanwhile.
-
-    Raises ValueError for text that cannot be tokenized, also where the tokenizer panics.
-    """
-    with panics_as_errors("the text cannot be tokenized"):
-        return tokenizer.encode_batch(texts, special=special, plain=plain)
-
-
 def encode_request(
     model: Model, request: Request, *, limits: Limits, eos_ids: Sequence[int]
 ) -> EncodedRequest:
@@ -70,6 +59,8 @@ def _ids(
 ) -> list[int]:
     if isinstance(given, str) and given and model.tokenizer is not None:
         limits.check_text([given], field, behind=behind)
-        (given,) = encode_texts(model.tokenizer, [given], special=not behind, plain=request.plain)
+        encode = model.tokenizer.encode_behind if behind else model.tokenizer.encode
+        with panics_as_errors("the text cannot be tokenized"):
+            given = encode(given, plain=request.plain)
     (ids,) = encode_prompts(model, [given])
     return ids

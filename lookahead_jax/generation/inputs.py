@@ -30,24 +30,25 @@ def default_policy(lookahead: LookaheadModules | None) -> Policy:
 
 
 def encode_prompts(
-    model: Model, prompts: Sequence[str | Sequence[int]], *, special: bool = True
+    model: Model, prompts: Sequence[str | Sequence[int]], *, behind: bool = False
 ) -> list[list[int]]:
     """Token rows of texts or of ids; padding (-1) at the end of a row of ids is dropped.
 
-    With `special`, the tokenizer adds its special tokens (BOS, ...) around a text. Raises
-    ValueError for a prompt without text or ids, and for texts without a tokenizer.
+    The tokenizer adds its special tokens (BOS, ...) around a text, unless it stands `behind`
+    another one. Raises ValueError for a prompt without text or ids, and for texts without a
+    tokenizer.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts and questions are a list: give [text]")
     if not len(prompts):
         raise ValueError("no prompt was given")
     return [
-        _encode_prompt(model, prompt, special=special, index=i) for i, prompt in enumerate(prompts)
+        _encode_prompt(model, prompt, behind=behind, index=i) for i, prompt in enumerate(prompts)
     ]
 
 
 def _encode_prompt(
-    model: Model, prompt: str | Sequence[int], *, special: bool, index: int
+    model: Model, prompt: str | Sequence[int], *, behind: bool, index: int
 ) -> list[int]:
     if not isinstance(prompt, str):
         row = [whole_id(token, f"a token of prompt {index}") for token in prompt]
@@ -57,7 +58,8 @@ def _encode_prompt(
         raise ValueError("this model has no tokenizer.json: give token ids")
     else:
         # An empty text stays empty, although its special tokens would make a row.
-        row = model.tokenizer.encode(prompt, special=special) if prompt else []
+        encode = model.tokenizer.encode_behind if behind else model.tokenizer.encode
+        row = encode(prompt) if prompt else []
     if not row:
         raise ValueError(f"prompt {index} is empty")
     return row
@@ -168,8 +170,8 @@ def whole_id(token: Any, name: str) -> int:
 def encode_questions(
     model: Model, questions: Sequence[str | Sequence[int]], prompts: int
 ) -> list[list[int]]:
-    """Token rows of questions, one per prompt, as `encode_prompts` without special tokens."""
-    rows = encode_prompts(model, questions, special=False)
+    """Token rows of questions, one per prompt, as `encode_prompts` behind them."""
+    rows = encode_prompts(model, questions, behind=True)
     if len(rows) != prompts:
         raise ValueError(f"{len(rows)} questions for {prompts} prompts")
     return rows

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from lookahead_jax.host.config_files import UsageError, usage_errors
 
-EXPECTED = (ValueError, OSError, NotImplementedError, MemoryError, FloatingPointError)
+EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, MemoryError, FloatingPointError)
 """Failures whose message is enough; the type of any other error is named as well."""
 INTERRUPTED = 130
 Config = TypeVar("Config")

@@ -1,9 +1,6 @@
 """From the body of an HTTP request to requests of the engine, in token ids."""
 
-from functools import partial
-
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
-from lookahead_jax.engine.encoding import encode_texts
 from lookahead_jax.engine.requests import Limits, Request
 from lookahead_jax.host.panics import panics_as_errors
 from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody
@@ -40,18 +37,18 @@ def make_requests(
 def _completion_ids(
     body: CompletionBody, tokenizer: Tokenizer, limits: Limits, plain: bool
 ) -> tuple[list[int] | None, list[list[int]]]:
-    encode = partial(encode_texts, tokenizer, plain=plain)
     document, behind = body.document, body.document is not None
     if isinstance(document, str):
         limits.check_text([document], "document")
     for prompt in body.prompt:
         if isinstance(prompt, str):
             limits.check_text([prompt], "prompt", behind=behind)
-    if isinstance(document, str):
-        (document,) = encode([document], special=True)
-    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-    encoded = iter(encode(texts, special=not behind) if texts else ())
-    return document, [next(encoded) if isinstance(p, str) else p for p in body.prompt]
+    encode = tokenizer.encode_behind if behind else tokenizer.encode
+    with panics_as_errors("the text cannot be tokenized"):
+        if isinstance(document, str):
+            document = tokenizer.encode(document, plain=plain)
+        prompts = [encode(p, plain=plain) if isinstance(p, str) else p for p in body.prompt]
+    return document, prompts
 
 
 def _chat_ids(body: ChatBody, tokenizer: Tokenizer, limits: Limits, plain: bool) -> list[int]:
