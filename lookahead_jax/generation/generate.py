@@ -250,7 +250,7 @@ def generate(
         if reader is not None:
             given = {} if asked is None else {"known_tokens": known}
             result = reader(tokens, asked_width + max_new_tokens, **given)
-            check_fit("reader", result.cache, np.asarray(known) + max_new_tokens - 1)
+            check_fit("reader", result.cache, known + max_new_tokens - 1)
             return opened(result, None)
         return opened(read_by(policy, eviction), eviction)
 
