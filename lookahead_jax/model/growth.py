@@ -33,7 +33,9 @@ def check_growth(
     warn_of_crossing(known, read + np.asarray(new_tokens), config=config)
 
 
-def check_fit(name: str, cache: KVCache, new_tokens: jax.Array | np.ndarray | int) -> None:
+def check_fit(
+    name: str, cache: KVCache, new_tokens: jax.Array | np.ndarray | np.integer | int
+) -> None:
     """Raises ValueError unless every row has free slots for its `new_tokens` (int or [B])."""
     free, new = np.broadcast_arrays(
         cache.slots - np.asarray(cache.length).max((0, 2)), np.asarray(new_tokens)
