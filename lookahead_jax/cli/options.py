@@ -159,9 +159,10 @@ class DraftingOptions:
         `policy` is the eviction policy, where one that observes with drafts can be served.
         """
         import lookahead_jax as lk
+        from lookahead_jax.policies.base import WithDraft
 
         users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
-        if policy is not None and policy.uses_draft:
+        if policy is not None and isinstance(policy.reading, WithDraft):
             users.append("--policy speckv")
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
@@ -225,10 +226,10 @@ class Run(NamedTuple):
     def generate(self, **arguments: Any):
         """Continues the prompts with `lk.generate`, which receives `arguments` too."""
         import lookahead_jax as lk
+        from lookahead_jax.policies.base import WithDraft
 
         options, rows = self.options, [prompt.ids for prompt in self.prompts]
         ends = end_tokens(self.model, options.eos)
-        self._check_memory(rows)
         return lk.generate(
             self.model,
             rows,
@@ -240,37 +241,11 @@ class Run(NamedTuple):
             stop=options.stop,
             eos_ids=ends,
             seeds=[options.seed] * len(rows),
-            drafts=self._drafts(rows, ends),
+            drafts=self.small if isinstance(self.eviction.policy.reading, WithDraft) else None,
             drafter=self.drafter,
             draft_nodes=options.drafting.draft_nodes,
             evict_every=options.evict_every,
             **arguments,
-        )
-
-    def _drafts(self, rows: list[list[int]], ends: list[int] | None) -> list[list[int]] | None:
-        """The small model's answers, for a policy that observes with them."""
-        from lookahead_jax.prompts.speculation import speculate
-
-        policy = self.eviction.policy
-        if not policy.uses_draft:
-            return None
-        eos_ids = self.model.generation.eos_ids if ends is None else ends
-        return speculate(self.small, rows, tokens=policy.draft_tokens, eos_ids=eos_ids).answers
-
-    def _check_memory(self, rows: list[list[int]]) -> None:
-        from lookahead_jax.generation.memory import check_memory
-
-        options = self.options
-        if min(options.max_new_tokens, options.evict_every or 1) < 1:
-            return  # `generate` says what is wrong
-        check_memory(
-            self.model,
-            policy=self.eviction.policy,
-            rows=len(rows),
-            prompt_tokens=max(map(len, rows)),
-            budget=options.eviction.budget,
-            new_tokens=options.max_new_tokens,
-            evict_every=options.evict_every,
         )
 
 

@@ -67,7 +67,6 @@ def main(config: Serve) -> None:
         eviction = config.eviction.resolve(config.source)
         drafter = config.drafting.make(config.drafting.load(config.source.dtype))
         model = config.source.load()
-        _check_memory(config, model, eviction.policy)
         engine = lk.Engine(
             model,
             policy=eviction.policy,
@@ -97,24 +96,6 @@ def main(config: Serve) -> None:
         _say(f"serving {name} at http://{host}:{port}/v1")
         server.run(sockets=[socket])
     _say("stopped")
-
-
-def _check_memory(config: Serve, model, policy) -> None:
-    from lookahead_jax.generation.memory import check_memory
-
-    longest = model.config.max_position - config.max_tokens - config.max_question_tokens
-    longest = longest if config.max_prompt_tokens is None else config.max_prompt_tokens
-    if min(longest, config.rows, config.max_tokens, config.evict_every or 1) < 1:
-        return  # the engine says what is wrong
-    check_memory(
-        model,
-        policy=policy,
-        rows=config.rows,
-        prompt_tokens=longest,
-        budget=config.eviction.budget,
-        new_tokens=config.max_tokens + config.max_question_tokens,
-        evict_every=config.evict_every,
-    )
 
 
 def read_key(path: Path) -> str:

@@ -28,6 +28,7 @@ from lookahead_jax.engine.prompt_store import PromptStore
 from lookahead_jax.engine.queue import RequestQueue
 from lookahead_jax.engine.requests import ActiveRequest, Event, Limits, Request, Result
 from lookahead_jax.generation.inputs import announce, end_ids
+from lookahead_jax.generation.memory import check_memory
 from lookahead_jax.generation.settings import DraftSettings, EvictionSettings
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
@@ -114,6 +115,10 @@ class Engine:
             nodes=draft_nodes,
         )
         decode_eviction = eviction.while_decoding()
+        check_memory(
+            model, eviction, rows=rows, prompt_tokens=max_prompt_tokens,
+            new_tokens=max_new_tokens + max_question_tokens,
+        )  # fmt: skip
         self._reader = PromptReader(model, self.limits, self._store, eviction, decode_eviction)
         self._drafting = Drafting(
             drafts.drafter,

@@ -30,6 +30,7 @@ from lookahead_jax.generation.inputs import (
     end_ids,
     row_seeds,
 )
+from lookahead_jax.generation.memory import check_memory
 from lookahead_jax.generation.open_batch import Reader, open_timed
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.generation.results import Generation, Timing, report_cache
@@ -117,6 +118,10 @@ def generate(
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )
     announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
+    if reader is None:
+        check_memory(
+            model, eviction, rows=rows, prompt_tokens=batch.longest, new_tokens=max_new_tokens
+        )
     outputs = _output_rows(model, batch, stop, on_text)
     draft = DraftSettings.of(drafter, draft_nodes)
     drafting = Drafting(

@@ -1,22 +1,15 @@
 """Refuses caches that cannot fit, before they are allocated."""
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.memory import free_bytes
-from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import slots_for
 
 _POSITION_BYTES = 4
 
 
 def check_memory(
-    model: Model,
-    *,
-    policy: Policy,
-    rows: int,
-    prompt_tokens: int,
-    budget: int,
-    new_tokens: int,
-    evict_every: int | None = None,
+    model: Model, eviction: EvictionSettings, *, rows: int, prompt_tokens: int, new_tokens: int
 ) -> None:
     """Raises ValueError if the cache alone needs more memory than is free on the model's devices.
 
@@ -24,9 +17,9 @@ def check_memory(
     the process: on a host, JAX allocates more than there is.
     """
     config, weights = model.config, model.params["embed"]
-    if evict_every is not None:
-        new_tokens = min(new_tokens, evict_every)
-    slots = slots_for(policy, prompt_tokens, budget, new_tokens, config=config)
+    if eviction.evict_every is not None:
+        new_tokens = min(new_tokens, eviction.evict_every)
+    slots = slots_for(eviction.policy, prompt_tokens, eviction.budget, new_tokens, config=config)
     entry = 2 * config.head_dim * weights.dtype.itemsize + _POSITION_BYTES
     needed = rows * slots * config.num_layers * config.num_kv_heads * entry
     devices = list(weights.sharding.device_set)
@@ -37,5 +30,5 @@ def check_memory(
         raise ValueError(
             f"the cache needs {needed / 1e9:,.1f} GB ({rows} rows of {slots:,} entries per layer "
             f"and head) and {free / 1e9:,.1f} GB are free: lower max_new_tokens "
-            f"({new_tokens:,}), the budget ({budget:,}) or the number of rows"
+            f"({new_tokens:,}), the budget ({eviction.budget:,}) or the number of rows"
         )
