@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lookahead_jax.host.files import atomic_path
+from lookahead_jax.host.warn import warn
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
@@ -71,10 +71,9 @@ def load_cache(
                 f"{path} is damaged: its checksum does not match; read the prompt again"
             )
     else:
-        warnings.warn(
+        warn(
             f"{path} was written by an older version and has no checksum: damage goes unnoticed. "
-            "Save it again with save_cache",
-            stacklevel=2,
+            "Save it again with save_cache"
         )
     _check(path, arrays)
     _check_model(path, arrays["k"], params, config)

@@ -130,12 +130,10 @@ def row_seeds(seeds: Sequence[int] | None, rows: int) -> list[int]:
 
 def check_eviction(eviction: EvictionSettings, *, by_reader: bool, questions: bool) -> None:
     """Raises ValueError if a batch that is read like this cannot be evicted during decoding."""
-    decode_eviction = eviction.while_decoding()
-    if decode_eviction is None:
-        return
-    if by_reader:
+    if by_reader and eviction.evict_every is not None:
         raise ValueError("a reader evicts nothing: leave evict_every out")
-    if questions and decode_eviction.adds_up:
+    decode_eviction = eviction.while_decoding()
+    if questions and decode_eviction is not None and decode_eviction.adds_up:
         raise ValueError(
             f"policy {type(eviction.policy).__name__} adds up scores and would miss those of "
             "questions: leave evict_every out, or put the question into the prompt"
