@@ -219,7 +219,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit("a worker died; its error stands above")
+            raise SystemExit("a worker died; its error is above")
         return json.loads(answer)
 
 

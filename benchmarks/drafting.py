@@ -10,7 +10,7 @@ prompts. Sections run in the given order; each replaces its part of the report w
                 ("first", the first request of a process) and one that has seen the kind's other
                 prompts and keeps learning ("auto", what a long-lived process gets). `speed` is
                 plain over drafted seconds, both from the first token on, all that the drafter
-                does included; plain runs stand right before the drafted ones. It is the median
+                does included; plain runs come right before the drafted ones. It is the median
                 over the repetitions. Tokens per step are those of the first repetition.
     replay      the host drafters where the source's own text is written: no model, so no loops
     peer        prompt lookup of transformers on the same weights and prompts
@@ -323,7 +323,7 @@ def peer_side() -> None:
 
 
 def _agree(tokens: list[int], truth: list[int]) -> float:
-    """Share of the truth's tokens that stand in the same place."""
+    """Share of the true tokens that are at the same position."""
     return sum(a == b for a, b in zip(tokens, truth, strict=False)) / len(truth)
 
 

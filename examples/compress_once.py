@@ -43,7 +43,7 @@ def main() -> dict[str, str]:
     answers = {}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "document.safetensors"
-        made_with = fingerprint(model.params)  # a cache is of no use to other weights
+        made_with = fingerprint(model.params)  # a cache belongs to the weights that made it
         lk.save_cache(path, read.cache, fingerprint=made_with)
         cache = lk.load_cache(path, fingerprint=made_with)
         for name, value in ROWS.items():

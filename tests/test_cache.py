@@ -92,7 +92,7 @@ def test_fork_repeats_rows_in_place():
     np.testing.assert_array_equal(forked.next_pos, [0, 0, 1, 1, 2, 2])
     np.testing.assert_array_equal(forked.k[:, 1], cache.k[:, 0])
     np.testing.assert_array_equal(forked.k[:, 2], cache.k[:, 1])
-    with pytest.raises(ValueError, match="at least one copy"):
+    with pytest.raises(ValueError, match="copies must be at least 1"):
         cache.fork(0)
 
 

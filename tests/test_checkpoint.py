@@ -273,7 +273,7 @@ def test_missing_files(tmp_path, copy):
     with pytest.raises(FileNotFoundError, match=r"00002-of-00004.*download it again"):
         load(directory)
     (directory / INDEX).unlink()
-    with pytest.raises(FileNotFoundError, match="only safetensors are read"):
+    with pytest.raises(FileNotFoundError, match="only safetensors are read from"):
         load(directory)
 
 

@@ -416,7 +416,7 @@ def test_speckv_observes_with_the_answer_of_a_draft_model(model_dir, model, caps
         "(see lookahead generate --help)\n",
     )
     status, line = fault(capsys, *args, "--draft-model", model_dir)
-    assert (status, line.startswith("--draft-model has no use without")) == (2, True)
+    assert (status, line.startswith("--draft-model needs --drafter")) == (2, True)
 
 
 @pytest.mark.skipif(

@@ -163,7 +163,7 @@ def test_a_wrong_study_is_one_clear_error(folder, tmp_path):
     config = study.StudyConfig(
         study=study_of(), model=folder / "model", data=(f"a={folder / 'a'}",), run=tmp_path / "run"
     )
-    with pytest.raises(ValueError, match="blind is without b: no such --data"):
+    with pytest.raises(ValueError, match="blind leaves out b, which --data does not name"):
         study.train_study(config)
     data = (*config.data, f"b={folder / 'b'}")
     for changed, options, said in (

@@ -52,7 +52,7 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """The newest intact step and its state, placed as `like`; None if there is none.
 
-        Damaged steps are reported and moved to the folder `damaged` beside the checkpoints. All
+        Damaged steps are reported and moved to the folder `damaged` next to the checkpoints. All
         processes return the same step. Raises ValueError if a step belongs to another run.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):

@@ -129,7 +129,7 @@ def _compile(options: Compile, config: ModelConfig, dump: Path) -> dict[str, Any
 
 
 def _collectives(dump: Path) -> dict[str, int] | str:
-    """How often each collective stands in the compiled program (in a loop's body: once).
+    """How often each collective occurs in the compiled program (in a loop's body: once).
 
     From the compiler's own dump: jaxlib cannot print every program of a newer libtpu.
     """

@@ -139,7 +139,7 @@ def train_study(config: StudyConfig) -> None:
     folders = _folders(config.data)
     for label, variant in study.variants.items():
         if unknown := set(variant.without) - folders.keys():
-            raise ValueError(f"{label} is without {', '.join(unknown)}: no such --data")
+            raise ValueError(f"{label} leaves out {', '.join(unknown)}, which --data does not name")
     if config.save_every < 1:
         raise ValueError(f"save_every must be at least 1, not {config.save_every}")
     mesh = make_mesh(data=None, fsdp=1, tensor=1)

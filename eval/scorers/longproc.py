@@ -1,8 +1,8 @@
 """LongProc's scores (princeton-pli/LongProc), as lm-evaluation-harness 0.4.13 computes them.
 
 Each takes the prediction, the reference output and the example's metadata, and returns the
-benchmark's measures, its headline number first: the accuracy, for tables the F1 of rows. Beside it
-stand how far the answer is right from its beginning, and whether it could be read at all.
+benchmark's measures, its headline number first: the accuracy, for tables the F1 of rows. The
+others are how far the answer is right from its beginning, and whether it could be parsed.
 """
 
 import csv

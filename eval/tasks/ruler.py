@@ -2,7 +2,7 @@
 
 Formats and difficulty are those of scripts/data/synthetic and synthetic.yaml; the random choices
 are our own, and essays are split into sentences at .!? (the original asks nltk). What the tasks
-read stands in the data folder:
+read is in the data folder:
 
     ruler/PaulGrahamEssays.json   {"text": ...}; or .txt
     ruler/squad.json              SQuAD dev-v2.0.json

@@ -1,4 +1,4 @@
-"""Tokens that a directory declares beside tokenizer.json, added as transformers 5.24 adds them.
+"""Tokens that a directory declares outside tokenizer.json, added as transformers 5.24 adds them.
 
 tokenizer_config.json, special_tokens_map.json and added_tokens.json may name tokens (roles such as
 `bos_token`, lists, a table of ids) that tokenizer.json lacks, or whose flags differ there.
@@ -108,7 +108,7 @@ def _token(value: Any, where: str, *, special: bool = False) -> AddedToken:
     fields = value if isinstance(value, Mapping) else {}
     content = fields.get("content")
     if not isinstance(content, str) or not content:
-        raise ValueError(f"{where}: {value!r} is not a token: it needs a content")
+        raise ValueError(f"{where}: {value!r} is not a token: it needs a `content`")
     flags = {name: fields[name] for name in _FLAGS if fields.get(name) is not None}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise ValueError(f"{where}: the flags of token {content!r} must be true or false")

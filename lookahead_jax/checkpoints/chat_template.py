@@ -155,7 +155,7 @@ def _tag_final_message(chat: list[dict[str, Any]], field: str, source: str) -> s
     if final is None:
         raise ValueError(f"continue_final_message: the last message has no {field!r} to continue")
     fields = [field]
-    if field in _REASONING:  # the same text stands under several names
+    if field in _REASONING:  # the same text has several names
         fields = [name for name in _REASONING if chat[-1].get(name) == final]
     if not any(name in source for name in fields):
         raise ValueError(f"continue_final_message: the chat template does not read {field!r}")
@@ -164,7 +164,7 @@ def _tag_final_message(chat: list[dict[str, Any]], field: str, source: str) -> s
             if isinstance(block, dict) and isinstance(block.get("text"), str):
                 block["text"] += _TAG
                 return block["text"].removesuffix(_TAG)
-        raise ValueError("continue_final_message: the last message holds no text to continue")
+        raise ValueError("continue_final_message: the last message has no text to continue")
     if not isinstance(final, str):
         raise ValueError(f"continue_final_message: {field!r} of the last message is not text")
     for name in fields:

@@ -1,7 +1,7 @@
-"""Tells the control tokens that a chat template writes from those that stand in messages.
+"""Distinguishes control tokens written by a chat template from those in messages.
 
 The same rules as `apply_chat_template(..., sanitize_control_tokens=True)` of transformers 5.24,
-and one more: a control token whose parts stand in several strings is found as well.
+and one more: a control token that is split over several strings is found as well.
 """
 
 import re
@@ -27,7 +27,7 @@ class ControlTokens:
             self._marked = re.compile(f"{_START}({any_token}){_END}|[{_START}{_END}]")
             self._joined = re.compile(_pattern(joined))
         except RecursionError as error:
-            raise ValueError("too many control tokens begin with one another") from error
+            raise ValueError("too many control tokens are prefixes of one another") from error
 
     def mark(self, value: Any) -> Any:
         """The value (text, list or mapping) with marks around the control tokens in its texts.

@@ -34,7 +34,7 @@ _SCALARS = {
 
 @dataclasses.dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor stands in its file, and how its values are encoded."""
+    """Where a tensor is in its file, and how its values are encoded."""
 
     name: str
     shape: tuple[int, ...]
@@ -91,7 +91,7 @@ class _Cursor:
         for _ in range(entries):
             name = self._text()
             if name in metadata:
-                raise ValueError(f"metadata {name!r} stands twice")
+                raise ValueError(f"metadata {name!r} occurs twice")
             metadata[name] = self._value(self._kind())
         places = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
@@ -107,9 +107,9 @@ class _Cursor:
         for tensor in sorted(tensors, key=lambda tensor: tensor.start):
             start = base + tensor.start
             if tensor.name in placed:
-                raise ValueError(f"tensor {tensor.name!r} stands twice")
+                raise ValueError(f"tensor {tensor.name!r} occurs twice")
             if start < end or start + tensor.size > len(self._data):
-                raise ValueError(f"tensor {tensor.name!r} lies outside its place in the file")
+                raise ValueError(f"tensor {tensor.name!r} overlaps another or ends past the file")
             placed[tensor.name] = dataclasses.replace(tensor, start=start)
             end = start + tensor.size
         return placed

@@ -48,8 +48,8 @@ def _stored_tensors(directory: Path, ignored: Callable[[str], bool]) -> dict[str
     index = read_json(directory, INDEX)
     if index is None:
         raise FileNotFoundError(
-            f"{directory}: has neither {SINGLE} nor {INDEX}; only safetensors are read, convert "
-            "other formats (.bin, .pt, .gguf) first"
+            f"{directory}: has neither {SINGLE} nor {INDEX}; only safetensors are read from "
+            "a folder: convert .bin and .pt files first, and give the path of a .gguf file itself"
         )
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):

@@ -1,7 +1,7 @@
 """Renders chat templates in a process of its own, where they cannot exhaust time or memory.
 
 A chat template is a program that comes with a checkpoint. Jinja's sandbox keeps it from the
-machine, but not from looping or growing without end. This file is also the program that the
+machine, but does not bound its time and memory. This file is also the program that the
 process runs, so it imports nothing of this package.
 """
 

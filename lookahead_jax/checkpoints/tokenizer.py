@@ -109,7 +109,7 @@ class Tokenizer:
         return [row.ids for row in rows]
 
     def encode_behind(self, text: str, *, plain: bool = False) -> list[int]:
-        """Token ids of a text that stands behind another one, such as a question.
+        """Token ids of a text that follows another one, such as a question.
 
         Nothing is put around it, nor the space that some tokenizers (Llama 2) put in front of a
         text. Raises ValueError as `encode`.
@@ -147,7 +147,7 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a chat; the other arguments are those of `render_chat`.
 
-        With `plain`, the control tokens of the template act, and those that stand in messages,
+        With `plain`, the control tokens of the template act, and those in messages,
         tools or variables are ordinary characters. Without it, all of them act.
 
         Raises:

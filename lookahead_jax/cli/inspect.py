@@ -16,7 +16,7 @@ class Inspect(RunOptions):
     out: OutFile = Path("inspect.html")
     """The page to write."""
     mark: Text = None
-    """Underline this text wherever it stands in the prompt, and count how much of it was kept."""
+    """Underline this text wherever it occurs in the prompt, and report how much of it was kept."""
 
 
 def main(config: Inspect) -> None:

@@ -59,8 +59,8 @@ class PromptOptions:
     tokens: Annotated[File, OneSource] = None
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
     special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Control tokens in the prompt text act, as in a text that a chat template has rendered.
-    Default: they are ordinary characters."""
+    """Interpret control tokens in the prompt, such as <|im_end|>, for text that a chat template
+    has rendered. Default: they are ordinary characters."""
 
     def read(self, model) -> list[EncodedPrompt]:
         """The prompts: one text, or the rows of a token file."""
@@ -169,7 +169,7 @@ class DraftingOptions:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
         if not users and self.draft_model is not None:
             raise UsageError(
-                "--draft-model has no use without --drafter draft_model, --drafter drawn_model or "
+                "--draft-model needs --drafter draft_model, --drafter drawn_model or "
                 "--policy speckv"
             )
         return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)

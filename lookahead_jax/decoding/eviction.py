@@ -56,7 +56,7 @@ class DecodeEviction:
         return isinstance(self.policy.decode_cut, CutByModules)
 
     def room(self, tokens: int, new_tokens: int, config: ModelConfig) -> int:
-        """Slots beside what a prompt of `tokens` may keep: enough between cuts, or for all.
+        """Slots in addition to what a prompt of `tokens` may keep: enough between cuts, or for all.
 
         A prompt shorter than the budget keeps fewer entries than a later cut may.
         """

@@ -166,7 +166,7 @@ def start(
 
 
 def _reached(accepted: Accepted) -> jax.Array:
-    """How many accepted nodes [B, 6] stand among the first NODE_BUCKETS[i] of each tree [B, P]."""
+    """How many accepted nodes [B, 6] are among the first NODE_BUCKETS[i] of each tree [B, P]."""
     on_path = jnp.arange(accepted.path.shape[1])[None] < accepted.count[:, None]
     first = accepted.path[..., None] < jnp.asarray(NODE_BUCKETS)[None, None]
     return (on_path[..., None] & first).sum(1, dtype=jnp.int32)

@@ -34,7 +34,7 @@ class Request:
     eos_ids: Sequence[int | str] | None = None
     """Tokens that end the row, by id or content; None: the engine's."""
     stop_token_ids: Sequence[int | str] = ()
-    """More such tokens, beside `eos_ids`."""
+    """More such tokens, besides `eos_ids`."""
     on_event: Callable[["Event"], None] | None = None
     """Receives the request's events in the stepping thread; an error in it ends the request."""
 

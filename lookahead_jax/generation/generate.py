@@ -80,7 +80,7 @@ def generate(
       stop: strings that end a row; the text ends before them. They may be or contain special
         tokens, which the text omits.
       lookahead: the modules that LookaheadKV reads.
-      drafts: for policy SpecKV, the answers that a small model expects, one per prompt as token
+      drafts: for policy SpecKV, answers drafted by a small model, one per prompt as token
         ids, or the small model itself.
       eos_ids: tokens that end a row, by id or content; default: the checkpoint's own.
       stop_token_ids: more such tokens.

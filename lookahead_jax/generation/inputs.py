@@ -34,7 +34,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token rows of texts or of ids; padding (-1) at the end of a row of ids is dropped.
 
-    The tokenizer adds its special tokens (BOS, ...) around a text, unless it stands `behind`
+    The tokenizer adds its special tokens (BOS, ...) around a text, unless it comes `behind`
     another one. Raises ValueError for a prompt without text or ids, and for texts without a
     tokenizer.
     """

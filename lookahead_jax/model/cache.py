@@ -60,7 +60,7 @@ class KVCache:
         fewer than one copy and for a cache that was donated already.
         """
         if copies < 1:
-            raise ValueError(f"fork makes at least one copy, not {copies}")
+            raise ValueError(f"copies must be at least 1, not {copies}")
         check_not_donated("fork", self)
 
         def repeat(a, axis):

@@ -33,7 +33,7 @@ class KVzip(Policy):
     sinks: int = 4
     """First entries, always kept, and seen by every chunk."""
     allocate: Literal["global", "layer"] = "global"
-    """Who shares the budget: all layers and heads, or the heads of each layer."""
+    """What shares the budget: all layers and heads together, or the heads of each layer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,7 +79,7 @@ def pad_drafts(
         given = "none" if drafts is None else len(drafts)
         raise ValueError(
             f"policy {type(policy).__name__} needs a draft per prompt ({rows} prompts, drafts: "
-            f"{given}): give drafts=, the answers that a small model expects"
+            f"{given}): give drafts=, answers drafted by a small model"
         )
     padded = np.full((rows, width), -1, np.int32)
     for row, draft in zip(padded, drafts, strict=True):

@@ -107,8 +107,8 @@ def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Pre
 def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
     if draft is None:
         raise ValueError(
-            f"policy {type(inputs.policy).__name__} needs a draft per prompt, which a small model "
-            "expects as the answer: give drafts="
+            f"policy {type(inputs.policy).__name__} needs a draft per prompt: give drafts=, "
+            "answers drafted by a small model"
         )
     length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
     observer = reread(

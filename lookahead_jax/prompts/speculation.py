@@ -100,7 +100,7 @@ def draft_answers(
     policy: Policy,
     eos_ids: Sequence[int],
 ) -> list[list[int]]:
-    """The answers that a small model expects, for a policy that observes with them (speckv).
+    """Answers drafted by a small model, for a policy that observes with them (speckv).
 
     Token ids, one answer per prompt in `rows`, as long as the policy reads; `eos_ids` end them.
     Raises ValueError for a policy that reads no drafts, and for a prompt outside the vocabulary of

@@ -29,9 +29,11 @@ def bind(host: str, port: int, *, has_key: bool) -> socket.socket:
     try:
         family, _, _, _, (address, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
-        raise ValueError(f"{host} is not an address to listen at ({error.strerror})") from error
+        raise ValueError(f"cannot listen on {host} ({error.strerror})") from error
     if not (has_key or ipaddress.ip_address(str(address).partition("%")[0]).is_loopback):
-        warn(f"listening at {host} without a key: whoever reaches it can use it (--api-key-file)")
+        warn(
+            f"listening on {host} without a key: anyone who reaches it can use it (--api-key-file)"
+        )
     bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -122,7 +122,7 @@ class Body(_Strict):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: Annotated[list[str], PlainValidator(_stops)] = []
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_EOS_IDS)] = []
-    """Not OpenAI's: tokens that end a continuation, beside the model's own."""
+    """Not OpenAI's: tokens that end a continuation, besides the model's own."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -40,7 +40,7 @@ async def read_body(scope: Scope, receive: Receive, service: Service) -> bytes:
                 async for chunk in _chunks(receive):
                     buffer.add(chunk)
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {_BODY_SECONDS:g} s") from None
+            raise Refused(408, f"the body did not arrive within {_BODY_SECONDS:g} s") from None
         return bytes(buffer.content)
 
 

@@ -31,7 +31,7 @@ def code_prompts(stream: np.ndarray, bos: int, *, count: int, length: int) -> np
       ValueError: the text is shorter than one prompt.
     """
     if len(stream) < length:
-        raise ValueError(f"{len(stream)} tokens of text are no prompt of {length}")
+        raise ValueError(f"{len(stream)} tokens of text are too few for a prompt of {length}")
     starts = np.linspace(0, len(stream) - length, count).astype(np.int64)
     prompts = stream[starts[:, None] + np.arange(length)]
     prompts[:, 0] = bos

@@ -1,7 +1,7 @@
 """The task families: rows to hide in a document, and questions about them with their answers.
 
 Every row is a line of single-token words. A question is a line `>>> verb words :` after the
-document. Answers name what they look up before its value, and values stand right after their names:
+document. Answers name what they look up before its value, and values come right after their names:
 both are what a small model learns quickly (the value follows the last time the name was seen).
 
     lookup   rows ` - name value`         `>>> find a b :`       ` a 1 b 2`
@@ -52,7 +52,7 @@ class Pool:
     @staticmethod
     def _take(stock: list[int], count: int, kind: str) -> list[int]:
         if count > len(stock):
-            raise ValueError(f"the document asks for {count} more {kind}, {len(stock)} are left")
+            raise ValueError(f"the document needs {count} more {kind}, and {len(stock)} are left")
         taken = stock[:count]
         del stock[:count]
         return taken
