@@ -116,6 +116,18 @@ def saved(path):
     return cache
 
 
+def test_a_cache_that_lost_entries_or_is_gone_is_not_saved(tmp_path):
+    path = tmp_path / "cache"
+    cache = filled(np.full((L, B, K), 7))
+    lost = cache.replace(length=cache.length.at[0, 1, 0].set(cache.slots + 1))
+    with pytest.raises(ValueError, match="row 1 has lost entries"):
+        save_cache(path, lost, fingerprint="model-a")
+    cache.k.delete()
+    with pytest.raises(ValueError, match="save_cache: .* was donated"):
+        save_cache(path, cache, fingerprint="model-a")
+    assert not path.exists()
+
+
 def old_file(path, arrays):
     """A file of version 1, which had no checksum."""
     save_file(arrays, path, {"format": "lookahead_jax.kv_cache.1", "model": "model-a"})

@@ -183,6 +183,18 @@ def test_stop_strings_may_hold_special_tokens(stop, output, text, taken):
         assert row.stopped == (text != "abcd")
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"), [([], "ab", "eos"), (["be"], "a", "stop"), (["bex"], "ab", "eos")]
+)
+def test_an_end_token_that_is_not_special_stays_out_of_the_text(stop, text, reason):
+    shown = []
+    row = OutputRow(Letters(), stop=stop, end_ids=[ord("e")], on_text=shown.append)
+    row.feed(map(ord, "abe"))
+    row.close()
+    assert row.text == "".join(shown) == text
+    assert (row.tokens, row.finish()) == (list(map(ord, "abe")), reason)
+
+
 def test_text_behind_a_prompt_keeps_its_first_space(model, plain):
     """With a decoder that strips it from a text; a special token stops, and is not shown."""
     tokens = plain.tokens[0]
@@ -235,6 +247,7 @@ def test_stop_tokens_come_on_top_of_eos_and_may_be_texts(model, plain):
         result = generate(model, [TEXT], stop_token_ids=[given], **options)
         assert result.tokens[0] == plain.tokens[0][: begin + 1]
         assert result.finish == ["eos"]
+        assert result.text == [model.tokenizer.decode(plain.tokens[0][:begin])]  # as vLLM has it
     assert inputs.end_ids(model, None, [stop, "<|end|>"]) == (2, stop)
     assert inputs.end_ids(model, ["<|begin|>"], [1]) == (1,)
 

@@ -185,6 +185,17 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, how):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(np.nan, None), (-np.inf, jnp.bfloat16), (1e6, jnp.float16)]
+)
+def test_modules_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    bad = modules()
+    bad.lora["q"]["a"] = bad.lora["q"]["a"].at[1, 0, 0].set(value)
+    save_modules(tmp_path, bad, params=PARAMS)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.lora_A.* NaN, infinite"):
+        load_modules(tmp_path, params=PARAMS, config=MODEL, dtype=dtype)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
         load_modules(tmp_path, params=PARAMS, config=MODEL)

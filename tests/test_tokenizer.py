@@ -162,6 +162,17 @@ def test_a_continuation_keeps_what_it_begins_with(name, prompt):
             assert text + rest == tokenizer.decode(whole)
 
 
+@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("text", ["world", " world", "    x", "\nx", "\n\n", "\u00e9", ""])
+def test_a_text_behind_another_is_joined_as_it_is(name, text):
+    """Llama 2 puts a space in front of each text: "Hello" and "world" would be two words."""
+    tokenizer = CONTINUED[name]
+    ids = tokenizer.encode("Hello", special=False) + tokenizer.encode_behind(text)
+    assert tokenizer.decode(ids) == "Hello" + text
+    if name == "byte_level":  # puts nothing in front
+        assert tokenizer.encode_behind(text) == tokenizer.encode(text, special=False)
+
+
 def test_a_continuation_behind_a_long_prompt_without_text():
     """Special tokens and stray bytes at the prompt's end: its last words are further ahead."""
     tokenizer = TOKENIZERS["sentencepiece"]

@@ -14,6 +14,7 @@ from lookahead_jax.host.files import atomic_path
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.params import fingerprint as fingerprint_of
 
@@ -33,8 +34,15 @@ def save_cache(
     """Writes a cache to one file, whole or not at all.
 
     Keys and values mean nothing to another model, so the file names the one it was made with:
-    `fingerprint` (`lk.fingerprint(params)`), or `params` themselves.
+    `fingerprint` (`lk.fingerprint(params)`), or `params` themselves. Raises ValueError for a cache
+    that was donated to another call, or that has lost entries because its slots were full.
     """
+    check_not_donated("save_cache", cache)
+    if (lost := np.flatnonzero(np.asarray(cache.overflowed))).size:
+        raise ValueError(
+            f"save_cache: row {int(lost[0])} has lost entries because its {cache.slots} slots were "
+            "full; read the prompt again with a larger slots or new_tokens"
+        )
     arrays = {name: np.asarray(getattr(cache, name)) for name in _FIELDS}
     model = _fingerprint(fingerprint, params)
     metadata = {"format": _FORMAT, "model": model, "sha256": _digest(arrays, model)}

@@ -185,8 +185,9 @@ class ActiveRequest:
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
         self.output = OutputRow(
-            tokenizer, prompt=encoded.tokens, stop=request.stop, on_text=self._pieces.append
-        )
+            tokenizer, prompt=encoded.tokens, stop=request.stop, end_ids=encoded.eos_ids,
+            on_text=self._pieces.append,
+        )  # fmt: skip
         self._has_text = tokenizer is not None
         self._submitted = time.perf_counter()
         self._started: float | None = None
@@ -217,7 +218,7 @@ class ActiveRequest:
                 self.output.close()
         except Exception as error:
             why = why or error
-        finish, error = self.output.finish(self.encoded.eos_ids), None
+        finish, error = self.output.finish(), None
         if isinstance(why, BaseException):
             finish, error = "error", f"{type(why).__name__}: {why}"
         elif why is not None:

@@ -83,7 +83,7 @@ def generate(
       drafts: for policy SpecKV, answers drafted by a small model, one per prompt as token
         ids, or the small model itself.
       eos_ids: tokens that end a row, by id or content; default: the checkpoint's own.
-      stop_token_ids: more such tokens.
+      stop_token_ids: more such tokens. The text omits the token that ends a row.
       drafter: proposes token trees that the model verifies, for fewer steps and the same tokens: a
         name for `make_drafter`, or a drafter, which may remember earlier calls.
       draft_nodes: nodes per tree; default: chosen from measured cost and accepted tokens. A
@@ -122,7 +122,7 @@ def generate(
             model, eviction, rows=rows, prompt_tokens=batch.longest, new_tokens=max_new_tokens
         )
     announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
-    outputs = _output_rows(model, batch, stop, on_text)
+    outputs = _output_rows(model, batch, stop, continuation.eos_ids, on_text=on_text)
     draft = DraftSettings.of(drafter, draft_nodes)
     drafting = Drafting(
         draft.drafter,
@@ -148,7 +148,7 @@ def generate(
     return Generation(
         tokens=[output.tokens for output in outputs],
         text=None if model.tokenizer is None else [output.text for output in outputs],
-        finish=[output.finish(continuation.eos_ids) for output in outputs],
+        finish=[output.finish() for output in outputs],
         prompt_tokens=prompt_tokens,
         prompt_ids=batch.prompts,
         kept=kept,
@@ -166,11 +166,13 @@ def _output_rows(
     model: Model,
     batch: PromptBatch,
     stop: Sequence[str],
+    end_ids: Sequence[int],
+    *,
     on_text: Callable[[int, str], None] | None,
 ) -> list[OutputRow]:
     return [
         OutputRow(
-            model.tokenizer, prompt=text, stop=stop,
+            model.tokenizer, prompt=text, stop=stop, end_ids=end_ids,
             on_text=None if on_text is None else partial(on_text, i),
         )
         for i, text in enumerate(batch.texts)

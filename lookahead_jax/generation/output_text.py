@@ -61,10 +61,12 @@ class OutputRow:
     The text omits special tokens (`<|im_end|>`), but a stop string may be or contain one: it is
     searched for in the text with and without them. Text that may be the beginning of a stop string
     is not yet shown. `tokens` end with the one that completes a stop string; `text` ends before it.
+    The text omits an end token too, special or not, as vLLM's does.
 
     Args:
       prompt: the tokens that the row continues; they decide whether the text begins with a space.
       stop: strings that end the row.
+      end_ids: tokens that end the row.
       on_text: receives each piece of text once it is certain.
 
     Raises ValueError for an empty stop string, and for any without a tokenizer.
@@ -76,6 +78,7 @@ class OutputRow:
         *,
         prompt: Sequence[int] = (),
         stop: Sequence[str] = (),
+        end_ids: Sequence[int] = (),
         on_text: Callable[[str], None] | None = None,
     ):
         if isinstance(stop, str):
@@ -90,6 +93,7 @@ class OutputRow:
         self._tokenizer = tokenizer
         self._decoder = None if tokenizer is None else tokenizer.stream(prompt=prompt)
         self._stop = tuple(stop)
+        self._end_ids = frozenset(end_ids)
         self._plain = _StopSearch(self._stop)
         self._marked = _StopSearch(self._stop)  # with special tokens
         self._omitted: list[tuple[int, int]] = []  # where they begin in it, and their lengths
@@ -103,26 +107,37 @@ class OutputRow:
                 break
             self.tokens.append(int(token))
             if self._decoder is not None and self._tokenizer is not None:
-                self._grow(self._decoder.push(int(token)), self._tokenizer.special_text(int(token)))
+                self._add(self._decoder, int(token), self._tokenizer.special_text(int(token)))
         self._show(self._certain())
 
     def close(self) -> None:
         """Shows the text that was held back; the row gets no more tokens."""
-        if self._decoder is not None and not self.stopped:
+        if self._decoder is not None and not self.stopped and not self._at_end():
             self._grow(self._decoder.finish(), "")
         self._show(len(self.text))
 
-    def finish(self, eos_ids: Sequence[int]) -> FinishReason:
+    def finish(self) -> FinishReason:
         """Why the row ended."""
         if self.stopped:
             return "stop"
-        return "eos" if self.tokens and self.tokens[-1] in eos_ids else "length"
+        return "eos" if self._at_end() else "length"
+
+    def _at_end(self) -> bool:
+        return bool(self.tokens) and self.tokens[-1] in self._end_ids
 
     def _certain(self) -> int:
         """Length of the text that no stop string will cut off."""
         if self.stopped or not self._stop:
             return len(self.text)
         return min(self._plain.certain(), self._without_special(self._marked.certain()))
+
+    def _add(self, decoder: TextStream, token: int, special: str) -> None:
+        if token not in self._end_ids:
+            self._grow(decoder.push(token), special)
+            return
+        self._grow(decoder.finish(), "")
+        if not self.stopped:
+            self._grow("", decoder.push(token) + special)
 
     def _grow(self, piece: str, special: str) -> None:
         if not self._stop:

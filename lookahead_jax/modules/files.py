@@ -73,7 +73,8 @@ def load_modules(
     """The modules in `directory`, for the base model `params`, in `dtype` (default: the model's).
 
     Raises FileNotFoundError if a file is missing, and ValueError if the modules were trained for
-    another base model, or if a file is damaged or has unexpected content.
+    another base model, if a file is damaged or has unexpected content, or if a tensor holds NaN or
+    infinite values, as of a training that diverged.
     """
     path = Path(directory)
     described = _read_config(path)
@@ -150,6 +151,13 @@ def _assemble(
             raise ValueError(f"{path} lacks {name}")
         if values.shape != shape or values.dtype != np.float32:
             raise ValueError(f"{path}: {name} is {values.dtype} {values.shape}, not {shape}")
+        with np.errstate(over="ignore"):
+            values = values.astype(dtype)
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{path}: {name} holds values that are NaN, infinite or too large for "
+                f"{jnp.dtype(dtype)}; train the modules again, or load them with a wider dtype"
+            )
         return values
 
     lora = {}
