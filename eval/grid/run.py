@@ -44,6 +44,8 @@ from lookahead_jax.eval.grid.rows import (
 from lookahead_jax.eval.grid.stored import answer_rows, kept_views
 from lookahead_jax.eval.tasks.base import Example, Source, Task
 from lookahead_jax.generation.results import Generation
+from lookahead_jax.host.files import make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadModules
@@ -263,8 +265,18 @@ def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
 
 
 def run(config: RunConfig) -> None:
-    """Answers every cell of the grid that the run does not hold yet; progress goes to stderr."""
+    """Answers every cell of the grid that the run does not hold yet; progress goes to stderr.
+
+    Raises ValueError as `open_run`, and BlockingIOError if another process writes the run.
+    """
     tasks = config.find_tasks()
+    make_folder(config.out)
+    with folder_lock(config.out):
+        _answer_grid(config, tasks)
+
+
+def _answer_grid(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """`run`, as the only process that writes the folder."""
     for spec in config.policies:
         for budget in config.budgets:
             if (notice := policy_of(spec).notice(budget)) is not None:

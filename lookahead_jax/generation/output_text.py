@@ -7,7 +7,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 @runtime_checkable
-class TextStream(Protocol):
+class StreamingDecoder(Protocol):
     """Turns one token after the other into text."""
 
     def push(self, token: int) -> str: ...
@@ -23,7 +23,7 @@ class StreamingTokenizer(Protocol):
         """The content of a token that the text omits; empty for other tokens."""
         ...
 
-    def stream(self, *, prompt: Sequence[int]) -> TextStream:
+    def stream(self, *, prompt: Sequence[int]) -> StreamingDecoder:
         """A decoder of tokens that continue `prompt`."""
         ...
 

@@ -3,7 +3,7 @@ r"""Measure a trained base model and write the directory that ships with the pac
     python -m lookahead_jax.train.embedded.package --corpus CORPUS --run RUN \
         --out lookahead_jax/assets/base
 
-The held-out code that the evaluation reads goes to eval/tasks/heldout_code.jsonl.
+The held-out code that the evaluation reads goes to eval/tasks/own/heldout_code.jsonl.
 """
 
 import dataclasses
