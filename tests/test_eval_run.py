@@ -25,6 +25,7 @@ from lookahead_jax.eval.grid.rows import (
 )
 from lookahead_jax.eval.report import report
 from lookahead_jax.eval.tasks.base import Source
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.prompts.speculation import select_tokens, speculate
 
@@ -115,13 +116,18 @@ def test_a_killed_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
         runner.run(dataclasses.replace(finished, out=left))
 
 
+def test_a_run_that_another_process_writes_is_an_error(finished, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    with folder_lock(out), pytest.raises(BlockingIOError, match="run is being written by process"):
+        runner.run(dataclasses.replace(finished, out=out))
+
+
 def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a"')
     assert list(read_rows(path, {})) == [{"a": 1}]
     file = RowFile(path)
-    with pytest.raises(BlockingIOError, match="written by another run"):
-        RowFile(path)
     file.append([{"a": 2}])
     file.close()
     assert [row["a"] for row in read_rows(path, {})] == [1, 2]

@@ -6,7 +6,7 @@ import tokenizers
 
 import lookahead_jax as lk
 from lookahead_jax.eval.tasks.own.code import CODE, code_prompts, code_stream
-from lookahead_jax.eval.tasks.own.prompts import TASKS, make_batch, make_example, text_lines
+from lookahead_jax.eval.tasks.own.prompts import OWN_TASKS, make_batch, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import FILLER, SCHEMAS, SYMBOLS, TAGS, VERBS, WORDS, Words
 from lookahead_jax.train.embedded.measure import exact_match
 from lookahead_jax.train.embedded.mixture import (
@@ -60,7 +60,7 @@ def solve(text: str) -> list[str]:
     raise AssertionError(verb)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", OWN_TASKS)
 @pytest.mark.parametrize("length", [512, 700])
 def test_answer_follows_from_the_text(task, length, words, tokenizer):
     for seed in range(5):
@@ -181,7 +181,7 @@ def test_held_out_code_has_two_splits_without_a_common_window():
         code_prompts(stream[:50], bos, count=1, length=99)
 
 
-@pytest.mark.parametrize("task", [*TASKS, CODE])
+@pytest.mark.parametrize("task", [*OWN_TASKS, CODE])
 def test_training_prompts_differ_in_length_and_are_functions_of_their_number(task, words, tmp_path):
     config = PromptsConfig(corpus=tmp_path, out=tmp_path / "out", longest=400)
     stream = np.random.default_rng(0).choice(words.filler, 3000)

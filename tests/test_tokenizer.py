@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from lookahead_jax.checkpoints import chat_template
 from lookahead_jax.checkpoints.template_worker import TemplateWorker
-from lookahead_jax.checkpoints.tokenizer import Tokenizer, _as_value_error
+from lookahead_jax.checkpoints.tokenizer import Tokenizer, _package_errors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA3 = FIXTURES / "models" / "llama3"
@@ -92,7 +92,7 @@ def test_panics_of_the_tokenizers_package_are_errors():
     for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
         with pytest.raises(ValueError, match=r"cannot be tokenized .*retry-limit"):
             encode("a" * 200 + "!")
-    with pytest.raises(KeyboardInterrupt), _as_value_error("the text cannot be tokenized"):
+    with pytest.raises(KeyboardInterrupt), _package_errors("the text cannot be tokenized"):
         raise KeyboardInterrupt
 
 

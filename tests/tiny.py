@@ -14,8 +14,7 @@ from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.load import save_params
 from lookahead_jax.decoding.sampling import Sampling, process_logits, sampling_rows
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.layers import Params
-from lookahead_jax.model.params import init_params
+from lookahead_jax.model.params import Params, init_params
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prefilling.prefill import extend

@@ -28,7 +28,7 @@ from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.prompts.kv_prediction import (
     KVMaps,
     init_maps,

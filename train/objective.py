@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, Context, LayerKind, embed, layer_kinds, scan_layers
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.view import Queries

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import param_shardings, sharding
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.objective import lookahead_losses
 
-Metrics = dict[str, jax.Array]
+StepMetrics = dict[str, jax.Array]
 
 
 @struct.dataclass
@@ -56,7 +56,7 @@ def train_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     chunk: int | None = CHUNK,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[TrainState, StepMetrics]:
     """The state after one update on the mean loss of the rows that have a response.
 
     Gradients are summed over the micro-batches. Where the loss or a gradient is not finite, the
@@ -78,7 +78,7 @@ def variants_step(
     config: ModelConfig,
     optimizers: Sequence[optax.GradientTransformation],
     chunk: int | None = CHUNK,
-) -> tuple[tuple[TrainState, ...], tuple[Metrics, ...]]:
+) -> tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]]:
     """`train_step` of V independent runs on one batch, whose prompts are read once for all.
 
     Run v learns from the rows of `used` [V, A, B] bool alone.
@@ -164,14 +164,14 @@ def compile_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     chunk: int | None = CHUNK,
-) -> Callable[[Params, TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """`train_step` jitted for a mesh: weights sharded, state replicated and donated.
 
     `.lower` accepts abstract shapes, so that a step can be compiled for absent chips.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def step(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return train_step(params, state, batch, config=config, optimizer=optimizer, chunk=chunk)
 
     return jax.jit(

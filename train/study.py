@@ -40,7 +40,7 @@ from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import report, steps
 from lookahead_jax.train.step import (
-    Metrics,
+    StepMetrics,
     TrainState,
     batch_sharding,
     check_batch,
@@ -217,7 +217,7 @@ def _folders(data: tuple[str, ...]) -> dict[str, Path]:
     return folders
 
 
-def _joined(labels: Iterable[str], metrics: Sequence[Metrics]) -> Metrics:
+def _joined(labels: Iterable[str], metrics: Sequence[StepMetrics]) -> StepMetrics:
     """The metrics of all variants as one line; a study goes on while any of them learns."""
     named = list(zip(labels, metrics, strict=True))
     return {

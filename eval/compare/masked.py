@@ -22,7 +22,7 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Context, layer_kinds
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import OnePass, Policy, WithModules, WithResponse
 from lookahead_jax.policies.full import Full

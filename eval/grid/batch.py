@@ -13,7 +13,7 @@ from lookahead_jax.prefilling.batching import bucket_length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
+class GridBatch:
     """Prompts of one cell that are answered together."""
 
     cell: GridCell

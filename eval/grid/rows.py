@@ -1,6 +1,5 @@
 """The rows of a run: one JSON object per example, appended so that a kill loses at most a batch."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,17 +84,12 @@ def _misfit(row: Any, fields: Fields) -> str | None:
 class RowFile:
     """A file of rows, open for appending; a torn last line is cut off first.
 
-    Raises BlockingIOError if another process has it open.
+    No other process may write it meanwhile: the run locks its folder.
     """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise BlockingIOError(f"{path} is being written by another run") from None
         self._file.seek(0)
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
@@ -108,5 +102,5 @@ class RowFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file and releases its lock."""
+        """Closes the file."""
         self._file.close()

@@ -19,7 +19,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model, first_layers
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.eval.grid.batch import Answered, Batch
+from lookahead_jax.eval.grid.batch import Answered, GridBatch
 from lookahead_jax.eval.grid.config import (
     Method,
     RunConfig,
@@ -44,6 +44,8 @@ from lookahead_jax.eval.grid.rows import (
 from lookahead_jax.eval.grid.stored import answer_rows, kept_views
 from lookahead_jax.eval.tasks.base import Example, Source, Task
 from lookahead_jax.generation.results import Generation
+from lookahead_jax.host.files import make_folder
+from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadModules
@@ -153,12 +155,12 @@ class ModelRun:
 
     def _batch(
         self, cell: GridCell, examples: Sequence[Example], prompts: Sequence[AssembledPrompt]
-    ) -> Batch:
+    ) -> GridBatch:
         """A batch of the run's size: a short one is filled up, or it would compile anew."""
         rows = [prompts[i % len(prompts)] for i in range(self._config.batch)]
         hidden = cell.protocol == "hidden"
         most = max(example.max_new_tokens for example in examples)
-        return Batch(
+        return GridBatch(
             cell=cell,
             method=method_of(cell.policy),
             contexts=[row.context if hidden else row.whole for row in rows],
@@ -167,7 +169,7 @@ class ModelRun:
             stop=examples[0].stop,
         )
 
-    def _answer_batch(self, batch: Batch, drafter: Any) -> tuple[Generation, dict[str, Any]]:
+    def _answer_batch(self, batch: GridBatch, drafter: Any) -> tuple[Generation, dict[str, Any]]:
         """The answers and what was measured; the first batch of a shape runs twice.
 
         So no measurement includes compilation.
@@ -202,7 +204,7 @@ class ModelRun:
             measured |= {"draft_model": config.draft_model, "draft_layers": config.draft_layers}
         return result, measured
 
-    def _generate(self, batch: Batch, drafter: Any) -> tuple[Generation, float]:
+    def _generate(self, batch: GridBatch, drafter: Any) -> tuple[Generation, float]:
         """The answers, and the seconds to the first token, a small model's work included."""
         begin = time.perf_counter()
         read, drafts = self._speculate(batch.method, batch.contexts, batch.cell.budget)
@@ -217,7 +219,7 @@ class ModelRun:
             )  # fmt: skip
         return result, result.timing.ttft_s + spent
 
-    def _read_full(self, batch: Batch) -> float:
+    def _read_full(self, batch: GridBatch) -> float:
         """Seconds to the first token with the full cache."""
         result = lk.generate(
             self._model, batch.contexts, questions=batch.questions, policy=FULL, max_new_tokens=1
@@ -263,8 +265,18 @@ def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
 
 
 def run(config: RunConfig) -> None:
-    """Answers every cell of the grid that the run does not hold yet; progress goes to stderr."""
+    """Answers every cell of the grid that the run does not hold yet; progress goes to stderr.
+
+    Raises ValueError as `open_run`, and BlockingIOError if another process writes the run.
+    """
     tasks = config.find_tasks()
+    make_folder(config.out)
+    with folder_lock(config.out):
+        _answer_grid(config, tasks)
+
+
+def _answer_grid(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """`run`, as the only process that writes the folder."""
     for spec in config.policies:
         for budget in config.budgets:
             if (notice := policy_of(spec).notice(budget)) is not None:

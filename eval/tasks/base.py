@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
 Cut = Literal["halves", "joined"]
-"""How a prompt that is too long loses its middle: see `prompts.truncate`."""
+"""How a prompt that is too long loses its middle: see `truncate` in eval/grid/prompts.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

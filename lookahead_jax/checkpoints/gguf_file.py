@@ -7,10 +7,10 @@ from lookahead_jax.checkpoints.gguf_header import read_header
 from lookahead_jax.checkpoints.gguf_tensors import tensors_of
 from lookahead_jax.checkpoints.gguf_tokenizer import eos_ids, tokenizer_of
 from lookahead_jax.checkpoints.hf_config import config_from_hf
-from lookahead_jax.checkpoints.source import GenerationDefaults, Source
+from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(path: Path) -> CheckpointSource:
     """The checkpoint in a GGUF file; its header is checked.
 
     Raises:
@@ -32,4 +32,6 @@ def open_gguf(path: Path) -> Source:
         top_k=None,
         top_p=None,
     )
-    return Source(config=config, tokenizer=tokenizer, generation=generation, tensors=tensors)
+    return CheckpointSource(
+        config=config, tokenizer=tokenizer, generation=generation, tensors=tensors
+    )

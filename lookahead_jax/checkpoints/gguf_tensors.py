@@ -12,7 +12,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from lookahead_jax.checkpoints.gguf_header import GgufHeader, GgufTensor
-from lookahead_jax.checkpoints.source import Index, Reader, StoredTensor, Tensors
+from lookahead_jax.checkpoints.source import Index, StoredTensor, TensorReader, Tensors
 from lookahead_jax.model.config import ModelConfig
 
 # Types that are read; the rest (IQ and ternary types) are refused by name.
@@ -87,7 +87,7 @@ def tensors_of(header: GgufHeader, config: ModelConfig) -> Tensors:
         stored[name] = StoredTensor(header.path, tensor.name, tensor.shape, dtype)
 
     @contextlib.contextmanager
-    def open_file() -> Iterator[Reader]:
+    def open_file() -> Iterator[TensorReader]:
         with (
             open(header.path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,

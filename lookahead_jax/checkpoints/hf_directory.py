@@ -7,12 +7,12 @@ from typing import Any
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.checkpoints.safetensors_files import safetensors_of
-from lookahead_jax.checkpoints.source import GenerationDefaults, Source
+from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import is_optional
 
 
-def open_directory(path: Path) -> Source:
+def open_directory(path: Path) -> CheckpointSource:
     """The checkpoint in a directory; all headers are checked.
 
     Raises:
@@ -28,7 +28,7 @@ def open_directory(path: Path) -> Source:
         config = config_from_hf(hf)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Source(
+    return CheckpointSource(
         config=config,
         generation=_generation_defaults(path, hf),
         tokenizer=Tokenizer.load(path),

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from lookahead_jax.checkpoints.hf_directory import open_directory
 from lookahead_jax.checkpoints.packaged import PACKAGES, packaged_file
 from lookahead_jax.checkpoints.safetensors_files import SINGLE
-from lookahead_jax.checkpoints.source import GenerationDefaults, Source
+from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import load_weights
 from lookahead_jax.host.files import atomic_path
@@ -89,7 +89,7 @@ def load(
     )
 
 
-def _open(path: Path) -> Source:
+def _open(path: Path) -> CheckpointSource:
     """The checkpoint at a path, by its kind."""
     if path.suffix != ".gguf":
         return open_directory(path)

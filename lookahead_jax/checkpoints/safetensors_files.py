@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lookahead_jax.checkpoints.hf_files import find, listing, read_json
-from lookahead_jax.checkpoints.source import Reader, StoredTensor, Tensors
+from lookahead_jax.checkpoints.source import StoredTensor, TensorReader, Tensors
 from lookahead_jax.model.params import Index
 
 SINGLE = "model.safetensors"
@@ -27,7 +27,7 @@ def safetensors_of(directory: Path, ignored: Callable[[str], bool]) -> Tensors:
     stored = _stored_tensors(directory, ignored)
 
     @contextlib.contextmanager
-    def open_files() -> Iterator[Reader]:
+    def open_files() -> Iterator[TensorReader]:
         with contextlib.ExitStack() as stack:
             files = {
                 file: stack.enter_context(safe_open(file, framework="numpy"))

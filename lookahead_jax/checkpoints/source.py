@@ -23,7 +23,7 @@ class StoredTensor:
     """Type of the values that are read, as a safetensors code: F32, BF16, ..."""
 
 
-Reader = Callable[[StoredTensor, Index], np.ndarray]
+TensorReader = Callable[[StoredTensor, Index], np.ndarray]
 """Reads the slice of a stored tensor; bounds are explicit."""
 
 
@@ -35,7 +35,7 @@ class Tensors:
     """Names the checkpoint in messages."""
     stored: Mapping[str, StoredTensor]
     """Every tensor by its Hugging Face name."""
-    open: Callable[[], AbstractContextManager[Reader]]
+    open: Callable[[], AbstractContextManager[TensorReader]]
     """Opens the files for reading."""
 
 
@@ -53,7 +53,7 @@ class GenerationDefaults:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class CheckpointSource:
     """A checkpoint whose headers are read and whose weights are not."""
 
     config: ModelConfig

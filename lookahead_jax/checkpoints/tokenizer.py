@@ -1,11 +1,10 @@
 """Text to token ids and back, and chat templates, as a Hugging Face directory defines them."""
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,12 @@ from lookahead_jax.checkpoints import chat_template
 from lookahead_jax.checkpoints.added_tokens import add_declared_tokens
 from lookahead_jax.checkpoints.control_tokens import ControlTokens
 from lookahead_jax.checkpoints.hf_files import find, read_json
+from lookahead_jax.checkpoints.text_stream import TextStream
+from lookahead_jax.host.panics import panics_as_errors
 
 _MAX_TOKENIZER_BYTES = 64 * 2**20  # twice the largest known ones, of 260,000 tokens
-_HELD = "\ufffd"  # how decoders show bytes that are not (yet) a character
-_CONTEXT = 8  # tokens of the prompt before a continuation, at first
+# The tokenizers package raises bare Exception, and its Rust code panics.
+_package_errors = functools.partial(panics_as_errors, errors=(Exception,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Tokenizer:
         path = find(directory, "tokenizer.json", limit=_MAX_TOKENIZER_BYTES)
         if path is None:
             return None
-        with _as_value_error(f"{path}: not a valid tokenizer"):
+        with _package_errors(f"{path}: not a valid tokenizer"):
             backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         # Files keep the settings of their last use in training; callers batch on their own.
         backend.no_padding()
@@ -128,7 +129,7 @@ class Tokenizer:
 
         Tokens that share one character share its span; added special tokens have an empty one.
         """
-        with _as_value_error("the text cannot be tokenized"):
+        with _package_errors("the text cannot be tokenized"):
             encoding = self.backend.encode(text, add_special_tokens=special)
             if plain and self._has_control(text, encoding):
                 encoding = self._plain_backend.encode(text, add_special_tokens=special)
@@ -183,9 +184,13 @@ class Tokenizer:
         stream = self.stream(prompt=prompt, skip_special=skip_special)
         return "".join([*(stream.push(token) for token in ids), stream.finish()])
 
-    def stream(self, *, prompt: Sequence[int] = (), skip_special: bool = True) -> "TextStream":
+    def stream(self, *, prompt: Sequence[int] = (), skip_special: bool = True) -> TextStream:
         """A decoder for tokens that arrive one at a time behind the tokens of `prompt`."""
-        return TextStream(self, prompt=prompt, skip_special=skip_special)
+        return TextStream(
+            functools.partial(self.decode, skip_special=skip_special),
+            skipped=self.special_ids if skip_special else frozenset(),
+            prompt=prompt,
+        )
 
     def render_chat(
         self,
@@ -259,7 +264,7 @@ class Tokenizer:
         control = self._control_tokens(tuple(self.chat_templates.values())).tokens
         for token in content["added_tokens"]:
             token["special"] = token["special"] or token["content"] in control
-        with _as_value_error("the tokenizer cannot be copied"):
+        with _package_errors("the tokenizer cannot be copied"):
             backend = tokenizers.Tokenizer.from_str(json.dumps(content))
         backend.encode_special_tokens = True
         return backend
@@ -303,75 +308,5 @@ def _encode(
     backend: tokenizers.Tokenizer, texts: Sequence[str], special: bool
 ) -> list[tokenizers.Encoding]:
     """Encodings without offsets; the batch call lets other threads run, unlike the single one."""
-    with _as_value_error("the text cannot be tokenized"):
+    with _package_errors("the text cannot be tokenized"):
         return backend.encode_batch_fast(list(texts), add_special_tokens=special)
-
-
-@contextlib.contextmanager
-def _as_value_error(problem: str) -> Iterator[None]:
-    """Turns errors of the tokenizers package, panics of its Rust code included, into ValueError."""
-    try:
-        yield
-    except BaseException as error:
-        # The package raises bare Exception; a panic is a BaseException that it does not export.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ValueError(f"{problem} ({error})") from error
-        raise
-
-
-class TextStream:
-    """Turns tokens into text as they arrive; the pieces add up to `decode` of all tokens.
-
-    With a prompt, they add up to what `decode` gives for prompt and tokens beyond that of the
-    prompt. Text is held back while it ends in U+FFFD, since a later token may complete the
-    character. One difference remains: byte-fallback decoders (Llama 2) replace a whole run of byte
-    tokens once one of them is invalid, and streamed text is not taken back. (That, and the
-    characters still incomplete at the end, is why this is not `tokenizers.decoders.DecodeStream`:
-    it raises on the first and drops the second.)
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, prompt: Sequence[int], skip_special: bool):
-        self._decode = functools.partial(tokenizer.decode, skip_special=skip_special)
-        self._skipped = tokenizer.special_ids if skip_special else frozenset[int]()
-        # Decoders treat the first token specially (they strip its space), so each new piece is
-        # decoded behind the piece before it.
-        self._context = self._last_words(prompt)
-        self._pending: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that `token` settles; often a word, sometimes empty."""
-        if token in self._skipped:
-            return ""
-        self._pending.append(token)
-        text = self._new_text()
-        if not text or text.endswith(_HELD):
-            return ""
-        if self._decode(self._pending).startswith(_HELD):  # it ends a character of the context
-            self._pending = self._context + self._pending
-        self._context, self._pending = self._pending, []
-        return text
-
-    def finish(self) -> str:
-        """The text still held back, once no more tokens come."""
-        text = self._new_text()
-        self._context, self._pending = self._context + self._pending, []
-        return text
-
-    def _last_words(self, prompt: Sequence[int]) -> list[int]:
-        """The last tokens of a prompt: at least one with text, from the start of a character."""
-        size = _CONTEXT
-        while True:
-            words = [token for token in prompt[-size:] if token not in self._skipped]
-            text = self._decode(words)
-            if size >= len(prompt) or (text and not text.startswith(_HELD)):
-                return words
-            size *= 2
-
-    def _new_text(self) -> str:
-        before, text = self._decode(self._context), self._decode(self._context + self._pending)
-        if not text.startswith(before):  # the prompt left a character incomplete
-            complete = self._context
-            while before.endswith(_HELD):
-                complete = complete[:-1]
-                before = self._decode(complete)
-        return text[len(before) :]

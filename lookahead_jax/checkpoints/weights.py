@@ -11,7 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from lookahead_jax.checkpoints.hf_files import listing
-from lookahead_jax.checkpoints.source import Reader, StoredTensor, Tensors
+from lookahead_jax.checkpoints.source import StoredTensor, TensorReader, Tensors
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import (
     ParameterSpec,
@@ -46,7 +46,7 @@ _ROTARY_BUFFER = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # recomputed from t
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Weights:
+class LoadedWeights:
     """Parameters, and what was noticed while they were read."""
 
     params: Params
@@ -69,7 +69,7 @@ def load_weights(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-) -> Weights:
+) -> LoadedWeights:
     """Reads a checkpoint's weights; each process reads only the slices its devices hold.
 
     All names, shapes and dtypes are checked before anything is allocated. Rotary buffers, the
@@ -97,7 +97,7 @@ def load_weights(
     if loader.not_finite:
         names = listing(sorted(loader.not_finite))
         notices.append(f"{tensors.where}: NaN or infinite values in the weights: {names}")
-    return Weights(params=params, config=config, notices=tuple(notices))
+    return LoadedWeights(params=params, config=config, notices=tuple(notices))
 
 
 def _by_canonical_name(tensors: Tensors, config: ModelConfig) -> dict[str, StoredTensor]:
@@ -128,7 +128,7 @@ def _canonical(name: str, *, bare: bool) -> str:
 
 
 def _resolve_tied_head(
-    stored: dict[str, StoredTensor], config: ModelConfig, read: Reader
+    stored: dict[str, StoredTensor], config: ModelConfig, read: TensorReader
 ) -> tuple[ModelConfig, list[str]]:
     """Drops a tied head's second copy from `stored`; a head that is no copy unties the config.
 
@@ -148,7 +148,7 @@ def _resolve_tied_head(
     return dataclasses.replace(config, tie_embeddings=False), [notice]
 
 
-def _are_equal(one: StoredTensor, other: StoredTensor, read: Reader) -> bool:
+def _are_equal(one: StoredTensor, other: StoredTensor, read: TensorReader) -> bool:
     """Whether two matrices hold the same values; NaN equals NaN."""
     known = one.dtype in _DTYPES and other.dtype in _DTYPES
     if one.shape != other.shape or len(one.shape) != 2 or not known:
@@ -207,7 +207,7 @@ class _Loader:
     stored: dict[str, StoredTensor]
     config: ModelConfig
     dtype: np.dtype
-    read: Reader
+    read: TensorReader
     not_finite: set[str] = dataclasses.field(default_factory=set)
 
     def parameter(self, path: str, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -252,15 +252,20 @@ class Run(NamedTuple):
 
 def end_tokens(model, tokens: tuple[str, ...]) -> list[int] | None:
     """Ids of the checkpoint's end tokens and of `tokens`; None if there are no `tokens`."""
+    from lookahead_jax.generation.inputs import token_ids
+
     if not tokens:
         return None
     ids = list(model.generation.eos_ids)
     for token in tokens:
-        known = None if model.tokenizer is None else model.tokenizer.token_id(token)
-        id = int(token) if token.isdecimal() else known
-        if id is None or id >= model.config.vocab_size:
-            raise ValueError(f"--eos {token}: the model has no such token; give a token or its id")
-        ids.append(id)
+        try:
+            ids += token_ids(model, [int(token) if token.isdecimal() else token])
+        except ValueError as error:
+            raise ValueError(f"--eos {token}: {error}") from None
+        if ids[-1] >= model.config.vocab_size:
+            raise ValueError(
+                f"--eos {token}: this model's ids are 0 to {model.config.vocab_size - 1}"
+            )
     return ids
 
 

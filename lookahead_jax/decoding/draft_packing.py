@@ -10,10 +10,11 @@ NOTHING = Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 def pack(drafts: Sequence[Draft], nodes: int) -> np.ndarray:
-    """One tree of `nodes` nodes per row, for `device.Given`: int32 [2, B, P] tokens and parents.
+    """One tree of `nodes` nodes per row: tokens and parents, int32 [2, B, P].
 
-    Further nodes of a draft are dropped. The device fills in the root's token and finds invalid
-    nodes. Raises ValueError if a draft's two arrays differ in length.
+    They are the state of `device_drafter.Given`. Further nodes of a draft are dropped. The device
+    fills in the root's token and finds invalid nodes. Raises ValueError if a draft's two arrays
+    differ in length.
     """
     packed = np.full((2, len(drafts), nodes), -1, np.int32)
     tokens, parents = packed

@@ -19,7 +19,7 @@ from lookahead_jax.decoding.step import PLAIN, DecodeState, Step, decode_burst, 
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import Program
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use

@@ -39,7 +39,7 @@ class HostDrafter(Protocol):
         ...
 
 
-def token_ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+def id_array(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """The tokens as int64 [n]; ValueError unless they are ids from 0 to 2**31 - 1."""
     ids = np.asarray(tokens, np.int64)
     # A negative id is huge when read as unsigned, so one reduction checks both ends.

@@ -35,7 +35,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
 PLAIN = NoDrafter()

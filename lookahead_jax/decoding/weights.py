@@ -2,8 +2,7 @@
 
 import jax
 
-from lookahead_jax.model.layers import Params
-from lookahead_jax.model.params import unstack
+from lookahead_jax.model.params import Params, unstack
 
 
 def for_decoding(params: Params) -> Params:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lookahead_jax.decoding.host_drafter import Draft, token_ids
+from lookahead_jax.decoding.host_drafter import Draft, id_array
 from lookahead_jax.drafters import _suffix, _suffix_draft
 from lookahead_jax.drafters._compiled import NONE
 
@@ -74,7 +74,7 @@ class Suffix:
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
         """A request begins; `prompt` enters its own tree at the first proposal."""
-        ids = token_ids(prompt)
+        ids = id_array(prompt)
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
@@ -92,7 +92,7 @@ class Suffix:
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Adds `tokens` to the shared tree now, and to the request's own at the next proposal."""
-        ids = token_ids(tokens)
+        ids = id_array(tokens)
         with self._lock:
             state = self._get(request)
             state.recent = np.concatenate([state.recent, ids])[-self._depth :]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lookahead_jax.decoding.host_drafter import Draft, token_ids
+from lookahead_jax.decoding.host_drafter import Draft, id_array
 from lookahead_jax.drafters import _trie, _trie_draft
 from lookahead_jax.drafters._compiled import NONE
 from lookahead_jax.host.files import load_arrays, save_arrays
@@ -76,7 +76,7 @@ class Trie:
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
         """A request begins; the n-grams of `prompt` count for this request only."""
-        ids = token_ids(prompt)
+        ids = id_array(prompt)
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
@@ -101,7 +101,7 @@ class Trie:
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Counts the n-grams that `tokens` complete."""
-        ids = token_ids(tokens)
+        ids = id_array(tokens)
         with self._lock:
             self._count(self._get(request), ids, _trie.PUBLIC)
 

@@ -27,7 +27,7 @@ from lookahead_jax.engine.prompt_reader import PrefilledRequest, with_everything
 from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.model.cache import empty_cache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 
 
 def empty_batch(

@@ -20,7 +20,6 @@ from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.drafted import Drafting, RowError
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
-from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.encoding import encode_request, longest_token_bytes
 from lookahead_jax.engine.prompt_reader import PromptReader
@@ -114,10 +113,7 @@ class Engine:
         self._model = model
         self._eos_ids = end_ids(model, eos_ids)
         self._store = PromptStore(prompt_store_bytes)
-        drafts = DraftSettings(
-            drafter=make_drafter(drafter) if isinstance(drafter, str) else drafter,
-            nodes=draft_nodes,
-        )
+        drafts = DraftSettings.of(drafter, draft_nodes)
         decode_eviction = eviction.while_decoding()
         self._reader = PromptReader(model, self.limits, self._store, eviction, decode_eviction)
         self._drafting = Drafting(

@@ -7,7 +7,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 @runtime_checkable
-class TextStream(Protocol):
+class StreamingDecoder(Protocol):
     """Turns one token after the other into text."""
 
     def push(self, token: int) -> str: ...
@@ -23,7 +23,7 @@ class StreamingTokenizer(Protocol):
         """The content of a token that the text omits; empty for other tokens."""
         ...
 
-    def stream(self, *, prompt: Sequence[int]) -> TextStream:
+    def stream(self, *, prompt: Sequence[int]) -> StreamingDecoder:
         """A decoder of tokens that continue `prompt`."""
         ...
 
@@ -131,7 +131,7 @@ class OutputRow:
             return len(self.text)
         return min(self._plain.certain(), self._without_special(self._marked.certain()))
 
-    def _add(self, decoder: TextStream, token: int, special: str) -> None:
+    def _add(self, decoder: StreamingDecoder, token: int, special: str) -> None:
         if token not in self._end_ids:
             self._grow(decoder.push(token), special)
             return

@@ -13,7 +13,7 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy

@@ -5,14 +5,16 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def panics_as_errors(what: str) -> Iterator[None]:
+def panics_as_errors(what: str, *, errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Raises ValueError where the block raises a BaseException that is no Exception.
 
     pyo3 derives PanicException from BaseException, so `except Exception` misses it. Interrupts and
-    exits pass unchanged.
+    exits pass unchanged. Exceptions pass too, but for those in `errors`, which become ValueError.
     """
     try:
         yield
+    except errors as error:
+        raise ValueError(f"{what} ({error})") from error
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:

@@ -23,7 +23,6 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.layers import (
-    Params,
     by_rows,
     linear,
     linears,
@@ -31,6 +30,7 @@ from lookahead_jax.model.layers import (
     product_of_rows,
     rms_norm,
 )
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import apply_rope, rope_tables
 
 

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.params import Params
 
-Params = dict[str, Any]
 MAX_ROWS = 8192  # rows of a text per MLP call; the last call may have up to twice as many
 
 _ACTIVATIONS = {

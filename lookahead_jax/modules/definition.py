@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 
 # Linear layers a LoRA can sit on, as PEFT names them. (In a Phi-3 checkpoint some are fused; its
 # modules keep these names all the same.)

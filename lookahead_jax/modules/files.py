@@ -17,8 +17,7 @@ from jax.typing import DTypeLike
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.host.files import atomic_write
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.layers import Params
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.params import Params, fingerprint
 from lookahead_jax.modules.definition import (
     TARGETS,
     LookaheadConfig,

@@ -42,7 +42,7 @@ def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarr
     batch = np.full((len(rows), width), -1, np.int32)
     for i, row in enumerate(rows):
         try:
-            batch[i, : len(row)] = token_ids(row)
+            batch[i, : len(row)] = integer_ids(row)
         except OverflowError:
             raise ValueError(
                 f"a token id of row {i} is outside the vocabulary of {config.vocab_size}"
@@ -53,7 +53,7 @@ def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarr
     return batch
 
 
-def token_ids(row: Sequence[int]) -> list[int]:
+def integer_ids(row: Sequence[int]) -> list[int]:
     """A row of token ids as Python integers. Raises ValueError, with the id, for any other type."""
     ids = []
     for token in row:
@@ -83,7 +83,7 @@ def pad_drafts(
         )
     padded = np.full((rows, width), -1, np.int32)
     for row, draft in zip(padded, drafts, strict=True):
-        row[: min(len(draft), width)] = token_ids(draft[:width])
+        row[: min(len(draft), width)] = integer_ids(draft[:width])
     return jnp.asarray(padded)
 
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Int
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import embed, layer_kinds, logits, scan_layers
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params, rms_norm
+from lookahead_jax.model.layers import rms_norm
+from lookahead_jax.model.params import Params
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prefilling.layer_pass import layer_buffers, prompt_layer, prompt_layout
 

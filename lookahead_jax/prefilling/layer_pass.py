@@ -29,7 +29,8 @@ from lookahead_jax.model.decoder import (
     scan_layers,
 )
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params, rms_norm
+from lookahead_jax.model.layers import rms_norm
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.view import Chunk, Queries, Stats

@@ -11,7 +11,7 @@ import jax
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, Context, LayerKind
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.policies.base import Policy, SparsePattern
 from lookahead_jax.policies.view import LayerView, Queries, Stats
 from lookahead_jax.prefilling.layer_pass import (

@@ -27,7 +27,8 @@ from lookahead_jax.model.decoder import (
 )
 from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params, rms_norm
+from lookahead_jax.model.layers import rms_norm
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithDraft, WithModules
 from lookahead_jax.policies.selection import Kept, select

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Context, LayerKind, Stream, layer_step, project_qkv
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.policies.base import SparsePattern
 from lookahead_jax.prefilling.layer_pass import Buffers, PromptLayout
 

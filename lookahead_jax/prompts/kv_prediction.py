@@ -23,7 +23,8 @@ from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import embed, layer_kinds, scan_layers
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params, linear, rms_norm
+from lookahead_jax.model.layers import linear, rms_norm
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.model.sharding import mesh_of
 from lookahead_jax.prefilling.layer_pass import layer_buffers, prompt_layer, prompt_layout

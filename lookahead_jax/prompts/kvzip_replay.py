@@ -13,7 +13,7 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, cache_context, embed, layer_kinds, scan_layers
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithReplay
 from lookahead_jax.policies.selection import rank, select, share_across_layers

@@ -10,7 +10,7 @@ from lookahead_jax.decoding.step import decode
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
-from lookahead_jax.model.layers import Params
+from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import (
     OnePass,

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
-from lookahead_jax.eval.tasks.own.prompts import TASKS
+from lookahead_jax.eval.tasks.own.prompts import OWN_TASKS
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.files import atomic_write, make_folder, save_arrays
@@ -159,7 +159,7 @@ def _measured(
     measured: dict[str, Any] = {}
     if length == 512:
         match = partial(exact_match, params, words=words, model=model, count=32, length=length)
-        measured["exact"] = {task: float(match(task, seed=10**6).mean()) for task in TASKS}
+        measured["exact"] = {task: float(match(task, seed=10**6).mean()) for task in OWN_TASKS}
     measured["valid_loss"] = round(text_loss(params, valid, model=model, rows=32), 4)
     return measured
 

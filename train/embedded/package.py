@@ -3,7 +3,7 @@ r"""Measure a trained base model and write the directory that ships with the pac
     python -m lookahead_jax.train.embedded.package --corpus CORPUS --run RUN \
         --out lookahead_jax/assets/base
 
-The held-out code that the evaluation reads goes to eval/tasks/heldout_code.jsonl.
+The held-out code that the evaluation reads goes to eval/tasks/own/heldout_code.jsonl.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.load import load, save_params
 from lookahead_jax.eval.intervals import of_share
 from lookahead_jax.eval.tasks.own.code import HELDOUT
-from lookahead_jax.eval.tasks.own.prompts import TASKS, Filler, text_lines
+from lookahead_jax.eval.tasks.own.prompts import OWN_TASKS, Filler, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.host.command import end_process, run_command
@@ -80,7 +80,7 @@ def accuracy_table(
     settings = [(n, "comments", None) for n in config.lengths]
     settings.insert(1, (512, "held-out code", text_lines(valid, words)))
     rows = [[f"{length} tokens, {name}" for length, name, _ in settings]]
-    for task in TASKS:
+    for task in OWN_TASKS:
         cells = []
         for length, _, filler in settings:
             right = exact_match(
@@ -98,7 +98,7 @@ def accuracy_table(
         rows.append(cells)
     lines = [
         f"| {name} | " + " | ".join(r) + " |"
-        for name, r in zip(["task", *TASKS], rows, strict=True)
+        for name, r in zip(["task", *OWN_TASKS], rows, strict=True)
     ]
     return [lines[0], "|---" * (1 + len(settings)) + "|", *lines[1:]]
 

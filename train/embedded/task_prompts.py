@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from lookahead_jax.eval.tasks.own.code import CODE
-from lookahead_jax.eval.tasks.own.prompts import TASKS, comments, make_example, text_lines
+from lookahead_jax.eval.tasks.own.prompts import OWN_TASKS, comments, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.files import atomic_write, check_output
@@ -35,7 +35,7 @@ class PromptsConfig:
     """Folder written by lookahead_jax.train.embedded.corpus."""
     out: pathlib.Path
     """JSON lines file to write."""
-    tasks: tuple[str, ...] = (*TASKS, CODE)
+    tasks: tuple[str, ...] = (*OWN_TASKS, CODE)
     """Tasks, used in turn."""
     count: int = 2048
     """Number of prompts, over all tasks."""

@@ -9,7 +9,7 @@ import numpy as np
 from lookahead_jax.eval.tasks.own.families import FAMILIES, Facts, Pool
 from lookahead_jax.eval.tasks.own.words import Words
 
-TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+OWN_TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "lookup": ("lookup", {"pairs": 48, "asked": 1}),
     "multi_lookup": ("lookup", {"pairs": 48, "asked": 4}),
     "records": ("records", {"schemas": 8}),
@@ -95,14 +95,14 @@ def make_example(
 ) -> TokenPrompt:
     """A fresh prompt of exactly `length` tokens, question included; the same for the same seed.
 
-    `knobs` override those of TASKS (number of rows, of distractors, of keys asked for).
+    `knobs` override those of OWN_TASKS (number of rows, of distractors, of keys asked for).
 
     Raises:
       ValueError: an unknown task, or rows that do not fit into `length`.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
-    family, defaults = TASKS[task]
+    if task not in OWN_TASKS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(OWN_TASKS)}")
+    family, defaults = OWN_TASKS[task]
     rng = np.random.default_rng(seed)
     facts = FAMILIES[family](rng, words, Pool(rng, words), questions=1, **(defaults | knobs))
     asked, answer = facts.questions[0]

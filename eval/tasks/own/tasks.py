@@ -15,7 +15,7 @@ from lookahead_jax.eval.scorers.text import substring_all
 from lookahead_jax.eval.tasks.base import Example, Source, Task, largest
 from lookahead_jax.eval.tasks.own.code import code_stream
 from lookahead_jax.eval.tasks.own.families import FAMILIES, Pool
-from lookahead_jax.eval.tasks.own.prompts import TASKS, make_example, text_lines
+from lookahead_jax.eval.tasks.own.prompts import OWN_TASKS, make_example, text_lines
 from lookahead_jax.eval.tasks.own.words import Words
 from lookahead_jax.eval.tasks.ruler import NEEDLE
 from lookahead_jax.eval.tasks.ruler_material import insert_sentences, published, substitute
@@ -118,7 +118,7 @@ def tasks() -> list[Task]:
     """own/<task>, own/needle, needle and needle_like."""
     found = [
         Task(name=f"own/{name}", make=functools.partial(_family, name), score=_exact, binary=True)
-        for name in TASKS
+        for name in OWN_TASKS
     ]
     return [
         *found,
