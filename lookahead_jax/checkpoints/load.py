@@ -62,8 +62,8 @@ def load(
     embedding it should be tied to (the head of the file is used, as in transformers).
 
     Args:
-      directory: holds config.json and safetensors; tokenizer.json, chat templates and
-        generation_config.json are read when present.
+      directory: a folder with config.json and safetensors, whose tokenizer.json, chat templates
+        and generation_config.json are read when present; or one .gguf file.
       dtype: of the parameters; None keeps the checkpoint's own.
       mesh: where the parameters go (`sharding.make_mesh`); None is one device.
 

@@ -30,7 +30,7 @@ _READS_MODEL = ("draft_model", "drawn_model")  # drafters
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     model: Folder = None
-    """Folder of a Hugging Face checkpoint. Default: the embedded model."""
+    """Folder of a Hugging Face checkpoint, or a .gguf file. Default: the embedded model."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, option("DTYPE")] = None
     """Type of the weights: float32, bfloat16 or float16. Default: that of the checkpoint."""
 
