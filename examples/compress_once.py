@@ -47,7 +47,7 @@ def main() -> dict[str, str]:
         lk.save_cache(path, read.cache, fingerprint=made_with)
         cache = lk.load_cache(path, fingerprint=made_with)
         for name, value in ROWS.items():
-            question = model.tokenizer.encode(f"\n>>> find {name} :", special=False)
+            question = model.tokenizer.encode_behind(f"\n>>> find {name} :")
             longer, logits = lk.extend(
                 model.params, jnp.asarray([question]), cache.fork(1), config=model.config
             )
@@ -60,7 +60,7 @@ def main() -> dict[str, str]:
                 eos_ids=model.generation.eos_ids,
             )
             ids = answer.tokens[0, : answer.count[0]].tolist()
-            answers[name] = model.tokenizer.decode(ids).strip()
+            answers[name] = model.tokenizer.decode_continuation(question, ids).strip()
             print(f"{name}: {answers[name]!r}, in the document {name + ' ' + value!r}")
     print(f"{int((tokens >= 0).sum())} prompt tokens, {BUDGET} kept per head")
     return answers

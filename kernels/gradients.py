@@ -170,7 +170,7 @@ def _attend_forward(static, q, own, context, places):
 def _attend_backward(static, saved, cotangents):
     q, own, context, places, out, lse = saved
     if places.layer is not None:
-        raise NotImplementedError("a stack of layers is a cache: it is read, not differentiated")
+        raise NotImplementedError("gradients through a stack of layers (a cache) are not supported")
     d_out, d_lse = cotangents
     lse = _without_mass(lse)
     # With p = exp(logits - lse): d logits = p (d_out . v - d_out . out + d_lse).

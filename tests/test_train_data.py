@@ -60,7 +60,7 @@ def test_rows_become_tokens_once_and_a_restart_skips_finished_shards(
     monkeypatch.setattr(data, "prepare_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config)
-    with pytest.raises(ValueError, match="let `lookahead train data` finish it"):
+    with pytest.raises(ValueError, match="run `lookahead train data` again"):
         open_rows(config.out, model_folder)
     data.prepare(config)
     assert len(calls) == 3  # the first shard was not made again

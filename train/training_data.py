@@ -125,7 +125,12 @@ def _shards(directory: Path, base_fingerprint: str) -> list[Path]:
     """The finished shards of a folder, made for this base model."""
     about = read_json(directory, COMPLETE)
     if about is None:
-        raise ValueError(f"{directory} has no {COMPLETE}: let `lookahead train data` finish it")
+        raise ValueError(
+            f"{directory} has no {COMPLETE}: run `lookahead train data` again to finish it"
+        )
     if about["base_fingerprint"] != base_fingerprint:
-        raise ValueError(f"{directory}: the rows were made for another model; make them again")
+        raise ValueError(
+            f"{directory}: the rows were made for another model; run `lookahead train data` for "
+            "this one"
+        )
     return [shard_path(directory, number) for number in range(about["shards"])]

@@ -15,7 +15,7 @@ COMPARED_TASKS = ("records", "tagged", "spans", "chains", "multi_lookup", CODE)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Which methods are compared on which tasks."""
+    """Compare eviction policies on the answers of one model."""
 
     out: Path
     """Folder of the run, created if missing. The same command resumes the run."""

@@ -69,7 +69,7 @@ class RunConfig:
     fsdp: int = 1
     """Devices that the weights are split over; the rows of a batch use the remaining ones."""
     part: int = 0
-    """Which of the `parts` this run answers, from 0; each part needs its own --out."""
+    """Index of the part that this run answers, from 0; each part needs its own --out."""
     parts: int = 1
     """Number of parts that the examples are divided into, such as one per host."""
     pair_times: tyro.conf.FlagConversionOff[bool] = False

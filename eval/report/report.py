@@ -28,7 +28,7 @@ PROG = "python -m lookahead_jax.eval.report"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Which runs are reported, and where the report goes."""
+    """Write a page with the tables and charts of runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs."""

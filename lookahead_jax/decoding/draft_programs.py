@@ -30,7 +30,7 @@ def check_devices(weights: Any, state: Any) -> None:
     if drafts and target and drafts != target:
         raise ValueError(
             f"the draft model is on {len(drafts)} of the devices and the target on {len(target)}: "
-            "load the draft model with mesh= of the target"
+            "load both with the same mesh="
         )
 
 

@@ -35,7 +35,7 @@ _NORMAL_SCALE = 0.02  # the initializer_range of every supported family
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LookaheadConfig:
-    """Sizes of the modules; hashable. The published choice: 32, 8, 32.0, all targets."""
+    """Sizes of the modules. Published: 32 tokens, rank 8, alpha 32, all targets."""
 
     tokens: int
     """M, the number of lookahead tokens."""
