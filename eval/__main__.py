@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 
 _USAGE = """\
-usage: python -m lookahead_jax.eval [CONFIG] [options]        answer a grid of tasks
-       python -m lookahead_jax.eval report RUN... [options]   write a page with charts of runs
-       python -m lookahead_jax.eval compare [options]         compare eviction policies
+usage: lookahead eval run [CONFIG] [options]      answer a grid of tasks
+       lookahead eval report RUN... [options]    write a page with charts of runs
+       lookahead eval compare [options]          compare eviction policies
 """
 
 

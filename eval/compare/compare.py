@@ -38,7 +38,7 @@ from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.modules.files import load_modules
 
-PROG = "python -m lookahead_jax.eval.compare"
+PROG = "lookahead eval compare"
 RESULTS = "*/*.npz"  # in the folder of a run
 
 

@@ -17,7 +17,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
 
 CONFIGS = Path(__file__).parent / "configs"
-PROG = "python -m lookahead_jax.eval"
+PROG = "lookahead eval run"
 EMBEDDED = "embedded"
 Protocol = Literal["seen", "hidden"]
 

@@ -23,7 +23,7 @@ from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import atomic_path, atomic_write
 from lookahead_jax.host.pages import embed_json, render_page
 
-PROG = "python -m lookahead_jax.eval.report"
+PROG = "lookahead eval report"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
