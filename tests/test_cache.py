@@ -123,7 +123,7 @@ def test_a_cache_that_lost_entries_or_is_gone_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="row 1 has lost entries"):
         save_cache(path, lost, fingerprint="model-a")
     cache.k.delete()
-    with pytest.raises(ValueError, match="save_cache: .* was donated"):
+    with pytest.raises(ValueError, match=r"save_cache: .* was donated"):
         save_cache(path, cache, fingerprint="model-a")
     assert not path.exists()
 
