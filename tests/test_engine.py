@@ -345,6 +345,10 @@ def test_what_cannot_be_served_is_refused_when_submitted(engine, change, message
 def test_sizes_below_one_are_refused(model):
     with pytest.raises(ValueError, match="rows must be at least 1, not 0"):
         make_engine(model, rows=0)
+    with pytest.raises(ValueError, match=r"burst must be an integer, not 2\.5"):
+        make_engine(model, burst=2.5)
+    with pytest.raises(ValueError, match=r"max_new_tokens must be an integer, not 2\.5"):
+        make_engine(model, max_new_tokens=2.5)
     with pytest.raises(ValueError, match="max_prompt_tokens must be at least 1"):
         make_engine(model, max_new_tokens=64, max_prompt_tokens=None)
 

@@ -151,6 +151,10 @@ def test_generation_options_act():
         ({"temprature": 1}, "temprature=1 is not supported"),
         ({"do_sample": True, "temperature": 0.0}, "needs a temperature above 0"),
         ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
+        ({"do_sample": "false"}, "do_sample must be true or false, got 'false'"),
+        ({"top_k": "many", "do_sample": False}, "top_k must be a number"),
+        ({"until": 5}, "until must be texts, got 5"),
+        ({"until": ["a", 5]}, "until must be texts, got "),
         ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
     ],
 )

@@ -232,6 +232,11 @@ FLOATS = {
     'LookaheadConfig(tokens=2.5, rank=2, alpha=8.0, targets=("q",), init="normal")': (
         "lookahead tokens must be an integer, not 2.5"
     ),
+    "row_seeds([1.5], 1)": "the seed of row 0 must be an integer, not 1.5",
+    "row_seeds([np.int64(1), -1], 2)[1]": "-1",
+    "Drafting(Suffix(), 2.5, config=model, batch=1, room=8)": (
+        "draft_nodes must be an integer, not 2.5"
+    ),
     "len(batching.pad_batch([np.asarray([1, 2], np.int64)], config=model))": "1",
 }
 
@@ -241,6 +246,9 @@ def test_floats_are_not_cut_to_integers():
     code = """
 import sys
 import numpy as np
+from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.drafters.suffix import Suffix
+from lookahead_jax.generation.inputs import row_seeds
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.speckv import SpecKV

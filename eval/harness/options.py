@@ -51,6 +51,8 @@ class GenerationOptions:
                 )
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
+        if not isinstance(until, list | tuple) or not all(isinstance(s, str) for s in until):
+            raise ValueError(f"generation option until must be texts, got {until!r}")
         lengths = [options[name] for name in LENGTHS if options.get(name) is not None]
         return cls(
             stop=tuple(text for text in until if text),
@@ -68,6 +70,8 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
     given = options.get("temperature")
     temperature = _number("temperature", 0.0 if given is None else given)
     do_sample = options.get("do_sample")
+    if not isinstance(do_sample, bool | None):
+        raise ValueError(f"generation option do_sample must be true or false, got {do_sample!r}")
     if do_sample and given is None:
         temperature = 1.0
     elif do_sample and temperature == 0:
@@ -79,13 +83,13 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
         GREEDY,
         repetition_penalty=1.0 if penalty is None else _number("repetition_penalty", penalty),
     )
-    if do_sample is False or temperature == 0:
-        return sampling
     filters = {
         name: (_whole if name == "top_k" else _number)(name, value)
         for name, off in _FILTERS.items()
         if (value := options.get(name)) is not None and value not in off
     }
+    if do_sample is False or temperature == 0:
+        return sampling
     return dataclasses.replace(sampling, temperature=temperature, **filters)
 
 

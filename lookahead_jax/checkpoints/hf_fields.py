@@ -23,17 +23,26 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "hidden_activation": _GEMMA,
     "use_bidirectional_attention": _GEMMA,
     # Of families that are not supported at all.
+    "alibi": (),
     "attention_chunk_size": (),
     "attention_multiplier": (),
+    "attn_temperature_tuning": (),
     "clip_qkv": (),
     "embedding_multiplier": (),
+    "is_causal": (),
     "logit_scale": (),
     "logits_scaling": (),
+    "no_rope_layer_interval": (),
     "no_rope_layers": (),
     "num_experts": (),
+    "num_kv_shared_layers": (),
     "num_local_experts": (),
     "parallel_attn": (),
+    "qk_layernorm": (),
+    "qk_norm": (),
     "residual_multiplier": (),
+    "rope_interleaved": (),
+    "rotary_pct": (),
     "scale_depth": (),
     "scale_emb": (),
     "use_qk_norm": (),
@@ -42,6 +51,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
+    "num_kv_shared_layers": (0,),
+    "rotary_pct": (1.0,),
     "residual_multiplier": (1.0,),
     "embedding_multiplier": (1.0,),
     "logit_scale": (1.0,),
@@ -124,4 +135,6 @@ def _is_neutral(name: str, value: Any, fields: Mapping[str, Any], model_type: st
             return value == fields.get("hidden_act")
         case "rope_local_base_freq":
             return value == fields.get("rope_theta")
+        case "is_causal":
+            return value is True
     return value is False or any(value == neutral for neutral in _NEUTRAL.get(name, ()))

@@ -17,6 +17,7 @@ from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.step import PLAIN, DecodeState, Step, decode_burst, decode_step
 from lookahead_jax.decoding.tree import NODE_BUCKETS
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import Program
 from lookahead_jax.model.params import Params
@@ -75,7 +76,10 @@ class Drafting:
         on_step: Callable[[Step], Any] | None = None,
     ):
         plain = type(drafter) is NoDrafter  # others may build on it
-        if plain and not isinstance(nodes, int):
+        if nodes is not None and not isinstance(nodes, Controller):
+            check_integer("draft_nodes", nodes)
+            nodes = int(nodes)
+        elif plain:
             nodes = 1
         if isinstance(nodes, int) and (nodes not in NODE_BUCKETS or (plain and nodes > 1)):
             possible = "1" if plain else ", ".join(map(str, NODE_BUCKETS))

@@ -29,6 +29,7 @@ from lookahead_jax.engine.requests import ActiveRequest, Event, Limits, Request,
 from lookahead_jax.generation.inputs import announce, end_ids
 from lookahead_jax.generation.memory import check_memory
 from lookahead_jax.generation.settings import DraftSettings, EvictionSettings
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
 from lookahead_jax.modules.definition import LookaheadModules
@@ -87,8 +88,7 @@ class Engine:
         prompt_store_bytes: int = 0,
     ):
         for name, size in dict(rows=rows, burst=burst).items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, not {size}")
+            check_integer(name, size, least=1)
         if evict_every is not None and max_question_tokens:
             raise ValueError(
                 "documents (max_question_tokens) and evict_every exclude each other: leave out one"

@@ -10,6 +10,7 @@ import numpy as np
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.generation.output_text import FinishReason, OutputRow
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.host.panics import panics_as_errors
 
 MAX_EOS_IDS = 16  # room in every row's state; checkpoints name up to five
@@ -98,8 +99,7 @@ class Limits:
     def __post_init__(self):
         least = dict(max_prompt_tokens=1, max_new_tokens=1, max_question_tokens=0)
         for name, smallest in least.items():
-            if (size := getattr(self, name)) < smallest:
-                raise ValueError(f"{name} must be at least {smallest}, not {size}")
+            check_integer(name, getattr(self, name), least=smallest)
 
     @property
     def longest(self) -> int:

@@ -35,6 +35,7 @@ from lookahead_jax.generation.open_batch import Reader, open_timed
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.generation.results import Generation, Timing, report_cache
 from lookahead_jax.generation.settings import ContinuationSettings, DraftSettings, EvictionSettings
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
@@ -108,6 +109,7 @@ def generate(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
         evict_every=evict_every,
     )  # fmt: skip
+    check_integer("burst", burst, least=1)
     check_eviction(eviction, by_reader=reader is not None, questions=questions is not None)
     batch = encode_batch(model, prompts, questions)
     rows = len(batch.prompts)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.generation.settings import EvictionSettings
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.sharding import place_rows
@@ -121,10 +122,15 @@ def encode_batch(
 
 
 def row_seeds(seeds: Sequence[int] | None, rows: int) -> list[int]:
-    """One seed per row, 0 for all by default; ValueError for another number of seeds."""
+    """One seed per row, 0 for all by default.
+
+    Raises ValueError for another number of seeds, and for one that is no integer.
+    """
     seeds = [0] * rows if seeds is None else list(seeds)
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
+    for i, seed in enumerate(seeds):
+        check_integer(f"the seed of row {i}", seed)
     return seeds
 
 
