@@ -22,6 +22,7 @@ from lookahead_jax.generation import inputs
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.generation.score import score
+from lookahead_jax.host.integers import whole_id
 from lookahead_jax.model.sharding import batch_sharding, make_mesh, param_shardings
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.registry import make_policy
@@ -356,9 +357,9 @@ def test_bad_requests_are_named(model, change, complaint):
 
 
 def test_fractions_are_no_token_ids():
-    assert inputs.whole_id(np.int64(5), "a token") == 5
+    assert whole_id(np.int64(5), "a token") == 5
     with pytest.raises(ValueError, match=r"a token is 5\.5: token ids are integers"):
-        inputs.whole_id(5.5, "a token")
+        whole_id(5.5, "a token")
     with pytest.raises(ValueError, match="top_k must be a whole number"):
         Sampling(top_k=2.5)  # pyright: ignore[reportArgumentType]
 
