@@ -12,9 +12,9 @@ reported apart. The peer decodes with a plain loop over its forward, without `ge
     python benchmarks/against_transformers.py --peer PEER/bin/python
 
 Models: the one inside the package, and a random Llama of 100M parameters. The report also has the
-limits of the machine: the bytes of weights and cache read per token, divided by the speed of reading
-a matrix of that size, and the FLOPs of the prompt divided by those of one large matrix product (both
-measured with torch in the same run).
+limits of the machine: the bytes of weights and cache read per token, divided by the speed of
+reading a matrix of that size, and the FLOPs of the prompt divided by those of one large matrix
+product (both measured with torch in the same run).
 """
 
 import dataclasses

@@ -195,7 +195,7 @@ def measure_here(options: Options) -> None:
             atomic_write(path, json.dumps(report, indent=1) + "\n")
 
     for name in options.section or SECTIONS:
-        run_section(name, options.smoke, report, save, options.again, options.until)
+        run_section(name, options.smoke, report, save, again=options.again, until=options.until)
 
 
 def main() -> None:
