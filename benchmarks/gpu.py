@@ -138,8 +138,9 @@ def shown(value: Any) -> str:
     """A measurement as text for the table."""
     if isinstance(value, dict):
         parts = ((k, v) for k, v in value.items() if k != "wall_s")
-        return ", ".join(f"{k}: ({shown(v)})" if isinstance(v, dict) else f"{k} {shown(v)}"
-                         for k, v in parts)  # fmt: skip
+        return ", ".join(
+            f"{k}: ({shown(v)})" if isinstance(v, dict) else f"{k} {shown(v)}" for k, v in parts
+        )
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -64,8 +64,9 @@ def size(shape: str) -> int:
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     if len(arrays) > 1:
         arrays = [(kind, dims) for kind, dims in arrays if kind != "s8"]
-    return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
-               for kind, dims in arrays)  # fmt: skip
+    return sum(
+        BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays
+    )
 
 
 def computations(text: str) -> dict[str, dict[str, Instruction]]:

@@ -96,8 +96,9 @@ def main() -> None:
             steps += result.drafting.steps
         emitted = len(prompts) * (NEW_TOKENS - 1)
         report[name] = compare(model, prompts, policy, alone, drafted) | {
-            "nodes": NODES, "emitted_per_step": round(emitted / steps, 3)
-        }  # fmt: skip
+            "nodes": NODES,
+            "emitted_per_step": round(emitted / steps, 3),
+        }
     about = {"commit": commit(), "jax": jax.__version__, **settings(options, "out")}
     publish({**about, **report}, options.out, indent=2)
 

@@ -238,8 +238,9 @@ def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any
     )  # fmt: skip
     params = jax.tree.map(
         lambda a, where: shape(a.shape, a.dtype, where),
-        abstract_params(config, jnp.bfloat16), param_shardings(config, mesh),
-    )  # fmt: skip
+        abstract_params(config, jnp.bfloat16),
+        param_shardings(config, mesh),
+    )
 
     def step(params, cache, tokens, visible):
         positions = jnp.broadcast_to(cache.next_pos[:, None], tokens.shape)

@@ -265,8 +265,9 @@ def test_measured_timing_has_every_part(model):
 
 def test_repetition_penalty_sees_the_prompt(model):
     hot = Sampling(repetition_penalty=1e6)
-    result = generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=12, eos_ids=(),
-                      sampling=hot)  # fmt: skip
+    result = generate(
+        model, [TEXT], policy=POLICY, budget=16, max_new_tokens=12, eos_ids=(), sampling=hot
+    )
     seen = set(model.tokenizer.encode(TEXT))
     for token in result.tokens[0]:
         assert token not in seen
@@ -287,8 +288,9 @@ def test_oracle_reads_its_own_answer():
     model = tiny.config()
     params, tokens = tiny.params(model), tiny.batch((60, 33), model)
     options = dict(config=model, budget=16, new_tokens=8)
-    result = read_prompt(params, tokens, policy=Oracle(response_tokens=6), with_scores=True,
-                         **options)  # fmt: skip
+    result = read_prompt(
+        params, tokens, policy=Oracle(response_tokens=6), with_scores=True, **options
+    )
     full = read_prompt(params, tokens, policy=make_policy("full"), **options)
     response = decode(params, full.cache.fork(1), full.logits, config=model, max_new_tokens=6)
     texts = [

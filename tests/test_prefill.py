@@ -138,8 +138,9 @@ def test_one_compressed_cache_answers_several_questions(model):
     forked = read(params, document, model).cache.fork(2)
     _, together = extend(params, questions, forked, config=model)
     for i in range(2):
-        _, alone = extend(params, questions[i : i + 1], read(params, document, model).cache,
-                          config=model)  # fmt: skip
+        _, alone = extend(
+            params, questions[i : i + 1], read(params, document, model).cache, config=model
+        )
         assert_close(together[i], alone[0])
 
 
