@@ -11,10 +11,10 @@ reported apart. The peer decodes with a plain loop over its forward, without `ge
     PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3' kvpress==0.5.5
     python benchmarks/against_transformers.py --peer PEER/bin/python
 
-Models: the one inside the package, and a random Llama of 100M parameters. Next to the times
-stands what the machine allows: the bytes of weights and cache that a token reads over the speed
-at which a matrix of that size is read, and the FLOPs of the prompt over those of one large
-matrix product (both measured with torch in the same run).
+Models: the one inside the package, and a random Llama of 100M parameters. The report also has the
+limits of the machine: the bytes of weights and cache read per token, divided by the speed of
+reading a matrix of that size, and the FLOPs of the prompt divided by those of one large matrix
+product (both measured with torch in the same run).
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ class Ours:
 
 
 class Peer:
-    """transformers + kvpress; also what torch says the machine can do."""
+    """transformers + kvpress; also the machine's peak rates, measured with torch."""
 
     def __init__(self, directory: str, prompt: list[int]):
         import kvpress  # noqa: F401  (its version is read below)
@@ -183,7 +183,7 @@ def _seconds(run) -> float:
 def serve(side: str, directory: str) -> None:
     """The worker: reads one request per line, answers with one line."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
     prompt = json.loads(sys.stdin.readline())
     worker = (Ours if side == "ours" else Peer)(directory, prompt)
     print(json.dumps(worker.versions), file=answers, flush=True)
@@ -219,7 +219,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit("a worker died; its error is above")
+            raise SystemExit("a worker failed; see its error above")
         return json.loads(answer)
 
 

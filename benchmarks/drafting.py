@@ -76,14 +76,14 @@ class Run(NamedTuple):
 class Measured(NamedTuple):
     repetition: int
     row: int
-    nodes: int | str  # P, or one of CHOSEN
+    nodes: int | str  # P, or a label in CHOSEN
     plain: Run
     drafted: Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Star(NoDrafter):
-    """A tree without a dead node, at no cost: for c(P)."""
+    """A tree whose nodes are all valid, made at no cost: measures c(P)."""
 
     def propose(self, weights, state, root, nodes):
         tokens = jnp.broadcast_to(2 + jnp.arange(nodes, dtype=jnp.int32), (len(root), nodes))
@@ -92,7 +92,7 @@ class Star(NoDrafter):
 
 
 class HostStar:
-    """The same from the host."""
+    """The same tree from a host drafter."""
 
     def begin(self, request, prompt):
         pass
@@ -136,7 +136,7 @@ class Bench:
         self._ready: set[tuple[Any, int | None]] = set()
 
     def make(self, kind: str) -> list[Text]:
-        """The measured prompts, then those that only warm drafters."""
+        """The measured prompts, then those that only warm up drafters."""
         options = self.options
         return self.texts.make(kind, options.prompts + options.warm, options.new_tokens)
 
@@ -147,7 +147,7 @@ class Bench:
         settings = dict(policy=lk.make_policy("full"), max_new_tokens=self.options.new_tokens)
         fixed = nodes if isinstance(nodes, int) else None
         key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), fixed)
-        if key not in self._ready:  # every program that a controller may ask for
+        if key not in self._ready:  # every program that a controller may choose
             self._ready.add(key)
             for each in NODE_BUCKETS if fixed is None else [fixed]:
                 fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
@@ -159,7 +159,7 @@ class Bench:
         return Run(out.tokens[0], report.steps, seconds, report.drafter_us)
 
     def cost(self) -> dict:
-        """Microseconds of a step of P nodes, all of them looked at."""
+        """Microseconds of a step of P nodes, all of them verified."""
         prompt = self.make("completion")[0].prompt
         drafters = {"": Star(), "host_": HostStar()}
         times: dict[tuple[str, int], list[float]] = {}
@@ -205,7 +205,7 @@ class Bench:
             "warmed_on": len(texts) - 1,
             "tokens": sum(map(len, outputs[:count])),
             "looping": sum(looping),
-            # `question` and `editing` are what they are called if the model answers.
+            # `question` and `editing` deserve their names only if the model answers correctly.
             "equal_to_truth": round(statistics.mean(agreement), 3),
             "drafters": {
                 label: {
@@ -251,7 +251,7 @@ class Bench:
             "new_tokens": options.new_tokens,
             "repetitions": options.repetitions,
         }
-        # The function travels as source: the peer's environment has no jax.
+        # The function is sent as source code: the peer's environment has no jax.
         program = inspect.getsource(peer_side) + "\npeer_side()\n"
         answer = subprocess.run(
             [options.peer, "-c", program], input=json.dumps(ask), text=True, check=True,
@@ -272,7 +272,7 @@ class Bench:
 
 
 def peer_side() -> None:
-    """Runs where transformers is. The prompt's forward counts: it verifies a draft as well."""
+    """Runs in the environment of transformers. Counts the prompt's forward: it verifies a draft."""
     import json
     import statistics
     import sys
@@ -323,7 +323,7 @@ def peer_side() -> None:
 
 
 def _agree(tokens: list[int], truth: list[int]) -> float:
-    """Share of the true tokens that are at the same position."""
+    """Fraction of the tokens of the truth that are at the same position."""
     return sum(a == b for a, b in zip(tokens, truth, strict=False)) / len(truth)
 
 
@@ -365,7 +365,7 @@ def replayed(drafter: Any, text: Text, nodes: int) -> int:
 
 
 def tally(runs: list[Measured]) -> dict:
-    """What one drafter at one P came to on some of the prompts."""
+    """The results of one drafter at one P on some of the prompts."""
     first = [m.drafted for m in runs if m.repetition == 0]
     steps = sum(run.steps for run in first)
     drafter_us = [run.drafter_us for run in first if run.drafter_us is not None]
@@ -385,7 +385,7 @@ def tally(runs: list[Measured]) -> dict:
 
 
 def summary(report: dict) -> dict:
-    """The best speed that c(P) and acceptance allow beside what was reached, and the mix."""
+    """The best speed that c(P) and acceptance allow, the measured speed, and the mix of kinds."""
     result: dict[str, Any] = {"kinds": {}, "mean_accepted_of_the_mix": {}}
     cost = report.get("cost")
     kinds = {kind: report[kind]["drafters"] for kind in KINDS if kind in report}
@@ -406,7 +406,7 @@ def summary(report: dict) -> dict:
                     f"{where}reached": round(done["auto"]["speed"] / best, 3),
                     f"{where}reached_first": round(done["first"]["speed"] / best, 3),
                 }
-    if len(kinds) == len(KINDS):  # as many tokens of each kind: the harmonic mean
+    if len(kinds) == len(KINDS):  # with equally many tokens of each kind: the harmonic mean
         for label in DRAFTERS:
             means = [kinds[kind][label].get("64", {}).get("all") for kind in KINDS]
             if all(means):

@@ -1,4 +1,4 @@
-"""What drafting.py continues: four kinds of prompts, each with the text that really follows it.
+"""The texts of drafting.py: four kinds of prompts, each with the text that follows in its source.
 
 The model inside the package copies rows of words and no code (three copies of a function before
 it, it still does not continue the fourth), so `editing` is written with words: two versions of a
@@ -23,16 +23,16 @@ from lookahead_jax.eval.tasks.own.words import Words
 
 DOCUMENT, PROMPT = 512, 384  # tokens; lengths from 257 to 512 share all compiled programs
 QUESTIONS = ("multi_lookup", "records", "spans")
-SPAN, CHANGED = 32, 8  # words of an edited span, of which every CHANGED-th differs
+SPAN, CHANGED = 32, 8  # words of an edited span; every CHANGED-th word differs
 
 
 class Text(NamedTuple):
     prompt: list[int]
-    truth: list[int]  # what follows it in the source
+    truth: list[int]  # the text that follows in the source
 
 
 class Texts:
-    """Held-out text as one tokenizer writes it."""
+    """Held-out text, tokenized."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
         self._tokenizer = tokenizer
@@ -42,7 +42,7 @@ class Texts:
         self._files = [json.loads(line)["text"] for line in lines]
 
     def make(self, kind: str, count: int, tokens: int) -> list[Text]:
-        """Up to `count` texts in an order of chance; `tokens` is the most of a truth."""
+        """Up to `count` texts in random order, each with a truth of at most `tokens` tokens."""
         texts = list(getattr(self, f"_{kind}")(count, tokens))
         order = np.random.default_rng(0).permutation(len(texts))[:count]
         return [texts[i] for i in order]
@@ -81,7 +81,7 @@ class Texts:
             yield Text(document(rng, words, facts, length=length, filler=filler) + asked, answer)
 
     def _free_text(self, count: int, tokens: int) -> Iterator[Text]:
-        """Held-out docstrings that are prose, from their middle on, after what stands before."""
+        """Held-out docstrings of prose, cut in the middle; the prompt is the source up to there."""
         for file in self._files:
             for found in re.finditer(r'"""(.*?)"""', file, re.DOTALL):
                 body = found.group(1)
@@ -96,7 +96,7 @@ class Texts:
                     yield Text(kept, self._encode(rest)[:tokens])
 
     def _edited_code(self, count: int, tokens: int) -> Iterator[Text]:
-        """A held-out function, and its copy with the most used name changed, a fifth given."""
+        """A held-out function, then a fifth of its copy with the most frequent name changed."""
         for file in self._files:
             try:
                 tree = ast.parse(file)

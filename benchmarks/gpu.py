@@ -35,25 +35,25 @@ from typing import Annotated, Any
 
 from common import RESULTS, Help, commit, parse
 
-SECTIONS = {  # seconds that one measurement should take at most, by estimate
+SECTIONS = {  # seconds: the largest estimate for one measurement
     "ceilings": 20, "ttft": 120, "decode": 45, "compilers": 60, "graph": 60, "steps": 40,
     "scores": 30, "attention": 30, "long": 240, "train": 90, "peer": 60, "select": 20,
     "drafting": 60, "memory": 40,
 }  # fmt: skip
-GRAPHS = (  # loops, too, as parts of CUDA graphs
+GRAPHS = (  # allows loops in CUDA graphs
     "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
     "WHILE --xla_gpu_command_buffer_unroll_loops=true"
 )
-ENVIRONMENT = {  # of the process that a section runs in
-    "peer": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # it allocates for itself
+ENVIRONMENT = {  # for the process of a section
+    "peer": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # it has an allocator of its own
     "graph": {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {GRAPHS}"},
 }
 UNFINISHED = "began and did not end"
-PATIENCE = 2  # times the estimate, and a minute: then a silent process is given up
+PATIENCE = 2  # a process is killed after a minute plus this many times the estimate without output
 
 
 def items(section: str, smoke: bool, report: dict[str, Any]) -> Iterator[Any]:
-    """(label, measurement) of a section; the modules that measure start JAX."""
+    """The (label, measurement) pairs of a section. Importing the measuring modules starts JAX."""
     import gpu_kernels
     import gpu_model
 
@@ -92,7 +92,7 @@ def run_section(
 
 
 def supervise(command: list[str], patience: float, env: Any = None) -> int | None:
-    """Passes a process's lines on; its exit status, or None if it fell silent and was killed."""
+    """Forwards the output of a process; its exit status, or None if it hung and was killed."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     )
@@ -117,7 +117,7 @@ def supervise(command: list[str], patience: float, env: Any = None) -> int | Non
 
 
 def in_processes(sections: list[str], arguments: list[str], until: float) -> None:
-    """Every section in a process of its own, which starts again behind what took it down."""
+    """Every section in its own process; after a crash, a new process continues behind it."""
     for name in sections:
         command = [sys.executable, __file__, "--child", "--section", name, *arguments]
         command += ["--until", str(until)]
@@ -128,7 +128,7 @@ def in_processes(sections: list[str], arguments: list[str], until: float) -> Non
             status = supervise(command, PATIENCE * SECTIONS[name] + 60, env)
             if status == 0:
                 break
-            # Only the first process repeats errors: the next would repeat what took it down.
+            # Only the first process repeats errors; the next one would repeat the crash.
             command = [word for word in command if word != "--again"]
             said = "was silent and is killed" if status is None else f"ended with {status}"
             print(f"{name}: the process {said}", flush=True)
@@ -138,8 +138,9 @@ def shown(value: Any) -> str:
     """A measurement as text for the table."""
     if isinstance(value, dict):
         parts = ((k, v) for k, v in value.items() if k != "wall_s")
-        return ", ".join(f"{k}: ({shown(v)})" if isinstance(v, dict) else f"{k} {shown(v)}"
-                         for k, v in parts)  # fmt: skip
+        return ", ".join(
+            f"{k}: ({shown(v)})" if isinstance(v, dict) else f"{k} {shown(v)}" for k, v in parts
+        )
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -179,7 +180,7 @@ def measure_here(options: Options) -> None:
     from lookahead_jax.host.files import atomic_write
 
     if not options.smoke:
-        # What one process has compiled, the next one reads.
+        # Processes share their compiled programs.
         jax.config.update("jax_compilation_cache_dir", str(options.compiled))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     device = jax.devices()[0].device_kind
@@ -195,7 +196,7 @@ def measure_here(options: Options) -> None:
             atomic_write(path, json.dumps(report, indent=1) + "\n")
 
     for name in options.section or SECTIONS:
-        run_section(name, options.smoke, report, save, options.again, options.until)
+        run_section(name, options.smoke, report, save, again=options.again, until=options.until)
 
 
 def main() -> None:

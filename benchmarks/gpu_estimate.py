@@ -33,7 +33,7 @@ Row = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def environment() -> dict[str, str]:
-    """Of a process that compiles for CUDA: where NVIDIA's compiler is, and no device."""
+    """Environment of a process that compiles for CUDA: the compiler's folder, and no device."""
     found = importlib.util.find_spec("nvidia")
     bases = [] if found is None else [Path(p) for p in found.submodule_search_locations or ()]
     folders = [base / name for base in bases for name in ("cu13", "cuda_nvcc")]
@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
 
 
 class Card:
-    """Compiles for a card that is not there."""
+    """Compiles for a card that is not present."""
 
     def __init__(self, name: str):
         import jax
@@ -77,7 +77,7 @@ class Card:
         jax.config.update("jax_enable_compilation_cache", False)
 
     def put(self, tree: Any) -> Any:
-        """Shapes on the card."""
+        """Abstract arrays placed on the card."""
         import jax
 
         def placed(a):
@@ -88,7 +88,7 @@ class Card:
     def compile(
         self, f: Callable[..., Any], *arguments: Any, own: bool = False, donated: Any = ()
     ) -> Any:
-        """`f`, jitted and compiled; with `own`, as XLA does it by itself."""
+        """`f`, jitted and compiled; with `own`, by XLA's default options."""
         import jax
 
         from lookahead_jax.model.jit import compiler_options
@@ -125,7 +125,7 @@ def shapes() -> tuple[Any, Any, Any]:
 
 
 def steps(card: Card, bandwidth: float) -> Iterator[Row]:
-    """A token of a burst from several numbers of entries, and a step of several nodes."""
+    """A token of a burst for several cache sizes, and a step of several nodes."""
     import gpu_subject
     import jax
     import jax.numpy as jnp
@@ -162,7 +162,7 @@ def steps(card: Card, bandwidth: float) -> Iterator[Row]:
 
 
 def reading(card: Card, bandwidth: float) -> Iterator[Row]:
-    """A prompt, and what a policy's looking and cutting move more than reading it."""
+    """A prompt, and the additional traffic of a policy's scoring and eviction."""
     import gpu_subject
     import jax
     import jax.numpy as jnp
@@ -208,7 +208,7 @@ class Options:
 
 def main() -> None:
     options = parse(Options, __doc__)
-    if not options.child:  # where the compiler is has to be known before JAX starts
+    if not options.child:  # the compiler's folder must be known before JAX starts
         command = [sys.executable, __file__, "--child", *sys.argv[1:]]
         raise SystemExit(subprocess.run(command, env=environment()).returncode)
 

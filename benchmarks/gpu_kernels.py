@@ -23,7 +23,7 @@ ATTENTION = ("tree_64_1k", "decode_32k", "tree_64_32k", "decode_128k", "decode_2
 
 
 def specs(op: str, smoke: bool) -> list[Spec]:
-    """Of an operation: Llama 3.1 8B's shapes, or a toy."""
+    """The calls of an operation to measure: shapes of Llama 3.1 8B, or toy shapes."""
     if smoke:
         make = scores if op == "scores" else attention
         finish = SPECS["scores_window_32k"].finish if op == "scores" else None
@@ -33,7 +33,7 @@ def specs(op: str, smoke: bool) -> list[Spec]:
 
 
 def arguments(spec: Spec) -> dict[str, jax.Array]:
-    """Random arguments; the rows stand behind the keys, all slots are filled."""
+    """Random arguments; the rows come after the keys, and all slots are filled."""
     keys = iter(jax.random.split(jax.random.key(0), 16))
     found = {}
     for name, shape in spec.shapes().items():
@@ -44,7 +44,7 @@ def arguments(spec: Spec) -> dict[str, jax.Array]:
     found["q_pos"] = jnp.broadcast_to(spec.keys + rows, shapes["q_pos"].shape)
     found["visible"] = jnp.broadcast_to(rows[None] <= rows[:, None], shapes["visible"].shape)
     found["pos"] = jnp.broadcast_to(jnp.arange(spec.keys, dtype=jnp.int32), shapes["pos"].shape)
-    if "lse" in found:  # what the attention would have found, nearly
+    if "lse" in found:  # close to what attention would return
         found["lse"] = jnp.full(shapes["lse"].shape, np.log(spec.keys) + 0.5, jnp.float32)
     if spec.op == "attention":
         found["length"] = jnp.full(shapes["length"].shape, spec.keys, jnp.int32)
@@ -52,14 +52,17 @@ def arguments(spec: Spec) -> dict[str, jax.Array]:
 
 
 def result(spec: Spec, implementation: str, a: dict[str, jax.Array]) -> jax.Array:
-    """The scores, or the output of the attention."""
+    """The scores, or the output of attention."""
     found = call(spec, a, implementation, SCALE)  # pyright: ignore[reportArgumentType]
     return found if spec.op == "scores" else found[0]
 
 
 def exact(spec: Spec, a: dict[str, jax.Array]) -> np.ndarray:
-    """Of the first row in float64: scores [T] of the first KV head (or its first query head,
-    where scores stay apart), or outputs [P, H] of the first query head."""
+    """The result for the first row in float64.
+
+    Scores [T] of the first KV head (of its first query head, if scores are per query head), or
+    outputs [P, H] of the first query head.
+    """
     groups = 1
     if spec.op == "scores" and spec.finish is not None:
         groups = spec.query_heads // spec.kv_heads
@@ -96,7 +99,7 @@ def _exact_head(spec: Spec, a: dict[str, jax.Array], head: int) -> np.ndarray:
 def repeated(f: Callable[[Any], Any], start: Any, smoke: bool) -> float:
     """Seconds of one `state = f(state)`, from loops of two lengths on the device: no dispatch.
 
-    The lengths are constants: a loop whose end is not known asks the host after every turn.
+    The lengths are constants: with an unknown trip count, the host is asked in every iteration.
     """
 
     def timed(times: int) -> Callable[[], float]:
@@ -122,9 +125,10 @@ def repeated(f: Callable[[Any], Any], start: Any, smoke: bool) -> float:
 
 
 def operation_seconds(f: Callable[..., jax.Array], a: dict[str, jax.Array], smoke: bool) -> float:
-    """Of one call. Each waits for the one before, whose whole result is kept; XLA drops none.
+    """Seconds of one call.
 
-    What ties them together costs a small kernel (`ceilings`, "loop").
+    Each call depends on the whole result of the one before, so XLA drops none. This dependence
+    costs a small kernel (`ceilings`, "loop").
     """
 
     def body(state):
@@ -143,7 +147,7 @@ def _implementations() -> tuple[str, ...]:
 
 
 def _kernels(op: str, smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """Every shape by every implementation that takes it, next to its floor on this card."""
+    """Every shape with every implementation that supports it, and the lower bound on this card."""
     for spec in specs(op, smoke):
         for name in _implementations():
             yield f"{spec.name} {name}", partial(_measure, spec, name, smoke, report)
@@ -160,7 +164,7 @@ def block_attention(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
 
 
 def floors(spec: Spec, limits: dict[str, Any]) -> dict[str, float]:
-    """Seconds that the card needs at least for each resource, by its measured ceilings."""
+    """Lower bounds in seconds, one per resource, from the measured ceilings of the card."""
     sweeps = 1 if spec.known else 2
     return {
         "bytes": (spec.key_bytes + spec.output_bytes) / limits["bandwidth"]["per_s"],
@@ -170,7 +174,7 @@ def floors(spec: Spec, limits: dict[str, Any]) -> dict[str, float]:
 
 
 def _measure(spec: Spec, name: str, smoke: bool, report: dict[str, Any]) -> dict[str, Any]:
-    """Error against float64, then the time, and how it stands to the floor."""
+    """The error against float64, the time, and its ratio to the lower bound."""
     a = arguments(spec)
     f = partial(result, spec, name)
     got = jax.jit(f)(a)
@@ -178,7 +182,7 @@ def _measure(spec: Spec, name: str, smoke: bool, report: dict[str, Any]) -> dict
     want = exact(spec, a)
     error = float(np.abs(got - want).max() / np.abs(want).max())
     if not error < 0.02:  # bfloat16 keeps 8 bits of probabilities and outputs
-        raise ValueError(f"{name} is off by {error:.2e} of the largest value")
+        raise ValueError(f"{name}: the error is {error:.2e} of the largest value")
     seconds = operation_seconds(f, a, smoke)
     found = {"ms": 1e3 * seconds, "relative_error": error, "bytes": spec.key_bytes}
     limits = report.get("ceilings", {})
@@ -191,7 +195,7 @@ def _measure(spec: Spec, name: str, smoke: bool, report: dict[str, Any]) -> dict
 
 
 def selection(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """Choosing what one layer keeps: by `select`, and the bare top-k in it; C = 128."""
+    """Selecting what one layer keeps: `select`, and its top-k alone; C = 128."""
     for tokens in (256,) if smoke else (8192, 32768, 131072):
         for label, f in (("select", _select), ("top_k", _top_k)):
             yield f"{label} {tokens}", partial(_choose, f, tokens, smoke)
@@ -217,7 +221,7 @@ def _choose(f: Callable[..., jax.Array], tokens: int, smoke: bool) -> dict[str, 
 
 
 def ceilings(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """What the card does at best: bytes copied, bfloat16 products, float32 exponentials."""
+    """Peak rates of the card: bytes copied, bfloat16 products, float32 exponentials."""
     n = 256 if smoke else 8192
 
     def rate(f: Callable[[jax.Array], jax.Array], x: jax.Array, amount: float) -> dict[str, float]:
@@ -228,7 +232,7 @@ def ceilings(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
         return rate(lambda x: x + jnp.ones((), x.dtype), x, 2 * 2 * x.size)
 
     def matmul():
-        # Normal entries of this size keep the length of the rows; zeros would draw less power.
+        # Normal entries of this size preserve the norm of the rows; zeros would draw less power.
         x, w = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
         w = w / jnp.asarray(n**0.5, w.dtype)
         return rate(lambda x: x @ w, x, 2.0 * n**3)

@@ -52,7 +52,7 @@ def prompt(tokens: int, config: ModelConfig) -> jax.Array:
 
 @contextlib.contextmanager
 def implementation(name: str) -> Iterator[None]:
-    """Programs traced within take this implementation of scoring and attention where it can."""
+    """Programs traced inside use this implementation of scoring and attention where it applies."""
     if name == "default":
         yield
         return
@@ -67,7 +67,7 @@ def implementation(name: str) -> Iterator[None]:
 
 
 def median_seconds(run: Callable[[], Any], repetitions: int) -> float:
-    """Of several runs, after one that compiles."""
+    """Times of several runs, after one that compiles."""
     jax.block_until_ready(run())
     found = []
     for _ in range(repetitions):
@@ -84,7 +84,7 @@ def ttft(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
 
 
 def _ttft(tokens: int, labels: tuple[str, ...], smoke: bool) -> dict[str, Any]:
-    """All policies in turn, so that a slow moment of the card meets each of them."""
+    """All policies in turn, so that a slow period of the card affects each of them."""
     config, params, modules = model(smoke)
     text, budget = prompt(tokens, config), 16 if smoke else 128
 
@@ -131,7 +131,7 @@ def long(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
 
 
 def decode(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """Milliseconds a token, batch 1, greedy, at a full cache and at budgets."""
+    """Milliseconds per token, batch 1, greedy, with the full cache and with budgets."""
     for entries in (32, 64) if smoke else (1024, 32768, 128, 8192, 2048):
         for name in KERNELS if smoke or entries in (1024, 32768) else KERNELS[:1]:
             yield f"{entries} entries {name}", partial(_decode, entries, name, smoke, report)
@@ -169,7 +169,7 @@ def _decode_by(
 
 
 def compilers(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """Decoding from 1,024 entries as the library compiles it, and as it could be compiled."""
+    """Decoding from 1,024 entries, compiled as the library does it and in other ways."""
     for label, options, apart in (
         ("library", compiler_options(), False),
         ("XLA's own options", {}, False),
@@ -179,7 +179,7 @@ def compilers(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
 
 
 def graph(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
-    """The same with all layers in one CUDA graph, where `gpu.ENVIRONMENT` allows loops in them."""
+    """The same with all layers in one CUDA graph; `gpu.ENVIRONMENT` must allow loops in graphs."""
     options = {k: v for k, v in compiler_options().items() if "command_buffer" not in k}
     yield "all layers", partial(_compiled, options, False, smoke, report)
 
@@ -200,7 +200,7 @@ def steps(smoke: bool, report: dict[str, Any]) -> Iterator[Item]:
         for nodes in (1, 2, 4) if smoke else (1, 64, 16, 128, 4, 32, 8, 2):
             yield f"{nodes} nodes {name}", partial(_step, nodes, name, smoke, report)
             if name == "pallas_gpu" and nodes == 64:
-                return  # one node and 64 say what it is worth
+                return  # one node and 64 are enough for a comparison
 
 
 def _step(nodes: int, name: str, smoke: bool, report: dict[str, Any]) -> dict[str, Any]:

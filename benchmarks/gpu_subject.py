@@ -22,7 +22,7 @@ POLICIES = {
 
 
 def random_modules(config: ModelConfig) -> Any:
-    """Lookahead modules of the published sizes, as they are before training."""
+    """Lookahead modules of the published sizes, untrained."""
     sizes = LookaheadConfig(tokens=32, rank=8, alpha=32.0, targets=tuple(TARGETS), init="normal")
     return init_modules(jax.random.key(1), sizes, config)
 
@@ -44,7 +44,7 @@ def filled_cache(entries: int, room: int, config: ModelConfig) -> lk.KVCache:
 
 
 def opened(entries: int, steps: int, config: ModelConfig) -> DecodeState:
-    """A greedy request of `steps` tokens, about to begin on a cache of `entries`."""
+    """The state before a greedy request of `steps` tokens on a cache of `entries`."""
     return start(
         filled_cache(entries, steps, config), jnp.zeros((1, config.vocab_size), jnp.float32),
         sampling=sampling_rows([GREEDY], [0], config.vocab_size),
@@ -54,7 +54,7 @@ def opened(entries: int, steps: int, config: ModelConfig) -> DecodeState:
 
 
 def one_step(entries: int, config: ModelConfig, params: Any, cache: Any, tokens: Any) -> jax.Array:
-    """The choices of the model after each of a few tokens behind `entries` others."""
+    """The model's choices after each of a few tokens that follow `entries` others."""
     positions = entries + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     block = Block(lk.embed(params, tokens, config=config), positions, cache.rope_span)
     hidden = forward(params, block, cache, config=config).hidden
@@ -62,7 +62,10 @@ def one_step(entries: int, config: ModelConfig, params: Any, cache: Any, tokens:
 
 
 def step_bytes(entries: int, params: Any, config: ModelConfig) -> int:
-    """Weights but the embedding table (a step reads one row of it), and the filled slots."""
+    """Bytes of the filled slots and of the weights, except the embedding table.
+
+    A step reads one row of the table.
+    """
     size = params["embed"].dtype.itemsize
     weights = size * (sum(a.size for a in jax.tree.leaves(params)) - params["embed"].size)
     entry = config.num_layers * config.num_kv_heads * config.head_dim * size

@@ -1,9 +1,9 @@
 """Bytes and kernels of a program as XLA has compiled it for a GPU, counted from its text.
 
-Every kernel reads its operands and writes its results once: of an operand that it only slices, the
-slices; of a result that it updates in place, the update. Loops count as often as XLA knows that
-they turn, others once; of branches the one that moves most. What a kernel reads again because no
-cache holds it is not seen. An instruction that is not known raises ValueError.
+Every kernel is taken to read its operands and write its results once. Of an operand that it only
+slices, the slices count; of a result that it updates in place, the update counts. Loops count with
+their trip count if XLA knows it, else once. Of several branches, the one that moves most counts.
+Repeated reads that miss the card's cache are not counted. Unknown instructions raise ValueError.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ FREE = {
     "partition-id", "replica-id",
 }  # fmt: skip
 SLICES = {"dynamic-slice", "slice", "gather"}
-UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand holds what is new
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # index of the operand with the new values
 _NAME = re.compile(r"(?:ENTRY )?%(\S+) \(")
 _LINE = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][a-z-]*)\((.*)")
 
@@ -34,7 +34,7 @@ class Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # operands and attributes as they stand
+    rest: str  # operands and attributes, as text
     root: bool
 
     def called(self, key: str) -> str:
@@ -55,17 +55,18 @@ class Traffic:
         return Traffic(self.bytes + other.bytes, self.kernels + other.kernels)
 
     def times(self, turns: int) -> "Traffic":
-        """That many turns of a loop."""
+        """The traffic of a loop with this many iterations."""
         return Traffic(self.bytes * turns, self.kernels * turns)
 
 
 def size(shape: str) -> int:
-    """Bytes of an array or of a tuple of arrays, without what cuBLAS gets to work in (s8)."""
+    """Bytes of an array or of a tuple of arrays, without the workspace of cuBLAS (s8)."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
     if len(arrays) > 1:
         arrays = [(kind, dims) for kind, dims in arrays if kind != "s8"]
-    return sum(BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n)
-               for kind, dims in arrays)  # fmt: skip
+    return sum(
+        BYTES[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in arrays
+    )
 
 
 def computations(text: str) -> dict[str, dict[str, Instruction]]:
@@ -139,9 +140,9 @@ def _executed(name: str, all_: dict[str, dict[str, Instruction]]) -> Iterator[Tr
         elif i.opcode in KERNELS:
             yield _kernel(i, all_[name], all_)
         elif i.opcode not in FREE:
-            raise ValueError(f"{i.name}: nobody knows what {i.opcode} moves")
+            raise ValueError(f"{i.name}: unknown traffic of {i.opcode}: add it to KERNELS or FREE")
 
 
 def traffic(text: str) -> Traffic:
-    """Of a compiled program (`compiled.as_text()`)."""
+    """The traffic of a compiled program, given as `compiled.as_text()`."""
     return sum(_executed("", computations(text)), Traffic())

@@ -26,7 +26,7 @@ DRAFTERS = ("trie", "recycling")
 
 
 def margin(model, prompt: list[int], policy, emitted: list[int]) -> float:
-    """Gap between the two best logits, over the largest, where the last of `emitted` was chosen."""
+    """Gap between the two best logits, relative to the largest, at the last token of `emitted`."""
     read = lk.read_prompt(
         model.params, jnp.asarray(lk.pad_batch([prompt], config=model.config)),
         config=model.config, policy=policy, budget=BUDGET, new_tokens=NEW_TOKENS,
@@ -41,7 +41,7 @@ def margin(model, prompt: list[int], policy, emitted: list[int]) -> float:
 
 
 def compare(model, prompts, policy, mine, theirs) -> dict:
-    """Rows that differ, where they first do, and how close that call was for `mine`."""
+    """Rows that differ, the first differing position, and the gap of the logits there (`mine`)."""
     at, margins = [], []
     for prompt, one, other in zip(prompts, mine, theirs, strict=True):
         different = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
@@ -96,8 +96,9 @@ def main() -> None:
             steps += result.drafting.steps
         emitted = len(prompts) * (NEW_TOKENS - 1)
         report[name] = compare(model, prompts, policy, alone, drafted) | {
-            "nodes": NODES, "emitted_per_step": round(emitted / steps, 3)
-        }  # fmt: skip
+            "nodes": NODES,
+            "emitted_per_step": round(emitted / steps, 3),
+        }
     about = {"commit": commit(), "jax": jax.__version__, **settings(options, "out")}
     publish({**about, **report}, options.out, indent=2)
 

@@ -92,7 +92,9 @@ def main() -> None:
     before = {}
     for policy in (SnapKV(window=32, pool="max", kernel=7), Full()):
         for tokens in options.tokens:
-            row = measure(config, tokens, policy, options.budget, options.chunk, sharding)
+            row = measure(
+                config, tokens, policy, options.budget, chunk=options.chunk, sharding=sharding
+            )
             total = row["temporaries"] + row["cache_and_logits"]
             if row["policy"] in before:
                 shorter, less = before[row["policy"]]

@@ -28,7 +28,7 @@ POLICIES = {
 
 
 def measure(tokens: int, budget: int, repetitions: int, modules_dir: Path) -> dict:
-    """Seconds of every repetition and policy, and what they say about the differences."""
+    """Seconds of every repetition and policy, and statistics of the differences."""
     model = lk.load(lk.EMBEDDED_MODEL)
     modules = lk.load_modules(modules_dir, params=model.params, config=model.config)
     text = (lk.EMBEDDED_MODEL.parent / "example.txt").read_text()

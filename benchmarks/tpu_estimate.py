@@ -141,7 +141,7 @@ def compile_spec(spec: Any, mesh: Any, dtype: Any) -> Any:
 
 
 def estimate(spec: Any, kind: str, dump: Path) -> dict[str, Any]:
-    """Compiles one spec for one chip and reads what the compiler has written."""
+    """Compiles one spec for one chip and reads the compiler's dumps."""
     import jax.numpy as jnp
     from jax.experimental import topologies
 
@@ -238,8 +238,9 @@ def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any
     )  # fmt: skip
     params = jax.tree.map(
         lambda a, where: shape(a.shape, a.dtype, where),
-        abstract_params(config, jnp.bfloat16), param_shardings(config, mesh),
-    )  # fmt: skip
+        abstract_params(config, jnp.bfloat16),
+        param_shardings(config, mesh),
+    )
 
     def step(params, cache, tokens, visible):
         positions = jnp.broadcast_to(cache.next_pos[:, None], tokens.shape)
@@ -308,7 +309,7 @@ def reading(tokens: int, policy: str, kind: str) -> dict[str, Any]:
         if line.endswith("{") and (found := re.match(r"(?:ENTRY )?%(\S+) \(", line)):
             name = found.group(1)
         for number in re.findall(r'estimated_cycles":"(\d+)"', line):
-            if int(number) < 2**62:  # XLA's word for "not known"
+            if int(number) < 2**62:  # XLA reports this where it has no estimate
                 cycles[name] = cycles.get(name, 0) + int(number)
     return {
         "prompt": tokens, "policy": policy, "chip": kind,

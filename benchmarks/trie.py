@@ -22,11 +22,11 @@ from lookahead_jax.drafters.suffix import Suffix
 from lookahead_jax.drafters.trie import Trie
 
 VOCABULARY, PHRASES, PHRASE = 50_000, 2_000, 20
-STEP, OUTPUT = 3, 400  # tokens of a call, of a request's output
+STEP, OUTPUT = 3, 400  # tokens per call, and of the output of a request
 
 
 def text(tokens: int, rng: np.random.Generator) -> np.ndarray:
-    """Zipf tokens; about a third stands in phrases that were there before."""
+    """Zipf tokens; about a third of them belong to repeated phrases."""
     chance = 1 / np.arange(1, VOCABULARY + 1)
     drawn = rng.choice(VOCABULARY, tokens, p=chance / chance.sum()).astype(np.int32)
     phrases = rng.choice(drawn, (PHRASES, PHRASE))
@@ -38,7 +38,7 @@ def text(tokens: int, rng: np.random.Generator) -> np.ndarray:
 
 
 class Clocks:
-    """Seconds on the clock and of the process, over many short stretches."""
+    """Wall time and process time in seconds, summed over many short intervals."""
 
     def __init__(self):
         self.wall: list[float] = []
@@ -67,7 +67,7 @@ class Clocks:
 
 
 def requests(drafter, tokens: np.ndarray, clocks: Clocks, until) -> int:
-    """Requests one after the other observe `tokens` until `until()`; returns how many tokens."""
+    """Requests observe `tokens` in turn until `until()`; returns the number of tokens."""
     at, request = 0, 0
     while not until() and at + OUTPUT <= tokens.size:
         drafter.begin(request, [])

@@ -154,12 +154,13 @@ def column_scores(
                     (KEYS,), lambda j: ((row if shared else bh) * block_count + first + j,)
                 ),
                 plgpu.BlockSpec(
-                    (KEYS, dim), lambda j: (bh * block_count + first + j, 0),
+                    (KEYS, dim),
+                    lambda j: (bh * block_count + first + j, 0),
                     transforms=blocks.tiled(k.dtype),
                 ),
             ],
             max_concurrent_steps=_STAGES,
-        )(k_pos_gm, k_gm)  # fmt: skip
+        )(k_pos_gm, k_gm)
         plgpu.wait_smem_to_gmem(0)
 
     scores = plgpu.kernel(

@@ -61,9 +61,7 @@ def attention(a, window, *, implementation, key_block=None, softcap=None, layer=
     )  # fmt: skip
 
 
-def scores(
-    a, window, *, implementation, reduce, own=True, lse=None, key_block=None, softcap=None
-):  # fmt: skip
+def scores(a, window, *, implementation, reduce, own=True, lse=None, key_block=None, softcap=None):
     q, own_k, _, k, _, visible, q_pos, pos, ends = a
     return head_scores(
         q, q_pos, k, pos, (own_k, visible) if own else None, scale=0.2, softcap=softcap,

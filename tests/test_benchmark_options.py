@@ -1,5 +1,6 @@
 """The command lines of benchmarks/: one mechanism, and a help text for every option."""
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -85,3 +86,19 @@ def test_a_program_runs_without_an_installation(program, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "options:" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_functions_are_called_with_the_arguments_they_take(path):
+    """Calls within a file; most programs take too long, or need a device, to be run here."""
+    tree = ast.parse(path.read_text("utf-8"))
+    functions = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if not isinstance(call.func, ast.Name) or call.func.id not in functions:
+            continue
+        takes, place = functions[call.func.id], f"{path.name}:{call.lineno}"
+        if takes.vararg is None:
+            assert len(call.args) <= len(takes.args), f"{place}: too many positional arguments"
+        names = {argument.arg for argument in (*takes.args, *takes.kwonlyargs)}
+        given = {keyword.arg for keyword in call.keywords} - {None}
+        assert takes.kwarg is not None or given <= names, f"{place}: {given - names} are unknown"

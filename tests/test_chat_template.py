@@ -10,8 +10,9 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CASES = json.loads((FIXTURES / "tokenizers.json").read_text())["chats"]
-TOKENIZERS = {name: Tokenizer.load(FIXTURES / "tokenizers" / name) for name in
-              ("byte_level", "sentencepiece")}  # fmt: skip
+TOKENIZERS = {
+    name: Tokenizer.load(FIXTURES / "tokenizers" / name) for name in ("byte_level", "sentencepiece")
+}
 BYTES = TOKENIZERS["byte_level"]
 START, END = (BYTES.token_id(token) for token in ("<|start|>", "<|end|>"))
 

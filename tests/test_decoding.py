@@ -28,13 +28,14 @@ def opened(params, tokens, model, policy, settings, seeds, eos=(), limits=None) 
     result = read(params, tokens, model, *policy, new_tokens=NEW)
     batch = tokens.shape[0]
     return start(
-        result.cache, result.logits,
+        result.cache,
+        result.logits,
         sampling=sampling_rows([settings] * batch, seeds, model.vocab_size),
         limit=jnp.asarray([NEW] * batch if limits is None else limits, jnp.int32),
         eos=jnp.asarray(eos, jnp.int32),
         seen=seen_tokens(tokens, model.vocab_size),
         width=NEW,
-    )  # fmt: skip
+    )
 
 
 def run(params, tokens, model, policy, settings, seeds, burst=NEW, **options) -> DecodeState:

@@ -120,7 +120,7 @@ def test_what_a_drafter_lacks_or_does_not_know_is_named():
     with pytest.raises(
         ValueError, match=r"trie: unknown argument 'lenght'; known: capacity, branch"
     ):
-        make_drafter("trie", lenght=3)
+        make_drafter("trie", longness=3)
     with pytest.raises(ValueError, match="none: unknown argument 'depth'; it takes none"):
         make_drafter("none", depth=3)
     with pytest.raises(ValueError, match="drafter trie: "):

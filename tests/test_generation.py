@@ -22,6 +22,7 @@ from lookahead_jax.generation import inputs
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.generation.score import score
+from lookahead_jax.host.integers import whole_id
 from lookahead_jax.model.sharding import batch_sharding, make_mesh, param_shardings
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.registry import make_policy
@@ -277,8 +278,9 @@ def test_measured_timing_has_every_part(model):
 
 def test_repetition_penalty_sees_the_prompt(model):
     hot = Sampling(repetition_penalty=1e6)
-    result = generate(model, [TEXT], policy=POLICY, budget=16, max_new_tokens=12, eos_ids=(),
-                      sampling=hot)  # fmt: skip
+    result = generate(
+        model, [TEXT], policy=POLICY, budget=16, max_new_tokens=12, eos_ids=(), sampling=hot
+    )
     seen = set(model.tokenizer.encode(TEXT))
     for token in result.tokens[0]:
         assert token not in seen
@@ -299,8 +301,9 @@ def test_oracle_reads_its_own_answer():
     model = tiny.config()
     params, tokens = tiny.params(model), tiny.batch((60, 33), model)
     options = dict(config=model, budget=16, new_tokens=8)
-    result = read_prompt(params, tokens, policy=Oracle(response_tokens=6), with_scores=True,
-                         **options)  # fmt: skip
+    result = read_prompt(
+        params, tokens, policy=Oracle(response_tokens=6), with_scores=True, **options
+    )
     full = read_prompt(params, tokens, policy=make_policy("full"), **options)
     response = decode(params, full.cache.fork(1), full.logits, config=model, max_new_tokens=6)
     texts = [
@@ -370,9 +373,9 @@ def test_bad_requests_are_named(model, change, complaint):
 
 
 def test_fractions_are_no_token_ids():
-    assert inputs.whole_id(np.int64(5), "a token") == 5
+    assert whole_id(np.int64(5), "a token") == 5
     with pytest.raises(ValueError, match=r"a token is 5\.5: token ids are integers"):
-        inputs.whole_id(5.5, "a token")
+        whole_id(5.5, "a token")
     with pytest.raises(ValueError, match="top_k must be a whole number"):
         Sampling(top_k=2.5)  # pyright: ignore[reportArgumentType]
 

@@ -209,7 +209,7 @@ def byte_level(merges: int, **options) -> tokenizers.Tokenizer:
 TEXTS = [
     "Hello world, it's 2026 and 3.14!",
     "  two  spaces\n\n\ttabs \r\n",
-    "na\u00efve caf\u00e9 \u4f60\u597d \U0001f600",
+    "\u00fcber \u00e9t\u00e9 \u4f60\u597d \U0001f600",
     "<|im_start|>user\nhi<|im_end|>",
     "",
 ]

@@ -98,7 +98,7 @@ def test_calls_and_branches(branch):
 
 
 def test_what_is_not_known_is_an_error():
-    with pytest.raises(ValueError, match="nobody knows what all-reduce moves"):
+    with pytest.raises(ValueError, match="unknown traffic of all-reduce"):
         hlo.traffic(BRANCHES.replace("BRANCH", "ROOT %z = f32[8]{0} all-reduce(%y), to_apply=%s"))
     with pytest.raises(KeyError, match="f8e4m3"):
         hlo.size("f8e4m3[8]")

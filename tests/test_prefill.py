@@ -138,8 +138,9 @@ def test_one_compressed_cache_answers_several_questions(model):
     forked = read(params, document, model).cache.fork(2)
     _, together = extend(params, questions, forked, config=model)
     for i in range(2):
-        _, alone = extend(params, questions[i : i + 1], read(params, document, model).cache,
-                          config=model)  # fmt: skip
+        _, alone = extend(
+            params, questions[i : i + 1], read(params, document, model).cache, config=model
+        )
         assert_close(together[i], alone[0])
 
 
@@ -224,8 +225,10 @@ def test_bad_tokens_are_named(tokens, complaint):
 
 
 FLOATS = {
-    "batching.pad_batch([[1, 2], [5.5]], config=model)": "row 1: token id 5.5 is not an integer",
-    "batching.pad_drafts(SpecKV(), [[2.5]], 1)": "token id 2.5 is not an integer",
+    "batching.pad_batch([[1, 2], [5.5]], config=model)": (
+        "row 1: a token is 5.5: token ids are integers"
+    ),
+    "batching.pad_drafts(SpecKV(), [[2.5]], 1)": "a token is 2.5: token ids are integers",
     "batching.slots_for(Full(), 8, 2.5, 4, config=model)": "budget must be an integer, not 2.5",
     "batching.slots_for(Full(), 8, 2, 4.0, config=model)": "new_tokens must be an integer, not 4.0",
     "static_slots(Full(), 8, 2.5, 128, model)": "budget must be an integer, not 2.5",

@@ -35,9 +35,10 @@ def walk(tokens, parents, most, choice):
     path = [0] if valid[0] else []
     while path:
         below = [
-            i for i in range(1, len(tokens))
+            i
+            for i in range(1, len(tokens))
             if valid[i] and parents[i] == path[-1] and tokens[i] == choice[path[-1]]
-        ]  # fmt: skip
+        ]
         assert len(below) <= 1
         if not below:
             break

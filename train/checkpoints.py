@@ -67,8 +67,9 @@ class Checkpoints:
                 return step, state
             _LOG.warning(
                 "checkpoint %d is damaged (%s): moved aside, trying the one before",
-                step, problem or "found by another process",
-            )  # fmt: skip
+                step,
+                problem or "found by another process",
+            )
             self._move_aside(step)
         return None
 

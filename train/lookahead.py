@@ -256,7 +256,7 @@ def join_cluster() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 also when a SIGTERM has ended the run in good order."""
+    """Runs the command line; 0 also when a SIGTERM has ended the run cleanly."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
     def work(config: TrainConfig) -> None:

@@ -130,7 +130,7 @@ class ModelRun:
         examples: Sequence[Example],
         prompts: Sequence[AssembledPrompt],
     ) -> Iterator[int]:
-        """Answers what is missing of a cell, a batch at a time; yields how many that were.
+        """Answers the missing examples of a cell in batches; yields the number answered each time.
 
         Later turns of a dialogue follow when the earlier ones have been answered.
         """
@@ -156,7 +156,7 @@ class ModelRun:
     def _batch(
         self, cell: GridCell, examples: Sequence[Example], prompts: Sequence[AssembledPrompt]
     ) -> GridBatch:
-        """A batch of the run's size: a short one is filled up, or it would compile anew."""
+        """A batch of the run's size; a short one is padded, so that it compiles nothing new."""
         rows = [prompts[i % len(prompts)] for i in range(self._config.batch)]
         hidden = cell.protocol == "hidden"
         most = max(example.max_new_tokens for example in examples)
@@ -170,9 +170,9 @@ class ModelRun:
         )
 
     def _answer_batch(self, batch: GridBatch, drafter: Any) -> tuple[Generation, dict[str, Any]]:
-        """The answers and what was measured; the first batch of a shape runs twice.
+        """The answers and the measurements.
 
-        So no measurement includes compilation.
+        The first batch of a shape runs twice, so that no measurement includes compilation.
         """
         pair = self._config.pair_times
         if batch.compiled_as not in self._warm:
@@ -229,7 +229,7 @@ class ModelRun:
     def _speculate(
         self, method: Method, rows: list[list[int]], budget: int
     ) -> tuple[list[list[int]], list[list[int]] | None]:
-        """The prompts as the small model shortens them, and its answers, if the method uses it."""
+        """The prompts shortened by the small model, and its answers, if the method uses it."""
         if self._draft is None or not method.speculates:
             return rows, None
         reading = method.policy.reading

@@ -222,10 +222,8 @@ class Tokenizer:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables={
-                "documents": None, **self.special_tokens, **variables, "tools": tools
-            },
-        )  # fmt: skip
+            variables={"documents": None, **self.special_tokens, **variables, "tools": tools},
+        )
 
     def _template(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
         """The source of a chat template."""

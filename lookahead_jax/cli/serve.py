@@ -62,7 +62,7 @@ def main(config: Serve) -> None:
     import lookahead_jax as lk
 
     key = None if config.api_key_file is None else read_key(config.api_key_file)
-    # Bound before anything is loaded: a port that is taken is no surprise after minutes of work.
+    # Bound before the model is loaded, so that a port in use is reported at once.
     with bind(config.host, config.port, has_key=key is not None) as socket:
         eviction = config.eviction.resolve(config.source)
         drafter = config.drafting.make(config.drafting.load(config.source.dtype))

@@ -24,7 +24,7 @@ from lookahead_jax.prefilling.prefill import Prefilled, compress
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeEviction:
-    """What cuts a row while it decodes, to how many entries per head, and how often.
+    """The policy that evicts during decoding, the entries it keeps per head, and the interval.
 
     Raises ValueError for a policy that cannot evict while decoding, and for sizes that are not
     integers of at least 1.

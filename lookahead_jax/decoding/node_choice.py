@@ -4,8 +4,9 @@ The rate of a number of nodes is the tokens that its steps emit divided by their
 averages. A large tree also tells what smaller ones would have emitted, since drafts list their best
 nodes first. During plain decoding, a draft is sometimes made without running it and compared with
 the tokens emitted after it: it is watched. Larger trees, drafts that cannot be watched, and sizes
-that watching has ruled out for long are tried by running them. Both are paid from savings, a share
-of plain decoding: where nothing can be drafted, nothing else is lost.
+that watching has ruled out for long are tried by running them. Watched drafts and trials may take a
+fixed share of the time of plain decoding (the savings), which bounds the loss where drafting does
+not help.
 """
 
 from collections.abc import Mapping, Sequence

@@ -80,14 +80,15 @@ class DraftModel:
         cache = state.cache
         new = prefill(
             weights, prompts, config=self.config, policy=Full(), budget=0, slots=cache.slots
-        ).cache  # fmt: skip
+        ).cache
         put = partial(jax.tree.map, lambda old, row: old.at[rows].set(row))
         layered = partial(jax.tree.map, lambda old, row: old.at[:, rows].set(row))
         cache = KVCache(
-            *layered((cache.k, cache.v, cache.pos, cache.length),
-                     (new.k, new.v, new.pos, new.length)),
+            *layered(
+                (cache.k, cache.v, cache.pos, cache.length), (new.k, new.v, new.pos, new.length)
+            ),
             *put((cache.next_pos, cache.rope_span), (new.next_pos, new.rope_span)),
-        )  # fmt: skip
+        )
         return dataclasses.replace(state, cache=cache, count=state.count.at[rows].set(0))
 
     def propose(

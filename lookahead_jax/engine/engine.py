@@ -58,8 +58,8 @@ class Engine:
       eos_ids: tokens that end a row unless its request names others (None: the checkpoint's).
       drafter, draft_nodes, evict_every: as for `generate`; a host drafter learns from all
         requests.
-      burst: steps between two looks of the host. Finished and cancelled rows are free, and a
-        waiting request is read, after at most this many.
+      burst: the most steps before the host frees finished and cancelled rows and reads a waiting
+        request.
       prompt_store_bytes: memory for prompts that have been read: an equal prompt is not read
         again. The least recently used make room. 0 keeps none.
 

@@ -50,12 +50,12 @@ class RequestQueue:
             return self._changed.wait_for(lambda: bool(self._alive), timeout)
 
     def take(self) -> ActiveRequest | None:
-        """The request that has waited longest, which from now on does not wait; None without."""
+        """Removes the request that has waited longest from the queue; None if none waits."""
         with self._changed:
             return self._waiting.pop(next(iter(self._waiting))) if self._waiting else None
 
     def take_cancelled(self) -> list[ActiveRequest]:
-        """The requests marked by `cancel`, which from now on do not wait."""
+        """Returns the requests marked by `cancel`; those that wait leave the queue."""
         with self._changed:
             cancelled = sorted(self._cancelled)
             self._cancelled.clear()

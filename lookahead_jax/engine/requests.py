@@ -42,7 +42,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestTiming:
-    """Seconds since the request was submitted; None if it did not come that far."""
+    """Seconds since the request was submitted; None if it ended before that."""
 
     started_s: float | None  # until the reading of its prompt began
     first_token_s: float | None  # until its first token was handed out

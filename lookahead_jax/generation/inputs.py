@@ -1,16 +1,14 @@
 """Checks and encodes the arguments of `generate`: token rows, end tokens, drafts."""
 
 import dataclasses
-import operator
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.generation.settings import EvictionSettings
-from lookahead_jax.host.integers import check_integer
+from lookahead_jax.host.integers import check_integer, whole_id
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.sharding import place_rows
@@ -161,14 +159,6 @@ def draft_tokens(
     if isinstance(drafts, Model):
         drafts = draft_answers(drafts, prompts, policy=policy, eos_ids=eos_ids)
     return pad_drafts(policy, drafts, len(prompts))
-
-
-def whole_id(token: Any, name: str) -> int:
-    """A token id given as any kind of integer; a fraction would silently be another token."""
-    try:
-        return operator.index(token)
-    except TypeError:
-        raise ValueError(f"{name} is {token!r}: token ids are integers") from None
 
 
 def encode_questions(

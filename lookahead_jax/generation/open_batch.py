@@ -64,14 +64,15 @@ def open_batch(
     rows = len(batch.prompts)
     packed = sampling_rows([continuation.sampling] * rows, continuation.seeds, config.vocab_size)
     state = start(
-        cache, logits,
+        cache,
+        logits,
         sampling=packed,
         limit=jnp.full(rows, new_tokens, jnp.int32),
         eos=jnp.asarray(continuation.eos_ids, jnp.int32),
         seen=seen_tokens(batch.text_tokens, config.vocab_size) if packed.penalized else None,
         width=new_tokens,
         sums=sums,
-    )  # fmt: skip
+    )
     return jax.block_until_ready(state)
 
 

@@ -14,3 +14,11 @@ def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
         raise ValueError(f"{name} must be an integer, not {value!r}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, not {value}")
+
+
+def whole_id(token: Any, name: str) -> int:
+    """A token id given as any kind of integer; a fraction would silently be another token."""
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise ValueError(f"{name} is {token!r}: token ids are integers") from None

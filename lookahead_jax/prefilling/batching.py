@@ -1,13 +1,12 @@
 """Ragged prompts on the host -> padded batches of few distinct shapes for the device."""
 
-import operator
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.host.integers import check_integer
+from lookahead_jax.host.integers import check_integer, whole_id
 from lookahead_jax.model.cache import SLOT_MULTIPLE, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import Policy, WithDraft
@@ -42,7 +41,7 @@ def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarr
     batch = np.full((len(rows), width), -1, np.int32)
     for i, row in enumerate(rows):
         try:
-            batch[i, : len(row)] = integer_ids(row)
+            batch[i, : len(row)] = [whole_id(token, "a token") for token in row]
         except OverflowError:
             raise ValueError(
                 f"a token id of row {i} is outside the vocabulary of {config.vocab_size}"
@@ -51,17 +50,6 @@ def pad_batch(rows: Sequence[Sequence[int]], *, config: ModelConfig) -> np.ndarr
             raise ValueError(f"row {i}: {error}") from None
     check_tokens(batch, config=config)
     return batch
-
-
-def integer_ids(row: Sequence[int]) -> list[int]:
-    """A row of token ids as Python integers. Raises ValueError, with the id, for any other type."""
-    ids = []
-    for token in row:
-        try:
-            ids.append(operator.index(token))
-        except TypeError:
-            raise ValueError(f"token id {token!r} is not an integer") from None
-    return ids
 
 
 def pad_drafts(
@@ -83,7 +71,7 @@ def pad_drafts(
         )
     padded = np.full((rows, width), -1, np.int32)
     for row, draft in zip(padded, drafts, strict=True):
-        row[: min(len(draft), width)] = integer_ids(draft[:width])
+        row[: min(len(draft), width)] = [whole_id(token, "a token") for token in draft[:width]]
     return jnp.asarray(padded)
 
 

@@ -45,7 +45,8 @@ def exact_match(
 ) -> np.ndarray:
     """Whether greedy decoding answers exactly, for fresh prompts of `length` tokens: bool [count].
 
-    By teacher forcing: the greedy answer is right when every right prefix continues rightly.
+    Uses teacher forcing: the greedy answer is right if each prefix of the right answer is
+    continued correctly.
     """
     prompts, answers = make_batch(task, words, count=count, seed=seed, length=length, **knobs)
     tokens = np.concatenate([prompts, np.maximum(answers, 0)], axis=1)
