@@ -118,7 +118,7 @@ def test_what_a_drafter_lacks_or_does_not_know_is_named():
         with pytest.raises(ValueError, match=r"needs a smaller model.*model=lk.load.*--draft-mod"):
             make_drafter(name)
     with pytest.raises(
-        ValueError, match=r"trie: unknown argument 'lenght'; known: capacity, branch"
+        ValueError, match=r"trie: unknown argument 'longness'; known: capacity, branch"
     ):
         make_drafter("trie", longness=3)
     with pytest.raises(ValueError, match="none: unknown argument 'depth'; it takes none"):

@@ -148,7 +148,7 @@ def test_generation_options_act():
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
         ({"max_length": 99}, "max_length=99 is not supported; supported: .*max_gen_toks"),
-        ({"temperatur": 1}, "temperatur=1 is not supported"),
+        ({"warmth": 1}, "warmth=1 is not supported"),
         ({"do_sample": True, "temperature": 0.0}, "needs a temperature above 0"),
         ({"top_k": 2.5}, "top_k must be a whole number, got 2.5"),
         ({"do_sample": "false"}, "do_sample must be true or false, got 'false'"),
