@@ -198,7 +198,7 @@ def test_without_matplotlib_one_line_says_what_to_install(run, tmp_path, monkeyp
 
 def test_a_folder_without_rows_is_one_line_on_stderr(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
-    assert "eval.report: error: no rows in" in capsys.readouterr().err
+    assert "eval report: error: no rows in" in capsys.readouterr().err
     assert report.main(["--nonsense"]) == 2
     assert "error: " in (said := capsys.readouterr().err)
     assert said.count("\n") == 1

@@ -20,7 +20,7 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.engine.requests import RequestError, TooLong
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.server import connections
+from lookahead_jax.server import connections, service
 from lookahead_jax.server.connections import AcceptErrors, limited_protocol
 from lookahead_jax.server.errors import Refused
 from lookahead_jax.server.limits import ServerLimits
@@ -181,10 +181,10 @@ def encoding(monkeypatch):
 def test_other_requests_are_answered_while_a_text_is_tokenized(server, encoding, body):
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(self, texts, **_):
+    def slow(self, content, **_):
         begun.set()
         go_on.wait(30)
-        return [[1] for _ in texts] if isinstance(texts[0], str) else [1]
+        return [1]
 
     encoding(slow)
     with ThreadPoolExecutor(1) as pool:
@@ -387,7 +387,7 @@ def test_slow_bodies_take_no_place_in_the_queue(model, spare):
 
 
 def test_bodies_in_memory_are_bounded(model, spare, monkeypatch):
-    monkeypatch.setattr("lookahead_jax.server.service._BODIES", 2)
+    monkeypatch.setattr(service, "_BODIES", 2)
     with running(model, spare, max_body_bytes=1000) as server:
         body = post(fields(user="x" * 900))
         slow = [raw(server, body[:-50]) for _ in range(2)]

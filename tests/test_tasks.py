@@ -177,7 +177,7 @@ def test_held_out_code_has_two_splits_without_a_common_window():
         windows[split] = {row[1:].tobytes() for row in prompts}
         assert len(windows[split]) == 64
     assert not windows["validation"] & windows["test"]
-    with pytest.raises(ValueError, match="no prompt of 99"):
+    with pytest.raises(ValueError, match="too few for a prompt of 99"):
         code_prompts(stream[:50], bos, count=1, length=99)
 
 

@@ -127,6 +127,9 @@ def test_chats_go_through_the_template(model_folder):
         def encode(self, text, *, special):
             return [ord(c) % 97 for c in ("^" if special else "") + text]
 
+        def encode_behind(self, text):
+            return self.encode(text, special=False)
+
     model = data.dataclasses.replace(load(model_folder), tokenizer=Words())
     ask, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 
