@@ -124,7 +124,7 @@ def test_chats_go_through_the_template(model_folder):
         def render_chat(self, messages):
             return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
-        def encode(self, text, *, special):
+        def encode(self, text, *, special=True):
             return [ord(c) % 97 for c in ("^" if special else "") + text]
 
         def encode_behind(self, text):
