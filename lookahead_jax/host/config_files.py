@@ -138,11 +138,12 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     elif origin is typing.Literal:
         if value in options:
             return value
-    elif origin is tuple and isinstance(value, list):
+    elif origin is tuple:
         repeated = len(options) == 2 and options[1] is Ellipsis
-        each = options[:1] * len(value) if repeated else options
-        if len(each) == len(value):
-            return tuple(_typed(t, v, where) for t, v in zip(each, value, strict=True))
+        values = value if isinstance(value, list) else [value]  # one value stands for a list of it
+        each = options[:1] * len(values) if repeated else options
+        if len(each) == len(values):
+            return tuple(_typed(t, v, where) for t, v in zip(each, values, strict=True))
     elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _default(typing.cast("type[Any]", hint), value, where)
     elif hint is Path and isinstance(value, str):
