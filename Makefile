@@ -19,7 +19,7 @@ check: setup  ## style, spelling: what pre-commit runs, but for the types
 	$(BIN)/codespell
 
 types: setup  ## pyright
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 test: setup  ## the fast tests; `make slow` runs the others
 	$(BIN)/pytest -q -n 2 --dist loadfile -m 'not slow'
