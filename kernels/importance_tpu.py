@@ -10,6 +10,7 @@ Letters: B batch, M observing rows, N query heads, K KV heads, G = N / K, H head
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +258,26 @@ def row_lse(
     return lse[..., :rows, 0]
 
 
+def _reduction(
+    finish: Finish | None, groups: int, *, size: int, maximum: bool
+) -> tuple[float, list[Any]]:
+    """What `finish` adds to the log-sum-exp (the divisors of means), and the scratch it needs."""
+    if finish is None:
+        return 0.0, []
+    pool = finish.pool
+    reductions = {maximum, finish.group == "max"} | ({pool[0] == "max"} if pool else set())
+    # If all reductions are the same, the group counts as one head with more rows.
+    apart = groups if len(reductions) > 1 else 1
+    shift = math.log2(groups) if finish.group == "mean" else 0.0
+    scratch = []
+    if apart > 1 or pool is not None:
+        scratch.append(pltpu.VMEM((apart, size), jnp.float32))
+    if pool is not None:
+        shift += math.log2(pool[1]) if pool[0] == "avg" else 0.0
+        scratch.append(pltpu.VMEM((apart, LANES + size), jnp.float32))
+    return shift, scratch
+
+
 def column_scores(
     q: jax.Array,  # [B, K, G, M, H]
     k: jax.Array,  # [B, K, T, H]
@@ -277,21 +298,10 @@ def column_scores(
     q, q_pos, k_pos, windows, tile, size = _layout(q, k, places, key_block)
     per_head = k_pos.shape[1] > 1
     tiles, blocks = q.shape[3] // tile, k_pos.shape[3] // size
-    lse *= LOG2E
     pool = None if finish is None else finish.pool
-    written, steps, scratch = 1 if finish else groups, blocks, []
-    if finish is not None:
-        reductions = {maximum, finish.group == "max"} | ({pool[0] == "max"} if pool else set())
-        # If all reductions are the same, the group counts as one head with more rows.
-        apart = groups if len(reductions) > 1 else 1
-        if apart > 1 or pool is not None:
-            scratch.append(pltpu.VMEM((apart, size), jnp.float32))
-        # The divisors of means are added to the log-sum-exp.
-        lse += math.log2(groups) if finish.group == "mean" else 0.0
-        if pool is not None:
-            lse += math.log2(pool[1]) if pool[0] == "avg" else 0.0
-            scratch.append(pltpu.VMEM((apart, LANES + size), jnp.float32))
-            steps += 1
+    written, steps = 1 if finish else groups, blocks + (pool is not None)
+    shift, scratch = _reduction(finish, groups, size=size, maximum=maximum)
+    lse = lse * LOG2E + shift
     lse = pad_axis(lse, 3, tile)[..., None]
     valid = jnp.ones((1, 1, size), bool) if places.valid is None else places.valid
     valid = pad_axis(valid.astype(jnp.int8), 2, size)[:, :, None]

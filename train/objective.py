@@ -65,6 +65,24 @@ def divergence(target: jax.Array, predicted: jax.Array) -> jax.Array:
     return jnp.where(t > 0, t * logs, 0.0).sum(-1)
 
 
+# Products with weights are kept for the backward pass (M rows); attention logits [N, M, T], which
+# are not small, are computed again.
+@partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    static_argnums=0,
+)
+def _predict(config, observer, layer, rows, seen):
+    """Advances the lookahead rows by one layer: the rows, and their divergence from the target."""
+    block, rope = observer
+    p, lora, kind = layer
+    context, target = seen
+    rows, queries = observe_layer(
+        p, rows, block, rope, kind, context=context, lora=lora, config=config
+    )
+    return rows, divergence(target, _attention_on_prompt(queries, context, kind, config))
+
+
 def lookahead_losses(
     variants: Sequence[LookaheadModules],
     params: Params,
@@ -95,28 +113,8 @@ def lookahead_losses(
         observer_block(modules, prompt.length, prompt.span, dtype=response.x.dtype)
         for modules in variants
     ]
-    ropes = [rope_tables(config, o.positions, prompt.span) for o in (response, *observers)]
-
-    # Products with weights are kept for the backward pass (M rows); attention logits [N, M, T],
-    # which are not small, are computed again.
-    @partial(
-        jax.checkpoint,
-        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        static_argnums=0,
-    )
-    def predict(variant, layer, rows, context, target):
-        p, lora, kind = layer
-        rows, queries = observe_layer(
-            p,
-            rows,
-            observers[variant],
-            ropes[1 + variant],
-            kind,
-            context=context,
-            lora=lora,
-            config=config,
-        )
-        return rows, divergence(target, _attention_on_prompt(queries, context, kind, config))
+    rope, *ropes = (rope_tables(config, o.positions, prompt.span) for o in (response, *observers))
+    observing = list(zip(observers, ropes, strict=True))
 
     def step(carry, inputs):
         x, buffers, response_rows, rows, losses = carry
@@ -125,15 +123,15 @@ def lookahead_losses(
         # No slot bounds: a sweep with traced bounds could not be differentiated.
         context = Context(*buffers, prompt.positions[:, None])
         response_rows, queries = observe_layer(
-            p, response_rows, response, ropes[0], kind, context=context, lora=None, config=config
+            p, response_rows, response, rope, kind, context=context, lora=None, config=config
         )
         target = _attention_on_prompt(queries, context, kind, config)
         x, buffers, response_rows, context, target = jax.lax.stop_gradient(
             (x, buffers, response_rows, context, target)
         )
         predicted = [
-            predict(i, (p, lora, kind), r, context, target)
-            for i, (lora, r) in enumerate(zip(loras, rows, strict=True))
+            _predict(config, observer, (p, lora, kind), r, (context, target))
+            for observer, lora, r in zip(observing, loras, rows, strict=True)
         ]
         losses = losses + jnp.stack([loss.mean(-1) for _, loss in predicted])
         return (x, buffers, response_rows, [rows for rows, _ in predicted], losses), None

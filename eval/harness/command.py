@@ -15,7 +15,8 @@ from typing import Any
 def register() -> type:
     """Registers the model `lookahead` with the harness; returns its class.
 
-    Raises ModuleNotFoundError, saying what to install, without the harness.
+    Raises ModuleNotFoundError, saying what to install, without the harness. The class stands
+    inside, hence the length: its base is the harness's, which is imported here only.
     """
     try:
         from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

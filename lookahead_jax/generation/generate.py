@@ -143,10 +143,13 @@ def generate(
     prompt_tokens = [len(row) for row in batch.prompts]
     cache, kept = report_cache(state.cache, prompt_tokens, batch.longest + max_new_tokens)
     state, decode_s = _decode(model, state, batch, drafting, outputs=outputs, burst=burst)
-    lengths = [len(text) for text in batch.texts]
-    total = [n + len(output.tokens) - 1 for n, output in zip(lengths, outputs, strict=True)]
-    warn_of_crossing(lengths, total, config=model.config)
+    _warn_of_crossing(model, batch, outputs)
     decoded = sum(len(output.tokens) - 1 for output in outputs)
+    timing = Timing(
+        ttft_s=ttft_s,
+        eviction_overhead_s=overhead_s,
+        decode_tokens_per_s=decoded / decode_s if decoded else None,
+    )
     return Generation(
         tokens=[output.tokens for output in outputs],
         text=None if model.tokenizer is None else [output.text for output in outputs],
@@ -155,13 +158,16 @@ def generate(
         prompt_ids=batch.prompts,
         kept=kept,
         cache=cache,
-        timing=Timing(
-            ttft_s=ttft_s,
-            eviction_overhead_s=overhead_s,
-            decode_tokens_per_s=decoded / decode_s if decoded else None,
-        ),
+        timing=timing,
         drafting=drafting.report(state),
     )
+
+
+def _warn_of_crossing(model: Model, batch: PromptBatch, outputs: Sequence[OutputRow]) -> None:
+    """Warns if a row has grown past the length at which the RoPE factors change."""
+    lengths = [len(text) for text in batch.texts]
+    total = [n + len(output.tokens) - 1 for n, output in zip(lengths, outputs, strict=True)]
+    warn_of_crossing(lengths, total, config=model.config)
 
 
 def _output_rows(
