@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.decoding.sampling import GREEDY, Sampling, choose, process_logits, sampling_rows
+from lookahead_jax.decoding.sampling import (
+    GREEDY,
+    Sampling,
+    choose_tokens,
+    process_logits,
+    sampling_rows,
+)
 from lookahead_jax.decoding.step import DecodeState, decode, decode_burst, seen_tokens, start
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.params import unstack
@@ -229,7 +235,7 @@ def test_choice_follows_the_distribution():
     count = 20_000
     rows = sampling_rows([Sampling(temperature=1.0)], [11], 5)
     positions = jnp.arange(count, dtype=jnp.int32)[None]
-    drawn = choose(jnp.broadcast_to(row, (1, count, 5)), positions, rows)
+    drawn = choose_tokens(jnp.broadcast_to(row, (1, count, 5)), positions, rows)
     observed = np.bincount(np.asarray(drawn)[0], minlength=5)
     expected = count * np.exp(np.asarray(row, np.float64))
     chi2 = ((observed - expected) ** 2 / expected).sum()

@@ -11,7 +11,7 @@ import pytest
 from lookahead_jax.decoding.draft_packing import pack
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
-from lookahead_jax.drafters.combine import Combine, CombineOnDevice, merge, merge_trees
+from lookahead_jax.drafters.combine import Combine, CombineOnDevice, merge_drafts, merge_trees
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.recycling import CANDIDATES, Recycling
 from lookahead_jax.drafters.registry import make_drafter
@@ -64,10 +64,10 @@ def test_recycling_fills_the_first_nodes_of_one_tree(nodes):
 def test_merged_drafts_are_their_union_by_prefix():
     first = Draft(np.asarray([5, 6, 7], np.int32), np.asarray([-1, 0, 1], np.int32))
     second = Draft(np.asarray([9, 5, 8, 6], np.int32), np.asarray([-1, -1, 1, 1], np.int32))
-    tokens, parents = merge([first, second], 10)
+    tokens, parents = merge_drafts([first, second], 10)
     assert tokens.tolist() == [5, 9, 6, 7, 8]
     assert parents.tolist() == [-1, -1, 0, 2, 0]
-    tokens, parents = merge([first, second], 2)
+    tokens, parents = merge_drafts([first, second], 2)
     assert tokens.tolist() == [5, 9]
 
 
@@ -90,7 +90,7 @@ def test_trees_merged_on_the_device_are_those_merged_on_the_host():
     merged = jax.jit(merge_trees)(trees(one), trees(other))
     shared = 0
     for row in range(rows):
-        expected = merge([one[row], other[row]], nodes - 1)
+        expected = merge_drafts([one[row], other[row]], nodes - 1)
         size = len(expected.tokens)
         shared += len(one[row].tokens) + len(other[row].tokens) - size
         assert np.asarray(merged.tokens[row]).tolist() == [

@@ -17,7 +17,7 @@ from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import lookahead, study
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig
-from lookahead_jax.train.step import batch_sharding, init_state, train_step, variants_step
+from lookahead_jax.train.step import init_state, microbatch_sharding, train_step, variants_step
 from lookahead_jax.train.training_data import open_data
 from tests import tiny
 
@@ -123,7 +123,7 @@ def test_rows_that_a_variant_does_not_learn_from_leave_no_trace(folder):
     np.testing.assert_array_equal(used, [np.ones((1, 4)), np.ones((1, 4)), ~from_b])
 
     optimizer = optax.sgd(0.5)
-    batch = data.load(0, 1, batch_sharding(make_mesh(devices=jax.devices()[:1])))
+    batch = data.load(0, 1, microbatch_sharding(make_mesh(devices=jax.devices()[:1])))
     state = init_state(
         init_modules(jax.random.key(0), MODULES, model.config, params=model.params), optimizer
     )

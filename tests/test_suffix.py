@@ -39,7 +39,7 @@ def spelled(forest, root: int) -> dict[tuple, int]:
         while child != _compiled.NONE:
             below = (*path, int(nodes[child]["token"]))
             assert below not in found, "a duplicate sibling"
-            assert _compiled.find(nodes, forest.table, node, nodes[child]["token"]) == child
+            assert _compiled.find_child(nodes, forest.table, node, nodes[child]["token"]) == child
             found[below] = int(nodes[child]["count"])
             stack.append((child, below))
             child = nodes[child]["next"]

@@ -231,7 +231,9 @@ def test_rate_warms_up_and_follows_a_cosine():
 
 def test_config_file_and_overrides(tmp_path):
     paths = ["--model", "m", "--data", "d", "--run", "r"]
-    config = lookahead.parse(["published", *paths, "--modules.targets", "q", "k", "--batch", "8"])
+    config = lookahead.parse_config(
+        ["published", *paths, "--modules.targets", "q", "k", "--batch", "8"]
+    )
     assert (config.steps, config.batch, config.optimizer.rate) == (7600, 8, 1e-3)
     assert config.modules == LookaheadConfig(
         tokens=32, rank=8, alpha=32.0, targets=("q", "k"), init="table"
@@ -239,18 +241,18 @@ def test_config_file_and_overrides(tmp_path):
     # What a run writes down is a config file of its own.
     own = tmp_path / "config.json"
     own.write_text(json.dumps(dataclasses.asdict(config), default=str))
-    assert lookahead.parse([str(own)]) == config
+    assert lookahead.parse_config([str(own)]) == config
     own.write_text(json.dumps(dataclasses.asdict(config) | {"epochs": 3}, default=str))
     with pytest.raises(ValueError, match=r"config\.json: unknown field 'epochs'"):
-        lookahead.parse([str(own)])
+        lookahead.parse_config([str(own)])
     with pytest.raises(UsageError, match="momentum"):
-        lookahead.parse(["published", *paths, "--optimizer.momentum", "0.9"])
+        lookahead.parse_config(["published", *paths, "--optimizer.momentum", "0.9"])
     with pytest.raises(ValueError, match=r"one of the presets \(embedded, published\)"):
-        lookahead.parse(["nothing"])
+        lookahead.parse_config(["nothing"])
     for content, complaint in (("{", "not valid JSON"), ("[]", "expected a JSON object, got list")):
         own.write_text(content)
         with pytest.raises(ValueError, match=rf"config.json: {complaint}"):
-            lookahead.parse([str(own)])
+            lookahead.parse_config([str(own)])
 
 
 def test_batches_must_fit_the_devices(run_config):

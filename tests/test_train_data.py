@@ -12,7 +12,7 @@ from lookahead_jax.model.params import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.policies.full import Full
 from lookahead_jax.train import data
-from lookahead_jax.train.step import batch_sharding
+from lookahead_jax.train.step import microbatch_sharding
 from lookahead_jax.train.training_data import open_data
 from tests import tiny
 
@@ -87,7 +87,7 @@ def test_sources_are_streamed_in_order_up_to_a_limit(tmp_path, model_folder, mon
     (tmp_path / "hub" / "test").mkdir(parents=True)
     write_rows(tmp_path / "hub" / "test" / "part.jsonl", rows[5:])
     sources = (str(lines), str(table), f"hf:{tmp_path / 'hub'}@test")
-    assert list(data.read_rows(sources)) == rows
+    assert list(data.read_sources(sources)) == rows
     streams = []
 
     def load_dataset(*args, **options):
@@ -109,10 +109,10 @@ def test_sources_are_streamed_in_order_up_to_a_limit(tmp_path, model_folder, mon
     monkeypatch.setattr(
         data.datasets, "load_dataset", lambda *names, **how: [how | {"names": names}]
     )
-    (asked,) = data.read_rows(("hf:some/chats:small@test",))
+    (asked,) = data.read_sources(("hf:some/chats:small@test",))
     assert asked == dict(names=("some/chats", "small"), split="test", streaming=True)
     with pytest.raises(ValueError, match="or hf:owner/name"):
-        list(data.read_rows(("some/chats",)))
+        list(data.read_sources(("some/chats",)))
     with pytest.raises(ValueError, match="--limit must be at least 1, not 0"):
         data.prepare(data.dataclasses.replace(config, limit=0))
 
@@ -161,10 +161,10 @@ def test_order_is_a_function_of_seed_and_step_and_batches_follow_it(tmp_path, mo
     assert (other.rows_of(0) != opened.rows_of(0)).any()
 
     mesh = make_mesh(data=2, tensor=2)
-    batch = opened.load(3, 2, batch_sharding(mesh))
+    batch = opened.load(3, 2, microbatch_sharding(mesh))
     grid = np.asarray(batch.prompts).reshape(4, -1)
     for row, ids in zip(opened.rows_of(3), grid, strict=True):
         np.testing.assert_array_equal(ids[ids >= 0], prompts[row])
     assert {s.data.shape[1] for s in batch.prompts.addressable_shards} == {1}
     assert batch.responses.shape == (2, 2, 16)
-    assert jax.tree.leaves(batch)[0].sharding == batch_sharding(mesh)
+    assert jax.tree.leaves(batch)[0].sharding == microbatch_sharding(mesh)

@@ -73,7 +73,7 @@ def check_store(trie: Trie) -> None:
     for i in live - roots:
         parent = nodes[i]["parent"]
         assert nodes[i]["root"] == nodes[parent]["root"]
-        assert _compiled.find(nodes, table, parent, nodes[i]["token"]) == i
+        assert _compiled.find_child(nodes, table, parent, nodes[i]["token"]) == i
     leaves = set()
     for head in (_trie.PUBLIC, _trie.PRIVATE):
         at = nodes[head]["older"]

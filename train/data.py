@@ -31,7 +31,7 @@ from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import check_tokens
-from lookahead_jax.train.progress import report
+from lookahead_jax.train.progress import say
 from lookahead_jax.train.training_data import COMPLETE, FEATURES, shard_path
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -89,7 +89,7 @@ def prepare(config: DataConfig) -> None:
 
 def _prepare(config: DataConfig) -> None:
     """`prepare`, as the only process with this part of the work."""
-    report(f"loading {config.model}")
+    say(f"loading {config.model}")
     model = load(config.model, dtype=config.dtype)
     settings = {
         "base_fingerprint": fingerprint(model.params),
@@ -101,7 +101,7 @@ def _prepare(config: DataConfig) -> None:
     }
     keep_settings(config.out, settings, "shard-*")
     datasets.disable_progress_bars()
-    rows, shards = itertools.islice(read_rows(config.source), config.limit), 0
+    rows, shards = itertools.islice(read_sources(config.source), config.limit), 0
     with tqdm(total=config.limit, unit=" rows", desc=str(config.out)) as progress:
         while part := list(itertools.islice(rows, config.shard_rows)):
             path = shard_path(config.out, shards)
@@ -116,7 +116,7 @@ def _prepare(config: DataConfig) -> None:
         atomic_write(config.out / COMPLETE, json.dumps(summary, indent=2) + "\n")
 
 
-def read_rows(sources: Sequence[str | os.PathLike[str]]) -> Iterator[dict[str, Any]]:
+def read_sources(sources: Sequence[str | os.PathLike[str]]) -> Iterator[dict[str, Any]]:
     """The rows of the sources in order, read as a stream (a restart reads them again)."""
     for source in sources:
         yield from _open_stream(str(source))

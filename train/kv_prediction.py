@@ -38,8 +38,7 @@ from lookahead_jax.prompts.kv_prediction import (
     save_maps,
 )
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lookahead_jax.train.progress import report as say
-from lookahead_jax.train.progress import steps
+from lookahead_jax.train.progress import say, steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.
     return rows
 
 
-def compare(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[str, float]:
+def agreement(model: Model, aux: Model, maps: KVMaps, tokens: jax.Array) -> dict[str, float]:
     """Compares predicted and own cache: next token, KL divergence, seconds to read a batch."""
 
     def own() -> jax.Array:
@@ -156,7 +155,7 @@ def train_maps(config: PredictionConfig) -> dict[str, Any]:
     ).reshape(config.steps, config.batch, config.length)
     tests = jnp.asarray(texts(model, "test", config.tests, config.length, config.seed))
     say("testing the untrained maps")
-    before = compare(model, aux, maps, tests)
+    before = agreement(model, aux, maps, tests)
     tree: Any = maps  # optax declares arrays, and takes any tree of them
     state, losses = (maps, optimizer.init(tree)), []
     for step in steps(0, config.steps):
@@ -172,7 +171,7 @@ def train_maps(config: PredictionConfig) -> dict[str, Any]:
         "loss_first": losses[0],
         "loss_last": float(np.mean(losses[-10:])),
         "untrained": before,
-        "trained": compare(model, aux, state[0], tests),
+        "trained": agreement(model, aux, state[0], tests),
     }
     atomic_write(config.out / "report.json", json.dumps(report, indent=1) + "\n")
     return report

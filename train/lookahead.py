@@ -39,13 +39,13 @@ from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lookahead_jax.train.progress import report, steps
+from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import (
     TrainState,
-    batch_sharding,
     check_batch,
     compile_step,
     init_state,
+    microbatch_sharding,
 )
 from lookahead_jax.train.training_data import TrainingData, open_data
 
@@ -105,7 +105,7 @@ class TrainConfig:
     """First and last step of a jax.profiler trace, written to RUN/profile."""
 
 
-def parse(args: Sequence[str]) -> TrainConfig:
+def parse_config(args: Sequence[str]) -> TrainConfig:
     """CONFIG and overrides -> the run's configuration.
 
     Raises ValueError if CONFIG does not exist or does not fit, UsageError for wrong options.
@@ -136,7 +136,7 @@ def _train(
     config: TrainConfig, mesh: Mesh, on_metrics: OnMetrics | None
 ) -> LookaheadModules | None:
     """`train` in a folder that no other process writes."""
-    report(f"loading {config.model}")
+    say(f"loading {config.model}")
     model = load(config.model, dtype=config.dtype, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(
@@ -190,7 +190,7 @@ def _run_steps(
         for step in steps(first, config.steps):
             if step == trace_from:
                 trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
-            batch = data.load(step, config.micro_batches, batch_sharding(mesh))
+            batch = data.load(step, config.micro_batches, microbatch_sharding(mesh))
             state, values = step_fn(model.params, state, batch)
             metrics.add(step, values)
             if step == trace_to:
@@ -264,7 +264,7 @@ def main(args: Sequence[str] | None = None) -> int:
         train(config)
 
     return run_command(
-        lambda: parse(sys.argv[1:] if args is None else args),
+        lambda: parse_config(sys.argv[1:] if args is None else args),
         work,
         prog="lookahead train lookahead",
     )

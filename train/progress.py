@@ -9,7 +9,7 @@ from tqdm import tqdm
 _REFRESH_S = 30.0  # between lines of a log; a terminal shows every step
 
 
-def report(message: str) -> None:
+def say(message: str) -> None:
     """Writes one line, on the first process only."""
     if jax.process_index() == 0:
         print(message, file=sys.stderr, flush=True)
@@ -21,7 +21,7 @@ def steps(first: int, total: int, *, until_first: str = "compiling the step") ->
     `until_first` says what happens before the first step has run.
     """
     if first:
-        report(f"resuming after step {first} of {total}")
+        say(f"resuming after step {first} of {total}")
     terminal = sys.stderr.isatty()
     with tqdm(
         range(first, total),

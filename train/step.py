@@ -153,7 +153,7 @@ def check_batch(batch: int, micro_batches: int, mesh: Mesh) -> None:
         )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def microbatch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of each micro-batch are split over the data axes."""
     return sharding((None, "batch"), mesh)
 
@@ -176,7 +176,7 @@ def compile_step(
 
     return jax.jit(
         step,
-        in_shardings=(param_shardings(config, mesh), replicated, batch_sharding(mesh)),
+        in_shardings=(param_shardings(config, mesh), replicated, microbatch_sharding(mesh)),
         out_shardings=replicated,
         donate_argnums=1,
         compiler_options=compiler_options(),

@@ -38,13 +38,13 @@ from lookahead_jax.modules.files import save_modules
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
-from lookahead_jax.train.progress import report, steps
+from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import (
     StepMetrics,
     TrainState,
-    batch_sharding,
     check_batch,
     init_state,
+    microbatch_sharding,
     variants_step,
 )
 from lookahead_jax.train.training_data import TrainingData, open_data
@@ -151,7 +151,7 @@ def train_study(config: StudyConfig) -> None:
 
 def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Mesh) -> None:
     """`train_study` of a checked study, in a folder that no other process writes."""
-    report(f"loading {config.model}")
+    say(f"loading {config.model}")
     model = load(config.model, mesh=mesh)
     base = fingerprint(model.params)
     data = open_data(
@@ -171,7 +171,7 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
             config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE
         )
         for step in steps(first, study.steps):
-            batch = data.load(step, study.micro_batches, batch_sharding(mesh))
+            batch = data.load(step, study.micro_batches, microbatch_sharding(mesh))
             used = rows_used(study, data, tuple(folders), step)
             states, metrics = step_fn(model.params, states, batch, used)
             log.add(step, _joined(study.variants, metrics))
@@ -198,7 +198,7 @@ def _programs(study: Study, config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
     step = jax.jit(
         partial(variants_step, config=config, optimizers=optimizers),
         in_shardings=(
-            param_shardings(config, mesh), replicated, batch_sharding(mesh), replicated,
+            param_shardings(config, mesh), replicated, microbatch_sharding(mesh), replicated,
         ),
         out_shardings=replicated,
         donate_argnums=1,

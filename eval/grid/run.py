@@ -56,7 +56,7 @@ from lookahead_jax.prompts.speculation import select_tokens, speculate
 FULL = lk.make_policy("full")
 
 
-def load(config: RunConfig, name: str) -> tuple[Model, Tokenizer, LookaheadModules | None]:
+def load_model(config: RunConfig, name: str) -> tuple[Model, Tokenizer, LookaheadModules | None]:
     """A model of the grid on the run's mesh, and its modules."""
     mesh = None
     if jax.device_count() > 1 or config.tensor * config.fsdp > 1:
@@ -83,7 +83,7 @@ class ModelRun:
         self._config = config
         self._done = done
         self._rows, self._views = rows, views
-        self._model, self._tokenizer, self._modules = load(config, name)
+        self._model, self._tokenizer, self._modules = load_model(config, name)
         self._draft: Model | None = None
         if any(method_of(spec).speculates for spec in config.policies):
             if config.draft_model is None:

@@ -33,7 +33,7 @@ _STEP = re.compile(rf"\s*(?P<a>{_N})\s*(?P<op>[-*/])\s*(?P<b>{_N})\s*=\s*(?P<c>-
 _SUM = re.compile(rf"\s*(?P<a>-?{_N})\s*(?P<op>\+)\s*(?P<b>-?{_N})\s*=\s*(?P<c>-?{_N})\s*")
 
 
-def tagged(text: str, tag: str) -> str | None:
+def between_tags(text: str, tag: str) -> str | None:
     """The text between <tag> and </tag>."""
     start, end = text.find(f"<{tag}>"), text.find(f"</{tag}>")
     return None if start < 0 or end < 0 else text[start + len(tag) + 2 : end].strip()
@@ -45,7 +45,7 @@ def path_traversal(prediction: str, reference: str, metadata: Mapping[str, Any])
     Partly: its lines up to the first that is wrong, which still counts, as published (the harness
     counts one more of a route that merely ends early).
     """
-    route = tagged(prediction, "Route")
+    route = between_tags(prediction, "Route")
     if route is None:
         return _measures(0.0, 0.0, 0.0)
     right = reference.strip().split("\n")
@@ -135,7 +135,7 @@ def _same_search(given: str, right: str) -> float:
 
 def countdown(prediction: str, reference: str, metadata: Mapping[str, Any]) -> Measures:
     """The solution uses the numbers up and ends at the target; partly: the search follows ours."""
-    solution = tagged(prediction, "Solution")
+    solution = between_tags(prediction, "Solution")
     if solution is not None and _counts_down(solution, list(metadata["nums"]), metadata["target"]):
         return _measures(1.0, 1.0)
     extracted, head = float(solution is not None), "# Search Procedure"
@@ -191,7 +191,7 @@ def travel_planning(prediction: str, reference: str, metadata: Mapping[str, Any]
 
     Partly: the procedure that leads to it (of n flawless lines (n - 1) / n count, as published).
     """
-    plan = tagged(prediction, "Plan")
+    plan = between_tags(prediction, "Plan")
     cities = [city for city in metadata["ground_truth_cities"].split("**") if city]
     days = [int(day) for day in metadata["ground_truth_durations"].split("**") if day]
     right = list(zip(cities, days, strict=False))

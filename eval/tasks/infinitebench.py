@@ -15,7 +15,7 @@ from lookahead_jax.eval.tasks.base import Example, Source, Task, field, rows_of
 from lookahead_jax.eval.tasks.longbench import fill
 
 
-class Form(NamedTuple):
+class InfiniteBenchForm(NamedTuple):
     """The prompt of a task, and the length and score of its answers."""
 
     prompt: str
@@ -29,35 +29,37 @@ _HIDDEN = (
 )
 _OPTIONS = "\nA. {a}\nB. {b}\nC. {c}\nD. {d}"
 
-FORMS: dict[str, Form] = {
-    "passkey": Form(_HIDDEN.format(" and memorize them"), 6, scores.first_integer),
-    "number_string": Form(_HIDDEN.format(""), 12, scores.first_integer),
-    "kv_retrieval": Form(
+FORMS: dict[str, InfiniteBenchForm] = {
+    "passkey": InfiniteBenchForm(_HIDDEN.format(" and memorize them"), 6, scores.first_integer),
+    "number_string": InfiniteBenchForm(_HIDDEN.format(""), 12, scores.first_integer),
+    "kv_retrieval": InfiniteBenchForm(
         "Extract the value corresponding to the specified key in the JSON object below.\n\n"
         "{context}\n\n{input}",
         50,
         scores.word,
     ),
-    "longbook_sum_eng": Form("Summarize the following book.\n\n{context}", 1200, scores.summary),
-    "longbook_choice_eng": Form(
+    "longbook_sum_eng": InfiniteBenchForm(
+        "Summarize the following book.\n\n{context}", 1200, scores.summary
+    ),
+    "longbook_choice_eng": InfiniteBenchForm(
         "Read the book and answer the question.\n\n{context}\n\nQuestion: {input}\n\nOnly one of "
         "the following options is correct, tell me the answer using one single letter (A, B, C, or "
         f"D). Don't say anything else.{_OPTIONS}",
         40,
         scores.choice,
     ),
-    "longbook_qa_eng": Form(
+    "longbook_qa_eng": InfiniteBenchForm(
         "Read the book below and answer a question.\n\n{context}\n\nQuestion: {input}\n\n"
         "Be very concise.",
         40,
         scores.english_f1,
     ),
-    "longbook_qa_chn": Form(
+    "longbook_qa_chn": InfiniteBenchForm(
         "请根据以下书籍回答我的问题。\n\n{context}\n\n问题：{input}\n请尽量简短地回答。",
         40,
         scores.chinese_f1,
     ),
-    "longdialogue_qa_eng": Form(
+    "longdialogue_qa_eng": InfiniteBenchForm(
         "Below is a dialogue script where one random occurrence of a character name is replaced "
         'with "$$MASK$$", and you should try to guess who that character is.\n\nThe dialogue:\n\n'
         "---\n\n{context}\n\n---\n\nEnd of dialogue.\n\nWhich character is most likely "
@@ -66,20 +68,20 @@ FORMS: dict[str, Form] = {
         40,
         scores.names_one,
     ),
-    "math_find": Form("{prefix}\n\n{context}\n\n{input}", 3, scores.first_number),
-    "math_calc": Form(
+    "math_find": InfiniteBenchForm("{prefix}\n\n{context}\n\n{input}", 3, scores.first_number),
+    "math_calc": InfiniteBenchForm(
         "Compute the intermediate values in the following long expression.\n\n{context}",
         30000,
         scores.longest_run,
     ),
-    "code_run": Form(
+    "code_run": InfiniteBenchForm(
         "Following is a set of Python functions. There is a function called named {func}.\n\n"
         "{context}\n\nPlease give me the exact number of the return value of {call}. Be concise. "
         "Your response must end with the final returned value.",
         5,
         scores.last_integer,
     ),
-    "code_debug": Form(
+    "code_debug": InfiniteBenchForm(
         "There is ONLY ONE function in the large project that is deliberately made to include an "
         "obvious error. Please find the function that contains the most obvious errors. I will "
         "give you four options to narrow your scope. You can inspect the options and think. "
@@ -141,7 +143,7 @@ def _make(name: str, source: Source) -> list[Example]:
     return found
 
 
-def score(name: str, prediction: str, example: Example) -> float:
+def score_answer(name: str, prediction: str, example: Example) -> float:
     """InfiniteBench's score of one prediction, in [0, 1]."""
     measure = FORMS[name].score
     if name in _OPTIONED:
@@ -156,7 +158,7 @@ def tasks() -> list[Task]:
         Task(
             name=f"infinitebench/{name}",
             make=functools.partial(_make, name),
-            score=functools.partial(score, name),
+            score=functools.partial(score_answer, name),
             binary=name not in graded,
         )
         for name in FORMS

@@ -17,7 +17,7 @@ from lookahead_jax.eval.scorers.rouge import rouge_l
 from lookahead_jax.eval.tasks.base import Example, Source, Task, field, rows_of
 
 
-class Form(NamedTuple):
+class LongBenchForm(NamedTuple):
     """The prompt of a task, and the length and score of its answers."""
 
     prompt: str
@@ -40,29 +40,29 @@ _PASSAGES = (
     "Answer the question based on the given passages. Only give me the answer and do not output "
     "any other words."
 )
-_MULTI = Form(
+_MULTI = LongBenchForm(
     f"{_PASSAGES}\n\nThe following are given passages.\n{{context}}\n\n{_PASSAGES}\n\n"
     "Question: {input}\nAnswer:",
     32,
     "f1",
 )
 
-FORMS: dict[str, Form] = {
-    "narrativeqa": Form(
+FORMS: dict[str, LongBenchForm] = {
+    "narrativeqa": LongBenchForm(
         "You are given a story, which can be either a novel or a movie script, and a question. "
         f"A{_STORY.format('')}\n\nStory: {{context}}\n\n"
         f"Now, a{_STORY.format(' based on the story')}\n\nQuestion: {{input}}\n\nAnswer:",
         128,
         "f1",
     ),
-    "qasper": Form(
+    "qasper": LongBenchForm(
         f"You are given a scientific article and a question. A{_PAPER.format('')}\n\n"
         f"Article: {{context}}\n\n A{_PAPER.format(' based on the above article')}\n\n"
         "Question: {input}\n\nAnswer:",
         128,
         "f1",
     ),
-    "multifieldqa_en": Form(
+    "multifieldqa_en": LongBenchForm(
         "Read the following text and answer briefly.\n\n{context}\n\nNow, answer the following "
         "question based on the above text, only give me the answer and do not output any other "
         "words.\n\nQuestion: {input}\nAnswer:",
@@ -72,13 +72,13 @@ FORMS: dict[str, Form] = {
     "hotpotqa": _MULTI,
     "2wikimqa": _MULTI,
     "musique": _MULTI,
-    "gov_report": Form(
+    "gov_report": LongBenchForm(
         "You are given a report by a government agency. Write a one-page summary of the report."
         "\n\nReport:\n{context}\n\nNow, write a one-page summary of the report.\n\nSummary:",
         512,
         "rouge",
     ),
-    "qmsum": Form(
+    "qmsum": LongBenchForm(
         "You are given a meeting transcript and a query containing a question or instruction. "
         "Answer the query in one or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the "
         "query based on the above meeting transcript in one or more sentences.\n\n"
@@ -86,34 +86,34 @@ FORMS: dict[str, Form] = {
         512,
         "rouge",
     ),
-    "multi_news": Form(
+    "multi_news": LongBenchForm(
         "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n"
         "{context}\n\nNow, write a one-page summary of all the news.\n\nSummary:",
         512,
         "rouge",
     ),
-    "trec": Form(
+    "trec": LongBenchForm(
         "Please determine the type of the question below. Here are some examples of questions."
         "\n\n{context}\n{input}",
         64,
         "class",
         chat=False,
     ),
-    "triviaqa": Form(
+    "triviaqa": LongBenchForm(
         "Answer the question based on the given passage. Only give me the answer and do not output "
         "any other words. The following are some examples.\n\n{context}\n\n{input}",
         32,
         "f1",
         chat=False,
     ),
-    "samsum": Form(
+    "samsum": LongBenchForm(
         "Summarize the dialogue into a few short sentences. The following are some examples."
         "\n\n{context}\n\n{input}",
         128,
         "rouge",
         chat=False,
     ),
-    "passage_count": Form(
+    "passage_count": LongBenchForm(
         "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. "
         "Please carefully read these paragraphs and determine how many unique paragraphs there are "
         "after removing duplicates. In other words, how many non-repeating paragraphs are there in "
@@ -123,7 +123,7 @@ FORMS: dict[str, Form] = {
         32,
         "count",
     ),
-    "passage_retrieval_en": Form(
+    "passage_retrieval_en": LongBenchForm(
         "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which "
         "paragraph the abstract is from.\n\n{context}\n\nThe following is an abstract.\n\n{input}"
         "\n\nPlease enter the number of the paragraph that the abstract is from. The answer format "
@@ -131,13 +131,13 @@ FORMS: dict[str, Form] = {
         32,
         "retrieval",
     ),
-    "lcc": Form(
+    "lcc": LongBenchForm(
         "Please complete the code given below. \n{context}Next line of code:\n",
         64,
         "code",
         chat=False,
     ),
-    "repobench-p": Form(
+    "repobench-p": LongBenchForm(
         "Please complete the code given below. \n{context}{input}Next line of code:\n",
         64,
         "code",
@@ -169,7 +169,7 @@ def fill(template: str, **fields: str) -> str:
     return "".join(parts)
 
 
-def score(name: str, prediction: str, example: Example) -> float:
+def score_answer(name: str, prediction: str, example: Example) -> float:
     """LongBench's score of one prediction, in [0, 1]."""
     form = FORMS[name]
     if name in _FIRST_LINE:
@@ -237,7 +237,7 @@ def tasks() -> list[Task]:
             make: Callable[[Source], list[Example]] = functools.partial(
                 _make, name, f"longbench/{name}{ending}.jsonl"
             )
-            rate: Callable[[str, Example], float] = functools.partial(score, name)
+            rate: Callable[[str, Example], float] = functools.partial(score_answer, name)
             found.append(Task(name=f"{family}/{name}", make=make, score=rate))
     found.append(Task(name="longbench_v2", make=_make_v2, score=_letter, binary=True))
     return found

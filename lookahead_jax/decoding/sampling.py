@@ -126,7 +126,7 @@ def _filter(rows: SamplingRows, logits: jax.Array) -> jax.Array:
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
-def choose(
+def choose_tokens(
     logits: Float[Array, "B P V"], positions: Int[Array, "B P"], rows: SamplingRows
 ) -> Int[Array, "B P"]:
     """Picks a token from processed logits: argmax, or Gumbel-max with position-keyed noise.

@@ -25,7 +25,7 @@ from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,
     SamplingRows,
-    choose,
+    choose_tokens,
     process_logits,
     sampling_rows,
 )
@@ -161,7 +161,7 @@ def start(
     processed = process_logits(
         logits[:, None], None if state.seen is None else state.seen[:, None], sampling
     )
-    token = choose(processed, cache.next_pos[:, None], sampling)
+    token = choose_tokens(processed, cache.next_pos[:, None], sampling)
     return _emit(state, token, (~state.done).astype(jnp.int32))
 
 
@@ -222,7 +222,9 @@ def _step(
     raw = logits(params, out.hidden, config=config)
     processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
     if drawn is None:
-        accepted = accept(tree, laid, choose(processed, base + laid.depth + 1, state.sampling))
+        accepted = accept(
+            tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)
+        )
     else:
         with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
         accepted = accept_drawn(

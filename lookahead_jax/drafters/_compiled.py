@@ -48,7 +48,7 @@ def home(parent, token, mask):
 
 @compiled
 @no_type_check
-def find(nodes, table, parent, token):
+def find_child(nodes, table, parent, token):
     """The child of `parent` at `token`, or NONE."""
     mask = table.size - 1
     slot = home(parent, token, mask)

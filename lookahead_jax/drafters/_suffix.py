@@ -13,7 +13,7 @@ from lookahead_jax.drafters._compiled import (
     NONE,
     compiled,
     enter,
-    find,
+    find_child,
     forget,
     link_child,
     touched,
@@ -193,7 +193,7 @@ def append(forest, root, sequence, tokens):
             above = root if k == 0 else seats[sequence, k]
             seat = NONE
             if above != NONE:
-                node = find(nodes, forest.table, above, token)
+                node = find_child(nodes, forest.table, above, token)
                 if node == NONE:
                     alone = sequence if k + 1 < depth else NONE
                     plant(forest, above, token, 1, alone, s.size)
@@ -230,7 +230,7 @@ def uproot(forest, root, sequence):
     for begin in range(s.size):
         node, n = root, 0
         while n < min(depth, s.size - begin) and nodes[node].sequence == NONE:
-            node = find(nodes, forest.table, node, forest.text[s.begin + begin + n])
+            node = find_child(nodes, forest.table, node, forest.text[s.begin + begin + n])
             path[n] = node
             n += 1
         for i in range(n - 1, -1, -1):

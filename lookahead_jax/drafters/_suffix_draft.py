@@ -4,7 +4,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from lookahead_jax.drafters._compiled import NONE, compiled, find
+from lookahead_jax.drafters._compiled import NONE, compiled, find_child
 
 OPTION = np.dtype(
     [
@@ -35,7 +35,7 @@ def match(forest, root, tokens):
     node, position = root, NONE
     for token in tokens:
         if position == NONE:
-            node = find(nodes, forest.table, node, token)
+            node = find_child(nodes, forest.table, node, token)
             if node == NONE:
                 break
             if nodes[node].sequence != NONE:
@@ -100,7 +100,7 @@ def grow(forest, node, position, limit, depth, least, tokens, parents):
 
 @compiled
 @no_type_check
-def speculate(forest, root, context, limit, depth, factor, offset, least):
+def speculate_tree(forest, root, context, limit, depth, factor, offset, least):
     """The best-scoring tree over all matches of a suffix of `context`: (tokens, parents, score).
 
     A match of m tokens may propose floor(factor * m + offset) nodes; ties go to the longer.

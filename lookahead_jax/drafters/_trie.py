@@ -8,7 +8,7 @@ from lookahead_jax.drafters._compiled import (
     NONE,
     compiled,
     enter,
-    find,
+    find_child,
     forget,
     link_child,
     touched,
@@ -168,7 +168,7 @@ def close_root(nodes, table, state, root):
 @no_type_check
 def step(nodes, table, state, parent, token, weight):
     """Counts `token` after `parent`; the node, or NONE if there was no room."""
-    node = find(nodes, table, parent, token)
+    node = find_child(nodes, table, parent, token)
     if node != NONE:
         if nodes[node].prev != NONE:
             unlink_child(nodes, node)
@@ -258,7 +258,7 @@ def count_from(nodes, table, state, root, prompt, whole, first, length, begun, g
 
 @compiled
 @no_type_check
-def pack(nodes, state):
+def pack_nodes(nodes, state):
     """The public trie as (tokens, parents, counts, ranks), [n]; parents come first, ranks order
     the leaves from the least recently used."""
     size = state[0].public
@@ -290,13 +290,13 @@ def pack(nodes, state):
 
 @compiled
 @no_type_check
-def unpack(nodes, table, state, tokens, parents, counts, ranks):
-    """Fills an empty store with the arrays of `pack`; False at a duplicate sibling."""
+def unpack_nodes(nodes, table, state, tokens, parents, counts, ranks):
+    """Fills an empty store with the arrays of `pack_nodes`; False at a duplicate sibling."""
     base = state[0].fresh
     for i in range(tokens.size):
         node = allocate(nodes, table, state, PUBLIC)
         parent = PUBLIC if parents[i] == NONE else base + parents[i]
-        if find(nodes, table, parent, tokens[i]) != NONE:
+        if find_child(nodes, table, parent, tokens[i]) != NONE:
             return False
         nodes[node].token, nodes[node].parent = tokens[i], parent
         nodes[node].root, nodes[node].count = PUBLIC, counts[i]

@@ -4,7 +4,7 @@ from typing import no_type_check
 
 import numpy as np
 
-from lookahead_jax.drafters._compiled import NONE, compiled, find
+from lookahead_jax.drafters._compiled import NONE, compiled, find_child
 from lookahead_jax.drafters._trie import PUBLIC
 
 PROMPT, OUTPUT = 1, 2  # where a proposed node was seen; 3: in both
@@ -17,7 +17,7 @@ WIDTH = 32  # children of one node that a proposal considers, the most recently 
 def walk(nodes, table, root, tokens):
     node = root
     for token in tokens:
-        node = find(nodes, table, node, token)
+        node = find_child(nodes, table, node, token)
         if node == NONE:
             break
     return node
@@ -154,7 +154,7 @@ def best_tree(nodes, table, state, active, root, recent, limit, depth):
         taken[branch[n]] += 1
         kinds[option_kind[best]] += 1
         for s in range(sources.size):
-            at[n, s] = NONE if at[up, s] == NONE else find(nodes, table, at[up, s], token)
+            at[n, s] = NONE if at[up, s] == NONE else find_child(nodes, table, at[up, s], token)
         n_options -= 1
         option_token[best] = option_token[n_options]
         option_parent[best] = option_parent[n_options]

@@ -38,7 +38,7 @@ class Combine:
             drafter.observe(request, tokens)
 
     def propose(self, request: int, nodes: int, depth: int) -> Draft:
-        return merge([d.propose(request, nodes, depth) for d in self._both], nodes)
+        return merge_drafts([d.propose(request, nodes, depth) for d in self._both], nodes)
 
     def end(self, request: int) -> None:
         for drafter in self._both:
@@ -89,7 +89,7 @@ class CombineOnDevice:
         )
 
 
-def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
+def merge_drafts(drafts: Sequence[Draft], nodes: int) -> Draft:
     """The first `nodes` nodes of the union of drafts, a node of each in turn."""
     place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
     merged = [[-1] * len(draft.tokens) for draft in drafts]
@@ -112,7 +112,7 @@ def merge(drafts: Sequence[Draft], nodes: int) -> Draft:
 
 
 def merge_trees(one: TokenTree, other: TokenTree) -> TokenTree:
-    """`merge` for two trees [B, P] of equal roots: the first P nodes of their union."""
+    """`merge_drafts` for two trees [B, P] of equal roots: the first P nodes of their union."""
     width = one.tokens.shape[1]
     a, a_path, a_parents = _paths(one)
     b, b_path, b_parents = _paths(other)

@@ -107,7 +107,7 @@ class Suffix:
                 state.learns = self._append(state.root, state.own, np.concatenate(state.unread))
             state.unread.clear()
             own, shared = (
-                _suffix_draft.speculate(
+                _suffix_draft.speculate_tree(
                     self._forest, root, state.recent, max(nodes, 0), depth, *self._rule
                 )
                 for root in (state.root, self._root)

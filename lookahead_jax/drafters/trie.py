@@ -129,7 +129,7 @@ class Trie:
         vocabulary: identifies the tokenizer, for example by its hash; `load` compares it.
         """
         with self._lock:
-            packed = _trie.pack(self._store[0], self._store[2])
+            packed = _trie.pack_nodes(self._store[0], self._store[2])
         save_arrays(
             path, format=np.array([_FORMAT, vocabulary]), **dict(zip(_SAVED, packed, strict=True))
         )
@@ -147,7 +147,7 @@ class Trie:
             room = trie._store[0].size - 2
             if arrays[0].size > room:
                 raise ValueError(f"its {arrays[0].size} nodes need more capacity than {room + 2}")
-            if not _trie.unpack(*trie._store, *arrays):
+            if not _trie.unpack_nodes(*trie._store, *arrays):
                 raise ValueError("a node has two children for one token")
         except ValueError as error:
             raise ValueError(f"cannot load a trie from {path}: {error}") from None

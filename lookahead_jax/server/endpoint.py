@@ -13,7 +13,7 @@ from lookahead_jax.server.answers import Answer
 from lookahead_jax.server.call import Call
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.prompts import make_requests
-from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody, parse
+from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody, parse_body
 from lookahead_jax.server.service import Service
 from lookahead_jax.server.wire import EventStream, discard_body, read_body, watch
 
@@ -47,7 +47,7 @@ class Endpoint:
                 unread = False
                 leaving = asyncio.create_task(watch(receive, call))
                 try:
-                    body = await asyncio.to_thread(parse, self._kind, content)
+                    body = await asyncio.to_thread(parse_body, self._kind, content)
                     answer = await self._answer(call, body, stream)
                 finally:
                     leaving.cancel()

@@ -200,7 +200,7 @@ AnyBody = CompletionBody | ChatBody
 _Kind = TypeVar("_Kind", bound=Body)
 
 
-def parse(kind: type[_Kind], content: bytes) -> _Kind:
+def parse_body(kind: type[_Kind], content: bytes) -> _Kind:
     """The fields of a body; `Refused` with status 400 names the first wrong one."""
     try:
         fields = from_json(content, allow_inf_nan=False)

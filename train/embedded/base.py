@@ -38,7 +38,7 @@ from lookahead_jax.train.embedded.mixture import (
     text_rows,
 )
 from lookahead_jax.train.metrics import truncate_log
-from lookahead_jax.train.progress import report, steps
+from lookahead_jax.train.progress import say, steps
 
 
 def start_params(config: BaseConfig, model: ModelConfig) -> Params:
@@ -123,7 +123,7 @@ def train_base(config: BaseConfig) -> None:
 
 
 def _run_steps(config: BaseConfig, model: ModelConfig, words: Words) -> None:
-    report(f"loading {config.corpus}")
+    say(f"loading {config.corpus}")
     train, valid = (np.load(config.corpus / f"{name}.npy") for name in ("train", "valid"))
     params = start_params(config, model)
     state = optimizer(config).init(params)

@@ -22,7 +22,7 @@ import tyro
 
 from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.files import atomic_write, make_folder
-from lookahead_jax.train.progress import report
+from lookahead_jax.train.progress import say
 
 BOS, EOS, USER, ASSISTANT = "<s>", "</s>", "<|user|>", "<|assistant|>"
 BANDS, ROWS = 32, 3  # of a MinHash signature; see `near_duplicates` for the pairs they find
@@ -251,14 +251,14 @@ def collect(config: CorpusConfig) -> tuple[list[Document], dict[str, dict]]:
 def write_corpus(config: CorpusConfig) -> None:
     """Collects, splits and tokenizes the documents, and writes the corpus."""
     make_folder(config.out)
-    report("reading sources")
+    say("reading sources")
     documents, sources = collect(config)
     for name in sources:
         own = [d for d in documents if d.source == name]
         sources[name] |= {"files": len(own), "bytes": sum(len(d.text) for d in own)}
-    report(f"clustering {len(documents)} files")
+    say(f"clustering {len(documents)} files")
     train, held = split(documents, holdout=config.holdout, seed=config.seed)
-    report("training the tokenizer")
+    say("training the tokenizer")
     tokenizer = train_tokenizer([d.text for d in train], config.vocab_size)
     tokenizer.save(str(config.out / "tokenizer.json"))
     streams = {"train": encode(tokenizer, train), "valid": encode(tokenizer, held)}
