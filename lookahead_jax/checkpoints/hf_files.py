@@ -2,7 +2,8 @@
 
 Files have plain names inside the directory. A symbolic link may not lead out of it, with one
 exception: the Hugging Face cache keeps `<repo>/snapshots/<revision>/<name>` as a link to
-`<repo>/blobs/<hash>`, and exactly that shape is followed. Nothing is unpickled or executed.
+`<repo>/blobs/<hash>`, which may be a link to `blobs/<2 digits>/<hash>` beside the repositories.
+Exactly these shapes are followed. Nothing is unpickled or executed.
 """
 
 import json
@@ -28,7 +29,11 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
         return None
     base, target = directory.resolve(), path.resolve()
     snapshots = [root for root in (base, base.parent) if root.parent.name == "snapshots"]
-    in_cache = any(target.parent == root.parents[1] / "blobs" for root in snapshots)
+    in_cache = any(
+        target.parent == root.parents[1] / "blobs"
+        or target.parent == root.parents[1].parent / "blobs" / target.name[:2]
+        for root in snapshots
+    )
     if target.parent != base and not in_cache:
         raise ValueError(f"{path}: refused, the link leads out of the directory to {target}")
     if not path.is_file():
