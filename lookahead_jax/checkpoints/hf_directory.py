@@ -34,6 +34,7 @@ def open_directory(path: Path) -> CheckpointSource:
     """
     hf, config = read_config(path)
     return CheckpointSource(
+        hf=hf,
         config=config,
         generation=_generation_defaults(path, hf),
         tokenizer=Tokenizer.load(path),

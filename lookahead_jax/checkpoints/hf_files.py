@@ -13,6 +13,11 @@ from typing import Any
 MAX_JSON_BYTES = 64 * 2**20
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a text names a file inside a folder, whichever folder that is."""
+    return name not in ("", "..") and name == Path(name).name and not {"\0", "\\"} & set(name)
+
+
 def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None:
     """The file `name` of the directory, or None if there is none.
 
@@ -20,7 +25,7 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
       ValueError: when the name or the link behind it leaves the directory, when it is not a
         regular file, or when it holds more than `limit` bytes.
     """
-    if name in ("", "..") or name != Path(name).name or "\0" in name or "\\" in name:
+    if not is_plain_name(name):
         raise ValueError(f"{directory}: refused file name {name!r}, it is not a plain name")
     path = directory / name
     if not path.exists():
@@ -43,7 +48,9 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
     return path
 
 
-def files_of_folder(directory: Path, folder: str, *, suffix: str, limit: int) -> list[Path]:
+def files_of_folder(
+    directory: Path, folder: str, *, suffix: str, limit: int | None = None
+) -> list[Path]:
     """The files with a suffix in a folder of the directory; none if there is no such folder.
 
     Raises:

@@ -69,15 +69,23 @@ def fetch(name: HubName) -> Path:
         if name.file is not None:
             file = hub.hf_hub_download(name.repository, name.file, revision=name.revision)
             return Path(file)
-        small = dict(allow_patterns=[*FOLDER_FILES, INDEX], tqdm_class=_bars(shown=False))
-        folder = Path(hub.snapshot_download(name.repository, revision=name.revision, **small))
-        missing = _missing(folder)
-        if missing:
+        small = hub.snapshot_download(
+            name.repository,
+            revision=name.revision,
+            allow_patterns=[*FOLDER_FILES, INDEX],
+            tqdm_class=_bars(shown=False),
+        )
+        folder = Path(small)
+        if missing := _missing(folder):
             stored = hub.HfApi().list_repo_files(name.repository, revision=folder.name)
             if absent := sorted(set(missing) - set(stored)):
                 raise _nothing_to_load(name, absent, stored)
-            large = dict(allow_patterns=missing, tqdm_class=_bars(shown=True))
-            hub.snapshot_download(name.repository, revision=folder.name, **large)
+            hub.snapshot_download(
+                name.repository,
+                revision=folder.name,
+                allow_patterns=missing,
+                tqdm_class=_bars(shown=True),
+            )
         return folder
 
 
