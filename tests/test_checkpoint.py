@@ -342,6 +342,25 @@ def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
         load(snapshot)
 
 
+def test_links_to_the_store_that_repositories_share_are_followed(tmp_path):
+    """<repo>/blobs/<hash> may be a link to blobs/<2 digits>/<hash> beside the repositories."""
+    repo = tmp_path / "models--a--b"
+    snapshot, blobs, store = repo / "snapshots" / "abc", repo / "blobs", tmp_path / "blobs" / "ha"
+    for folder in (snapshot, blobs, store):
+        folder.mkdir(parents=True)
+    for path in (MODELS / "llama3").iterdir():
+        shutil.copy(path, store / f"hash-{path.name}")
+        (blobs / f"etag-{path.name}").symlink_to(f"../../blobs/ha/hash-{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/etag-{path.name}")
+    assert_trees_equal(load(snapshot).params, load(MODELS / "llama3").params)
+    (blobs / "etag-config.json").unlink()
+    (tmp_path / "blobs" / "xx").mkdir()
+    shutil.copy(MODELS / "llama3" / "config.json", tmp_path / "blobs" / "xx" / "hash")
+    (blobs / "etag-config.json").symlink_to("../../blobs/xx/hash")
+    with pytest.raises(ValueError, match="leads out"):
+        load(snapshot)
+
+
 def test_special_files_are_refused(copy):
     """A FIFO would block the reader for ever."""
     directory = copy("llama3")

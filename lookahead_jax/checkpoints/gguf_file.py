@@ -19,7 +19,8 @@ def open_gguf(path: Path) -> CheckpointSource:
     """
     header = read_header(path)
     try:
-        config = config_from_hf(hf_config(header))
+        hf = hf_config(header)
+        config = config_from_hf(hf)
         tensors = tensors_of(header, config)
         tokenizer = tokenizer_of(header.metadata)
     except ValueError as error:
@@ -33,5 +34,5 @@ def open_gguf(path: Path) -> CheckpointSource:
         top_p=None,
     )
     return CheckpointSource(
-        config=config, tokenizer=tokenizer, generation=generation, tensors=tensors
+        hf=hf, config=config, tokenizer=tokenizer, generation=generation, tensors=tensors
     )

@@ -11,6 +11,7 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_SPECIAL = (_UNKNOWN, _CONTROL)
 
 # How each `tokenizer.ggml.pre` splits a text before byte-level BPE.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -63,14 +64,16 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> Tokenizer:
             backend = _sentencepiece(g, tokens, kinds)
         case other:
             raise ValueError(f"unknown tokenizer.ggml.model {other!r}; known: gpt2, llama")
+    roles = {role: _token(g, key, tokens) for key, role in _ROLES.items() if key in g}
+    # As in llama.cpp and Hugging Face folders, a token with a role is special, whatever its type.
+    special = set(roles.values()) | {tokens[i] for i in np.flatnonzero(np.isin(kinds, _SPECIAL))}
     backend.add_tokens(
         [
-            tokenizers.AddedToken(token, special=kind == _CONTROL, normalized=False)
+            tokenizers.AddedToken(token, special=token in special, normalized=False)
             for token, kind in zip(tokens, kinds.tolist(), strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if token in special or kind == _USER_DEFINED
         ]
     )
-    roles = {role: _token(g, key, tokens) for key, role in _ROLES.items() if key in g}
     _add_around(backend, g, roles)
     templates = {
         "default" if name == "tokenizer.chat_template" else name.rpartition(".")[2]: value

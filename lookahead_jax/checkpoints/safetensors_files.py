@@ -42,18 +42,36 @@ def safetensors_of(directory: Path, ignored: Callable[[str], bool]) -> Tensors:
     return Tensors(where=str(directory), stored=stored, open=open_files)
 
 
+def weight_files(directory: Path) -> list[str]:
+    """Names of the files that hold a directory's weights, by its index if it has one.
+
+    Raises:
+      ValueError: when the index is malformed.
+    """
+    weight_map = _weight_map(directory)
+    return [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+
+
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """File name by tensor name, as the index says; None if there is no index."""
+    index = read_json(directory, INDEX)
+    if index is None:
+        return None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{directory / INDEX}: weight_map must map tensor names to file names")
+    return weight_map
+
+
 def _stored_tensors(directory: Path, ignored: Callable[[str], bool]) -> dict[str, StoredTensor]:
     if find(directory, SINGLE) is not None:
         return _read_header(directory, SINGLE)
-    index = read_json(directory, INDEX)
-    if index is None:
+    weight_map = _weight_map(directory)
+    if weight_map is None:
         raise FileNotFoundError(
             f"{directory}: has neither {SINGLE} nor {INDEX}; only safetensors are read from "
             "a folder: convert .bin and .pt files first, and give the path of a .gguf file itself"
         )
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ValueError(f"{directory / INDEX}: weight_map must map tensor names to file names")
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         shard = _read_header(directory, file)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,8 @@ class GenerationDefaults:
 class CheckpointSource:
     """A checkpoint whose headers are read and whose weights are not."""
 
+    hf: Mapping[str, Any]
+    """The content of config.json; of a GGUF file, what its metadata amount to."""
     config: ModelConfig
     tokenizer: Tokenizer | None
     generation: GenerationDefaults

@@ -12,7 +12,7 @@ from importlib import import_module
 import tyro
 
 import lookahead_jax
-from lookahead_jax.cli import demo, generate, inspect, logits, score, serve
+from lookahead_jax.cli import convert, demo, generate, inspect, logits, score, serve
 from lookahead_jax.cli.summaries import policy_summaries
 from lookahead_jax.drafters.registry import drafter_summaries
 from lookahead_jax.host.command import run_command
@@ -35,6 +35,7 @@ COMMANDS = {
     logits.Logits: logits.main,
     inspect.Inspect: inspect.main,
     demo.Demo: demo.main,
+    convert.Convert: convert.main,
     serve.Serve: serve.main,
 }
 # Imported when called: these modules import JAX. Each has a `main(args)` that returns the status.
