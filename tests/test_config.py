@@ -12,7 +12,7 @@ from lookahead_jax.model.config import RopeConfig
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
-TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 
 
 def read(name, file="config.json"):
@@ -41,8 +41,9 @@ def test_defaults_are_those_of_transformers(model_type):
         "gemma2": ((256000, 2304, 9216, 26), (8, 4, 256, 8192)),
         "gemma3_text": ((262208, 2304, 9216, 26), (8, 4, 256, 131072)),
         "phi3": ((32064, 3072, 8192, 32), (32, 32, 96, 4096)),
+        "olmo2": ((50304, 4096, 11008, 32), (32, 32, 128, 2048)),
     }[model_type]
-    assert config.norm_eps == (1e-5 if model_type == "phi3" else 1e-6)
+    assert config.norm_eps == (1e-5 if model_type in ("phi3", "olmo2") else 1e-6)
     assert config.tie_embeddings == model_type.startswith("gemma")
     thetas = tuple(rope.theta for rope in config.ropes)
     assert thetas == ((1e6, 1e4) if model_type == "gemma3_text" else (1e4,))
@@ -203,6 +204,9 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("gemma2", {"sliding_window_pattern": 2}, None),
         ("gemma2", {"sliding_window_pattern": 6}, "sliding_window_pattern"),
         ("gemma2", {"rope_local_base_freq": 1e6}, "rope_local_base_freq"),
+        ("olmo2", {"sliding_window": 8, "layer_types": SLIDING}, "layer_types"),  # OLMo 3
+        ("olmo2", {"sliding_window": 8}, "sliding_window"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
     ],
 )
 def test_fields_of_other_families(model_type, fields, refused):

@@ -120,6 +120,7 @@ def gguf_name(name: str, sandwich: bool) -> str:
         ("qwen2", "qwen2"),
         ("qwen3", "qwen3"),
         ("gemma2", "gemma2"),
+        ("olmo2", "olmo2"),
     ],
 )
 def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):

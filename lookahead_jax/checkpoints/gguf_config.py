@@ -19,6 +19,7 @@ _FAMILIES = {  # general.architecture -> model_type; Mistral's files are llama w
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
+    "olmo2": "olmo2",
 }
 _FIELDS = {
     "block_count": "num_hidden_layers",

@@ -26,6 +26,7 @@ _PATTERNS = {
     "llama3": _LLAMA3,
     "qwen2": _QWEN2,
     "smollm": _GPT2,
+    "dbrx": _LLAMA3,  # OLMo 2
 }
 _SINGLE_DIGITS = {"smollm"}  # digits are split off one by one first
 _WHOLE_WORDS = {"llama-bpe", "llama3"}  # a word of the vocabulary is never merged from parts

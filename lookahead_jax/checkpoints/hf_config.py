@@ -19,6 +19,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_WITHOUT_WINDOWS = ("llama", "olmo2")
 _MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
 
 
@@ -71,7 +72,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer_types = _layer_types(f, model_type)
     ropes = _ropes(f, model_type, head_dim)
-    has_bias_field = model_type in ("llama", "qwen3", "gemma2", "gemma3_text")
+    has_bias_field = model_type in ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2")
     attention_bias = has_bias_field and f.required("attention_bias", bool)
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
@@ -92,8 +93,11 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         ),
         norm_eps=f.required("rms_norm_eps", float),
         norm_offset=gemma,
-        post_norms=gemma,
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        norm_rounds_last=gemma or model_type == "olmo2",
+        pre_norms=model_type != "olmo2",
+        post_norms=gemma or model_type == "olmo2",
+        qk_norm=model_type in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm_joint=model_type == "olmo2",
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
         mlp_bias=model_type == "llama" and f.required("mlp_bias", bool),
@@ -128,7 +132,7 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
     num_layers = f.required("num_hidden_layers", int)
     if not 1 <= num_layers <= _MAX_LAYERS:
         raise ValueError(f"{f.where}: num_hidden_layers {num_layers} is not in 1..{_MAX_LAYERS}")
-    if model_type == "llama":
+    if model_type in _WITHOUT_WINDOWS:
         return (False,) * num_layers
     names = f.optional("layer_types", list)
     if names is not None and model_type != "phi3":

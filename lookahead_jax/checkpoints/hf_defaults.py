@@ -86,4 +86,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
     },
+    "olmo2": _LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5},
 }

@@ -84,10 +84,18 @@ class ModelConfig:
     """Per layer, the number of positions a token attends to (its own included); None: all."""
     norm_eps: float
     norm_offset: bool
-    """True: multiply by (1 + w) in float32, then cast (Gemma). False: cast, then multiply by w."""
+    """Whether norms multiply by 1 + w instead of w (Gemma)."""
+    norm_rounds_last: bool
+    """True: multiply by the weight in float32, then round to the dtype of the activations (Gemma,
+    OLMo 2). False: round, then multiply."""
+    pre_norms: bool
+    """Whether the inputs of attention and MLP are normalised (all families but OLMo 2)."""
     post_norms: bool
-    """Whether attention and MLP outputs are normalised again before the residual sum (Gemma)."""
+    """Whether the outputs of attention and MLP are normalised before the residual sum."""
     qk_norm: bool
+    """Whether queries and keys are normalised before RoPE."""
+    qk_norm_joint: bool
+    """Whether that norm takes all heads of a token together (OLMo 2), not each head by itself."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
