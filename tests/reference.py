@@ -32,8 +32,10 @@ def softmax(x, axis=-1):
 
 def rotation(position, rope, head_dim):
     """The RoPE matrix [H, H] of one position: q -> R q (kind `default`, may be partial)."""
-    assert rope.kind == "default"
+    assert rope.kind in ("default", "none")
     matrix = np.eye(head_dim)
+    if rope.kind == "none":
+        return matrix
     half = rope.dim // 2
     for i in range(half):
         angle = position * rope.theta ** (-2 * i / rope.dim)

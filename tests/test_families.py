@@ -5,6 +5,7 @@ loss are compared with the float64 restatement, and drafted tokens with undrafte
 with the arithmetic of all families runs in the fast tests.
 """
 
+import dataclasses
 import functools
 from functools import partial
 from pathlib import Path
@@ -26,9 +27,15 @@ from tests.test_policies import CASES, check_case, lookahead_modules, weights
 
 OWN = {
     "olmo2": tiny.config(model_type="olmo2", num_hidden_layers=2),
-}
+    "smollm3": tiny.config(
+        model_type="smollm3", num_hidden_layers=2, no_rope_layer_interval=2,
+        use_sliding_window=True, sliding_window=24,
+    ),
+}  # fmt: skip
 # All of them in one model, as far as they can be combined.
-MIXED = OWN["olmo2"]
+MIXED = dataclasses.replace(
+    OWN["olmo2"], ropes=OWN["smollm3"].ropes, layer_rope=OWN["smollm3"].layer_rope
+)
 FAMILIES = {"mixed": MIXED} | OWN
 # Policies with small sizes, so that they cut prompts of 40 tokens to BUDGET entries.
 SIZES = {
@@ -84,7 +91,9 @@ ROWS = [
     for i, family in enumerate(FAMILIES)
     for j, policy in enumerate(POLICIES)
 ]
-FAST_ROWS = [row for row in ROWS if row.family == "mixed" and row.policy in ("laq", "lookaheadkv")]
+FAST_ROWS = [
+    row for row in ROWS if row.family == "mixed" and row.policy in ("laq", "expected_attention")
+]
 
 
 def test_rows_cover_families_with_policies_and_drafters():

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 _REQUIRED_BY_KIND = {
@@ -13,6 +13,7 @@ _REQUIRED_BY_KIND = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"),
     "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position"),
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position"),
+    "none": (),
 }
 
 
@@ -22,7 +23,8 @@ class RopeConfig:
 
     `dim` is the number of rotated dimensions of a head (all of them unless rotation is partial);
     `short_factor` and `long_factor` have `dim / 2` entries. Where `attention_factor` is None, it
-    is derived from the other fields, as `rope.inverse_frequencies` documents.
+    is derived from the other fields, as `rope.inverse_frequencies` documents. Kind `none` rotates
+    by no angle: it is for layers without RoPE (SmolLM3).
     """
 
     kind: RopeKind
@@ -79,7 +81,8 @@ class ModelConfig:
     mlp_dim: int
     ropes: tuple[RopeConfig, ...]
     layer_rope: tuple[int, ...]
-    """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local."""
+    """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local; SmolLM3 has
+    kind `none` as its second."""
     layer_window: tuple[int | None, ...]
     """Per layer, the number of positions a token attends to (its own included); None: all."""
     norm_eps: float
