@@ -32,8 +32,10 @@ def softmax(x, axis=-1):
 
 def rotation(position, rope, head_dim):
     """The RoPE matrix [H, H] of one position: q -> R q (kind `default`, may be partial)."""
-    assert rope.kind == "default"
+    assert rope.kind in ("default", "none")
     matrix = np.eye(head_dim)
+    if rope.kind == "none":
+        return matrix
     half = rope.dim // 2
     for i in range(half):
         angle = position * rope.theta ** (-2 * i / rope.dim)
@@ -43,7 +45,9 @@ def rotation(position, rope, head_dim):
 
 
 def norm(x, weight, config):
-    """RMS norm."""
+    """RMS norm of vectors [..., D]; of all heads of a token [W, N, H] if the weight is [N, H]."""
+    if weight.ndim == 2:
+        return norm(x.reshape(len(x), -1), weight.reshape(-1), config).reshape(x.shape)
     weight = weight + 1.0 if config.norm_offset else weight
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weight
 
@@ -99,7 +103,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
                 y[prompt:] += lora_scale * (x[prompt:] @ a @ b)
             return y + (p[f"{name}_bias"].reshape(-1) if f"{name}_bias" in p else 0.0)
 
-        inner = norm(x, p["attn_norm"], config)
+        inner = norm(x, p["attn_norm"], config) if config.pre_norms else x
         q, k, v = (linear(name, inner).reshape(width, -1, h) for name in "qkv")
         if config.qk_norm:
             q, k = norm(q, p["q_norm"], config), norm(k, p["k_norm"], config)
@@ -123,7 +127,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         out = np.stack([probs[n] @ v[n // group] for n in range(heads)], axis=1)
         out = linear("o", out.reshape(width, -1))
         x = x + (norm(out, p["attn_post_norm"], config) if config.post_norms else out)
-        inner = norm(x, p["mlp_norm"], config)
+        inner = norm(x, p["mlp_norm"], config) if config.pre_norms else x
         gated = activation(linear("gate", inner), config.activation) * linear("up", inner)
         out = linear("down", gated)
         x = x + (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)

@@ -78,7 +78,7 @@ def test_generation_config_wins_over_config(copy):
     assert load(directory).tokenizer is None
 
 
-@pytest.mark.parametrize("name", ["llama_linear_biased", "gemma3", "phi3", "qwen3"])
+@pytest.mark.parametrize("name", ["llama_linear_biased", "gemma3", "phi3", "qwen3", "olmo2"])
 def test_save_then_load_is_exact(name, tmp_path):
     model = load(MODELS / name)
     save_params(tmp_path, model.params, model.config)
@@ -87,7 +87,7 @@ def test_save_then_load_is_exact(name, tmp_path):
     assert_trees_equal(load(tmp_path).params, model.params)
 
 
-@pytest.mark.parametrize("name", ["llama2", "gemma3", "phi3", "qwen2"])
+@pytest.mark.parametrize("name", ["llama2", "gemma3", "phi3", "qwen2", "olmo2"])
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 2), (2, 2), (4, 1)])
 def test_sharded_loading_is_exact(name, fsdp, tensor):
     mesh = make_mesh(fsdp=fsdp, tensor=tensor)

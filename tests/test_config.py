@@ -12,7 +12,7 @@ from lookahead_jax.model.config import RopeConfig
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
-TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
 
 
 def read(name, file="config.json"):
@@ -41,11 +41,13 @@ def test_defaults_are_those_of_transformers(model_type):
         "gemma2": ((256000, 2304, 9216, 26), (8, 4, 256, 8192)),
         "gemma3_text": ((262208, 2304, 9216, 26), (8, 4, 256, 131072)),
         "phi3": ((32064, 3072, 8192, 32), (32, 32, 96, 4096)),
+        "smollm3": ((128256, 2048, 11008, 36), (16, 4, 128, 32768)),
+        "olmo2": ((50304, 4096, 11008, 32), (32, 32, 128, 2048)),
     }[model_type]
-    assert config.norm_eps == (1e-5 if model_type == "phi3" else 1e-6)
-    assert config.tie_embeddings == model_type.startswith("gemma")
+    assert config.norm_eps == (1e-5 if model_type in ("phi3", "olmo2") else 1e-6)
+    assert config.tie_embeddings == (model_type[:5] in ("gemma", "smoll"))
     thetas = tuple(rope.theta for rope in config.ropes)
-    assert thetas == ((1e6, 1e4) if model_type == "gemma3_text" else (1e4,))
+    assert thetas == {"gemma3_text": (1e6, 1e4), "smollm3": (2e6, 2e6)}.get(model_type, (1e4,))
 
 
 def test_windows():
@@ -65,6 +67,19 @@ def test_windows():
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         three = config_from_hf(gemma3 | {name: 3})
         assert three.layer_window == (5, 5, None, 5, 5, None, 5)
+
+
+def test_layers_without_rope():
+    smollm3 = {"model_type": "smollm3", "num_hidden_layers": 5}
+    config = config_from_hf(smollm3)
+    assert [rope.kind for rope in config.ropes] == ["default", "none"]
+    assert config.layer_rope == (0, 0, 0, 1, 0)
+    assert config.layer_window == (None,) * 5
+    assert config_from_hf(smollm3 | {"no_rope_layer_interval": 2}).layer_rope == (0, 1, 0, 1, 0)
+    listed = smollm3 | {"no_rope_layers": [0, 1, 1, 0, 1], "no_rope_layer_interval": 2}
+    assert config_from_hf(listed).layer_rope == (1, 0, 0, 1, 0)
+    windowed = listed | {"use_sliding_window": True, "sliding_window": 7}
+    assert config_from_hf(windowed).layer_window == (7, None, None, 7, None)
 
 
 def test_nested_gemma3_omitting_its_defaults():
@@ -113,6 +128,10 @@ def test_legacy_phi3_rope_types():
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "out of range"),
         ({"rope_scaling": [1]}, "rope_scaling must be of type Mapping"),
         ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
+        ({"rope_scaling": {"type": "none"}}, "unknown rope_type 'none'"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers must hold"),
+        ({"model_type": "smollm3", "no_rope_layers": [2] * 36}, "no_rope_layers must hold"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_attention_heads": 3}, "not whole"),
         ({"num_attention_heads": 0}, "not whole"),
@@ -203,6 +222,12 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("gemma2", {"sliding_window_pattern": 2}, None),
         ("gemma2", {"sliding_window_pattern": 6}, "sliding_window_pattern"),
         ("gemma2", {"rope_local_base_freq": 1e6}, "rope_local_base_freq"),
+        ("olmo2", {"sliding_window": 8, "layer_types": SLIDING}, "layer_types"),  # OLMo 3
+        ("olmo2", {"sliding_window": 8}, "sliding_window"),
+        ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("smollm3", {"layer_types": SLIDING, "sliding_window": 8}, "use_sliding_window is false"),
+        ("smollm3", {"max_window_layers": 28, "use_sliding_window": False}, None),
+        ("qwen3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ],
 )
 def test_fields_of_other_families(model_type, fields, refused):

@@ -43,11 +43,12 @@ SANDWICH = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+INTERLEAVED = ("llama", "smollm3")
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, 320))]
 
 
 def interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
-    """The order of q and k rows in files of the llama architecture: halves of a head, in pairs."""
+    """The order of q and k rows in files of some architectures: halves of a head, in pairs."""
     rows = weights.shape[0]
     return weights.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(weights.shape)
 
@@ -83,9 +84,9 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
             values = read(stored, tuple(slice(0, n) for n in stored.shape)).astype(np.float32)
             own = kind if values.ndim == 2 and values.shape[-1] % 32 == 0 else Kind.F32
             written = values
-            if architecture == "llama" and "q_proj" in name:
+            if architecture in INTERLEAVED and "q_proj" in name:
                 written = interleaved(values, config.num_heads)
-            if architecture == "llama" and "k_proj" in name:
+            if architecture in INTERLEAVED and "k_proj" in name:
                 written = interleaved(values, config.num_kv_heads)
             if config.norm_offset and "norm" in name:
                 written = written + 1
@@ -120,6 +121,8 @@ def gguf_name(name: str, sandwich: bool) -> str:
         ("qwen2", "qwen2"),
         ("qwen3", "qwen3"),
         ("gemma2", "gemma2"),
+        ("olmo2", "olmo2"),
+        ("smollm3", "smollm3"),
     ],
 )
 def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):

@@ -19,7 +19,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 6,
 }
-TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
 
 
 def make(model_type, **fields):
@@ -67,6 +67,7 @@ def test_shapes_of_a_model_with_everything():
         ("qwen3", {"q_norm", "k_norm"}, {"q_bias", "attn_post_norm"}),
         ("gemma2", {"attn_post_norm", "mlp_post_norm"}, {"q_norm", "q_bias"}),
         ("gemma3_text", {"attn_post_norm", "q_norm"}, {"q_bias"}),
+        ("olmo2", {"attn_post_norm", "mlp_post_norm", "k_norm"}, {"attn_norm", "mlp_norm"}),
     ],
 )
 def test_optional_parameters(model_type, present, absent):

@@ -116,9 +116,8 @@ def read_oracle(model, tokens, policy, budget=BUDGET):
 
 
 @functools.cache
-def restated(model_name, observers=""):
+def restated(model, observers=""):
     """Layers of every row as the reference computes them."""
-    model = MODELS[model_name]
     tokens = np.asarray(tiny.batch(LENGTHS, model))
     answers = np.asarray(response(model))
     result = []
@@ -226,13 +225,17 @@ def protect(model, index, length, last, first):
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("case", CASES)
 def test_scores_and_kept_entries(case, model_name):
+    check_case(case, MODELS[model_name])
+
+
+def check_case(case, model):
+    """Scores and kept entries of a policy are those of the reference."""
     policy, score, (last, first), observers = CASES[case]
-    model = MODELS[model_name]
     tokens = tiny.batch(LENGTHS, model)
     two_passes = isinstance(policy.reading, WithResponse)
     result = (read_oracle if two_passes else read)(model, tokens, policy)
     sets, scores = kept_sets(result.cache), np.asarray(result.scores)
-    for row, (length, layers) in enumerate(restated(model_name, observers)):
+    for row, (length, layers) in enumerate(restated(model, observers)):
         for index, layer in enumerate(layers):
             expected = score(layer, length, model, index)
             pinned, allowed = protect(model, index, length, last, first)
@@ -250,7 +253,7 @@ def test_scores_and_kept_entries(case, model_name):
 def test_kept_rows_are_the_keys_and_values_of_their_positions(case):
     policy = CASES[case][0]
     result = read(RICH, tiny.batch(LENGTHS, RICH), policy)
-    for row, (_, layers) in enumerate(restated("rich")):
+    for row, (_, layers) in enumerate(restated(RICH)):
         for index, layer in enumerate(layers):
             for head, kept in enumerate(kept_sets(result.cache)[index, row]):
                 for name in ("k", "v"):
@@ -287,7 +290,7 @@ def test_pyramid_budgets_end_to_end(model_name, budget):
     policy = make_policy("pyramidkv", window=8, pool="none")
     sets = kept_sets(read(model, tiny.batch(LENGTHS, model), policy, budget).cache)
     window = policy.window_rows(budget)
-    for row, (length, layers) in enumerate(restated(model_name)):
+    for row, (length, layers) in enumerate(restated(model)):
         budgets = reference.pyramid(length, budget, window, len(layers), 20)
         assert sum(budgets) == len(layers) * min(budget, length)
         for index, layer in enumerate(layers):
@@ -314,7 +317,7 @@ def test_ada_budgets_end_to_end(inner, alpha):
     result = read(PLAIN, tiny.batch(LENGTHS, PLAIN), policy)
     sets = kept_sets(result.cache)
     uneven = 0
-    rows = restated("plain", "lookahead" if inner == "lookaheadkv" else "")
+    rows = restated(PLAIN, "lookahead" if inner == "lookaheadkv" else "")
     for row, (length, layers) in enumerate(rows):
         for index, layer in enumerate(layers):
             scores = scorers[inner](layer, length)

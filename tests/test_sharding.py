@@ -114,7 +114,7 @@ def full_logits(params, tokens, *, config):
     return lm.logits(params, lm.forward(params, block, None, config=config).hidden, config=config)
 
 
-@pytest.mark.parametrize("name", ["llama3", "gemma3", "phi3", "qwen2_window"])
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "phi3", "qwen2_window", "olmo2"])
 @pytest.mark.parametrize("axes", [{"tensor": 2}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_four_devices_give_the_logits_of_one(name, axes):
     """Float32 sums in another order: the tolerance of the parity test."""

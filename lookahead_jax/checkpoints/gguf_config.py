@@ -19,6 +19,8 @@ _FAMILIES = {  # general.architecture -> model_type; Mistral's files are llama w
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
+    "olmo2": "olmo2",
+    "smollm3": "smollm3",  # files do not name the layers without RoPE: every fourth, the default
 }
 _FIELDS = {
     "block_count": "num_hidden_layers",

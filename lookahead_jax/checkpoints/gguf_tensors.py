@@ -62,6 +62,7 @@ _SANDWICH_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_INTERLEAVED = ("llama", "smollm3")  # architectures whose q and k converters permute
 # These belong to the configuration, see gguf_config.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -164,7 +165,8 @@ class _GgufReader:
     def _is_rotated(self, tensor: GgufTensor) -> bool:
         """Whether the rows are in the order of an interleaved RoPE: q and k of Llama's kind."""
         architecture = self.header.metadata["general.architecture"]
-        return architecture == "llama" and (".attn_q." in tensor.name or ".attn_k." in tensor.name)
+        rotated = ".attn_q." in tensor.name or ".attn_k." in tensor.name
+        return architecture in _INTERLEAVED and rotated
 
     def _unrotated(self, tensor: GgufTensor) -> np.ndarray:
         """The whole tensor with the two halves of each head one after the other."""

@@ -27,6 +27,8 @@ _PATTERNS = {
     "llama3": _LLAMA3,
     "qwen2": _QWEN2,
     "smollm": _GPT2,
+    "dbrx": _LLAMA3,  # OLMo 2
+    "smaug-bpe": _LLAMA3,  # SmolLM3
 }
 _SINGLE_DIGITS = {"smollm"}  # digits are split off one by one first
 _WHOLE_WORDS = {"llama-bpe", "llama3"}  # a word of the vocabulary is never merged from parts

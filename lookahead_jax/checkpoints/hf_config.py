@@ -19,6 +19,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+_WITHOUT_WINDOWS = ("llama", "olmo2")
+_WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3")
 _MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
 
 
@@ -71,7 +73,15 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer_types = _layer_types(f, model_type)
     ropes = _ropes(f, model_type, head_dim)
-    has_bias_field = model_type in ("llama", "qwen3", "gemma2", "gemma3_text")
+    layer_rope = tuple(int(sliding and len(ropes) > 1) for sliding in layer_types)
+    if model_type == "smollm3":
+        full = ropes[0]
+        none = RopeConfig(
+            kind="none", theta=full.theta, dim=full.dim, max_position=full.max_position
+        )
+        ropes = (full, none)
+        layer_rope = tuple(int(not rotates) for rotates in _rotating_layers(f, len(layer_types)))
+    has_bias_field = model_type in _WITH_BIAS_FIELD
     attention_bias = has_bias_field and f.required("attention_bias", bool)
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
@@ -86,17 +96,20 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         head_dim=head_dim,
         mlp_dim=f.required("intermediate_size", int),
         ropes=ropes,
-        layer_rope=tuple(int(sliding and len(ropes) > 1) for sliding in layer_types),
+        layer_rope=layer_rope,
         layer_window=tuple(
             f.required("sliding_window", int) if sliding else None for sliding in layer_types
         ),
         norm_eps=f.required("rms_norm_eps", float),
         norm_offset=gemma,
-        post_norms=gemma,
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        norm_rounds_last=gemma or model_type == "olmo2",
+        pre_norms=model_type != "olmo2",
+        post_norms=gemma or model_type == "olmo2",
+        qk_norm=model_type in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm_joint=model_type == "olmo2",
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
-        mlp_bias=model_type == "llama" and f.required("mlp_bias", bool),
+        mlp_bias=model_type in ("llama", "smollm3") and f.required("mlp_bias", bool),
         activation=_activation(f, "hidden_activation" if gemma else "hidden_act"),
         embed_scale=hidden_size**0.5 if gemma else None,
         attn_scale=query_scale**-0.5,
@@ -128,7 +141,7 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
     num_layers = f.required("num_hidden_layers", int)
     if not 1 <= num_layers <= _MAX_LAYERS:
         raise ValueError(f"{f.where}: num_hidden_layers {num_layers} is not in 1..{_MAX_LAYERS}")
-    if model_type == "llama":
+    if model_type in _WITHOUT_WINDOWS:
         return (False,) * num_layers
     names = f.optional("layer_types", list)
     if names is not None and model_type != "phi3":
@@ -151,6 +164,9 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
         windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None
         first = f.required("max_window_layers", int) if windowed else num_layers
         return tuple(layer >= first for layer in range(num_layers))
+    if model_type == "smollm3":  # only layers without RoPE have windows
+        windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None
+        return tuple(windowed and not rotates for rotates in _rotating_layers(f, num_layers))
     period = 2
     if model_type == "gemma3_text":
         names = ("sliding_window_pattern", "_sliding_window_pattern")
@@ -158,6 +174,22 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
     if period < 1:
         raise ValueError(f"{f.where}: sliding_window_pattern must be positive, got {period}")
     return tuple((layer + 1) % period != 0 for layer in range(num_layers))
+
+
+def _rotating_layers(f: JsonFields, num_layers: int) -> tuple[bool, ...]:
+    """Per layer of SmolLM3, whether it has RoPE."""
+    flags = f.optional("no_rope_layers", list)
+    if flags is None:
+        interval = f.required("no_rope_layer_interval", int)
+        if interval < 1:
+            raise ValueError(f"{f.where}: no_rope_layer_interval must be positive, got {interval}")
+        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
+    if len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
+        raise ValueError(
+            f"{f.where}: no_rope_layers must hold a 1 (with RoPE) or 0 for each of {num_layers} "
+            f"layers, got {flags}"
+        )
+    return tuple(flag == 1 for flag in flags[:num_layers])
 
 
 def _ropes(f: JsonFields, model_type: str, head_dim: int) -> tuple[RopeConfig, ...]:
@@ -187,6 +219,8 @@ def _rope(
     kind = r.optional("rope_type", str) or r.optional("type", str) or "default"
     if model_type == "phi3" and kind in ("su", "yarn"):  # what Phi-3 called longrope at first
         kind = "longrope"
+    if kind == "none":  # ours, for the layers of SmolLM3 that have no RoPE
+        raise ValueError(f"{f.where}: unknown rope_type 'none'")
     partial = r.optional("partial_rotary_factor", float)
     if partial is None:
         partial = f.required("partial_rotary_factor", float)

@@ -86,4 +86,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
     },
+    "smollm3": _LLAMA
+    | {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+        "use_sliding_window": False,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    "olmo2": _LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5},
 }

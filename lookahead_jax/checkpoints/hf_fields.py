@@ -10,9 +10,9 @@ _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 # neutral value belongs to another architecture, or was written by mistake.
 _GEMMA = ("gemma2", "gemma3_text")
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "layer_types": ("mistral", "qwen2", "qwen3", *_GEMMA),
-    "sliding_window": ("mistral", "qwen2", "qwen3", "phi3", *_GEMMA),
-    "use_sliding_window": ("qwen2", "qwen3"),
+    "layer_types": ("mistral", "qwen2", "qwen3", "smollm3", *_GEMMA),
+    "sliding_window": ("mistral", "qwen2", "qwen3", "phi3", "smollm3", *_GEMMA),
+    "use_sliding_window": ("qwen2", "qwen3", "smollm3"),
     "max_window_layers": ("qwen2", "qwen3"),
     "sliding_window_pattern": ("gemma3_text",),
     "_sliding_window_pattern": ("gemma3_text",),
@@ -22,6 +22,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "rope_local_base_freq": ("gemma3_text",),
     "hidden_activation": _GEMMA,
     "use_bidirectional_attention": _GEMMA,
+    "no_rope_layer_interval": ("smollm3",),
+    "no_rope_layers": ("smollm3",),
     # Of families that are not supported at all.
     "alibi": (),
     "attention_chunk_size": (),
@@ -32,8 +34,6 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "is_causal": (),
     "logit_scale": (),
     "logits_scaling": (),
-    "no_rope_layer_interval": (),
-    "no_rope_layers": (),
     "num_experts": (),
     "num_kv_shared_layers": (),
     "num_local_experts": (),

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 _REQUIRED_BY_KIND = {
@@ -13,6 +13,7 @@ _REQUIRED_BY_KIND = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position"),
     "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "original_max_position"),
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position"),
+    "none": (),
 }
 
 
@@ -22,7 +23,8 @@ class RopeConfig:
 
     `dim` is the number of rotated dimensions of a head (all of them unless rotation is partial);
     `short_factor` and `long_factor` have `dim / 2` entries. Where `attention_factor` is None, it
-    is derived from the other fields, as `rope.inverse_frequencies` documents.
+    is derived from the other fields, as `rope.inverse_frequencies` documents. Kind `none` rotates
+    by no angle: it is for layers without RoPE (SmolLM3).
     """
 
     kind: RopeKind
@@ -79,15 +81,24 @@ class ModelConfig:
     mlp_dim: int
     ropes: tuple[RopeConfig, ...]
     layer_rope: tuple[int, ...]
-    """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local."""
+    """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local; SmolLM3 has
+    kind `none` as its second."""
     layer_window: tuple[int | None, ...]
     """Per layer, the number of positions a token attends to (its own included); None: all."""
     norm_eps: float
     norm_offset: bool
-    """True: multiply by (1 + w) in float32, then cast (Gemma). False: cast, then multiply by w."""
+    """Whether norms multiply by 1 + w instead of w (Gemma)."""
+    norm_rounds_last: bool
+    """True: multiply by the weight in float32, then round to the dtype of the activations (Gemma,
+    OLMo 2). False: round, then multiply."""
+    pre_norms: bool
+    """Whether the inputs of attention and MLP are normalised (all families but OLMo 2)."""
     post_norms: bool
-    """Whether attention and MLP outputs are normalised again before the residual sum (Gemma)."""
+    """Whether the outputs of attention and MLP are normalised before the residual sum."""
     qk_norm: bool
+    """Whether queries and keys are normalised before RoPE."""
+    qk_norm_joint: bool
+    """Whether that norm takes all heads of a token together (OLMo 2), not each head by itself."""
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool

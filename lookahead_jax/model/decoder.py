@@ -27,6 +27,7 @@ from lookahead_jax.model.layers import (
     linear,
     linears,
     mlp,
+    optional_norm,
     product_of_rows,
     rms_norm,
 )
@@ -179,14 +180,13 @@ def project_qkv(
     p: Params, streams: Sequence[Stream], kind: LayerKind, *, config: ModelConfig
 ) -> list[Projections]:
     """Norm, projections, q/k norms and RoPE of one layer's attention."""
-    h = [rms_norm(stream.x, p["attn_norm"], config=config) for stream in streams]
+    h = [optional_norm(p, "attn_norm", stream.x, config=config) for stream in streams]
     loras = [stream.lora for stream in streams]
     projections = []
     for stream, *qkv in zip(streams, *(linears(p, n, h, loras) for n in "qkv"), strict=True):
         q, k, v = qkv
-        if config.qk_norm:
-            q = rms_norm(q, p["q_norm"], config=config)
-            k = rms_norm(k, p["k_norm"], config=config)
+        q = optional_norm(p, "q_norm", q, config=config)
+        k = optional_norm(p, "k_norm", k, config=config)
         cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (stream.cos, stream.sin))
         projections.append(
             Projections(
@@ -211,17 +211,14 @@ def feed_forward(
     for stream, out in zip(streams, attended, strict=True):
         # Concatenating the attention outputs would cost more than reading `o` once per stream.
         out = linear(p, "o", out, inputs=2, lora=stream.lora)
-        if config.post_norms:
-            out = rms_norm(out, p["attn_post_norm"], config=config)
-        xs.append(stream.x + out)
+        xs.append(stream.x + optional_norm(p, "attn_post_norm", out, config=config))
 
     def feed(xs):
-        normed = [rms_norm(x, p["mlp_norm"], config=config) for x in xs]
+        normed = [optional_norm(p, "mlp_norm", x, config=config) for x in xs]
         # The parts of a long text run alone, the last one together with the other streams.
         loras = [stream.lora for stream in streams][: len(xs)]
         outs = mlp(p, normed, loras, config=config)
-        if config.post_norms:
-            outs = [rms_norm(out, p["mlp_post_norm"], config=config) for out in outs]
+        outs = [optional_norm(p, "mlp_post_norm", out, config=config) for out in outs]
         return [x + out for x, out in zip(xs, outs, strict=True)]
 
     return by_rows(feed, xs)

@@ -19,17 +19,23 @@ _ACTIVATIONS = {
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32.
+    """Root-mean-square norm over the axes of the weight, x's last ones, computed in float32.
 
-    Llama rounds to the activation dtype before it multiplies by the weight; Gemma multiplies by
-    (1 + weight) in float32 and rounds once. Both orders are needed to match checkpoints in bf16.
+    Llama rounds to the activation dtype before it multiplies by the weight; Gemma multiplies in
+    float32 and rounds once. Both orders are needed to match checkpoints in bf16.
     """
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
-    if config.norm_offset:
-        scale = 1.0 + weight.astype(jnp.float32)
-        return (normed * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
-    return normed.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    x32, axes = x.astype(jnp.float32), tuple(range(-weight.ndim, 0))
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + config.norm_eps)
+    scale = 1.0 + weight.astype(jnp.float32) if config.norm_offset else weight
+    scale = scale.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+    if config.norm_rounds_last:
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def optional_norm(p: Params, name: str, x: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """`rms_norm` with the weight of that name; x itself if the family has no such norm."""
+    return rms_norm(x, p[name], config=config) if name in p else x
 
 
 def product_of_rows(

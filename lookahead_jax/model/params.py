@@ -57,7 +57,6 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attn, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
     norm = "model.layers.{layer}.%s_layernorm.weight"
-    before_mlp = "pre_feedforward" if config.post_norms else "post_attention"
 
     def dense(name: str, rows: tuple[str, ...], columns: tuple[str, ...]) -> ParameterSpec:
         return ParameterSpec(("layer", *columns, *rows), name + "_proj.weight", (rows,), columns)
@@ -66,12 +65,10 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         return ParameterSpec(("layer", *rows), name, (rows,))
 
     layers = {
-        "attn_norm": vector(norm % "input", "embed"),
         "q": dense(attn + "q", heads, ("embed",)),
         "k": dense(attn + "k", kv_heads, ("embed",)),
         "v": dense(attn + "v", kv_heads, ("embed",)),
         "o": dense(attn + "o", ("embed",), heads),
-        "mlp_norm": vector(norm % before_mlp, "embed"),
         "gate": dense(mlp + "gate", ("mlp",), ("embed",)),
         "up": dense(mlp + "up", ("mlp",), ("embed",)),
         "down": dense(mlp + "down", ("embed",), ("mlp",)),
@@ -90,15 +87,15 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     if config.o_bias:
         layers["o_bias"] = vector(attn + "o_proj.bias", "embed")
     if config.qk_norm:
-        layers["q_norm"] = vector(attn + "q_norm.weight", "head_dim")
-        layers["k_norm"] = vector(attn + "k_norm.weight", "head_dim")
+        q, k = (heads, kv_heads) if config.qk_norm_joint else (("head_dim",), ("head_dim",))
+        layers["q_norm"] = vector(attn + "q_norm.weight", *q)
+        layers["k_norm"] = vector(attn + "k_norm.weight", *k)
     if config.mlp_bias:
         layers["gate_bias"] = vector(mlp + "gate_proj.bias", "mlp")
         layers["up_bias"] = vector(mlp + "up_proj.bias", "mlp")
         layers["down_bias"] = vector(mlp + "down_proj.bias", "embed")
-    if config.post_norms:
-        layers["attn_post_norm"] = vector(norm % "post_attention", "embed")
-        layers["mlp_post_norm"] = vector(norm % "post_feedforward", "embed")
+    for name, tensor in _norm_tensors(config).items():
+        layers[name] = vector(norm % tensor, "embed")
 
     table = ("vocab", "embed")
     top = {
@@ -108,6 +105,16 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
     if not config.tie_embeddings:
         top["lm_head"] = ParameterSpec(table, "lm_head.weight", (("vocab",),), ("embed",))
     return top | {f"layers.{name}": spec for name, spec in layers.items()}
+
+
+def _norm_tensors(config: ModelConfig) -> dict[str, str]:
+    """The norms of a layer and their names in a checkpoint, which depend on where they stand."""
+    before = {"attn_norm": "input", "mlp_norm": "post_attention"}
+    after: dict[str, str] = {}
+    if config.post_norms:
+        before["mlp_norm"] = "pre_feedforward"
+        after = {"attn_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"}
+    return (before if config.pre_norms else {}) | after
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -170,7 +177,7 @@ def unstack(params: Params) -> Params:
     layers = params["layers"]
     if isinstance(layers, tuple):
         return params
-    count = layers["attn_norm"].shape[0]
+    count = layers["q"].shape[0]
     split = tuple(jax.tree.map(lambda a, i=i: a[i], layers) for i in range(count))
     return params | {"layers": split}
 

@@ -32,7 +32,7 @@ def inverse_frequencies(
     theta, which grows once span exceeds `max_position`; `yarn` arXiv:2309.00071, with the attention
     factor 0.1 ln(factor) + 1 or, given both mscales, the ratio of theirs; `longrope`
     arXiv:2402.13753, long factors where span exceeds `original_max_position`; `llama3` the
-    smoothed interpolation of Llama 3.1.
+    smoothed interpolation of Llama 3.1. `none` has frequencies 0: rotating changes nothing.
 
     Returns:
       float32 [B, dim / 2] and float32 [B].
@@ -45,6 +45,8 @@ def inverse_frequencies(
     match rope.kind:
         case "default":
             frequencies = _rows(plain, rows)
+        case "none":
+            frequencies = _rows(0.0 * plain, rows)
         case "linear":
             frequencies = _rows(plain / rope.factor, rows)
         case "dynamic":

@@ -23,7 +23,7 @@ from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import embed, layer_kinds, scan_layers
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.layers import linear, rms_norm
+from lookahead_jax.model.layers import linear, optional_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.model.sharding import mesh_of
@@ -141,7 +141,7 @@ def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) 
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        inner = rms_norm(x, p["attn_norm"], config=config)
+        inner = optional_norm(p, "attn_norm", x, config=config)
         k, v = (linear(p, name, inner).reshape(*x.shape[:2], -1)[:, :width] for name in "kv")
         x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
         return (x, buffers), PlainKV(k, v)
@@ -199,8 +199,7 @@ def predicted_cache(
             a.reshape(batch, width, config.num_kv_heads, config.head_dim).astype(dtype)
             for a in (k, v)
         )
-        if config.qk_norm:
-            k = rms_norm(k, p["k_norm"], config=config)
+        k = optional_norm(p, "k_norm", k, config=config)
         k = apply_rope(k, cos[kind.rope], sin[kind.rope])
         room = [(0, 0), (0, 0), (0, slots - width), (0, 0)]
         return jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room)

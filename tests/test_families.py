@@ -1,0 +1,165 @@
+"""Policies, drafters and training on each model family that computes something of its own.
+
+tests/test_parity.py compares the plain forward with transformers. Here policies and the training
+loss are compared with the float64 restatement, and drafted tokens with undrafted ones. One model
+with the arithmetic of all families runs in the fast tests.
+"""
+
+import dataclasses
+import functools
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lookahead_jax.checkpoints.load import GenerationDefaults, Model
+from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.policies.registry import POLICIES, make_policy
+from lookahead_jax.train.step import Batch, init_state, train_step
+from tests import reference, tiny
+from tests.test_policies import CASES, check_case, lookahead_modules, weights
+
+OWN = {
+    "olmo2": tiny.config(model_type="olmo2", num_hidden_layers=2),
+    "smollm3": tiny.config(
+        model_type="smollm3", num_hidden_layers=2, no_rope_layer_interval=2,
+        use_sliding_window=True, sliding_window=24,
+    ),
+}  # fmt: skip
+# All of them in one model, as far as they can be combined.
+MIXED = dataclasses.replace(
+    OWN["olmo2"], ropes=OWN["smollm3"].ropes, layer_rope=OWN["smollm3"].layer_rope
+)
+FAMILIES = {"mixed": MIXED} | OWN
+# Policies with small sizes, so that they cut prompts of 40 tokens to BUDGET entries.
+SIZES = {
+    "laq": {"draft_tokens": 4},
+    "laq++": {"draft_tokens": 4},
+    "oracle": {"response_tokens": 4},
+    "kvzip": {"chunk": 16},
+}
+DRAFTERS = ("none", "trie", "suffix", "prompt_lookup", "recycling", "draft_model")
+BUDGET, NEW = 24, 12
+
+
+def slow_unless(fast, *values):
+    """A case of a test: its values, and the mark `slow` unless it is one of the fast ones."""
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+@functools.cache
+def model_of(family):
+    config = FAMILIES[family]
+    generation = GenerationDefaults(
+        eos_ids=(), bos_id=None, pad_id=None, temperature=None, top_k=None, top_p=None
+    )
+    return Model(
+        params=weights(config), config=config, tokenizer=None, generation=generation, path=Path()
+    )
+
+
+FAST_SCORES = ("expected_attention", "keydiff", "snapkv", "lookaheadkv")
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        slow_unless(family == "mixed" and case in FAST_SCORES, family, case)
+        for family in FAMILIES
+        for case in CASES
+    ],
+)
+def test_policies_score_as_restated(family, case):
+    check_case(case, FAMILIES[family])
+
+
+class Row(NamedTuple):
+    family: str
+    policy: str
+    drafter: str
+
+
+# Every policy on every family; the drafters alternate, so that each family meets each of them.
+ROWS = [
+    Row(family, policy, DRAFTERS[(i + j) % len(DRAFTERS)])
+    for i, family in enumerate(FAMILIES)
+    for j, policy in enumerate(POLICIES)
+]
+FAST_ROWS = [
+    row for row in ROWS if row.family == "mixed" and row.policy in ("laq", "expected_attention")
+]
+
+
+def test_rows_cover_families_with_policies_and_drafters():
+    assert {row[:2] for row in ROWS} == {(f, p) for f in FAMILIES for p in POLICIES}
+    assert {(row[0], row[2]) for row in ROWS} == {(f, d) for f in FAMILIES for d in DRAFTERS}
+    assert len(FAST_ROWS) == 2
+
+
+def drafter_of(name, model):
+    if name == "draft_model":  # the model itself: its drafts are accepted unless it was cut
+        return make_drafter(name, model=model)
+    return make_drafter(name)
+
+
+@pytest.mark.filterwarnings("ignore:.*window .* exceeds budget")
+@pytest.mark.parametrize("row", [slow_unless(row in FAST_ROWS, row) for row in ROWS], ids="-".join)
+def test_drafting_changes_no_token(row):
+    model = model_of(row.family)
+    patterns = tiny.prompts((8, 5))
+    prompts = [pattern * (40 // len(pattern)) for pattern in patterns]  # repeats to draft from
+    run = partial(
+        generate, model, prompts, policy=make_policy(row.policy, **SIZES.get(row.policy, {})),
+        budget=BUDGET, max_new_tokens=NEW, lookahead=lookahead_modules(model.config),
+        drafts=[pattern[:4] for pattern in patterns] if row.policy == "speckv" else None,
+        eos_ids=(),
+    )  # fmt: skip
+    plain = run()
+    assert [len(tokens) for tokens in plain.tokens] == [NEW, NEW]
+    kept = (plain.kept >= 0).sum(-1)  # some policies give heads and layers unequal shares
+    assert kept.mean() == (40 if row.policy == "full" else BUDGET)
+    drafted = run(drafter=drafter_of(row.drafter, model), draft_nodes=8)
+    assert drafted.tokens == plain.tokens
+
+
+def restated_loss(model, modules, prompt, response):
+    """Mean over layers and heads of KL(response's attention || lookahead rows' attention)."""
+    params, length = weights(model), len(prompt)
+    scale = modules.config.alpha / modules.config.rank
+    told, _ = reference.run(params, model, [*prompt, *response])
+    seen, _ = reference.run(params, model, prompt, modules.embeddings, modules.lora, scale)
+    losses = []
+    for truth, guess in zip(told, seen, strict=True):
+        t, p = (layer.probs[:, length:, :length].mean(1) for layer in (truth, guess))
+        t, p = (scores / scores.sum(-1, keepdims=True) for scores in (t, p))
+        logs = np.log(np.maximum(t, 1e-20)) - np.log(np.maximum(p, 1e-20))
+        losses.append((t * logs).sum(-1).mean())
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("family", [slow_unless(f == "mixed", f) for f in FAMILIES])
+def test_a_training_step(family):
+    """The loss is that of the restatement, and three steps lower it."""
+    model = FAMILIES[family]
+    modules, optimizer = lookahead_modules(model), optax.sgd(0.02)
+    prompts, responses = tiny.batch((30, 22), model), tiny.batch((6, 4), model, seed=5)
+    step = jax.jit(partial(train_step, config=model, optimizer=optimizer))
+    state, losses = init_state(modules, optimizer), []
+    batch = Batch(prompts[None], responses[None])
+    for _ in range(4):
+        state, metrics = step(weights(model), state, batch)
+        losses.append(float(metrics["loss"]))
+    expected = [
+        restated_loss(model, modules, *(np.asarray(a)[np.asarray(a) >= 0] for a in rows))
+        for rows in zip(prompts, responses, strict=True)
+    ]
+    # As in tests/test_policies.py: float32 against float64.
+    assert losses[0] == pytest.approx(np.mean(expected), rel=1e-4)
+    assert losses == sorted(losses, reverse=True)
+    assert all(np.asarray(jnp.isfinite(a)).all() for a in jax.tree.leaves(state.modules))
