@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.modules.definition import LookaheadModules
     from lookahead_jax.modules.files import load_modules
     from lookahead_jax.policies.registry import make_policy
-    from lookahead_jax.prefilling.batching import pad_batch, slots_for
+    from lookahead_jax.prefilling.batching import pad_batch, pin_mask, slots_for
     from lookahead_jax.prefilling.prefill import extend, prefill
     from lookahead_jax.prompts.read import read_prompt
 
@@ -69,6 +69,7 @@ __all__ = [
     "logits",
     "make_policy",
     "pad_batch",
+    "pin_mask",
     "policies",
     "prefill",
     "read_prompt",
@@ -102,7 +103,7 @@ _HOME = {
     "modules.definition": ("LookaheadModules",),
     "modules.files": ("load_modules",),
     "policies.registry": ("make_policy",),
-    "prefilling.batching": ("pad_batch", "slots_for"),
+    "prefilling.batching": ("pad_batch", "pin_mask", "slots_for"),
     "prefilling.prefill": ("extend", "prefill"),
     "prompts.read": ("read_prompt",),
 }

@@ -67,6 +67,22 @@ def save_bytes_model(folder: Path, **overrides) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+CHAT = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def save_chat_model(folder: Path, template: str = CHAT) -> None:
+    """As `save_bytes_model`, with a chat template and its two control tokens, 256 and 257."""
+    save_bytes_model(folder, vocab_size=258, eos_token_id=257)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"chat_template": template, "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def prompts(lengths: tuple[int, ...], seed: int = 0, vocab: int = 97) -> list[list[int]]:
     """Random rows of the given lengths."""
     rng = np.random.default_rng(seed)

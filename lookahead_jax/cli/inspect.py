@@ -5,7 +5,8 @@ from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from lookahead_jax.cli.options import EncodedPrompt, OutFile, RunOptions, Text, megabytes
+from lookahead_jax.cli.encoded import EncodedPrompt
+from lookahead_jax.cli.options import OutFile, RunOptions, Text, megabytes
 from lookahead_jax.host.files import atomic_write, check_output, is_stdout
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lookahead_jax.cli.encoded import token_ranges
 from lookahead_jax.decoding.step import Step
 from lookahead_jax.host.pages import embed_json, render_page
 
@@ -75,7 +76,7 @@ def render(
         "tokens": len(offsets),
         "segments": _segments(prompt, offsets, pieces),
         "kept": [[_runs(head, len(offsets)) for head in layer] for layer in kept],
-        "marks": _marks(prompt, offsets, mark) if mark else [],
+        "marks": token_ranges(prompt, offsets, mark) if mark else [],
         "generated": generated,
         "facts": dict(facts),
     }
@@ -138,18 +139,3 @@ def _runs(kept: np.ndarray | Sequence[int], tokens: int) -> list[int]:
     starts = positions[np.r_[True, steps > 1]]
     ends = positions[np.r_[steps > 1, True]] + 1
     return np.diff(np.stack([starts, ends], axis=1).ravel(), prepend=0).tolist()
-
-
-def _marks(prompt: str, offsets: Sequence[tuple[int, int]], mark: str) -> list[tuple[int, int]]:
-    """Token ranges (first, end) of every occurrence of `mark`."""
-    starts, ends = np.asarray(offsets).T
-    ranges = []
-    found = prompt.find(mark)
-    while found >= 0:
-        inside = np.flatnonzero((starts < found + len(mark)) & (ends > found))
-        if inside.size:
-            ranges.append((int(inside[0]), int(inside[-1]) + 1))
-        found = prompt.find(mark, found + len(mark))
-    if not ranges:
-        raise ValueError(f"the prompt does not contain {mark!r}")
-    return ranges

@@ -7,6 +7,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from lookahead_jax.cli.encoded import (
+    EncodedPrompt,
+    chat_messages,
+    encode_chat_prompt,
+    pinned_spans,
+)
 from lookahead_jax.cli.tokens import read_tokens
 from lookahead_jax.host.config_files import UsageError
 
@@ -21,6 +27,7 @@ File = Annotated[Path | None, option("FILE")]
 TokenFile = Annotated[Path, option("FILE")]
 OutFile = Annotated[Path, option("FILE")]
 Text = Annotated[str | None, option("TEXT")]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
@@ -43,14 +50,6 @@ class ModelOptions:
         return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
 
 
-class EncodedPrompt(NamedTuple):
-    """A prompt as token ids; for a text also the text, and each token's characters in it."""
-
-    ids: list[int]
-    text: str | None = None
-    offsets: list[tuple[int, int]] | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
     prompt: Annotated[Text, OneSource] = None
@@ -59,9 +58,22 @@ class PromptOptions:
     """Text file (UTF-8) with the prompt; - reads standard input."""
     tokens: Annotated[File, OneSource] = None
     """Token ids as int32 [rows, tokens] in .npy, rows padded on the right with -1."""
-    special_tokens: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    special_tokens: Flag = False
     """Interpret control tokens in the prompt, such as <|im_end|>, for text that a chat template
     has rendered. Default: they are ordinary characters."""
+    chat: Flag = False
+    """The prompt is the user's message of a chat: apply the model's chat template."""
+    system: Text = None
+    """The system message of the chat. Default: what the template says without one."""
+    document: File = None
+    """Text file (UTF-8) that stands before the prompt in the user's message of the chat."""
+
+    def check(self) -> None:
+        """Raises UsageError for options that do not go together."""
+        if self.chat and self.tokens is not None:
+            raise UsageError("--chat takes a text: give --prompt or --prompt-file, not --tokens")
+        if not self.chat and (self.system is not None or self.document is not None):
+            raise UsageError("--system and --document are parts of a chat: add --chat")
 
     def read(self, model) -> list[EncodedPrompt]:
         """The prompts: one text, or the rows of a token file."""
@@ -71,12 +83,31 @@ class PromptOptions:
         text = self.prompt if self.prompt_file is None else read_text(self.prompt_file)
         if not text:
             raise ValueError("the prompt is empty")
+        if self.chat:
+            document = None if self.document is None else read_text(self.document)
+            messages = chat_messages(text, document, self.system)
+            return [encode_chat_prompt(model, messages, plain=not self.special_tokens)]
         if model.tokenizer is None:
             raise ValueError(f"{model.path} has no tokenizer.json: give token ids with --tokens")
         ids, offsets = model.tokenizer.encode_with_offsets(text, plain=not self.special_tokens)
         if not ids:
             raise ValueError("the prompt is empty")
         return [EncodedPrompt(ids, text, offsets)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PinOptions:
+    pin: Repeated = ()
+    """Keep this part of the prompt, wherever it occurs, in every layer and head, whatever its
+    score. It counts in the budget. May be repeated."""
+    pin_system: Flag = False
+    """Keep the system message of the chat likewise."""
+
+    def spans(self, prompts: list[EncodedPrompt]) -> list[list[tuple[int, int]]] | None:
+        """The pinned tokens of each prompt, for `lk.generate`; None if nothing is pinned."""
+        if not self.pin and not self.pin_system:
+            return None
+        return [pinned_spans(prompt, self.pin, system=self.pin_system) for prompt in prompts]
 
 
 class Eviction(NamedTuple):
@@ -191,6 +222,7 @@ class RunOptions:
     source: ModelOptions = field(default_factory=ModelOptions)
     input: PromptOptions = field(default_factory=PromptOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
+    pins: PinOptions = field(default_factory=PinOptions)
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     drafting: DraftingOptions = field(default_factory=DraftingOptions)
     max_new_tokens: int = 128
@@ -208,6 +240,7 @@ class RunOptions:
 
     def prepare(self) -> "Run":
         """Loads what these options name."""
+        self.input.check()
         eviction = self.eviction.resolve(self.source)
         small = self.drafting.load(self.source.dtype, eviction.policy)
         drafter = self.drafting.make(small)
@@ -235,6 +268,7 @@ class Run(NamedTuple):
         return lk.generate(
             self.model,
             rows,
+            pin=options.pins.spans(self.prompts),
             policy=self.eviction.policy,
             budget=options.eviction.budget,
             lookahead=self.eviction.modules(self.model),

@@ -96,6 +96,7 @@ def evict(
     modules: LookaheadModules | None,
     config: ModelConfig,
     eviction: DecodeEviction,
+    pinned: jax.Array | None = None,  # [B, T] bool prompt positions that stay
 ) -> tuple[KVCache, jax.Array | None]:
     """Cuts the rows that have just reached a multiple of the interval; the others stay.
 
@@ -116,7 +117,7 @@ def evict(
                 observer = None
         shorter, _, added = compress(
             params, cache, observer, config=config, policy=eviction.policy,
-            budget=eviction.budget, slots=cache.slots, sums=sums,
+            budget=eviction.budget, slots=cache.slots, sums=sums, pinned=pinned,
         )  # fmt: skip
 
         def pick(after, before):

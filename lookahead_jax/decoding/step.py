@@ -59,6 +59,7 @@ class DecodeState:
     finite: jax.Array  # [B] bool; a row ends, without a token, at logits that are NaN or infinite
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
+    pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
 
 
 class Decoded(NamedTuple):
@@ -132,13 +133,15 @@ def start(
     width: int,
     draft: Any = (),
     sums: Float[Array, "L B K S"] | None = None,
+    pinned: Bool[Array, "B T"] | None = None,
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
     static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
     of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
-    evicted during decoding. The cache is donated.
+    evicted during decoding, `pinned` the prompt positions that this eviction keeps. The cache is
+    donated.
     """
     batch = logits.shape[0]
     finite = jnp.isfinite(logits).all(-1)
@@ -157,6 +160,7 @@ def start(
         finite=finite,
         draft=draft,
         sums=sums,
+        pinned=pinned,
     )
     processed = process_logits(
         logits[:, None], None if state.seen is None else state.seen[:, None], sampling
@@ -263,7 +267,7 @@ def _settle(
     if eviction is not None:
         cache, sums = evict(
             params, cache, sums, emitted=state.tokens, count=state.count, new=entries.count,
-            modules=modules, config=config, eviction=eviction,
+            modules=modules, config=config, eviction=eviction, pinned=state.pinned,
         )  # fmt: skip
     return dataclasses.replace(state, cache=cache, sums=sums)
 

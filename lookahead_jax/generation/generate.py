@@ -49,6 +49,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     questions: Sequence[str | Sequence[int]] | None = None,
+    pin: Sequence[Sequence[tuple[int, int]]] | None = None,
     policy: Policy | None = None,
     budget: int = DEFAULT_BUDGET,
     max_new_tokens: int = 128,
@@ -76,6 +77,9 @@ def generate(
       prompts: texts or rows of token ids.
       questions: one per prompt, read behind the evicted cache: the policy chooses what to keep of
         a prompt without knowing its question.
+      pin: for each prompt, spans (start, end) of its tokens that are kept whatever their score, in
+        every layer and head and while decoding; end is not included. They count in the budget. A
+        layer with a sliding window keeps them while later tokens can see them.
       policy: default LookaheadKV if `lookahead` modules are given, else SnapKV.
       seeds: one per row, default 0 for all. Give different seeds to sample one prompt repeatedly.
       stop: strings that end a row; the text ends before them. They may be or contain special
@@ -99,11 +103,11 @@ def generate(
       measure: reads the prompts twice, with and without eviction, so that `timing` includes no
         compilation.
 
-    Raises ValueError for empty prompts, ids out of range, tokens and sizes that cannot be, a
-    policy without the modules or drafts that it needs, and one that cannot evict during decoding
-    (h2o: behind questions) with `evict_every`; NonFiniteError (a ValueError), naming the first
-    layer at fault, for logits that are NaN or infinite. Warns if a row grows past the length at
-    which the model's RoPE factors change (model/rope.py).
+    Raises ValueError for empty prompts, ids out of range, tokens and sizes that cannot be, more
+    pinned tokens than the budget, a policy without the modules or drafts that it needs, and one
+    that cannot evict during decoding (h2o: behind questions) with `evict_every`; NonFiniteError (a
+    ValueError), naming the first layer at fault, for logits that are NaN or infinite. Warns if a
+    row grows past the length at which the model's RoPE factors change (model/rope.py).
     """
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
@@ -111,7 +115,7 @@ def generate(
     )  # fmt: skip
     check_integer("burst", burst, least=1)
     check_eviction(eviction, by_reader=reader is not None, questions=questions is not None)
-    batch = encode_batch(model, prompts, questions)
+    batch = encode_batch(model, prompts, questions, pin)
     rows = len(batch.prompts)
     continuation = ContinuationSettings(
         max_new_tokens=max_new_tokens,

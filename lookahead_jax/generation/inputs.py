@@ -16,7 +16,7 @@ from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefilling.batching import pad_batch, pad_drafts
+from lookahead_jax.prefilling.batching import pad_batch, pad_drafts, pin_mask
 from lookahead_jax.prompts.speculation import draft_answers
 
 DEFAULT_BUDGET = 256
@@ -74,6 +74,7 @@ class PromptBatch:
     tokens: jax.Array  # [B, T] int32 prompts, -1 padded, placed for the model
     question_tokens: jax.Array | None  # [B, Q] int32
     text_tokens: jax.Array  # [B, T'] int32 prompts and questions
+    pinned: jax.Array | None = None  # [B, T] bool prompt positions that are always kept
 
     @property
     def question_width(self) -> int:
@@ -96,18 +97,23 @@ def encode_batch(
     model: Model,
     prompts: Sequence[str | Sequence[int]],
     questions: Sequence[str | Sequence[int]] | None,
+    pin: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> PromptBatch:
-    """Prompts and one question for each, if given, ready to be read.
+    """Prompts and one question for each, if given, ready to be read; `pin` as in `generate`.
 
-    Raises ValueError for empty ones, ids out of range, and another number of questions.
+    Raises ValueError for empty ones, ids out of range, spans outside of their prompt, and another
+    number of questions or pins.
     """
-    config = model.config
+    config, place = model.config, model.params["embed"].sharding
     rows = encode_prompts(model, prompts)
-    tokens = place_rows(pad_batch(rows, config=config), model.params["embed"].sharding)
+    padded = pad_batch(rows, config=config)
+    tokens = place_rows(padded, place)
+    pinned = None if pin is None else place_rows(pin_mask(pin, padded), place)
     if questions is None:
         return PromptBatch(
-            prompts=rows, texts=rows, tokens=tokens, question_tokens=None, text_tokens=tokens
-        )
+            prompts=rows, texts=rows, tokens=tokens, question_tokens=None, text_tokens=tokens,
+            pinned=pinned,
+        )  # fmt: skip
     asked = encode_questions(model, questions, len(rows))
     texts = [prompt + question for prompt, question in zip(rows, asked, strict=True)]
     return PromptBatch(
@@ -116,6 +122,7 @@ def encode_batch(
         tokens=tokens,
         question_tokens=jnp.asarray(pad_batch(asked, config=config)),
         text_tokens=jnp.asarray(pad_batch(texts, config=config)),
+        pinned=pinned,
     )
 
 

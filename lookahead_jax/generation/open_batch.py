@@ -57,6 +57,7 @@ def open_batch(
             with_scores=decode_eviction is not None and decode_eviction.adds_up,
             draft=drafts, known_tokens=batch.question_lengths,
             repeat_template=repeat_template(eviction.policy, model.tokenizer),
+            pinned=batch.pinned,
         )  # fmt: skip
     cache, logits, sums = read.cache, read.logits, opening_sums(decode_eviction, read)
     if batch.question_tokens is not None:
@@ -72,6 +73,8 @@ def open_batch(
         seen=seen_tokens(batch.text_tokens, config.vocab_size) if packed.penalized else None,
         width=new_tokens,
         sums=sums,
+        # Without eviction it would only be one more argument of the decoding programs.
+        pinned=None if decode_eviction is None else batch.pinned,
     )
     return jax.block_until_ready(state)
 

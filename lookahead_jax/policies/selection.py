@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.view import LayerView
 
@@ -41,6 +42,8 @@ def select(
     count = jnp.minimum(count, limit)
     if head_budgets is None:
         head_budgets = policy.head_budgets(ranked, count, layer_budget)
+    if view.pinned is not None:
+        head_budgets = raise_shares(head_budgets.T, (ranked == jnp.inf).sum(-1, jnp.int32).T).T
     budgets = jnp.minimum(head_budgets, count)
 
     tokens = ranked.shape[-1]
@@ -63,13 +66,48 @@ def rank(
 ) -> tuple[jax.Array, jax.Array]:
     """Scores with +inf for protected entries and -inf for those that may not be kept.
 
-    Returns float32 [B, K, T] and which entries may be kept, bool [B, K or 1, T].
+    Where the caller pins entries, these alone have +inf, and those that the policy protects come
+    next: both together may be more than the budget. Returns float32 [B, K, T] and which entries
+    may be kept, bool [B, K or 1, T].
     """
     allowed = policy.candidates(view.pos, view.length, view.window)
-    pinned = policy.protected(view.pos, view.length, budget) & allowed
+    protected = policy.protected(view.pos, view.length, budget) & allowed
     # A score of -inf must not tie with the entries that may not be kept.
     scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
-    return jnp.where(pinned, jnp.inf, jnp.where(allowed, scores, -jnp.inf)), allowed
+    ranked = jnp.where(protected, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
+    if view.pinned is not None:
+        pinned = view.pinned_entries(view.pinned) & allowed
+        ranked = jnp.where(pinned, jnp.inf, jnp.minimum(ranked, jnp.finfo(jnp.float32).max))
+    return ranked, allowed
+
+
+def budgets_of_layers(
+    policy: Policy,
+    length: jax.Array,
+    budget: int,
+    config: ModelConfig,
+    pinned: jax.Array | None,
+) -> jax.Array:
+    """The policy's `layer_budgets` int32 [L, B], none of them below a row's pinned entries."""
+    shares = policy.layer_budgets(length, budget, config)
+    if pinned is None:
+        return shares
+    return raise_shares(shares, pinned.sum(1, dtype=jnp.int32)[None])
+
+
+def raise_shares(shares: jax.Array, least: jax.Array) -> jax.Array:
+    """Raises `shares` [n, ...] to `least` [n or 1, ...]; the others shrink in proportion. int32.
+
+    Their sum stays, unless the least shares alone exceed it.
+    """
+    over = jnp.maximum(shares - least, 0)
+    total = over.sum(0)
+    left = jnp.maximum(total - jnp.maximum(least - shares, 0).sum(0), 0)
+    # A little too small, so that rounding cannot exceed `left`; the remainders fill it up.
+    factor = left.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32) * (1 - 1e-6)
+    exact = over.astype(jnp.float32) * factor[None]
+    base = exact.astype(jnp.int32)
+    return least + largest_remainder(base, exact - base.astype(jnp.float32), over - base, left)
 
 
 def share_across_layers(ranked: jax.Array, length: jax.Array, budget: int) -> jax.Array:

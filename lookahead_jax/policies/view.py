@@ -55,6 +55,7 @@ class LayerView(NamedTuple):
     rope: jax.Array  # int32 scalar, which RoPE table the layer uses
     config: ModelConfig
     sums: jax.Array | None  # [B, K, T] float32 scores so far, where scores add up
+    pinned: jax.Array | None = None  # [B, P] bool, prompt positions that the caller pins
 
     @classmethod
     def of(
@@ -68,13 +69,20 @@ class LayerView(NamedTuple):
         queries: Queries | None = None,
         stats: Stats = None,
         sums: jax.Array | None = None,
+        pinned: jax.Array | None = None,
     ) -> "LayerView":
         """A view of one layer's entries, `context`; what is left out does not exist here."""
         return cls(
             k=context.k, v=context.v, pos=context.pos, length=length, layer=kind.index,
             window=kind.window, queries=queries, stats=stats, span=span, rope=kind.rope,
-            config=config, sums=sums,
+            config=config, sums=sums, pinned=pinned,
         )  # fmt: skip
+
+    def pinned_entries(self, pinned: jax.Array) -> jax.Array:
+        """Which entries are at a position that `pinned` [B, P] marks: bool, shaped like `pos`."""
+        at = jnp.clip(self.pos, 0, pinned.shape[1] - 1)
+        marked = jnp.take_along_axis(pinned[:, None], at, axis=2)
+        return marked & (self.pos == at)
 
     def attention_scores(
         self,

@@ -9,7 +9,9 @@ import numpy as np
 from lookahead_jax.host.integers import check_integer, whole_id
 from lookahead_jax.model.cache import SLOT_MULTIPLE, round_up
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.jit import is_traced
 from lookahead_jax.policies.base import Policy, WithDraft
+from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.layer_pass import CHUNK
 
 
@@ -73,6 +75,46 @@ def pad_drafts(
     for row, draft in zip(padded, drafts, strict=True):
         row[: min(len(draft), width)] = [whole_id(token, "a token") for token in draft[:width]]
     return jnp.asarray(padded)
+
+
+def pin_mask(spans: Sequence[Sequence[tuple[int, int]]], tokens: np.ndarray) -> np.ndarray:
+    """Which positions of the padded batch `tokens` int32 [B, T] are to be pinned: bool [B, T].
+
+    `spans` are (start, end) positions, one list for each row; end is not included. Raises
+    ValueError for another number of lists, and for a span that is empty or not inside its row.
+    """
+    tokens = np.asarray(tokens)
+    if len(spans) != len(tokens):
+        raise ValueError(f"pin has {len(spans)} lists of spans for {len(tokens)} prompts")
+    mask = np.zeros(tokens.shape, bool)
+    for row, (listed, length) in enumerate(zip(spans, (tokens >= 0).sum(1), strict=True)):
+        for span in listed:
+            start, end = span
+            for at in span:
+                check_integer("a position of pin", at)
+            if not 0 <= start < end <= length:
+                raise ValueError(
+                    f"pin: span ({start}, {end}) of row {row} is not inside its prompt of "
+                    f"{length} tokens: 0 <= start < end <= {length}"
+                )
+            mask[row, start:end] = True
+    return mask
+
+
+def check_pinned(pinned: jax.Array | None, *, policy: Policy, budget: int) -> None:
+    """Raises ValueError for a row of `pinned` bool [B, T] with more positions than the budget.
+
+    Under jit they are unknown and not checked. The policy `full` has no budget.
+    """
+    if pinned is None or is_traced(pinned) or isinstance(policy, Full):
+        return
+    counts = np.asarray(pinned.sum(1))
+    if (rows := np.flatnonzero(counts > budget)).size:
+        row = int(rows[0])
+        raise ValueError(
+            f"row {row} pins {int(counts[row])} tokens and the budget is {budget} entries per "
+            "layer and head: pin less, or raise the budget"
+        )
 
 
 def check_tokens(tokens: np.ndarray, *, config: ModelConfig) -> None:

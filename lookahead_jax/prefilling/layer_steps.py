@@ -63,6 +63,7 @@ class Scorer(NamedTuple):
     policy: Policy
     prompt: PromptLayout
     config: ModelConfig
+    pinned: jax.Array | None  # [B, P] bool
 
     def score(
         self, layer: Layer, carry: Carry, queries: Queries | None, stats: Stats = None
@@ -71,6 +72,7 @@ class Scorer(NamedTuple):
         view = LayerView.of(
             self.prompt.context(carry.buffers), layer.kind, length=self.prompt.length,
             span=self.prompt.span, config=self.config, queries=queries, stats=stats,
+            pinned=self.pinned,
         )  # fmt: skip
         return ScoredLayer(carry, view, self.policy.score(view))
 
@@ -80,7 +82,7 @@ LayerStep = Callable[[Layer, Carry], ScoredLayer]
 
 def prompt_alone(layer: Layer, carry: Carry, *, scorer: Scorer, window: int) -> ScoredLayer:
     """The prompt's last `window` tokens observe, or none."""
-    policy, prompt, config = scorer
+    policy, prompt, config, _ = scorer
     x, buffers, stats = prompt_layer(
         layer.p, carry.x, carry.buffers, prompt, layer.kind, policy=policy, config=config
     )
@@ -103,7 +105,7 @@ def observer_behind_prompt(
     layer: Layer, carry: Carry, *, scorer: Scorer, observer: Observer
 ) -> ScoredLayer:
     """The prompt is read in chunks, which may gather statistics, and then the observer."""
-    policy, prompt, config = scorer
+    policy, prompt, config, _ = scorer
     x, buffers, stats = prompt_layer(
         layer.p, carry.x, carry.buffers, prompt, layer.kind, policy=policy, config=config
     )
@@ -115,7 +117,7 @@ def sparse_prompt(
     layer: Layer, carry: Carry, *, scorer: Scorer, observer: Observer, pattern: SparsePattern
 ) -> ScoredLayer:
     """The observer scores all keys first; the prompt is then read sparsely, by these scores."""
-    _, prompt, config = scorer
+    _, prompt, config, _ = scorer
     buffers = prompt_keys(layer.p, carry.x, carry.buffers, prompt, layer.kind, config=config)
     _, queries = _observe(layer, carry.rows, observer, prompt.context(buffers), config)
     scored = scorer.score(layer, carry._replace(buffers=buffers), queries)
@@ -140,7 +142,7 @@ def choose_layer_step(
     scorer: Scorer, observer: Observer | None, pattern: SparsePattern | None, *, budget: int
 ) -> LayerStep:
     """The step for this prompt, policy and observer; `pattern` is None for dense reading."""
-    policy, prompt, config = scorer
+    policy, prompt, config, _ = scorer
     if observer is None:
         return partial(prompt_alone, scorer=scorer, window=policy.window_rows(budget))
     if pattern is not None:

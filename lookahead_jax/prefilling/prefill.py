@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import SLOT_MULTIPLE, Entries, KVCache, commit, round_up
@@ -31,7 +31,7 @@ from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithDraft, WithModules
-from lookahead_jax.policies.selection import Kept, select
+from lookahead_jax.policies.selection import Kept, budgets_of_layers, select
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import (
     CHUNK,
@@ -119,6 +119,7 @@ def prefill(
     observer: Block | None = None,
     chunk: int | None = None,
     with_scores: bool = False,
+    pinned: Bool[Array, "B T"] | None = None,
 ) -> Prefilled:
     """Reads a right-padded batch of prompts and keeps `budget` entries per layer and KV head.
 
@@ -130,8 +131,11 @@ def prefill(
     which these factors depended on the tokens yet to be generated. `observer` holds the rows
     that a policy scores with (lookahead tokens or a draft); they are read behind the prompt and
     are not in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
-    default, see `layer_pass.default_chunk`). Raises ValueError if `slots` cannot hold what the
-    policy may keep, without the observer that the policy needs, and for a chunk without rows.
+    default, see `layer_pass.default_chunk`). `pinned` marks positions that every layer and head
+    keeps whatever their score (`batching.pin_mask`), as long as the layer's sliding window shows
+    them to later tokens; more of them than `budget` are not checked here (`read_prompt` refuses
+    them). Raises ValueError if `slots` cannot hold what the policy may keep, without the observer
+    that the policy needs, and for a chunk without rows.
     """
     reading, padded = policy.reading, tokens.shape[1]
     if observer is None and isinstance(reading, (WithModules, WithDraft)):
@@ -149,7 +153,9 @@ def prefill(
         observer = _in_dtype(observer, x.dtype)
         placed = Observer(observer, rope_tables(config, observer.positions, prompt.span))
         rows, lora = observer.x, observer.lora
-    read_layer = choose_layer_step(Scorer(policy, prompt, config), placed, pattern, budget=budget)
+    read_layer = choose_layer_step(
+        Scorer(policy, prompt, config, pinned), placed, pattern, budget=budget
+    )
 
     def step(carry, inputs):
         p, lora, (kind, layer_budget) = inputs
@@ -157,7 +163,7 @@ def prefill(
         kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
         return carry, (cut_layer(view, kept, slots), scores[..., :padded] if with_scores else None)
 
-    budgets = policy.layer_budgets(prompt.length, budget, config)
+    budgets = budgets_of_layers(policy, prompt.length, budget, config, pinned)
     carry, (entries, scores) = scan_layers(
         step,
         Carry(x, layer_buffers(prompt, x.dtype, config), rows),
@@ -186,13 +192,14 @@ def compress(
     slots: int,
     sums: Float[Array, "L B K S"] | None = None,
     with_scores: bool = False,
+    pinned: Bool[Array, "B P"] | None = None,
 ) -> Compressed:
     """Cuts a filled cache by what `observer` attends to in it.
 
     This is the second pass of policies that read a response (oracle, LAQ), and the cut while
     decoding. `observer` is None for a policy that scores by the entries alone; `sums` are the
-    scores so far of a policy whose scores add up. Raises ValueError if `slots` cannot hold what
-    the policy may keep.
+    scores so far of a policy whose scores add up, `pinned` the positions that `prefill` pins.
+    Raises ValueError if `slots` cannot hold what the policy may keep.
     """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     if observer is not None:
@@ -208,14 +215,14 @@ def compress(
             )
         view = LayerView.of(
             context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
-            queries=queries, sums=before,
+            queries=queries, sums=before, pinned=pinned,
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
         after = None if before is None else _sums(scores, kept, slots)
         return rows, (cut_layer(view, kept, slots), scores if with_scores else None, after)
 
-    budgets = policy.layer_budgets(cache.next_pos, budget, config)
+    budgets = budgets_of_layers(policy, cache.next_pos, budget, config, pinned)
     _, (entries, scores, after) = scan_layers(
         step,
         None if observer is None else observer.x,

@@ -16,7 +16,12 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithReplay
-from lookahead_jax.policies.selection import rank, select, share_across_layers
+from lookahead_jax.policies.selection import (
+    budgets_of_layers,
+    rank,
+    select,
+    share_across_layers,
+)
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import observe_layer
 from lookahead_jax.prefilling.prefill import cut_layer, static_slots
@@ -160,10 +165,12 @@ def cut_by_scores(
     across_layers: bool,
     budget: int,
     slots: int,
+    pinned: jax.Array | None = None,
 ) -> KVCache:
     """The best entries of a full cache by `scores` [L, B, K, S], in `slots` slots.
 
-    With `across_layers` all layers and heads of a row share one budget.
+    With `across_layers` all layers and heads of a row share one budget. `pinned` [B, P] marks
+    positions that are kept whatever their score.
     """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     kinds = layer_kinds(config)
@@ -171,8 +178,9 @@ def cut_by_scores(
     def view_of(kind):
         context = cache_context(cache, kind.index)
         return LayerView.of(
-            context, kind, length=cache.next_pos, span=cache.rope_span, config=config
-        )
+            context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
+            pinned=pinned,
+        )  # fmt: skip
 
     heads = None
     if across_layers:
@@ -191,6 +199,6 @@ def cut_by_scores(
         )  # fmt: skip
         return None, cut_layer(view, kept, slots)
 
-    budgets = policy.layer_budgets(cache.next_pos, budget, config)
+    budgets = budgets_of_layers(policy, cache.next_pos, budget, config, pinned)
     _, entries = jax.lax.scan(step, None, (kinds, scores, budgets, heads))
     return dataclasses.replace(cache, **entries._asdict())

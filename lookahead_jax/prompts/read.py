@@ -22,7 +22,7 @@ from lookahead_jax.policies.base import (
 )
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.selection import scores_by_position
-from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.batching import check_pinned, slots_for
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
 
@@ -38,6 +38,7 @@ class _Inputs(NamedTuple):
     known_tokens: int | jax.Array
     room: int
     with_scores: bool
+    pinned: jax.Array | None  # [B, T] bool
 
 
 def read_prompt(
@@ -55,6 +56,7 @@ def read_prompt(
     draft: jax.Array | None = None,
     repeat_template: RepeatTemplate = NO_TEMPLATE,
     known_tokens: int | jax.Array = 0,
+    pinned: jax.Array | None = None,
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, in as many passes as `policy.reading` needs.
 
@@ -64,11 +66,17 @@ def read_prompt(
     `modules` are for policies that read lookahead modules; `draft` int32 [B, tokens], padded with
     -1, for policies that read a draft; `eos_ids` end the response that some policies decode;
     `repeat_template` holds the requests around a replayed prompt (`kvzip_replay.repeat_template`).
+    `pinned` bool [B, T] (`batching.pin_mask`) marks positions that every layer and head keeps
+    whatever their score; in a layer with a sliding window, while later tokens can see them.
 
-    Raises ValueError for a policy without the modules or the draft that it needs.
+    Raises ValueError for a policy without the modules or the draft that it needs, and for a row
+    with more pinned positions than the budget.
     """
     room = new_tokens if room is None else room
-    inputs = _Inputs(params, tokens, config, policy, budget, known_tokens, room, with_scores)
+    check_pinned(pinned, policy=policy, budget=budget)
+    inputs = _Inputs(
+        params, tokens, config, policy, budget, known_tokens, room, with_scores, pinned
+    )
     match policy.reading:
         case OnePass():
             return _read_once(inputs, None)
@@ -88,6 +96,7 @@ def _read_once(inputs: _Inputs, observer: Block | None) -> Prefilled:
     return prefill(
         inputs.params, inputs.tokens, config=config, policy=policy, budget=budget, slots=slots,
         known_tokens=inputs.known_tokens, observer=observer, with_scores=inputs.with_scores,
+        pinned=inputs.pinned,
     )  # fmt: skip
 
 
@@ -147,7 +156,7 @@ def _read_with_response(
     slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
     cache, scores, _ = compress(
         params, full.cache, observer, config=config, policy=policy, budget=budget, slots=slots,
-        with_scores=inputs.with_scores,
+        with_scores=inputs.with_scores, pinned=inputs.pinned,
     )  # fmt: skip
     if scores is not None:
         scores = scores_by_position(scores, full.cache.pos, tokens.shape[1])
@@ -162,8 +171,9 @@ def _cut_copy(inputs: _Inputs, cache: KVCache, policy: Policy, room: int) -> KVC
     )
     slots = slots_for(policy, cache.slots, budget, room, config=config)
     return compress(
-        params, cache, observer, config=config, policy=policy, budget=budget, slots=slots
-    ).cache
+        params, cache, observer, config=config, policy=policy, budget=budget, slots=slots,
+        pinned=inputs.pinned,
+    ).cache  # fmt: skip
 
 
 def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemplate) -> Prefilled:
@@ -176,7 +186,7 @@ def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemp
     slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
     cache = cut_by_scores(
         full.cache, scores, config=config, policy=policy, across_layers=reading.across_layers,
-        budget=budget, slots=slots,
+        budget=budget, slots=slots, pinned=inputs.pinned,
     )  # fmt: skip
     if not inputs.with_scores:
         return Prefilled(cache, full.logits, None)

@@ -1,0 +1,192 @@
+"""Pinned tokens: kept by every policy in every layer and head, while reading and while decoding."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lookahead_jax as lk
+from lookahead_jax.policies.ada import Ada
+from lookahead_jax.policies.pyramidkv import PyramidKV
+from lookahead_jax.policies.registry import POLICIES, make_policy
+from lookahead_jax.policies.selection import raise_shares
+from lookahead_jax.prefilling.batching import pad_drafts
+from lookahead_jax.prompts.read import read_prompt
+from tests import tiny
+from tests.test_decode_eviction import POLICIES as CUTTING
+from tests.test_decode_eviction import model
+from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, read, weights
+
+LENGTHS = (70, 33, 61)
+BUDGET = 24
+# As many as the budget, in one row also the prompt's ends; a few; none.
+PINS = [[(3, 11), (40, 52), (66, 70)], [(0, 2), (20, 23)], []]
+PINNED = [np.concatenate([np.arange(a, b) for a, b in row] or [np.zeros(0, int)]) for row in PINS]
+EVICTING = {
+    **{name: make_policy(name) for name in POLICIES if name != "full"},
+    "ada-pyramid": Ada(inner=PyramidKV(window=4, beta=20)),
+    "ada-h2o": make_policy("ada", inner="h2o", alpha=0.0),
+    "kvzip-layer": make_policy("kvzip", allocate="layer", chunk=16),
+}
+
+
+def mask(tokens):
+    return jnp.asarray(lk.pin_mask(PINS, np.asarray(tokens)))
+
+
+def read_pinned(policy, tokens, config, pinned, **options):
+    return read_prompt(
+        weights(config), tokens, config=config, policy=policy, budget=BUDGET, new_tokens=8,
+        modules=lookahead_modules(config), pinned=pinned,
+        draft=pad_drafts(policy, [[5, 6, 7]] * 3, 3), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVICTING)
+def test_every_policy_keeps_what_is_pinned(name):
+    policy, tokens = EVICTING[name], tiny.batch(LENGTHS, PLAIN)
+    pinned = mask(tokens)
+    sets = kept_sets(read_pinned(policy, tokens, PLAIN, pinned).cache)
+    for (_, row, _), kept in np.ndenumerate(sets):
+        assert set(PINNED[row]) <= set(kept)
+    # What is pinned counts in the budget.
+    sizes = np.vectorize(len)(sets)
+    total = PLAIN.num_layers * PLAIN.num_kv_heads * np.minimum(LENGTHS, BUDGET)
+    np.testing.assert_array_equal(sizes.sum((0, 2)), total)
+
+
+def expected(policy, scores, pinned, length, window):
+    """The positions that a head keeps, from its scores: pinned, then protected, then the best."""
+    at = jnp.arange(length, dtype=jnp.int32)[None, None]
+    lengths = jnp.asarray([length], jnp.int32)
+    protected = np.asarray(policy.protected(at, lengths, BUDGET))[0, 0]
+    seen = np.ones(length, bool) if window is None else length - np.arange(length) < window
+    pinned = np.isin(np.arange(length), pinned)
+    order = np.lexsort((np.arange(length), -scores, ~protected, ~pinned, ~seen))
+    return np.sort(order[: min(BUDGET, seen.sum())])
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming_llm", "random"])
+def test_the_rest_of_the_budget_goes_as_before(name):
+    """In chunks, beside sliding windows: entries out of a window are of no use and not kept."""
+    policy, tokens = make_policy(name), tiny.batch(LENGTHS, RICH)
+    result = read(RICH, tokens, policy, budget=BUDGET, chunk=16, pinned=mask(tokens))
+    for (layer, row, head), kept in np.ndenumerate(kept_sets(result.cache)):
+        scores = np.asarray(result.scores)[layer, row, head, : LENGTHS[row]]
+        window = RICH.layer_window[layer]
+        want = expected(policy, scores, PINNED[row], LENGTHS[row], window)
+        np.testing.assert_array_equal(kept, want)
+
+
+def test_no_pins_are_no_change():
+    policy, tokens = make_policy("pyramidkv", window=4), tiny.batch(LENGTHS, PLAIN)
+    none = jnp.zeros(tokens.shape, bool)
+    pinned, plain = (read_pinned(policy, tokens, PLAIN, p).cache for p in (none, None))
+    np.testing.assert_array_equal(pinned.pos, plain.pos)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_raised_shares_keep_their_sum(data):
+    shares = np.array(data.draw(st.lists(st.integers(0, 2**24), min_size=1, max_size=6)))
+    least = data.draw(st.integers(0, int(shares.mean()) if shares.mean() >= 1 else 0))
+    raised = np.asarray(
+        raise_shares(jnp.asarray(shares[:, None], jnp.int32), jnp.full((1, 1), least, jnp.int32))
+    )[:, 0]
+    assert raised.sum() == shares.sum()
+    assert (raised >= least).all()
+    assert (raised[shares <= least] == least).all()
+    if shares.min() >= least:
+        assert raised.tolist() == shares.tolist()
+    # In proportion: what a share has above the least is scaled by one factor, to one unit.
+    over = np.maximum(shares - least, 0).astype(float)
+    factor = (raised - least).sum() / max(over.sum(), 1)
+    assert np.abs(raised - least - over * factor).max() <= 1 + 4e-6 * over.max()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "h2o")) for name in CUTTING]
+)
+def test_cuts_while_decoding_keep_what_is_pinned(name):
+    """Six cuts; the row of full pins has no room for anything else behind each. Drafts or not."""
+    policy, prompts = make_policy(name, **CUTTING[name]), tiny.prompts(LENGTHS)
+    setting = dict(
+        pin=PINS, policy=policy, budget=BUDGET, max_new_tokens=48, evict_every=8,
+        lookahead=lookahead_modules(PLAIN),
+    )  # fmt: skip
+    caches = []
+    plain = _generate_with_cache(prompts, caches, **setting)
+    for (_, row, _), kept in np.ndenumerate(kept_sets(caches[0])):
+        assert set(PINNED[row]) <= set(kept)
+        assert len(kept) < BUDGET + 8
+    drafted = lk.generate(model(), prompts, drafter="prompt_lookup", draft_nodes=8, **setting)
+    assert drafted.tokens == plain.tokens
+    assert drafted.drafting.steps < plain.drafting.steps
+
+
+def _generate_with_cache(prompts, caches, **setting):
+    """`lk.generate`, which reports the cache after the prompt; this also gives the last one."""
+    from lookahead_jax.decoding.drafted import Drafting
+
+    end = Drafting.end
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drafting, "end", lambda self, s: (caches.append(s.cache), end(self, s)))
+        return lk.generate(model(), prompts, **setting)
+
+
+def test_rows_have_their_own_pins():
+    prompts = tiny.prompts(LENGTHS)
+    setting = dict(policy=make_policy("snapkv", window=8), budget=BUDGET, max_new_tokens=4)
+    together = lk.generate(model(), prompts, pin=PINS, **setting)
+    alone = lk.generate(model(), prompts[1:2], pin=PINS[1:2], **setting)
+    unpinned = lk.generate(model(), prompts, **setting)
+    np.testing.assert_array_equal(together.kept[:, 1], alone.kept[:, 0])
+    assert (together.kept[:, 0] != unpinned.kept[:, 0]).any()
+    np.testing.assert_array_equal(together.kept[:, 2], unpinned.kept[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ([[(0, 13), (20, 32)], []], "row 0 pins 25 tokens and the budget is 24 entries per layer"),
+        ([[(0, 13), (5, 30)], []], "row 0 pins 30 tokens and the budget is 24"),
+        ([[]], "pin has 1 lists of spans for 2 prompts"),
+        ([[], [(0, 6)]], r"span \(0, 6\) of row 1 is not inside its prompt of 5 tokens"),
+        ([[], [(3, 3)]], r"span \(3, 3\) of row 1"),
+        ([[], [(-1, 3)]], r"span \(-1, 3\) of row 1"),
+    ],
+)
+def test_pins_that_cannot_be_are_refused(pin, message):
+    with pytest.raises(ValueError, match=message):
+        lk.generate(model(), tiny.prompts((40, 5)), pin=pin, budget=BUDGET)
+
+
+def test_the_policy_full_has_no_budget_to_exceed():
+    result = lk.generate(
+        model(), tiny.prompts((40, 5)), pin=[[(0, 40)], []], policy=make_policy("full"),
+        budget=BUDGET, max_new_tokens=1,
+    )  # fmt: skip
+    assert result.cache.kept_per_head[0] == [[40, 40], [5, 5]]
+
+
+def test_a_policy_that_gives_a_head_too_little_is_corrected():
+    """The guarantee is the pipeline's: `head_budgets` of a policy may be anything."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class FirstHead(type(make_policy("keydiff"))):
+        def head_budgets(self, ranked, candidates, layer_budget):
+            share = jnp.asarray([2, 0], jnp.int32)[None] * layer_budget[:, None]
+            return jnp.minimum(share, candidates)
+
+        def max_entries(self, tokens, budget, config):
+            return min(tokens, 2 * budget)
+
+    tokens = tiny.batch(LENGTHS, PLAIN)
+    sets = kept_sets(read(PLAIN, tokens, FirstHead(), budget=BUDGET, pinned=mask(tokens)).cache)
+    for (_, row, _), kept in np.ndenumerate(sets):
+        assert set(PINNED[row]) <= set(kept)
+    # The second head of the second row takes its 5 pinned entries from the 33 of the first.
+    assert np.vectorize(len)(sets)[0].tolist() == [[24, 24], [28, 5], [48, 0]]
