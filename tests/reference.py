@@ -126,11 +126,12 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         probs = softmax(logits)
         out = np.stack([probs[n] @ v[n // group] for n in range(heads)], axis=1)
         out = linear("o", out.reshape(width, -1))
-        x = x + (norm(out, p["attn_post_norm"], config) if config.post_norms else out)
+        scale = config.residual_scale or 1.0
+        x = x + scale * (norm(out, p["attn_post_norm"], config) if config.post_norms else out)
         inner = norm(x, p["mlp_norm"], config) if config.pre_norms else x
         gated = activation(linear("gate", inner), config.activation) * linear("up", inner)
         out = linear("down", gated)
-        x = x + (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
+        x = x + scale * (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
         records.append(Layer(q_plain, q, k, v, logits, probs))
     return records, norm(x, params["final_norm"], config)
 

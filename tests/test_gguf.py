@@ -43,7 +43,7 @@ SANDWICH = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-INTERLEAVED = ("llama", "smollm3")
+INTERLEAVED = ("llama", "smollm3", "granite")
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, 320))]
 
 
@@ -70,6 +70,11 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
     writer.add_rope_dimension_count(config.ropes[0].dim)
     if hf.get("sliding_window") is not None and architecture in ("llama", "gemma2", "gemma3"):
         writer.add_sliding_window(hf["sliding_window"])
+    if architecture == "granite":
+        writer.add_attention_scale(hf["attention_multiplier"])
+        writer.add_embedding_scale(hf["embedding_multiplier"])
+        writer.add_residual_scale(hf["residual_multiplier"])
+        writer.add_logit_scale(hf["logits_scaling"])
     if config.attn_softcap is not None:
         writer.add_attn_logit_softcapping(config.attn_softcap)
     if config.final_softcap is not None:
@@ -123,6 +128,7 @@ def gguf_name(name: str, sandwich: bool) -> str:
         ("gemma2", "gemma2"),
         ("olmo2", "olmo2"),
         ("smollm3", "smollm3"),
+        ("granite", "granite"),
     ],
 )
 def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):

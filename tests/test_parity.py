@@ -79,6 +79,8 @@ def test_rows_alone_with_unstacked_layers(name):
         ("gemma2", "attn_logit_softcapping", 5.01),
         ("phi3", "original_max_position_embeddings", 64),
         ("qwen2", "rms_norm_eps", 1e-3),
+        ("smollm3", "no_rope_layers", [1, 1, 1, 1]),
+        ("granite", "residual_multiplier", 0.601),
     ],
 )
 def test_a_wrong_constant_fails(name, field, value):

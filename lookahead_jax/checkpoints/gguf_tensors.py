@@ -62,7 +62,7 @@ _SANDWICH_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_INTERLEAVED = ("llama", "smollm3")  # architectures whose q and k converters permute
+_INTERLEAVED = ("llama", "smollm3", "granite")  # architectures whose q and k converters permute
 # These belong to the configuration, see gguf_config.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"

@@ -19,8 +19,15 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_WITHOUT_WINDOWS = ("llama", "olmo2")
-_WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3")
+_WITHOUT_WINDOWS = ("llama", "olmo2", "granite")
+_WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite")
+_WITH_MLP_BIAS_FIELD = ("llama", "smollm3", "granite")
+_MULTIPLIERS = (  # of Granite
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
 _MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
 
 
@@ -86,6 +93,10 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
         raise ValueError(f"{f.where}: query_pre_attn_scalar must be positive, got {query_scale}")
+    multipliers = {
+        name: f.required(name, float) if model_type == "granite" else None for name in _MULTIPLIERS
+    }
+    attn_scale = multipliers["attention_multiplier"]
     return ModelConfig(
         model_type=model_type,
         vocab_size=f.required("vocab_size", int),
@@ -109,12 +120,14 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         qk_norm_joint=model_type == "olmo2",
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
-        mlp_bias=model_type in ("llama", "smollm3") and f.required("mlp_bias", bool),
+        mlp_bias=model_type in _WITH_MLP_BIAS_FIELD and f.required("mlp_bias", bool),
         activation=_activation(f, "hidden_activation" if gemma else "hidden_act"),
-        embed_scale=hidden_size**0.5 if gemma else None,
-        attn_scale=query_scale**-0.5,
+        embed_scale=hidden_size**0.5 if gemma else multipliers["embedding_multiplier"],
+        residual_scale=multipliers["residual_multiplier"],
+        attn_scale=query_scale**-0.5 if attn_scale is None else attn_scale,
         attn_softcap=f.optional("attn_logit_softcapping", float) if gemma else None,
         final_softcap=f.optional("final_logit_softcapping", float) if gemma else None,
+        logit_divisor=multipliers["logits_scaling"],
         tie_embeddings=f.required("tie_word_embeddings", bool),
         max_position=f.required("max_position_embeddings", int),
     )

@@ -100,5 +100,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
+    "granite": _LLAMA
+    | {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
     "olmo2": _LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5},
 }
