@@ -13,7 +13,7 @@ from lookahead_jax.model.config import RopeConfig
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
-TYPES += ("granite",)
+TYPES += ("granite", "glm", "glm4")
 
 
 def read(name, file="config.json"):
@@ -42,11 +42,15 @@ def test_defaults_are_those_of_transformers(model_type):
         "gemma2": ((256000, 2304, 9216, 26), (8, 4, 256, 8192)),
         "gemma3_text": ((262208, 2304, 9216, 26), (8, 4, 256, 131072)),
         "phi3": ((32064, 3072, 8192, 32), (32, 32, 96, 4096)),
+        "glm": ((151552, 4096, 13696, 40), (32, 2, 128, 131072)),
+        "glm4": ((151552, 4096, 13696, 40), (32, 2, 128, 131072)),
         "granite": ((32000, 4096, 11008, 32), (32, 32, 128, 2048)),
         "smollm3": ((128256, 2048, 11008, 36), (16, 4, 128, 32768)),
         "olmo2": ((50304, 4096, 11008, 32), (32, 32, 128, 2048)),
     }[model_type]
-    assert config.norm_eps == (1e-5 if model_type in ("phi3", "olmo2") else 1e-6)
+    other_eps = {"phi3": 1e-5, "olmo2": 1e-5, "glm": 1.5625e-7, "glm4": 1.5625e-7}
+    assert config.norm_eps == other_eps.get(model_type, 1e-6)
+    assert config.ropes[0].dim == (64 if model_type[:3] == "glm" else config.head_dim)
     assert config.tie_embeddings == (model_type[:5] in ("gemma", "smoll"))
     thetas = tuple(rope.theta for rope in config.ropes)
     assert thetas == {"gemma3_text": (1e6, 1e4), "smollm3": (2e6, 2e6)}.get(model_type, (1e4,))
@@ -244,6 +248,8 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("granite", {"num_local_experts": 8}, "num_local_experts"),
         ("granite", {"num_local_experts": 0}, None),
         ("smollm3", {"layer_types": SLIDING, "sliding_window": 8}, "use_sliding_window is false"),
+        ("glm4", {"sliding_window": 8}, "sliding_window"),
+        ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("smollm3", {"max_window_layers": 28, "use_sliding_window": False}, None),
         ("qwen3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ],

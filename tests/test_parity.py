@@ -81,6 +81,7 @@ def test_rows_alone_with_unstacked_layers(name):
         ("qwen2", "rms_norm_eps", 1e-3),
         ("smollm3", "no_rope_layers", [1, 1, 1, 1]),
         ("granite", "residual_multiplier", 0.601),
+        ("glm4", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.34}),
     ],
 )
 def test_a_wrong_constant_fails(name, field, value):

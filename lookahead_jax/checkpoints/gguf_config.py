@@ -21,6 +21,7 @@ _FAMILIES = {  # general.architecture -> model_type; Mistral's files are llama w
     "phi3": "phi3",
     "olmo2": "olmo2",
     "granite": "granite",
+    "glm4": "glm4",
     "smollm3": "smollm3",  # files do not name the layers without RoPE: every fourth, the default
 }
 _FIELDS = {
@@ -52,7 +53,7 @@ _OTHER = {
     "rope.scaling.type",
     "vocab_size",
 }
-_WITH_BIASES = ("llama", "smollm3", "granite")  # which of them a file has, its tensors say
+_WITH_BIASES = ("llama", "smollm3", "granite", "glm4")  # which of them a file has, its tensors say
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2, whose files hold the result as a tensor
 # Gemma files lack the scale of queries. By layers, where it is not the head's size.
 _QUERY_SCALES = {("gemma2", 46): 144, ("gemma3", 62): 168}
@@ -135,7 +136,7 @@ def _rope(
     rotated = settings.get("rope.dimension_count")
     heads = fields.get("num_attention_heads") or 1
     head = fields.get("head_dim") or fields.get("hidden_size", 0) // heads
-    if rotated is not None and rotated != head:
+    if rotated is not None and head:
         described["partial_rotary_factor"] = rotated / head
     return described
 

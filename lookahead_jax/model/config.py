@@ -83,6 +83,8 @@ class ModelConfig:
     layer_rope: tuple[int, ...]
     """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local; SmolLM3 has
     kind `none` as its second."""
+    rope_interleaved: bool
+    """Whether RoPE turns dimension 2i with 2i + 1 (GLM-4), not i with i + dim / 2."""
     layer_window: tuple[int | None, ...]
     """Per layer, the number of positions a token attends to (its own included); None: all."""
     norm_eps: float

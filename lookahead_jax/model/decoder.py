@@ -193,10 +193,11 @@ def project_qkv(
         q = optional_norm(p, "q_norm", q, config=config)
         k = optional_norm(p, "k_norm", k, config=config)
         cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (stream.cos, stream.sin))
+        turn = partial(apply_rope, cos=cos, sin=sin, interleaved=config.rope_interleaved)
         projections.append(
             Projections(
-                q=apply_rope(q, cos, sin),
-                k=apply_rope(k, cos, sin).swapaxes(1, 2),
+                q=turn(q),
+                k=turn(k).swapaxes(1, 2),
                 v=v.swapaxes(1, 2),
                 q_unrotated=q,
             )
