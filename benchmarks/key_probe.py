@@ -70,7 +70,9 @@ def measure(task: str, documents: int) -> dict:
         )  # fmt: skip
         keys = read.cache.k[:, 0, :, :LENGTH]  # [L, K, T, H]
         at = np.array([position for position, _ in place])
-        plain = apply_rope(keys.swapaxes(1, 2), cos[0], -sin[0]).swapaxes(1, 2)
+        plain = apply_rope(
+            keys.swapaxes(1, 2), cos[0], -sin[0], interleaved=config.rope_interleaved
+        ).swapaxes(1, 2)
         stored.append(np.asarray(keys)[:, :, at])
         undone.append(np.asarray(plain)[:, :, at])
     report = {

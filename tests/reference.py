@@ -30,17 +30,18 @@ def softmax(x, axis=-1):
     return e / np.maximum(e.sum(axis=axis, keepdims=True), 1e-300)
 
 
-def rotation(position, rope, head_dim):
+def rotation(position, rope, config):
     """The RoPE matrix [H, H] of one position: q -> R q (kind `default`, may be partial)."""
     assert rope.kind in ("default", "none")
-    matrix = np.eye(head_dim)
+    matrix = np.eye(config.head_dim)
     if rope.kind == "none":
         return matrix
     half = rope.dim // 2
     for i in range(half):
         angle = position * rope.theta ** (-2 * i / rope.dim)
-        matrix[i, i] = matrix[i + half, i + half] = np.cos(angle)
-        matrix[i, i + half], matrix[i + half, i] = -np.sin(angle), np.sin(angle)
+        a, b = (2 * i, 2 * i + 1) if config.rope_interleaved else (i, i + half)
+        matrix[a, a] = matrix[b, b] = np.cos(angle)
+        matrix[a, b], matrix[b, a] = -np.sin(angle), np.sin(angle)
     return matrix
 
 
@@ -108,7 +109,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         if config.qk_norm:
             q, k = norm(q, p["q_norm"], config), norm(k, p["k_norm"], config)
         rope = config.ropes[config.layer_rope[index]]
-        turn = np.stack([rotation(i, rope, h) for i in position])
+        turn = np.stack([rotation(i, rope, config) for i in position])
         q_plain, q = q, np.einsum("phi,pni->pnh", turn, q)
         k = np.einsum("phi,pni->pnh", turn, k)
         q_plain, q, k, v = (a.transpose(1, 0, 2) for a in (q_plain, q, k, v))
@@ -126,11 +127,12 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         probs = softmax(logits)
         out = np.stack([probs[n] @ v[n // group] for n in range(heads)], axis=1)
         out = linear("o", out.reshape(width, -1))
-        x = x + (norm(out, p["attn_post_norm"], config) if config.post_norms else out)
+        scale = config.residual_scale or 1.0
+        x = x + scale * (norm(out, p["attn_post_norm"], config) if config.post_norms else out)
         inner = norm(x, p["mlp_norm"], config) if config.pre_norms else x
         gated = activation(linear("gate", inner), config.activation) * linear("up", inner)
         out = linear("down", gated)
-        x = x + (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
+        x = x + scale * (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
         records.append(Layer(q_plain, q, k, v, logits, probs))
     return records, norm(x, params["final_norm"], config)
 
@@ -207,7 +209,7 @@ def expected_attention(layer, length, config, index, sinks, future, epsilon):
     """softmax_j(a k.mu + a^2 k'S k / 2), group mean, + epsilon, times |v_j|."""
     rope, window = config.ropes[config.layer_rope[index]], config.layer_window[index]
     ahead = range(length, length + future)
-    mean_rotation = np.mean([rotation(i, rope, config.head_dim) for i in ahead], axis=0)
+    mean_rotation = np.mean([rotation(i, rope, config) for i in ahead], axis=0)
     first = sinks if window is None else max(sinks, length - window + 1)
     group = config.num_heads // config.num_kv_heads
     per_head = np.zeros((config.num_heads, length))

@@ -78,7 +78,9 @@ def test_generation_config_wins_over_config(copy):
     assert load(directory).tokenizer is None
 
 
-@pytest.mark.parametrize("name", ["llama_linear_biased", "gemma3", "phi3", "qwen3", "olmo2"])
+@pytest.mark.parametrize(
+    "name", ["llama_linear_biased", "gemma3", "phi3", "qwen3", "olmo2", "glm4"]
+)
 def test_save_then_load_is_exact(name, tmp_path):
     model = load(MODELS / name)
     save_params(tmp_path, model.params, model.config)

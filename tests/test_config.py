@@ -13,6 +13,7 @@ from lookahead_jax.model.config import RopeConfig
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
+TYPES += ("granite", "glm", "glm4")
 
 
 def read(name, file="config.json"):
@@ -41,10 +42,15 @@ def test_defaults_are_those_of_transformers(model_type):
         "gemma2": ((256000, 2304, 9216, 26), (8, 4, 256, 8192)),
         "gemma3_text": ((262208, 2304, 9216, 26), (8, 4, 256, 131072)),
         "phi3": ((32064, 3072, 8192, 32), (32, 32, 96, 4096)),
+        "glm": ((151552, 4096, 13696, 40), (32, 2, 128, 131072)),
+        "glm4": ((151552, 4096, 13696, 40), (32, 2, 128, 131072)),
+        "granite": ((32000, 4096, 11008, 32), (32, 32, 128, 2048)),
         "smollm3": ((128256, 2048, 11008, 36), (16, 4, 128, 32768)),
         "olmo2": ((50304, 4096, 11008, 32), (32, 32, 128, 2048)),
     }[model_type]
-    assert config.norm_eps == (1e-5 if model_type in ("phi3", "olmo2") else 1e-6)
+    other_eps = {"phi3": 1e-5, "olmo2": 1e-5, "glm": 1.5625e-7, "glm4": 1.5625e-7}
+    assert config.norm_eps == other_eps.get(model_type, 1e-6)
+    assert config.ropes[0].dim == (64 if model_type[:3] == "glm" else config.head_dim)
     assert config.tie_embeddings == (model_type[:5] in ("gemma", "smoll"))
     thetas = tuple(rope.theta for rope in config.ropes)
     assert thetas == {"gemma3_text": (1e6, 1e4), "smollm3": (2e6, 2e6)}.get(model_type, (1e4,))
@@ -67,6 +73,15 @@ def test_windows():
     for name in ("sliding_window_pattern", "_sliding_window_pattern"):
         three = config_from_hf(gemma3 | {name: 3})
         assert three.layer_window == (5, 5, None, 5, 5, None, 5)
+
+
+def test_multipliers_of_granite():
+    fields = read("granite")
+    config = config_from_hf(fields)
+    assert (config.embed_scale, config.residual_scale) == (3.0, 0.6)
+    assert (config.attn_scale, config.logit_divisor) == (0.5, 1.5)
+    absent = {"model_type": "granite"}
+    assert config_from_hf(absent).attn_scale == 1.0  # not 1 / sqrt(head_dim)
 
 
 def test_layers_without_rope():
@@ -132,6 +147,9 @@ def test_legacy_phi3_rope_types():
         ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "no_rope_layers must hold"),
         ({"model_type": "smollm3", "no_rope_layers": [2] * 36}, "no_rope_layers must hold"),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ({"model_type": "granite", "residual_multiplier": 0}, "residual_scale must be positive"),
+        ({"model_type": "granite", "attention_multiplier": 0}, "attn_scale must be positive"),
+        ({"model_type": "granite", "logits_scaling": "8"}, "logits_scaling must be of type float"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_attention_heads": 3}, "not whole"),
         ({"num_attention_heads": 0}, "not whole"),
@@ -225,7 +243,13 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("olmo2", {"sliding_window": 8, "layer_types": SLIDING}, "layer_types"),  # OLMo 3
         ("olmo2", {"sliding_window": 8}, "sliding_window"),
         ("olmo2", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("olmo2", {"residual_multiplier": 0.22}, "residual_multiplier"),
+        ("mistral", {"attention_multiplier": 0.1}, "attention_multiplier"),
+        ("granite", {"num_local_experts": 8}, "num_local_experts"),
+        ("granite", {"num_local_experts": 0}, None),
         ("smollm3", {"layer_types": SLIDING, "sliding_window": 8}, "use_sliding_window is false"),
+        ("glm4", {"sliding_window": 8}, "sliding_window"),
+        ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("smollm3", {"max_window_layers": 28, "use_sliding_window": False}, None),
         ("qwen3", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
     ],

@@ -43,7 +43,12 @@ SANDWICH = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-INTERLEAVED = ("llama", "smollm3")
+INTERLEAVED = ("llama", "smollm3", "granite")
+GLM4 = {
+    "post_self_attn_layernorm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "post_mlp_layernorm": "post_ffw_norm",
+}
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(3, 320))]
 
 
@@ -70,6 +75,11 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
     writer.add_rope_dimension_count(config.ropes[0].dim)
     if hf.get("sliding_window") is not None and architecture in ("llama", "gemma2", "gemma3"):
         writer.add_sliding_window(hf["sliding_window"])
+    if architecture == "granite":
+        writer.add_attention_scale(hf["attention_multiplier"])
+        writer.add_embedding_scale(hf["embedding_multiplier"])
+        writer.add_residual_scale(hf["residual_multiplier"])
+        writer.add_logit_scale(hf["logits_scaling"])
     if config.attn_softcap is not None:
         writer.add_attn_logit_softcapping(config.attn_softcap)
     if config.final_softcap is not None:
@@ -91,7 +101,8 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
             if config.norm_offset and "norm" in name:
                 written = written + 1
             raw = quantize(written, own)
-            writer.add_tensor(gguf_name(name, config.post_norms), raw, raw_dtype=own)
+            norms = GLM4 if architecture == "glm4" else SANDWICH if config.post_norms else {}
+            writer.add_tensor(gguf_name(name, norms), raw, raw_dtype=own)
             expected[name] = (written, own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -100,7 +111,7 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
     return expected
 
 
-def gguf_name(name: str, sandwich: bool) -> str:
+def gguf_name(name: str, norms: dict[str, str]) -> str:
     top = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -110,7 +121,7 @@ def gguf_name(name: str, sandwich: bool) -> str:
         return top[name]
     _, _, layer, rest = name.split(".", 3)
     part, _, suffix = rest.rpartition(".")
-    return f"blk.{layer}.{(PARTS | (SANDWICH if sandwich else {}))[part]}.{suffix}"
+    return f"blk.{layer}.{(PARTS | norms)[part]}.{suffix}"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +134,8 @@ def gguf_name(name: str, sandwich: bool) -> str:
         ("gemma2", "gemma2"),
         ("olmo2", "olmo2"),
         ("smollm3", "smollm3"),
+        ("granite", "granite"),
+        ("glm4", "glm4"),
     ],
 )
 def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):

@@ -49,7 +49,7 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
 
         h = rms_norm(x, p["attn_norm"], config=model)
         q, k, v = (both(lambda p, lo, n=n, h=h: linear(p, n, h, lora=lo)) for n in "qkv")
-        q, k = apply_rope(q, cos[0], sin[0]), apply_rope(k, cos[0], sin[0])
+        q, k = (apply_rope(a, cos[0], sin[0], interleaved=False) for a in (q, k))
         groups = model.num_heads // model.num_kv_heads
         k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) * model.attn_scale

@@ -18,8 +18,9 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 6,
+    "partial_rotary_factor": 1.0,  # half of 6 is not even
 }
-TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2")
+TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4")
 
 
 def make(model_type, **fields):
@@ -67,6 +68,7 @@ def test_shapes_of_a_model_with_everything():
         ("qwen3", {"q_norm", "k_norm"}, {"q_bias", "attn_post_norm"}),
         ("gemma2", {"attn_post_norm", "mlp_post_norm"}, {"q_norm", "q_bias"}),
         ("gemma3_text", {"attn_post_norm", "q_norm"}, {"q_bias"}),
+        ("glm4", {"attn_post_norm", "mlp_norm", "q_bias"}, {"o_bias", "q_norm"}),
         ("olmo2", {"attn_post_norm", "mlp_post_norm", "k_norm"}, {"attn_norm", "mlp_norm"}),
     ],
 )
@@ -109,6 +111,18 @@ def test_norms_of_gemma_have_their_own_names():
     tensors = P.to_checkpoint(params, config)
     assert (tensors["model.layers.0.pre_feedforward_layernorm.weight"] == 7).all()
     assert (tensors["model.layers.0.post_attention_layernorm.weight"] == 8).all()
+
+
+def test_norms_of_glm4_have_their_own_names():
+    config, params = make("glm4")
+    params["layers"]["mlp_norm"] = jnp.full((3, 24), 7.0, jnp.float32)
+    params["layers"]["attn_post_norm"] = jnp.full((3, 24), 8.0, jnp.float32)
+    params["layers"]["mlp_post_norm"] = jnp.full((3, 24), 9.0, jnp.float32)
+    tensors = P.to_checkpoint(params, config)
+    assert (tensors["model.layers.0.post_attention_layernorm.weight"] == 7).all()
+    assert (tensors["model.layers.0.post_self_attn_layernorm.weight"] == 8).all()
+    assert (tensors["model.layers.0.post_mlp_layernorm.weight"] == 9).all()
+    assert tensors["model.layers.0.mlp.gate_up_proj.weight"].shape == (2 * 36, 24)
 
 
 CHECKPOINTS = {}

@@ -79,6 +79,9 @@ def test_rows_alone_with_unstacked_layers(name):
         ("gemma2", "attn_logit_softcapping", 5.01),
         ("phi3", "original_max_position_embeddings", 64),
         ("qwen2", "rms_norm_eps", 1e-3),
+        ("smollm3", "no_rope_layers", [1, 1, 1, 1]),
+        ("granite", "residual_multiplier", 0.601),
+        ("glm4", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.34}),
     ],
 )
 def test_a_wrong_constant_fails(name, field, value):

@@ -137,11 +137,12 @@ def test_tables_under_jit_with_padding_and_two_ropes():
         np.testing.assert_allclose(sin[index], np.sin(angles), atol=1e-5)
 
 
-def rotate(x, position, dim=DIM):
+def rotate(x, position, dim=DIM, interleaved=False):
     config = RopeConfig(kind="default", theta=THETA, dim=dim, max_position=64)
     frequencies, _ = inverse_frequencies(config, SPANS[:1])
     angles = jnp.float32(position) * frequencies[:, None, :]
-    return apply_rope(x[None, None, None], jnp.cos(angles), jnp.sin(angles))[0, 0, 0]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return apply_rope(x[None, None, None], cos, sin, interleaved=interleaved)[0, 0, 0]
 
 
 def test_apply_rope_rotates_pairs_and_keeps_the_rest():
@@ -153,6 +154,16 @@ def test_apply_rope_rotates_pairs_and_keeps_the_rest():
     pairs = (first + 1j * second) * np.exp(1j * angles)
     np.testing.assert_allclose(rotated[: DIM // 2], pairs.real, atol=1e-6)
     np.testing.assert_allclose(rotated[DIM // 2 : DIM], pairs.imag, atol=1e-6)
+
+
+def test_interleaved_pairs_are_neighbours():
+    x = jax.random.normal(jax.random.key(0), (DIM + 4,), jnp.float32)
+    rotated = np.asarray(rotate(x, 3, interleaved=True))
+    np.testing.assert_array_equal(rotated[DIM:], x[DIM:])
+    pairs = np.asarray(x[:DIM]).reshape(DIM // 2, 2)
+    turned = (pairs[:, 0] + 1j * pairs[:, 1]) * np.exp(3j * PLAIN)
+    np.testing.assert_allclose(rotated[:DIM:2], turned.real, atol=1e-6)
+    np.testing.assert_allclose(rotated[1:DIM:2], turned.imag, atol=1e-6)
 
 
 def test_scores_depend_on_distance_only():

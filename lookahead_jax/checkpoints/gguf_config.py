@@ -20,6 +20,8 @@ _FAMILIES = {  # general.architecture -> model_type; Mistral's files are llama w
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "olmo2": "olmo2",
+    "granite": "granite",
+    "glm4": "glm4",
     "smollm3": "smollm3",  # files do not name the layers without RoPE: every fourth, the default
 }
 _FIELDS = {
@@ -34,6 +36,10 @@ _FIELDS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
     "rope.freq_base": "rope_theta",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
 }
 # Keys that are read below, or that change nothing here.
 _OTHER = {
@@ -47,6 +53,7 @@ _OTHER = {
     "rope.scaling.type",
     "vocab_size",
 }
+_WITH_BIASES = ("llama", "smollm3", "granite", "glm4")  # which of them a file has, its tensors say
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2, whose files hold the result as a tensor
 # Gemma files lack the scale of queries. By layers, where it is not the head's size.
 _QUERY_SCALES = {("gemma2", 46): 144, ("gemma3", 62): 168}
@@ -82,8 +89,11 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
         fields["sliding_window"] = window
         if architecture == "llama":
             fields["model_type"] = "mistral"
-    if architecture == "llama" and "blk.0.attn_q.bias" in header.tensors:
-        fields["attention_bias"] = True
+    if architecture in _WITH_BIASES:
+        for field, tensor in ("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"):
+            fields[field] = f"blk.0.{tensor}.bias" in header.tensors
+    if architecture == "granite" and settings.get("rope.scaling.finetuned") is False:
+        raise ValueError("granite files with rope.scaling.finetuned false have no RoPE")
     if architecture in ("gemma2", "gemma3"):
         scale = _QUERY_SCALES.get((architecture, fields.get("num_hidden_layers", 0)))
         fields["query_pre_attn_scalar"] = scale or fields.get("head_dim")
@@ -126,7 +136,7 @@ def _rope(
     rotated = settings.get("rope.dimension_count")
     heads = fields.get("num_attention_heads") or 1
     head = fields.get("head_dim") or fields.get("hidden_size", 0) // heads
-    if rotated is not None and rotated != head:
+    if rotated is not None and head:
         described["partial_rotary_factor"] = rotated / head
     return described
 

@@ -62,7 +62,12 @@ _SANDWICH_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_INTERLEAVED = ("llama", "smollm3")  # architectures whose q and k converters permute
+_GLM4_NORMS = {
+    "post_attention_norm": "post_self_attn_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_mlp_layernorm",
+}
+_INTERLEAVED = ("llama", "smollm3", "granite")  # architectures whose q and k converters permute
 # These belong to the configuration, see gguf_config.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -122,11 +127,12 @@ def _hf_name(name: str, header: GgufHeader, config: ModelConfig) -> str:
     if name in _TOP:
         return _TOP[name]
     match = _LAYER.fullmatch(name)
-    parts = _PARTS | (_SANDWICH_NORMS if config.post_norms else _NORMS)
+    norms = _SANDWICH_NORMS if config.post_norms else _NORMS
+    parts = _PARTS | (_GLM4_NORMS if config.model_type == "glm4" else norms)
     if match is None or match[2] not in parts:
         raise ValueError(f"{header.path}: unknown tensor {name!r} for {config.model_type}")
     part = parts[match[2]]
-    if config.model_type == "phi3" and part == "mlp.up_proj":  # gate and up in one tensor
+    if config.model_type in ("phi3", "glm4") and part == "mlp.up_proj":  # gate and up in one tensor
         part = "mlp.gate_up_proj"
     return f"model.layers.{match[1]}.{part}.{match[3]}"
 

@@ -29,9 +29,15 @@ _PATTERNS = {
     "smollm": _GPT2,
     "dbrx": _LLAMA3,  # OLMo 2
     "smaug-bpe": _LLAMA3,  # SmolLM3
+    "refact": _GPT2,  # Granite
+    "glm4": _LLAMA3,
 }
-_SINGLE_DIGITS = {"smollm"}  # digits are split off one by one first
-_WHOLE_WORDS = {"llama-bpe", "llama3"}  # a word of the vocabulary is never merged from parts
+_SINGLE_DIGITS = {"smollm", "refact"}  # digits are split off one by one first
+_WHOLE_WORDS = {
+    "llama-bpe",
+    "llama3",
+    "glm4",
+}  # a word of the vocabulary is never merged from parts
 _ROLES = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",

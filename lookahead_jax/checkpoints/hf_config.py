@@ -19,8 +19,17 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-_WITHOUT_WINDOWS = ("llama", "olmo2")
-_WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3")
+_WITHOUT_WINDOWS = ("llama", "olmo2", "granite", "glm", "glm4")
+_WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite")
+_WITH_BIAS_FIELD += ("glm", "glm4")
+_WITH_MLP_BIAS_FIELD = ("llama", "smollm3", "granite")
+_WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
+_MULTIPLIERS = (  # of Granite
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
 _MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
 
 
@@ -64,6 +73,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     """Fields, with the defaults of their family -> the constants of the model."""
     gemma = model_type in ("gemma2", "gemma3_text")
+    glm = model_type in ("glm", "glm4")
     if gemma and f.optional("use_bidirectional_attention", bool):
         raise ValueError(f"{f.where}: use_bidirectional_attention is not supported")
     hidden_size, num_heads = (
@@ -86,6 +96,10 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
         raise ValueError(f"{f.where}: query_pre_attn_scalar must be positive, got {query_scale}")
+    multipliers = {
+        name: f.required(name, float) if model_type == "granite" else None for name in _MULTIPLIERS
+    }
+    attn_scale = multipliers["attention_multiplier"]
     return ModelConfig(
         model_type=model_type,
         vocab_size=f.required("vocab_size", int),
@@ -97,6 +111,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         mlp_dim=f.required("intermediate_size", int),
         ropes=ropes,
         layer_rope=layer_rope,
+        rope_interleaved=glm,
         layer_window=tuple(
             f.required("sliding_window", int) if sliding else None for sliding in layer_types
         ),
@@ -104,17 +119,19 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         norm_offset=gemma,
         norm_rounds_last=gemma or model_type == "olmo2",
         pre_norms=model_type != "olmo2",
-        post_norms=gemma or model_type == "olmo2",
+        post_norms=gemma or model_type in ("olmo2", "glm4"),
         qk_norm=model_type in ("qwen3", "gemma3_text", "olmo2"),
         qk_norm_joint=model_type == "olmo2",
         qkv_bias=attention_bias or model_type == "qwen2",
-        o_bias=attention_bias,
-        mlp_bias=model_type in ("llama", "smollm3") and f.required("mlp_bias", bool),
+        o_bias=attention_bias and not glm,
+        mlp_bias=model_type in _WITH_MLP_BIAS_FIELD and f.required("mlp_bias", bool),
         activation=_activation(f, "hidden_activation" if gemma else "hidden_act"),
-        embed_scale=hidden_size**0.5 if gemma else None,
-        attn_scale=query_scale**-0.5,
+        embed_scale=hidden_size**0.5 if gemma else multipliers["embedding_multiplier"],
+        residual_scale=multipliers["residual_multiplier"],
+        attn_scale=query_scale**-0.5 if attn_scale is None else attn_scale,
         attn_softcap=f.optional("attn_logit_softcapping", float) if gemma else None,
         final_softcap=f.optional("final_logit_softcapping", float) if gemma else None,
+        logit_divisor=multipliers["logits_scaling"],
         tie_embeddings=f.required("tie_word_embeddings", bool),
         max_position=f.required("max_position_embeddings", int),
     )
@@ -224,7 +241,7 @@ def _rope(
     partial = r.optional("partial_rotary_factor", float)
     if partial is None:
         partial = f.required("partial_rotary_factor", float)
-    if partial != 1.0 and model_type != "phi3":
+    if partial != 1.0 and model_type not in _WITH_PARTIAL_ROPE:
         raise ValueError(f"{f.where}: partial_rotary_factor is not supported")
     theta = r.optional("rope_theta", float)
     max_position = f.required("max_position_embeddings", int)

@@ -51,6 +51,17 @@ _GEMMA = _COMMON | {
     "sliding_window": 4096,
     "use_bidirectional_attention": False,
 }
+_GLM = _LLAMA | {
+    "vocab_size": 151_552,
+    "intermediate_size": 13_696,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1.5625e-07,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA
@@ -100,5 +111,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "no_rope_layers": None,
         "no_rope_layer_interval": 4,
     },
+    "granite": _LLAMA
+    | {
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    "glm": _GLM,
+    "glm4": _GLM,
     "olmo2": _LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5},
 }

@@ -83,6 +83,8 @@ class ModelConfig:
     layer_rope: tuple[int, ...]
     """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local; SmolLM3 has
     kind `none` as its second."""
+    rope_interleaved: bool
+    """Whether RoPE turns dimension 2i with 2i + 1 (GLM-4), not i with i + dim / 2."""
     layer_window: tuple[int | None, ...]
     """Per layer, the number of positions a token attends to (its own included); None: all."""
     norm_eps: float
@@ -105,9 +107,13 @@ class ModelConfig:
     activation: Activation
     embed_scale: float | None
     """Factor of the token embeddings, rounded to the dtype of the weights when applied."""
+    residual_scale: float | None
+    """Factor of the outputs of attention and MLP in the residual sum (Granite); None: 1."""
     attn_scale: float
     attn_softcap: float | None
     final_softcap: float | None
+    logit_divisor: float | None
+    """What the logits are divided by (Granite); None: 1."""
     tie_embeddings: bool
     max_position: int
 
@@ -128,10 +134,11 @@ class ModelConfig:
             raise ValueError(f"sliding windows must be positive, got {self.layer_window}")
         if not self.norm_eps >= 0:
             raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
-        for name in ("attn_softcap", "final_softcap"):
-            cap = getattr(self, name)
-            if cap is not None and not cap > 0:
-                raise ValueError(f"{name} must be positive, got {cap}")
+        factors = "embed_scale residual_scale attn_scale attn_softcap final_softcap logit_divisor"
+        for name in factors.split():
+            factor = getattr(self, name)
+            if factor is not None and not factor > 0:
+                raise ValueError(f"{name} must be positive, got {factor}")
         # All layers share one table of cosines, so all ropes rotate the same dimensions.
         if len({rope.dim for rope in self.ropes}) != 1 or self.ropes[0].dim > self.head_dim:
             raise ValueError(f"ropes must share one dim of at most head_dim {self.head_dim}")

@@ -23,6 +23,7 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.layers import (
+    add_residual,
     by_rows,
     linear,
     linears,
@@ -156,9 +157,13 @@ def embed(
 def logits(
     params: Params, hidden: Float[Array, "B P D"], *, config: ModelConfig
 ) -> Float[Array, "B P V"]:
-    """Float32 next-token logits of final-normed hidden states, with the model's soft-cap if any."""
+    """Float32 next-token logits of final-normed hidden states.
+
+    With the divisor and the soft-cap of the model, if it has them.
+    """
     table = params["embed"] if config.tie_embeddings else params["lm_head"]
     out = product_of_rows(partial(_logits, table=table), hidden)
+    out = out if config.logit_divisor is None else out / config.logit_divisor
     cap = config.final_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -188,10 +193,11 @@ def project_qkv(
         q = optional_norm(p, "q_norm", q, config=config)
         k = optional_norm(p, "k_norm", k, config=config)
         cos, sin = (t[0] if t.shape[0] == 1 else t[kind.rope] for t in (stream.cos, stream.sin))
+        turn = partial(apply_rope, cos=cos, sin=sin, interleaved=config.rope_interleaved)
         projections.append(
             Projections(
-                q=apply_rope(q, cos, sin),
-                k=apply_rope(k, cos, sin).swapaxes(1, 2),
+                q=turn(q),
+                k=turn(k).swapaxes(1, 2),
                 v=v.swapaxes(1, 2),
                 q_unrotated=q,
             )
@@ -211,7 +217,8 @@ def feed_forward(
     for stream, out in zip(streams, attended, strict=True):
         # Concatenating the attention outputs would cost more than reading `o` once per stream.
         out = linear(p, "o", out, inputs=2, lora=stream.lora)
-        xs.append(stream.x + optional_norm(p, "attn_post_norm", out, config=config))
+        out = optional_norm(p, "attn_post_norm", out, config=config)
+        xs.append(add_residual(stream.x, out, config=config))
 
     def feed(xs):
         normed = [optional_norm(p, "mlp_norm", x, config=config) for x in xs]
@@ -219,7 +226,7 @@ def feed_forward(
         loras = [stream.lora for stream in streams][: len(xs)]
         outs = mlp(p, normed, loras, config=config)
         outs = [optional_norm(p, "mlp_post_norm", out, config=config) for out in outs]
-        return [x + out for x, out in zip(xs, outs, strict=True)]
+        return [add_residual(x, out, config=config) for x, out in zip(xs, outs, strict=True)]
 
     return by_rows(feed, xs)
 

@@ -38,6 +38,13 @@ def optional_norm(p: Params, name: str, x: jax.Array, *, config: ModelConfig) ->
     return rms_norm(x, p[name], config=config) if name in p else x
 
 
+def add_residual(x: jax.Array, out: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """The residual stream plus the output of attention or MLP, times the family's factor."""
+    if config.residual_scale is not None:
+        out = (out.astype(jnp.float32) * config.residual_scale).astype(x.dtype)
+    return x + out
+
+
 def product_of_rows(
     product: Callable[[jax.Array], jax.Array],
     x: jax.Array,

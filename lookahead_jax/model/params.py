@@ -73,13 +73,17 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         "up": dense(mlp + "up", ("mlp",), ("embed",)),
         "down": dense(mlp + "down", ("embed",), ("mlp",)),
     }
+    fused = []
     if config.model_type == "phi3":
-        for names, tensor in ("qkv", attn + "qkv"), (("gate", "up"), mlp + "gate_up"):
-            parts = tuple(layers[name].rows for name in names)
-            for part, name in enumerate(names):
-                layers[name] = dataclasses.replace(
-                    layers[name], tensor=tensor + "_proj.weight", parts=parts, part=part
-                )
+        fused.append(("qkv", attn + "qkv"))
+    if config.model_type in ("phi3", "glm", "glm4"):
+        fused.append((("gate", "up"), mlp + "gate_up"))
+    for names, tensor in fused:
+        parts = tuple(layers[name].rows for name in names)
+        for part, name in enumerate(names):
+            layers[name] = dataclasses.replace(
+                layers[name], tensor=tensor + "_proj.weight", parts=parts, part=part
+            )
     if config.qkv_bias:
         layers["q_bias"] = vector(attn + "q_proj.bias", *heads)
         layers["k_bias"] = vector(attn + "k_proj.bias", *kv_heads)
@@ -111,7 +115,9 @@ def _norm_tensors(config: ModelConfig) -> dict[str, str]:
     """The norms of a layer and their names in a checkpoint, which depend on where they stand."""
     before = {"attn_norm": "input", "mlp_norm": "post_attention"}
     after: dict[str, str] = {}
-    if config.post_norms:
+    if config.model_type == "glm4":
+        after = {"attn_post_norm": "post_self_attn", "mlp_post_norm": "post_mlp"}
+    elif config.post_norms:
         before["mlp_norm"] = "pre_feedforward"
         after = {"attn_post_norm": "post_attention", "mlp_post_norm": "post_feedforward"}
     return (before if config.pre_norms else {}) | after

@@ -103,16 +103,29 @@ def span_class(config: ModelConfig, span: int) -> int:
 
 
 def apply_rope(
-    x: Float[Array, "B P heads H"], cos: Float[Array, "B P half"], sin: Float[Array, "B P half"]
+    x: Float[Array, "B P heads H"],
+    cos: Float[Array, "B P half"],
+    sin: Float[Array, "B P half"],
+    *,
+    interleaved: bool,
 ) -> Float[Array, "B P heads H"]:
     """Rotates dimension i with i + half for i < half, in float32; leaves dimensions >= 2 half.
 
-    The pairing is that of Hugging Face checkpoints. The result has x's dtype.
+    If `interleaved` (`ModelConfig.rope_interleaved`), it rotates dimension 2i with 2i + 1. Both
+    are pairings of Hugging Face checkpoints. The result has x's dtype.
     """
     half = cos.shape[-1]
-    first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
+    if interleaved:
+        pairs = x[..., : 2 * half].astype(jnp.float32).reshape(*x.shape[:-1], half, 2)
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        rotated = jnp.stack(turned, axis=-1).reshape(*x.shape[:-1], 2 * half)
+    else:
+        rotated = jnp.concatenate(turned, axis=-1)
     return jnp.concatenate([rotated.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 
 

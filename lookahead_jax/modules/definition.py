@@ -19,8 +19,8 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block
 from lookahead_jax.model.params import Params
 
-# Linear layers a LoRA can sit on, as PEFT names them. (In a Phi-3 checkpoint some are fused; its
-# modules keep these names all the same.)
+# Linear layers a LoRA can sit on, as PEFT names them. (In checkpoints of Phi-3 and GLM some are
+# fused; their modules keep these names all the same.)
 TARGETS = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",

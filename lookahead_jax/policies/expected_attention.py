@@ -95,7 +95,8 @@ class ExpectedAttention(Policy):
 
         def turn(x):  # [B, ..., H] along the last axis
             flat = x.reshape(x.shape[0], 1, -1, x.shape[-1])
-            return apply_rope(flat, cos, sin).reshape(x.shape)
+            interleaved = view.config.rope_interleaved
+            return apply_rope(flat, cos, sin, interleaved=interleaved).reshape(x.shape)
 
         count = jnp.maximum(view.stats.count, 1.0)[:, None, None, None]
         covariance = turn(view.stats.spread / count)

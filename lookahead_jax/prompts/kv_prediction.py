@@ -200,7 +200,8 @@ def predicted_cache(
             for a in (k, v)
         )
         k = optional_norm(p, "k_norm", k, config=config)
-        k = apply_rope(k, cos[kind.rope], sin[kind.rope])
+        interleaved = config.rope_interleaved
+        k = apply_rope(k, cos[kind.rope], sin[kind.rope], interleaved=interleaved)
         room = [(0, 0), (0, 0), (0, slots - width), (0, 0)]
         return jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room)
 
