@@ -100,7 +100,7 @@ def test_legacy_phi3_rope_types():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mixtral"}, "unknown model_type 'mixtral'"),
+        ({"model_type": "dbrx"}, "unknown model_type 'dbrx'"),
         ({"model_type": None}, "unknown model_type None"),
         ({}, "unknown model_type None"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),

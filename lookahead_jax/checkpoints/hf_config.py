@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lookahead_jax.checkpoints.hf_defaults import DEFAULTS
-from lookahead_jax.checkpoints.hf_fields import JsonFields, refuse_foreign_fields
-from lookahead_jax.model.config import Activation, ModelConfig, RopeConfig
+from lookahead_jax.checkpoints.hf_fields import MIXTURES, JsonFields, refuse_foreign_fields
+from lookahead_jax.model.config import Activation, ExpertsConfig, ModelConfig, RopeConfig
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -85,6 +85,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
         head_dim=head_dim,
         mlp_dim=f.required("intermediate_size", int),
+        experts=_experts(f, model_type),
         ropes=ropes,
         layer_rope=tuple(int(sliding and len(ropes) > 1) for sliding in layer_types),
         layer_window=tuple(
@@ -123,6 +124,16 @@ def _activation(f: JsonFields, field: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
+    if model_type not in MIXTURES:
+        return None
+    return ExpertsConfig(
+        count=f.required("num_local_experts", int),
+        per_token=f.required("num_experts_per_tok", int),
+        normalise=True,
+    )
+
+
 def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
     """Per layer, whether it attends within the sliding window."""
     num_layers = f.required("num_hidden_layers", int)
@@ -145,7 +156,7 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
                 f"{f.where}: layer_types has sliding_attention, but use_sliding_window is false"
             )
         return sliding
-    if model_type in ("mistral", "phi3"):
+    if model_type in ("mistral", "mixtral", "phi3"):
         return (f.optional("sliding_window", int) is not None,) * num_layers
     if model_type in ("qwen2", "qwen3"):
         windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None

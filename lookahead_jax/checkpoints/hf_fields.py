@@ -9,9 +9,10 @@ _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 # them. Elsewhere transformers ignores them without a word; a file that sets one to anything but a
 # neutral value belongs to another architecture, or was written by mistake.
 _GEMMA = ("gemma2", "gemma3_text")
+MIXTURES = ("mixtral",)
 _READ_BY: dict[str, tuple[str, ...]] = {
     "layer_types": ("mistral", "qwen2", "qwen3", *_GEMMA),
-    "sliding_window": ("mistral", "qwen2", "qwen3", "phi3", *_GEMMA),
+    "sliding_window": ("mistral", "mixtral", "qwen2", "qwen3", "phi3", *_GEMMA),
     "use_sliding_window": ("qwen2", "qwen3"),
     "max_window_layers": ("qwen2", "qwen3"),
     "sliding_window_pattern": ("gemma3_text",),
@@ -34,9 +35,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "logits_scaling": (),
     "no_rope_layer_interval": (),
     "no_rope_layers": (),
-    "num_experts": (),
+    "num_experts": MIXTURES,
     "num_kv_shared_layers": (),
-    "num_local_experts": (),
+    "num_local_experts": MIXTURES,
     "parallel_attn": (),
     "qk_layernorm": (),
     "qk_norm": (),
