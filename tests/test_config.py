@@ -1,5 +1,6 @@
 """config.json of both generations, defaults, and what is refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lookahead_jax.model.config import RopeConfig
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+TYPES += ("mixtral", "qwen3_moe")
 
 
 def read(name, file="config.json"):
@@ -41,11 +43,15 @@ def test_defaults_are_those_of_transformers(model_type):
         "gemma2": ((256000, 2304, 9216, 26), (8, 4, 256, 8192)),
         "gemma3_text": ((262208, 2304, 9216, 26), (8, 4, 256, 131072)),
         "phi3": ((32064, 3072, 8192, 32), (32, 32, 96, 4096)),
+        "mixtral": ((32000, 4096, 14336, 32), (32, 8, 128, 131072)),
+        "qwen3_moe": ((151936, 2048, 768, 24), (32, 4, 64, 32768)),
     }[model_type]
-    assert config.norm_eps == (1e-5 if model_type == "phi3" else 1e-6)
+    assert config.norm_eps == (1e-5 if model_type in ("phi3", "mixtral") else 1e-6)
     assert config.tie_embeddings == model_type.startswith("gemma")
     thetas = tuple(rope.theta for rope in config.ropes)
-    assert thetas == ((1e6, 1e4) if model_type == "gemma3_text" else (1e4,))
+    assert thetas == {"gemma3_text": (1e6, 1e4), "mixtral": (1e6,)}.get(model_type, (1e4,))
+    mixed = {"mixtral": (8, 2, True), "qwen3_moe": (128, 8, False)}.get(model_type)
+    assert mixed == (config.experts and dataclasses.astuple(config.experts))
 
 
 def test_windows():
@@ -196,6 +202,15 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("mistral", {"use_sliding_window": True}, None),
         ("mistral", {"use_sliding_window": False, "sliding_window": None}, None),
         ("mistral", {"max_window_layers": 1}, "max_window_layers"),
+        ("mixtral", {"sliding_window": 8, "num_local_experts": 4}, None),
+        ("mixtral", {"num_experts_per_tok": 3, "num_local_experts": 2}, "3 of 2 experts"),
+        ("mixtral", {"num_local_experts": 0}, "2 of 0 experts"),
+        ("mixtral", {"num_local_experts": 10**6}, "num_local_experts 1000000 exceeds"),
+        ("mixtral", {"layer_types": SLIDING}, "layer_types"),
+        ("qwen3_moe", {"sliding_window": 8, "max_window_layers": 1, "num_experts": 16}, None),
+        ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}, None),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; models in which"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; models in which"),
         ("mistral", {"sliding_window_pattern": 2}, "sliding_window_pattern"),
         ("phi3", {"layer_types": SLIDING}, "layer_types"),
         ("phi3", {"layer_types": SLIDING, "sliding_window": 8}, None),
@@ -221,7 +236,12 @@ def test_config_is_hashable_and_equal_by_value():
     assert hash(one) == hash(two)
 
 
-KEYS = sorted(read("llama3").keys() | read("gemma3_text").keys() | {"rope_scaling", "rope_theta"})
+KEYS = sorted(
+    read("llama3").keys()
+    | read("gemma3_text").keys()
+    | read("qwen3_moe").keys()
+    | {"rope_scaling", "rope_theta"}
+)
 VALUES = [None, True, -1, 0, 1, 2, 7, 64, 10**400, 0.5, -2.0, float("nan"), float("inf"), "", "x"]
 VALUES += [[], [1.0], [[]], [None], ["full_attention"] * 2, {}, {"full_attention": {"factor": 2}}]
 ROPE = st.dictionaries(

@@ -30,7 +30,7 @@ from lookahead_jax.train.step import Batch, init_state, train_step
 from tests import tiny
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
-FAMILIES = ("mixtral",)
+FAMILIES = ("mixtral", "qwen3_moe")
 D, F = 8, 12
 
 

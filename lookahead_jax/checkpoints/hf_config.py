@@ -20,6 +20,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 _MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
+_MAX_EXPERTS = 1024
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -71,7 +72,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer_types = _layer_types(f, model_type)
     ropes = _ropes(f, model_type, head_dim)
-    has_bias_field = model_type in ("llama", "qwen3", "gemma2", "gemma3_text")
+    has_bias_field = model_type in ("llama", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
     attention_bias = has_bias_field and f.required("attention_bias", bool)
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
@@ -84,7 +85,9 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
         head_dim=head_dim,
-        mlp_dim=f.required("intermediate_size", int),
+        mlp_dim=f.required(
+            "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size", int
+        ),
         experts=_experts(f, model_type),
         ropes=ropes,
         layer_rope=tuple(int(sliding and len(ropes) > 1) for sliding in layer_types),
@@ -94,7 +97,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         norm_eps=f.required("rms_norm_eps", float),
         norm_offset=gemma,
         post_norms=gemma,
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias,
         mlp_bias=model_type == "llama" and f.required("mlp_bias", bool),
@@ -127,10 +130,21 @@ def _activation(f: JsonFields, field: str) -> Activation:
 def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
     if model_type not in MIXTURES:
         return None
+    for name, layers_alike in ("decoder_sparse_step", 1), ("mlp_only_layers", []):
+        if (value := f.values.get(name)) not in (None, layers_alike):
+            raise ValueError(
+                f"{f.where}: {name} is {value!r}; models in which only some layers have experts "
+                "are not supported"
+            )
+    # transformers reads both names, and writes the second one.
+    name = "num_experts" if f.values.get("num_experts") is not None else "num_local_experts"
+    count = f.required(name, int)
+    if count > _MAX_EXPERTS:
+        raise ValueError(f"{f.where}: {name} {count} exceeds {_MAX_EXPERTS}")
     return ExpertsConfig(
-        count=f.required("num_local_experts", int),
+        count=count,
         per_token=f.required("num_experts_per_tok", int),
-        normalise=True,
+        normalise=model_type != "qwen3_moe" or f.required("norm_topk_prob", bool),
     )
 
 
@@ -158,8 +172,10 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
         return sliding
     if model_type in ("mistral", "mixtral", "phi3"):
         return (f.optional("sliding_window", int) is not None,) * num_layers
-    if model_type in ("qwen2", "qwen3"):
+    if model_type in ("qwen2", "qwen3", "qwen3_moe"):
         windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None
+        if model_type == "qwen3_moe":
+            return (windowed,) * num_layers
         first = f.required("max_window_layers", int) if windowed else num_layers
         return tuple(layer >= first for layer in range(num_layers))
     period = 2

@@ -9,11 +9,12 @@ _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 # them. Elsewhere transformers ignores them without a word; a file that sets one to anything but a
 # neutral value belongs to another architecture, or was written by mistake.
 _GEMMA = ("gemma2", "gemma3_text")
-MIXTURES = ("mixtral",)
+_QWEN = ("qwen2", "qwen3", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "layer_types": ("mistral", "qwen2", "qwen3", *_GEMMA),
-    "sliding_window": ("mistral", "mixtral", "qwen2", "qwen3", "phi3", *_GEMMA),
-    "use_sliding_window": ("qwen2", "qwen3"),
+    "sliding_window": ("mistral", "mixtral", "phi3", *_QWEN, *_GEMMA),
+    "use_sliding_window": _QWEN,
     "max_window_layers": ("qwen2", "qwen3"),
     "sliding_window_pattern": ("gemma3_text",),
     "_sliding_window_pattern": ("gemma3_text",),
@@ -115,6 +116,8 @@ def _is_neutral(name: str, value: Any, fields: Mapping[str, Any], model_type: st
     """Whether the model computes the same with the field and without it."""
     window = fields.get("sliding_window")
     has_windows = model_type in _READ_BY["sliding_window"] and window is not None
+    if model_type in _READ_BY["use_sliding_window"]:
+        has_windows &= fields.get("use_sliding_window") is not False
     match name:
         case "layer_types":
             kind = "sliding_attention" if has_windows else "full_attention"

@@ -120,6 +120,7 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
 # By model_type: the router, the experts, and the names of gate, up and down in an expert.
 _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
 }
 
 
