@@ -1,6 +1,6 @@
 """Which implementation of an operation runs, and on which part of its arguments.
 
-Letters: B batch, N query heads, K KV heads.
+Letters: B batch, N query heads, K KV heads, F MLP, X experts.
 """
 
 import functools
@@ -13,7 +13,13 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
-_AXES = {"B": ("data", "fsdp"), "K": ("tensor",), "N": ("tensor",)}
+_AXES = {
+    "B": ("data", "fsdp"),
+    "K": ("tensor",),
+    "N": ("tensor",),
+    "F": ("tensor",),
+    "X": ("expert",),
+}
 
 
 def target_platform() -> str:
@@ -75,9 +81,10 @@ def per_shard(
     """`local(*arrays)` on each device's rows and heads, for kernels that XLA cannot partition.
 
     `letters` names the axes of each array, one letter each: "B" is split over the mesh axes data
-    and fsdp, "K" and "N" over tensor, others over nothing. An axis of size 1 beside longer ones
-    of its letter (positions shared by all heads) is not split. Without a mesh, or where its axes
-    do not divide the rows or heads, nothing is split. Axes that are manual already are left alone.
+    and fsdp, "K", "N" and "F" over tensor, "X" over expert, others over nothing. An axis of size
+    1 beside longer ones of its letter (positions shared by all heads) is not split. Without a mesh,
+    or where its axes do not divide the rows or heads, nothing is split. Axes that are manual
+    already are left alone.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = {

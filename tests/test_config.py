@@ -1,5 +1,6 @@
 """config.json of both generations, defaults, and what is refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lookahead_jax.model.config import RopeConfig
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
-TYPES += ("granite", "glm", "glm4")
+TYPES += ("granite", "glm", "glm4", "mixtral", "qwen3_moe")
 
 
 def read(name, file="config.json"):
@@ -47,13 +48,19 @@ def test_defaults_are_those_of_transformers(model_type):
         "granite": ((32000, 4096, 11008, 32), (32, 32, 128, 2048)),
         "smollm3": ((128256, 2048, 11008, 36), (16, 4, 128, 32768)),
         "olmo2": ((50304, 4096, 11008, 32), (32, 32, 128, 2048)),
+        "mixtral": ((32000, 4096, 14336, 32), (32, 8, 128, 131072)),
+        "qwen3_moe": ((151936, 2048, 768, 24), (32, 4, 64, 32768)),
     }[model_type]
-    other_eps = {"phi3": 1e-5, "olmo2": 1e-5, "glm": 1.5625e-7, "glm4": 1.5625e-7}
+    other_eps = dict.fromkeys(("phi3", "olmo2", "mixtral"), 1e-5)
+    other_eps |= {"glm": 1.5625e-7, "glm4": 1.5625e-7}
     assert config.norm_eps == other_eps.get(model_type, 1e-6)
     assert config.ropes[0].dim == (64 if model_type[:3] == "glm" else config.head_dim)
     assert config.tie_embeddings == (model_type[:5] in ("gemma", "smoll"))
     thetas = tuple(rope.theta for rope in config.ropes)
-    assert thetas == {"gemma3_text": (1e6, 1e4), "smollm3": (2e6, 2e6)}.get(model_type, (1e4,))
+    other_thetas = {"gemma3_text": (1e6, 1e4), "smollm3": (2e6, 2e6), "mixtral": (1e6,)}
+    assert thetas == other_thetas.get(model_type, (1e4,))
+    mixed = {"mixtral": (8, 2, True), "qwen3_moe": (128, 8, False)}.get(model_type)
+    assert mixed == (config.experts and dataclasses.astuple(config.experts))
 
 
 def test_windows():
@@ -130,7 +137,7 @@ def test_legacy_phi3_rope_types():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mixtral"}, "unknown model_type 'mixtral'"),
+        ({"model_type": "dbrx"}, "unknown model_type 'dbrx'"),
         ({"model_type": None}, "unknown model_type None"),
         ({}, "unknown model_type None"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -233,6 +240,15 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("mistral", {"use_sliding_window": True}, None),
         ("mistral", {"use_sliding_window": False, "sliding_window": None}, None),
         ("mistral", {"max_window_layers": 1}, "max_window_layers"),
+        ("mixtral", {"sliding_window": 8, "num_local_experts": 4}, None),
+        ("mixtral", {"num_experts_per_tok": 3, "num_local_experts": 2}, "3 of 2 experts"),
+        ("mixtral", {"num_local_experts": 0}, "2 of 0 experts"),
+        ("mixtral", {"num_local_experts": 10**6}, "num_local_experts 1000000 exceeds"),
+        ("mixtral", {"layer_types": SLIDING}, "layer_types"),
+        ("qwen3_moe", {"sliding_window": 8, "max_window_layers": 1, "num_experts": 16}, None),
+        ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}, None),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; models in which"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; models in which"),
         ("mistral", {"sliding_window_pattern": 2}, "sliding_window_pattern"),
         ("phi3", {"layer_types": SLIDING}, "layer_types"),
         ("phi3", {"layer_types": SLIDING, "sliding_window": 8}, None),
@@ -270,7 +286,12 @@ def test_config_is_hashable_and_equal_by_value():
     assert hash(one) == hash(two)
 
 
-KEYS = sorted(read("llama3").keys() | read("gemma3_text").keys() | {"rope_scaling", "rope_theta"})
+KEYS = sorted(
+    read("llama3").keys()
+    | read("gemma3_text").keys()
+    | read("qwen3_moe").keys()
+    | {"rope_scaling", "rope_theta"}
+)
 VALUES = [None, True, -1, 0, 1, 2, 7, 64, 10**400, 0.5, -2.0, float("nan"), float("inf"), "", "x"]
 VALUES += [[], [1.0], [[]], [None], ["full_attention"] * 2, {}, {"full_attention": {"factor": 2}}]
 ROPE = st.dictionaries(

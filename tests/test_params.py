@@ -20,7 +20,8 @@ SIZES = {
     "head_dim": 6,
     "partial_rotary_factor": 1.0,  # half of 6 is not even
 }
-TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4")
+TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4", "mixtral")
+TYPES += ("qwen3_moe",)
 
 
 def make(model_type, **fields):
@@ -138,9 +139,9 @@ def test_any_slice_of_any_parameter_comes_back(data):
         CHECKPOINTS[model_type] = config, params, P.to_checkpoint(params, config)
     config, params, tensors = CHECKPOINTS[model_type]
     path, spec = data.draw(st.sampled_from(sorted(P.parameter_specs(config).items())))
-    value = np.asarray(P.leaf(params, path))
-    value = value[2] if spec.stacked else value
-    stored = tensors[spec.tensor.format(layer=2)]
+    place = (2, 1)[: len(spec.lead)]  # a layer, and an expert
+    value = np.asarray(P.leaf(params, path))[place]
+    stored = tensors[spec.tensor_at(place)]
     assert stored.shape == P.stored_shape(spec, config)
     index = []
     for size in value.shape:

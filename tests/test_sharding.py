@@ -49,9 +49,9 @@ def test_functions_of_a_model_run_under_its_mesh():
 
 def test_mesh_axes_are_auto_and_data_takes_the_rest():
     mesh = make_mesh(tensor=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2}
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert set(make_mesh(devices=jax.devices()[:1]).shape.values()) == {1}
 
 
 @pytest.mark.parametrize(

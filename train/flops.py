@@ -10,7 +10,8 @@ def training_flops(config: ModelConfig, prompt: int, response: int, tokens: int)
     the lookahead rows: their weights forward and backward, their attention and scores (three
     products a key) forward, recomputed and backward.
     """
-    d, f = config.hidden_size, config.mlp_dim
+    active = 1 if config.experts is None else config.experts.per_token
+    d, f = config.hidden_size, config.mlp_dim * active
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     weights = 2 * (2 * d * heads + 2 * d * kv + 3 * d * f)  # per row and layer
     product = 2 * heads  # per query and key: logits, or weighted values

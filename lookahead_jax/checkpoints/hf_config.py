@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lookahead_jax.checkpoints.hf_defaults import DEFAULTS
-from lookahead_jax.checkpoints.hf_fields import JsonFields, refuse_foreign_fields
-from lookahead_jax.model.config import Activation, ModelConfig, RopeConfig
+from lookahead_jax.checkpoints.hf_fields import MIXTURES, JsonFields, refuse_foreign_fields
+from lookahead_jax.model.config import Activation, ExpertsConfig, ModelConfig, RopeConfig
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _WITHOUT_WINDOWS = ("llama", "olmo2", "granite", "glm", "glm4")
 _WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite")
-_WITH_BIAS_FIELD += ("glm", "glm4")
+_WITH_BIAS_FIELD += ("glm", "glm4", "qwen3_moe")
 _WITH_MLP_BIAS_FIELD = ("llama", "smollm3", "granite")
 _WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
 _MULTIPLIERS = (  # of Granite
@@ -31,6 +31,7 @@ _MULTIPLIERS = (  # of Granite
     "logits_scaling",
 )
 _MAX_LAYERS = 10_000  # a wrong file must not make us build huge tuples
+_MAX_EXPERTS = 1024
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -108,7 +109,10 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
         head_dim=head_dim,
-        mlp_dim=f.required("intermediate_size", int),
+        mlp_dim=f.required(
+            "moe_intermediate_size" if model_type == "qwen3_moe" else "intermediate_size", int
+        ),
+        experts=_experts(f, model_type),
         ropes=ropes,
         layer_rope=layer_rope,
         rope_interleaved=glm,
@@ -120,7 +124,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         norm_rounds_last=gemma or model_type == "olmo2",
         pre_norms=model_type != "olmo2",
         post_norms=gemma or model_type in ("olmo2", "glm4"),
-        qk_norm=model_type in ("qwen3", "gemma3_text", "olmo2"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text", "olmo2"),
         qk_norm_joint=model_type == "olmo2",
         qkv_bias=attention_bias or model_type == "qwen2",
         o_bias=attention_bias and not glm,
@@ -153,6 +157,27 @@ def _activation(f: JsonFields, field: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
+    if model_type not in MIXTURES:
+        return None
+    for name, layers_alike in ("decoder_sparse_step", 1), ("mlp_only_layers", []):
+        if (value := f.values.get(name)) not in (None, layers_alike):
+            raise ValueError(
+                f"{f.where}: {name} is {value!r}; models in which only some layers have experts "
+                "are not supported"
+            )
+    # transformers reads both names, and writes the second one.
+    name = "num_experts" if f.values.get("num_experts") is not None else "num_local_experts"
+    count = f.required(name, int)
+    if count > _MAX_EXPERTS:
+        raise ValueError(f"{f.where}: {name} {count} exceeds {_MAX_EXPERTS}")
+    return ExpertsConfig(
+        count=count,
+        per_token=f.required("num_experts_per_tok", int),
+        normalise=model_type != "qwen3_moe" or f.required("norm_topk_prob", bool),
+    )
+
+
 def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
     """Per layer, whether it attends within the sliding window."""
     num_layers = f.required("num_hidden_layers", int)
@@ -175,10 +200,12 @@ def _layer_types(f: JsonFields, model_type: str) -> tuple[bool, ...]:
                 f"{f.where}: layer_types has sliding_attention, but use_sliding_window is false"
             )
         return sliding
-    if model_type in ("mistral", "phi3"):
+    if model_type in ("mistral", "mixtral", "phi3"):
         return (f.optional("sliding_window", int) is not None,) * num_layers
-    if model_type in ("qwen2", "qwen3"):
+    if model_type in ("qwen2", "qwen3", "qwen3_moe"):
         windowed = f.required("use_sliding_window", bool) and f.values["sliding_window"] is not None
+        if model_type == "qwen3_moe":
+            return (windowed,) * num_layers
         first = f.required("max_window_layers", int) if windowed else num_layers
         return tuple(layer >= first for layer in range(num_layers))
     if model_type == "smollm3":  # only layers without RoPE have windows

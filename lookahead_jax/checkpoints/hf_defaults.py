@@ -71,8 +71,32 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131_072,
         "sliding_window": 4096,
     },
+    "mixtral": _LLAMA
+    | {
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1_000_000.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
+    "qwen3_moe": _QWEN
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "max_window_layers": None,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
     "gemma2": _GEMMA
     | {
         "max_position_embeddings": 8192,

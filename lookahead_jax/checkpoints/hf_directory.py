@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lookahead_jax.checkpoints.expert_tensors import one_per_expert
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.checkpoints.safetensors_files import safetensors_of
@@ -38,7 +39,9 @@ def open_directory(path: Path) -> CheckpointSource:
         config=config,
         generation=_generation_defaults(path, hf),
         tokenizer=Tokenizer.load(path),
-        tensors=safetensors_of(path, lambda name: is_optional(name, config)),
+        tensors=one_per_expert(
+            safetensors_of(path, lambda name: is_optional(name, config)), config
+        ),
     )
 
 

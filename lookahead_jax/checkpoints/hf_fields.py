@@ -9,10 +9,12 @@ _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 # them. Elsewhere transformers ignores them without a word; a file that sets one to anything but a
 # neutral value belongs to another architecture, or was written by mistake.
 _GEMMA = ("gemma2", "gemma3_text")
+_QWEN = ("qwen2", "qwen3", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe")
 _READ_BY: dict[str, tuple[str, ...]] = {
     "layer_types": ("mistral", "qwen2", "qwen3", "smollm3", *_GEMMA),
-    "sliding_window": ("mistral", "qwen2", "qwen3", "phi3", "smollm3", *_GEMMA),
-    "use_sliding_window": ("qwen2", "qwen3", "smollm3"),
+    "sliding_window": ("mistral", "mixtral", "phi3", "smollm3", *_QWEN, *_GEMMA),
+    "use_sliding_window": ("smollm3", *_QWEN),
     "max_window_layers": ("qwen2", "qwen3"),
     "sliding_window_pattern": ("gemma3_text",),
     "_sliding_window_pattern": ("gemma3_text",),
@@ -35,9 +37,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "clip_qkv": (),
     "is_causal": (),
     "logit_scale": (),
-    "num_experts": (),
+    "num_experts": MIXTURES,
     "num_kv_shared_layers": (),
-    "num_local_experts": (),
+    "num_local_experts": MIXTURES,
     "parallel_attn": (),
     "qk_layernorm": (),
     "qk_norm": (),
@@ -114,6 +116,8 @@ def _is_neutral(name: str, value: Any, fields: Mapping[str, Any], model_type: st
     """Whether the model computes the same with the field and without it."""
     window = fields.get("sliding_window")
     has_windows = model_type in _READ_BY["sliding_window"] and window is not None
+    if model_type in _READ_BY["use_sliding_window"]:
+        has_windows &= fields.get("use_sliding_window") is not False
     match name:
         case "layer_types":
             kind = "sliding_attention" if has_windows else "full_attention"

@@ -166,9 +166,9 @@ def _are_equal(one: StoredTensor, other: StoredTensor, read: TensorReader) -> bo
 def _check(where: str, stored: dict[str, StoredTensor], config: ModelConfig) -> None:
     """Raises ValueError unless names, shapes and types are those that the config calls for."""
     expected = {
-        spec.tensor.format(layer=layer): stored_shape(spec, config)
+        spec.tensor_at(place): stored_shape(spec, config)
         for spec in parameter_specs(config).values()
-        for layer in range(config.num_layers if spec.stacked else 1)
+        for place in np.ndindex(shape(spec.lead, config))
     }
     for problem, names in (
         ("lacks tensors that config.json calls for", expected.keys() - stored.keys()),
@@ -224,12 +224,13 @@ class _Loader:
         return jax.make_array_from_callback(sizes, sharding, block)
 
     def _block(self, spec: ParameterSpec, index: tuple[slice, ...]) -> np.ndarray:
-        """The values of one parameter at `index`, gathered from the tensors of its layers."""
-        layers, inner = (index[0], index[1:]) if spec.stacked else (slice(0, 1), index)
-        sizes = [layers.stop - layers.start, *(s.stop - s.start for s in inner)]
+        """The values of one parameter at `index`, gathered from its tensors."""
+        sizes = tuple(s.stop - s.start for s in index)
+        lead, inner = index[: len(spec.lead)], index[len(spec.lead) :]
         out = np.empty(sizes, self.dtype)
-        for place, layer in enumerate(range(layers.start, layers.stop)):
-            tensor = self.stored[spec.tensor.format(layer=layer)]
+        for place in np.ndindex(sizes[: len(lead)]):
+            at = tuple(s.start + i for s, i in zip(lead, place, strict=True))
+            tensor = self.stored[spec.tensor_at(at)]
             block = self.read(tensor, stored_index(spec, self.config, inner))
             with np.errstate(over="ignore"):  # reported below, with names
                 out[place] = from_stored(spec, self.config, block, inner)
@@ -240,7 +241,7 @@ class _Loader:
                     f"{tensor.file}: {tensor.name} does not fit float16; load it as bfloat16 or "
                     "float32"
                 )
-        return out if spec.stacked else out[0]
+        return out
 
 
 def _is_finite(values: np.ndarray) -> bool:

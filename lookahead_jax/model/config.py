@@ -1,4 +1,4 @@
-"""The constants of a model: two frozen dataclasses that validate their fields."""
+"""The constants of a model: frozen dataclasses that validate their fields."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -68,6 +68,21 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of each layer's MLP: a router sends every row to a few."""
+
+    count: int
+    per_token: int
+    """Experts that a row is sent to."""
+    normalise: bool
+    """True: a row's weights are a softmax over its own experts. False: over all experts."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f"a token cannot be sent to {self.per_token} of {self.count} experts")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Everything the decoder needs to know about a checkpoint; hashable: a static jit argument."""
 
@@ -79,6 +94,8 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
+    """Width of the MLP; with experts, of one expert."""
+    experts: ExpertsConfig | None
     ropes: tuple[RopeConfig, ...]
     layer_rope: tuple[int, ...]
     """Per layer, the index of its rope in `ropes`. Gemma 3 has two: 0 global, 1 local; SmolLM3 has

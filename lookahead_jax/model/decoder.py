@@ -21,6 +21,7 @@ from lookahead_jax.kernels.causal_attention import causal_attention
 from lookahead_jax.kernels.common import Own, Slots
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.experts import experts_mlp
 from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.layers import (
     add_residual,
@@ -224,7 +225,10 @@ def feed_forward(
         normed = [optional_norm(p, "mlp_norm", x, config=config) for x in xs]
         # The parts of a long text run alone, the last one together with the other streams.
         loras = [stream.lora for stream in streams][: len(xs)]
-        outs = mlp(p, normed, loras, config=config)
+        if config.experts is None:
+            outs = mlp(p, normed, loras, config=config)
+        else:
+            outs = experts_mlp(p, normed, config=config)
         outs = [optional_norm(p, "mlp_post_norm", out, config=config) for out in outs]
         return [add_residual(x, out, config=config) for x, out in zip(xs, outs, strict=True)]
 

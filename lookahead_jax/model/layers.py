@@ -136,9 +136,13 @@ def mlp(
 ) -> list[jax.Array]:
     """Gated MLP: down(act(gate(x)) * up(x)) of each [B, P, D]."""
     gates, ups = (linears(p, name, xs, loras) for name in ("gate", "up"))
-    act = _ACTIVATIONS[config.activation]
-    hidden = [act(gate) * up for gate, up in zip(gates, ups, strict=True)]
+    hidden = [gated(gate, up, config=config) for gate, up in zip(gates, ups, strict=True)]
     return linears(p, "down", hidden, loras)
+
+
+def gated(gate: jax.Array, up: jax.Array, *, config: ModelConfig) -> jax.Array:
+    """The hidden units of a gated MLP."""
+    return _ACTIVATIONS[config.activation](gate) * up
 
 
 def by_rows(

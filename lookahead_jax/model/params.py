@@ -38,7 +38,7 @@ class ParameterSpec:
     axes: tuple[str, ...]
     """Logical axis of each dimension; "layer" first for stacked parameters."""
     tensor: str
-    """Checkpoint name, with a {layer} field for stacked parameters."""
+    """Checkpoint name; its fields {layer} and {expert} are axes with one tensor per entry."""
     parts: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...] = ()
     part: int = 0
@@ -48,8 +48,13 @@ class ParameterSpec:
         return self.parts[self.part]
 
     @property
-    def stacked(self) -> bool:
-        return self.axes[0] == "layer"
+    def lead(self) -> tuple[str, ...]:
+        """The leading axes that have one tensor per entry."""
+        return tuple(axis for axis in self.axes[:2] if f"{{{axis}}}" in self.tensor)
+
+    def tensor_at(self, place: tuple[int, ...]) -> str:
+        """Checkpoint name of the tensor at an index of the leading axes."""
+        return self.tensor.format(**dict(zip(self.lead, place, strict=True)))
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
@@ -94,6 +99,8 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         q, k = (heads, kv_heads) if config.qk_norm_joint else (("head_dim",), ("head_dim",))
         layers["q_norm"] = vector(attn + "q_norm.weight", *q)
         layers["k_norm"] = vector(attn + "k_norm.weight", *k)
+    if config.experts is not None:
+        layers |= _expert_specs(config)
     if config.mlp_bias:
         layers["gate_bias"] = vector(mlp + "gate_proj.bias", "mlp")
         layers["up_bias"] = vector(mlp + "up_proj.bias", "mlp")
@@ -123,6 +130,34 @@ def _norm_tensors(config: ModelConfig) -> dict[str, str]:
     return (before if config.pre_norms else {}) | after
 
 
+# By model_type: the router, the experts, and the names of gate, up and down in an expert.
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def _expert_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
+    """A router and stacks of experts instead of one MLP."""
+    router, experts, names = _EXPERT_NAMES[config.model_type]
+    prefix = "model.layers.{layer}."
+    specs = {
+        "router": ParameterSpec(
+            ("layer", "embed", "expert"), f"{prefix}{router}.weight", (("expert",),), ("embed",)
+        )
+    }
+    for name, its, (rows, columns) in zip(
+        ("gate", "up", "down"), names, (("mlp", "embed"),) * 2 + (("embed", "mlp"),), strict=True
+    ):
+        specs[name] = ParameterSpec(
+            ("layer", "expert", columns, rows),
+            f"{prefix}{experts}.{{expert}}.{its}.weight",
+            ((rows,),),
+            (columns,),
+        )
+    return specs
+
+
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of each logical axis."""
     return {
@@ -133,6 +168,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
+        "expert": 1 if config.experts is None else config.experts.count,
     }
 
 
@@ -189,7 +225,7 @@ def unstack(params: Params) -> Params:
 
 
 def stored_shape(spec: ParameterSpec, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of the checkpoint tensor that holds this parameter (of one layer)."""
+    """Shape of the checkpoint tensor that holds this parameter (of one layer and expert)."""
     rows = sum(math.prod(shape(part, config)) for part in spec.parts)
     return (rows, math.prod(shape(spec.columns, config))) if spec.columns else (rows,)
 
@@ -197,7 +233,7 @@ def stored_shape(spec: ParameterSpec, config: ModelConfig) -> tuple[int, ...]:
 def stored_index(spec: ParameterSpec, config: ModelConfig, index: Index) -> Index:
     """The smallest contiguous slice of the checkpoint tensor that covers `index`.
 
-    `index` slices the parameter's own dimensions without "layer", with explicit bounds.
+    `index` slices the parameter's own dimensions without the leading ones, with explicit bounds.
     """
     by_axis = dict(zip(_inner_axes(spec), index, strict=True))
     above = sum(math.prod(shape(part, config)) for part in spec.parts[: spec.part])
@@ -232,10 +268,10 @@ def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
         values = np.asarray(leaf(params, path))
         order = [_inner_axes(spec).index(axis) for axis in (*spec.rows, *spec.columns)]
         own_shape = (-1, *stored_shape(spec, config)[1:])
-        for layer, value in enumerate(values if spec.stacked else values[None]):
-            name = spec.tensor.format(layer=layer)
+        for place in np.ndindex(shape(spec.lead, config)):
             # The table lists the parts of a fused tensor in their stored order.
-            tensors.setdefault(name, []).append(value.transpose(order).reshape(own_shape))
+            parts = tensors.setdefault(spec.tensor_at(place), [])
+            parts.append(values[place].transpose(order).reshape(own_shape))
     # safetensors writes the memory of an array unchanged, so the array must be in C order.
     return {name: np.ascontiguousarray(np.concatenate(p)) for name, p in tensors.items()}
 
@@ -266,7 +302,7 @@ def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
 
 
 def _inner_axes(spec: ParameterSpec) -> tuple[str, ...]:
-    return spec.axes[1:] if spec.stacked else spec.axes
+    return spec.axes[len(spec.lead) :]
 
 
 def _outermost(by_axis: dict[str, slice], axes: tuple[str, ...], config: ModelConfig) -> slice:

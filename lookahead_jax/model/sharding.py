@@ -1,4 +1,4 @@
-"""Placement of arrays: a mesh with data, fsdp and tensor axes, and one table of rules.
+"""Placement of arrays: a mesh with data, fsdp, expert and tensor axes, and one table of rules.
 
 Other code names the logical axes of its arrays ("embed", "heads", "batch", ...). Only this table
 says which mesh axes split them.
@@ -20,7 +20,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params, axis_sizes, parameter_specs, tree
 
 F = TypeVar("F", bound=Callable[..., Any])
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "expert": ("expert",),
 }
 
 
@@ -38,30 +39,31 @@ def make_mesh(
     *,
     data: int | None = None,
     fsdp: int = 1,
+    expert: int = 1,
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over `devices` (default: all devices present).
+    """A mesh with axes data, fsdp, expert and tensor over `devices` (default: all devices present).
 
-    With `data` None, the data axis takes the devices that the other two leave.
+    `expert` splits the experts of a mixture and nothing else. With `data` None, the data axis takes
+    the devices that the others leave.
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if data is None:
-        data = len(devices) // max(fsdp * tensor, 1)
-    if min(data, fsdp, tensor) < 1 or data * fsdp * tensor != len(devices):
+        data = len(devices) // max(fsdp * expert * tensor, 1)
+    sizes = (data, fsdp, expert, tensor)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        named = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(
-            f"a mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not use "
-            f"exactly the {len(devices)} devices present"
+            f"a mesh of {named} does not use exactly the {len(devices)} devices present"
         )
     # Auto: the default, Explicit, rejects a plain lookup in a sharded embedding table.
     auto = (AxisType.Auto,) * len(MESH_AXES)
     # As jax.make_mesh, but splitting physical axes: 8 chips of a 4x4x4 slice can form an axis.
-    arranged = mesh_utils.create_device_mesh(
-        (data, fsdp, tensor), devices, allow_split_physical_axes=True
-    )
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(arranged, MESH_AXES, axis_types=auto)
 
 

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from lookahead_jax.host.integers import check_integer
+from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block
 from lookahead_jax.model.params import Params
@@ -74,18 +75,16 @@ class LookaheadModules:
 
 
 def lora_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Flattened inputs and outputs of each linear layer that a LoRA can sit on."""
+    """Flattened inputs and outputs of each linear layer that a LoRA can sit on.
+
+    Experts take no LoRA: in a model with experts these are the attention's layers.
+    """
     d, f = model.hidden_size, model.mlp_dim
     query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return {
-        "q": (d, query),
-        "k": (d, key),
-        "v": (d, key),
-        "o": (query, d),
-        "gate": (d, f),
-        "up": (d, f),
-        "down": (f, d),
-    }
+    attention = {"q": (d, query), "k": (d, key), "v": (d, key), "o": (query, d)}
+    if model.experts is not None:
+        return attention
+    return attention | {"gate": (d, f), "up": (d, f), "down": (f, d)}
 
 
 def init_modules(
@@ -100,8 +99,10 @@ def init_modules(
     Every LoRA starts without effect (b = 0, a uniform within 1 / sqrt(inputs), as in PEFT).
     `init="table"` draws the tokens from a normal distribution with the mean and spread that the
     embedding table of `params` has in each dimension, so that they differ from one another and
-    lie where the model expects tokens. Raises ValueError if `init="table"` lacks `params`.
+    lie where the model expects tokens. Targets that the model lacks (`lora_shapes`) are left out
+    with a warning. Raises ValueError if `init="table"` lacks `params`, or if no target is left.
     """
+    config = _with_targets_of(model, config)
     size = (config.tokens, model.hidden_size)
     normal = jax.random.normal(jax.random.fold_in(key, len(TARGETS)), size, jnp.float32)
     if config.init == "table":
@@ -119,6 +120,21 @@ def init_modules(
             b = jnp.zeros((model.num_layers, config.rank, outputs), jnp.float32)
             lora[name] = {"a": draw * inputs**-0.5, "b": b}
     return LookaheadModules(normal, lora, config)
+
+
+def _with_targets_of(model: ModelConfig, config: LookaheadConfig) -> LookaheadConfig:
+    """`config` without the LoRA targets that the model lacks."""
+    there = tuple(name for name in config.targets if name in lora_shapes(model))
+    if there == config.targets:
+        return config
+    absent = ", ".join(name for name in config.targets if name not in there)
+    if not there:
+        raise ValueError(
+            f"LoRA targets {absent}: the experts of a {model.model_type} model take no LoRA; "
+            f"choose out of {', '.join(lora_shapes(model))}"
+        )
+    warn(f"the experts of a {model.model_type} model take no LoRA: {absent} are left out")
+    return dataclasses.replace(config, targets=there)
 
 
 def observer_block(

@@ -1,0 +1,282 @@
+"""Mixtures of experts: the sum over experts, its placement, its files, and all that runs on it.
+
+tests/test_parity.py compares the logits of each family with transformers.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.checkpoints.load import first_layers, load, save_params
+from lookahead_jax.decoding.sampling import GREEDY, Sampling
+from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.generation.generate import generate
+from lookahead_jax.model import experts
+from lookahead_jax.model.config import ExpertsConfig
+from lookahead_jax.model.sharding import make_mesh, param_shardings
+from lookahead_jax.modules.definition import LookaheadConfig, init_modules
+from lookahead_jax.policies.registry import POLICIES, make_policy
+from lookahead_jax.train.step import Batch, init_state, train_step
+from tests import tiny
+
+MODELS = Path(__file__).parent / "fixtures" / "models"
+FAMILIES = ("mixtral", "qwen3_moe")
+D, F = 8, 12
+
+
+def mixture(count, per_token, *, normalise=True):
+    config = load_config("mixtral")
+    mixed = ExpertsConfig(count=count, per_token=per_token, normalise=normalise)
+    return dataclasses.replace(config, hidden_size=D, mlp_dim=F, experts=mixed)
+
+
+def load_config(name):
+    return config_from_hf(json.loads((MODELS / name / "config.json").read_text()))
+
+
+def weights(count, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"router": (D, count), "gate": (count, D, F), "up": (count, D, F)}
+    shapes["down"] = (count, F, D)
+    return {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+
+
+def restated(p, x, config):
+    """Each row by itself, in float64."""
+    p = {name: np.asarray(a, np.float64) for name, a in p.items()}
+    rows, out = np.asarray(x, np.float64).reshape(-1, D), []
+    for row in rows:
+        share = np.exp(row @ p["router"])
+        share /= share.sum()
+        chosen = np.argsort(-share)[: config.experts.per_token]
+        scale = share[chosen].sum() if config.experts.normalise else 1.0
+        total = np.zeros(D)
+        for e in chosen:
+            gate = row @ p["gate"][e]
+            hidden = gate / (1 + np.exp(-gate)) * (row @ p["up"][e])
+            total += share[e] / scale * (hidden @ p["down"][e])
+        out.append(total)
+    return np.reshape(out, x.shape)
+
+
+def rows(shape, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(*shape, D)), jnp.float32)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # "tpu": the form with ragged_dot
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 7), (3, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("count", "per_token", "normalise"), [(5, 2, True), (6, 1, False), (3, 3, True)]
+)
+def test_the_sum_over_experts(monkeypatch, platform, shape, count, per_token, normalise):
+    """Float32 against float64: 1e-5 of the largest value."""
+    monkeypatch.setattr(experts, "target_platform", lambda: platform)
+    config, p, x = mixture(count, per_token, normalise=normalise), weights(count), rows(shape)
+    (got,) = jax.jit(lambda x: experts.experts_mlp(p, [x], config=config))(x)
+    expected = restated(p, x, config)
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_streams_are_computed_together():
+    config, p, xs = mixture(5, 2), weights(5), [rows((2, 4)), rows((2, 1), seed=2)]
+    for got, x in zip(experts.experts_mlp(p, xs, config=config), xs, strict=True):
+        np.testing.assert_allclose(got, restated(p, x, config), atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """All of them the same expert's, NaN, or others: the same bits, wherever the row stands."""
+    config, p, x = mixture(5, 2), weights(5), rows((3, 40))
+    run = jax.jit(lambda x: experts.experts_mlp(p, [x], config=config)[0])
+    alone = np.asarray(run(x))[1, 7]
+    for others in (jnp.broadcast_to(x[:1, :1], x.shape), jnp.full(x.shape, jnp.nan), x[::-1, ::-1]):
+        np.testing.assert_array_equal(run(others.at[1, 7].set(x[1, 7]))[1, 7], alone)
+    moved = run(x[:, ::-1])[1, -8]
+    np.testing.assert_allclose(moved, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
+def test_values_and_gradients_over_a_mesh(axes):
+    """As on one device, up to the order of float32 sums."""
+    config, p, x = mixture(4, 2), weights(4), rows((4, 6))
+
+    def total(p, x):
+        (out,) = experts.experts_mlp(p, [x], config=config)
+        return (out * jnp.arange(D, dtype=jnp.float32)[None, None]).sum(), out
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, expected), expected_grads = run(p, x)
+    with jax.set_mesh(make_mesh(**axes)):
+        (_, got), grads = run(p, x)
+        text = run.lower(p, x).as_text()
+    assert "shmap_body" in text or "manual" in text
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+    for one, other in zip(*map(jax.tree.leaves, (grads, expected_grads)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_of_a_checkpoint_are_spread_over_the_mesh(name):
+    """Each device holds its experts alone, and the logits are those of one device."""
+    from tests.test_parity import error, full_logits, golden
+
+    mesh = make_mesh(expert=4)
+    single = load(MODELS / name)
+    count = len(single.params["layers"]["gate"][0])
+    if count % 4:
+        with pytest.raises(ValueError, match=f"expert has size {count}, not a multiple of 4"):
+            param_shardings(single.config, mesh)
+        mesh = make_mesh(expert=1, tensor=2, data=2)
+    model = load(MODELS / name, mesh=mesh)
+    gate = model.params["layers"]["gate"]
+    assert len(gate.sharding.device_set) == 4
+    assert {shard.data.shape[1] for shard in gate.addressable_shards} == {
+        count // mesh.shape["expert"]
+    }
+    tokens, expected = golden(name)
+    with jax.set_mesh(mesh):
+        got = full_logits(model.params, tokens, config=model.config)
+    for row, logits in enumerate(expected):
+        assert error(got[row, : len(logits)], logits) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_checkpoints_have_the_published_names(name, tmp_path):
+    model = load(MODELS / name)
+    save_params(tmp_path, model.params, model.config)
+    original = {}
+    for file in sorted((MODELS / name).glob("*.safetensors")):
+        original |= load_file(file)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == original.keys()
+    for tensor, values in saved.items():
+        np.testing.assert_array_equal(values, original[tensor], err_msg=tensor)
+
+
+@pytest.fixture
+def fused(tmp_path):
+    """A checkpoint whose experts are in one tensor per layer, and its tensors."""
+    shutil.copy(MODELS / "mixtral_window" / "config.json", tmp_path)
+    tensors = load_file(MODELS / "mixtral_window" / "model.safetensors")
+    return tmp_path, tensors
+
+
+def test_fused_experts_of_a_wrong_shape_are_refused(fused):
+    folder, tensors = fused
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    save_file({**tensors, name: tensors[name][:3]}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"gate_up_proj has shape \(3, 96, 32\)"):
+        load(folder)
+
+
+def test_experts_that_are_there_twice_are_refused(fused):
+    folder, tensors = fused
+    twice = "model.layers.0.block_sparse_moe.gate.weight"
+    tensors[twice] = tensors["model.layers.0.mlp.gate.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="are the same"):
+        load(folder)
+
+
+def test_fused_experts_without_a_prefix_are_read(fused):
+    """As a model without its head is saved; then the embedding serves as the head."""
+    folder, tensors = fused
+    tensors = {k.removeprefix("model."): v for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    whole = load(MODELS / "mixtral_window").params
+    np.testing.assert_array_equal(load(folder).params["layers"]["up"], whole["layers"]["up"])
+
+
+def test_a_lora_on_experts_is_left_out_or_refused():
+    model = load_config("mixtral")
+    wanted = LookaheadConfig(tokens=2, rank=2, alpha=2.0, targets=("q", "o", "gate"), init="normal")
+    with pytest.warns(UserWarning, match="experts of a mixtral model take no LoRA: gate are left"):
+        modules = init_modules(jax.random.key(0), wanted, model)
+    assert modules.config.targets == ("q", "o") == tuple(modules.lora)
+    with pytest.raises(ValueError, match=r"LoRA targets up, down: .* choose out of q, k, v, o"):
+        init_modules(jax.random.key(0), dataclasses.replace(wanted, targets=("up", "down")), model)
+
+
+# Every policy, every drafter and both ways to sample, on each family.
+DRAFTERS = ("prompt_lookup", "recycling", "trie", "suffix", "draft_model")
+SAMPLING = {"greedy": GREEDY, "sampled": Sampling(temperature=1.2, top_p=0.95)}
+SMALL = {"window": 4, "chunk": 16, "tokens": 4, "draft": 4}
+NEW = 10
+
+
+CASES = [
+    (family, policy, DRAFTERS[(i + j) % len(DRAFTERS)], tuple(SAMPLING)[(i + j) % len(SAMPLING)])
+    for i, family in enumerate(FAMILIES)
+    for j, policy in enumerate(name for name in POLICIES if name != "oracle")
+]
+QUICK = {"lookaheadkv"}  # the others would compile for minutes
+
+
+@functools.cache
+def model_of(family):
+    model = load(MODELS / family)
+    sizes = LookaheadConfig(tokens=3, rank=2, alpha=2.0, targets=("q", "v"), init="table")
+    modules = init_modules(jax.random.key(0), sizes, model.config, params=model.params)
+    return model, modules
+
+
+def policy_of(name):
+    kind = POLICIES[name]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    given = {key: value for key, value in SMALL.items() if key in fields or name == "ada"}
+    return make_policy(name, **{k: v for k, v in given.items() if name != "ada" or k == "window"})
+
+
+@functools.cache
+def undrafted(family, policy, sampling):
+    return continued(family, policy, sampling, "none")
+
+
+def continued(family, policy, sampling, drafter):
+    model, modules = model_of(family)
+    drafter = make_drafter(drafter, model=first_layers(model, 1)) if "model" in drafter else drafter
+    return generate(
+        model, tiny.prompts((29, 20), vocab=95), policy=policy_of(policy), budget=12,
+        max_new_tokens=NEW, sampling=SAMPLING[sampling], seeds=[3, 4], eos_ids=(),
+        lookahead=modules if policy == "lookaheadkv" else None,
+        drafts=model if policy == "speckv" else None, drafter=drafter,
+        draft_nodes=None if drafter == "none" else 8, burst=NEW,
+    ).tokens  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "drafter", "sampling"),
+    [
+        pytest.param(*case, marks=[] if case[1] in QUICK else pytest.mark.slow, id="-".join(case))
+        for case in CASES
+    ],
+)
+def test_drafted_tokens_are_undrafted_tokens(family, policy, drafter, sampling):
+    drafted = continued(family, policy, sampling, drafter)
+    assert drafted == undrafted(family, policy, sampling)
+    assert all(len(set(row)) > 2 for row in drafted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step(family):
+    model, modules = model_of(family)
+    optimizer = optax.sgd(0.5)
+    prompts = tiny.batch((25, 16), model.config, seed=2)[None]
+    responses = tiny.batch((4, 4), model.config, seed=3)[None, :, :4]
+    step = jax.jit(functools.partial(train_step, config=model.config, optimizer=optimizer))
+    state, values = step(model.params, init_state(modules, optimizer), Batch(prompts, responses))
+    assert 0 < values["loss"] < np.inf
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.modules, modules)
+    assert 0 < moved.embeddings < np.inf
+    assert 0 < moved.lora["q"]["b"] < np.inf
+    again = step(model.params, state, Batch(prompts, responses))[1]
+    assert again["loss"] < values["loss"]
