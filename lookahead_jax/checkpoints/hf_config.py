@@ -84,7 +84,8 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer_types = _layer_types(f, model_type)
     ropes = _ropes(f, model_type, head_dim)
-    layer_rope = tuple(int(sliding and len(ropes) > 1) for sliding in layer_types)
+    two_ropes = len(ropes) > 1
+    layer_rope = tuple(int(sliding and two_ropes) for sliding in layer_types)
     if model_type == "smollm3":
         full = ropes[0]
         none = RopeConfig(
