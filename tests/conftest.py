@@ -9,16 +9,16 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")  # TPU interpret mode deadlocks on a small thread pool
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # parallel ahead-of-time compilers
-# Nearly all of the time goes into compiling. Unoptimised code compiles faster, and so does what
-# XLA's older emitters write, where jaxlib still has them (a quarter of the time on one prefill).
-# Compiled programs are kept outside the checkout, so that workers, later runs and fresh clones share
-# them.
-QUICK = "--xla_backend_optimization_level=0"
-if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", QUICK) + " --xla_force_host_platform_device_count=4"
+# Nearly all of the time goes into compiling. Unoptimised code compiles faster, and so does the code
+# of XLA's older emitters, which jaxlib has up to 0.10 (a quarter of the time on one prefill).
+# Compiled programs are kept outside the checkout, so that workers, later runs and fresh clones
+# share them.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
 os.environ.setdefault(  # JAX's keys hold its version
     "JAX_COMPILATION_CACHE_DIR",
     os.path.join(
