@@ -20,6 +20,7 @@ import pytest
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.generation.generate import generate
+from lookahead_jax.model.layers import add_residual, rms_norm
 from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.train.step import Batch, init_state, train_step
 from tests import reference, tiny
@@ -75,6 +76,24 @@ def model_of(family):
     return Model(
         params=weights(config), config=config, tokenizer=None, generation=generation, path=Path()
     )
+
+
+def test_bfloat16_is_rounded_where_transformers_rounds():
+    """Granite's products with Python numbers and OLMo 2's norms are rounded once, at their end."""
+    x, out = jax.random.normal(jax.random.key(0), (2, 1, 64, 32), jnp.float32).astype(jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(1), (32,), jnp.float32).astype(jnp.bfloat16)
+    granite = dataclasses.replace(OWN["granite"], residual_scale=0.22)  # has no exact bfloat16
+    scaled = (np.float32(0.22) * np.asarray(out, np.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(add_residual(x, out, config=granite), x + jnp.asarray(scaled))
+    x32, w32 = np.asarray(x, np.float32), np.asarray(weight, np.float32)
+    normed = x32 / np.sqrt((x32**2).mean(-1, keepdims=True) + np.float32(1e-5))
+    once = (normed * w32).astype(jnp.bfloat16)
+    twice = normed.astype(jnp.bfloat16).astype(np.float32) * w32
+    assert (once != twice.astype(jnp.bfloat16)).mean() > 0.05  # the orders do differ
+    for family, expected in ("olmo2", once), ("granite", twice.astype(jnp.bfloat16)):
+        got = rms_norm(x, weight, config=OWN[family])
+        # A float32 value next to a border may fall on its other side.
+        assert (np.asarray(got) != expected).mean() < 0.002
 
 
 FAST_SCORES = ("expected_attention", "keydiff", "lookaheadkv")
