@@ -7,6 +7,7 @@ with the arithmetic of all families runs in the fast tests.
 
 import dataclasses
 import functools
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -62,11 +63,6 @@ DRAFTERS = ("none", "trie", "suffix", "prompt_lookup", "recycling", "draft_model
 BUDGET, NEW = 24, 12
 
 
-def slow_unless(fast, *values):
-    """A case of a test: its values, and the mark `slow` unless it is one of the fast ones."""
-    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
-
-
 @functools.cache
 def model_of(family):
     config = FAMILIES[family]
@@ -96,16 +92,15 @@ def test_bfloat16_is_rounded_where_transformers_rounds():
         assert (np.asarray(got) != expected).mean() < 0.002
 
 
+# The cases of tests/test_policies.py with default settings: one per policy.
+SCORED = [case for case in CASES if case in POLICIES]
 FAST_SCORES = ("expected_attention", "keydiff", "lookaheadkv")
 
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [
-        slow_unless(family == "mixed" and case in FAST_SCORES, family, case)
-        for family in FAMILIES
-        for case in CASES
-    ],
+    [pytest.param("mixed", case) for case in FAST_SCORES]
+    + [pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(OWN, SCORED)],
 )
 def test_policies_score_as_restated(family, case):
     check_case(case, FAMILIES[family])
@@ -120,18 +115,18 @@ class Row(NamedTuple):
 # Every policy on every family; the drafters alternate, so that each family meets each of them.
 ROWS = [
     Row(family, policy, DRAFTERS[(i + j) % len(DRAFTERS)])
-    for i, family in enumerate(FAMILIES)
+    for i, family in enumerate(OWN)
     for j, policy in enumerate(POLICIES)
 ]
 FAST_ROWS = [
-    row for row in ROWS if row.family == "mixed" and row.policy in ("laq", "expected_attention")
+    Row("mixed", "laq", "recycling"),
+    Row("mixed", "expected_attention", "prompt_lookup"),
 ]
 
 
 def test_rows_cover_families_with_policies_and_drafters():
-    assert {row[:2] for row in ROWS} == {(f, p) for f in FAMILIES for p in POLICIES}
-    assert {(row[0], row[2]) for row in ROWS} == {(f, d) for f in FAMILIES for d in DRAFTERS}
-    assert len(FAST_ROWS) == 2
+    assert {row[:2] for row in ROWS} == {(f, p) for f in OWN for p in POLICIES}
+    assert {(row[0], row[2]) for row in ROWS} == {(f, d) for f in OWN for d in DRAFTERS}
 
 
 def drafter_of(name, model):
@@ -141,7 +136,11 @@ def drafter_of(name, model):
 
 
 @pytest.mark.filterwarnings("ignore:.*window .* exceeds budget")
-@pytest.mark.parametrize("row", [slow_unless(row in FAST_ROWS, row) for row in ROWS], ids="-".join)
+@pytest.mark.parametrize(
+    "row",
+    FAST_ROWS + [pytest.param(row, marks=pytest.mark.slow) for row in ROWS],
+    ids="-".join,
+)
 def test_drafting_changes_no_token(row):
     model = model_of(row.family)
     patterns = tiny.prompts((8, 5))
@@ -175,7 +174,9 @@ def restated_loss(model, modules, prompt, response):
     return np.mean(losses)
 
 
-@pytest.mark.parametrize("family", [slow_unless(f == "mixed", f) for f in FAMILIES])
+@pytest.mark.parametrize(
+    "family", ["mixed", *(pytest.param(f, marks=pytest.mark.slow) for f in OWN)]
+)
 def test_a_training_step(family):
     """The loss is that of the restatement, and three steps lower it."""
     model = FAMILIES[family]
