@@ -286,12 +286,8 @@ def test_config_is_hashable_and_equal_by_value():
     assert hash(one) == hash(two)
 
 
-KEYS = sorted(
-    read("llama3").keys()
-    | read("gemma3_text").keys()
-    | read("qwen3_moe").keys()
-    | {"rope_scaling", "rope_theta"}
-)
+NAMES = ("llama3", "gemma3_text", "smollm3_window", "granite", "glm4", "qwen3_moe")
+KEYS = sorted({"rope_scaling", "rope_theta"}.union(*map(read, NAMES)))
 VALUES = [None, True, -1, 0, 1, 2, 7, 64, 10**400, 0.5, -2.0, float("nan"), float("inf"), "", "x"]
 VALUES += [[], [1.0], [[]], [None], ["full_attention"] * 2, {}, {"full_attention": {"factor": 2}}]
 ROPE = st.dictionaries(

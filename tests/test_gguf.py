@@ -1,5 +1,6 @@
 """GGUF files: written here with the `gguf` package, read by ours, equal to the folder they copy."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,9 +17,11 @@ from gguf.quants import dequantize, quantize
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import lookahead_jax as lk
+from lookahead_jax.checkpoints.gguf_config import hf_config
 from lookahead_jax.checkpoints.gguf_file import open_gguf
 from lookahead_jax.checkpoints.gguf_header import read_header
 from lookahead_jax.checkpoints.gguf_tokenizer import tokenizer_of
+from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.hf_directory import open_directory
 from lookahead_jax.checkpoints.packaged import PACKAGES
 
@@ -158,6 +161,26 @@ def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_
     assert loaded.generation.eos_ids == (2,)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "key", "value", "message"),
+    [
+        ("granite", "rope.scaling.finetuned", False, "have no RoPE"),
+        ("glm4", "rope.dimension_sections", [8, 12, 12, 0], "rope.dimension_sections are not"),
+        ("glm4", "nextn_predict_layers", 1, "nextn_predict_layers are not supported"),
+        ("olmo2", "attention.sliding_window", 8, "sliding_window is 8, which olmo2 models do not"),
+    ],
+)
+def test_models_of_the_same_architecture_that_compute_more_are_refused(
+    architecture, key, value, message, tmp_path
+):
+    write_gguf(tmp_path / "model.gguf", MODELS / architecture, architecture)
+    header = read_header(tmp_path / "model.gguf")
+    config_from_hf(hf_config(header))
+    more = header.metadata | {f"{architecture}.{key}": value}
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(hf_config(dataclasses.replace(header, metadata=more)))
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantised_weights_are_those_of_the_gguf_package(kind, tmp_path):
     path = tmp_path / "model.gguf"
@@ -259,6 +282,28 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_the_original():
         tokenizer_of(metadata | {"tokenizer.ggml.pre": "odd"})
     with pytest.raises(ValueError, match="does not merge tokens"):
         tokenizer_of(metadata | {"tokenizer.ggml.merges": ["h zz"]})
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["1111"]),
+        ("refact", ["1", "1", "1", "1"]),
+        ("dbrx", ["111", "1"]),
+        ("smaug-bpe", ["111", "1"]),
+        ("glm4", ["111", "1"]),
+    ],
+)
+def test_numbers_are_split_as_the_pre_tokenizer_says(pre, pieces):
+    """As the patterns of llama.cpp split them: whole, digit by digit, or three digits at most."""
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["1", "11", "111", "1111"],
+        "tokenizer.ggml.merges": ["1 1", "11 1", "11 11"],
+    }
+    tokens = metadata["tokenizer.ggml.tokens"]
+    assert [tokens[i] for i in tokenizer_of(metadata).encode("1111")] == pieces
 
 
 def merged_by_score(text: str, scores: dict[str, float]) -> list[str]:

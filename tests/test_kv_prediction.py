@@ -21,13 +21,16 @@ from lookahead_jax.prompts.read import read_prompt
 from lookahead_jax.train.kv_prediction import maps_step
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import tiny
+from tests.test_families import MIXED
 from tests.test_policies import LENGTHS, PLAIN, RICH, weights
 
 SMALL = tiny.config(num_hidden_layers=2, hidden_size=16, num_attention_heads=2,
                     num_key_value_heads=1, intermediate_size=32)  # fmt: skip
 
 
-@pytest.mark.parametrize("model", [PLAIN, pytest.param(RICH, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model", [PLAIN, *(pytest.param(model, marks=pytest.mark.slow) for model in (RICH, MIXED))]
+)
 def test_a_model_predicts_itself(model):
     tokens = tiny.batch(LENGTHS, model)
     maps = init_maps(jax.random.key(0), model, model)

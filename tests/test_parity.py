@@ -94,9 +94,15 @@ def test_a_wrong_constant_fails(name, field, value):
     assert error(got[0, : len(expected[0])], expected[0]) > 1e-4
 
 
-def test_bfloat16_is_close():
-    """Bfloat16 keeps 8 bits; two layers stay within a few of its roundings (2^-8 = 0.004)."""
-    loaded = load(MODELS / "llama3", dtype="bfloat16")
-    tokens, expected = golden("llama3")
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("llama3", 0.05), ("olmo2", 0.05), ("granite", 0.05), ("glm4", 0.1)]
+)
+def test_bfloat16_is_close(name, tolerance):
+    """Bfloat16 keeps 8 bits; two layers stay within a few of its roundings (2^-8 = 0.004).
+
+    transformers in bfloat16 is off by 0.036, 0.017, 0.020 and 0.079.
+    """
+    loaded = load(MODELS / name, dtype="bfloat16")
+    tokens, expected = golden(name)
     got = full_logits(loaded.params, tokens, config=loaded.config)
-    assert error(got[0, : len(expected[0])], expected[0]) <= 0.05
+    assert error(got[0, : len(expected[0])], expected[0]) <= tolerance

@@ -84,17 +84,11 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer_types = _layer_types(f, model_type)
     ropes = _ropes(f, model_type, head_dim)
-    two_ropes = len(ropes) > 1
-    layer_rope = tuple(int(sliding and two_ropes) for sliding in layer_types)
+    second_rope = tuple(sliding and model_type == "gemma3_text" for sliding in layer_types)
     if model_type == "smollm3":
-        full = ropes[0]
-        none = RopeConfig(
-            kind="none", theta=full.theta, dim=full.dim, max_position=full.max_position
-        )
-        ropes = (full, none)
-        layer_rope = tuple(int(not rotates) for rotates in _rotating_layers(f, len(layer_types)))
-    has_bias_field = model_type in _WITH_BIAS_FIELD
-    attention_bias = has_bias_field and f.required("attention_bias", bool)
+        ropes += (_no_rope(ropes[0]),)
+        second_rope = tuple(not rotates for rotates in _rotating_layers(f, len(layer_types)))
+    attention_bias = model_type in _WITH_BIAS_FIELD and f.required("attention_bias", bool)
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
         raise ValueError(f"{f.where}: query_pre_attn_scalar must be positive, got {query_scale}")
@@ -115,7 +109,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         ),
         experts=_experts(f, model_type),
         ropes=ropes,
-        layer_rope=layer_rope,
+        layer_rope=tuple(map(int, second_rope)),
         rope_interleaved=glm,
         layer_window=tuple(
             f.required("sliding_window", int) if sliding else None for sliding in layer_types
@@ -255,6 +249,10 @@ def _ropes(f: JsonFields, model_type: str, head_dim: int) -> tuple[RopeConfig, .
         _rope(f, dict(full) | dict(scaling), "rope_theta", model_type, head_dim),
         _rope(f, sliding, "rope_local_base_freq", model_type, head_dim),
     )
+
+
+def _no_rope(rope: RopeConfig) -> RopeConfig:
+    return RopeConfig(kind="none", theta=rope.theta, dim=rope.dim, max_position=rope.max_position)
 
 
 def _rope(
