@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from lookahead_jax.cli.tokens import read_tokens
+from lookahead_jax.host.activity import activity
 from lookahead_jax.host.config_files import UsageError
 
 
@@ -40,7 +41,8 @@ class ModelOptions:
         """The model these options name."""
         import lookahead_jax as lk
 
-        return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
+        with activity(f"loading {self.model or 'the embedded model'}"):
+            return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
 
 
 class EncodedPrompt(NamedTuple):
