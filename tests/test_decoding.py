@@ -1,5 +1,6 @@
 """Decoding against teacher forcing, in bursts and batches of any size, greedy and sampled."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
 )
 from lookahead_jax.decoding.step import DecodeState, decode, decode_burst, seen_tokens, start
+from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.params import unstack
 from lookahead_jax.policies.full import Full
@@ -107,6 +109,17 @@ def test_output_does_not_depend_on_bursts_neighbours_or_layout(settings):
         for row, seed in zip(rows, seeds, strict=True)
     ]  # fmt: skip
     np.testing.assert_array_equal(np.stack(alone), whole)
+
+
+def test_layers_apart_share_the_memory_of_the_stack():
+    params = tiny.params(tiny.config())
+    apart, expected = for_decoding(params), unstack(params)
+    assert jax.tree.structure(apart) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, apart, expected)
+    stack = params["layers"]["q"]  # of a multiple of 64 bytes per layer, as in any real model
+    first, bytes_per_layer = stack.unsafe_buffer_pointer(), stack.nbytes // len(stack)
+    places = [layer["q"].unsafe_buffer_pointer() for layer in apart["layers"]]
+    assert places == [first + i * bytes_per_layer for i in range(len(stack))]
 
 
 def test_seeds_and_temperature_matter():

@@ -430,3 +430,16 @@ def test_a_packaged_model_is_found_by_metadata(tmp_path, monkeypatch):
     write_gguf(package / "tiny.gguf", MODELS / "llama2", "llama")
     monkeypatch.syspath_prepend(tmp_path)
     assert lk.load("tiny").path == package / "tiny.gguf"
+
+
+def test_slices_of_rotated_tensors(tmp_path):
+    """Rows that begin and end inside a head, too."""
+    path = tmp_path / "model.gguf"
+    write_gguf(path, MODELS / "llama2", "llama")
+    tensors, originals = open_gguf(path).tensors, open_directory(MODELS / "llama2").tensors
+    name = "model.layers.1.self_attn.q_proj.weight"
+    with tensors.open() as ours, originals.open() as theirs:
+        for rows in (slice(0, 8), slice(8, 24), slice(3, 13), slice(30, 32)):
+            index = (rows, slice(1, 7))
+            expected = theirs(originals.stored[name], index)
+            np.testing.assert_array_equal(ours(tensors.stored[name], index), expected)

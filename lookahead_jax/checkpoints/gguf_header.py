@@ -6,6 +6,7 @@ file are never trusted: each is compared with the bytes that the file has left b
 
 import dataclasses
 import mmap
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ _SCALARS = {
     GGUFValueType.INT64: "<i8",
     GGUFValueType.FLOAT64: "<f8",
 }
+
+# struct's letters differ from NumPy's; struct reads single numbers ten times as fast.
+_LETTERS = {"u1": "B", "i1": "b", "u2": "H", "i2": "h", "u4": "I", "i4": "i", "f4": "f", "b1": "?"}
+_LETTERS |= {"u8": "Q", "i8": "q", "f8": "d"}
+_STRUCTS = {dtype: struct.Struct("<" + _LETTERS[dtype[1:]]) for dtype in _SCALARS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +168,8 @@ class _Cursor:
         return count
 
     def _number(self, dtype: str) -> Any:
-        kind = np.dtype(dtype)
-        return np.frombuffer(self._take(kind.itemsize), kind)[0].item()
+        number = _STRUCTS[dtype]
+        return number.unpack(self._take(number.size))[0]
 
     def _take(self, count: int) -> bytes:
         if self._at + count > len(self._data):

@@ -1,7 +1,10 @@
 """The named tensors of a checkpoint -> parameters; only the slices that are needed are read."""
 
 import dataclasses
+import math
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,6 +36,7 @@ _EXPONENTS = {
     np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
 }
 _IN_CACHE = 2**17  # values that are checked together; more would go through memory twice
+_THREADS = 4  # more only wait for memory
 _AT_ONCE = 2**22  # values that are read together to compare two tensors
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Names that say "language model" in multimodal Gemma 3, of transformers 4 and 5.
@@ -227,21 +231,52 @@ class _Loader:
         """The values of one parameter at `index`, gathered from its tensors."""
         sizes = tuple(s.stop - s.start for s in index)
         lead, inner = index[: len(spec.lead)], index[len(spec.lead) :]
-        out = np.empty(sizes, self.dtype)
+        out = _empty(sizes, self.dtype)
         for place in np.ndindex(sizes[: len(lead)]):
             at = tuple(s.start + i for s, i in zip(lead, place, strict=True))
-            tensor = self.stored[spec.tensor_at(at)]
-            block = self.read(tensor, stored_index(spec, self.config, inner))
+            self._fill(out[place], spec, self.stored[spec.tensor_at(at)], inner)
+        return out
+
+    def _fill(
+        self, out: np.ndarray, spec: ParameterSpec, tensor: StoredTensor, index: tuple[slice, ...]
+    ) -> None:
+        """Writes the values of one tensor at `index` to `out`.
+
+        Piece by piece, each of which stays in a processor's cache while it is dequantised,
+        transposed and checked, and several at a time.
+        """
+        axis = spec.axes[-len(index) :].index(spec.rows[0])  # the tensor's outermost
+        first, last = index[axis].start, index[axis].stop
+        step = max(1, _IN_CACHE * (last - first) // out.size)
+
+        def piece(start: int) -> None:
+            stop = min(start + step, last)
+            part = (*index[:axis], slice(start, stop), *index[axis + 1 :])
+            target = out[(slice(None),) * axis + (slice(start - first, stop - first),)]
+            block = self.read(tensor, stored_index(spec, self.config, part))
             with np.errstate(over="ignore"):  # reported below, with names
-                out[place] = from_stored(spec, self.config, block, inner)
+                target[...] = from_stored(spec, self.config, block, part)
             if not _is_finite(block):
                 self.not_finite.add(tensor.name)
-            elif self.dtype == np.float16 and not _is_finite(out[place]):
+            elif self.dtype == np.float16 and not _is_finite(target):
                 raise ValueError(
                     f"{tensor.file}: {tensor.name} does not fit float16; load it as bfloat16 or "
                     "float32"
                 )
-        return out
+
+        starts = range(first, last, step)
+        if len(starts) == 1:
+            return piece(first)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(piece, starts))
+
+
+def _empty(sizes: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes: on CPU, JAX then needs no copy of it."""
+    size = math.prod(sizes) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(sizes)
 
 
 def _is_finite(values: np.ndarray) -> bool:

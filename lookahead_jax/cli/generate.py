@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from lookahead_jax.cli.options import File, RunOptions
+from lookahead_jax.host.activity import printed
 from lookahead_jax.host.files import atomic_write, check_output, is_stdout
 
 
@@ -48,3 +49,4 @@ def report(result) -> dict:
 
 def _print(row: int, text: str) -> None:
     print(text, end="", flush=True)
+    printed(text)

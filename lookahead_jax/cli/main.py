@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import tyro
 
@@ -15,7 +16,9 @@ import lookahead_jax
 from lookahead_jax.cli import convert, demo, generate, inspect, logits, score, serve
 from lookahead_jax.cli.summaries import policy_summaries
 from lookahead_jax.drafters.registry import drafter_summaries
-from lookahead_jax.host.command import run_command
+from lookahead_jax.host.activity import telling
+from lookahead_jax.host.command import run_command, say
+from lookahead_jax.host.compile_cache import keep_compiled_programs
 from lookahead_jax.host.config_files import UsageError
 
 
@@ -55,12 +58,19 @@ GROUPS = {
 }
 _WITH_POLICY = ("generate", "score", "inspect", "demo", "serve")
 _WITH_DRAFTER = ("generate", "inspect", "serve")
-DESCRIPTION = "Long prompts through a fixed-budget KV cache."
+_WITHOUT_CACHE = ("train", "compile")  # it reports what compiling needs
+NO_CACHE = "--no-compile-cache"
+DESCRIPTION = f"""Long prompts through a fixed-budget KV cache. Every command also takes {NO_CACHE}:
+keep no compiled programs in the user's cache folder."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; see `run_command`."""
     args = list(sys.argv[1:] if args is None else args)
+    keep = NO_CACHE not in args and tuple(args[:2]) != _WITHOUT_CACHE
+    args = [arg for arg in args if arg != NO_CACHE]
+    if keep and (problem := keep_compiled_programs()):
+        say("lookahead", f"notice: {problem}")
     if args and args[0] in GROUPS:
         return _run_group(args[0], args[1:])
     if args == ["--version"]:
@@ -69,10 +79,15 @@ def main(args: Sequence[str] | None = None) -> int:
     named = args and args[0] in (command.__name__.lower() for command in COMMANDS)
     return run_command(
         lambda: parse(args),
-        lambda config: COMMANDS[type(config)](config),
+        _work,
         prog="lookahead",
         help_with=f"lookahead {args[0]} --help" if named else "",
     )
+
+
+def _work(config: Any) -> None:
+    with telling(lambda what: say("lookahead", what)):
+        COMMANDS[type(config)](config)
 
 
 def parse(args: Sequence[str]):

@@ -14,6 +14,7 @@ from lookahead_jax.cli.encoded import (
     pinned_spans,
 )
 from lookahead_jax.cli.tokens import read_tokens
+from lookahead_jax.host.activity import activity
 from lookahead_jax.host.config_files import UsageError
 
 
@@ -47,7 +48,8 @@ class ModelOptions:
         """The model these options name."""
         import lookahead_jax as lk
 
-        return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
+        with activity(f"loading {self.model or 'the embedded model'}"):
+            return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,15 @@
 """The layout of the weights that decoding reads fastest."""
 
 import jax
+import numpy as np
 
-from lookahead_jax.model.params import Params, unstack
+from lookahead_jax.model.params import Params
 
 
 def for_decoding(params: Params) -> Params:
-    """On CPU and up to 1 GiB, a copy with one array per layer: decoding reads it twice as fast.
+    """On CPU and up to 1 GiB, one array per layer: decoding reads them twice as fast.
 
-    Prompts are still read with stacked layers, which bounds their memory.
+    The arrays share the memory of the stack, from which prompts are still read.
     """
     leaves = jax.tree.leaves(params["layers"])
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
@@ -16,4 +17,11 @@ def for_decoding(params: Params) -> Params:
     devices = leaves[0].sharding.device_set
     if apart or size > 2**30 or len(devices) > 1 or next(iter(devices)).platform != "cpu":
         return params
-    return unstack(params)
+    device = next(iter(devices))
+    views = jax.tree.map(np.asarray, params["layers"])
+
+    def layer(i: int) -> Params:
+        # JAX uses the memory of NumPy arrays that are aligned, and copies others.
+        return jax.tree.map(lambda a: jax.device_put(a[i], device), views)
+
+    return params | {"layers": tuple(layer(i) for i in range(leaves[0].shape[0]))}

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.host.activity import activity
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.growth import check_fit
 from lookahead_jax.policies.full import Full
@@ -113,7 +115,7 @@ def open_timed(
 
     The last is None unless `measure`; then everything is compiled by a first run.
     """
-    run = partial(open_batch, model, batch, continuation)
+    run = partial(_told, model, batch, continuation)
     by_policy = partial(run, eviction, drafts=drafts, reader=reader)
     full_s = None
     if measure:
@@ -123,6 +125,11 @@ def open_timed(
         full_s = _timed(keep_all)[1]
     state, seconds = _timed(by_policy)
     return state, seconds, None if full_s is None else seconds - full_s
+
+
+def _told(model: Model, batch: PromptBatch, *settings: Any, **options: Any) -> DecodeState:
+    with activity(f"reading {sum(map(len, batch.texts)):,} tokens"):
+        return open_batch(model, batch, *settings, **options)
 
 
 def _timed(run: Callable[[], DecodeState]) -> tuple[DecodeState, float]:

@@ -15,6 +15,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import jax
 from jax.core import Tracer
 
+from lookahead_jax.host.activity import activity
 from lookahead_jax.kernels.dispatch import target_platform
 
 P = ParamSpec("P")
@@ -88,7 +89,8 @@ class Program(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return self._program((args, kwargs))(*args, **kwargs)
+            with activity("compiling"):  # else a call takes no time: devices compute on their own
+                return self._program((args, kwargs))(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
             if "deleted" in str(error):
                 check_not_donated(getattr(self, "__name__", "program"), (args, kwargs))
