@@ -96,7 +96,7 @@ def test_keys_and_values_stay_on_their_chips(report):
     """Batch over 2 and KV heads over 4 of v5e:2x4, from NamedSharding to the compiled program."""
     assert [case["spec"] for case in report["sharded"]] == ["scores_32k", "tree_64_32k"]
     for case in report["sharded"]:
-        assert case["mesh"] == {"data": 2, "fsdp": 1, "tensor": 4}
+        assert case["mesh"] == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 4}
         assert case["kernel_calls"] == 1
         for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
             assert case[collective] == 0, (case["spec"], collective)

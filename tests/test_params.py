@@ -19,7 +19,17 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 6,
 }
-TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe")
+TYPES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+)
 
 
 def make(model_type, **fields):

@@ -32,17 +32,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
     Raises:
       ValueError: naming the field, for an unknown `model_type`, `rope_type` or activation, any
-        `quantization_config`, a field that only other families have, and missing, mistyped or
-        inconsistent values.
+        `quantization_config` but MXFP4 of gpt_oss, a field that only other families have, and
+        missing, mistyped or inconsistent values.
     """
     if not isinstance(hf, Mapping):
         raise ValueError(f"config.json must hold an object, got {type(hf).__name__}")
-    if hf.get("quantization_config") is not None:
-        raise ValueError(
-            "config.json has a quantization_config; quantized checkpoints are not supported, "
-            "use the unquantized (bfloat16 or float16) weights"
-        )
     model_type = hf.get("model_type")
+    quantized = hf.get("quantization_config")
+    if quantized is not None and not (model_type == "gpt_oss" and _is_mxfp4(quantized)):
+        raise ValueError(
+            "config.json has a quantization_config; quantized checkpoints (but MXFP4 of gpt_oss) "
+            "are not supported, use the unquantized (bfloat16 or float16) weights"
+        )
     if model_type == "gemma3":
         text = JsonFields(hf, "config.json").required("text_config", Mapping)
         if text.get("model_type", "gemma3_text") != "gemma3_text":
@@ -60,6 +61,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return _model_config(fields, model_type)
 
 
+def _is_mxfp4(quantized: Any) -> bool:
+    return isinstance(quantized, Mapping) and quantized.get("quant_method") == "mxfp4"
+
+
 def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     """Fields, with the defaults of their family -> the constants of the model."""
     gemma = model_type in ("gemma2", "gemma3_text")
@@ -72,7 +77,14 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
     head_dim = _head_dim(f, hidden_size, num_heads)
     layer_types = _layer_types(f, model_type)
     ropes = _ropes(f, model_type, head_dim)
-    has_bias_field = model_type in ("llama", "qwen3", "qwen3_moe", "gemma2", "gemma3_text")
+    has_bias_field = model_type in (
+        "llama",
+        "qwen3",
+        "qwen3_moe",
+        "gpt_oss",
+        "gemma2",
+        "gemma3_text",
+    )
     attention_bias = has_bias_field and f.required("attention_bias", bool)
     query_scale = f.required("query_pre_attn_scalar", float) if gemma else float(head_dim)
     if query_scale <= 0:
@@ -104,6 +116,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         activation=_activation(f, "hidden_activation" if gemma else "hidden_act"),
         embed_scale=hidden_size**0.5 if gemma else None,
         attn_scale=query_scale**-0.5,
+        attn_sinks=model_type == "gpt_oss",
         attn_softcap=f.optional("attn_logit_softcapping", float) if gemma else None,
         final_softcap=f.optional("final_logit_softcapping", float) if gemma else None,
         tie_embeddings=f.required("tie_word_embeddings", bool),
@@ -138,6 +151,9 @@ def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
             )
     # transformers reads both names, and writes the second one.
     name = "num_experts" if f.values.get("num_experts") is not None else "num_local_experts"
+    clamp = None
+    if model_type == "gpt_oss":
+        clamp = (f.required("swiglu_alpha", float), f.required("swiglu_limit", float))
     count = f.required(name, int)
     if count > _MAX_EXPERTS:
         raise ValueError(f"{f.where}: {name} {count} exceeds {_MAX_EXPERTS}")
@@ -145,6 +161,8 @@ def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
         count=count,
         per_token=f.required("num_experts_per_tok", int),
         normalise=model_type != "qwen3_moe" or f.required("norm_topk_prob", bool),
+        bias=model_type == "gpt_oss",
+        clamp=clamp,
     )
 
 

@@ -62,6 +62,7 @@ class Projections(NamedTuple):
     v: jax.Array  # [B, K, P, H]
     q_unrotated: jax.Array  # [B, P, N, H] before RoPE (after the q-norm)
     lse: jax.Array | None = None  # [B, N, P] float32, log-sum-exp of the attention logits
+    sinks: jax.Array | None = None  # [N] logits without a value in the softmax of each head
 
 
 class LayerKind(NamedTuple):
@@ -195,6 +196,7 @@ def project_qkv(
                 k=apply_rope(k, cos, sin).swapaxes(1, 2),
                 v=v.swapaxes(1, 2),
                 q_unrotated=q,
+                sinks=p.get("sinks"),
             )
         )
     return projections
@@ -272,6 +274,7 @@ def attend(
         window=kind.window,
         slots=None if context is None else context.slots,
         layer=None if context is None else context.layer,
+        sinks=proj.sinks,
     )
 
 
@@ -284,6 +287,7 @@ def causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array
             scale=config.attn_scale,
             softcap=config.attn_softcap,
             window=None if window == NO_WINDOW else window,
+            sinks=proj.sinks,
         )
         for window in windows
     ]

@@ -38,6 +38,9 @@ class Chunk(NamedTuple):
     end: jax.Array  # int32 scalar: entries from here on have not been written
     window: jax.Array | None  # int32 scalar
     config: ModelConfig
+    sinks: jax.Array | None = (
+        None  # [N] logits without a value in the softmax, if the model has any
+    )
 
 
 class LayerView(NamedTuple):
@@ -55,6 +58,7 @@ class LayerView(NamedTuple):
     rope: jax.Array  # int32 scalar, which RoPE table the layer uses
     config: ModelConfig
     sums: jax.Array | None  # [B, K, T] float32 scores so far, where scores add up
+    sinks: jax.Array | None  # [N] logits without a value in the softmax, if the model has any
 
     @classmethod
     def of(
@@ -68,12 +72,13 @@ class LayerView(NamedTuple):
         queries: Queries | None = None,
         stats: Stats = None,
         sums: jax.Array | None = None,
+        sinks: jax.Array | None = None,
     ) -> "LayerView":
         """A view of one layer's entries, `context`; what is left out does not exist here."""
         return cls(
             k=context.k, v=context.v, pos=context.pos, length=length, layer=kind.index,
             window=kind.window, queries=queries, stats=stats, span=span, rope=kind.rope,
-            config=config, sums=sums,
+            config=config, sums=sums, sinks=sinks,
         )  # fmt: skip
 
     def attention_scores(
@@ -106,6 +111,7 @@ class LayerView(NamedTuple):
             pool=pool,
             group=group,
             lse=self.queries.lse,
+            sinks=self.sinks,
         )
         return jnp.where(valid, scores, 0.0)
 

@@ -208,7 +208,7 @@ def compress(
             )
         view = LayerView.of(
             context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
-            queries=queries, sums=before,
+            queries=queries, sums=before, sinks=p.get("sinks"),
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
