@@ -28,6 +28,7 @@ from lookahead_jax.kernels.common import (
     softcap_logits,
     sweep_range,
     visible_by_position,
+    with_sinks,
 )
 from lookahead_jax.kernels.dispatch import Implementation, choose, per_shard
 from lookahead_jax.kernels.gradients import Static, attend
@@ -66,6 +67,7 @@ def block_attention(
     window: jax.Array | int | None,
     slots: Slots | None = None,
     layer: jax.Array | None = None,
+    sinks: jax.Array | None = None,  # [N]
     key_block: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -76,7 +78,9 @@ def block_attention(
     half-open range of slots worth reading, for all rows or for each row and KV head. With traced
     bounds XLA skips the other slots at run time, and reverse-mode differentiation is impossible.
     Slots with position -1 may hold anything, NaN included. With `layer` (int32 scalar) the
-    context's keys and values are stacks [L, B, K, S, H], and that layer is read in place.
+    context's keys and values are stacks [L, B, K, S, H], and that layer is read in place. `sinks`
+    are logits in the softmax of each query head that have no value (common.with_sinks); they count
+    in the log-sum-exp, so it is never -inf then.
 
     `implementation` None selects the platform's own (Pallas on TPU, XLA elsewhere), or XLA if that
     one does not support the arguments. A named implementation runs or raises NotImplementedError.
@@ -85,10 +89,11 @@ def block_attention(
     """
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, context))
     run = _xla if name == "xla" or context is None else functools.partial(_pallas, name)
-    return run(
+    out, lse = run(
         q, own, q_pos, context,
         scale=scale, softcap=softcap, window=window, slots=slots, layer=layer, key_block=key_block,
     )  # fmt: skip
+    return with_sinks(out, lse, sinks)
 
 
 def _unsupported(name: Implementation, q: jax.Array, context: Any) -> str | None:

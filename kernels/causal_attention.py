@@ -7,13 +7,13 @@ Letters: B batch, T tokens, N query heads, K KV heads, G = N / K, H head dim.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.common import KEY_BLOCK, Own
+from lookahead_jax.kernels.common import KEY_BLOCK, Own, with_sinks
 from lookahead_jax.kernels.dispatch import log_once, per_shard, placed
 
 Implementation = Literal["xla", "splash", "cudnn"]
@@ -28,24 +28,26 @@ def causal_attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: jax.Array | None = None,  # [N]
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Row i sees rows max(0, i - window + 1) .. i; returns [B, T, N, H] in the dtype of `q`.
 
     Right-padded batches need no mask, because no token sees the padding behind it. A named
-    implementation runs or raises NotImplementedError with the reason. None selects the platform's
+    implementation runs or raises NotImplementedError with the reason. `sinks` are those of
+    `attention.block_attention`. None selects the platform's
     own, or XLA if that one does not support the arguments. On several TPU devices call it under
     `jax.set_mesh`: batch and heads are then split over the axes "data" (with "fsdp") and "tensor".
     """
     forms = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
-    settings = dict(scale=scale, softcap=softcap, window=window)
+    settings: Any = dict(scale=scale, softcap=softcap, window=window)
     if implementation is not None:
-        if (reason := _unsupported(implementation, q, softcap)) is not None:
+        if (reason := _unsupported(implementation, q, softcap, sinks)) is not None:
             raise NotImplementedError(f"{implementation} attention: {reason}")
-        return forms[implementation](q, k, v, **settings)
+        return forms[implementation](q, k, v, sinks, **settings)
 
     def supported(name: Implementation):
-        reason = _unsupported(name, q, softcap)
+        reason = _unsupported(name, q, softcap, sinks)
         if name == "splash" and not placed():
             reason = "there are several devices and no mesh in use"
         if reason is not None:
@@ -54,11 +56,13 @@ def causal_attention(
 
     fallback = functools.partial(_xla, **settings)
     return jax.lax.platform_dependent(
-        q, k, v, tpu=supported("splash"), cuda=supported("cudnn"), default=fallback
+        q, k, v, sinks, tpu=supported("splash"), cuda=supported("cudnn"), default=fallback
     )
 
 
-def _unsupported(name: Implementation, q: jax.Array, softcap: float | None) -> str | None:
+def _unsupported(
+    name: Implementation, q: jax.Array, softcap: float | None, sinks: jax.Array | None
+) -> str | None:
     """Why an implementation does not support these arguments, or None."""
     _, tokens, _, head_dim = q.shape
     if name == "splash":
@@ -73,12 +77,14 @@ def _unsupported(name: Implementation, q: jax.Array, softcap: float | None) -> s
             return f"it takes 16-bit floats, not {q.dtype}"
         if softcap is not None:
             return "it has no soft-cap"
+        if sinks is not None:
+            return "it has no attention sinks"
         if head_dim > 256 or head_dim % 8:
             return f"head dim {head_dim}"
     return None
 
 
-def _xla(q, k, v, *, scale, softcap, window):
+def _xla(q, k, v, sinks, *, scale, softcap, window):
     """Chunks of queries, each over its own diagonal block and the preceding blocks."""
     batch, tokens, n, h = q.shape
     size = min(KEY_BLOCK, tokens)
@@ -103,7 +109,7 @@ def _xla(q, k, v, *, scale, softcap, window):
         first = 0 if window is None else jnp.maximum(start - window + 1, 0)
         out, _ = block_attention(
             part(q, 1), Own(part(k, 2), part(v, 2), visible), pos, context,
-            scale=scale, softcap=softcap, window=window, slots=(first, start),
+            scale=scale, softcap=softcap, window=window, slots=(first, start), sinks=sinks,
             implementation="xla",
         )  # fmt: skip
         return out
@@ -114,7 +120,7 @@ def _xla(q, k, v, *, scale, softcap, window):
     return out.swapaxes(0, 1).reshape(batch, tokens + pad, n, h)[:, :tokens]
 
 
-def _splash(q, k, v, *, scale, softcap, window):
+def _splash(q, k, v, sinks, *, scale, softcap, window):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -126,18 +132,21 @@ def _splash(q, k, v, *, scale, softcap, window):
         mask=masks.MultiHeadMask([mask] * groups),
         block_sizes=kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block),
         attn_logits_soft_cap=softcap,
+        save_residuals=sinks is not None,
     )
 
-    def local(q, k, v):
+    def local(q, k, v, sinks):
         b, t, n, h = q.shape
         q = (q * jnp.asarray(scale, q.dtype)).reshape(b, t, k.shape[1], groups, h)
-        out = jnp.asarray(jax.vmap(jax.vmap(attend))(q.transpose(0, 2, 3, 1, 4), k, v))
-        return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+        attended: Any = jax.vmap(jax.vmap(attend))(q.transpose(0, 2, 3, 1, 4), k, v)
+        out, (lse,) = (attended, (None,)) if sinks is None else attended
+        out = out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+        return out if lse is None else with_sinks(out, lse.reshape(b, n, t), sinks)[0]
 
-    return per_shard(local, (q, k, v), ("BTNH", "BKTH", "BKTH"), ("BTNH",))
+    return per_shard(local, (q, k, v, sinks), ("BTNH", "BKTH", "BKTH", "N"), ("BTNH",))
 
 
-def _cudnn(q, k, v, *, scale, softcap, window):
+def _cudnn(q, k, v, _, *, scale, softcap, window):
     return jax.nn.dot_product_attention(
         q,
         k.swapaxes(1, 2),

@@ -48,6 +48,23 @@ def softcap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
+def with_sinks(
+    out: jax.Array,  # [B, P, N, H]
+    lse: jax.Array,  # [B, N, P] float32
+    sinks: jax.Array | None,  # [N]
+) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of attention as if each row also saw a key without a value.
+
+    A sink is the logit of that key, one per query head (gpt-oss). It takes its share of the
+    softmax: out' = out * exp(lse) / (exp(lse) + exp(sink)). A row that sees nothing else stays 0.
+    """
+    if sinks is None:
+        return out, lse
+    sink = sinks.astype(jnp.float32)[None, :, None]
+    share = jax.nn.sigmoid(lse - sink).swapaxes(1, 2)[..., None]
+    return (out.astype(jnp.float32) * share).astype(out.dtype), jnp.logaddexp(lse, sink)
+
+
 def visible_by_position(
     q_pos: jax.Array,  # [B, P] int32, -1 = no query
     k_pos: jax.Array,  # [B, K or 1, S] int32, -1 = empty slot

@@ -46,6 +46,7 @@ def head_scores(
     window: jax.Array | int | None,
     reduce: Reduce,
     lse: jax.Array | None = None,  # [B, N, M] float32, if the attention has computed it already
+    sinks: jax.Array | None = None,  # [N]
     slots: Slots | None = None,
     key_block: int | None = None,
     implementation: Implementation | None = None,
@@ -54,14 +55,15 @@ def head_scores(
 
     The softmax runs over everything an observer sees: the entries and, with `own`, the
     observers' own keys (which get no score). Rows with position -1 do not take part in the
-    reduction; `mean` divides by the number of those that do. Invisible entries score 0. `slots`
-    and `implementation` are those of `attention.block_attention`.
+    reduction; `mean` divides by the number of those that do. Invisible entries score 0. `slots`,
+    `sinks` and `implementation` are those of `attention.block_attention`; a given `lse` contains
+    the sinks already.
     """
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
     run = _xla if name == "xla" else functools.partial(_pallas, name=name)
     return run(
         q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
-        lse=lse, slots=slots, key_block=key_block,
+        lse=lse, sinks=sinks, slots=slots, key_block=key_block,
     )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def importance_scores(
     pool: tuple[Pool, int] | None,
     group: Group,
     lse: jax.Array | None = None,
+    sinks: jax.Array | None = None,
     key_block: int | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
@@ -91,8 +94,8 @@ def importance_scores(
     finish = Finish(pool, group)
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
     settings: Any = dict(
-        scale=scale, softcap=softcap, window=window, reduce=reduce, lse=lse, slots=None,
-        key_block=key_block,
+        scale=scale, softcap=softcap, window=window, reduce=reduce, lse=lse, sinks=sinks,
+        slots=None, key_block=key_block,
     )  # fmt: skip
     if name != "xla" and _backend(name).finishes(finish):
         return _pallas(q, q_pos, k, k_pos, own, name=name, finish=finish, valid=valid, **settings)
@@ -124,7 +127,7 @@ def _observers(q_pos: jax.Array) -> jax.Array:
 
 
 def _pallas(
-    q, q_pos, k, k_pos, own, *, name, scale, softcap, window, reduce, lse, slots, key_block,
+    q, q_pos, k, k_pos, own, *, name, scale, softcap, window, reduce, lse, sinks, slots, key_block,
     finish=None, valid=None,
 ):  # fmt: skip
     """Kernels on each device's rows and heads: the results of `_xla`, with `finish` applied."""
@@ -140,12 +143,13 @@ def _pallas(
     valid = None if finish is None or finish.pool is None else valid
 
     def local(*shards):
-        q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid = shards
+        q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid, sinks = shards
         qg = grouped(q, k.shape[1])
         places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window, valid=valid)
-        norm: Any = (
-            row_lse(find, qg, k, own_k, places) if lse is None else lse.reshape(qg.shape[:4])
-        )
+        if lse is None:
+            norm: Any = _with_sinks(row_lse(find, qg, k, own_k, places), sinks)
+        else:
+            norm = lse.reshape(qg.shape[:4])
         norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
         if reduce == "mean":
             norm += jnp.log(_observers(q_pos))[:, None, None, None]
@@ -154,13 +158,22 @@ def _pallas(
 
     return per_shard(
         local,
-        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid),
-        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", "", "BKT"),
+        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid, sinks),
+        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", "", "BKT", "N"),
         ("BNT" if finish is None else "BKT",),
     )
 
 
-def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots, key_block):
+def _with_sinks(lse: Any, sinks: jax.Array | None) -> jax.Array:
+    """Log-sum-exp [B, K, G, M] with the sinks [N] of the query heads."""
+    if sinks is None:
+        return lse
+    return jnp.logaddexp(lse, sinks.astype(jnp.float32).reshape(1, *lse.shape[1:3], 1))
+
+
+def _xla(
+    q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, sinks, slots, key_block
+):  # fmt: skip
     """The reference, in blocks of keys."""
     b, m, n, _ = q.shape
     kv_heads, total = k.shape[1], k.shape[2]
@@ -196,6 +209,7 @@ def _xla(q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, slots,
             state = statistics(logits_of(own[0], mask), state)
         m, mass = sweep(lambda j, s: statistics(block_logits(j), s), state)
         row_lse = jnp.where(mass > 0, m + jnp.log(jnp.where(mass > 0, mass, 1.0)), jnp.inf)
+        row_lse = _with_sinks(row_lse, sinks)
     else:
         row_lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(rows)
     # For a row that sees nothing it is +inf, so all its probabilities are exp(-inf) = 0.

@@ -61,12 +61,13 @@ def attention(a, window, *, implementation, key_block=None, softcap=None, layer=
     )  # fmt: skip
 
 
-def scores(a, window, *, implementation, reduce, own=True, lse=None, key_block=None, softcap=None):
+def scores(a, window, *, implementation, reduce, own=True, key_block=None, **settings):
+    settings = {"softcap": None, "lse": None, **settings}
     q, own_k, _, k, _, visible, q_pos, pos, ends = a
     return head_scores(
-        q, q_pos, k, pos, (own_k, visible) if own else None, scale=0.2, softcap=softcap,
-        window=window, reduce=reduce, lse=lse, slots=None if ends is None else (0, ends),
-        key_block=key_block, implementation=implementation,
+        q, q_pos, k, pos, (own_k, visible) if own else None, scale=0.2, window=window,
+        reduce=reduce, slots=None if ends is None else (0, ends), key_block=key_block,
+        implementation=implementation, **settings,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ class Layer:
     v: np.ndarray  # [K, W, H]
     logits: np.ndarray  # [N, W, W] masked with -inf
     probs: np.ndarray  # [N, W, W]
+    sinks: np.ndarray  # [N] -inf without sinks
 
 
 def softmax(x, axis=-1):
@@ -28,6 +29,12 @@ def softmax(x, axis=-1):
     peak = x.max(axis=axis, keepdims=True)
     e = np.exp(x - np.where(np.isfinite(peak), peak, 0.0))
     return e / np.maximum(e.sum(axis=axis, keepdims=True), 1e-300)
+
+
+def softmax_beside(sink, x):
+    """Softmax along the last axis of x and one more logit, of which only x's part is returned."""
+    sink = np.broadcast_to(sink, (*x.shape[:-1], 1))
+    return softmax(np.concatenate([x, sink], axis=-1))[..., :-1]
 
 
 def rotation(position, rope, config):
@@ -124,7 +131,8 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
                 until = np.full(width, width)
                 until[:prompt] = gone[index][n // group][:prompt]
                 logits[n][position[:, None] >= until[None]] = -np.inf
-        probs = softmax(logits)
+        sinks = p.get("sinks", np.full(heads, -np.inf))
+        probs = softmax_beside(sinks[:, None, None], logits)
         out = np.stack([probs[n] @ v[n // group] for n in range(heads)], axis=1)
         out = linear("o", out.reshape(width, -1))
         scale = config.residual_scale or 1.0
@@ -133,7 +141,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         gated = activation(linear("gate", inner), config.activation) * linear("up", inner)
         out = linear("down", gated)
         x = x + scale * (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
-        records.append(Layer(q_plain, q, k, v, logits, probs))
+        records.append(Layer(q_plain, q, k, v, logits, probs, sinks))
     return records, norm(x, params["final_norm"], config)
 
 
@@ -219,7 +227,8 @@ def expected_attention(layer, length, config, index, sinks, future, epsilon):
         covariance = mean_rotation @ np.cov(queries.T, bias=True) @ mean_rotation.T
         keys, scale = layer.k[n // group, first:length], config.attn_scale
         spread = np.array([k @ covariance @ k for k in keys])
-        per_head[n, first:] = softmax(scale * keys @ mean + scale**2 * spread / 2)
+        logits = scale * keys @ mean + scale**2 * spread / 2
+        per_head[n, first:] = softmax_beside(layer.sinks[n], logits)
     scores = group_mean(per_head, config.num_kv_heads) + epsilon
     scores *= np.linalg.norm(layer.v[:, :length], axis=-1)
     scores[:, :first] = 0.0

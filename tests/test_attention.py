@@ -14,6 +14,7 @@ from tests import reference
 # float32 sums of at most 60 terms of size 1 and logits of size 10.
 TOLERANCE = 2e-5
 B, N, K, H = 2, 6, 2, 8
+SINKS = np.linspace(-3.0, 4.0, N).astype(np.float32)
 
 
 def case(rows, slots, seed=0, dtype=np.float32, heads_differ=True):
@@ -39,7 +40,7 @@ def causal(q_pos):
     return (j >= 0) & (j <= i)
 
 
-def expected(q, k, v, own, q_pos, ctx, pos, scale, softcap, window):
+def expected(q, k, v, own, q_pos, ctx, pos, scale, softcap, window, sinks=None):
     """Output [B, P, N, H] and log-sum-exp [B, N, P], one row and head at a time."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     rows = q.shape[1]
@@ -58,12 +59,15 @@ def expected(q, k, v, own, q_pos, ctx, pos, scale, softcap, window):
             keys = np.concatenate([keys, np.asarray(ctx[0], np.float64)[b, head]])
             values = np.concatenate([values, np.asarray(ctx[1], np.float64)[b, head]])
             seen = np.concatenate([seen, alive])
-        if not seen.any():
+        if sinks is None and not seen.any():
             continue
-        logits = keys[seen] @ q[b, i, n] * scale
+        logits, values = keys[seen] @ q[b, i, n] * scale, values[seen]
         if softcap is not None:
             logits = softcap * np.tanh(logits / softcap)
-        out[b, i, n] = reference.softmax(logits) @ values[seen]
+        if sinks is not None:
+            logits = np.append(logits, sinks[n])
+            values = np.concatenate([values, np.zeros((1, H))])
+        out[b, i, n] = reference.softmax(logits) @ values
         lse[b, n, i] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
     return out, lse
 
@@ -78,15 +82,57 @@ def assert_matches(got, want, tolerance=TOLERANCE):
 
 @pytest.mark.parametrize("heads_differ", [True, False])
 @pytest.mark.parametrize("key_block", [64, 16, 7])  # one block; 48 = 3 x 16; 7 divides nothing
-@pytest.mark.parametrize(("softcap", "window"), [(None, None), (3.0, None), (None, 30), (3.0, 5)])
-def test_matches_the_formula(softcap, window, key_block, heads_differ):
+@pytest.mark.parametrize(
+    ("softcap", "window", "sinks"),
+    [(None, None, None), (3.0, None, SINKS), (None, 30, SINKS), (3.0, 5, None)],
+)
+def test_matches_the_formula(softcap, window, sinks, key_block, heads_differ):
     q, k, v, ctx, pos, q_pos = case(9, 48, heads_differ=heads_differ)
     own = causal(q_pos)
     got = block_attention(
         q, Own(k, v, jnp.asarray(own)), jnp.asarray(q_pos), (*ctx, jnp.asarray(pos)),
         scale=0.4, softcap=softcap, window=window, key_block=key_block,
+        sinks=None if sinks is None else jnp.asarray(sinks),
     )  # fmt: skip
-    assert_matches(got, expected(q, k, v, own, q_pos, ctx, pos, 0.4, softcap, window))
+    assert_matches(got, expected(q, k, v, own, q_pos, ctx, pos, 0.4, softcap, window, sinks))
+
+
+def test_gradients_with_sinks_are_those_of_one_softmax():
+    """Rows that see nothing (padding) included: their gradient is zero, not NaN."""
+    q, k, v, ctx, pos, q_pos = case(9, 48)
+    own, q_pos = jnp.asarray(causal(q_pos)), jnp.asarray(q_pos)
+    pos = jnp.asarray(pos)
+
+    def loss(out, lse):
+        seen = (q_pos >= 0)[:, :, None]
+        return (out * jnp.arange(H, dtype=jnp.float32)[None, None, None]).sum() + jnp.where(
+            seen, lse.swapaxes(1, 2), 0.0
+        ).sum()
+
+    def swept(q, k, v, sinks):
+        return loss(*block_attention(
+            q, Own(k, v, own), q_pos, (*ctx, pos), scale=0.4, softcap=None, window=None,
+            key_block=16, sinks=sinks,
+        ))  # fmt: skip
+
+    def whole(q, k, v, sinks):
+        grouped = q.reshape(B, 9, K, N // K, H)
+        keys, values = (jnp.concatenate(pair, axis=2) for pair in zip((k, v), ctx, strict=True))
+        logits = jnp.einsum("bpkgh,bksh->bkgps", grouped, keys) * 0.4
+        beside = (pos[:, :, None] >= 0) & (pos[:, :, None] <= q_pos[:, None, :, None])
+        seen = jnp.concatenate([jnp.broadcast_to(own[:, None], (B, K, 9, 9)), beside], axis=-1)
+        logits = jnp.where(seen[:, :, None], logits, -jnp.inf)
+        sink = jnp.broadcast_to(sinks.reshape(1, K, N // K, 1, 1), (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sink], axis=-1)
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        p = jnp.exp(logits - lse[..., None])[..., :-1]
+        out = jnp.einsum("bkgps,bksh->bpkgh", p, values).reshape(q.shape)
+        return loss(out, lse.reshape(B, N, 9))
+
+    arguments = (q, k, v, jnp.asarray(SINKS))
+    got, want = (jax.grad(f, argnums=(0, 1, 2, 3))(*arguments) for f in (swept, whole))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
 
 
 def test_rows_between_the_keys_see_their_past_only():

@@ -14,7 +14,7 @@ from lookahead_jax.model.config import RopeConfig
 MODELS = Path(__file__).parent / "fixtures" / "models"
 V4 = sorted(path.parent.name for path in MODELS.glob("*/config_v4.json"))
 TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
-TYPES += ("granite", "glm", "glm4", "mixtral", "qwen3_moe")
+TYPES += ("granite", "glm", "glm4", "mixtral", "qwen3_moe", "gpt_oss")
 
 
 def read(name, file="config.json"):
@@ -50,17 +50,43 @@ def test_defaults_are_those_of_transformers(model_type):
         "olmo2": ((50304, 4096, 11008, 32), (32, 32, 128, 2048)),
         "mixtral": ((32000, 4096, 14336, 32), (32, 8, 128, 131072)),
         "qwen3_moe": ((151936, 2048, 768, 24), (32, 4, 64, 32768)),
+        "gpt_oss": ((201088, 2880, 2880, 36), (64, 8, 64, 131072)),
     }[model_type]
-    other_eps = dict.fromkeys(("phi3", "olmo2", "mixtral"), 1e-5)
+    other_eps = dict.fromkeys(("phi3", "olmo2", "mixtral", "gpt_oss"), 1e-5)
     other_eps |= {"glm": 1.5625e-7, "glm4": 1.5625e-7}
     assert config.norm_eps == other_eps.get(model_type, 1e-6)
     assert config.ropes[0].dim == (64 if model_type[:3] == "glm" else config.head_dim)
     assert config.tie_embeddings == (model_type[:5] in ("gemma", "smoll"))
     thetas = tuple(rope.theta for rope in config.ropes)
     other_thetas = {"gemma3_text": (1e6, 1e4), "smollm3": (2e6, 2e6), "mixtral": (1e6,)}
+    other_thetas |= {"gpt_oss": (150_000.0,)}
     assert thetas == other_thetas.get(model_type, (1e4,))
-    mixed = {"mixtral": (8, 2, True), "qwen3_moe": (128, 8, False)}.get(model_type)
+    mixed = {
+        "mixtral": (8, 2, True, False, None),
+        "qwen3_moe": (128, 8, False, False, None),
+        "gpt_oss": (128, 4, True, True, (1.702, 7.0)),
+    }.get(model_type)
     assert mixed == (config.experts and dataclasses.astuple(config.experts))
+
+
+def test_the_published_gpt_oss_20b():
+    """The fields of its config.json that transformers 4 wrote."""
+    config = config_from_hf(
+        {
+            "model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32,
+            "experts_per_token": 4, "initial_context_length": 4096, "swiglu_limit": 7.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 12, "rope_theta": 150000,
+            "rope_scaling": {
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn",
+                "original_max_position_embeddings": 4096, "truncate": False,
+            },
+            "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        }
+    )  # fmt: skip
+    assert config.layer_window == (128, None) * 12
+    assert (config.qkv_bias, config.o_bias, config.attn_sinks) == (True,) * 3
+    rope = config.ropes[0]
+    assert (rope.kind, rope.factor, rope.theta, rope.truncate) == ("yarn", 32.0, 150_000.0, False)
 
 
 def test_windows():
@@ -247,6 +273,10 @@ SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
         ("mixtral", {"layer_types": SLIDING}, "layer_types"),
         ("qwen3_moe", {"sliding_window": 8, "max_window_layers": 1, "num_experts": 16}, None),
         ("qwen3_moe", {"sliding_window": 8, "use_sliding_window": True}, None),
+        ("qwen3_moe", {"swiglu_limit": 7.0}, "swiglu_limit"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu alpha and limit must be positive"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ("llama", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; models in which"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; models in which"),
         ("mistral", {"sliding_window_pattern": 2}, "sliding_window_pattern"),
@@ -286,7 +316,7 @@ def test_config_is_hashable_and_equal_by_value():
     assert hash(one) == hash(two)
 
 
-NAMES = ("llama3", "gemma3_text", "smollm3_window", "granite", "glm4", "qwen3_moe")
+NAMES = ("llama3", "gemma3_text", "smollm3_window", "granite", "glm4", "qwen3_moe", "gpt_oss")
 KEYS = sorted({"rope_scaling", "rope_theta"}.union(*map(read, NAMES)))
 VALUES = [None, True, -1, 0, 1, 2, 7, 64, 10**400, 0.5, -2.0, float("nan"), float("inf"), "", "x"]
 VALUES += [[], [1.0], [[]], [None], ["full_attention"] * 2, {}, {"full_attention": {"factor": 2}}]

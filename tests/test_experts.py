@@ -30,13 +30,17 @@ from lookahead_jax.train.step import Batch, init_state, train_step
 from tests import tiny
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
-FAMILIES = ("mixtral", "qwen3_moe")
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 D, F = 8, 12
 
 
-def mixture(count, per_token, *, normalise=True):
+def mixture(count, per_token, *, normalise=True, clamped=False):
+    """A model with small experts; the clamped ones have biases."""
     config = load_config("mixtral")
-    mixed = ExpertsConfig(count=count, per_token=per_token, normalise=normalise)
+    mixed = ExpertsConfig(
+        count=count, per_token=per_token, normalise=normalise, bias=clamped,
+        clamp=(1.7, 2.0) if clamped else None,
+    )  # fmt: skip
     return dataclasses.replace(config, hidden_size=D, mlp_dim=F, experts=mixed)
 
 
@@ -44,10 +48,12 @@ def load_config(name):
     return config_from_hf(json.loads((MODELS / name / "config.json").read_text()))
 
 
-def weights(count, seed=0):
-    rng = np.random.default_rng(seed)
+def weights(count, *, biased=False):
+    rng = np.random.default_rng(0)
     shapes = {"router": (D, count), "gate": (count, D, F), "up": (count, D, F)}
     shapes["down"] = (count, F, D)
+    if biased:
+        shapes |= {f"{name}_bias": (*s[:-2], s[-1]) for name, s in shapes.items()}
     return {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
 
 
@@ -55,16 +61,26 @@ def restated(p, x, config):
     """Each row by itself, in float64."""
     p = {name: np.asarray(a, np.float64) for name, a in p.items()}
     rows, out = np.asarray(x, np.float64).reshape(-1, D), []
+
+    def linear(name, x, *at):
+        return x @ p[name][at] + (p[f"{name}_bias"][at] if f"{name}_bias" in p else 0.0)
+
     for row in rows:
-        share = np.exp(row @ p["router"])
+        share = np.exp(linear("router", row))
         share /= share.sum()
         chosen = np.argsort(-share)[: config.experts.per_token]
         scale = share[chosen].sum() if config.experts.normalise else 1.0
         total = np.zeros(D)
         for e in chosen:
-            gate = row @ p["gate"][e]
-            hidden = gate / (1 + np.exp(-gate)) * (row @ p["up"][e])
-            total += share[e] / scale * (hidden @ p["down"][e])
+            gate, up = linear("gate", row, e), linear("up", row, e)
+            if config.experts.clamp is None:
+                hidden = gate / (1 + np.exp(-gate)) * up
+            else:
+                alpha, limit = config.experts.clamp
+                gate = np.where(gate > limit, limit, gate)
+                up = np.where(abs(up) > limit, np.sign(up) * limit, up)
+                hidden = gate / (1 + np.exp(-alpha * gate)) * (up + 1)
+            total += share[e] / scale * linear("down", hidden, e)
         out.append(total)
     return np.reshape(out, x.shape)
 
@@ -74,14 +90,16 @@ def rows(shape, seed=1):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])  # "tpu": the form with ragged_dot
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 7), (3, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 40)], ids=str)
 @pytest.mark.parametrize(
-    ("count", "per_token", "normalise"), [(5, 2, True), (6, 1, False), (3, 3, True)]
+    ("count", "per_token", "normalise", "clamped"),
+    [(5, 2, True, False), (6, 1, False, False), (3, 3, True, True)],
 )
-def test_the_sum_over_experts(monkeypatch, platform, shape, count, per_token, normalise):
+def test_the_sum_over_experts(monkeypatch, platform, shape, count, per_token, normalise, clamped):
     """Float32 against float64: 1e-5 of the largest value."""
     monkeypatch.setattr(experts, "target_platform", lambda: platform)
-    config, p, x = mixture(count, per_token, normalise=normalise), weights(count), rows(shape)
+    config = mixture(count, per_token, normalise=normalise, clamped=clamped)
+    p, x = weights(count, biased=clamped), rows(shape)
     (got,) = jax.jit(lambda x: experts.experts_mlp(p, [x], config=config))(x)
     expected = restated(p, x, config)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -104,10 +122,10 @@ def test_a_row_does_not_depend_on_its_neighbours():
     np.testing.assert_allclose(moved, alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "tensor": 2}, {"fsdp": 4}], ids=str)
+@pytest.mark.parametrize("axes", [{"expert": 2, "tensor": 2}, {"fsdp": 2, "expert": 2}], ids=str)
 def test_values_and_gradients_over_a_mesh(axes):
     """As on one device, up to the order of float32 sums."""
-    config, p, x = mixture(4, 2), weights(4), rows((4, 6))
+    config, p, x = mixture(4, 2, clamped=True), weights(4, biased=True), rows((4, 6))
 
     def total(p, x):
         (out,) = experts.experts_mlp(p, [x], config=config)
@@ -187,6 +205,66 @@ def test_experts_that_are_there_twice_are_refused(fused):
         load(folder)
 
 
+def mxfp4(folder, change):
+    """The MXFP4 checkpoint with a changed layer 0; `change` edits its tensors."""
+    shutil.copy(MODELS / "gpt_oss_mxfp4" / "config.json", folder)
+    tensors = load_file(MODELS / "gpt_oss_mxfp4" / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_mxfp4_values_in_any_slice_and_type(tmp_path):
+    """Every code and scale against a table in exact arithmetic, on a mesh that cuts blocks."""
+    codes = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    tensors = load_file(MODELS / "gpt_oss_mxfp4" / "model.safetensors")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+    expected = np.zeros((*blocks.shape[:2], 64))
+    for e, row, group, byte in np.ndindex(blocks.shape):
+        scale = 2.0 ** (int(scales[e, row, group]) - 127)
+        for half in (0, 1):
+            code = blocks[e, row, group, byte] >> 4 if half else blocks[e, row, group, byte] & 15
+            expected[e, row, group * 32 + 2 * byte + half] = codes[code] * scale
+    expected = expected.swapaxes(1, 2)
+    mesh = make_mesh(fsdp=4)  # 16 columns of D on each device: half a block
+    layers = load(MODELS / "gpt_oss_mxfp4", mesh=mesh, dtype="bfloat16").params["layers"]
+    assert layers["gate"].dtype == jnp.bfloat16
+    for part, stored in enumerate(("gate", "up")):
+        np.testing.assert_array_equal(
+            np.asarray(layers[stored][0], np.float64), expected[:, :, part::2]
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.0.mlp.experts.down_proj_scales"), "is there without"),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.experts.down_proj": np.zeros((3, 32, 64), "f4")}
+            ),
+            "are the same",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.experts.down_proj_scales": np.zeros((3, 64, 2), np.uint8)}
+            ),
+            r"down_proj_scales has shape \(3, 64, 2\) and type U8, config.json calls for",
+        ),
+        (
+            lambda t: t.update(
+                {"model.layers.0.mlp.experts.down_proj_blocks": np.zeros((3, 64, 1, 16), "i4")}
+            ),
+            "type I32, config.json calls for .* and U8",
+        ),
+    ],
+)
+def test_malformed_mxfp4_is_refused_by_name(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load(mxfp4(tmp_path, change))
+
+
 def test_fused_experts_without_a_prefix_are_read(fused):
     """As a model without its head is saved; then the embedding serves as the head."""
     folder, tensors = fused
@@ -218,7 +296,7 @@ CASES = [
     for i, family in enumerate(FAMILIES)
     for j, policy in enumerate(name for name in POLICIES if name != "oracle")
 ]
-QUICK = {"lookaheadkv"}  # the others would compile for minutes
+QUICK = ("gpt_oss", "lookaheadkv")  # sinks, biases and windows; the others compile for minutes
 
 
 @functools.cache
@@ -256,7 +334,7 @@ def continued(family, policy, sampling, drafter):
 @pytest.mark.parametrize(
     ("family", "policy", "drafter", "sampling"),
     [
-        pytest.param(*case, marks=[] if case[1] in QUICK else pytest.mark.slow, id="-".join(case))
+        pytest.param(*case, marks=[] if case[:2] == QUICK else pytest.mark.slow, id="-".join(case))
         for case in CASES
     ],
 )
@@ -266,7 +344,10 @@ def test_drafted_tokens_are_undrafted_tokens(family, policy, drafter, sampling):
     assert all(len(set(row)) > 2 for row in drafted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES],
+)
 def test_a_training_step(family):
     model, modules = model_of(family)
     optimizer = optax.sgd(0.5)

@@ -8,12 +8,12 @@ import pytest
 from lookahead_jax.kernels.importance import head_scores, importance_scores
 from lookahead_jax.kernels.reductions import Finish, pool_scores, reduce_group
 from tests import reference
-from tests.test_attention import B, K, N, case, causal
+from tests.test_attention import SINKS, B, K, N, case, causal
 
 TOLERANCE = 1e-5  # of probabilities, from float32 logits of size 10
 
 
-def probabilities(q, q_pos, k, pos, own, scale, softcap, window):
+def probabilities(q, q_pos, k, pos, own, scale, softcap, window, sinks=None):
     """A [B, N, M, T] of the observers on the entries; the softmax counts their own keys too."""
     result = np.zeros((B, N, q.shape[1], k.shape[2]))
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
@@ -33,6 +33,8 @@ def probabilities(q, q_pos, k, pos, own, scale, softcap, window):
         if softcap is not None:
             capped = softcap * np.tanh(np.maximum(logits, -1e30) / softcap)
             logits = np.where(np.isfinite(logits), capped, -np.inf)
+        if sinks is not None:
+            logits = np.append(logits, sinks[n])
         if q_pos[b, i] >= 0:
             result[b, n, i] = reference.softmax(logits)[: k.shape[2]]
     return result
@@ -58,17 +60,23 @@ def jax_own(own):
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
 @pytest.mark.parametrize("key_block", [64, 16, 7])
 @pytest.mark.parametrize(
-    ("with_own", "softcap", "window"),
-    [(True, None, None), (False, 3.0, None), (True, 3.0, 30), (True, None, 4)],
+    ("with_own", "softcap", "window", "sinks"),
+    [
+        (True, None, None, None),
+        (False, 3.0, None, SINKS),
+        (True, 3.0, 30, None),
+        (True, None, 4, SINKS),
+    ],
 )
-def test_head_scores_match_the_formula(with_own, softcap, window, key_block, reduce):
+def test_head_scores_match_the_formula(with_own, softcap, window, sinks, key_block, reduce):
     q, q_pos, k, pos, own = entries()
     own = own if with_own else None
     got = head_scores(
         q, jnp.asarray(q_pos), k, jnp.asarray(pos), jax_own(own),
         scale=0.4, softcap=softcap, window=window, reduce=reduce, key_block=key_block,
+        sinks=None if sinks is None else jnp.asarray(sinks),
     )  # fmt: skip
-    probs = probabilities(q, q_pos, k, pos, own, 0.4, softcap, window)
+    probs = probabilities(q, q_pos, k, pos, own, 0.4, softcap, window, sinks)
     np.testing.assert_allclose(got, reduced(probs, q_pos, reduce), rtol=0, atol=TOLERANCE)
     hidden = np.repeat(pos < 0, N // K, axis=1)
     assert (np.asarray(got)[hidden] == 0).all()

@@ -21,7 +21,7 @@ SIZES = {
     "partial_rotary_factor": 1.0,  # half of 6 is not even
 }
 TYPES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "glm4", "mixtral")
-TYPES += ("qwen3_moe",)
+TYPES += ("qwen3_moe", "gpt_oss")
 
 
 def make(model_type, **fields):

@@ -35,13 +35,14 @@ TOLERANCE = 1e-4
 
 PLAIN = tiny.config()
 # Everything that changes attention at once: windows in one layer, soft-cap, partial rotation,
-# q/k norms, biases, Gemma's norms, an attention scale that is not 1 / sqrt(H).
+# q/k norms, biases, Gemma's norms, attention sinks, a scale that is not 1 / sqrt(H).
 RICH = dataclasses.replace(
     PLAIN,
     layer_window=(None, 24, None),
     ropes=(dataclasses.replace(PLAIN.ropes[0], dim=4),),
     attn_softcap=6.0,
     attn_scale=0.6,
+    attn_sinks=True,
     qk_norm=True,
     qkv_bias=True,
     norm_offset=True,
@@ -62,7 +63,8 @@ def weights(model):
         return w + jnp.asarray(0.1 * rng.standard_normal(w.shape), jnp.float32)
 
     params = jax.tree.map(shake, params)
-    layers = {name: w * {"q": 2.0, "k": 2.0}.get(name, 1.0) for name, w in params["layers"].items()}
+    sharper = {"q": 2.0, "k": 2.0, "sinks": 30.0}
+    layers = {name: w * sharper.get(name, 1.0) for name, w in params["layers"].items()}
     return {**params, "layers": layers}
 
 

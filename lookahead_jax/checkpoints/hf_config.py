@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _WITHOUT_WINDOWS = ("llama", "olmo2", "granite", "glm", "glm4")
 _WITH_BIAS_FIELD = ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite")
-_WITH_BIAS_FIELD += ("glm", "glm4", "qwen3_moe")
+_WITH_BIAS_FIELD += ("glm", "glm4", "qwen3_moe", "gpt_oss")
 _WITH_MLP_BIAS_FIELD = ("llama", "smollm3", "granite")
 _WITH_PARTIAL_ROPE = ("phi3", "glm", "glm4")
 _MULTIPLIERS = (  # of Granite
@@ -43,17 +43,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
     Raises:
       ValueError: naming the field, for an unknown `model_type`, `rope_type` or activation, any
-        `quantization_config`, a field that only other families have, and missing, mistyped or
-        inconsistent values.
+        `quantization_config` but MXFP4 of gpt_oss, a field that only other families have, and
+        missing, mistyped or inconsistent values.
     """
     if not isinstance(hf, Mapping):
         raise ValueError(f"config.json must hold an object, got {type(hf).__name__}")
-    if hf.get("quantization_config") is not None:
-        raise ValueError(
-            "config.json has a quantization_config; quantized checkpoints are not supported, "
-            "use the unquantized (bfloat16 or float16) weights"
-        )
     model_type = hf.get("model_type")
+    quantized = hf.get("quantization_config")
+    if quantized is not None and not (model_type == "gpt_oss" and _is_mxfp4(quantized)):
+        raise ValueError(
+            "config.json has a quantization_config; quantized checkpoints (but MXFP4 of gpt_oss) "
+            "are not supported, use the unquantized (bfloat16 or float16) weights"
+        )
     if model_type == "gemma3":
         text = JsonFields(hf, "config.json").required("text_config", Mapping)
         if text.get("model_type", "gemma3_text") != "gemma3_text":
@@ -69,6 +70,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     fields = JsonFields(DEFAULTS[model_type] | dict(hf), f"config.json ({model_type})")
     refuse_foreign_fields(fields, model_type)
     return _model_config(fields, model_type)
+
+
+def _is_mxfp4(quantized: Any) -> bool:
+    return isinstance(quantized, Mapping) and quantized.get("quant_method") == "mxfp4"
 
 
 def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
@@ -128,6 +133,7 @@ def _model_config(f: JsonFields, model_type: str) -> ModelConfig:
         embed_scale=hidden_size**0.5 if gemma else multipliers["embedding_multiplier"],
         residual_scale=multipliers["residual_multiplier"],
         attn_scale=query_scale**-0.5 if attn_scale is None else attn_scale,
+        attn_sinks=model_type == "gpt_oss",
         attn_softcap=f.optional("attn_logit_softcapping", float) if gemma else None,
         final_softcap=f.optional("final_logit_softcapping", float) if gemma else None,
         logit_divisor=multipliers["logits_scaling"],
@@ -163,6 +169,9 @@ def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
             )
     # transformers reads both names, and writes the second one.
     name = "num_experts" if f.values.get("num_experts") is not None else "num_local_experts"
+    clamp = None
+    if model_type == "gpt_oss":
+        clamp = (f.required("swiglu_alpha", float), f.required("swiglu_limit", float))
     count = f.required(name, int)
     if count > _MAX_EXPERTS:
         raise ValueError(f"{f.where}: {name} {count} exceeds {_MAX_EXPERTS}")
@@ -170,6 +179,8 @@ def _experts(f: JsonFields, model_type: str) -> ExpertsConfig | None:
         count=count,
         per_token=f.required("num_experts_per_tok", int),
         normalise=model_type != "qwen3_moe" or f.required("norm_topk_prob", bool),
+        bias=model_type == "gpt_oss",
+        clamp=clamp,
     )
 
 

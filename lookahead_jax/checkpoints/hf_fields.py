@@ -10,10 +10,10 @@ _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 # neutral value belongs to another architecture, or was written by mistake.
 _GEMMA = ("gemma2", "gemma3_text")
 _QWEN = ("qwen2", "qwen3", "qwen3_moe")
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 _READ_BY: dict[str, tuple[str, ...]] = {
-    "layer_types": ("mistral", "qwen2", "qwen3", "smollm3", *_GEMMA),
-    "sliding_window": ("mistral", "mixtral", "phi3", "smollm3", *_QWEN, *_GEMMA),
+    "layer_types": ("mistral", "qwen2", "qwen3", "smollm3", "gpt_oss", *_GEMMA),
+    "sliding_window": ("mistral", "mixtral", "phi3", "smollm3", "gpt_oss", *_QWEN, *_GEMMA),
     "use_sliding_window": ("smollm3", *_QWEN),
     "max_window_layers": ("qwen2", "qwen3"),
     "sliding_window_pattern": ("gemma3_text",),
@@ -30,6 +30,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "residual_multiplier": ("granite",),
     "attention_multiplier": ("granite",),
     "logits_scaling": ("granite",),
+    "swiglu_alpha": ("gpt_oss",),
+    "swiglu_limit": ("gpt_oss",),
     # Of families that are not supported at all.
     "alibi": (),
     "attention_chunk_size": (),

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from lookahead_jax.checkpoints.expert_tensors import as_published
 from lookahead_jax.checkpoints.hf_directory import open_directory
 from lookahead_jax.checkpoints.hub import fetch, hub_name
 from lookahead_jax.checkpoints.packaged import PACKAGES, packaged_file
@@ -125,4 +126,5 @@ def save_params(directory: str | os.PathLike, params: Params, config: ModelConfi
     config.json and the tokenizer's files are left to the caller.
     """
     with atomic_path(Path(directory) / SINGLE) as temporary:
-        save_file(to_checkpoint(params, config), temporary, metadata={"format": "pt"})
+        tensors = as_published(to_checkpoint(params, config), config)
+        save_file(tensors, temporary, metadata={"format": "pt"})

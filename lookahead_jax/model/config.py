@@ -76,10 +76,17 @@ class ExpertsConfig:
     """Experts that a row is sent to."""
     normalise: bool
     """True: a row's weights are a softmax over its own experts. False: over all experts."""
+    bias: bool
+    """Whether the router and the experts have biases."""
+    clamp: tuple[float, float] | None
+    """(alpha, limit): min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clip(up) + 1), with
+    up in -limit .. limit (gpt-oss). None: the gated MLP of `ModelConfig.activation`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_token <= self.count:
             raise ValueError(f"a token cannot be sent to {self.per_token} of {self.count} experts")
+        if self.clamp is not None and not min(self.clamp) > 0:
+            raise ValueError(f"swiglu alpha and limit must be positive, got {self.clamp}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +134,8 @@ class ModelConfig:
     residual_scale: float | None
     """Factor of the outputs of attention and MLP in the residual sum (Granite); None: 1."""
     attn_scale: float
+    attn_sinks: bool
+    """Whether every query head has a logit without a value in its softmax (gpt-oss)."""
     attn_softcap: float | None
     final_softcap: float | None
     logit_divisor: float | None

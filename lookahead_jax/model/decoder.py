@@ -64,6 +64,7 @@ class Projections(NamedTuple):
     v: jax.Array  # [B, K, P, H]
     q_unrotated: jax.Array  # [B, P, N, H] before RoPE (after the q-norm)
     lse: jax.Array | None = None  # [B, N, P] float32, log-sum-exp of the attention logits
+    sinks: jax.Array | None = None  # [N] logits without a value in the softmax of each head
 
 
 class LayerKind(NamedTuple):
@@ -201,6 +202,7 @@ def project_qkv(
                 k=turn(k).swapaxes(1, 2),
                 v=v.swapaxes(1, 2),
                 q_unrotated=q,
+                sinks=p.get("sinks"),
             )
         )
     return projections
@@ -276,6 +278,7 @@ def attend(
         window=kind.window,
         slots=None if context is None else context.slots,
         layer=None if context is None else context.layer,
+        sinks=proj.sinks,
     )
 
 
@@ -288,6 +291,7 @@ def causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array
             scale=config.attn_scale,
             softcap=config.attn_softcap,
             window=None if window == NO_WINDOW else window,
+            sinks=proj.sinks,
         )
         for window in windows
     ]

@@ -58,6 +58,8 @@ def _routes(p: Params, x: jax.Array, config: ModelConfig) -> tuple[jax.Array, ja
     """Weights (float32) and numbers (int32) of each row's experts: [B, P, Y] each."""
     experts = _experts(config)
     logits = jnp.einsum("bpd,dx->bpx", x, p["router"], preferred_element_type=jnp.float32)
+    if experts.bias:
+        logits = logits + p["router_bias"].astype(jnp.float32)[None, None]
     best, chosen = jax.lax.top_k(logits, experts.per_token)
     if experts.normalise:
         return jax.nn.softmax(best, axis=-1), chosen

@@ -141,7 +141,11 @@ def mlp(
 
 
 def gated(gate: jax.Array, up: jax.Array, *, config: ModelConfig) -> jax.Array:
-    """The hidden units of a gated MLP."""
+    """The hidden units of a gated MLP; `ExpertsConfig.clamp` describes the clamped one."""
+    if config.experts is not None and config.experts.clamp is not None:
+        alpha, limit = config.experts.clamp
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(alpha * gate) * (up + 1.0)
     return _ACTIVATIONS[config.activation](gate) * up
 
 

@@ -95,6 +95,8 @@ def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
         layers["v_bias"] = vector(attn + "v_proj.bias", *kv_heads)
     if config.o_bias:
         layers["o_bias"] = vector(attn + "o_proj.bias", "embed")
+    if config.attn_sinks:
+        layers["sinks"] = vector(attn + "sinks", "heads")
     if config.qk_norm:
         q, k = (heads, kv_heads) if config.qk_norm_joint else (("head_dim",), ("head_dim",))
         layers["q_norm"] = vector(attn + "q_norm.weight", *q)
@@ -134,6 +136,8 @@ def _norm_tensors(config: ModelConfig) -> dict[str, str]:
 _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts", ("w1", "w3", "w2")),
     "qwen3_moe": ("mlp.gate", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    # Its checkpoints hold all experts of a layer in one tensor: checkpoints/expert_tensors.py.
+    "gpt_oss": ("mlp.router", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
 }
 
 
@@ -155,6 +159,17 @@ def _expert_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
             ((rows,),),
             (columns,),
         )
+    if config.experts is not None and config.experts.bias:
+        biases = {
+            f"{name}_bias": dataclasses.replace(
+                spec,
+                axes=(*spec.axes[:-2], spec.axes[-1]),
+                tensor=spec.tensor.removesuffix("weight") + "bias",
+                columns=(),
+            )
+            for name, spec in specs.items()
+        }
+        specs |= biases
     return specs
 
 

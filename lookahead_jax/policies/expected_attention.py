@@ -30,7 +30,8 @@ class ExpectedAttention(Policy):
     scale a, a key scores exp(a k.R mu + a^2 k.R S R'k / 2), normalised over the entries that may
     be kept (sinks left out), averaged over the group, plus epsilon, times |v|. Sinks are always
     kept and score 0. Follows kvpress, which divides the covariance by the number of queries.
-    A soft-cap on the logits is not part of the closed form and is left out.
+    A soft-cap on the logits is not part of the closed form and is left out; a model's attention
+    sinks count in the normalisation.
     """
 
     sinks: int = 4
@@ -78,8 +79,15 @@ class ExpectedAttention(Policy):
         counted = visible_to_next(view.pos, view.length, view.window) & (view.pos >= self.sinks)
         logits = jnp.where(counted[:, :, None], logits, -jnp.inf)
         peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
+        sinks = None
+        if view.sinks is not None:
+            sinks = view.sinks.astype(jnp.float32).reshape(1, *peak.shape[1:3], 1)
+            peak = jnp.maximum(peak, sinks)
         mass = jnp.exp(logits - peak)
-        share_of = mass / jnp.maximum(mass.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        total = mass.sum(-1, keepdims=True)
+        if sinks is not None:
+            total = total + jnp.exp(sinks - peak)
+        share_of = mass / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
         norm = jnp.linalg.norm(view.v.astype(jnp.float32), axis=-1)
         return jnp.where(counted, (share_of.mean(2) + self.epsilon) * norm, 0.0)
 

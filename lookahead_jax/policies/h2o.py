@@ -55,6 +55,7 @@ class H2O(Policy):
             window=chunk.window,
             reduce="sum",
             lse=chunk.lse,
+            sinks=chunk.sinks,
             slots=(first, chunk.end),
         )
 

@@ -38,6 +38,9 @@ class Chunk(NamedTuple):
     end: jax.Array  # int32 scalar: entries from here on have not been written
     window: jax.Array | None  # int32 scalar
     config: ModelConfig
+    sinks: jax.Array | None = (
+        None  # [N] logits without a value in the softmax, if the model has any
+    )
 
 
 class LayerView(NamedTuple):
@@ -56,6 +59,7 @@ class LayerView(NamedTuple):
     config: ModelConfig
     sums: jax.Array | None  # [B, K, T] float32 scores so far, where scores add up
     pinned: jax.Array | None = None  # [B, P] bool, prompt positions that the caller pins
+    sinks: jax.Array | None = None  # [N] logits without a value in the softmax, if there are any
 
     @classmethod
     def of(
@@ -70,12 +74,13 @@ class LayerView(NamedTuple):
         stats: Stats = None,
         sums: jax.Array | None = None,
         pinned: jax.Array | None = None,
+        sinks: jax.Array | None = None,
     ) -> "LayerView":
         """A view of one layer's entries, `context`; what is left out does not exist here."""
         return cls(
             k=context.k, v=context.v, pos=context.pos, length=length, layer=kind.index,
             window=kind.window, queries=queries, stats=stats, span=span, rope=kind.rope,
-            config=config, sums=sums, pinned=pinned,
+            config=config, sums=sums, pinned=pinned, sinks=sinks,
         )  # fmt: skip
 
     def pinned_entries(self, pinned: jax.Array) -> jax.Array:
@@ -114,6 +119,7 @@ class LayerView(NamedTuple):
             pool=pool,
             group=group,
             lse=self.queries.lse,
+            sinks=self.sinks,
         )
         return jnp.where(valid, scores, 0.0)
 

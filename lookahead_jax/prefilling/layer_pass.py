@@ -140,7 +140,7 @@ def prompt_layer(
                 stats,
                 Chunk(
                     proj.q, proj.q_unrotated, pos, proj.lse, k, prompt.positions[:, None],
-                    start + size, kind.window, config,
+                    start + size, kind.window, config, proj.sinks,
                 ),
             )  # fmt: skip
         return jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats

@@ -46,7 +46,11 @@ class TailAttention(Full):
         raw = jnp.einsum("bmkgh,bkth->bkgmt", grouped, view.k, preferred_element_type=jnp.float32)
         raw = softcap_logits(raw * view.config.attn_scale, view.config.attn_softcap)
         seen = visible_by_position(queries.pos, view.pos, view.window)[:, :, None]
-        probs = jax.nn.softmax(jnp.where(seen, raw, -jnp.inf), axis=-1)
+        raw = jnp.where(seen, raw, -jnp.inf)
+        if view.sinks is not None:  # a column of their own, which gets no score
+            sinks = view.sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+            raw = jnp.concatenate([raw, jnp.broadcast_to(sinks, (*raw.shape[:-1], 1))], axis=-1)
+        probs = jax.nn.softmax(raw, axis=-1)[..., : view.k.shape[2]]
         probs = jnp.where(seen, probs, 0.0)  # a row that sees nothing is NaN
         weight = jnp.linspace(0.0, 1.0, rows, dtype=jnp.float32)[None, None, None, :, None]
         return (probs * weight).max((2, 3))
