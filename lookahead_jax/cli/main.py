@@ -12,7 +12,7 @@ from importlib import import_module
 import tyro
 
 import lookahead_jax
-from lookahead_jax.cli import demo, generate, inspect, logits, score, serve
+from lookahead_jax.cli import chat, demo, generate, inspect, logits, score, serve
 from lookahead_jax.cli.summaries import policy_summaries
 from lookahead_jax.drafters.registry import drafter_summaries
 from lookahead_jax.host.command import run_command
@@ -31,6 +31,7 @@ class Eval:
 
 COMMANDS = {
     generate.Generate: generate.main,
+    chat.Chat: chat.main,
     score.Score: score.main,
     logits.Logits: logits.main,
     inspect.Inspect: inspect.main,
@@ -52,8 +53,8 @@ GROUPS = {
         "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
     },
 }
-_WITH_POLICY = ("generate", "score", "inspect", "demo", "serve")
-_WITH_DRAFTER = ("generate", "inspect", "serve")
+_WITH_POLICY = ("generate", "chat", "score", "inspect", "demo", "serve")
+_WITH_DRAFTER = ("generate", "chat", "inspect", "serve")
 DESCRIPTION = "Long prompts through a fixed-budget KV cache."
 
 
