@@ -44,7 +44,7 @@ class Demo:
 
 def main(config: Demo) -> None:
     if config.file is None:
-        ask(config)
+        ask(config.source, config.eviction, config.new_tokens)
     else:
         _continue(config, config.file)
 

@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lookahead_jax.checkpoints.packaged import packaged_file
 from lookahead_jax.cli.drawing import draw
 from lookahead_jax.cli.encoded import chat_messages, encode_chat_prompt
 from lookahead_jax.cli.options import Eviction, EvictionOptions, ModelOptions, megabytes, read_text
 from lookahead_jax.host.command import say
-
-if TYPE_CHECKING:
-    from lookahead_jax.cli.demo import Demo
 
 ASSETS = Path(__file__).parent.parent / "assets"
 MODEL = "smollm2"
@@ -40,21 +37,21 @@ class Answered(NamedTuple):
     result: Any  # Generation
 
 
-def ask(config: "Demo") -> None:
+def ask(source: ModelOptions, eviction: EvictionOptions, new_tokens: int) -> None:
     """Asks the question of every policy and prints the answers side by side."""
-    source = choose_model(config.source)
+    source = choose_model(source)
     say("lookahead", f"loading {source.model or 'the embedded model'}")
     model = source.load()
     asked = (_about_rows if source.model is None else _about_document)(model)
     room = model.config.max_position - len(asked.ids)
-    if config.new_tokens > room:
+    if new_tokens > room:
         raise ValueError(
-            f"--max-new-tokens {config.new_tokens}: the text has {len(asked.ids):,} of the model's "
+            f"--max-new-tokens {new_tokens}: the text has {len(asked.ids):,} of the model's "
             f"{model.config.max_position:,} positions, so at most {max(room, 0)}"
         )
-    policies, missing = _policies(config.eviction, source, model)
+    policies, missing = _policies(eviction, source, model)
     answers = [
-        Answered(name, _measured(name, lambda run=run: run(asked.ids, config.new_tokens)))
+        Answered(name, _measured(name, lambda run=run: run(asked.ids, new_tokens)))
         for name, run in policies.items()
     ]
     print(f"{asked.about}\nRight answer: {asked.right}\n")
