@@ -24,7 +24,7 @@ LENGTHS = (70, 33, 61)
 BUDGET = 24
 # As many as the budget, in one row also the prompt's ends; a few; none.
 PINS = [[(3, 11), (40, 52), (66, 70)], [(0, 2), (20, 23)], []]
-PINNED = [np.concatenate([np.arange(a, b) for a, b in row] or [np.zeros(0, int)]) for row in PINS]
+PINNED = [[at for span in row for at in range(*span)] for row in PINS]
 EVICTING = {
     **{name: make_policy(name) for name in POLICIES if name != "full"},
     "ada-pyramid": Ada(inner=PyramidKV(window=4, beta=20)),
@@ -33,8 +33,16 @@ EVICTING = {
 }
 
 
-def mask(tokens):
-    return jnp.asarray(lk.pin_mask(PINS, np.asarray(tokens)))
+def mask(tokens, pins=PINS):
+    return jnp.asarray(lk.pin_mask(pins, np.asarray(tokens)))
+
+
+def drawn_pins(seed):
+    """Single tokens of each prompt, from none to as many as the budget."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, BUDGET + 1, len(LENGTHS))
+    rows = [rng.choice(n, count, replace=False) for n, count in zip(LENGTHS, counts, strict=True)]
+    return [[(at, at + 1) for at in row.tolist()] for row in rows]
 
 
 def read_pinned(policy, tokens, config, pinned, **options):
@@ -48,14 +56,14 @@ def read_pinned(policy, tokens, config, pinned, **options):
 @pytest.mark.parametrize("name", EVICTING)
 def test_every_policy_keeps_what_is_pinned(name):
     policy, tokens = EVICTING[name], tiny.batch(LENGTHS, PLAIN)
-    pinned = mask(tokens)
-    sets = kept_sets(read_pinned(policy, tokens, PLAIN, pinned).cache)
-    for (_, row, _), kept in np.ndenumerate(sets):
-        assert set(PINNED[row]) <= set(kept)
-    # What is pinned counts in the budget.
-    sizes = np.vectorize(len)(sets)
-    total = PLAIN.num_layers * PLAIN.num_kv_heads * np.minimum(LENGTHS, BUDGET)
-    np.testing.assert_array_equal(sizes.sum((0, 2)), total)
+    for pins in (PINS, *map(drawn_pins, range(4))):
+        sets = kept_sets(read_pinned(policy, tokens, PLAIN, mask(tokens, pins)).cache)
+        for (_, row, _), kept in np.ndenumerate(sets):
+            assert {at for span in pins[row] for at in range(*span)} <= set(kept)
+        # What is pinned counts in the budget.
+        sizes = np.vectorize(len)(sets)
+        total = PLAIN.num_layers * PLAIN.num_kv_heads * np.minimum(LENGTHS, BUDGET)
+        np.testing.assert_array_equal(sizes.sum((0, 2)), total)
 
 
 def expected(policy, scores, pinned, length, window):

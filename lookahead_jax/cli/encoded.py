@@ -1,6 +1,6 @@
 """Prompts as token ids, each with its characters; chats, and the tokens of a part of the text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ def chat_messages(question: str, document: str | None, system: str | None) -> li
 
 
 def encode_chat_prompt(
-    model: Any, messages: Sequence[dict[str, str]], *, plain: bool = True
+    model: Any, messages: Sequence[Mapping[str, str]], *, plain: bool = True
 ) -> EncodedPrompt:
     """The chat as the model's template renders it, up to where the answer begins.
 
@@ -42,7 +42,9 @@ def encode_chat_prompt(
         )
     ids = tokenizer.encode_chat(messages, plain=plain)
     # Where chats that differ in the user's words alone begin to differ.
-    others = [[*messages[:-1], {"role": "user", "content": words}] for words in "ab"]
+    others = [
+        [{**m, "content": words} if m["role"] == "user" else m for m in messages] for words in "ab"
+    ]
     rows = zip(ids, *map(tokenizer.encode_chat, others), strict=False)
     same = len(list(takewhile(lambda row: len(set(row)) == 1, rows)))
     return EncodedPrompt(ids, *_characters(tokenizer, ids), before_user=same)

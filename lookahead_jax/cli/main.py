@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 import lookahead_jax
-from lookahead_jax.cli import convert, demo, generate, inspect, logits, score, serve
+from lookahead_jax.cli import chat, convert, demo, generate, inspect, logits, score, serve
 from lookahead_jax.cli.summaries import policy_summaries
 from lookahead_jax.drafters.registry import drafter_summaries
 from lookahead_jax.host.activity import telling
@@ -34,6 +34,7 @@ class Eval:
 
 COMMANDS = {
     generate.Generate: generate.main,
+    chat.Chat: chat.main,
     score.Score: score.main,
     logits.Logits: logits.main,
     inspect.Inspect: inspect.main,
@@ -56,8 +57,8 @@ GROUPS = {
         "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
     },
 }
-_WITH_POLICY = ("generate", "score", "inspect", "demo", "serve")
-_WITH_DRAFTER = ("generate", "inspect", "serve")
+_WITH_POLICY = ("generate", "chat", "score", "inspect", "demo", "serve")
+_WITH_DRAFTER = ("generate", "chat", "inspect", "serve")
 _WITHOUT_CACHE = ("train", "compile")  # it reports what compiling needs
 NO_CACHE = "--no-compile-cache"
 DESCRIPTION = f"""Long prompts through a fixed-budget KV cache. Every command also takes {NO_CACHE}:

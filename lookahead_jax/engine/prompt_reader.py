@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from lookahead_jax.decoding.sampling import GREEDY, SamplingRows, sampling_rows
 from lookahead_jax.engine.prompt_store import PromptStore, StoredPrompt
 from lookahead_jax.engine.requests import MAX_EOS_IDS, EncodedRequest, Limits
 from lookahead_jax.generation.settings import EvictionSettings
-from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.cache import KVCache, widened
 from lookahead_jax.model.rope import span_class
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch
 from lookahead_jax.prefilling.prefill import Prefilled, extend
@@ -38,19 +37,6 @@ class PrefilledRequest(NamedTuple):
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
-
-
-@partial(jax.jit, static_argnames=("slots",))
-def _widened(cache: KVCache, *, slots: int) -> KVCache:
-    """A copy of a cache with more slots, the new ones empty."""
-    spare = [(0, 0)] * 3 + [(0, slots - cache.slots)]
-    wide = dataclasses.replace(
-        cache,
-        k=jnp.pad(cache.k, [*spare, (0, 0)]),
-        v=jnp.pad(cache.v, [*spare, (0, 0)]),
-        pos=jnp.pad(cache.pos, spare, constant_values=-1),
-    )
-    return jax.tree.map(jnp.copy, wide)  # an unchanged array would be the caller's own
 
 
 class PromptReader:
@@ -125,7 +111,7 @@ class PromptReader:
         stored, reused = self._stored(document, len(question), request.eos_ids)
         asked = jnp.asarray(pad_batch([question], config=self._model.config))
         # With a row's final sizes of cache and prompt, one program inserts every question.
-        cache = _widened(stored.cache, slots=self.slots)
+        cache = widened(stored.cache, slots=self.slots)
         cache, logits = extend(self._model.params, asked, cache, config=self._model.config)
         prompt = np.full((1, bucket_length(self._limits.longest)), -1, np.int32)
         prompt[0, : len(request.tokens)] = request.tokens

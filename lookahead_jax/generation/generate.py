@@ -146,7 +146,7 @@ def generate(
     )
     prompt_tokens = [len(row) for row in batch.prompts]
     cache, kept = report_cache(state.cache, prompt_tokens, batch.longest + max_new_tokens)
-    state, decode_s = _decode(model, state, batch, drafting, outputs=outputs, burst=burst)
+    state, decode_s = decode_rows(model, state, batch, drafting, outputs=outputs, burst=burst)
     _warn_of_crossing(model, batch, outputs)
     decoded = sum(len(output.tokens) - 1 for output in outputs)
     timing = Timing(
@@ -191,7 +191,7 @@ def _output_rows(
     ]  # fmt: skip
 
 
-def _decode(
+def decode_rows(
     model: Model,
     state: DecodeState,
     batch: PromptBatch,
@@ -199,15 +199,19 @@ def _decode(
     *,
     outputs: Sequence[OutputRow],
     burst: int,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[DecodeState, float]:
-    """Decodes all rows to their ends; the seconds do not include compilation."""
+    """Decodes all rows to their ends; the seconds do not include compilation.
+
+    Between two bursts `interrupted` may end all rows where they are.
+    """
     params = for_decoding(model.params)
     begin = time.perf_counter()
     state = drafting.begin(state, batch.texts, batch.text_tokens)
     try:
         done = _deliver(outputs, state)
         check_finite(model, state, batch.texts, outputs)
-        while not done.all():
+        while not done.all() and not interrupted():
             if (done != np.asarray(state.done)).any():  # a stop string has ended a row
                 # Placed as it was: an array without a place would compile the step once more.
                 state = dataclasses.replace(state, done=jax.device_put(done, state.done.sharding))

@@ -61,6 +61,30 @@ def end_process(status: int) -> None:
     sys.exit(status)
 
 
+@contextlib.contextmanager
+def stopped_by_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C stops a piece of work, which asks whether it came; the next interrupts.
+
+    Where Ctrl-C is ignored, and outside of the main thread, it never comes.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        if received.is_set():
+            before(number, frame)
+        received.set()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield received.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def say(prog: str, message: str) -> None:
     """Writes one line to stderr."""
     print(f"{prog}:", " ".join(message.split()), file=sys.stderr, flush=True)

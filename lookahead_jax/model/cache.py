@@ -5,6 +5,7 @@ these positions, never from the order of the slots. Filled slots come first; `le
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -95,6 +96,19 @@ def empty_cache(
         next_pos=jnp.zeros(batch, jnp.int32),
         rope_span=rope_span,
     )
+
+
+@partial(jax.jit, static_argnames=("slots",))
+def widened(cache: KVCache, *, slots: int) -> KVCache:
+    """A copy of a cache with more slots, the new ones empty."""
+    spare = [(0, 0)] * 3 + [(0, slots - cache.slots)]
+    wide = dataclasses.replace(
+        cache,
+        k=jnp.pad(cache.k, [*spare, (0, 0)]),
+        v=jnp.pad(cache.v, [*spare, (0, 0)]),
+        pos=jnp.pad(cache.pos, spare, constant_values=-1),
+    )
+    return jax.tree.map(jnp.copy, wide)  # an unchanged array would be the caller's own
 
 
 class Entries(NamedTuple):
