@@ -20,8 +20,10 @@ from lookahead_jax.model.layers import linear
 from lookahead_jax.model.quantization import (
     QuantizedWeight,
     dequantize_entries,
+    multiply_table,
     quantize,
     quantize_entries,
+    rows_of,
 )
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
@@ -98,6 +100,22 @@ def test_a_product_is_that_of_the_rounded_matrix(rows, dtype):
     exact = np.einsum("bpnh,nhd->bpd", np.asarray(x, np.float64), values * scale.astype(np.float64))
     tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
     np.testing.assert_allclose(got.astype(jnp.float32), exact, rtol=0, atol=tolerance * 40)
+
+
+def test_the_head_multiplies_a_table_in_blocks():
+    """On CPU two blocks of 1,024 rows are converted one after the other; float64 restatement."""
+    rng = np.random.default_rng(0)
+    values, scale = quantize(rng.normal(size=(2048, 8)).astype(np.float32), (1,))
+    table = QuantizedWeight(jnp.asarray(values), jnp.asarray(scale), jnp.zeros(256, jnp.float32))
+    x = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
+    exact = np.asarray(x, np.float64) @ (values * scale.astype(np.float64)[:, None]).T
+    program = jax.jit(multiply_table).lower(x, table).compile()
+    np.testing.assert_allclose(program(x, table), exact, rtol=0, atol=2e-5)
+    assert "f32[2048,8]" not in program.as_text()
+    ids = jnp.asarray([[7], [2047]])
+    rows = np.asarray(rows_of(table, ids))
+    np.testing.assert_allclose(rows, values[[[7], [2047]]] * scale[[[7], [2047]]][..., None])
+    np.testing.assert_array_equal(rows_of(table, ids[:1]), rows[:1])  # one row: another way
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "llama_own_head"])

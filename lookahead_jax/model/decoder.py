@@ -37,7 +37,7 @@ from lookahead_jax.model.quantization import (
     QuantizedWeight,
     Weight,
     dequantize_entries,
-    multiply,
+    multiply_table,
     quantize_entries,
     rows_of,
 )
@@ -179,7 +179,7 @@ def logits(
 
 def _logits(hidden: jax.Array, table: Weight) -> jax.Array:
     if isinstance(table, QuantizedWeight):
-        return multiply(hidden, table, ((2,), (1,)))
+        return multiply_table(hidden, table)
     return jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
 
 

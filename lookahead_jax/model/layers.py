@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
-from lookahead_jax.model.quantization import QuantizedWeight, Weight, multiply
+from lookahead_jax.model.quantization import (
+    ROW_TERMS,
+    QuantizedWeight,
+    Weight,
+    multiply,
+    multiply_row,
+)
 
 MAX_ROWS = 8192  # rows of a text per MLP call; the last call may have up to twice as many
 
@@ -82,12 +88,19 @@ def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
 
 def _quantized_product(x: jax.Array, weight: QuantizedWeight, inputs: int) -> jax.Array:
     """`_product` with a matrix in eight bits."""
+    size = math.prod(weight.shape[:inputs])
 
     def whole(x):
         axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
         return multiply(x, weight, axes).astype(x.dtype)
 
-    return product_of_rows(whole, x, inputs=inputs)
+    def one_row(x):
+        y = multiply_row(x.reshape(size), weight.values.reshape(size, -1))
+        y = y.reshape(weight.scale.shape) * weight.scale
+        return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
+
+    cpu = None if size % ROW_TERMS else one_row
+    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
 
 
 def linear(
