@@ -18,6 +18,7 @@ from lookahead_jax.kernels.common import (
     FLOOR,
     Own,
     Places,
+    Scales,
     Slots,
     default_block,
     grouped,
@@ -45,13 +46,17 @@ def slots_from(a: jax.Array, start, size: int, layer: jax.Array | None) -> jax.A
     return jax.lax.dynamic_slice(a, (layer, 0, 0, start, 0), sizes)[0]
 
 
-def _accumulate(state, logits, v):
-    """Adds a set of keys to the running (maximum, mass, weighted values) of each row."""
+def _accumulate(state, logits, v, scale=None):
+    """Adds a set of keys to the running (maximum, mass, weighted values) of each row.
+
+    `scale` [B, K, S] belongs to int8 values and multiplies the probabilities instead.
+    """
     m, mass, out = state
     m_new = jnp.maximum(m, logits.max(-1))
     p = jnp.exp(logits - m_new[..., None])
     shrink = jnp.exp(m - m_new)
     mass = mass * shrink + p.sum(-1)
+    p = p if scale is None else p * scale[:, :, None, None]
     new = jnp.einsum("bkgps,bksh->bkgph", p.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return m_new, mass, out * shrink[..., None] + new
 
@@ -68,6 +73,7 @@ def block_attention(
     slots: Slots | None = None,
     layer: jax.Array | None = None,
     sinks: jax.Array | None = None,  # [N]
+    scales: tuple[jax.Array, jax.Array] | None = None,
     key_block: int | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -82,16 +88,24 @@ def block_attention(
     are logits in the softmax of each query head that have no value (common.with_sinks); they count
     in the log-sum-exp, so it is never -inf then.
 
+    `scales` are those of int8 keys and values of the context, float32 [B, K, S]; the block's own
+    are int8 then, too (`Own.scales`). They multiply logits and probabilities, so that no key or
+    value is turned back into floats beyond the block of slots at hand. The GPU kernel does not
+    read int8.
+
     `implementation` None selects the platform's own (Pallas on TPU, XLA elsewhere), or XLA if that
     one does not support the arguments. A named implementation runs or raises NotImplementedError.
     On several devices call it under `jax.set_mesh`: kernels then run on each device's rows and
     heads.
     """
+    if (scales is None) != (own.scales is None) and context is not None:
+        raise ValueError("int8 keys and values need the scales of the context and of the block")
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, context))
     run = _xla if name == "xla" or context is None else functools.partial(_pallas, name)
     out, lse = run(
         q, own, q_pos, context,
-        scale=scale, softcap=softcap, window=window, slots=slots, layer=layer, key_block=key_block,
+        scale=scale, softcap=softcap, window=window, slots=slots, layer=layer, scales=scales,
+        key_block=key_block,
     )  # fmt: skip
     return with_sinks(out, lse, sinks)
 
@@ -102,12 +116,16 @@ def _unsupported(name: Implementation, q: jax.Array, context: Any) -> str | None
         return "attention without a context is left to XLA"
     if name == "pallas_gpu":
         from lookahead_jax.kernels.gpu_blocks import unsupported
-    else:
-        from lookahead_jax.kernels.tpu_blocks import unsupported
-    return unsupported(q, context[0])
+
+        return unsupported(q, context[0])
+    from lookahead_jax.kernels.tpu_blocks import unsupported
+
+    return unsupported(q, context[0], int8=True)
 
 
-def _pallas(name, q, own, q_pos, context, *, scale, softcap, window, slots, layer, key_block):
+def _pallas(
+    name, q, own, q_pos, context, *, scale, softcap, window, slots, layer, scales, key_block
+):
     """A kernel on each device's rows and heads; same arguments and results as `_xla`."""
     if name == "pallas_gpu":
         from lookahead_jax.kernels import attention_gpu as backend
@@ -119,10 +137,13 @@ def _pallas(name, q, own, q_pos, context, *, scale, softcap, window, slots, laye
     seen = own_seen(own.visible, q_pos, window).astype(jnp.int8)
     window = None if window is None else jnp.asarray(window, jnp.int32)
 
+    factors = (None,) * 4 if scales is None else (*own.scales, *scales)
+
     def local(*shards):
-        q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window, layer = shards
+        q, k, v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window, layer, *factors = shards
         b, p, n, h = q.shape
-        places = Places(q_pos, ctx_pos, seen, bounds.reshape(-1), window, layer)
+        by = None if factors[0] is None else Scales(*factors)
+        places = Places(q_pos, ctx_pos, seen, bounds.reshape(-1), window, layer, scales=by)
         attended: Any = attend(static, grouped(q, k.shape[1]), (k, v), (ctx_k, ctx_v), places)
         out, lse = attended
         return out.transpose(0, 3, 1, 2, 4).reshape(b, p, n, h), lse.reshape(b, n, p)
@@ -130,20 +151,24 @@ def _pallas(name, q, own, q_pos, context, *, scale, softcap, window, slots, laye
     keys = "BKSH" if layer is None else "LBKSH"
     return per_shard(
         local,
-        (q, own.k, own.v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window, layer),
-        ("BPNH", "BKPH", "BKPH", keys, keys, "BP", "BKS", "BPP", "BKE", "", ""),
+        (q, own.k, own.v, ctx_k, ctx_v, q_pos, ctx_pos, seen, bounds, window, layer, *factors),
+        ("BPNH", "BKPH", "BKPH", keys, keys, "BP", "BKS", "BPP", "BKE", "", "", *["BKS"] * 4),
         ("BPNH", "BNP"),
     )
 
 
-def _xla(q, own, q_pos, context, *, scale, softcap, window, slots, layer, key_block):
+def _xla(q, own, q_pos, context, *, scale, softcap, window, slots, layer, scales, key_block):
     """The reference: the context in blocks with a running softmax."""
     b, p, n, h = q.shape
     qg = grouped(q, own.k.shape[1])
     seen = own_seen(own.visible, q_pos, window)[:, None]
 
-    def logits_of(keys, mask):
-        raw = jnp.einsum("bkgph,bksh->bkgps", qg, keys, preferred_element_type=jnp.float32)
+    def floats(a):
+        return a.astype(q.dtype) if a.dtype == jnp.int8 else a
+
+    def logits_of(keys, mask, by=None):
+        raw = jnp.einsum("bkgph,bksh->bkgps", qg, floats(keys), preferred_element_type=jnp.float32)
+        raw = raw if by is None else raw * by[:, :, None, None]
         return jnp.where(mask[:, :, None], softcap_logits(raw * scale, softcap), -jnp.inf)
 
     rows = qg.shape[:4]
@@ -152,7 +177,8 @@ def _xla(q, own, q_pos, context, *, scale, softcap, window, slots, layer, key_bl
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, h), jnp.float32),
     )
-    state = _accumulate(state, logits_of(own.k, seen), own.v)
+    k_by, v_by = own.scales or (None, None)
+    state = _accumulate(state, logits_of(own.k, seen, k_by), floats(own.v), v_by)
 
     if context is not None and context[0].shape[-2] > 0:
         ctx_k, ctx_v, ctx_pos = context
@@ -164,9 +190,14 @@ def _xla(q, own, q_pos, context, *, scale, softcap, window, slots, layer, key_bl
             pb = jnp.where(new, pb[..., 0], -1)
             start = jnp.minimum(j * size, total - size)
             kb, vb = (slots_from(a, start, size, layer) for a in (ctx_k, ctx_v))
+            mask, k_by, v_by = visible_by_position(q_pos, pb, window), None, None
             # 0 * NaN is NaN: values of dead slots must not reach the product.
-            vb = jnp.where((pb >= 0)[..., None], vb, jnp.zeros((), vb.dtype))
-            return _accumulate(state, logits_of(kb, visible_by_position(q_pos, pb, window)), vb)
+            if scales is None:
+                vb = jnp.where((pb >= 0)[..., None], vb, jnp.zeros((), vb.dtype))
+            else:
+                k_by, v_by = (jax.lax.dynamic_slice_in_dim(a, start, size, 2) for a in scales)
+                v_by = jnp.where(pb >= 0, v_by, 0.0)
+            return _accumulate(state, logits_of(kb, mask, k_by), floats(vb), v_by)
 
         if count == 1:
             state = step(0, state)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lookahead_jax.kernels.common import FLOOR, LANES, LOG2E, Places
+from lookahead_jax.kernels.common import FLOOR, LANES, LOG2E, Places, Scales
 from lookahead_jax.kernels.tpu_blocks import (
     as_stored,
     block_size,
@@ -39,20 +39,28 @@ def _across(a, width):
 
 def _kernel(*refs, scale, softcap, windowed, size):
     bounds_ref, numbers_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref = refs[:7]
-    k_ref, v_ref, k_pos_ref, out_ref, lse_ref, m_ref, mass_ref, acc_ref, logits_ref = refs[7:]
+    k_ref, v_ref, k_pos_ref, *by_refs, out_ref, lse_ref = refs[7:-4]
+    m_ref, mass_ref, acc_ref, logits_ref = refs[-4:]
+    own_k_by, own_v_by, k_by, v_by = by_refs or (None,) * 4
     block = pl.program_id(3)
     window = numbers_ref[0] if windowed else None
 
     def slots_of(ref, part):
         return ref[part] if ref.shape[0] == size else ref[:, part]
 
-    def logits_of(k, k_pos, window):
+    def of_part(ref, part):
+        return None if ref is None else ref[:, part]
+
+    def logits_of(k, k_pos, window, by):
         return masked_logits(
-            q_ref[...], k, k_pos, q_pos_ref[...], window, scale=scale, softcap=softcap
+            q_ref[...], k, k_pos, q_pos_ref[...], window, scale=scale, softcap=softcap, k_scale=by
         )
 
     def accumulate(parts, lanes_max, values_of):
-        """Adds the slots whose logits are in `logits_ref`, given the maximum of each lane."""
+        """Adds the slots whose logits are in `logits_ref`, given the maximum of each lane.
+
+        `values_of` a part are its values and, of int8 values, their factors [1, S].
+        """
         m = m_ref[...]
         m_new = jnp.broadcast_to(lanes_max.max(-1, keepdims=True), m.shape)
         shrink = jnp.exp2(m - m_new)
@@ -60,7 +68,9 @@ def _kernel(*refs, scale, softcap, windowed, size):
         for part in parts:
             p = jnp.exp2(logits_ref[:, part] - _across(m_new, part.stop - part.start))
             mass = sum((p[:, i : i + LANES] for i in range(0, p.shape[1], LANES)), mass)
-            v = values_of(part)
+            v, by = values_of(part)
+            p = p if by is None else p * by
+            v = v.astype(q_ref.dtype)
             acc += jax.lax.dot_general(
                 p.astype(v.dtype), v, (((1,), (0 if v.shape[1] == acc.shape[1] else 1,)), ((), ())),
                 preferred_element_type=jnp.float32,
@@ -81,18 +91,27 @@ def _kernel(*refs, scale, softcap, windowed, size):
         acc_ref[...] = jnp.zeros_like(acc_ref)
         part = slice(0, own_k_ref.shape[0])
         everywhere = jnp.zeros((1, part.stop), jnp.int32)
-        logits, _ = logits_of(own_k_ref[...], everywhere, None)
+        logits, _ = logits_of(own_k_ref[...], everywhere, None, of_part(own_k_by, part))
         seen = own_seen_ref[...].astype(jnp.int32) > 0
-        accumulate([part], store(part, logits, seen, m_ref[...]), lambda _: own_v_ref[...])
+        values = own_v_ref[...], of_part(own_v_by, part)
+        accumulate([part], store(part, logits, seen, m_ref[...]), lambda _: values)
 
     @pl.when(live(bounds_ref, block, size))
     def _():
         parts = [slice(i, min(i + _PART, size)) for i in range(0, size, _PART)]
         lanes_max = m_ref[...]
         for part in parts:
-            logits, seen = logits_of(slots_of(k_ref, part), k_pos_ref[:, part], window)
+            k, k_pos = slots_of(k_ref, part), k_pos_ref[:, part]
+            logits, seen = logits_of(k, k_pos, window, of_part(k_by, part))
             lanes_max = store(part, logits, seen, lanes_max)
-        accumulate(parts, lanes_max, lambda part: _alive(slots_of(v_ref, part), k_pos_ref[:, part]))
+
+        def values_of(part):
+            v, k_pos = slots_of(v_ref, part), k_pos_ref[:, part]
+            if v_by is None:
+                return _alive(v, k_pos), None
+            return v, jnp.where(k_pos >= 0, v_by[:, part], 0.0)
+
+        accumulate(parts, lanes_max, values_of)
 
     @pl.when(block == pl.num_programs(3) - 1)
     def _():
@@ -112,6 +131,17 @@ def _alive(v, k_pos):
     alive = jnp.broadcast_to((k_pos >= 0).astype(jnp.int32), (LANES, slots)).T
     alive = jnp.concatenate([alive] * -(-dim // LANES), axis=1)[:, :dim]
     return jnp.where(alive > 0, v, jnp.zeros_like(v))
+
+
+def _factors(scales: Scales | None, own: int, size: int, at_own: Any, at_scale: Any):
+    """The factors of int8 keys and values [B, K, 1, slots], padded to blocks, and their blocks."""
+    if scales is None:
+        return [], []
+    padded = [pad_axis(a, 2, own)[:, :, None] for a in (scales.own_k, scales.own_v)]
+    padded += [pad_axis(a, 2, size)[:, :, None] for a in (scales.k, scales.v)]
+    own_spec = pl.BlockSpec((None, None, 1, padded[0].shape[3]), at_own)
+    spec = pl.BlockSpec((None, None, 1, size), at_scale)
+    return padded, [own_spec, own_spec, spec, spec]
 
 
 def attend(
@@ -155,8 +185,12 @@ def attend(
     def at_pos(b, h, i, j, *refs):
         return b, h if per_head else 0, 0, read_at(refs[0], b * heads + h, j, size=size)
 
+    def at_scale(b, h, i, j, *refs):
+        return b, h, 0, read_at(refs[0], b * heads + h, j, size=size)
+
     slots = ctx_k.shape[3]
-    read = 2 * batch * heads * slots * dim * q.dtype.itemsize
+    read = 2 * batch * heads * slots * dim * ctx_k.dtype.itemsize
+    factors, factor_specs = _factors(places.scales, LANES, size, at_own, at_scale)
     out, lse = pl.pallas_call(
         functools.partial(
             _kernel, scale=scale, softcap=softcap, windowed=places.window is not None, size=size
@@ -173,6 +207,7 @@ def attend(
                 slots_spec(dim, size, 3, at_keys),
                 slots_spec(dim, size, 3, at_keys),
                 pl.BlockSpec((None, None, 1, size), at_pos),
+                *factor_specs,
             ],
             out_specs=[
                 pl.BlockSpec((None, None, tile, dim), at_rows),
@@ -209,6 +244,7 @@ def attend(
         as_stored(ctx_k),
         as_stored(ctx_v),
         pos,
+        *factors,
     )
     out = out[:, :, :rows].reshape(q.shape)
     return out, lse[:, :, 0, :rows].reshape(batch, heads, groups, nodes)

@@ -29,6 +29,16 @@ class Own(NamedTuple):
     k: jax.Array  # [B, K, P, H]
     v: jax.Array  # [B, K, P, H]
     visible: jax.Array  # [B, P, P] bool, row i sees column j
+    scales: tuple[jax.Array, jax.Array] | None = None  # of int8 k and v, [B, K, P] float32
+
+
+class Scales(NamedTuple):
+    """Factors of int8 keys and values: float32, one for each entry and KV head."""
+
+    own_k: jax.Array  # [B, K, P]
+    own_v: jax.Array  # [B, K, P]
+    k: jax.Array  # [B, K, S]
+    v: jax.Array  # [B, K, S]
 
 
 class Places(NamedTuple):
@@ -41,6 +51,7 @@ class Places(NamedTuple):
     window: jax.Array | None  # int32 scalar
     layer: jax.Array | None = None  # int32 scalar, where the context is a stack of layers
     valid: jax.Array | None = None  # [B, K or 1, S] bool, entries that take part in the pooling
+    scales: Scales | None = None  # of int8 keys and values
 
 
 def softcap_logits(logits: jax.Array, softcap: float | None) -> jax.Array:

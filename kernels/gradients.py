@@ -169,6 +169,8 @@ def _attend_forward(static, q, own, context, places):
 
 def _attend_backward(static, saved, cotangents):
     q, own, context, places, out, lse = saved
+    if places.scales is not None:
+        raise NotImplementedError("gradients through int8 keys and values are not supported")
     if places.layer is not None:
         raise NotImplementedError("gradients through a stack of layers (a cache) are not supported")
     d_out, d_lse = cotangents

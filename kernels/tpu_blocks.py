@@ -9,14 +9,15 @@ from lookahead_jax.kernels.common import LANES, LOG2E, NEVER
 BLOCK_BYTES = 1 << 20  # of keys in a grid step, chosen from the compiler's static schedule
 
 
-def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernels do not support these arguments, or None."""
+def unsupported(q: jax.Array, k: jax.Array, *, int8: bool = False) -> str | None:
+    """Why the kernels do not support these arguments, or None; `int8`: these keys are read, too."""
     total, head_dim = k.shape[-2:]
     if head_dim % 64:
         return f"head dim {head_dim} is not a multiple of 64"
     if total % 128:
         return f"{total} keys are not a multiple of 128"
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q.dtype:
+    matching = k.dtype == q.dtype or (int8 and k.dtype == jnp.int8)
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or not matching:
         return f"queries {q.dtype} and keys {k.dtype} are not both bfloat16 or float32"
     return None
 
@@ -74,17 +75,18 @@ def slots_spec(dim: int, size: int, lead: int, at) -> pl.BlockSpec:
     return pl.BlockSpec((*[None] * lead, dim, size), transposed)
 
 
-def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap):
+def masked_logits(q, k, k_pos, q_pos, window, *, scale, softcap, k_scale=None):
     """Logits [R, S] of one tile on one block, float32 in units of log(2), and their mask.
 
-    Keys are [S, H], or [H, S] if they are stored so. The hardware computes powers of two:
-    exp(x - lse) would cost one more multiplication per element.
+    Keys are [S, H], or [H, S] if they are stored so; `k_scale` [1, S] belongs to int8 keys. The
+    hardware computes powers of two: exp(x - lse) would cost one more multiplication per element.
     """
     raw = jax.lax.dot_general(
-        q, k, (((1,), (1 if k.shape[1] == q.shape[1] else 0,)), ((), ())),
+        q, k.astype(q.dtype), (((1,), (1 if k.shape[1] == q.shape[1] else 0,)), ((), ())),
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None,
     )  # fmt: skip
+    raw = raw if k_scale is None else raw * k_scale
     if softcap is None:
         logits = raw * (scale * LOG2E)
     else:

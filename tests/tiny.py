@@ -117,13 +117,17 @@ def assert_tokens_match(tokens: np.ndarray, other: np.ndarray, logits: np.ndarra
 
 
 def same_tokens(
-    tokens: list[int], other: list[int], scores: Callable[[list[int]], np.ndarray]
+    tokens: list[int],
+    other: list[int],
+    scores: Callable[[list[int]], np.ndarray],
+    *,
+    tie: float = 1e-5,
 ) -> bool:
     """Whether two runs emitted the same; if not, it must have been a near-tie.
 
     Where two runs group their sums differently, float32 rounds differently: at the first
-    difference both must have chosen among the best of `scores(before)` [V], by less than 1e-5 of
-    the largest; what follows it is another text. `before` are the tokens that both have.
+    difference both must have chosen among the best of `scores(before)` [V], by less than
+    `tie` of the largest; what follows it is another text. `before` are the tokens that both have.
     """
     at = next((i for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), None)
     if at is None:
@@ -132,7 +136,7 @@ def same_tokens(
     values = scores(other[:at])
     largest = np.abs(values[np.isfinite(values)]).max()
     margin = (values.max() - values[[tokens[at], other[at]]].min()) / largest
-    assert margin < 1e-5, f"step {at}: {tokens[at]} != {other[at]}, margin {margin:.1e}"
+    assert margin < tie, f"step {at}: {tokens[at]} != {other[at]}, margin {margin:.1e}"
     return False
 
 
@@ -147,6 +151,7 @@ def decision(
     sampling: Sampling,
     seed: int,
     new_tokens: int,
+    cache_dtype: str | None = None,
 ) -> np.ndarray:
     """The scores [V] of which the token behind `emitted` is the largest: `scores` of same_tokens.
 
@@ -154,7 +159,7 @@ def decision(
     """
     read = read_prompt(
         params, jnp.asarray(pad_batch([prompt], config=model)), config=model, policy=policy,
-        budget=budget, new_tokens=new_tokens,
+        budget=budget, new_tokens=new_tokens, cache_dtype=cache_dtype,
     )  # fmt: skip
     cache, logits = read.cache, read.logits
     if emitted:

@@ -31,7 +31,7 @@ from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
-from lookahead_jax.model.params import Params, fingerprint
+from lookahead_jax.model.params import Params, WeightType, fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.modules.files import save_modules
@@ -88,6 +88,8 @@ class TrainConfig:
     """Seed of the initial modules and of the order of the data."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the base weights; None: that of the checkpoint."""
+    weights: WeightType | None = None
+    """int8: the base's matrices in eight bits, with one scale per output channel."""
     max_prompt: int | None = None
     """Longest prompt in tokens; rows with a longer one are skipped. None: no limit."""
     chunk: int | None = CHUNK
@@ -137,7 +139,7 @@ def _train(
 ) -> LookaheadModules | None:
     """`train` in a folder that no other process writes."""
     say(f"loading {config.model}")
-    model = load(config.model, dtype=config.dtype, mesh=mesh)
+    model = load(config.model, dtype=config.dtype, mesh=mesh, weights=config.weights)
     base = fingerprint(model.params)
     data = open_data(
         config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
@@ -176,7 +178,9 @@ def _run_steps(
 ) -> TrainState | None:
     """Trains from the newest checkpoint to the last step; None if a SIGTERM came before."""
     optimizer = make_optimizer(config.optimizer, config.steps)
-    step_fn = compile_step(mesh, config=model.config, optimizer=optimizer, chunk=config.chunk)
+    step_fn = compile_step(
+        mesh, config=model.config, optimizer=optimizer, chunk=config.chunk, weights=config.weights
+    )
     state = _start(config, model, optimizer, mesh)
     first, state = checkpoints.restore(state) or (0, state)
     if jax.process_index() == 0:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.model.params import Params
+from lookahead_jax.model.params import Params, WeightType
 from lookahead_jax.model.sharding import param_shardings, sharding
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.prefilling.layer_pass import CHUNK
@@ -164,6 +164,7 @@ def compile_step(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     chunk: int | None = CHUNK,
+    weights: WeightType | None = None,
 ) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """`train_step` jitted for a mesh: weights sharded, state replicated and donated.
 
@@ -176,7 +177,11 @@ def compile_step(
 
     return jax.jit(
         step,
-        in_shardings=(param_shardings(config, mesh), replicated, microbatch_sharding(mesh)),
+        in_shardings=(
+            param_shardings(config, mesh, weights),
+            replicated,
+            microbatch_sharding(mesh),
+        ),
         out_shardings=replicated,
         donate_argnums=1,
         compiler_options=compiler_options(),

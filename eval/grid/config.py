@@ -64,6 +64,10 @@ class RunConfig:
     """Upper limit of every answer, below that of its task."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights. Default: that of the checkpoint."""
+    weights: Literal["int8"] | None = None
+    """int8: the matrices of the models in eight bits, with one scale per output channel."""
+    cache_dtype: Literal["int8"] | None = None
+    """int8: keys and values of the caches in eight bits. Not for kv_prediction."""
     tensor: int = 1
     """Devices that each layer is split over."""
     fsdp: int = 1
@@ -97,8 +101,8 @@ class RunConfig:
 
 
 FIXED = (
-    "seed", "chat", "max_new_tokens", "dtype", "lookahead", "draft_model", "draft_layers",
-    "kv_maps",
+    "seed", "chat", "max_new_tokens", "dtype", "weights", "cache_dtype", "lookahead", "draft_model",
+    "draft_layers", "kv_maps",
 )  # fmt: skip
 """Fields that change the meaning of a row, so that a resumed run must not change them."""
 

@@ -61,7 +61,7 @@ def load_model(config: RunConfig, name: str) -> tuple[Model, Tokenizer, Lookahea
     mesh = None
     if jax.device_count() > 1 or config.tensor * config.fsdp > 1:
         mesh = make_mesh(tensor=config.tensor, fsdp=config.fsdp)
-    model = lk.load(model_folder(name), dtype=config.dtype, mesh=mesh)
+    model = lk.load(model_folder(name), dtype=config.dtype, mesh=mesh, weights=config.weights)
     if model.tokenizer is None:
         raise ValueError(f"{name}: the tasks are texts, and this model has no tokenizer.json")
     folder = modules_folder(config, name)
@@ -216,14 +216,16 @@ class ModelRun:
                 budget=max(batch.cell.budget, 1), max_new_tokens=batch.new_tokens,
                 lookahead=self._modules, drafts=drafts, drafter=drafter, stop=batch.stop,
                 reader=self._predictor if batch.method.predicts else None,
+                cache_dtype=self._config.cache_dtype,
             )  # fmt: skip
         return result, result.timing.ttft_s + spent
 
     def _read_full(self, batch: GridBatch) -> float:
         """Seconds to the first token with the full cache."""
         result = lk.generate(
-            self._model, batch.contexts, questions=batch.questions, policy=FULL, max_new_tokens=1
-        )
+            self._model, batch.contexts, questions=batch.questions, policy=FULL, max_new_tokens=1,
+            cache_dtype=self._config.cache_dtype,
+        )  # fmt: skip
         return result.timing.ttft_s
 
     def _speculate(

@@ -42,6 +42,8 @@ class Settings:
     drafter: str = "none"
     lookahead: str | None = None  # folder of lookahead modules
     dtype: str | None = None
+    weights: str | None = None  # int8: the matrices in eight bits
+    cache_dtype: str | None = None  # int8: keys and values in eight bits
     max_length: int | None = None  # of context and answer; None: the model's number of positions
     max_gen_toks: int = 256
     batch_size: int = _AUTO_BATCH
@@ -110,7 +112,7 @@ class HarnessModel:
     def __init__(self, settings: Settings):
         self.settings = settings
         folder = model_folder(settings.pretrained)
-        self.model: Model = lk.load(folder, dtype=settings.dtype)
+        self.model: Model = lk.load(folder, dtype=settings.dtype, weights=settings.weights)
         if self.model.tokenizer is None:
             raise ValueError(f"{folder}: the harness works with texts; there is no tokenizer.json")
         self.tokenizer: Tokenizer = self.model.tokenizer
@@ -235,6 +237,7 @@ class HarnessModel:
             modules=self._modules if evict else None,
             eos_ids=self.model.generation.eos_ids,
             repeat_template=repeat_template(self.policy, self.tokenizer),
+            cache_dtype=self.settings.cache_dtype,
         )  # fmt: skip
         last = (forced >= 0).sum(1) - 1
         given = np.where(np.arange(forced.shape[1]) == last[:, None], -1, forced)
@@ -300,5 +303,6 @@ class HarnessModel:
             budget=self.settings.budget, max_new_tokens=options.max_new_tokens,
             sampling=options.sampling, seeds=[seeds[i] for i in places], stop=options.stop,
             lookahead=self._modules, drafter=self.settings.drafter,
+            cache_dtype=self.settings.cache_dtype,
         )  # fmt: skip
         return (result.text or [])[: len(contexts)]

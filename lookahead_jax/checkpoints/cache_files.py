@@ -20,7 +20,8 @@ from lookahead_jax.model.params import fingerprint as fingerprint_of
 
 _FORMAT = "lookahead_jax.kv_cache.2"
 _WITHOUT_CHECKSUM = "lookahead_jax.kv_cache.1"
-_FIELDS = tuple(field.name for field in dataclasses.fields(KVCache))
+_SCALES = ("k_scale", "v_scale")  # of int8 caches
+_FIELDS = tuple(f.name for f in dataclasses.fields(KVCache) if f.name not in _SCALES)
 _DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
@@ -43,7 +44,8 @@ def save_cache(
             f"save_cache: row {int(lost[0])} has lost entries because its {cache.slots} slots were "
             "full; read the prompt again with a larger slots or new_tokens"
         )
-    arrays = {name: np.asarray(getattr(cache, name)) for name in _FIELDS}
+    fields = _FIELDS if cache.k_scale is None else (*_FIELDS, *_SCALES)
+    arrays = {name: np.asarray(getattr(cache, name)) for name in fields}
     model = _fingerprint(fingerprint, params)
     metadata = {"format": _FORMAT, "model": model, "sha256": _digest(arrays, model)}
     with atomic_path(Path(path)) as temporary:
@@ -62,7 +64,7 @@ def load_cache(
     Args:
       path: the file.
       fingerprint: of the model (`lk.fingerprint(params)`); may be left out if params are given.
-      params: of the model; the cache must have their dtype.
+      params: of the model; the cache must have their dtype, or be int8.
       config: of the model; the cache must have its layers, KV heads and head size.
 
     Raises:
@@ -105,9 +107,10 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray
             known = metadata.get("format") == _FORMAT or (
                 metadata.get("format") == _WITHOUT_CHECKSUM and "sha256" not in metadata
             )
-            if not known or set(file.keys()) != set(_FIELDS):
+            names = set(file.keys())
+            if not known or names not in (set(_FIELDS), {*_FIELDS, *_SCALES}):
                 raise ValueError(f"{path} is not a cache written by this library, or is damaged")
-            return metadata, {name: file.get_tensor(name) for name in _FIELDS}
+            return metadata, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, TypeError, AttributeError) as error:  # unknown types of values
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -125,7 +128,10 @@ def _check(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     """Raises ValueError unless shapes, types and counts fit together."""
     k, v, pos, length = (arrays[name] for name in ("k", "v", "pos", "length"))
     fits = k.ndim == 5 and v.shape == k.shape and v.dtype == k.dtype and pos.shape == k.shape[:4]
-    fits = fits and k.dtype in _DTYPES and length.shape == k.shape[:3]
+    fits = fits and length.shape == k.shape[:3]
+    scales = [arrays[name] for name in _SCALES if name in arrays]
+    fits = fits and (k.dtype == np.int8 if scales else k.dtype in _DTYPES)
+    fits = fits and all(a.shape == pos.shape and a.dtype == np.float32 for a in scales)
     fits = fits and all(arrays[name].shape == k.shape[1:2] for name in ("next_pos", "rope_span"))
     counts = ("pos", "length", "next_pos", "rope_span")
     fits = fits and all(arrays[name].dtype == np.int32 for name in counts)
@@ -150,7 +156,7 @@ def _check_model(
                 f"{path} has {layers} layers, {heads} KV heads of {size}, the model has "
                 "{} layers, {} KV heads of {}; read the prompt again".format(*expected)
             )
-    if params is not None and k.dtype != params["embed"].dtype:
+    if params is not None and k.dtype not in (np.int8, params["embed"].dtype):
         raise ValueError(
             f"{path} holds {k.dtype}, the model {params['embed'].dtype}; load the model with "
             f"dtype={str(k.dtype)!r} or read the prompt again"

@@ -57,7 +57,11 @@ def first_layers(model: Model, count: int) -> Model:
 
 
 def load(
-    directory: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    directory: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    weights: str | None = None,
 ) -> Model:
     """Loads a Hugging Face model directory, a GGUF file, or a model of the Hugging Face hub.
 
@@ -72,6 +76,8 @@ def load(
         "@revision" if it is not to be the main branch; see `hub.fetch`.
       dtype: of the parameters; None keeps the checkpoint's own.
       mesh: where the parameters go (`sharding.make_mesh`); None is one device.
+      weights: "int8" rounds the matrices to eight bits while loading, with one scale per output
+        channel (model/quantization.py). `dtype` is then that of norms, biases and activations.
 
     Raises:
       FileNotFoundError: when the directory, config.json or a weight file is missing.
@@ -80,12 +86,12 @@ def load(
     """
     path = locate(directory)
     source = open_checkpoint(path)
-    weights = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh)
-    for notice in weights.notices:
+    read = load_weights(source.tensors, source.config, dtype=dtype, mesh=mesh, weights=weights)
+    for notice in read.notices:
         warn(notice)
     return Model(
-        params=weights.params,
-        config=weights.config,
+        params=read.params,
+        config=read.config,
         tokenizer=source.tokenizer,
         generation=source.generation,
         path=path,

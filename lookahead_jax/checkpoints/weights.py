@@ -21,11 +21,14 @@ from lookahead_jax.model.params import (
     Params,
     from_stored,
     parameter_specs,
+    sample_of,
     shape,
     stored_index,
     stored_shape,
     tree,
+    weight_type,
 )
+from lookahead_jax.model.quantization import QuantizedWeight, quantize
 from lookahead_jax.model.sharding import param_shardings
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -73,8 +76,12 @@ def load_weights(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    weights: str | None = None,
 ) -> LoadedWeights:
     """Reads a checkpoint's weights; each process reads only the slices its devices hold.
+
+    With `weights="int8"` matrices become `QuantizedWeight`, one layer at a time. Every process then
+    reads them whole, because a scale belongs to a whole output channel.
 
     All names, shapes and dtypes are checked before anything is allocated. Rotary buffers, the
     vision part of Gemma 3 and the second copy of a tied head are ignored; nothing else is.
@@ -82,6 +89,7 @@ def load_weights(
     Raises:
       ValueError: when tensors and config do not fit together, or a type is not supported.
     """
+    kind = weight_type(weights, config)
     stored = _by_canonical_name(tensors, config)
     notices: list[str] = []
     with tensors.open() as read:
@@ -92,10 +100,12 @@ def load_weights(
         dtype = _own_dtype(stored) if dtype is None else np.dtype(dtype)
         loader = _Loader(stored, config, dtype, read)
         if mesh is None:
-            one = SingleDeviceSharding(jax.local_devices()[0])
-            shardings = tree({path: one for path in parameter_specs(config)})
+            one: Any = SingleDeviceSharding(jax.local_devices()[0])
+            quantized = QuantizedWeight(one, one, one)
+            specs = parameter_specs(config).items()
+            shardings = tree({p: quantized if s.quantized(kind) else one for p, s in specs})
         else:
-            shardings = param_shardings(config, mesh)
+            shardings = param_shardings(config, mesh, kind)
         paths = tree({path: path for path in parameter_specs(config)})
         params = jax.tree.map(loader.parameter, paths, shardings)
     if loader.not_finite:
@@ -214,7 +224,10 @@ class _Loader:
     read: TensorReader
     not_finite: set[str] = dataclasses.field(default_factory=set)
 
-    def parameter(self, path: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    def parameter(self, path: str, sharding: Any) -> jax.Array | QuantizedWeight:
+        """A parameter; `sharding` is one, or a `QuantizedWeight` of them."""
+        if isinstance(sharding, QuantizedWeight):
+            return self._quantized(path, sharding)
         spec = parameter_specs(self.config)[path]
         sizes = shape(spec.axes, self.config)
         blocks: dict[tuple, np.ndarray] = {}  # devices that hold the same block share a read
@@ -226,6 +239,27 @@ class _Loader:
             return blocks[bounds]
 
         return jax.make_array_from_callback(sizes, sharding, block)
+
+    def _quantized(self, path: str, shardings: QuantizedWeight) -> QuantizedWeight:
+        """A matrix in int8; in floats there is one layer of it at a time."""
+        spec = parameter_specs(self.config)[path]
+        sizes = shape(spec.axes, self.config)
+        inner = tuple(slice(0, n) for n in (sizes[1:] if spec.stacked else sizes))
+        axes = spec.axes[1:] if spec.stacked else spec.axes
+        inputs = tuple(axes.index(axis) for axis in spec.columns)
+        parts = []
+        for layer in range(sizes[0] if spec.stacked else 1):
+            at = (slice(layer, layer + 1), *inner) if spec.stacked else inner
+            matrix = self._block(spec, at)
+            matrix = matrix[0] if spec.stacked else matrix
+            parts.append((*quantize(matrix, inputs), sample_of(matrix)))
+        arrays = [np.stack(part) if spec.stacked else part[0] for part in zip(*parts, strict=True)]
+
+        def place(array: np.ndarray, sharding: Any) -> jax.Array:
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        places = (shardings.values, shardings.scale, shardings.sample)
+        return QuantizedWeight(*map(place, arrays, places))
 
     def _block(self, spec: ParameterSpec, index: tuple[slice, ...]) -> np.ndarray:
         """The values of one parameter at `index`, gathered from its tensors."""

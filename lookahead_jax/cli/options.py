@@ -30,6 +30,7 @@ OutFile = Annotated[Path, option("FILE")]
 Text = Annotated[str | None, option("TEXT")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
+CacheType = Annotated[Literal["int8"] | None, option("TYPE")]
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
 _READS_MODEL = ("draft_model", "drawn_model")  # drafters
@@ -43,13 +44,17 @@ class ModelOptions:
     @REVISION if it is not to be the main branch. Default: the embedded model."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, option("DTYPE")] = None
     """Type of the weights: float32, bfloat16 or float16. Default: that of the checkpoint."""
+    weights: Annotated[Literal["int8"] | None, option("TYPE")] = None
+    """int8: round the matrices of the model to eight bits while loading, with one scale per output
+    channel. --dtype is then the type of the activations. Default: not rounded."""
 
     def load(self):
         """The model these options name."""
         import lookahead_jax as lk
 
         with activity(f"loading {self.model or 'the embedded model'}"):
-            return lk.load(self.model or lk.EMBEDDED_MODEL, dtype=self.dtype)
+            folder = self.model or lk.EMBEDDED_MODEL
+            return lk.load(folder, dtype=self.dtype, weights=self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +237,8 @@ class RunOptions:
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens, so that memory stays constant however long the
     text becomes. For the policies streaming_llm, keydiff, h2o and lookaheadkv."""
+    cache_dtype: CacheType = None
+    """int8: store keys and values in eight bits. Default: the type of the weights."""
     stop: Repeated = ()
     """End the text before this string. May be repeated."""
     eos: Tokens = ()
@@ -283,6 +290,7 @@ class Run(NamedTuple):
             drafter=self.drafter,
             draft_nodes=options.drafting.draft_nodes,
             evict_every=options.evict_every,
+            cache_dtype=options.cache_dtype,
             **arguments,
         )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lookahead_jax.cli.options import (
+    CacheType,
     DraftingOptions,
     EvictionOptions,
     File,
@@ -38,6 +39,8 @@ class Serve:
     """Longest prompt. Default: the model's positions less --max-tokens."""
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens; see lookahead generate --help."""
+    cache_dtype: CacheType = None
+    """int8: store keys and values in eight bits. Default: the type of the weights."""
     eos: Tokens = ()
     """A token that ends the text, besides those of the checkpoint: its id, or the token itself,
     such as <|im_end|>. May be repeated."""
@@ -80,6 +83,7 @@ def main(config: Serve) -> None:
             drafter=drafter,
             draft_nodes=config.drafting.draft_nodes,
             evict_every=config.evict_every,
+            cache_dtype=config.cache_dtype,
             prompt_store_bytes=config.prompt_store_mb * 10**6,
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name

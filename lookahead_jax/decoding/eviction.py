@@ -108,7 +108,7 @@ def evict(
     def cut(cache: KVCache, sums: jax.Array | None):
         match eviction.policy.decode_cut:
             case CutByModules():
-                observer = _lookahead_rows(cache, modules, eviction.policy)
+                observer = _lookahead_rows(params, cache, modules, eviction.policy)
             case CutByTokens():
                 observer = _recent_rows(
                     params, cache, emitted, count, config=config, interval=eviction.interval
@@ -130,13 +130,15 @@ def evict(
     return jax.lax.cond(due.any(), cut, lambda cache, sums: (cache, sums), cache, sums)
 
 
-def _lookahead_rows(cache: KVCache, modules: LookaheadModules | None, policy: Policy) -> Block:
+def _lookahead_rows(
+    params: Params, cache: KVCache, modules: LookaheadModules | None, policy: Policy
+) -> Block:
     if modules is None:
         raise ValueError(
             f"policy {type(policy).__name__} reads lookahead modules: give them "
             "(modules=, lookahead=, or --lookahead)"
         )
-    return observer_block(modules, cache.next_pos, cache.rope_span, dtype=cache.k.dtype)
+    return observer_block(modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype)
 
 
 def _recent_rows(

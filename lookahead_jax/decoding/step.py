@@ -249,7 +249,9 @@ def _step(
         done=state.done | ~finite,
     )
     state = _emit(state, accepted.emitted, accepted.count)
-    entries = Entries(out.k, out.v, positions, accepted.path, accepted.count)
+    entries = Entries(
+        out.k, out.v, positions, accepted.path, accepted.count, out.k_scale, out.v_scale
+    )
     return state, entries, Step(tree, laid.valid, accepted.path, accepted.count)
 
 
@@ -338,7 +340,8 @@ def decode_burst(
     cache = state.cache
     empty = jnp.zeros((*cache.k.shape[:3], nodes, cache.k.shape[4]), cache.k.dtype)
     nothing = jnp.zeros((state.token.shape[0], nodes), jnp.int32)
-    entries = Entries(empty, empty, nothing, nothing, nothing[:, 0])
+    scale = None if cache.k_scale is None else jnp.zeros(empty.shape[:-1], jnp.float32)
+    entries = Entries(empty, empty, nothing, nothing, nothing[:, 0], scale, scale)
     _, state, entries = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, entries))
     return settle(params, state, entries, modules)
 

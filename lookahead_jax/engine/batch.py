@@ -25,7 +25,7 @@ from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.prompt_reader import PrefilledRequest, with_everything
 from lookahead_jax.engine.requests import MAX_EOS_IDS
-from lookahead_jax.model.cache import empty_cache
+from lookahead_jax.model.cache import CacheType, empty_cache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
 
@@ -40,6 +40,7 @@ def empty_batch(
     ends: int,
     draft: Any,
     summed: bool,
+    cache_dtype: CacheType | None,
 ) -> DecodeState:
     """A batch in which nothing runs, with room for `width` tokens and `ends` end tokens a row.
 
@@ -50,7 +51,7 @@ def empty_batch(
     def zeros(dtype=jnp.int32):
         return jnp.zeros(batch, dtype)
 
-    cache = empty_cache(config, batch, slots, params["embed"].dtype, zeros())
+    cache = empty_cache(config, batch, slots, cache_dtype or params["embed"].dtype, zeros())
     state = DecodeState(
         cache=cache,
         token=zeros(),
@@ -131,6 +132,7 @@ class RunningBatch:
         slots: int,
         new_tokens: int,
         summed: bool,
+        cache_dtype: CacheType | None = None,
     ):
         self._model = model
         self._drafting = drafting
@@ -138,6 +140,7 @@ class RunningBatch:
         self._slots = slots
         self._new_tokens = new_tokens
         self._summed = summed
+        self._cache_dtype: CacheType | None = cache_dtype
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
         self.clear()
@@ -154,6 +157,7 @@ class RunningBatch:
             ends=MAX_EOS_IDS,
             draft=self._drafting.empty(),
             summed=self._summed,
+            cache_dtype=self._cache_dtype,
         )
 
     def insert(self, row: int, request: PrefilledRequest) -> None:

@@ -30,6 +30,7 @@ from lookahead_jax.generation.inputs import announce, end_ids
 from lookahead_jax.generation.memory import check_memory
 from lookahead_jax.generation.settings import DraftSettings, EvictionSettings
 from lookahead_jax.host.integers import check_integer
+from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
 from lookahead_jax.modules.definition import LookaheadModules
@@ -56,8 +57,8 @@ class Engine:
       max_question_tokens: the longest prompt behind a document; every row has room for it. 0: no
         documents. Excludes evict_every, which would have to score the question too.
       eos_ids: tokens that end a row unless its request names others (None: the checkpoint's).
-      drafter, draft_nodes, evict_every: as for `generate`; a host drafter learns from all
-        requests.
+      drafter, draft_nodes, evict_every, cache_dtype: as for `generate`; a host drafter learns from
+        all requests.
       burst: the most steps before the host frees finished and cancelled rows and reads a waiting
         request.
       prompt_store_bytes: memory for prompts that have been read: an equal prompt is not read
@@ -84,6 +85,7 @@ class Engine:
         drafter: str | HostDrafter | DeviceDrafter = "none",
         draft_nodes: int | Controller | None = None,
         evict_every: int | None = None,
+        cache_dtype: str | None = None,
         burst: int = 16,
         prompt_store_bytes: int = 0,
     ):
@@ -102,8 +104,9 @@ class Engine:
             token_bytes=longest_token_bytes(model.tokenizer),
         )
         eviction = EvictionSettings(
-            policy=policy, budget=budget, modules=lookahead, evict_every=evict_every
-        )
+            policy=policy, budget=budget, modules=lookahead, evict_every=evict_every,
+            cache_dtype=cache_type(cache_dtype),
+        )  # fmt: skip
         check_memory(
             model, eviction, rows=rows, prompt_tokens=max_prompt_tokens,
             new_tokens=max_new_tokens + max_question_tokens,
@@ -128,6 +131,7 @@ class Engine:
         self._batch = RunningBatch(
             model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
             summed=decode_eviction is not None and decode_eviction.adds_up,
+            cache_dtype=eviction.cache_dtype,
         )  # fmt: skip
         self._burst = burst
         self._rows: list[ActiveRequest | None] = [None] * rows

@@ -146,6 +146,7 @@ class PromptReader:
             modules=settings.modules, eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._eviction.adds_up,
             repeat_template=repeat_template(settings.policy, self._model.tokenizer),
+            cache_dtype=settings.cache_dtype,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.generation.results import Generation, Timing, report_cache
 from lookahead_jax.generation.settings import ContinuationSettings, DraftSettings, EvictionSettings
 from lookahead_jax.host.integers import check_integer
+from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
@@ -63,6 +64,7 @@ def generate(
     drafter: str | HostDrafter | DeviceDrafter = "none",
     draft_nodes: int | Controller | None = None,
     evict_every: int | None = None,
+    cache_dtype: str | None = None,
     reader: Reader | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
@@ -95,6 +97,8 @@ def generate(
         `Controller` keeps these measurements from one call to the next.
       evict_every: E, to evict again at every position that is a multiple of E: each head holds
         `budget` to `budget` + E entries, however long the text becomes.
+      cache_dtype: "int8" stores keys and values in eight bits with one scale per slot and KV head.
+        A prompt is read as usual and rounded when it is cut; default: the dtype of the weights.
       reader: reads the prompts instead of the policy and evicts nothing
         (`kv_prediction.Predictor`).
       burst: steps between two looks of the host at the output.
@@ -111,7 +115,7 @@ def generate(
     """
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
-        evict_every=evict_every,
+        evict_every=evict_every, cache_dtype=cache_type(cache_dtype),
     )  # fmt: skip
     check_integer("burst", burst, least=1)
     check_eviction(eviction, by_reader=reader is not None, questions=questions is not None)

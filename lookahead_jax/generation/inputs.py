@@ -140,7 +140,9 @@ def row_seeds(seeds: Sequence[int] | None, rows: int) -> list[int]:
 
 
 def check_eviction(eviction: EvictionSettings, *, by_reader: bool, questions: bool) -> None:
-    """Raises ValueError if a batch that is read like this cannot be evicted during decoding."""
+    """Raises ValueError if a batch that is read like this cannot follow the settings."""
+    if by_reader and eviction.cache_dtype is not None:
+        raise ValueError("a reader chooses the type of its cache: leave cache_dtype out")
     if by_reader and eviction.evict_every is not None:
         raise ValueError("a reader evicts nothing: leave evict_every out")
     decode_eviction = eviction.while_decoding()

@@ -6,6 +6,7 @@ from lookahead_jax.host.memory import free_bytes
 from lookahead_jax.prefilling.batching import slots_for
 
 _POSITION_BYTES = 4
+_SCALE_BYTES = 4
 
 
 def check_memory(
@@ -20,7 +21,10 @@ def check_memory(
     if eviction.evict_every is not None:
         new_tokens = min(new_tokens, eviction.evict_every)
     slots = slots_for(eviction.policy, prompt_tokens, eviction.budget, new_tokens, config=config)
-    entry = 2 * config.head_dim * weights.dtype.itemsize + _POSITION_BYTES
+    vector = config.head_dim * weights.dtype.itemsize
+    if eviction.cache_dtype is not None:
+        vector = config.head_dim + _SCALE_BYTES
+    entry = 2 * vector + _POSITION_BYTES
     needed = rows * slots * config.num_layers * config.num_kv_heads * entry
     devices = list(weights.sharding.device_set)
     free = free_bytes(devices[0])

@@ -60,6 +60,7 @@ def open_batch(
             draft=drafts, known_tokens=batch.question_lengths,
             repeat_template=repeat_template(eviction.policy, model.tokenizer),
             pinned=batch.pinned,
+            cache_dtype=eviction.cache_dtype,
         )  # fmt: skip
     cache, logits, sums = read.cache, read.logits, opening_sums(decode_eviction, read)
     if batch.question_tokens is not None:
@@ -119,7 +120,10 @@ def open_timed(
     by_policy = partial(run, eviction, drafts=drafts, reader=reader)
     full_s = None
     if measure:
-        keep_all = partial(run, EvictionSettings(policy=Full(), budget=eviction.budget))
+        full = EvictionSettings(
+            policy=Full(), budget=eviction.budget, cache_dtype=eviction.cache_dtype
+        )
+        keep_all = partial(run, full)
         by_policy()
         keep_all()
         full_s = _timed(keep_all)[1]

@@ -9,6 +9,7 @@ from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.model.cache import CacheType
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 
@@ -24,6 +25,8 @@ class EvictionSettings:
     """Lookahead modules, for the policies that read them."""
     evict_every: int | None = None
     """Evict again at every position that is a multiple of this; None: only after the prompt."""
+    cache_dtype: CacheType | None = None
+    """int8: entries are stored in eight bits; None: in the dtype of the weights."""
 
     def while_decoding(self) -> DecodeEviction | None:
         """The eviction of the decoding steps, if there is any.

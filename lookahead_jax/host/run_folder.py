@@ -36,7 +36,10 @@ def keep_settings(folder: Path, settings: Mapping[str, Any], results_glob: str) 
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Names each setting of `now` that `before` lacks or differs in, with both values, or ""."""
+    """Names each setting of `now` that differs in `before`, with both values, or "".
+
+    A setting that was not stored was None: versions before it had no such option.
+    """
 
     def show(value: Any) -> str:
         return textwrap.shorten(repr(value), 60, placeholder="...")
@@ -44,7 +47,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name}: {show(before[name]) if name in before else 'not stored'}, now {show(value)}"
         for name, value in now.items()
-        if name not in before or before[name] != value
+        if before.get(name) != value
     )
 
 

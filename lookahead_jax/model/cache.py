@@ -6,7 +6,7 @@ these positions, never from the order of the slots. Filled slots come first; `le
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import check_not_donated
 
+CacheType = Literal["int8"]
 SLOT_MULTIPLE = 128  # lanes of a TPU register; the kernels need a multiple of it
 
 
@@ -24,7 +25,8 @@ class KVCache:
     """Keys and values of the tokens that have been read.
 
     Stored keys are already rotated, so a row keeps its RoPE factors. Factors that depend on length
-    are chosen from `rope_span` (see model/rope.py).
+    are chosen from `rope_span` (see model/rope.py). In an int8 cache an entry is its values times
+    its scale.
     """
 
     k: jax.Array  # [L, B, K, S, H]
@@ -33,6 +35,8 @@ class KVCache:
     length: jax.Array  # [L, B, K] int32 entries written; above S, the excess was dropped
     next_pos: jax.Array  # [B] int32 position of the next token
     rope_span: jax.Array  # [B] int32
+    k_scale: jax.Array | None = None  # [L, B, K, S] float32, where k is int8
+    v_scale: jax.Array | None = None  # [L, B, K, S] float32, where v is int8
 
     @property
     def slots(self) -> int:
@@ -51,8 +55,9 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes allocated for keys, values and positions, over all devices."""
-        return sum(a.size * a.dtype.itemsize for a in (self.k, self.v, self.pos))
+        """Bytes allocated for keys, values, their scales and positions, over all devices."""
+        arrays = (self.k, self.v, self.k_scale, self.v_scale, self.pos)
+        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
 
     def fork(self, copies: int) -> "KVCache":
         """A new cache with each row repeated `copies` times: one prompt, several continuations.
@@ -67,6 +72,7 @@ class KVCache:
         def repeat(a, axis):
             return jnp.repeat(a, copies, axis=axis)
 
+        scales = [None if a is None else repeat(a, 1) for a in (self.k_scale, self.v_scale)]
         return KVCache(
             k=repeat(self.k, 1),
             v=repeat(self.v, 1),
@@ -74,7 +80,18 @@ class KVCache:
             length=repeat(self.length, 1),
             next_pos=repeat(self.next_pos, 0),
             rope_span=repeat(self.rope_span, 0),
+            k_scale=scales[0],
+            v_scale=scales[1],
         )
+
+
+def cache_type(cache_dtype: str | None) -> CacheType | None:
+    """The checked option `cache_dtype`; ValueError for an unknown value."""
+    if cache_dtype is None:
+        return None
+    if cache_dtype != "int8":
+        raise ValueError(f"cache_dtype={cache_dtype!r} is unknown: give 'int8', or leave it out")
+    return "int8"
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -85,10 +102,16 @@ def round_up(n: int, multiple: int) -> int:
 def empty_cache(
     config: ModelConfig, batch: int, slots: int, dtype: DTypeLike, rope_span: jax.Array
 ) -> KVCache:
-    """An empty cache of `batch` rows; `slots` is rounded up to a multiple of SLOT_MULTIPLE."""
+    """An empty cache of `batch` rows; `slots` is rounded up to a multiple of SLOT_MULTIPLE.
+
+    With dtype int8 it has scales.
+    """
     slots = round_up(slots, SLOT_MULTIPLE)
     shape = (config.num_layers, batch, config.num_kv_heads, slots)
+    scaled = jnp.dtype(dtype) == jnp.int8
     return KVCache(
+        k_scale=jnp.zeros(shape, jnp.float32) if scaled else None,
+        v_scale=jnp.zeros(shape, jnp.float32) if scaled else None,
         k=jnp.zeros((*shape, config.head_dim), dtype),
         v=jnp.zeros((*shape, config.head_dim), dtype),
         pos=jnp.full(shape, -1, jnp.int32),
@@ -107,6 +130,8 @@ def widened(cache: KVCache, *, slots: int) -> KVCache:
         k=jnp.pad(cache.k, [*spare, (0, 0)]),
         v=jnp.pad(cache.v, [*spare, (0, 0)]),
         pos=jnp.pad(cache.pos, spare, constant_values=-1),
+        k_scale=None if cache.k_scale is None else jnp.pad(cache.k_scale, spare),
+        v_scale=None if cache.v_scale is None else jnp.pad(cache.v_scale, spare),
     )
     return jax.tree.map(jnp.copy, wide)  # an unchanged array would be the caller's own
 
@@ -119,6 +144,8 @@ class Entries(NamedTuple):
     positions: jax.Array  # [B, P] int32
     path: jax.Array  # [B, P] int32 rows of the block to keep, in order
     count: jax.Array  # [B] int32 how many entries of `path` are valid
+    k_scale: jax.Array | None = None  # [L, B, K, P] float32, for an int8 cache
+    v_scale: jax.Array | None = None  # [L, B, K, P] float32
 
 
 def commit(cache: KVCache, entries: Entries) -> KVCache:
@@ -128,11 +155,8 @@ def commit(cache: KVCache, entries: Entries) -> KVCache:
     Entries beyond the last slot are dropped. `length` counts them all the same, so `overflowed`
     reports the loss.
     """
-    k, v, positions, path, count = entries
-    layers, batch, heads, width = k.shape[:4]
-    taken = path[None, :, None, :, None]
-    k = jnp.take_along_axis(k, taken, axis=3)
-    v = jnp.take_along_axis(v, taken, axis=3)
+    positions, path, count = entries.positions, entries.path, entries.count
+    layers, batch, heads, width = entries.k.shape[:4]
     new_pos = jnp.take_along_axis(positions, path, axis=1)
 
     # Index all leading axes explicitly: for a scatter with a slice in the middle XLA copies the
@@ -148,10 +172,18 @@ def commit(cache: KVCache, entries: Entries) -> KVCache:
     def put(buffer, rows):
         return buffer.at[li, bi, hi, si].set(rows.astype(buffer.dtype), mode="drop")
 
+    def append(buffer, rows):
+        if buffer is None:
+            return None
+        taken = path.reshape(1, batch, 1, width, *[1] * (rows.ndim - 4))
+        return put(buffer, jnp.take_along_axis(rows, taken, axis=3))
+
     return dataclasses.replace(
         cache,
-        k=put(cache.k, k),
-        v=put(cache.v, v),
+        k=append(cache.k, entries.k),
+        v=append(cache.v, entries.v),
+        k_scale=append(cache.k_scale, entries.k_scale),
+        v_scale=append(cache.v_scale, entries.v_scale),
         pos=put(cache.pos, jnp.broadcast_to(new_pos[None, :, None, :], li.shape)),
         length=cache.length + count[None, :, None],
         next_pos=cache.next_pos + count,

@@ -6,6 +6,7 @@ whether to keep these (cache.commit). Letters: L layers, B batch, P rows, N quer
 H head dim, D model, S slots, V vocabulary.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from lookahead_jax.kernels.attention import block_attention
@@ -34,6 +36,14 @@ from lookahead_jax.model.layers import (
     rms_norm,
 )
 from lookahead_jax.model.params import Params
+from lookahead_jax.model.quantization import (
+    QuantizedWeight,
+    Weight,
+    dequantize_entries,
+    multiply_table,
+    quantize_entries,
+    rows_of,
+)
 from lookahead_jax.model.rope import apply_rope, rope_tables
 
 
@@ -52,8 +62,10 @@ class BlockOutput(NamedTuple):
     """The result of a block forward."""
 
     hidden: jax.Array  # [B, P, D] after the final norm
-    k: jax.Array  # [L, B, K, P, H]
+    k: jax.Array  # [L, B, K, P, H], int8 behind an int8 cache
     v: jax.Array  # [L, B, K, P, H]
+    k_scale: jax.Array | None  # [L, B, K, P] float32, behind an int8 cache
+    v_scale: jax.Array | None  # [L, B, K, P]
 
 
 class Projections(NamedTuple):
@@ -65,6 +77,8 @@ class Projections(NamedTuple):
     q_unrotated: jax.Array  # [B, P, N, H] before RoPE (after the q-norm)
     lse: jax.Array | None = None  # [B, N, P] float32, log-sum-exp of the attention logits
     sinks: jax.Array | None = None  # [N] logits without a value in the softmax of each head
+    k_scale: jax.Array | None = None  # [B, K, P] float32, where k is int8
+    v_scale: jax.Array | None = None  # [B, K, P] float32, where v is int8
 
 
 class LayerKind(NamedTuple):
@@ -83,6 +97,7 @@ class Context(NamedTuple):
     pos: jax.Array  # [B, K or 1, S] int32, -1 = empty
     slots: Slots | None = None  # range worth reading
     layer: jax.Array | None = None  # int32 scalar: the layer to read, if k and v are stacks
+    scales: tuple[jax.Array, jax.Array] | None = None  # of int8 k and v, [B, K, S] float32
 
 
 NO_WINDOW = np.iinfo(np.int32).max
@@ -150,7 +165,7 @@ def embed(
     params: Params, tokens: Int[Array, "B P"], *, config: ModelConfig
 ) -> Float[Array, "B P D"]:
     """Embeds tokens; ids below 0 (padding) read row 0, and must be masked out by the caller."""
-    x = params["embed"][jnp.maximum(tokens, 0)]
+    x = rows_of(params["embed"], jnp.maximum(tokens, 0))
     if config.embed_scale is not None:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
@@ -170,7 +185,9 @@ def logits(
     return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+def _logits(hidden: jax.Array, table: Weight) -> jax.Array:
+    if isinstance(table, QuantizedWeight):
+        return multiply_table(hidden, table)
     return jnp.einsum("bpd,vd->bpv", hidden, table, preferred_element_type=jnp.float32)
 
 
@@ -249,6 +266,8 @@ def layer_step(
 ) -> tuple[jax.Array, Projections]:
     """One decoder layer over a block: the next residual stream and the block's projections."""
     (proj,) = project_qkv(p, [stream], kind, config=config)
+    if context is not None and context.scales is not None:
+        proj = as_stored(proj)
     if visible is None:
         out, lse = causal(proj, kind, config), None
     else:
@@ -256,6 +275,15 @@ def layer_step(
             proj, kind, positions=positions, visible=visible, context=context, config=config
         )
     return feed_forward(p, [stream], [out], config=config)[0], proj._replace(lse=lse)
+
+
+def as_stored(proj: Projections) -> Projections:
+    """Keys and values as an int8 cache will hold them.
+
+    A row then sees the rows of its own block as later blocks will, so a draft changes nothing.
+    """
+    (k, k_scale), (v, v_scale) = quantize_entries(proj.k), quantize_entries(proj.v)
+    return proj._replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
 def attend(
@@ -270,7 +298,7 @@ def attend(
     """Attention of a block over its context and itself, and the rows' log-sum-exp."""
     return block_attention(
         proj.q,
-        Own(proj.k, proj.v, visible),
+        Own(proj.k, proj.v, visible, own_scales(proj)),
         positions,
         None if context is None else (context.k, context.v, context.pos),
         scale=config.attn_scale,
@@ -279,7 +307,15 @@ def attend(
         slots=None if context is None else context.slots,
         layer=None if context is None else context.layer,
         sinks=proj.sinks,
+        scales=None if context is None else context.scales,
     )
+
+
+def own_scales(proj: Projections) -> tuple[jax.Array, jax.Array] | None:
+    """The scales of a block's own keys and values, if they are int8."""
+    if proj.k_scale is None or proj.v_scale is None:
+        return None
+    return proj.k_scale, proj.v_scale
 
 
 def causal(proj: Projections, kind: LayerKind, config: ModelConfig) -> jax.Array:
@@ -313,21 +349,39 @@ def block_visible(block: Block) -> jax.Array:
     return causal if block.visible is None else causal & block.visible
 
 
-def cache_context(cache: KVCache, layer: jax.Array) -> Context:
-    """One layer of the cache as a context; only its filled slots are read."""
+def stored_layer(cache: KVCache, layer: jax.Array) -> KVCache:
+    """One layer of the cache as it is stored: its arrays without the axis L."""
+    layered = {
+        name: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+        for name in ("k", "v", "pos", "length", "k_scale", "v_scale")
+        if (a := getattr(cache, name)) is not None
+    }
+    return dataclasses.replace(cache, **layered)
 
-    def at(a):
-        return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
 
-    return Context(at(cache.k), at(cache.v), at(cache.pos), (0, at(cache.length)))
+def cache_context(cache: KVCache, layer: jax.Array, dtype: DTypeLike) -> Context:
+    """One layer of the cache as a context; only its filled slots are read.
+
+    Entries of an int8 cache are floats of `dtype` there: a cut scores them one layer at a time.
+    """
+    here = stored_layer(cache, layer)
+    k, v = here.k, here.v
+    if here.k_scale is not None and here.v_scale is not None:
+        k = dequantize_entries(k, here.k_scale, dtype)
+        v = dequantize_entries(v, here.v_scale, dtype)
+    return Context(k, v, here.pos, (0, here.length))
 
 
 def cache_in_place(cache: KVCache, layer: jax.Array) -> Context:
     """`cache_context` without a copy: attention reads the layer in the stack."""
-    pos, length = (
-        jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.pos, cache.length)
-    )
-    return Context(cache.k, cache.v, pos, (0, length), layer)
+
+    def at(a):
+        return jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
+
+    scales = None
+    if cache.k_scale is not None and cache.v_scale is not None:
+        scales = at(cache.k_scale), at(cache.v_scale)
+    return Context(cache.k, cache.v, at(cache.pos), (0, at(cache.length)), layer, scales)
 
 
 def forward(
@@ -350,7 +404,7 @@ def forward(
             p, Stream(x, cos, sin, lora), kind,
             positions=block.positions, visible=visible, context=context, config=config,
         )  # fmt: skip
-        return x, (proj.k, proj.v)
+        return x, (proj.k, proj.v, proj.k_scale, proj.v_scale)
 
-    x, (k, v) = scan_layers(step, block.x, params["layers"], block.lora, layer_kinds(config))
-    return BlockOutput(rms_norm(x, params["final_norm"], config=config), k, v)
+    x, entries = scan_layers(step, block.x, params["layers"], block.lora, layer_kinds(config))
+    return BlockOutput(rms_norm(x, params["final_norm"], config=config), *entries)

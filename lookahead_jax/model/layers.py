@@ -8,6 +8,13 @@ import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
+from lookahead_jax.model.quantization import (
+    ROW_TERMS,
+    QuantizedWeight,
+    Weight,
+    multiply,
+    multiply_row,
+)
 
 MAX_ROWS = 8192  # rows of a text per MLP call; the last call may have up to twice as many
 
@@ -72,8 +79,10 @@ def product_of_rows(
     )
 
 
-def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
+def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the weight."""
+    if isinstance(weight, QuantizedWeight):
+        return _quantized_product(x, weight, inputs)
 
     def halves(x):
         # XLA on CPU runs one row times a matrix on one core, but a batch of two on two cores.
@@ -87,6 +96,23 @@ def _product(x: jax.Array, weight: jax.Array, inputs: int) -> jax.Array:
         return jnp.tensordot(x, weight, axes=inputs)
 
     cpu = None if weight.shape[0] % 2 else halves
+    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
+
+
+def _quantized_product(x: jax.Array, weight: QuantizedWeight, inputs: int) -> jax.Array:
+    """`_product` with a matrix in eight bits."""
+    size = math.prod(weight.shape[:inputs])
+
+    def whole(x):
+        axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+        return multiply(x, weight, axes).astype(x.dtype)
+
+    def one_row(x):
+        y = multiply_row(x.reshape(size), weight.values.reshape(size, -1))
+        y = y.reshape(weight.scale.shape) * weight.scale
+        return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
+
+    cpu = None if size % ROW_TERMS else one_row
     return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
 
 

@@ -10,7 +10,7 @@ The tree is a nested dict. `layers` is stacked: every leaf has a leading layer a
 import dataclasses
 import hashlib
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.quantization import QuantizedWeight
 
 Params = dict[str, Any]
 Index = tuple[slice, ...]
+WeightType = Literal["int8"]
 FINGERPRINT_SAMPLES = 256  # per parameter and layer; changing it changes every fingerprint
+# Axes of matrices that `layers.linears`, `decoder.embed` and `decoder.logits` multiply with.
+_QUANTIZED_AXES = {"layer", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,11 @@ class ParameterSpec:
         return self.parts[self.part]
 
     @property
+    def stacked(self) -> bool:
+        """Whether the parameter has one entry per layer."""
+        return self.axes[0] == "layer"
+
+    @property
     def lead(self) -> tuple[str, ...]:
         """The leading axes that have one tensor per entry."""
         return tuple(axis for axis in self.axes[:2] if f"{{{axis}}}" in self.tensor)
@@ -55,6 +64,20 @@ class ParameterSpec:
     def tensor_at(self, place: tuple[int, ...]) -> str:
         """Checkpoint name of the tensor at an index of the leading axes."""
         return self.tensor.format(**dict(zip(self.lead, place, strict=True)))
+
+    def quantized(self, weights: WeightType | None) -> bool:
+        """Whether this parameter is a `QuantizedWeight` under the option `weights`."""
+        return weights is not None and bool(self.columns)
+
+    @property
+    def output_axes(self) -> tuple[str, ...]:
+        """Logical axes of a matrix's outputs, "layer" first if it is stacked."""
+        return tuple(axis for axis in self.axes if axis not in self.columns)
+
+    @property
+    def sample_axes(self) -> tuple[str, ...]:
+        """Logical axes of `QuantizedWeight.sample` without the last, which has no name."""
+        return self.axes[:1] if self.stacked else ()
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
@@ -205,10 +228,47 @@ def leaf(params: Params, path: str) -> Any:
     return params["layers"][path.split(".")[1]] if "." in path else params[path]
 
 
-def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
-    """The tree with a `jax.ShapeDtypeStruct` for each parameter; allocates nothing."""
-    table = parameter_specs(config).items()
-    return tree({path: jax.ShapeDtypeStruct(shape(s.axes, config), dtype) for path, s in table})
+def abstract_params(
+    config: ModelConfig, dtype: DTypeLike, weights: WeightType | None = None
+) -> Params:
+    """The tree with a `jax.ShapeDtypeStruct` for each array; allocates nothing."""
+
+    def abstract(spec: ParameterSpec) -> Any:
+        sizes = shape(spec.axes, config)
+        if not spec.quantized(weights):
+            return jax.ShapeDtypeStruct(sizes, dtype)
+        samples = (*shape(spec.sample_axes, config), FINGERPRINT_SAMPLES)
+        arrays: Any = (
+            jax.ShapeDtypeStruct(sizes, jnp.int8),
+            jax.ShapeDtypeStruct(shape(spec.output_axes, config), jnp.float32),
+            jax.ShapeDtypeStruct(samples, dtype),
+        )
+        return QuantizedWeight(*arrays)
+
+    return tree({path: abstract(spec) for path, spec in parameter_specs(config).items()})
+
+
+def weight_type(weights: str | None, config: ModelConfig) -> WeightType | None:
+    """The checked option `weights` for a model.
+
+    Raises ValueError for an unknown value, and if a matrix of the model has no product that reads
+    it in eight bits.
+    """
+    if weights is None:
+        return None
+    if weights != "int8":
+        raise ValueError(f"weights={weights!r} is unknown: give 'int8', or leave it out")
+    uncovered = [
+        path
+        for path, spec in parameter_specs(config).items()
+        if spec.columns and not _QUANTIZED_AXES.issuperset(spec.axes)
+    ]
+    if uncovered:
+        raise ValueError(
+            f"int8 weights do not cover {', '.join(uncovered)} of {config.model_type} models: "
+            "leave weights=int8 (--weights int8) out"
+        )
+    return "int8"
 
 
 def init_params(key: jax.Array, config: ModelConfig, dtype: DTypeLike) -> Params:
@@ -274,12 +334,17 @@ def from_stored(
 
 
 def to_checkpoint(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The parameters under their Hugging Face tensor names and shapes, on the host."""
+    """The parameters under their Hugging Face tensor names and shapes, on the host.
+
+    Raises ValueError for int8 weights.
+    """
     layers = params["layers"]
     if isinstance(layers, tuple):
         params = params | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
     tensors: dict[str, list[np.ndarray]] = {}
     for path, spec in parameter_specs(config).items():
+        if isinstance(leaf(params, path), QuantizedWeight):
+            raise ValueError("int8 weights cannot be saved: load the checkpoint without weights=")
         values = np.asarray(leaf(params, path))
         order = [_inner_axes(spec).index(axis) for axis in (*spec.rows, *spec.columns)]
         own_shape = (-1, *stored_shape(spec, config)[1:])
@@ -296,21 +361,24 @@ def fingerprint(params: Params, *, through: DTypeLike | None = None) -> str:
 
     It covers the names, the shapes and a fixed sample of the values of every parameter and layer,
     rounded to bfloat16. A checkpoint has the same fingerprint as float32 or bfloat16, stacked or
-    not, sharded or not. As float16 it has another one: that of the float32 values rounded
-    `through` float16 first.
+    not, sharded or not, with weights rounded to int8 or not. As float16 it has another one: that of
+    the float32 values rounded `through` float16 first.
     """
     layers = params["layers"]
     if isinstance(layers, tuple):
         by_name = {name: [layer[name] for layer in layers] for name in layers[0]}
     else:
-        by_name = {name: [a[i] for i in range(a.shape[0])] for name, a in layers.items()}
+        by_name = {
+            name: [jax.tree.map(lambda x, i=i: x[i], a) for i in range(a.shape[0])]
+            for name, a in layers.items()
+        }
     named = [(name, [leaf]) for name, leaf in params.items() if name != "layers"]
     named += [(f"layers.{name}", leaves) for name, leaves in by_name.items()]
     digest = hashlib.sha256()
     for name, leaves in sorted(named, key=lambda item: item[0]):
         digest.update(f"{name} {len(leaves)} {leaves[0].shape}".encode())
         for values in leaves:
-            sample = _sample(values, FINGERPRINT_SAMPLES)
+            sample = _sample(values)
             sample = sample if through is None else sample.astype(through)
             digest.update(sample.astype(ml_dtypes.bfloat16).tobytes())
     return digest.hexdigest()
@@ -327,11 +395,16 @@ def _outermost(by_axis: dict[str, slice], axes: tuple[str, ...], config: ModelCo
     return slice(first.start * inner, first.stop * inner)
 
 
-def _sample(values: jax.Array, samples: int) -> np.ndarray:
+def sample_of(values: np.ndarray | jax.Array) -> Any:
+    """The [FINGERPRINT_SAMPLES] values of a parameter of one layer that its fingerprint covers."""
     # Multiples of the golden ratio modulo the size: evenly spread and the same every time.
-    steps = np.arange(samples, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    steps = np.arange(FINGERPRINT_SAMPLES, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     index = np.unravel_index((steps % np.uint64(values.size)).astype(np.int64), values.shape)
-    sampled = values[tuple(i.astype(np.int32) for i in index)]
+    return values[tuple(i.astype(np.int32) for i in index)]
+
+
+def _sample(values: jax.Array | QuantizedWeight) -> np.ndarray:
+    sampled = values.sample if isinstance(values, QuantizedWeight) else sample_of(values)
     if isinstance(values, jax.Array) and isinstance(values.sharding, NamedSharding):
         everywhere = NamedSharding(values.sharding.mesh, PartitionSpec())
         sampled = jax.device_put(sampled, everywhere)

@@ -17,7 +17,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Params, axis_sizes, parameter_specs, tree
+from lookahead_jax.model.params import (
+    ParameterSpec,
+    Params,
+    WeightType,
+    axis_sizes,
+    parameter_specs,
+    tree,
+)
+from lookahead_jax.model.quantization import QuantizedWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
@@ -89,8 +97,8 @@ def sharding(axes: Sequence[str | None], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes, mesh))
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
-    """The parameter tree with a `NamedSharding` for each leaf.
+def param_shardings(config: ModelConfig, mesh: Mesh, weights: WeightType | None = None) -> Params:
+    """The parameter tree with a `NamedSharding` for each array.
 
     Raises:
       ValueError: if a size of the model is not divisible by the mesh axes that split it.
@@ -103,7 +111,15 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
                 f"{axis} has size {size}, not a multiple of {ways} (mesh axes "
                 f"{' x '.join(RULES[axis])}); choose a smaller {RULES[axis][-1]} axis"
             )
-    return tree({path: sharding(spec.axes, mesh) for path, spec in parameter_specs(config).items()})
+
+    def place(spec: ParameterSpec) -> Any:
+        if not spec.quantized(weights):
+            return sharding(spec.axes, mesh)
+        axes = (spec.axes, spec.output_axes, (*spec.sample_axes, None))
+        places: Any = [sharding(names, mesh) for names in axes]
+        return QuantizedWeight(*places)
+
+    return tree({path: place(spec) for path, spec in parameter_specs(config).items()})
 
 
 def mesh_of(params: Params) -> Mesh | None:

@@ -19,6 +19,7 @@ from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block
 from lookahead_jax.model.params import Params
+from lookahead_jax.model.quantization import rows_of
 
 # Linear layers a LoRA can sit on, as PEFT names them. (In checkpoints of Phi-3 and GLM some are
 # fused; their modules keep these names all the same.)
@@ -108,7 +109,8 @@ def init_modules(
     if config.init == "table":
         if params is None:
             raise ValueError('init="table" draws tokens from the embedding table: give params=')
-        table = params["embed"].astype(jnp.float32) * (model.embed_scale or 1.0)
+        table = rows_of(params["embed"], slice(None)).astype(jnp.float32)
+        table = table * (model.embed_scale or 1.0)
         normal = table.mean(0, keepdims=True) + normal * table.std(0, keepdims=True)
     else:
         normal = normal * _NORMAL_SCALE

@@ -16,6 +16,7 @@ from lookahead_jax.model.decoder import embed, layer_kinds, logits, scan_layers
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
+from lookahead_jax.model.quantization import QuantizedWeight, Weight
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prefilling.layer_pass import layer_buffers, prompt_layer, prompt_layout
 
@@ -84,7 +85,7 @@ def non_finite_error(
             "over these tokens is finite: the cache, the lookahead modules or the logits' "
             "processing caused it. Run with the policy full to narrow it down"
         )
-    bad = [key for key, w in weights.items() if not bool(jnp.isfinite(w).all())]
+    bad = [key for key, w in weights.items() if not _all_finite(w)]
     cause = (
         f"its weights {', '.join(bad)} hold NaN or infinity: the checkpoint is damaged"
         if bad
@@ -100,4 +101,12 @@ def non_finite_error(
 def _layer(params: Params, layer: int) -> Params:
     """The parameters of one layer, stacked or apart."""
     layers = params["layers"]
-    return layers[layer] if isinstance(layers, tuple) else {k: a[layer] for k, a in layers.items()}
+    if isinstance(layers, tuple):
+        return layers[layer]
+    return jax.tree.map(lambda a: a[layer], layers)
+
+
+def _all_finite(weight: Weight) -> bool:
+    """Whether no value of a weight, or no scale of one in int8, is NaN or infinite."""
+    values = weight.scale if isinstance(weight, QuantizedWeight) else weight
+    return bool(jnp.isfinite(values).all())

@@ -14,7 +14,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from lookahead_jax.host.integers import check_integer
-from lookahead_jax.model.cache import SLOT_MULTIPLE, Entries, KVCache, commit, round_up
+from lookahead_jax.model.cache import (
+    SLOT_MULTIPLE,
+    CacheType,
+    Entries,
+    KVCache,
+    cache_type,
+    commit,
+    round_up,
+)
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import (
     Block,
@@ -24,11 +32,13 @@ from lookahead_jax.model.decoder import (
     layer_kinds,
     logits,
     scan_layers,
+    stored_layer,
 )
 from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
+from lookahead_jax.model.quantization import quantize_entries
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithDraft, WithModules
 from lookahead_jax.policies.selection import Kept, budgets_of_layers, select
@@ -65,22 +75,43 @@ class LayerEntries(NamedTuple):
     v: jax.Array  # [B, K, S, H]
     pos: jax.Array  # [B, K, S] int32, -1 if empty
     length: jax.Array  # [B, K] int32 filled slots
+    k_scale: jax.Array | None = None  # [B, K, S] float32, where k is int8
+    v_scale: jax.Array | None = None  # [B, K, S] float32, where v is int8
 
 
-def cut_layer(view: LayerView, kept: Kept, slots: int) -> LayerEntries:
-    """The kept entries of a layer, padded to `slots`."""
+def cut_layer(
+    stored: LayerView | KVCache, kept: Kept, slots: int, *, cache_dtype: CacheType | None = None
+) -> LayerEntries:
+    """The kept entries of a layer, padded to `slots`.
+
+    `stored` has the layer's keys and values [B, K, T, H] (`stored_layer` of a cache). Those of an
+    int8 cache stay as they are; others are rounded here with `cache_dtype` "int8".
+    """
 
     def take(a):
-        a = jnp.take_along_axis(a, kept.index[..., None], axis=2)
-        return jnp.where((kept.pos >= 0)[..., None], a, jnp.zeros((), a.dtype))
+        more = (1,) * (a.ndim - 3)
+        a = jnp.take_along_axis(a, kept.index.reshape(*kept.index.shape, *more), axis=2)
+        filled = (kept.pos >= 0).reshape(*kept.pos.shape, *more)
+        return jnp.where(filled, a, jnp.zeros((), a.dtype))
 
+    k, v, k_scale, v_scale = take(stored.k), take(stored.v), None, None
+    if isinstance(stored, KVCache) and stored.k_scale is not None:
+        k_scale, v_scale = take(stored.k_scale), take(stored.v_scale)
+    elif cache_dtype is not None:
+        (k, k_scale), (v, v_scale) = quantize_entries(k), quantize_entries(v)
     room = slots - kept.pos.shape[-1]
-    pad = [(0, 0), (0, 0), (0, room)]
+
+    def pad(a, **empty):
+        widths = [(0, 0), (0, 0), (0, room), *[(0, 0)] * (a.ndim - 3)]
+        return jnp.pad(a, widths, **empty)
+
     return LayerEntries(
-        jnp.pad(take(view.k), [*pad, (0, 0)]),
-        jnp.pad(take(view.v), [*pad, (0, 0)]),
-        jnp.pad(kept.pos, pad, constant_values=-1),
-        kept.length,
+        k=pad(k),
+        v=pad(v),
+        pos=pad(kept.pos, constant_values=-1),
+        length=kept.length,
+        k_scale=None if k_scale is None else pad(k_scale),
+        v_scale=None if v_scale is None else pad(v_scale),
     )
 
 
@@ -105,7 +136,9 @@ def static_slots(
     return limit, slots
 
 
-@program(static_argnames=("config", "policy", "budget", "slots", "chunk", "with_scores"))
+@program(
+    static_argnames=("config", "policy", "budget", "slots", "chunk", "with_scores", "cache_dtype")
+)
 def prefill(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -120,6 +153,7 @@ def prefill(
     chunk: int | None = None,
     with_scores: bool = False,
     pinned: Bool[Array, "B T"] | None = None,
+    cache_dtype: str | None = None,
 ) -> Prefilled:
     """Reads a right-padded batch of prompts and keeps `budget` entries per layer and KV head.
 
@@ -134,9 +168,12 @@ def prefill(
     default, see `layer_pass.default_chunk`). `pinned` marks positions that every layer and head
     keeps whatever their score (`batching.pin_mask`), as long as the layer's sliding window shows
     them to later tokens; more of them than `budget` are not checked here (`read_prompt` refuses
-    them). Raises ValueError if `slots` cannot hold what the policy may keep, without the observer
-    that the policy needs, and for a chunk without rows.
+    them). With `cache_dtype` "int8" the kept entries are rounded at the cut: the prompt itself is
+    read and scored in the dtype of the weights. Raises ValueError if `slots` cannot hold what the
+    policy may keep, without the observer that the policy needs, for a chunk without rows, and for
+    another `cache_dtype`.
     """
+    rounded_to = cache_type(cache_dtype)
     reading, padded = policy.reading, tokens.shape[1]
     if observer is None and isinstance(reading, (WithModules, WithDraft)):
         raise ValueError(
@@ -161,7 +198,8 @@ def prefill(
         p, lora, (kind, layer_budget) = inputs
         carry, view, scores = read_layer(Layer(p, lora, kind), carry)
         kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
-        return carry, (cut_layer(view, kept, slots), scores[..., :padded] if with_scores else None)
+        entries = cut_layer(view, kept, slots, cache_dtype=rounded_to)
+        return carry, (entries, scores[..., :padded] if with_scores else None)
 
     budgets = budgets_of_layers(policy, prompt.length, budget, config, pinned)
     carry, (entries, scores) = scan_layers(
@@ -202,13 +240,14 @@ def compress(
     Raises ValueError if `slots` cannot hold what the policy may keep.
     """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
+    dtype = params["embed"].dtype
     if observer is not None:
-        observer = _in_dtype(observer, params["embed"].dtype)
+        observer = _in_dtype(observer, dtype)
         rope = rope_tables(config, observer.positions, cache.rope_span)
 
     def step(rows, inputs):
         p, lora, (kind, layer_budget, before) = inputs
-        context, queries = cache_context(cache, kind.index), None
+        context, queries = cache_context(cache, kind.index, dtype), None
         if observer is not None:
             rows, queries = observe_layer(
                 p, rows, observer, rope, kind, context=context, lora=lora, config=config
@@ -220,7 +259,8 @@ def compress(
         scores = policy.score(view)
         kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
         after = None if before is None else _sums(scores, kept, slots)
-        return rows, (cut_layer(view, kept, slots), scores if with_scores else None, after)
+        entries = cut_layer(stored_layer(cache, kind.index), kept, slots)
+        return rows, (entries, scores if with_scores else None, after)
 
     budgets = budgets_of_layers(policy, cache.next_pos, budget, config, pinned)
     _, (entries, scores, after) = scan_layers(
@@ -290,7 +330,8 @@ def _extend(
         here = jnp.take_along_axis(out.hidden, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)
         last = jnp.where(((end >= 0) & (end < size))[:, None, None], here, last)
         count = (part >= 0).sum(1, dtype=jnp.int32)
-        return commit(cache, Entries(out.k, out.v, positions, path, count)), last
+        scales = out.k_scale, out.v_scale
+        return commit(cache, Entries(out.k, out.v, positions, path, count, *scales)), last
 
     hidden = jnp.zeros((tokens.shape[0], 1, config.hidden_size), params["embed"].dtype)
     carry = jax.lax.fori_loop(0, -(-length.max() // size), step, (cache, hidden))

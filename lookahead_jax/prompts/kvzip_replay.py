@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Block, cache_context, embed, layer_kinds, scan_layers
+from lookahead_jax.model.decoder import (
+    Block,
+    Context,
+    cache_context,
+    embed,
+    layer_kinds,
+    scan_layers,
+    stored_layer,
+)
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
@@ -75,7 +83,7 @@ def replay_scores(
 
     def step(rows, inputs):
         p, _, kind = inputs
-        context = cache_context(cache, kind.index)
+        context = cache_context(cache, kind.index, params["embed"].dtype)
         rows, queries = observe_layer(
             p, rows, block, rope, kind, context=context, lora=None, config=config
         )
@@ -177,10 +185,10 @@ def cut_by_scores(
     kinds = layer_kinds(config)
 
     def view_of(kind):
-        context = cache_context(cache, kind.index)
+        here = stored_layer(cache, kind.index)  # the choice reads positions only
         return LayerView.of(
-            context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
-            pinned=pinned,
+            Context(here.k, here.v, here.pos), kind, length=cache.next_pos, span=cache.rope_span,
+            config=config, pinned=pinned,
         )  # fmt: skip
 
     heads = None
@@ -198,7 +206,7 @@ def cut_by_scores(
             policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit,
             head_budgets=head_budgets,
         )  # fmt: skip
-        return None, cut_layer(view, kept, slots)
+        return None, cut_layer(stored_layer(cache, kind.index), kept, slots)
 
     budgets = budgets_of_layers(policy, cache.next_pos, budget, config, pinned)
     _, entries = jax.lax.scan(step, None, (kinds, scores, budgets, heads))

@@ -39,6 +39,7 @@ class _Inputs(NamedTuple):
     room: int
     with_scores: bool
     pinned: jax.Array | None  # [B, T] bool
+    cache_dtype: str | None
 
 
 def read_prompt(
@@ -57,6 +58,7 @@ def read_prompt(
     repeat_template: RepeatTemplate = NO_TEMPLATE,
     known_tokens: int | jax.Array = 0,
     pinned: jax.Array | None = None,
+    cache_dtype: str | None = None,
 ) -> Prefilled:
     """Prompt batch int32 [B, T] -> budgeted cache, in as many passes as `policy.reading` needs.
 
@@ -68,6 +70,7 @@ def read_prompt(
     `repeat_template` holds the requests around a replayed prompt (`kvzip_replay.repeat_template`).
     `pinned` bool [B, T] (`batching.pin_mask`) marks positions that every layer and head keeps
     whatever their score; in a layer with a sliding window, while later tokens can see them.
+    `cache_dtype` "int8" rounds entries when they are stored, those of a first pass included.
 
     Raises ValueError for a policy without the modules or the draft that it needs, and for a row
     with more pinned positions than the budget.
@@ -75,7 +78,16 @@ def read_prompt(
     room = new_tokens if room is None else room
     check_pinned(pinned, policy=policy, budget=budget)
     inputs = _Inputs(
-        params, tokens, config, policy, budget, known_tokens, room, with_scores, pinned
+        params,
+        tokens,
+        config,
+        policy,
+        budget,
+        known_tokens,
+        room,
+        with_scores,
+        pinned,
+        cache_dtype,
     )
     match policy.reading:
         case OnePass():
@@ -96,7 +108,7 @@ def _read_once(inputs: _Inputs, observer: Block | None) -> Prefilled:
     return prefill(
         inputs.params, inputs.tokens, config=config, policy=policy, budget=budget, slots=slots,
         known_tokens=inputs.known_tokens, observer=observer, with_scores=inputs.with_scores,
-        pinned=inputs.pinned,
+        pinned=inputs.pinned, cache_dtype=inputs.cache_dtype,
     )  # fmt: skip
 
 
@@ -133,7 +145,7 @@ def _read_whole(inputs: _Inputs, room: int) -> Prefilled:
     slots = slots_for(everything, inputs.tokens.shape[1], 0, room, config=config)
     return prefill(
         inputs.params, inputs.tokens, config=config, policy=everything, budget=0, slots=slots,
-        known_tokens=inputs.known_tokens,
+        known_tokens=inputs.known_tokens, cache_dtype=inputs.cache_dtype,
     )  # fmt: skip
 
 

@@ -1,0 +1,144 @@
+"""Weights and cache entries in eight bits: rounded values with float32 scales.
+
+A weight has one scale per output channel, applied to the product, so that it is never turned back
+into floats as a whole. A key or value has one scale per slot and KV head.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+
+ROW_TERMS = 16  # terms of a sum that `multiply_row` adds in one pass over the result
+TABLE_ROWS = 1024  # rows of a table that are floats at once on CPU
+LARGEST = 127  # symmetric: -128 is not used
+
+
+@struct.dataclass
+class QuantizedWeight:
+    """A matrix as `values * scale`, where the scale has the axes of the outputs.
+
+    It stands in the parameter tree where the matrix would stand, so layers can be stacked, scanned
+    and sliced as usual. It has the shape of the matrix, and the dtype that its products have.
+    """
+
+    values: jax.Array  # int8, the shape of the matrix
+    scale: jax.Array  # float32, the shape of its outputs, with the layer axis if it is stacked
+    sample: jax.Array  # [(L,) samples] some values before rounding, for `params.fingerprint`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def size(self) -> int:
+        return self.values.size
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of activations: what the matrix would have without rounding."""
+        return self.sample.dtype
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        return self.values.sharding
+
+
+Weight = jax.Array | QuantizedWeight
+
+
+def quantize(matrix: np.ndarray, inputs: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """int8 values and float32 scales of a matrix whose axes `inputs` are contracted in products.
+
+    Symmetric: the largest magnitude of an output channel becomes 127. A channel of zeros has scale
+    0; one with NaN or infinity has a scale that is not finite, so its outputs are not finite.
+    """
+    matrix = matrix.astype(np.float32)
+    scale = np.abs(matrix).max(axis=inputs, keepdims=True) / np.float32(LARGEST)
+    divisor = np.where(np.isfinite(scale) & (scale > 0), scale, np.float32(np.inf))
+    with np.errstate(invalid="ignore"):
+        values = np.nan_to_num(matrix / divisor, nan=0.0)
+    return np.rint(values).astype(np.int8), scale.squeeze(inputs)
+
+
+def quantize_entries(entries: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys or values [..., H] as int8 [..., H] and their float32 scales [...].
+
+    Symmetric: the largest magnitude of an entry becomes 127. The scale of an entry with NaN or
+    infinity is NaN, so that what reads it is NaN, too.
+    """
+    entries = entries.astype(jnp.float32)
+    largest = jnp.abs(entries).max(-1)  # XLA on CPU ignores NaN in a maximum
+    scale = jnp.where(jnp.isfinite(entries).all(-1), largest / LARGEST, jnp.nan)
+    divisor = jnp.where(scale > 0, scale, 1.0)[..., None]
+    return jnp.round(entries / divisor).astype(jnp.int8), scale
+
+
+def dequantize_entries(values: jax.Array, scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The keys or values that `quantize_entries` rounded, in `dtype`."""
+    return (values.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+def rows_of(table: Weight, ids: jax.Array | slice) -> jax.Array:
+    """Rows `ids` [..., P] of a table [V, D], in the table's dtype."""
+    if not isinstance(table, QuantizedWeight):
+        return table[ids]
+    if not isinstance(ids, slice) and ids.size == 1:
+        # For one row XLA on TPU slices, and copies an int8 table into another layout for that.
+        return rows_of(table, jnp.concatenate([ids, ids], axis=-1))[..., :1, :]
+    rows = table.values[ids].astype(jnp.float32) * table.scale[ids][..., None]
+    return rows.astype(table.dtype)
+
+
+def multiply(
+    x: jax.Array, weight: QuantizedWeight, axes: tuple[Sequence[int], Sequence[int]]
+) -> jax.Array:
+    """`x` times a matrix, contracting `axes` of both, summed in float32; float32.
+
+    The other axes of the matrix are its outputs, and the last axes of the result. The conversion of
+    the values belongs to the product: XLA reads int8 from memory.
+    """
+    product = jax.lax.dot_general(
+        x, weight.values.astype(x.dtype), (axes, ((), ())), preferred_element_type=jnp.float32
+    )
+    lead = product.ndim - weight.scale.ndim
+    return product * weight.scale.reshape((1,) * lead + weight.scale.shape)
+
+
+def multiply_row(x: jax.Array, values: jax.Array) -> jax.Array:
+    """`x` [K] times int8 `values` [K, N] in float32, for CPUs; K is a multiple of ROW_TERMS.
+
+    XLA on CPU has no product that reads int8: it would fuse the conversion into a slow loop, or
+    write the matrix to memory as floats. A sum of scaled rows is one fused loop that reads int8.
+    """
+    rows = values.reshape(-1, ROW_TERMS, values.shape[1])
+
+    def step(total, block):
+        by, rows = block
+        for i in range(ROW_TERMS):
+            total = total + by[i] * rows[i].astype(jnp.float32)
+        return total, None
+
+    factors = x.astype(jnp.float32).reshape(-1, ROW_TERMS)
+    return jax.lax.scan(step, jnp.zeros(values.shape[1], jnp.float32), (factors, rows))[0]
+
+
+def multiply_table(x: jax.Array, table: QuantizedWeight) -> jax.Array:
+    """`x` [B, P, D] times the rows of a table [V, D]: float32 [B, P, V]."""
+    size = max(n for n in range(1, TABLE_ROWS + 1) if table.shape[0] % n == 0)
+
+    def whole(x, table):
+        return multiply(x, table, ((2,), (1,)))
+
+    def in_blocks(x, table):
+        # XLA on CPU converts in memory before it multiplies: a block stays in its caches.
+        blocks = table.values.reshape(-1, size, table.shape[1]), table.scale.reshape(-1, size)
+        parts = jax.lax.map(lambda b: whole(x, QuantizedWeight(b[0], b[1], table.sample)), blocks)
+        return jnp.moveaxis(parts, 0, 2).reshape(*x.shape[:2], -1)
+
+    if size < TABLE_ROWS // 16:
+        return whole(x, table)
+    return jax.lax.platform_dependent(x, table, cpu=in_blocks, default=whole)
