@@ -19,6 +19,7 @@ from lookahead_jax.checkpoints.safetensors_files import INDEX, SINGLE
 from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import LoadedWeights, load_weights
+from lookahead_jax.host.activity import activity
 from lookahead_jax.host.files import atomic_path
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
@@ -57,7 +58,8 @@ def convert(
     with atomic_path(out) as folder:
         path = locate(source)
         checkpoint = open_checkpoint(path)
-        weights = load_weights(checkpoint.tensors, checkpoint.config, dtype=dtype)
+        with activity(f"loading {source}"):
+            weights = load_weights(checkpoint.tensors, checkpoint.config, dtype=dtype)
         for notice in weights.notices:
             warn(notice)
         folder.mkdir()

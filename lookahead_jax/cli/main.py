@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -68,27 +69,32 @@ keep no compiled programs in the user's cache folder."""
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; see `run_command`."""
     args = list(sys.argv[1:] if args is None else args)
-    keep = NO_CACHE not in args and tuple(args[:2]) != _WITHOUT_CACHE
+    keep = NO_CACHE not in args
     args = [arg for arg in args if arg != NO_CACHE]
-    if keep and (problem := keep_compiled_programs()):
-        say("lookahead", f"notice: {problem}")
     if args and args[0] in GROUPS:
-        return _run_group(args[0], args[1:])
+        return _run_group(args[0], args[1:], keep=keep)
     if args == ["--version"]:
         print("lookahead", lookahead_jax.__version__)
         return 0
     named = args and args[0] in (command.__name__.lower() for command in COMMANDS)
     return run_command(
         lambda: parse(args),
-        _work,
+        partial(_work, keep=keep),
         prog="lookahead",
         help_with=f"lookahead {args[0]} --help" if named else "",
     )
 
 
-def _work(config: Any) -> None:
+def _work(config: Any, *, keep: bool) -> None:
+    if keep:
+        _keep_programs()
     with telling(lambda what: say("lookahead", what)):
         COMMANDS[type(config)](config)
+
+
+def _keep_programs() -> None:
+    if problem := keep_compiled_programs():
+        say("lookahead", f"notice: {problem}")
 
 
 def parse(args: Sequence[str]):
@@ -126,9 +132,11 @@ def _list(title: str, sentences: dict[str, str]) -> None:
         print(textwrap.fill(sentence, 80, initial_indent=head, subsequent_indent=" " * indent))
 
 
-def _run_group(group: str, args: list[str]) -> int:
+def _run_group(group: str, args: list[str], *, keep: bool) -> int:
     commands = GROUPS[group]
     if args and args[0] in commands:
+        if keep and (group, args[0]) != _WITHOUT_CACHE:
+            _keep_programs()
         return import_module(f"lookahead_jax.{commands[args[0]][0]}").main(args[1:])
     if args and args[0] in ("-h", "--help"):
         print(f"usage: lookahead {group} COMMAND ...")
