@@ -79,6 +79,10 @@ def test_rows_alone_with_unstacked_layers(name):
         ("gemma2", "attn_logit_softcapping", 5.01),
         ("phi3", "original_max_position_embeddings", 64),
         ("qwen2", "rms_norm_eps", 1e-3),
+        ("mixtral", "num_experts_per_tok", 3),
+        ("qwen3_moe", "norm_topk_prob", False),
+        ("gpt_oss", "swiglu_limit", 1.6),
+        ("gpt_oss", "swiglu_alpha", 1.8),
     ],
 )
 def test_a_wrong_constant_fails(name, field, value):

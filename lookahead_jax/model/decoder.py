@@ -225,7 +225,7 @@ def feed_forward(
         if config.experts is None:
             outs = mlp(p, normed, loras, config=config)
         else:
-            outs = experts_mlp(p, normed, config=config)
+            outs = experts_mlp(p, normed, loras, config=config)
         if config.post_norms:
             outs = [rms_norm(out, p["mlp_post_norm"], config=config) for out in outs]
         return [x + out for x, out in zip(xs, outs, strict=True)]
