@@ -188,7 +188,8 @@ def replayed(row, chunk, sinks, template):
         seen[:sinks] = seen[first : first + chunk] = seen[length:] = True
         for index, layer in enumerate(layers):
             logits = np.where(seen[None, None], layer.logits[:, length:], -np.inf)
-            most = reference.softmax(logits).max(1)[:, :length]
+            beside = layer.sinks[:, None, None]
+            most = reference.softmax_beside(beside, logits).max(1)[:, :length]
             scores[index] = np.maximum(scores[index], group_max(most, RICH.num_kv_heads))
     return scores
 

@@ -100,21 +100,21 @@ def test_the_sum_over_experts(monkeypatch, platform, shape, count, per_token, no
     monkeypatch.setattr(experts, "target_platform", lambda: platform)
     config = mixture(count, per_token, normalise=normalise, clamped=clamped)
     p, x = weights(count, biased=clamped), rows(shape)
-    (got,) = jax.jit(lambda x: experts.experts_mlp(p, [x], config=config))(x)
+    (got,) = jax.jit(lambda x: experts.experts_mlp(p, [x], [None], config=config))(x)
     expected = restated(p, x, config)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_streams_are_computed_together():
     config, p, xs = mixture(5, 2), weights(5), [rows((2, 4)), rows((2, 1), seed=2)]
-    for got, x in zip(experts.experts_mlp(p, xs, config=config), xs, strict=True):
+    for got, x in zip(experts.experts_mlp(p, xs, [None] * 2, config=config), xs, strict=True):
         np.testing.assert_allclose(got, restated(p, x, config), atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     """All of them the same expert's, NaN, or others: the same bits, wherever the row stands."""
     config, p, x = mixture(5, 2), weights(5), rows((3, 40))
-    run = jax.jit(lambda x: experts.experts_mlp(p, [x], config=config)[0])
+    run = jax.jit(lambda x: experts.experts_mlp(p, [x], [None], config=config)[0])
     alone = np.asarray(run(x))[1, 7]
     for others in (jnp.broadcast_to(x[:1, :1], x.shape), jnp.full(x.shape, jnp.nan), x[::-1, ::-1]):
         np.testing.assert_array_equal(run(others.at[1, 7].set(x[1, 7]))[1, 7], alone)
@@ -128,7 +128,7 @@ def test_values_and_gradients_over_a_mesh(axes):
     config, p, x = mixture(4, 2, clamped=True), weights(4, biased=True), rows((4, 6))
 
     def total(p, x):
-        (out,) = experts.experts_mlp(p, [x], config=config)
+        (out,) = experts.experts_mlp(p, [x], [None], config=config)
         return (out * jnp.arange(D, dtype=jnp.float32)[None, None]).sum(), out
 
     run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -282,6 +282,8 @@ def test_a_lora_on_experts_is_left_out_or_refused():
     assert modules.config.targets == ("q", "o") == tuple(modules.lora)
     with pytest.raises(ValueError, match=r"LoRA targets up, down: .* choose out of q, k, v, o"):
         init_modules(jax.random.key(0), dataclasses.replace(wanted, targets=("up", "down")), model)
+    with pytest.raises(ValueError, match="experts take no LoRA"):
+        experts.experts_mlp(weights(5), [rows((1, 1))], [{"down": {}}], config=mixture(5, 2))
 
 
 # Every policy, every drafter and both ways to sample, on each family.

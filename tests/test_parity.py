@@ -82,6 +82,10 @@ def test_rows_alone_with_unstacked_layers(name):
         ("smollm3", "no_rope_layers", [1, 1, 1, 1]),
         ("granite", "residual_multiplier", 0.601),
         ("glm4", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.34}),
+        ("mixtral", "num_experts_per_tok", 3),
+        ("qwen3_moe", "norm_topk_prob", False),
+        ("gpt_oss", "swiglu_limit", 1.6),
+        ("gpt_oss", "swiglu_alpha", 1.8),
     ],
 )
 def test_a_wrong_constant_fails(name, field, value):

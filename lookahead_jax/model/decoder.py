@@ -247,7 +247,7 @@ def feed_forward(
         if config.experts is None:
             outs = mlp(p, normed, loras, config=config)
         else:
-            outs = experts_mlp(p, normed, config=config)
+            outs = experts_mlp(p, normed, loras, config=config)
         outs = [optional_norm(p, "mlp_post_norm", out, config=config) for out in outs]
         return [add_residual(x, out, config=config) for x, out in zip(xs, outs, strict=True)]
 

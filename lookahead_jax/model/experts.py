@@ -25,11 +25,20 @@ _LETTERS = {"gate": "XDF", "up": "XDF", "down": "XFD"}
 _LETTERS |= {"gate_bias": "XF", "up_bias": "XF", "down_bias": "XD"}
 
 
-def experts_mlp(p: Params, xs: Sequence[jax.Array], *, config: ModelConfig) -> list[jax.Array]:
+def experts_mlp(
+    p: Params,
+    xs: Sequence[jax.Array],
+    loras: Sequence[Params | None],
+    *,
+    config: ModelConfig,
+) -> list[jax.Array]:
     """`layers.mlp` of a layer with experts: each row's weighted sum of its experts' outputs.
 
-    Every [B, P, D] of `xs` may have another P. A row's result depends on that row alone.
+    Every [B, P, D] of `xs` may have another P. A row's result depends on that row alone. Raises
+    ValueError for a LoRA on gate, up or down.
     """
+    if any(lora is not None and not lora.keys().isdisjoint(_NAMES) for lora in loras):
+        raise ValueError("experts take no LoRA: leave out gate, up and down")
     x = xs[0] if len(xs) == 1 else jnp.concatenate(xs, axis=1)
     weights, chosen = _routes(p, x, config)
     names = [name for name in _NAMES if name in p]
