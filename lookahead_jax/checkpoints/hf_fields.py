@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lookahead_jax.checkpoints.hf_families import FAMILIES
+
 _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 
 # Fields that change what a model computes, and the families whose code in transformers 5.24 reads
@@ -10,7 +12,7 @@ _MAX_INT = 2**31 - 1  # sizes and positions are 32-bit integers
 # neutral value belongs to another architecture, or was written by mistake.
 _GEMMA = ("gemma2", "gemma3_text")
 _QWEN = ("qwen2", "qwen3", "qwen3_moe")
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+_MIXTURES = tuple(name for name, family in FAMILIES.items() if family.experts)
 _READ_BY: dict[str, tuple[str, ...]] = {
     "layer_types": ("mistral", "qwen2", "qwen3", "smollm3", "gpt_oss", *_GEMMA),
     "sliding_window": ("mistral", "mixtral", "phi3", "smollm3", "gpt_oss", *_QWEN, *_GEMMA),
@@ -39,9 +41,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "clip_qkv": (),
     "is_causal": (),
     "logit_scale": (),
-    "num_experts": MIXTURES,
+    "num_experts": _MIXTURES,
     "num_kv_shared_layers": (),
-    "num_local_experts": MIXTURES,
+    "num_local_experts": _MIXTURES,
     "parallel_attn": (),
     "qk_layernorm": (),
     "qk_norm": (),
