@@ -31,7 +31,7 @@ OWN = {
     "olmo2": tiny.config(model_type="olmo2", num_hidden_layers=2),
     "smollm3": tiny.config(
         model_type="smollm3", num_hidden_layers=2, no_rope_layer_interval=2,
-        use_sliding_window=True, sliding_window=24,
+        use_sliding_window=True, sliding_window=44,
     ),
     "granite": tiny.config(
         model_type="granite", num_hidden_layers=2, embedding_multiplier=3.0,
@@ -59,7 +59,7 @@ SIZES = {
     "oracle": {"response_tokens": 4},
     "kvzip": {"chunk": 16},
 }
-DRAFTERS = ("none", "trie", "suffix", "prompt_lookup", "recycling", "draft_model")
+DRAFTERS = ("trie", "suffix", "trie+suffix", "prompt_lookup", "recycling", "draft_model")
 BUDGET, NEW = 24, 12
 
 
@@ -178,21 +178,20 @@ def restated_loss(model, modules, prompt, response):
     "family", ["mixed", *(pytest.param(f, marks=pytest.mark.slow) for f in OWN)]
 )
 def test_a_training_step(family):
-    """The loss is that of the restatement, and three steps lower it."""
-    model = FAMILIES[family]
-    modules, optimizer = lookahead_modules(model), optax.sgd(0.02)
+    """The loss is the restated one, and a small step lowers it by rate * |gradient|^2."""
+    model, rate = FAMILIES[family], 1e-4
+    modules, optimizer = lookahead_modules(model), optax.sgd(rate)
     prompts, responses = tiny.batch((30, 22), model), tiny.batch((6, 4), model, seed=5)
     step = jax.jit(partial(train_step, config=model, optimizer=optimizer))
-    state, losses = init_state(modules, optimizer), []
     batch = Batch(prompts[None], responses[None])
-    for _ in range(4):
-        state, metrics = step(weights(model), state, batch)
-        losses.append(float(metrics["loss"]))
+    state, before = step(weights(model), init_state(modules, optimizer), batch)
+    _, after = step(weights(model), state, batch)
     expected = [
         restated_loss(model, modules, *(np.asarray(a)[np.asarray(a) >= 0] for a in rows))
         for rows in zip(prompts, responses, strict=True)
     ]
     # As in tests/test_policies.py: float32 against float64.
-    assert losses[0] == pytest.approx(np.mean(expected), rel=1e-4)
-    assert losses == sorted(losses, reverse=True)
-    assert all(np.asarray(jnp.isfinite(a)).all() for a in jax.tree.leaves(state.modules))
+    assert float(before["loss"]) == pytest.approx(np.mean(expected), rel=1e-4)
+    drop = float(before["loss"] - after["loss"])
+    # The rest of the Taylor series is a few percent at this rate.
+    assert drop == pytest.approx(rate * float(before["grad_norm"]) ** 2, rel=0.1)
