@@ -17,7 +17,7 @@ from huggingface_hub import constants, file_download
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.hub import HubName, hub_name
 from tests import tiny
-from tests.hub_server import commit, serve
+from tests.hub_server import TOKEN, commit, serve
 from tests.test_gguf import write_gguf
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -159,6 +159,15 @@ def test_pickled_weights_are_refused(hub):
     assert not [path for _, path in hub.take_log() if path.endswith(".bin")]
 
 
+def test_an_index_cannot_ask_for_pickled_weights(hub):
+    index = {"weight_map": {"model.embed_tokens.weight": "pytorch_model.bin"}}
+    folder = hub.repositories[REPOSITORY]["main"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"refused, it names pytorch_model\.bin as safetensors"):
+        lk.load(REPOSITORY)
+    assert not [path for _, path in hub.take_log() if path.endswith(".bin")]
+
+
 def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(hub):
     config = hub.repositories[REPOSITORY]["main"] / "config.json"
     config.write_text(json.dumps({**tiny.LLAMA, "model_type": "mamba"}))
@@ -167,12 +176,14 @@ def test_an_unsupported_model_is_refused_before_its_weights_are_fetched(hub):
     assert not [path for _, path in hub.take_log() if "safetensors" in path]
 
 
-def test_absent_and_gated_repositories(hub):
+def test_absent_and_gated_repositories(hub, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"no local folder or file a/b, and http.* has no"):
         lk.load("a/b")
     hub.gated.add(REPOSITORY)
     with pytest.raises(PermissionError, match=f"{REPOSITORY} is gated: .*HF_TOKEN"):
         lk.load(REPOSITORY)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert_same(lk.load(REPOSITORY), hub.repositories[REPOSITORY]["main"])
     hub.repositories["a/empty"] = {"main": MODELS / "none"}
     with pytest.raises(FileNotFoundError, match=r"a/empty lacks config\.json"):
         lk.load("a/empty")

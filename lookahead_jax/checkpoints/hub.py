@@ -105,7 +105,10 @@ def _missing(folder: Path) -> list[str]:
     if not (folder / "config.json").exists():
         return ["config.json"]
     read_config(folder)
-    return [file for file in weight_files(folder) if find(folder, file) is None]
+    files = weight_files(folder)
+    if other := [file for file in files if not file.endswith(".safetensors")]:
+        raise ValueError(f"{folder / INDEX}: refused, it names {listing(other)} as safetensors")
+    return [file for file in files if find(folder, file) is None]
 
 
 def _nothing_to_load(name: HubName, absent: list[str], stored: list[str]) -> FileNotFoundError:
