@@ -11,6 +11,7 @@ of text behind a cache that holds the first half whole.
 
 import dataclasses
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ class Options:
     texts: Annotated[tuple[str, ...], Help("text files the model has not seen")] = ()
     pieces: Annotated[int, Help("pieces of text")] = 8
     tokens: Annotated[int, Help("tokens of a piece; the second half is scored")] = 1024
+    whole: Annotated[bool, Help("score whole pieces without a cache: weights only")] = False
     out: Annotated[Path | None, Help("file of the report")] = None
 
 
@@ -72,7 +74,7 @@ def memory(topology: str, slots: int) -> dict[str, Any]:
         )
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             try:
-                found = jax.jit(step).lower(*placed).compile().memory_analysis()
+                found: Any = jax.jit(step).lower(*placed).compile().memory_analysis()
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -91,7 +93,7 @@ def memory(topology: str, slots: int) -> dict[str, Any]:
     return found
 
 
-def quality(options: Options) -> dict[str, Any]:
+def quality(options: Options, folder: str) -> dict[str, Any]:
     """Perplexity with floats, int8 weights, an int8 cache, and both."""
     import jax
     import jax.numpy as jnp
@@ -103,7 +105,9 @@ def quality(options: Options) -> dict[str, Any]:
     policy = lk.make_policy("full")
     found: dict[str, Any] = {}
     for weights in KINDS:
-        model = lk.load(options.model, dtype="float32", weights=weights)
+        model = lk.load(folder, dtype="float32", weights=weights)
+        if model.tokenizer is None:
+            raise SystemExit(f"{folder} has no tokenizer")
         text = "\n".join(Path(name).read_text("utf-8") for name in options.texts)
         ids = model.tokenizer.encode(text)
         if len(ids) < options.pieces * options.tokens:
@@ -113,22 +117,31 @@ def quality(options: Options) -> dict[str, Any]:
                 lk.prefill, model.params, config=model.config, policy=policy, budget=half,
                 slots=half, cache_dtype=cache,
             )  # fmt: skip
+            if options.whole and cache is not None:
+                continue
             loss = []
             for piece in range(options.pieces):
                 row = ids[piece * options.tokens : (piece + 1) * options.tokens]
-                first = read(jnp.asarray([row[:half]], jnp.int32))
-                forced = jnp.asarray([row[half:]], jnp.int32)
-                scores = forced_logits(
-                    model.params, first.cache, first.logits, forced, config=model.config
-                )
+                if options.whole:
+                    forced = jnp.asarray([row[1:]], jnp.int32)
+                    tokens = jnp.asarray([row], jnp.int32)
+                    scores = lk.token_logits(model.params, tokens, config=model.config)[:, :-1]
+                else:
+                    first = read(jnp.asarray([row[:half]], jnp.int32))
+                    forced = jnp.asarray([row[half:]], jnp.int32)
+                    scores = forced_logits(
+                        model.params, first.cache, first.logits, forced, config=model.config
+                    )
                 chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), forced[..., None], -1)
                 loss.append(-float(chosen.mean()))
             name = f"weights_{weights or 'float32'}_cache_{cache or 'float32'}"
+            print(name, loss, file=sys.stderr, flush=True)
             found[name] = {"perplexity": float(jnp.exp(jnp.mean(jnp.asarray(loss))))}
     floats = found["weights_float32_cache_float32"]["perplexity"]
     for row in found.values():
         row["relative"] = row["perplexity"] / floats - 1
-    return found | {"scored_tokens": options.pieces * (options.tokens - half)}
+    scored = options.tokens - (1 if options.whole else half)
+    return found | {"scored_tokens": options.pieces * scored}
 
 
 def main() -> None:
@@ -137,7 +150,7 @@ def main() -> None:
     if options.chip is not None:
         report["memory"] = memory(options.chip, options.slots)
     if options.model is not None:
-        report["quality"] = quality(options)
+        report["quality"] = quality(options, options.model)
     publish(report, options.out)
 
 

@@ -136,7 +136,12 @@ def multiply_table(x: jax.Array, table: QuantizedWeight) -> jax.Array:
     def in_blocks(x, table):
         # XLA on CPU converts in memory before it multiplies: a block stays in its caches.
         blocks = table.values.reshape(-1, size, table.shape[1]), table.scale.reshape(-1, size)
-        parts = jax.lax.map(lambda b: whole(x, QuantizedWeight(b[0], b[1], table.sample)), blocks)
+
+        def multiplied(block):
+            values, scale = block
+            return whole(x, QuantizedWeight(values, scale, table.sample))
+
+        parts = jax.lax.map(multiplied, blocks)
         return jnp.moveaxis(parts, 0, 2).reshape(*x.shape[:2], -1)
 
     if size < TABLE_ROWS // 16:
