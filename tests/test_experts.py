@@ -352,7 +352,7 @@ def test_drafted_tokens_are_undrafted_tokens(family, policy, drafter, sampling):
 )
 def test_a_training_step(family):
     model, modules = model_of(family)
-    optimizer = optax.sgd(0.5)
+    optimizer = optax.sgd(0.02)
     prompts = tiny.batch((25, 16), model.config, seed=2)[None]
     responses = tiny.batch((4, 4), model.config, seed=3)[None, :, :4]
     step = jax.jit(functools.partial(train_step, config=model.config, optimizer=optimizer))
