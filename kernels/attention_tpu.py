@@ -154,7 +154,10 @@ def attend(
     softcap: float | None,
     key_block: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output [B, K, G, P, H] in the dtype of `q`, log-sum-exp [B, K, G, P] float32."""
+    """Output [B, K, G, P, H] in the dtype of `q`, log-sum-exp [B, K, G, P] float32.
+
+    Most of its lines are the blocks and index maps of one `pallas_call`, which belong together.
+    """
     batch, heads, groups, nodes, dim = q.shape
     ctx_k, ctx_v = context
     if places.layer is None:
