@@ -61,8 +61,8 @@ def partial_attention(
     """Running softmax of every run of blocks, in float32.
 
     Returns maxima (in units of log(2)) and masses [B * K, runs, count], and weighted values
-    [B * K, runs, count, H]. The kernel stands inside, hence the length: it is compiled for the sizes
-    and settings that it closes over.
+    [B * K, runs, count, H]. The kernel stands inside, hence the length: it is compiled for the
+    sizes and settings that it closes over.
     """
     q = stacked.q
     batch, heads, slots, dim = k.shape[-4:]
