@@ -301,6 +301,14 @@ CASES = [
 QUICK = ("gpt_oss", "lookaheadkv")  # sinks, biases and windows; the others compile for minutes
 
 
+def marks_of(number, case):
+    """The slow tests take each policy with one family, and --full takes all."""
+    if case[:2] == QUICK:
+        return []
+    family, policy = divmod(number, len(CASES) // len(FAMILIES))
+    return pytest.mark.full if (family + policy) % len(FAMILIES) else pytest.mark.slow
+
+
 @functools.cache
 def model_of(family):
     model = load(MODELS / family)
@@ -336,8 +344,8 @@ def continued(family, policy, sampling, drafter):
 @pytest.mark.parametrize(
     ("family", "policy", "drafter", "sampling"),
     [
-        pytest.param(*case, marks=[] if case[:2] == QUICK else pytest.mark.slow, id="-".join(case))
-        for case in CASES
+        pytest.param(*case, marks=marks_of(number, case), id="-".join(case))
+        for number, case in enumerate(CASES)
     ],
 )
 def test_drafted_tokens_are_undrafted_tokens(family, policy, drafter, sampling):

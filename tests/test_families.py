@@ -92,6 +92,11 @@ def test_bfloat16_is_rounded_where_transformers_rounds():
         assert (np.asarray(got) != expected).mean() < 0.002
 
 
+def slow_or_full(place):
+    """Of a table families x policies the slow tests take each policy once, and --full takes all."""
+    return pytest.mark.full if place % len(OWN) else pytest.mark.slow
+
+
 # The cases of tests/test_policies.py with default settings: one per policy.
 SCORED = [case for case in CASES if case in POLICIES]
 FAST_SCORES = ("expected_attention", "keydiff", "lookaheadkv")
@@ -100,7 +105,10 @@ FAST_SCORES = ("expected_attention", "keydiff", "lookaheadkv")
 @pytest.mark.parametrize(
     ("family", "case"),
     [pytest.param("mixed", case) for case in FAST_SCORES]
-    + [pytest.param(*pair, marks=pytest.mark.slow) for pair in itertools.product(OWN, SCORED)],
+    + [
+        pytest.param(family, case, marks=slow_or_full(i + j))
+        for (i, family), (j, case) in itertools.product(enumerate(OWN), enumerate(SCORED))
+    ],
 )
 def test_policies_score_as_restated(family, case):
     check_case(case, FAMILIES[family])
@@ -138,7 +146,11 @@ def drafter_of(name, model):
 @pytest.mark.filterwarnings("ignore:.*window .* exceeds budget")
 @pytest.mark.parametrize(
     "row",
-    FAST_ROWS + [pytest.param(row, marks=pytest.mark.slow) for row in ROWS],
+    FAST_ROWS
+    + [
+        pytest.param(row, marks=slow_or_full(i // len(POLICIES) + i % len(POLICIES)))
+        for i, row in enumerate(ROWS)
+    ],
     ids="-".join,
 )
 def test_drafting_changes_no_token(row):
