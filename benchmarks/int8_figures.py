@@ -145,7 +145,7 @@ def quality(options: Options, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parse(Options, __doc__ or "")
+    options = parse(Options, __doc__)
     report: dict[str, Any] = ran_on() | {"settings": settings(options, "out")}
     if options.chip is not None:
         report["memory"] = memory(options.chip, options.slots)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,8 @@ import pytest
 from beartype import beartype
 from jaxtyping import install_import_hook
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
