@@ -210,7 +210,7 @@ def _select(a: dict[str, jax.Array]) -> jax.Array:
     budget = min(128, scores.shape[-1] // 2)
     at = jnp.arange(scores.shape[-1], dtype=jnp.int32)[None, None]
     length = jnp.full(1, scores.shape[-1], jnp.int32)
-    view: Any = SimpleNamespace(pos=at, length=length, window=None)
+    view: Any = SimpleNamespace(pos=at, length=length, window=None, pinned=None)
     limits = jnp.full(1, budget, jnp.int32)
     return select(Policy(), view, scores, budget=budget, layer_budget=limits, limit=budget).pos
 
