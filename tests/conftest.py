@@ -34,8 +34,13 @@ import pytest
 from beartype import beartype
 from jaxtyping import install_import_hook
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a script's background jobs
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ignored in a script's background jobs and under nohup; commands that tests start inherit it.
+for number, default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -249,17 +249,22 @@ class Terminal:
         os.close(other)
         self.shown = ""
 
-    def expect(self, pattern: str, seconds: float = 120) -> re.Match:
-        """Waits until the pattern is shown behind what was found before."""
+    def find(self, pattern: str, seconds: float) -> re.Match | None:
+        """What is shown of the pattern, within this time, behind what was found before."""
         end = time.monotonic() + seconds
-        while (found := re.search(pattern, self.shown)) is None:
-            assert time.monotonic() < end, (pattern, self.shown)
+        while (found := re.search(pattern, self.shown)) is None and time.monotonic() < end:
             if select.select([self.fd], [], [], 0.2)[0]:
                 try:
                     self.shown += os.read(self.fd, 4096).decode(errors="replace")
                 except OSError:  # the other side has closed it
-                    raise AssertionError((pattern, self.shown)) from None
-        self.shown = self.shown[found.end() :]
+                    return None
+        if found is not None:
+            self.shown = self.shown[found.end() :]
+        return found
+
+    def expect(self, pattern: str) -> re.Match:
+        found = self.find(pattern, 120)
+        assert found is not None, (pattern, self.shown)
         return found
 
     def type(self, text: str) -> None:
@@ -291,11 +296,16 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path, request):
         terminal.expect("> ")
     # Behind an answer come its last token, the template's <|end|> and a line break.
     assert read == [read[0], read[0] + 3, read[0] + 3]
-    if sys.version_info < (3, 12):  # a known fault: there the prompt sometimes misses Ctrl-C
-        terminal.type("half a line")
-        terminal.expect("half a line")  # the line editor is at work
+    terminal.type("half a line")
+    terminal.expect("half a line")  # the line editor is at work
+    # Python's `input` misses a signal between the echo of a key and its wait for the next one,
+    # microseconds that no person meets and this test does: it presses again, as a person would.
+    for seconds in (10, 10, 100):
         terminal.type("\x03")
-        terminal.expect("lookahead: Ctrl-D or /exit ends")
-        terminal.expect("> ")
+        if terminal.find("lookahead: Ctrl-D or /exit ends", seconds):
+            break
+    else:
+        raise AssertionError(terminal.shown)
+    terminal.expect("> ")
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
