@@ -28,6 +28,7 @@ from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.layers import (
     add_residual,
     by_rows,
+    few_rows_form,
     linear,
     linears,
     mlp,
@@ -179,7 +180,8 @@ def logits(
     With the divisor and the soft-cap of the model, if it has them.
     """
     table = params["embed"] if config.tie_embeddings else params["lm_head"]
-    out = product_of_rows(partial(_logits, table=table), hidden)
+    few = few_rows_form(hidden, table, transposed=True)
+    out = product_of_rows(partial(_logits, table=table), hidden, cpu=few)
     out = out if config.logit_divisor is None else out / config.logit_divisor
     cap = config.final_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)

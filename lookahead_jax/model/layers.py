@@ -6,15 +6,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from lookahead_jax.kernels.few_rows_cpu import multiply_few_rows, takes
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
-from lookahead_jax.model.quantization import (
-    ROW_TERMS,
-    QuantizedWeight,
-    Weight,
-    multiply,
-    multiply_row,
-)
+from lookahead_jax.model.quantization import QuantizedWeight, Weight, multiply
 
 MAX_ROWS = 8192  # rows of a text per MLP call; the last call may have up to twice as many
 
@@ -59,61 +54,62 @@ def product_of_rows(
     inputs: int = 1,
     cpu: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """`product(x)`, a matrix product with the rows of x, in a fast form if there is only one row.
+    """`product(x)`, a matrix product with the rows of x, in a fast form if there are few rows.
 
     The last `inputs` axes of x are contracted; the axes before them are rows. For a vector times a
     matrix, XLA on GPUs converts the matrix to float32 in memory, or writes out every product. With
-    two equal rows it reads the matrix once. `cpu` replaces `product` for one row on CPUs.
+    two equal rows it reads the matrix once. `cpu` replaces `product` on CPUs.
     """
     lead = x.ndim - inputs
-    if math.prod(x.shape[:lead]) != 1:
-        return product(x)
 
     def twice(x):
         return jax.lax.slice_in_dim(
             product(jnp.concatenate([x, x], axis=lead - 1)), 0, 1, axis=lead - 1
         )
 
-    return jax.lax.platform_dependent(
-        x, cpu=cpu or product, cuda=twice, rocm=twice, default=product
-    )
+    gpu = twice if math.prod(x.shape[:lead]) == 1 else product
+    if gpu is product and cpu is None:
+        return product(x)
+    return jax.lax.platform_dependent(x, cpu=cpu or product, cuda=gpu, rocm=gpu, default=product)
+
+
+def few_rows_form(
+    x: jax.Array, weight: Weight, *, inputs: int = 1, transposed: bool = False
+) -> Callable[[jax.Array], jax.Array] | None:
+    """The product of a few rows with a weight on CPUs, in float32; None where it does not apply.
+
+    It contracts the last `inputs` axes of x with the first axes of the weight, or the last axis of
+    x with that of a table [V, D] if `transposed`.
+    """
+    matrix = weight.values if isinstance(weight, QuantizedWeight) else weight
+    lead = x.ndim - inputs
+    rows = math.prod(x.shape[:lead])
+    outputs = matrix.shape[:1] if transposed else matrix.shape[inputs:]
+    if not transposed:
+        matrix = matrix.reshape(math.prod(matrix.shape[:inputs]), -1)
+    if not takes(rows, x, matrix, transposed=transposed):
+        return None
+
+    def product(x):
+        y = multiply_few_rows(x.reshape(rows, -1), matrix, transposed)
+        y = y.reshape(x.shape[:lead] + outputs)
+        if isinstance(weight, QuantizedWeight):
+            y = y * weight.scale.reshape((1,) * lead + outputs)
+        return y
+
+    return product
 
 
 def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
     """Contracts the last `inputs` axes of x with the first ones of the weight."""
-    if isinstance(weight, QuantizedWeight):
-        return _quantized_product(x, weight, inputs)
-
-    def halves(x):
-        # XLA on CPU runs one row times a matrix on one core, but a batch of two on two cores.
-        parts = weight.reshape(2, -1, math.prod(weight.shape[inputs:]))
-        y = jnp.einsum(
-            "sk,skn->sn", x.reshape(2, -1), parts, preferred_element_type=jnp.float32
-        ).sum(0)
-        return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
 
     def whole(x):
+        if isinstance(weight, QuantizedWeight):
+            axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+            return multiply(x, weight, axes).astype(x.dtype)
         return jnp.tensordot(x, weight, axes=inputs)
 
-    cpu = None if weight.shape[0] % 2 else halves
-    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
-
-
-def _quantized_product(x: jax.Array, weight: QuantizedWeight, inputs: int) -> jax.Array:
-    """`_product` with a matrix in eight bits."""
-    size = math.prod(weight.shape[:inputs])
-
-    def whole(x):
-        axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
-        return multiply(x, weight, axes).astype(x.dtype)
-
-    def one_row(x):
-        y = multiply_row(x.reshape(size), weight.values.reshape(size, -1))
-        y = y.reshape(weight.scale.shape) * weight.scale
-        return y.astype(x.dtype).reshape(x.shape[: x.ndim - inputs] + weight.shape[inputs:])
-
-    cpu = None if size % ROW_TERMS else one_row
-    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
+    return product_of_rows(whole, x, inputs=inputs, cpu=few_rows_form(x, weight, inputs=inputs))
 
 
 def linear(

@@ -12,7 +12,6 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-ROW_TERMS = 16  # terms of a sum that `multiply_row` adds in one pass over the result
 TABLE_ROWS = 1024  # rows of a table that are floats at once on CPU
 LARGEST = 127  # symmetric: -128 is not used
 
@@ -106,24 +105,6 @@ def multiply(
     )
     lead = product.ndim - weight.scale.ndim
     return product * weight.scale.reshape((1,) * lead + weight.scale.shape)
-
-
-def multiply_row(x: jax.Array, values: jax.Array) -> jax.Array:
-    """`x` [K] times int8 `values` [K, N] in float32, for CPUs; K is a multiple of ROW_TERMS.
-
-    XLA on CPU has no product that reads int8: it would fuse the conversion into a slow loop, or
-    write the matrix to memory as floats. A sum of scaled rows is one fused loop that reads int8.
-    """
-    rows = values.reshape(-1, ROW_TERMS, values.shape[1])
-
-    def step(total, block):
-        by, rows = block
-        for i in range(ROW_TERMS):
-            total = total + by[i] * rows[i].astype(jnp.float32)
-        return total, None
-
-    factors = x.astype(jnp.float32).reshape(-1, ROW_TERMS)
-    return jax.lax.scan(step, jnp.zeros(values.shape[1], jnp.float32), (factors, rows))[0]
 
 
 def multiply_table(x: jax.Array, table: QuantizedWeight) -> jax.Array:
