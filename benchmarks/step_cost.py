@@ -1,0 +1,109 @@
+"""What a decoding step costs on a CPU by the number of its rows, c(P) / c(1), beside the bytes.
+
+A step of P rows verifies a draft of P nodes. It reads every weight once, whatever P is; the floor
+is that read, at the speed at which this machine sums an array of the size of the weights. Each step
+is timed with the products of a few rows (kernels/few_rows_cpu.py) and with XLA's alone, by turns.
+
+    python benchmarks/step_cost.py --model smollm2
+    python benchmarks/step_cost.py --model smollm2 --weights int8 --out \\
+        benchmarks/results/step_cost_int8.json
+"""
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+from common import RESULTS, Help, machine, parse, publish, ran_on, settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    model: Annotated[str, Help("checkpoint, as for --model of the commands")] = "smollm2"
+    weights: Annotated[str | None, Help("weights in eight bits", choices=("int8",))] = None
+    entries: Annotated[int, Help("entries of the cache per layer and head")] = 256
+    rows: Annotated[tuple[int, ...], Help("rows of the steps")] = (1, 2, 4, 8, 16, 32, 64)
+    repetitions: Annotated[int, Help("timings of each step")] = 15
+    out: Annotated[Path, Help("file of the report")] = RESULTS / "step_cost.json"
+
+
+def seconds(call: Any) -> float:
+    import jax
+
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    import jax
+    import jax.numpy as jnp
+
+    import lookahead_jax as lk
+    from lookahead_jax.decoding.weights import for_decoding
+    from lookahead_jax.model import layers
+    from lookahead_jax.model.cache import empty_cache
+
+    model = lk.load(options.model, dtype="float32", weights=options.weights)
+    config, params = model.config, for_decoding(model.params)
+    span = jnp.full(1, options.entries, jnp.int32)
+    cache = empty_cache(config, 1, options.entries, jnp.float32, span)
+    at = jnp.arange(options.entries, dtype=jnp.int32)
+    cache = dataclasses.replace(
+        cache,
+        pos=jnp.broadcast_to(at, cache.pos.shape),
+        length=jnp.full_like(cache.length, options.entries),
+        next_pos=jnp.full_like(cache.next_pos, options.entries),
+    )
+
+    def step(params, cache, tokens):
+        positions = cache.next_pos[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        block = lk.Block(lk.embed(params, tokens, config=config), positions, cache.rope_span)
+        hidden = lk.forward(params, block, cache, config=config).hidden
+        return lk.logits(params, hidden, config=config)
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    summed = jax.jit(lambda x: x.reshape(2, -1).sum(1))
+    array = jnp.ones(size // 8 * 2, jnp.float32)
+    jax.block_until_ready(summed(array))
+    read = min(seconds(lambda: summed(array)) for _ in range(options.repetitions))
+    found = []
+    for rows in options.rows:
+        tokens = jnp.arange(rows, dtype=jnp.int32)[None]
+        few = jax.jit(step).lower(params, cache, tokens).compile()
+        with mock.patch.object(layers, "takes", return_value=False):
+            plain = jax.jit(lambda *args: step(*args)).lower(params, cache, tokens).compile()
+        times = {"few_rows": [], "xla": []}
+        for _ in range(options.repetitions + 1):
+            times["few_rows"].append(seconds(lambda few=few, t=tokens: few(params, cache, t)))
+            times["xla"].append(seconds(lambda plain=plain, t=tokens: plain(params, cache, t)))
+        median = {name: statistics.median(part[1:]) for name, part in times.items()}
+        found.append({
+            "rows": rows,
+            "ms": {name: 1e3 * value for name, value in median.items()},
+            "ratio": statistics.median(
+                x / f for x, f in zip(times["xla"][1:], times["few_rows"][1:], strict=True)
+            ),
+            "c": {name: value / found[0]["ms"][name] * 1e3 if found else 1.0
+                  for name, value in median.items()},
+            "floor_ms": 1e3 * read,
+        })  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
+def main() -> None:
+    options = parse(Options, __doc__)
+    rows = measure(options)
+    report = ran_on() | {
+        "processor": machine(),
+        "settings": settings(options, "out"),
+        "steps": rows,
+    }
+    publish(report, options.out)
+
+
+if __name__ == "__main__":
+    main()
