@@ -12,17 +12,14 @@ SnapKV. llama.cpp evicts nothing. Compilation is left out and reported apart.
 """
 
 import dataclasses
-import datetime
-import os
-import platform
 import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from common import RESULTS, ROOT, Help, commit, machine, parse, save
-from turns import CORES, Case, Ours, Worker, rows_of, serve, take_turns
+from common import RESULTS, ROOT, Help, parse, save
+from turns import CORES, Case, Ours, Worker, ran, rows_of, serve, take_turns
 
 TOKENS, NEW_TOKENS, BUDGET = 2048, 64, 256
 CASES = [
@@ -121,13 +118,7 @@ def main() -> None:
         print(table(entries[-1:]), file=sys.stderr, flush=True)
     ours.close()
     peer.close()
-    report = {
-        "command": f"python benchmarks/against_llama_cpp.py --repetitions {options.repetitions}",
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(CORES),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
+    report = ran(Path(__file__).name, "--repetitions", str(options.repetitions)) | {
         "file": path.name,
         "versions": ours.versions | peer.versions,
         "cases": entries,

@@ -19,10 +19,7 @@ the same run).
 """
 
 import dataclasses
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -31,8 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from common import RESULTS, ROOT, Help, commit, machine, parse, save
-from turns import CORES, POOL, WINDOW, Case, Ours, Worker, rows_of, serve, take_turns
+from common import RESULTS, ROOT, Help, parse, save
+from turns import CORES, POOL, WINDOW, Case, Ours, Worker, ran, rows_of, serve, take_turns
 
 BUDGET, NEW_TOKENS = 256, 128
 PLAIN = [
@@ -252,17 +249,9 @@ def main() -> None:
                 packaged_model(directory)
             models.append(compare(name, directory, options))
             print(table(models[-1:]), flush=True)
-    report = {
-        "command": "python benchmarks/against_transformers.py "
-        f"--models {' '.join(options.models)} --repetitions {options.repetitions} "
-        f"--seed {options.seed}",
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(CORES),
-        "load_average": os.getloadavg(),
-        "python": platform.python_version(),
-        "models": models,
-    }
+    arguments = ["--models", *options.models, "--repetitions", str(options.repetitions)]
+    arguments += ["--seed", str(options.seed)]
+    report = ran(Path(__file__).name, *arguments) | {"models": models}
     save(options.out, report)
     print("\n" + table(models))
 

@@ -5,14 +5,18 @@ repetition. So the load of the machine, which changes over minutes, cancels.
 """
 
 import dataclasses
+import datetime
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from common import commit, machine
 
 CORES = 2
 PAUSE_S = 0.5  # threads of the other worker stop spinning
@@ -171,6 +175,18 @@ def take_turns(ours: Worker, peer: Worker, case: Case, *, repetitions: int) -> d
             "ratio_max": max(ratios),
         }
     return entry
+
+
+def ran(program: str, *arguments: str) -> dict[str, Any]:
+    """What a report says about a run of `program` with these arguments."""
+    return {
+        "command": " ".join(["python", f"benchmarks/{program}", *arguments]),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(CORES),
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+    }
 
 
 def rows_of(entry: dict, floor: dict | None = None) -> list[list[str]]:
