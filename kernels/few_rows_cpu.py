@@ -70,10 +70,11 @@ def multiply_few_rows(x: jax.Array, matrix: jax.Array, transposed: bool = False)
     unit = OUTPUTS_PER_PASS if transposed else LANES
     parts = min(_cores(), outputs // unit)
     bounds = [outputs // unit * part // parts * unit for part in range(parts + 1)]
-    results = []
-    for part in range(parts):  # XLA runs them side by side
-        name = _register(rows, matrix.dtype, transposed, part, parts)
-        shape = jax.ShapeDtypeStruct((rows, bounds[part + 1] - bounds[part]), jnp.float32)
+    names, results = _register(rows, matrix.dtype, transposed, parts), []
+    for name, first, last in zip(names, bounds, bounds[1:], strict=False):
+        shape = jax.ShapeDtypeStruct(
+            (rows, last - first), jnp.float32
+        )  # XLA runs them side by side
         results.append(jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x, matrix))
     return results[0] if parts == 1 else jnp.concatenate(results, axis=1)
 
@@ -107,22 +108,24 @@ _compiled: list[Any] = []  # machine code that XLA may call as long as the proce
 
 
 @functools.cache
-def _register(rows: int, dtype: Any, transposed: bool, part: int, parts: int) -> str:
-    """Compiles one part of a product and makes it known to XLA; the name of the target."""
+def _register(rows: int, dtype: Any, transposed: bool, parts: int) -> list[str]:
+    """Compiles a product and makes its parts known to XLA; the names of their targets."""
     kind = "transposed" if transposed else "plain"
-    name = f"lookahead_few_rows_{kind}_{rows}_{dtype}_{part}_of_{parts}"
-    module = ir.Module(name)
+    module = ir.Module(f"lookahead_few_rows_{kind}_{rows}_{dtype}")
     loops = _transposed_loops if transposed else _plain_loops
     product = loops(module, rows, _STORED[dtype])
-    _handler(module, product, part, parts, transposed=transposed)
+    names = [f"{module.name}_{part}_of_{parts}" for part in range(parts)]
+    for part, name in enumerate(names):
+        _handler(module, name, product, part, parts, transposed=transposed)
     engine = _machine_code(module)
     _compiled.append(engine)
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    address = engine.get_function_address("handler")
-    jax.ffi.register_ffi_target(name, new_capsule(address, None, None), platform="cpu")
-    return name
+    for name in names:
+        capsule = new_capsule(engine.get_function_address(name), None, None)
+        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return names
 
 
 def _machine_code(module: ir.Module) -> Any:
@@ -153,6 +156,7 @@ def _product_function(module: ir.Module, stored: ir.Type) -> tuple[ir.Function, 
     kind = ir.FunctionType(ir.VoidType(), [*pointers, _I64, _I64, _I64, _I64])
     function = ir.Function(module, kind, "product")
     function.linkage = "internal"
+    function.attributes.add("noinline")  # one copy for all parts
     for pointer in function.args[:3]:
         pointer.add_attribute("noalias")
     return function, ir.IRBuilder(function.append_basic_block())
@@ -228,13 +232,13 @@ def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Funct
 
 
 def _handler(
-    module: ir.Module, product: ir.Function, part: int, parts: int, *, transposed: bool
+    module: ir.Module, name: str, product: ir.Function, part: int, parts: int, *, transposed: bool
 ) -> None:
-    """`XLA_FFI_Error* handler(XLA_FFI_CallFrame*)` with the offsets of xla/ffi/api/c_api.h.
+    """`XLA_FFI_Error* name(XLA_FFI_CallFrame*)` with the offsets of xla/ffi/api/c_api.h.
 
     XLA asks once for metadata, the version of the interface, then calls it with buffers.
     """
-    handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), "handler")
+    handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
     b, frame = ir.IRBuilder(handler.append_basic_block()), handler.args[0]
     null = ir.Constant(_POINTER, None)
 
