@@ -4,8 +4,7 @@ A decoding step multiplies one row, or the few of a draft, with every weight of 
 time is that of reading the weights. XLA's product on CPU packs or converts the matrix first, which
 costs as much again. Here LLVM compiles a loop for a fixed number of rows, and XLA calls it through
 its foreign function interface (https://openxla.org/xla/custom_call). The sum of a result is one
-chain over the inputs that does not depend on the number of rows: a row of a draft gets the bits
-that it gets alone.
+chain over the inputs that does not depend on the number of rows.
 
 Letters: P rows, K inputs, N outputs.
 """
@@ -25,11 +24,12 @@ from llvmlite import binding, ir
 
 from lookahead_jax.kernels.dispatch import target_platform
 
-MAX_ROWS = 16  # more rows are a matter of arithmetic, and XLA's product is as fast
+MAX_ROWS = {"float32": 8, "int8": 16}  # with more, arithmetic takes the time, and XLA is as fast
 LANES = 16  # float32 numbers of a vector; LLVM splits it where registers are shorter
 INPUTS_PER_PASS = 8  # rows of a [K, N] matrix that one pass over the results reads
 OUTPUTS_PER_PASS = 2  # rows of an [N, K] matrix that one pass over the inputs reads
 ROWS_PER_PASS = 8  # of the P rows, where each has sums in registers
+WAKING_US = 200.0  # a product that takes less is done before other threads have woken up
 
 _I32, _I64, _FLOAT, _BYTES = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(8)
 _POINTER = _BYTES.as_pointer()
@@ -52,9 +52,8 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
     return (
         target_platform() == "cpu"
         and whole
-        and 1 <= rows <= MAX_ROWS
         and x.dtype == jnp.float32
-        and matrix.dtype in _STORED
+        and 1 <= rows <= MAX_ROWS.get(matrix.dtype.name, 0)
         and jax.sharding.get_abstract_mesh().empty
         and _layout_is_known()
     )
@@ -66,17 +65,10 @@ def multiply_few_rows(x: jax.Array, matrix: jax.Array, transposed: bool = False)
 
     For CPUs, and for shapes that `takes` accepts. Differentiable in both.
     """
-    rows, outputs = x.shape[0], matrix.shape[0 if transposed else 1]
-    unit = OUTPUTS_PER_PASS if transposed else LANES
-    parts = min(_cores(), outputs // unit)
-    bounds = [outputs // unit * part // parts * unit for part in range(parts + 1)]
-    names, results = _register(rows, matrix.dtype, transposed, parts), []
-    for name, first, last in zip(names, bounds, bounds[1:], strict=False):
-        shape = jax.ShapeDtypeStruct(
-            (rows, last - first), jnp.float32
-        )  # XLA runs them side by side
-        results.append(jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x, matrix))
-    return results[0] if parts == 1 else jnp.concatenate(results, axis=1)
+    cores = _cores() if _microseconds(x.shape[0], matrix) > WAKING_US else 1
+    name = _register(x.shape[0], matrix.dtype, transposed, cores)
+    shape = jax.ShapeDtypeStruct((x.shape[0], matrix.shape[0 if transposed else 1]), jnp.float32)
+    return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x, matrix)
 
 
 @functools.partial(multiply_few_rows.defjvp, symbolic_zeros=True)
@@ -91,8 +83,13 @@ def _derivative(transposed: bool, primals: Any, tangents: Any) -> tuple[jax.Arra
     return multiply_few_rows(x, matrix, transposed), total
 
 
+def _microseconds(rows: int, matrix: jax.Array) -> float:
+    """About what a product takes on one core of 10 GB/s and 60 GFLOP/s."""
+    return max(matrix.nbytes / 1e4, 2 * rows * matrix.size / 6e4)
+
+
 def _cores() -> int:
-    """Parts of a product: more than the cores that there are would wait for each other."""
+    """Threads of a product: more than eight are no faster, since all read the same memory."""
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
 
 
@@ -108,24 +105,26 @@ _compiled: list[Any] = []  # machine code that XLA may call as long as the proce
 
 
 @functools.cache
-def _register(rows: int, dtype: Any, transposed: bool, parts: int) -> list[str]:
-    """Compiles a product and makes its parts known to XLA; the names of their targets."""
+def _register(rows: int, dtype: Any, transposed: bool, cores: int) -> str:
+    """Compiles a product and makes it known to XLA; the name of the target."""
     kind = "transposed" if transposed else "plain"
-    module = ir.Module(f"lookahead_few_rows_{kind}_{rows}_{dtype}")
+    name = f"lookahead_few_rows_{kind}_{rows}_{dtype}_{cores}"
+    module = ir.Module(name)
     loops = _transposed_loops if transposed else _plain_loops
     product = loops(module, rows, _STORED[dtype])
-    names = [f"{module.name}_{part}_of_{parts}" for part in range(parts)]
-    for part, name in enumerate(names):
-        _handler(module, name, product, part, parts, transposed=transposed)
+    # More parts than cores, because threads begin at different times. The rows of a [K, N] matrix
+    # are cut by its parts, so these are few.
+    parts = cores * (8 if transposed else 2) if cores > 1 else 1
+    work = _work(module, product, parts, OUTPUTS_PER_PASS if transposed else LANES)
+    _handler(module, name, work, parts, cores, outputs_axis=0 if transposed else 1)
     engine = _machine_code(module)
     _compiled.append(engine)
     new_capsule = ctypes.pythonapi.PyCapsule_New
     new_capsule.restype = ctypes.py_object
     new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    for name in names:
-        capsule = new_capsule(engine.get_function_address(name), None, None)
-        jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    return names
+    capsule = new_capsule(engine.get_function_address(name), None, None)
+    jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+    return name
 
 
 def _machine_code(module: ir.Module) -> Any:
@@ -150,13 +149,12 @@ def _machine_code(module: ir.Module) -> Any:
 def _product_function(module: ir.Module, stored: ir.Type) -> tuple[ir.Function, ir.IRBuilder]:
     """`void product(x, matrix, y, K, N, first, last)`: the outputs `first` to `last` of all rows.
 
-    x is [P, K] and y is [P, last - first].
+    x is [P, K] and y is [P, N].
     """
     pointers = [_FLOAT.as_pointer(), stored.as_pointer(), _FLOAT.as_pointer()]
     kind = ir.FunctionType(ir.VoidType(), [*pointers, _I64, _I64, _I64, _I64])
     function = ir.Function(module, kind, "product")
     function.linkage = "internal"
-    function.attributes.add("noinline")  # one copy for all parts
     for pointer in function.args[:3]:
         pointer.add_attribute("noalias")
     return function, ir.IRBuilder(function.append_basic_block())
@@ -167,9 +165,9 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
     function, b = _product_function(module, stored)
     x, matrix, y, inputs, outputs, first, last = function.args
     fma, prefetch = _fma(module), _prefetch(module)
-    width = b.sub(last, first)
-    with _loop(b, _I64(0), b.mul(width, _I64(rows)), LANES) as at:
-        _store(b, _ZEROS, y, at)
+    with _loop(b, first, last, LANES) as n:
+        for p in range(rows):
+            _store(b, _ZEROS, y, _index(b, p, outputs, n))
     passed = range(INPUTS_PER_PASS)
     with _loop(b, _I64(0), inputs, INPUTS_PER_PASS) as k:
         factors = [
@@ -179,7 +177,7 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
         starts = [b.mul(b.add(k, _I64(i)), outputs) for i in passed]
         ahead = b.mul(_I64(INPUTS_PER_PASS), outputs)
         with _loop(b, first, last, LANES) as n:
-            places = [_index(b, p, width, b.sub(n, first)) for p in range(rows)]
+            places = [_index(b, p, outputs, n) for p in range(rows)]
             sums = [_load(b, y, place) for place in places]
             for start in starts:  # those of the next pass
                 place = b.gep(matrix, [b.add(b.add(start, n), ahead)])
@@ -196,9 +194,8 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
 def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
     """x [P, K] times [N, K] transposed: dot products with a few outputs' weights at a time."""
     function, b = _product_function(module, stored)
-    x, matrix, y, inputs, _, first, last = function.args
+    x, matrix, y, inputs, outputs, first, last = function.args
     fma = _fma(module)
-    width = b.sub(last, first)
     some = range(OUTPUTS_PER_PASS)
     with _loop(b, first, last, OUTPUTS_PER_PASS) as n:
         for lowest in range(0, rows, ROWS_PER_PASS):
@@ -225,20 +222,58 @@ def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Funct
             b.position_at_end(after)
             for (p, u), total in new.items():
                 result = _add_lanes(b, total)
-                place = _index(b, p, width, b.add(b.sub(n, first), _I64(u)))
+                place = _index(b, p, outputs, b.add(n, _I64(u)))
                 b.store(result, b.gep(y, [place]))
     b.ret_void()
     return function
 
 
+# What the threads of a product share, as i64: the next part, finished parts, and threads that may
+# still look here; then the addresses of x, the matrix and y, and the sizes K and N.
+_NEXT, _FINISHED, _USERS, _ARGUMENTS, _SHARED = 0, 1, 2, 3, 8
+
+
+def _work(module: ir.Module, product: ir.Function, parts: int, unit: int) -> ir.Function:
+    """`void work(i64* shared)`: takes parts until none is left, then leaves; the last one frees."""
+    work = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "work")
+    free = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "free")
+    b = ir.IRBuilder(work.append_basic_block())
+    shared = b.bitcast(work.args[0], _I64.as_pointer())
+    pointers = product.args[:3]
+    arguments = [b.load(b.gep(shared, [_I64(_ARGUMENTS + i)])) for i in range(5)]
+    addresses = [b.inttoptr(value, to.type) for value, to in zip(arguments, pointers, strict=False)]
+    units = b.sdiv(arguments[4], _I64(unit))
+    take, run, leave = (b.append_basic_block() for _ in range(3))
+    b.branch(take)
+    b.position_at_end(take)
+    part = b.atomic_rmw("add", b.gep(shared, [_I64(_NEXT)]), _I64(1), "monotonic")
+    b.cbranch(b.icmp_signed("<", part, _I64(parts)), run, leave)
+    b.position_at_end(run)
+    first, last = (
+        b.mul(b.sdiv(b.mul(units, n), _I64(parts)), _I64(unit))
+        for n in (part, b.add(part, _I64(1)))
+    )
+    b.call(product, [*addresses, *arguments[3:], first, last])
+    b.atomic_rmw("add", b.gep(shared, [_I64(_FINISHED)]), _I64(1), "release")
+    b.branch(take)
+    b.position_at_end(leave)
+    users = b.atomic_rmw("sub", b.gep(shared, [_I64(_USERS)]), _I64(1), "acq_rel")
+    with b.if_then(b.icmp_signed("==", users, _I64(1))):
+        b.call(free, [work.args[0]])
+    b.ret_void()
+    return work
+
+
 def _handler(
-    module: ir.Module, name: str, product: ir.Function, part: int, parts: int, *, transposed: bool
+    module: ir.Module, name: str, work: ir.Function, parts: int, cores: int, *, outputs_axis: int
 ) -> None:
     """`XLA_FFI_Error* name(XLA_FFI_CallFrame*)` with the offsets of xla/ffi/api/c_api.h.
 
-    XLA asks once for metadata, the version of the interface, then calls it with buffers.
+    XLA asks once for metadata, the version of the interface, then calls it with buffers. Threads of
+    XLA's pool help; if they are busy, this one does all the parts.
     """
     handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
+    malloc = ir.Function(module, ir.FunctionType(_POINTER, [_I64]), "malloc")
     b, frame = ir.IRBuilder(handler.append_basic_block()), handler.args[0]
     null = ir.Constant(_POINTER, None)
 
@@ -248,11 +283,11 @@ def _handler(
     def read(base: Any, offset: int, kind: ir.Type) -> Any:
         return b.load(place(base, offset, kind))
 
-    extension = read(frame, 8, _POINTER)
+    extension, api = read(frame, 8, _POINTER), read(frame, 16, _POINTER)
     with b.if_then(b.icmp_unsigned("!=", extension, null)):
         is_metadata = b.icmp_signed("==", read(extension, 8, _I32), _I32(1))
         with b.if_then(is_metadata):
-            metadata, api = read(extension, 24, _POINTER), read(frame, 16, _POINTER)
+            metadata = read(extension, 24, _POINTER)
             for offset, of_api in ((24, 32), (28, 36)):  # the version, major and minor
                 b.store(read(api, of_api, _I32), place(metadata, offset, _I32))
             b.store(_I32(0), place(metadata, 32, _I32))  # no traits
@@ -266,17 +301,45 @@ def _handler(
     def dimension(buffer: Any, axis: int) -> Any:
         return b.load(b.gep(read(buffer, 40, _I64.as_pointer()), [_I64(axis)]))
 
-    inputs, outputs = dimension(x, 1), dimension(matrix, 0 if transposed else 1)
-    unit = OUTPUTS_PER_PASS if transposed else LANES
-    units = b.sdiv(outputs, _I64(unit))
-    first, last = (
-        b.mul(b.sdiv(b.mul(units, _I64(n)), _I64(parts)), _I64(unit)) for n in (part, part + 1)
-    )
-    pointers = [
-        read(buffer, 24, argument.type)
-        for buffer, argument in zip((x, matrix, y), product.args[:3], strict=True)
-    ]
-    b.call(product, [*pointers, inputs, outputs, first, last])
+    shared = b.call(malloc, [_I64(8 * _SHARED)])
+    addresses = [b.ptrtoint(read(buffer, 24, _POINTER), _I64) for buffer in (x, matrix, y)]
+    values = [
+        _I64(0), _I64(0), _I64(cores + 1), *addresses, dimension(x, 1),
+        dimension(matrix, outputs_axis),
+    ]  # fmt: skip
+    for i, value in enumerate(values):
+        b.store(value, place(shared, 8 * i, _I64))
+
+    def leave() -> None:
+        b.atomic_rmw("sub", place(shared, 8 * _USERS, _I64), _I64(1), "acq_rel")
+
+    call = ir.FunctionType(_POINTER, [_POINTER])
+    schedule, destroy = (read(api, offset, call.as_pointer()) for offset in (136, 64))
+    request = b.alloca(_BYTES, _I64(40))
+    context = read(frame, 24, _POINTER)
+    fields = (null, context, b.bitcast(work, _POINTER), shared)
+    for _ in range(cores - 1):  # XLA_FFI_ThreadPool_Schedule
+        b.store(_I64(40), place(request, 0, _I64))
+        for i, field in enumerate(fields, start=1):
+            b.store(field, place(request, 8 * i, _POINTER))
+        error = b.call(schedule, [request])
+        with b.if_then(b.icmp_unsigned("!=", error, null)):  # there is no pool
+            leave()
+            b.store(_I64(24), place(request, 0, _I64))  # XLA_FFI_Error_Destroy
+            b.store(error, place(request, 16, _POINTER))
+            b.call(destroy, [request])
+    b.call(work, [shared])
+    waiting, done = b.append_basic_block(), b.append_basic_block()
+    b.branch(waiting)
+    b.position_at_end(waiting)
+    if cores > 1 and hasattr(os, "sched_getaffinity"):  # Linux, where libc has it
+        b.call(ir.Function(module, ir.FunctionType(_I32, []), "sched_yield"), [])
+    finished = b.load_atomic(place(shared, 8 * _FINISHED, _I64), "acquire", 8)
+    b.cbranch(b.icmp_signed("<", finished, _I64(parts)), waiting, done)
+    b.position_at_end(done)
+    users = b.atomic_rmw("sub", place(shared, 8 * _USERS, _I64), _I64(1), "acq_rel")
+    with b.if_then(b.icmp_signed("==", users, _I64(1))):
+        b.call(module.globals["free"], [shared])
     b.ret(null)
 
 

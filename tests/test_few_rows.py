@@ -22,8 +22,9 @@ def drawn(rows, inputs, outputs, dtype, transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-@pytest.mark.parametrize("rows", [1, 8, 13, MAX_ROWS])
+@pytest.mark.parametrize(
+    ("dtype", "rows"), [("float32", 1), ("float32", 5), ("float32", 8), ("int8", 1), ("int8", 16)]
+)
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (208, 48), (64, 1200)])
 def test_products_are_exact_and_rows_do_not_depend_on_others(
     rows, inputs, outputs, dtype, transposed
@@ -84,7 +85,7 @@ def test_derivatives_and_vmap(transposed):
 def test_what_it_does_not_take():
     x, matrix = jnp.zeros((1, 32)), jnp.zeros((32, 48))
     assert takes(1, x, matrix)
-    assert not takes(MAX_ROWS + 1, x, matrix)
+    assert not takes(MAX_ROWS["float32"] + 1, x, matrix)
     assert not takes(1, x, matrix[:, :40])
     assert not takes(1, x, matrix[:28])
     assert not takes(1, x.astype(jnp.bfloat16), matrix)

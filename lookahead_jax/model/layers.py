@@ -109,7 +109,27 @@ def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
             return multiply(x, weight, axes).astype(x.dtype)
         return jnp.tensordot(x, weight, axes=inputs)
 
-    return product_of_rows(whole, x, inputs=inputs, cpu=few_rows_form(x, weight, inputs=inputs))
+    cpu = _halves(x, weight, inputs) or few_rows_form(x, weight, inputs=inputs)
+    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
+
+
+def _halves(x: jax.Array, weight: Weight, inputs: int) -> Callable[[jax.Array], jax.Array] | None:
+    """The product of one row with floats on CPUs; None where it does not apply.
+
+    XLA on CPU runs one row times a matrix on one core, but a batch of two on two cores.
+    """
+    rows = x.shape[: x.ndim - inputs]
+    if isinstance(weight, QuantizedWeight) or math.prod(rows) != 1 or weight.shape[0] % 2:
+        return None
+
+    def product(x):
+        parts = weight.reshape(2, -1, math.prod(weight.shape[inputs:]))
+        y = jnp.einsum(
+            "sk,skn->sn", x.reshape(2, -1), parts, preferred_element_type=jnp.float32
+        ).sum(0)
+        return y.astype(x.dtype).reshape(rows + weight.shape[inputs:])
+
+    return product
 
 
 def linear(
