@@ -149,6 +149,7 @@ RELATIONS = (
         ("Where is {k} kept?", "Where was {k} last seen?"),
     ),
 )  # fmt: skip
+_MISSES = 20  # keys drawn twice, after which a relation has no more
 _ONLY = (
     "Answer with the {noun} only.", "Give only the {noun}.", "Reply in one short sentence.",
     "Quote the text.", "Be brief.", "",
@@ -156,19 +157,18 @@ _ONLY = (
 
 
 def draw_facts(rng: random.Random, count: int, *, same: bool) -> list[Fact]:
-    """Facts with different keys and values; of one relation if `same`."""
-    relation, facts = rng.choice(RELATIONS), []
-    keys, values = set(), set()
-    for _ in range(20 * count):
-        if len(facts) == count:
-            break
-        chosen = relation if same else rng.choice(RELATIONS)
-        key, value = chosen.key(rng), chosen.value(rng)
-        if key not in keys and value not in values:
-            keys.add(key)
-            values.add(value)
-            facts.append(Fact(chosen, key, value))
-    return facts
+    """Facts with different keys; of one relation if `same`, as far as it has so many keys."""
+    relation = rng.choice(RELATIONS)
+    facts: dict[str, Fact] = {}
+    misses = 0
+    while len(facts) < count:
+        chosen = relation if same and misses < _MISSES else rng.choice(RELATIONS)
+        key = chosen.key(rng)
+        if key in facts:
+            misses += 1
+        else:
+            facts[key] = Fact(chosen, key, chosen.value(rng))
+    return list(facts.values())
 
 
 def ask(rng: random.Random, facts: list[Fact]) -> str:

@@ -25,7 +25,8 @@ PACKAGES = (
     "numpy", "opt_einsum", "optax", "orbax", "packaging", "pandas", "pyarrow", "requests", "rich",
     "safetensors", "scipy", "tqdm", "tyro", "urllib3", "yaml",
 )  # fmt: skip
-_PACKAGE_BYTES = 800_000  # of the sources of one package
+LIBRARY_BYTES = 6_000_000  # of the sources of the standard library
+_PACKAGE_BYTES = 500_000  # of those of one package
 _FILE_BYTES = (1_000, 120_000)
 _PARAGRAPH = 60  # characters of the shortest documentation that is used
 _LINE = 30  # shorter lines say nothing about where a file is from
@@ -92,7 +93,7 @@ def _is_copy(text: str, lines: frozenset[str]) -> bool:
 def _sources() -> Iterator[Document]:
     """Python files of the standard library and of packages, a limited amount of each."""
     library = Path(sysconfig.get_path("stdlib"))
-    yield from _files(library, "python", 10 * _PACKAGE_BYTES)
+    yield from _files(library, "python", LIBRARY_BYTES)
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():
@@ -133,8 +134,8 @@ def _descriptions() -> Iterator[Document]:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        metadata = distribution.metadata
-        text = metadata["Description"] if "Description" in metadata else ""
+        metadata: Any = distribution.metadata  # its type has no `get` before Python 3.12
+        text = metadata.get("Description") or ""
         if len(text) >= _FILE_BYTES[0]:
             yield Document(f"description/{name}", text)
         for file in distribution.files or ():

@@ -25,7 +25,7 @@ def table(rng: random.Random, size: int, material: Material) -> Draft:
     columns = rng.sample(list(_COLUMNS), rng.randint(2, 5))
     count = max(3, size // (_CHARS_PER_CELL * (len(columns) + 1)))
     rows: dict[str, list[str]] = {}
-    for _ in range(4 * count):
+    for _ in range(2 * count):  # keys may be drawn twice
         if len(rows) == count:
             break
         rows[_KEYS[key](rng)] = [_COLUMNS[column](rng) for column in columns]
