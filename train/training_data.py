@@ -129,14 +129,14 @@ def open_data(
     the first epoch follows their order. Raises ValueError if the data are unfinished, made for
     another model, or fewer than one batch.
     """
+    if shards is not None and (len(directories) != 1 or shards < 1):
+        raise ValueError(
+            f"shards {shards} of {len(directories)} folders: give one folder, and at least 1"
+        )
     if shards is None:
         found = [_shards(path, base_fingerprint) for path in directories]
     else:
-        found = [_first_shards(path, base_fingerprint, shards) for path in directories]
-    if shards is not None and (len(found) != 1 or shards < 1):
-        raise ValueError(
-            f"shards {shards} of {len(found)} folders: give one folder, and at least 1"
-        )
+        found = [_first_shards(directories[0], base_fingerprint, shards)]
     parts = [[datasets.Dataset.load_from_disk(str(shard)) for shard in folder] for folder in found]
     dataset = datasets.concatenate_datasets([shard for part in parts for shard in part])
     table = dataset.data
