@@ -3,7 +3,10 @@
 import collections
 import dataclasses
 import json
+import os
 import random
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -115,15 +118,15 @@ def test_an_excerpt_is_of_about_the_size_asked_for(texts):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch, texts):
-    """A recipe of eight shards and sixteen steps, for a model of one layer."""
+    """A recipe of two shards and eight steps, for a model of one layer."""
     (tmp_path / "model").mkdir()
     tiny.save_chat_model(tmp_path / "model", num_hidden_layers=1)
     monkeypatch.setattr(recipe, "read_material", lambda sources: texts)
     monkeypatch.setattr(recipe, "GROUP", 2)
     monkeypatch.setattr(training_data, "GROUP", 2)
     return recipe.RecipeConfig(
-        model=tmp_path / "model", folder=tmp_path / "folder", prompts=32, shard_rows=4, epochs=2,
-        batch=4, shortest=200, longest=450, max_response=8, save_every=2,
+        model=tmp_path / "model", folder=tmp_path / "folder", prompts=16, shard_rows=8, epochs=2,
+        batch=4, shortest=300, longest=450, max_response=8, save_every=2,
         modules=LookaheadConfig(tokens=2, rank=1, alpha=2.0, targets=("q",), init="table"),
         optimizer=OptimizerConfig(rate=1e-2, warmup=2),
     )  # fmt: skip
@@ -149,20 +152,22 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
     assert "at most" in said
     assert f"done: the modules are in {config.folder / 'run' / 'modules'}" in said
     straight = losses(config)
-    assert len(straight) == 16
+    assert len(straight) == 8
 
     made = data.prepare_rows
     other = dataclasses.replace(config, folder=tmp_path / "other")
+    other.folder.mkdir()
+    shutil.copy(config.folder / "rates.json", other.folder)  # measured once is enough
 
     def interrupted(rows, model, settings, first):
-        if first == 16:
-            raise KeyboardInterrupt
+        if first == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
         return made(rows, model, settings, first)
 
     monkeypatch.setattr(data, "prepare_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         recipe.cook(other)
-    assert losses(other) == straight[:4]  # the steps of four shards
+    assert losses(other) == straight[:2]  # the steps of one shard
     early = exported(other)
     monkeypatch.setattr(data, "prepare_rows", made)
     recipe.cook(other)
@@ -171,9 +176,9 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
 
     # Another run shares prompts and responses, and needs none of the work done again.
     monkeypatch.setattr(data, "prepare_rows", None)
-    again = dataclasses.replace(config, run="again", prompts=16, seed=1)
+    again = dataclasses.replace(config, run="again", prompts=8, seed=1)
     recipe.cook(again)
-    assert len(losses(again)) == 8
+    assert len(losses(again)) == 4
     with pytest.raises(ValueError, match="belongs to another run"):
         recipe.cook(dataclasses.replace(again, epochs=3))
     with pytest.raises(ValueError, match=r"other settings \(longest: 450, now 400\)"):
@@ -199,9 +204,14 @@ def test_the_command_names_what_goes_on(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"prompts": 30}, "--prompts 30 must be a multiple of --shard-rows 4"),
+        ({"prompts": 30}, "--prompts 30 must be a multiple of --shard-rows 8"),
         ({"shortest": 500}, "expected 64 or more, in this order"),
         ({"epochs": 0}, "must be at least 1"),
+        ({"batch": 6}, "a batch of 6 cannot be split"),
+        (
+            {"optimizer": OptimizerConfig(rate=1e-2, warmup=16)},
+            "a warm-up of 16 steps does not fit",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused_first(config, changed, message):

@@ -34,13 +34,15 @@ from lookahead_jax.host.files import atomic_path, atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.train import data, lookahead
-from lookahead_jax.train.optimizer import OptimizerConfig
+from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say
 from lookahead_jax.train.recipe import estimate
 from lookahead_jax.train.recipe.material import read_material
 from lookahead_jax.train.recipe.prompts import Maker, prompt
+from lookahead_jax.train.step import check_batch
 from lookahead_jax.train.training_data import GROUP, shard_path
 
 _PRESETS = Path(__file__).parents[1] / "configs" / "recipes"
@@ -87,7 +89,7 @@ class RecipeConfig:
     """Prompts per shard; an interruption loses at most the responses of one."""
     save_every: int = 16
     """Steps between checkpoints, each of which exports the modules."""
-    batch_tokens: int = 16384
+    batch_tokens: int = 32768
     """Most prompt tokens to read at a time while responses are generated."""
 
     @property
@@ -155,6 +157,8 @@ def _check(config: RecipeConfig) -> None:
             f"--shortest {config.shortest}, --longest {config.longest}: expected 64 or more, in "
             "this order"
         )
+    check_batch(config.batch, 1, make_mesh(data=None, fsdp=1, tensor=1))
+    make_optimizer(config.optimizer, config.steps)  # refuses a warm-up that is too long
 
 
 def _folder(config: RecipeConfig) -> Path:
@@ -271,7 +275,11 @@ def _sigterm_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
