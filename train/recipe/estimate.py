@@ -20,7 +20,7 @@ from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import Batch, init_state, train_step
 
-_ROWS = 4
+_ROWS = 2
 _NEW = 33  # tokens of a response: one by the pass over the prompt, the others by decoding
 FILE = "rates.json"
 
