@@ -22,7 +22,7 @@ from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules
-from lookahead_jax.train import lookahead
+from lookahead_jax.train import lookahead, training_data
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.embedded import base
@@ -115,7 +115,7 @@ def read_metrics(run):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def test_a_run_survives_sigterm_bit_for_bit(run_config):
+def test_a_run_survives_sigterm_bit_for_bit(run_config, capsys):
     straight = lookahead.train(run_config)
     assert [line["step"] for line in read_metrics(run_config.run)] == [0, 1, 2, 3]
 
@@ -126,16 +126,55 @@ def test_a_run_survives_sigterm_bit_for_bit(run_config):
             os.kill(os.getpid(), signal.SIGTERM)
 
     assert lookahead.train(config, on_metrics=terminate) is None
-    assert not (config.run / "modules").exists()
+    assert "stopped after step 2 of 4; " in capsys.readouterr().err
+    model = load(config.model)
+    early = load_modules(config.run / "modules", params=model.params, config=model.config)
+    assert digests(early) != digests(straight)
     resumed = lookahead.train(config)
     assert digests(resumed) == digests(straight)
     assert read_metrics(config.run) == read_metrics(run_config.run)
 
-    model = load(config.model)
     exported = load_modules(config.run / "modules", params=model.params, config=model.config)
     assert digests(exported) == digests(straight)
     with pytest.raises(ValueError, match=r"belongs to another run \(batch differ\)"):
         lookahead.train(dataclasses.replace(config, batch=2, micro_batches=1))
+
+
+def test_a_run_on_shards_in_the_making_waits_for_them(run_config, tmp_path, monkeypatch):
+    """And is the run on all of them: its first epoch follows the shards, which are recorded."""
+    monkeypatch.setattr(training_data, "GROUP", 1)
+    rows = [{"prompt": p, "response": p[3:8]} for p in tiny.prompts((30, 20, 25, 31) * 3, vocab=96)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    making = DataConfig(
+        model=run_config.model, source=(str(tmp_path / "rows.jsonl"),), out=tmp_path / "data",
+        shard_rows=4,
+    )  # fmt: skip
+    prepare(making)
+    config = dataclasses.replace(
+        run_config, data=(making.out,), run=tmp_path / "straight", shards=3, steps=5
+    )
+    straight = lookahead.train(config)
+
+    (making.out / "complete.json").unlink()
+    for shard in (1, 2):
+        (making.out / f"shard-{shard:05d}").rename(tmp_path / str(shard))
+    early = dataclasses.replace(config, run=tmp_path / "early")
+    with pytest.raises(lookahead.RowsMissing, match="has rows for 1 of 5 steps so far: make more"):
+        lookahead.train(early)
+    assert (early.run / "modules").is_dir()
+    for shard in (2, 1):  # without the second, the third does not count
+        with pytest.raises(lookahead.RowsMissing, match="rows for 1 of 5"):
+            lookahead.train(early)
+        (tmp_path / str(shard)).rename(making.out / f"shard-{shard:05d}")
+    assert digests(lookahead.train(early)) == digests(straight)
+    assert read_metrics(early.run) == read_metrics(config.run)
+    with pytest.raises(ValueError, match=r"belongs to another run \(shards differ\)"):
+        lookahead.train(dataclasses.replace(early, shards=2))
+    for wrong in ({"shards": 0}, {"shards": 2, "data": (making.out, making.out)}):
+        with pytest.raises(ValueError, match="give one folder, and at least 1"):
+            lookahead.train(dataclasses.replace(early, run=tmp_path / "wrong", **wrong))
+    with pytest.raises(ValueError, match="no finished shard"):
+        lookahead.train(dataclasses.replace(early, data=(tmp_path,), run=tmp_path / "wrong"))
 
 
 def test_a_run_belongs_to_one_process(run_config, tmp_path):

@@ -168,3 +168,12 @@ def test_order_is_a_function_of_seed_and_step_and_batches_follow_it(tmp_path, mo
     assert {s.data.shape[1] for s in batch.prompts.addressable_shards} == {1}
     assert batch.responses.shape == (2, 2, 16)
     assert jax.tree.leaves(batch)[0].sharding == microbatch_sharding(mesh)
+
+
+def test_batches_are_of_similar_length_and_bounded_in_tokens():
+    lengths = {row: n for row, n in enumerate((500, 20, 900, 1000, 16, 3000, 30, 40, 450, 480))}
+    made = list(data.batches(lengths, batch=4, tokens=2048))
+    # Padded to 3072, 1024 and 512 tokens: one row (too long, yet alone), two and four of them.
+    assert made == [([5], 1), ([3, 2], 2), ([0, 9, 8, 7], 4), ([6, 1, 4], 4)]
+    assert list(data.batches({3: 7}, batch=16, tokens=2048)) == [([3], 1)]
+    assert list(data.batches({}, batch=16, tokens=2048)) == []

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.policies.full import Full
-from lookahead_jax.prefilling.batching import check_tokens
+from lookahead_jax.prefilling.batching import bucket_length, check_tokens
 from lookahead_jax.train.progress import say
 from lookahead_jax.train.training_data import COMPLETE, FEATURES, shard_path
 
@@ -60,7 +60,10 @@ class DataConfig:
     regenerate: bool = False
     """Generate every response, also where the source has one."""
     batch: int = 16
-    """Number of responses to generate at a time."""
+    """Most responses to generate at a time."""
+    batch_tokens: int = 16384
+    """Most prompt tokens to read at a time, padding included; it makes batches of long prompts
+    small. A single prompt may have more."""
     shard_rows: int = 256
     """Source rows per shard; a crash loses at most one shard."""
     part: int = 0
@@ -77,10 +80,15 @@ def prepare(config: DataConfig) -> None:
     """
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"--limit must be at least 1, not {config.limit}")
-    if config.batch < 1 or config.shard_rows < 1 or not 0 <= config.part < config.parts:
+    if (
+        min(config.batch, config.batch_tokens) < 1
+        or config.shard_rows < 1
+        or not 0 <= config.part < config.parts
+    ):
         raise ValueError(
-            f"--batch {config.batch}, --shard-rows {config.shard_rows}, --part {config.part}, "
-            f"--parts {config.parts}: sizes must be at least 1, and part must be below parts"
+            f"--batch {config.batch}, --batch-tokens {config.batch_tokens}, --shard-rows "
+            f"{config.shard_rows}, --part {config.part}, --parts {config.parts}: sizes must be at "
+            "least 1, and part must be below parts"
         )
     make_folder(config.out)
     with folder_lock(config.out, f"lock.{config.part}"):
@@ -152,13 +160,10 @@ def prepare_rows(
         if 0 < len(prompt) <= config.max_prompt:
             known = [] if config.regenerate else response[: config.max_response]
             pairs.append((prompt, known))
-    open_rows = sorted(
-        (i for i, (_, y) in enumerate(pairs) if not y), key=lambda i: len(pairs[i][0])
-    )
-    for at in range(0, len(open_rows), config.batch):
-        chosen = open_rows[at : at + config.batch]
-        # A smaller last batch would be compiled again.
-        filled = chosen + chosen[-1:] * (config.batch - len(chosen))
+    open_rows = [i for i, (_, response) in enumerate(pairs) if not response]
+    lengths = {i: len(pairs[i][0]) for i in open_rows}
+    for chosen, size in batches(lengths, batch=config.batch, tokens=config.batch_tokens):
+        filled = chosen + chosen[-1:] * (size - len(chosen))
         prompts = [pairs[i][0] for i in filled]
         answers = generate(
             model, prompts, policy=Full(), max_new_tokens=config.max_response, burst=64
@@ -167,6 +172,22 @@ def prepare_rows(
             pairs[i] = (pairs[i][0], answer)
     columns = {"prompt": [x for x, _ in pairs], "response": [y for _, y in pairs]}
     return datasets.Dataset.from_dict(columns, features=FEATURES)
+
+
+def batches(
+    lengths: Mapping[int, int], *, batch: int, tokens: int
+) -> Iterator[tuple[list[int], int]]:
+    """Rows of similar length to generate together, and the number of rows to compile for.
+
+    `lengths` are tokens by row. At most `batch` rows and `tokens` padded prompt tokens come
+    together, longest first. The number is a power of two, so that few programs are compiled.
+    """
+    rows = sorted(lengths, key=lambda row: lengths[row], reverse=True)
+    while rows:
+        fit = max(1, min(batch, tokens // bucket_length(lengths[rows[0]])))
+        size = 1 << (fit.bit_length() - 1)
+        chosen, rows = rows[:size], rows[size:]
+        yield chosen, min(size, 1 << (len(chosen) - 1).bit_length())
 
 
 def tokenize(row: dict[str, Any], model: Model) -> tuple[list[int], list[int]]:

@@ -4,9 +4,9 @@
 
 CONFIG is a JSON file, or the name of one in train/configs (`published`); any field can be set on
 the command line. The same command resumes a run. On several hosts, start it on each of them; a
-SIGTERM makes all of them save the same step and exit. RUN receives config.json (every field as it
-was used), metrics.jsonl, checkpoints/ and, at the end, modules/. `python -m
-lookahead_jax.train.lookahead` is the same command.
+SIGTERM makes all of them save the same step and exit, and on one host Ctrl-C does. RUN receives
+config.json (every field as it was used), metrics.jsonl, checkpoints/ and, at every checkpoint,
+modules/. `python -m lookahead_jax.train.lookahead` is the same command.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ import jax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.checkpoints.load import Model, load
-from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.command import end_process, run_command, stopped_by_interrupt
 from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
+from lookahead_jax.host.run_folder import SETTINGS
 from lookahead_jax.model.params import Params, WeightType, fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
@@ -49,7 +51,6 @@ from lookahead_jax.train.step import (
 )
 from lookahead_jax.train.training_data import TrainingData, open_data
 
-_LOG = logging.getLogger(__name__)
 _PRESETS = Path(__file__).parent / "configs"
 _IDENTITY = ("modules", "optimizer", "steps", "batch", "seed", "max_prompt")  # of a run to resume
 
@@ -90,13 +91,16 @@ class TrainConfig:
     """Type of the base weights; None: that of the checkpoint."""
     weights: WeightType | None = None
     """int8: the base's matrices in eight bits, with one scale per output channel."""
+    shards: int | None = None
+    """Use the first so many shards of the data, which may still be in the making: the run starts on
+    those that are there, and its first epoch follows their order. None: all of finished data."""
     max_prompt: int | None = None
     """Longest prompt in tokens; rows with a longer one are skipped. None: no limit."""
     chunk: int | None = CHUNK
     """Prompt tokens that a layer processes at a time; None: chosen for the platform."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     save_every: int = 200
-    """Steps between checkpoints."""
+    """Steps between checkpoints; RUN/modules is written with each."""
     keep: int = 3
     """Number of checkpoints to keep."""
     log_every: int = 10
@@ -105,6 +109,16 @@ class TrainConfig:
     """Stop with an error after this many consecutive steps with a non-finite loss or gradient."""
     profile: tuple[int, int] | None = None
     """First and last step of a jax.profiler trace, written to RUN/profile."""
+
+
+class RowsMissing(ValueError):
+    """The data of the next step are still to be made."""
+
+    def __init__(self, step: int, config: TrainConfig):
+        super().__init__(
+            f"{config.data[0]} has rows for {step} of {config.steps} steps so far: make more of "
+            "them; then the same command goes on"
+        )
 
 
 def parse_config(args: Sequence[str]) -> TrainConfig:
@@ -116,11 +130,13 @@ def parse_config(args: Sequence[str]) -> TrainConfig:
 
 
 def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> LookaheadModules | None:
-    """Trains to the end and exports the modules; None if a SIGTERM ended the run before.
+    """Trains to the end and exports the modules; None if a signal ended the run before.
 
-    `on_metrics` receives every line of metrics.jsonl as a dict, on the first process. Raises
-    ValueError for a configuration that does not fit model, data or devices, FloatingPointError
-    when too many steps in a row are skipped, BlockingIOError if another process writes the run.
+    The modules are exported at every checkpoint, also when the run ends early. `on_metrics`
+    receives every line of metrics.jsonl as a dict, on the first process. Raises RowsMissing where
+    the next step's shards are still to be made, ValueError for a configuration that does not fit
+    model, data or devices, FloatingPointError when too many steps in a row are skipped,
+    BlockingIOError if another process writes the run.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_batch(config.batch, config.micro_batches, mesh)
@@ -143,10 +159,13 @@ def _train(
     base = fingerprint(model.params)
     data = open_data(
         config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
-        max_prompt=config.max_prompt,
+        max_prompt=config.max_prompt, shards=config.shards,
     )  # fmt: skip
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     identity = {name: described[name] for name in _IDENTITY} | {"base": base}
+    if config.shards is not None:  # then the data's settings and their number name the rows
+        rows = read_json(config.data[0], SETTINGS)
+        identity |= {"shards": config.shards, "data": rows}
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=config.keep, identity=identity) as checkpoints,
@@ -160,10 +179,7 @@ def _train(
             described=described,
             on_metrics=on_metrics,
         )
-    if state is None:
-        return None
-    save_modules(config.run / "modules", state.modules, params=model.params)
-    return state.modules
+    return None if state is None else state.modules
 
 
 def _run_steps(
@@ -176,7 +192,7 @@ def _run_steps(
     described: dict[str, Any],
     on_metrics: OnMetrics | None,
 ) -> TrainState | None:
-    """Trains from the newest checkpoint to the last step; None if a SIGTERM came before."""
+    """Trains from the newest checkpoint to the last step; None if a signal came before."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = compile_step(
         mesh, config=model.config, optimizer=optimizer, chunk=config.chunk, weights=config.weights
@@ -190,8 +206,23 @@ def _run_steps(
         patience=config.stop_after_skipped, on_metrics=on_metrics,
     )  # fmt: skip
     trace_from, trace_to = config.profile or (-1, -1)
+
+    def export() -> None:
+        save_modules(config.run / "modules", state.modules, params=model.params)
+
+    def save(done: int) -> None:
+        metrics.flush()
+        checkpoints.save(done, state)
+        export()
+
+    if first:  # a run that was killed may have a checkpoint and not its modules
+        export()
     with _stop_requests() as stop_requested, contextlib.ExitStack() as trace:
         for step in steps(first, config.steps):
+            if not data.has(step):
+                if step > first:
+                    save(step)
+                raise RowsMissing(step, config)
             if step == trace_from:
                 trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
             batch = data.load(step, config.micro_batches, microbatch_sharding(mesh))
@@ -202,10 +233,12 @@ def _run_steps(
                 trace.close()
             done, stop = step + 1, stop_requested(step)
             if stop or done == config.steps or done % config.save_every == 0:
-                metrics.flush()
-                checkpoints.save(done, state)
+                save(done)
             if stop and done < config.steps:
-                _LOG.warning("stopped after step %d; the same command resumes", step)
+                say(
+                    f"stopped after step {done} of {config.steps}; {config.run / 'modules'} holds "
+                    "the modules so far, and the same command goes on"
+                )
                 return None
     return state
 
@@ -233,7 +266,8 @@ def _stop_requests() -> Iterator[Callable[[int], bool]]:
         return
     before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
     try:
-        yield lambda step: requested.is_set()
+        with stopped_by_interrupt() as interrupted:
+            yield lambda step: requested.is_set() or interrupted()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -260,7 +294,7 @@ def join_cluster() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command line; 0 also when a SIGTERM has ended the run cleanly."""
+    """Runs the command line; 0 also when a signal has ended the run cleanly."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
     def work(config: TrainConfig) -> None:

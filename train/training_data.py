@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.compute
 from jax.sharding import NamedSharding
 
 from lookahead_jax.checkpoints.hf_files import read_json
+from lookahead_jax.host.run_folder import SETTINGS
 from lookahead_jax.prefilling.batching import bucket_length
 from lookahead_jax.train.step import Batch
 
@@ -20,7 +22,7 @@ COMPLETE = "complete.json"
 """Written into a folder of token rows when all of its shards are there."""
 IDS = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features({"prompt": IDS, "response": IDS})
-_GROUP = 16  # batches whose rows are sorted by length together, which reduces padding
+GROUP = 16  # batches whose rows are sorted by length together, which reduces padding
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -38,10 +40,18 @@ class TrainingData:
     rows: np.ndarray  # [n] int64 rows of the data set that are used
     batch: int
     seed: int
+    in_order: bool = False
+    """Whether the first epoch follows the order of the shards, group by group."""
+    complete: bool = True
+    """Whether all shards are there. If not, only the steps of whole groups are."""
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.rows) // self.batch
+
+    def has(self, step: int) -> bool:
+        """Whether the rows of a step are there."""
+        return self.complete or step < self.steps_per_epoch // GROUP * GROUP
 
     def rows_of(self, step: int) -> np.ndarray:
         """The data set's rows in the global batch of `step`: int64 [batch]."""
@@ -50,14 +60,34 @@ class TrainingData:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one data set a run)
     def _order(self, epoch: int) -> np.ndarray:
-        """All batches of an epoch [steps, batch]: shuffled, of similar length, shuffled again."""
+        """All batches of an epoch [steps, batch]: shuffled, of similar length, shuffled again.
+
+        In an epoch that follows the shards all of this happens within a group, so that its batches
+        do not depend on later rows.
+        """
+        used = self.steps_per_epoch * self.batch
+        starts = range(0, used, GROUP * self.batch)
+        if self.in_order and epoch == 0:
+            rows = self.rows[:used]
+            rngs = [np.random.default_rng((self.seed, 0, start)) for start in starts]
+            groups = [
+                rng.permutation(rows[start : start + GROUP * self.batch])
+                for rng, start in zip(rngs, starts, strict=True)
+            ]
+            batches = [
+                rng.permutation(self._of_similar_length(group))
+                for rng, group in zip(rngs, groups, strict=True)
+            ]
+            return np.concatenate(batches)
         rng = np.random.default_rng((self.seed, epoch))
-        steps, size = self.steps_per_epoch, self.batch
-        order = rng.permutation(self.rows)[: steps * size]
-        for at in range(0, len(order), _GROUP * size):
-            group = order[at : at + _GROUP * size]
-            order[at : at + len(group)] = group[np.argsort(self.lengths[group, 0], kind="stable")]
-        return rng.permutation(order.reshape(steps, size))
+        order = rng.permutation(self.rows)[:used]
+        groups = [order[start : start + GROUP * self.batch] for start in starts]
+        return rng.permutation(np.concatenate([self._of_similar_length(g) for g in groups]))
+
+    def _of_similar_length(self, group: np.ndarray) -> np.ndarray:
+        """The rows of a group, sorted by length, as batches [n, batch]."""
+        in_order = group[np.argsort(self.lengths[group, 0], kind="stable")]
+        return in_order.reshape(-1, self.batch)
 
     def load(self, step: int, micro_batches: int, sharding: NamedSharding) -> Batch:
         """The batch of a step [A, B, ...]; a process reads only the rows of its own devices."""
@@ -90,16 +120,24 @@ def open_data(
     seed: int,
     base_fingerprint: str,
     max_prompt: int | None = None,
+    shards: int | None = None,
 ) -> TrainingData:
     """Memory-maps what `prepare` wrote into each of the folders, as one data set.
 
-    Rows whose prompt is longer than `max_prompt`, or that have no response, are not used. Raises
-    ValueError if the data are unfinished, made for another model, or fewer than one batch.
+    Rows whose prompt is longer than `max_prompt`, or that have no response, are not used. With
+    `shards`, only so many shards of a single folder are used; they may still be in the making, and
+    the first epoch follows their order. Raises ValueError if the data are unfinished, made for
+    another model, or fewer than one batch.
     """
-    parts = [
-        [datasets.Dataset.load_from_disk(str(shard)) for shard in _shards(path, base_fingerprint)]
-        for path in directories
-    ]
+    if shards is not None and (len(directories) != 1 or shards < 1):
+        raise ValueError(
+            f"shards {shards} of {len(directories)} folders: give one folder, and at least 1"
+        )
+    if shards is None:
+        found = [_shards(path, base_fingerprint) for path in directories]
+    else:
+        found = [_first_shards(directories[0], base_fingerprint, shards)]
+    parts = [[datasets.Dataset.load_from_disk(str(shard)) for shard in folder] for folder in found]
     dataset = datasets.concatenate_datasets([shard for part in parts for shard in part])
     table = dataset.data
     lengths = [
@@ -118,19 +156,37 @@ def open_data(
         rows=np.flatnonzero(used),
         batch=batch,
         seed=seed,
+        in_order=shards is not None,
+        complete=shards is None or len(found[0]) == shards,
     )
 
 
 def _shards(directory: Path, base_fingerprint: str) -> list[Path]:
-    """The finished shards of a folder, made for this base model."""
+    """The shards of a finished folder, made for this base model."""
     about = read_json(directory, COMPLETE)
     if about is None:
         raise ValueError(
             f"{directory} has no {COMPLETE}: run `lookahead train data` again to finish it"
         )
+    _check_model(directory, about, base_fingerprint)
+    return [shard_path(directory, number) for number in range(about["shards"])]
+
+
+def _first_shards(directory: Path, base_fingerprint: str, count: int) -> list[Path]:
+    """At most `count` shards without a gap, of a folder that may be unfinished."""
+    about = read_json(directory, SETTINGS)
+    first = list(itertools.takewhile(Path.is_dir, (shard_path(directory, n) for n in range(count))))
+    if about is None or not first:
+        raise ValueError(
+            f"{directory} has no finished shard: run `lookahead train data` until it has one"
+        )
+    _check_model(directory, about, base_fingerprint)
+    return first
+
+
+def _check_model(directory: Path, about: dict[str, Any], base_fingerprint: str) -> None:
     if about["base_fingerprint"] != base_fingerprint:
         raise ValueError(
             f"{directory}: the rows were made for another model; run `lookahead train data` for "
             "this one"
         )
-    return [shard_path(directory, number) for number in range(about["shards"])]

@@ -46,6 +46,7 @@ COMMANDS = {
 # Imported when called: these modules import JAX. Each has a `main(args)` that returns the status.
 GROUPS = {
     "train": {
+        "recipe": ("train.recipe.recipe", "From a model's name to lookahead modules, in one run."),
         "data": ("train.data", "Tokenize chats or prompts, and generate missing responses."),
         "lookahead": ("train.lookahead", "Train lookahead modules for a model."),
         "study": ("train.study", "Train several sets of modules at once, for comparisons."),

@@ -21,13 +21,19 @@ Config = TypeVar("Config")
 
 
 def run_command(
-    parse: Callable[[], Config], work: Callable[[Config], object], *, prog: str, help_with: str = ""
+    parse: Callable[[], Config],
+    work: Callable[[Config], object],
+    *,
+    prog: str,
+    help_with: str = "",
+    interrupted_with: str = "interrupted",
 ) -> int:
     """Parses, works, and returns the exit status: 0, 1 (failed), 2 (misused) or 130 (interrupted).
 
     A failure is one line on stderr, a warning too; LOOKAHEAD_DEBUG=1 adds the traceback. `parse`
     may end in tyro's SystemExit. Characters that the console cannot show are replaced.
-    `help_with` is the command that shows help, `prog --help` by default.
+    `help_with` is the command that shows help, `prog --help` by default; `interrupted_with` is what
+    an interrupt is reported as.
     """
     _show_any_text()
     with _interrupts() as interrupted:
@@ -39,10 +45,10 @@ def run_command(
                 work(config)
             sys.stdout.flush()
         except KeyboardInterrupt:
-            return _fail(prog, "interrupted", status=INTERRUPTED)
+            return _fail(prog, interrupted_with, status=INTERRUPTED)
         except Exception as error:
             if interrupted():  # the import system and JAX turn Ctrl-C into errors of their own
-                return _fail(prog, "interrupted", status=INTERRUPTED)
+                return _fail(prog, interrupted_with, status=INTERRUPTED)
             return _failed(error, prog, help_with or f"{prog} --help")
     return 0
 

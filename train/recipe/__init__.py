@@ -1,0 +1,1 @@
+"""From a configuration to lookahead modules: prompts, the model's responses, training."""
