@@ -146,6 +146,7 @@ def losses(config):
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkeypatch, capsys):
     recipe.cook(config)
     said = capsys.readouterr().err
