@@ -423,7 +423,9 @@ def test_a_half_closed_client_waits_for_its_row_and_may_still_leave(server, monk
         assert server.engine.alive == 2
         leaves.close()
         until(lambda: len(server.engine._queue._cancelled) == 1)
-        old = raw(server, post(fields(max_tokens=8)).replace("HTTP/1.1", "HTTP/1.0"), half=True)
+        old = raw(server, post(fields(max_tokens=8)).replace("HTTP/1.1", "HTTP/1.0"))
+        until(lambda: server.engine.alive == 3)  # before, there is nothing to cancel
+        old.shutdown(socket.SHUT_WR)
         until(lambda: len(server.engine._queue._cancelled) == 2)
         old.close()
         gate.open()
