@@ -2,26 +2,24 @@
 
 A decoding step multiplies one row, or the few of a draft, with every weight of the model, so its
 time is that of reading the weights. XLA's product on CPU packs or converts the matrix first, which
-costs as much again. Here LLVM compiles a loop for a fixed number of rows, and XLA calls it through
-its foreign function interface (https://openxla.org/xla/custom_call). The sum of a result is one
+costs as much again. Here LLVM compiles a loop for a fixed number of rows, and XLA calls it
+(cpu_calls.py). The sum of a result is one
 chain over the inputs that does not depend on the number of rows.
 
 Letters: P rows, K inputs, N outputs.
 """
 
 import contextlib
-import ctypes
 import functools
 import os
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from llvmlite import binding, ir
+from llvmlite import ir
 
+from lookahead_jax.kernels.cpu_calls import layout_is_known, register_product
 from lookahead_jax.kernels.dispatch import target_platform
 
 MAX_ROWS = {"float32": 8, "int8": 16}  # with more, arithmetic takes the time, and XLA is as fast
@@ -55,7 +53,7 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
         and x.dtype == jnp.float32
         and 1 <= rows <= MAX_ROWS.get(matrix.dtype.name, 0)
         and jax.sharding.get_abstract_mesh().empty
-        and _layout_is_known()
+        and layout_is_known()
     )
 
 
@@ -94,56 +92,16 @@ def _cores() -> int:
 
 
 @functools.cache
-def _layout_is_known() -> bool:
-    """Whether XLA calls functions as `_handler` reads it: major version 0 of the interface."""
-    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    found = re.search(r"#define XLA_FFI_API_MAJOR (\d+)", header.read_text("utf-8"))
-    return found is not None and found[1] == "0"
-
-
-_compiled: list[Any] = []  # machine code that XLA may call as long as the process lives
-
-
-@functools.cache
 def _register(rows: int, dtype: Any, transposed: bool, cores: int) -> str:
     """Compiles a product and makes it known to XLA; the name of the target."""
     kind = "transposed" if transposed else "plain"
-    name = f"lookahead_few_rows_{kind}_{rows}_{dtype}_{cores}"
-    module = ir.Module(name)
-    loops = _transposed_loops if transposed else _plain_loops
-    product = loops(module, rows, _STORED[dtype])
-    # More parts than cores, because threads begin at different times. The rows of a [K, N] matrix
-    # are cut by its parts, so these are few.
-    parts = cores * (8 if transposed else 2) if cores > 1 else 1
-    work = _work(module, product, parts, OUTPUTS_PER_PASS if transposed else LANES)
-    _handler(module, name, work, parts, cores, outputs_axis=0 if transposed else 1)
-    engine = _machine_code(module)
-    _compiled.append(engine)
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype = ctypes.py_object
-    new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    capsule = new_capsule(engine.get_function_address(name), None, None)
-    jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-    return name
-
-
-def _machine_code(module: ir.Module) -> Any:
-    """The module, optimised for the processor at hand."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(),
-        # Wide vectors pay here, where nearly all instructions are products and sums of them.
-        features=binding.get_host_cpu_features().flatten() + ",-prefer-256-bit",
-        opt=3,
-    )
-    parsed = binding.parse_assembly(str(module))
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    builder = binding.create_pass_builder(machine, options)
-    builder.getModulePassManager().run(parsed, builder)
-    engine = binding.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    return engine
+    module = ir.Module(f"lookahead_few_rows_{kind}_{rows}_{dtype}_{cores}")
+    if transposed:
+        product, unit, parts = _transposed_loops(module, rows, _STORED[dtype]), OUTPUTS_PER_PASS, 8
+    else:  # the rows of the matrix are cut by the parts, so these are few
+        product, unit, parts = _plain_loops(module, rows, _STORED[dtype]), LANES, 2
+    register_product(product, cores=cores, parts=parts, unit=unit, outputs_axis=int(not transposed))
+    return module.name
 
 
 def _product_function(module: ir.Module, stored: ir.Type) -> tuple[ir.Function, ir.IRBuilder]:
@@ -226,121 +184,6 @@ def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Funct
                 b.store(result, b.gep(y, [place]))
     b.ret_void()
     return function
-
-
-# What the threads of a product share, as i64: the next part, finished parts, and threads that may
-# still look here; then the addresses of x, the matrix and y, and the sizes K and N.
-_NEXT, _FINISHED, _USERS, _ARGUMENTS, _SHARED = 0, 1, 2, 3, 8
-
-
-def _work(module: ir.Module, product: ir.Function, parts: int, unit: int) -> ir.Function:
-    """`void work(i64* shared)`: takes parts until none is left, then leaves; the last one frees."""
-    work = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "work")
-    free = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "free")
-    b = ir.IRBuilder(work.append_basic_block())
-    shared = b.bitcast(work.args[0], _I64.as_pointer())
-    pointers = product.args[:3]
-    arguments = [b.load(b.gep(shared, [_I64(_ARGUMENTS + i)])) for i in range(5)]
-    addresses = [b.inttoptr(value, to.type) for value, to in zip(arguments, pointers, strict=False)]
-    units = b.sdiv(arguments[4], _I64(unit))
-    take, run, leave = (b.append_basic_block() for _ in range(3))
-    b.branch(take)
-    b.position_at_end(take)
-    part = b.atomic_rmw("add", b.gep(shared, [_I64(_NEXT)]), _I64(1), "monotonic")
-    b.cbranch(b.icmp_signed("<", part, _I64(parts)), run, leave)
-    b.position_at_end(run)
-    first, last = (
-        b.mul(b.sdiv(b.mul(units, n), _I64(parts)), _I64(unit))
-        for n in (part, b.add(part, _I64(1)))
-    )
-    b.call(product, [*addresses, *arguments[3:], first, last])
-    b.atomic_rmw("add", b.gep(shared, [_I64(_FINISHED)]), _I64(1), "release")
-    b.branch(take)
-    b.position_at_end(leave)
-    users = b.atomic_rmw("sub", b.gep(shared, [_I64(_USERS)]), _I64(1), "acq_rel")
-    with b.if_then(b.icmp_signed("==", users, _I64(1))):
-        b.call(free, [work.args[0]])
-    b.ret_void()
-    return work
-
-
-def _handler(
-    module: ir.Module, name: str, work: ir.Function, parts: int, cores: int, *, outputs_axis: int
-) -> None:
-    """`XLA_FFI_Error* name(XLA_FFI_CallFrame*)` with the offsets of xla/ffi/api/c_api.h.
-
-    XLA asks once for metadata, the version of the interface, then calls it with buffers. Threads of
-    XLA's pool help; if they are busy, this one does all the parts.
-    """
-    handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
-    malloc = ir.Function(module, ir.FunctionType(_POINTER, [_I64]), "malloc")
-    b, frame = ir.IRBuilder(handler.append_basic_block()), handler.args[0]
-    null = ir.Constant(_POINTER, None)
-
-    def place(base: Any, offset: int, kind: ir.Type) -> Any:
-        return b.bitcast(b.gep(base, [_I64(offset)]), kind.as_pointer())
-
-    def read(base: Any, offset: int, kind: ir.Type) -> Any:
-        return b.load(place(base, offset, kind))
-
-    extension, api = read(frame, 8, _POINTER), read(frame, 16, _POINTER)
-    with b.if_then(b.icmp_unsigned("!=", extension, null)):
-        is_metadata = b.icmp_signed("==", read(extension, 8, _I32), _I32(1))
-        with b.if_then(is_metadata):
-            metadata = read(extension, 24, _POINTER)
-            for offset, of_api in ((24, 32), (28, 36)):  # the version, major and minor
-                b.store(read(api, of_api, _I32), place(metadata, offset, _I32))
-            b.store(_I32(0), place(metadata, 32, _I32))  # no traits
-            b.ret(null)
-
-    arguments = read(frame, 72, _POINTER.as_pointer())
-    results = read(frame, 112, _POINTER.as_pointer())
-    x, matrix = (b.load(b.gep(arguments, [_I64(i)])) for i in range(2))
-    y = b.load(results)
-
-    def dimension(buffer: Any, axis: int) -> Any:
-        return b.load(b.gep(read(buffer, 40, _I64.as_pointer()), [_I64(axis)]))
-
-    shared = b.call(malloc, [_I64(8 * _SHARED)])
-    addresses = [b.ptrtoint(read(buffer, 24, _POINTER), _I64) for buffer in (x, matrix, y)]
-    values = [
-        _I64(0), _I64(0), _I64(cores + 1), *addresses, dimension(x, 1),
-        dimension(matrix, outputs_axis),
-    ]  # fmt: skip
-    for i, value in enumerate(values):
-        b.store(value, place(shared, 8 * i, _I64))
-
-    def leave() -> None:
-        b.atomic_rmw("sub", place(shared, 8 * _USERS, _I64), _I64(1), "acq_rel")
-
-    call = ir.FunctionType(_POINTER, [_POINTER])
-    schedule, destroy = (read(api, offset, call.as_pointer()) for offset in (136, 64))
-    request = b.alloca(_BYTES, _I64(40))
-    context = read(frame, 24, _POINTER)
-    fields = (null, context, b.bitcast(work, _POINTER), shared)
-    for _ in range(cores - 1):  # XLA_FFI_ThreadPool_Schedule
-        b.store(_I64(40), place(request, 0, _I64))
-        for i, field in enumerate(fields, start=1):
-            b.store(field, place(request, 8 * i, _POINTER))
-        error = b.call(schedule, [request])
-        with b.if_then(b.icmp_unsigned("!=", error, null)):  # there is no pool
-            leave()
-            b.store(_I64(24), place(request, 0, _I64))  # XLA_FFI_Error_Destroy
-            b.store(error, place(request, 16, _POINTER))
-            b.call(destroy, [request])
-    b.call(work, [shared])
-    waiting, done = b.append_basic_block(), b.append_basic_block()
-    b.branch(waiting)
-    b.position_at_end(waiting)
-    if cores > 1 and hasattr(os, "sched_getaffinity"):  # Linux, where libc has it
-        b.call(ir.Function(module, ir.FunctionType(_I32, []), "sched_yield"), [])
-    finished = b.load_atomic(place(shared, 8 * _FINISHED, _I64), "acquire", 8)
-    b.cbranch(b.icmp_signed("<", finished, _I64(parts)), waiting, done)
-    b.position_at_end(done)
-    users = b.atomic_rmw("sub", place(shared, 8 * _USERS, _I64), _I64(1), "acq_rel")
-    with b.if_then(b.icmp_signed("==", users, _I64(1))):
-        b.call(module.globals["free"], [shared])
-    b.ret(null)
 
 
 @contextlib.contextmanager

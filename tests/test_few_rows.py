@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lookahead_jax.kernels import few_rows_cpu
+from lookahead_jax.kernels import cpu_calls, few_rows_cpu
 from lookahead_jax.kernels.few_rows_cpu import MAX_ROWS, multiply_few_rows, takes
 from lookahead_jax.model.layers import few_rows_form
 from lookahead_jax.model.sharding import make_mesh
@@ -103,11 +103,15 @@ def test_the_interface_of_another_version_is_not_used(monkeypatch, tmp_path):
     header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
     header.parent.mkdir(parents=True)
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    for version, known in (("0", True), ("1", False)):
-        header.write_text(f"#define XLA_FFI_API_MAJOR {version}\n")
-        few_rows_cpu._layout_is_known.cache_clear()
+    version = "#define XLA_FFI_API_MAJOR {}\n".format
+    for text, known in ((version(0), True), (version(1), False), (None, False)):
+        if text is None:
+            header.unlink()
+        else:
+            header.write_text(text)
+        cpu_calls.layout_is_known.cache_clear()
         assert takes(1, jnp.zeros((1, 32)), jnp.zeros((32, 48))) is known
-    few_rows_cpu._layout_is_known.cache_clear()
+    cpu_calls.layout_is_known.cache_clear()
 
 
 def test_the_form_of_a_weight_contracts_several_axes():

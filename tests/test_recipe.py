@@ -148,7 +148,7 @@ def losses(config):
 
 @pytest.mark.slow
 def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkeypatch, capsys):
-    recipe.cook(config)
+    recipe.run_recipe(config)
     said = capsys.readouterr().err
     assert "at most" in said
     assert f"done: the modules are in {config.folder / 'run' / 'modules'}" in said
@@ -167,30 +167,30 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
 
     monkeypatch.setattr(data, "prepare_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        recipe.cook(other)
+        recipe.run_recipe(other)
     assert losses(other) == straight[:2]  # the steps of one shard
     early = exported(other)
     monkeypatch.setattr(data, "prepare_rows", made)
-    recipe.cook(other)
+    recipe.run_recipe(other)
     assert losses(other) == straight
     assert exported(other) == exported(config) != early
 
     # Another run shares prompts and responses, and needs none of the work done again.
     monkeypatch.setattr(data, "prepare_rows", None)
     again = dataclasses.replace(config, run="again", prompts=8, seed=1)
-    recipe.cook(again)
+    recipe.run_recipe(again)
     assert len(losses(again)) == 4
     with pytest.raises(ValueError, match="belongs to another run"):
-        recipe.cook(dataclasses.replace(again, epochs=3))
+        recipe.run_recipe(dataclasses.replace(again, epochs=3))
     with pytest.raises(ValueError, match=r"other settings \(longest: 450, now 400\)"):
-        recipe.cook(dataclasses.replace(config, longest=400))
+        recipe.run_recipe(dataclasses.replace(config, longest=400))
 
 
 def test_the_command_names_what_goes_on(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe, "cook", interrupted)
+    monkeypatch.setattr(recipe, "run_recipe", interrupted)
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     shipped = recipe.parse_config(["smollm2", "--batch", "4"])
     assert (shipped.batch, shipped.model.name) == (4, "smollm2")
@@ -217,5 +217,5 @@ def test_the_command_names_what_goes_on(monkeypatch, capsys):
 )
 def test_sizes_that_cannot_be_are_refused_first(config, changed, message):
     with pytest.raises(ValueError, match=message):
-        recipe.cook(dataclasses.replace(config, **changed))
+        recipe.run_recipe(dataclasses.replace(config, **changed))
     assert not config.folder.exists()

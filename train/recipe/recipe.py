@@ -112,7 +112,7 @@ def parse_config(args: Sequence[str]) -> RecipeConfig:
     return config
 
 
-def cook(config: RecipeConfig) -> None:
+def run_recipe(config: RecipeConfig) -> None:
     """Makes what is missing of prompts, responses and training, in turn.
 
     Raises ValueError for sizes that do not fit one another or the model, or a folder begun with
@@ -291,7 +291,7 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if args is None else args)
     again = f"interrupted; to go on: {shlex.join([*_PROG.split(), *given])}"
-    return run_command(lambda: parse_config(given), cook, prog=_PROG, interrupted_with=again)
+    return run_command(lambda: parse_config(given), run_recipe, prog=_PROG, interrupted_with=again)
 
 
 if __name__ == "__main__":
