@@ -24,10 +24,11 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import observer_block
 from lookahead_jax.policies.base import WithModules
 from lookahead_jax.prefilling.prefill import prefill
+from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.flops import training_flops
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.shapes import SHAPES
-from lookahead_jax.train.step import Batch, compile_step, init_state
+from lookahead_jax.train.step import compile_step, init_state
 
 Item = tuple[str, Callable[[], Any]]
 KERNELS = ("xla", "pallas_gpu") if jax.default_backend() == "gpu" else ("default",)

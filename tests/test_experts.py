@@ -26,7 +26,8 @@ from lookahead_jax.model.config import ExpertsConfig
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.registry import POLICIES, make_policy
-from lookahead_jax.train.step import Batch, init_state, train_step
+from lookahead_jax.train.batches import Batch
+from lookahead_jax.train.step import init_state, train_step
 from tests import tiny
 
 MODELS = Path(__file__).parent / "fixtures" / "models"

@@ -23,7 +23,8 @@ from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.model.layers import add_residual, rms_norm
 from lookahead_jax.policies.registry import POLICIES, make_policy
-from lookahead_jax.train.step import Batch, init_state, train_step
+from lookahead_jax.train.batches import Batch
+from lookahead_jax.train.step import init_state, train_step
 from tests import reference, tiny
 from tests.test_policies import CASES, check_case, lookahead_modules, weights
 

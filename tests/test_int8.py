@@ -32,7 +32,8 @@ from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
 from lookahead_jax.prefilling.layer_pass import hidden_states
 from lookahead_jax.prefilling.prefill import compress
-from lookahead_jax.train.step import Batch, compile_step, init_state
+from lookahead_jax.train.batches import Batch
+from lookahead_jax.train.step import compile_step, init_state
 from tests import kernel_cases, tiny
 from tests.test_attention import case, causal, expected
 

@@ -8,7 +8,14 @@ import pytest
 from lookahead_jax.model.layers import linear, mlp, rms_norm
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
-from lookahead_jax.train.objective import divergence, lookahead_loss
+from lookahead_jax.train.objective import (
+    PAPER,
+    LossConfig,
+    base_forward,
+    divergence,
+    lookahead_loss,
+    losses_behind,
+)
 from tests import tiny
 
 CONFIG = LookaheadConfig(
@@ -62,27 +69,37 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
     return jnp.stack(maps)
 
 
-def plain_loss(modules, params, prompt, response, model):
+def plain_loss(modules, params, prompt, response, model, loss=PAPER):
     """Two full passes of the whole model, one row, gradients through everything."""
     table, t = params["embed"], len(prompt)
     prompt_x = table[jnp.asarray(prompt)]
 
-    def scores(tail, lora_rows):
+    def scores(tail, lora_rows, reduce):
         x = jnp.concatenate([prompt_x, tail])
         rows = jnp.arange(len(x)) >= t
         maps = attention_maps(params, x, rows & lora_rows, modules, model)
-        mean = maps[:, :, t:, :t].mean(2)
-        return mean / mean.sum(-1, keepdims=True)
+        reduced = reduce(maps[:, :, t:, loss.skip : t], axis=2)
+        return reduced / reduced.sum(-1, keepdims=True)
 
-    target = jax.lax.stop_gradient(scores(table[jnp.asarray(response)], False))
-    predicted = scores(modules.embeddings, True)
+    reduce = {"mean": jnp.mean, "max": jnp.max}[loss.response]
+    target = jax.lax.stop_gradient(scores(table[jnp.asarray(response)], False, reduce))
+    predicted = scores(modules.embeddings, True, jnp.mean)
     seen = target > 0  # a logarithm of 0 would turn the gradient of `where` into NaN
     logs = jnp.log(jnp.where(seen, target, 1.0)) - jnp.log(jnp.where(seen, predicted, 1.0))
     return jnp.where(seen, target * logs, 0.0).sum(-1).mean()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_loss_and_gradients_match_two_plain_passes(family):
+@pytest.mark.parametrize("known", [False, True], ids=["whole", "behind_known_forward"])
+@pytest.mark.parametrize(
+    ("family", "loss"),
+    [
+        ("llama", PAPER),
+        ("mistral", PAPER),
+        ("llama", LossConfig(skip=3)),
+        ("mistral", LossConfig(skip=1, response="max")),
+    ],
+)
+def test_loss_and_gradients_match_two_plain_passes(family, loss, known):
     """float32 on both sides; sums in another order differ by a few 1e-6 of their size."""
     model = tiny.config(**({} if family == "llama" else tiny.MISTRAL))
     params, modules = tiny.params(model), modules_for(model)
@@ -93,11 +110,16 @@ def test_loss_and_gradients_match_two_plain_passes(family):
             width = max(map(len, rows))
             return jnp.asarray([r + [-1] * (width - len(r)) for r in rows], jnp.int32)
 
-        return lookahead_loss(modules, params, pad(prompts), pad(responses), config=model, chunk=16)
+        rows = pad(prompts), pad(responses)
+        if not known:
+            return lookahead_loss(modules, params, *rows, config=model, loss=loss, chunk=16)
+        forward = base_forward(params, *rows, config=model, dtype=jnp.float32, chunk=16)
+        assert forward.k.shape[3] == rows[0].shape[1]
+        return losses_behind([modules], params, forward, config=model, losses=[loss])[0]
 
     def plain(modules):
         rows = [
-            plain_loss(modules, params, prompt, response, model)
+            plain_loss(modules, params, prompt, response, model, loss)
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         return jnp.stack(rows)

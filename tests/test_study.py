@@ -15,9 +15,10 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import lookahead, study
+from lookahead_jax.train.batches import microbatch_sharding
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.optimizer import OptimizerConfig
-from lookahead_jax.train.step import init_state, microbatch_sharding, train_step, variants_step
+from lookahead_jax.train.step import init_state, train_step, variants_step
 from lookahead_jax.train.training_data import open_data
 from tests import tiny
 

@@ -22,13 +22,15 @@ from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules
-from lookahead_jax.train import lookahead, training_data
+from lookahead_jax.train import forwards, lookahead, training_data
+from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.embedded import base
 from lookahead_jax.train.metrics import MetricsLog
+from lookahead_jax.train.objective import LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
-from lookahead_jax.train.step import Batch, compile_step, init_state, train_step
+from lookahead_jax.train.step import compile_step, init_state, train_step
 from tests import tiny
 
 MODULES = LookaheadConfig(tokens=3, rank=2, alpha=4.0, targets=("q", "v", "down"), init="table")
@@ -175,6 +177,35 @@ def test_a_run_on_shards_in_the_making_waits_for_them(run_config, tmp_path, monk
             lookahead.train(dataclasses.replace(early, run=tmp_path / "wrong", **wrong))
     with pytest.raises(ValueError, match="no finished shard"):
         lookahead.train(dataclasses.replace(early, data=(tmp_path,), run=tmp_path / "wrong"))
+
+
+def test_known_base_forwards_train_the_same_modules(run_config, tmp_path, monkeypatch):
+    """Keys and values are rounded to float16, 5e-4 of their size; each row is run once."""
+    lookahead.train(run_config)
+    plain = [line["loss"] for line in read_metrics(run_config.run)]
+    config = dataclasses.replace(run_config, run=tmp_path / "first", forwards=tmp_path / "forwards")
+    modules = lookahead.train(config)
+    kept = {path: path.stat().st_mtime_ns for path in config.forwards.glob("*.npz")}
+    assert len(kept) == 7
+    np.testing.assert_allclose(
+        [line["loss"] for line in read_metrics(config.run)], plain, rtol=2e-3
+    )
+
+    again = dataclasses.replace(config, run=tmp_path / "again")
+    monkeypatch.setattr(forwards.ForwardStore, "_make", None)
+    assert digests(lookahead.train(again)) == digests(modules)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    with pytest.raises(ValueError, match="belongs to another run"):
+        lookahead.train(dataclasses.replace(again, loss=LossConfig(skip=2)))
+    assert lookahead.train(
+        dataclasses.replace(again, run=tmp_path / "skip", loss=LossConfig(skip=2))
+    )
+    with pytest.raises(ValueError, match=r"other settings \(weights: None, now 'int8'\)"):
+        lookahead.train(dataclasses.replace(again, run=tmp_path / "int8", weights="int8"))
+    path = next(iter(kept))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=path.name):
+        lookahead.train(dataclasses.replace(again, run=tmp_path / "damaged"))
 
 
 def test_a_run_belongs_to_one_process(run_config, tmp_path):

@@ -12,7 +12,7 @@ from lookahead_jax.model.params import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.policies.full import Full
 from lookahead_jax.train import data
-from lookahead_jax.train.step import microbatch_sharding
+from lookahead_jax.train.batches import microbatch_sharding
 from lookahead_jax.train.training_data import open_data
 from tests import tiny
 

@@ -30,10 +30,11 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import abstract_params
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules
+from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.flops import training_flops
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.shapes import SHAPES
-from lookahead_jax.train.step import Batch, compile_step, init_state
+from lookahead_jax.train.step import compile_step, init_state
 
 GIB = 2**30
 ENVIRONMENT = {  # read by the TPU compiler at its start; without a TPU it cannot query a host

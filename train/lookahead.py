@@ -38,8 +38,11 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.modules.files import save_modules
 from lookahead_jax.prefilling.layer_pass import CHUNK
+from lookahead_jax.train.batches import microbatch_sharding
 from lookahead_jax.train.checkpoints import Checkpoints
+from lookahead_jax.train.forwards import ForwardStore
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
+from lookahead_jax.train.objective import PAPER, LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import (
@@ -47,7 +50,6 @@ from lookahead_jax.train.step import (
     check_batch,
     compile_step,
     init_state,
-    microbatch_sharding,
 )
 from lookahead_jax.train.training_data import TrainingData, open_data
 
@@ -91,6 +93,10 @@ class TrainConfig:
     """Type of the base weights; None: that of the checkpoint."""
     weights: WeightType | None = None
     """int8: the base's matrices in eight bits, with one scale per output channel."""
+    loss: LossConfig = PAPER
+    forwards: Path | None = None
+    """Folder to keep what the base model computes for each row: later epochs and other runs on the
+    same rows run the lookahead tokens alone. None: nothing is kept."""
     shards: int | None = None
     """Use the first so many shards of the data, which may still be in the making: the run starts on
     those that are there, and its first epoch follows their order. None: all of finished data."""
@@ -166,6 +172,11 @@ def _train(
     if config.shards is not None:  # then the data's settings and their number name the rows
         rows = read_json(config.data[0], SETTINGS)
         identity |= {"shards": config.shards, "data": rows}
+    # The defaults are left out: so were they when these fields did not exist.
+    if config.loss != PAPER:
+        identity |= {"loss": described["loss"]}
+    if config.forwards is not None:  # float16 keys and values
+        identity |= {"forwards": True}
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=config.keep, identity=identity) as checkpoints,
@@ -178,6 +189,7 @@ def _train(
             checkpoints=checkpoints,
             described=described,
             on_metrics=on_metrics,
+            base=base,
         )
     return None if state is None else state.modules
 
@@ -191,12 +203,20 @@ def _run_steps(
     checkpoints: Checkpoints,
     described: dict[str, Any],
     on_metrics: OnMetrics | None,
+    base: str,
 ) -> TrainState | None:
     """Trains from the newest checkpoint to the last step; None if a signal came before."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = compile_step(
-        mesh, config=model.config, optimizer=optimizer, chunk=config.chunk, weights=config.weights
-    )
+        mesh, config=model.config, optimizer=optimizer, loss=config.loss, chunk=config.chunk,
+        weights=config.weights, forwards=config.forwards is not None,
+    )  # fmt: skip
+    forwards = None
+    if config.forwards is not None:
+        forwards = ForwardStore(
+            make_folder(config.forwards), model.params, config=model.config, mesh=mesh,
+            base_fingerprint=base, chunk=config.chunk, weights=config.weights,
+        )  # fmt: skip
     state = _start(config, model, optimizer, mesh)
     first, state = checkpoints.restore(state) or (0, state)
     if jax.process_index() == 0:
@@ -226,6 +246,8 @@ def _run_steps(
             if step == trace_from:
                 trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
             batch = data.load(step, config.micro_batches, microbatch_sharding(mesh))
+            if forwards is not None:
+                batch = forwards.batch(batch)
             state, values = step_fn(model.params, state, batch)
             metrics.add(step, values)
             if step == trace_to:

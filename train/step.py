@@ -1,6 +1,6 @@
 """One training step of the lookahead modules, jitted over a mesh with donated state.
 
-Letters: A micro-batches, B rows of one, T prompt, Y response.
+Letters: A micro-batches, B rows of one, V independent runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import compiler_options
 from lookahead_jax.model.params import Params, WeightType
-from lookahead_jax.model.sharding import param_shardings, sharding
+from lookahead_jax.model.sharding import param_shardings
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.prefilling.layer_pass import CHUNK
-from lookahead_jax.train.objective import lookahead_losses
+from lookahead_jax.train.batches import AnyBatch, forward_sharding, microbatch_sharding
+from lookahead_jax.train.objective import PAPER, LossConfig
 
 StepMetrics = dict[str, jax.Array]
 
@@ -33,14 +34,6 @@ class TrainState:
     skipped_in_a_row: jax.Array  # [] int32
 
 
-@struct.dataclass
-class Batch:
-    """Token rows of one step, right-padded with -1; rows without a response are ignored."""
-
-    prompts: jax.Array  # [A, B, T] int32
-    responses: jax.Array  # [A, B, Y] int32
-
-
 def init_state(modules: LookaheadModules, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
@@ -51,10 +44,11 @@ def init_state(modules: LookaheadModules, optimizer: optax.GradientTransformatio
 def train_step(
     params: Params,
     state: TrainState,
-    batch: Batch,
+    batch: AnyBatch,
     *,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
+    loss: LossConfig = PAPER,
     chunk: int | None = CHUNK,
 ) -> tuple[TrainState, StepMetrics]:
     """The state after one update on the mean loss of the rows that have a response.
@@ -62,55 +56,56 @@ def train_step(
     Gradients are summed over the micro-batches. Where the loss or a gradient is not finite, the
     modules and the optimizer stay as they are and the step counts as skipped.
     """
-    everything = jnp.ones((1, *batch.prompts.shape[:2]), bool)
+    everything = jnp.ones((1, *batch.length.shape), bool)
     (state,), (metrics,) = variants_step(
-        params, (state,), batch, everything, config=config, optimizers=(optimizer,), chunk=chunk
-    )
+        params, (state,), batch, everything,
+        config=config, optimizers=(optimizer,), losses=(loss,), chunk=chunk,
+    )  # fmt: skip
     return state, metrics
 
 
 def variants_step(
     params: Params,
     states: Sequence[TrainState],
-    batch: Batch,
+    batch: AnyBatch,
     used: jax.Array,
     *,
     config: ModelConfig,
     optimizers: Sequence[optax.GradientTransformation],
+    losses: Sequence[LossConfig] | None = None,
     chunk: int | None = CHUNK,
 ) -> tuple[tuple[TrainState, ...], tuple[StepMetrics, ...]]:
     """`train_step` of V independent runs on one batch, whose prompts are read once for all.
 
-    Run v learns from the rows of `used` [V, A, B] bool alone.
+    Run v learns from the rows of `used` [V, A, B] bool alone. `losses` has the loss of each, by
+    default the paper's.
     """
-    learned = used & (batch.responses >= 0).any(-1)[None]
+    learned = used & (batch.answered > 0)[None]
     rows = learned.sum((1, 2), dtype=jnp.int32)
     count = jnp.maximum(rows, 1).astype(jnp.float32)
     weights = learned.astype(jnp.float32) / count[:, None, None]
 
-    def mean_losses(variants: list[LookaheadModules], part: Batch, weights: jax.Array):
-        losses = lookahead_losses(
-            variants, params, part.prompts, part.responses, config=config, chunk=chunk
-        )
-        losses = (losses * weights).sum(-1)
-        return losses.sum(), losses  # no run's loss depends on another's modules
+    def mean_losses(variants: list[LookaheadModules], part: AnyBatch, weights: jax.Array):
+        values = part.losses(variants, params, config=config, losses=losses, chunk=chunk)
+        values = (values * weights).sum(-1)
+        return values.sum(), values  # no run's loss depends on another's modules
 
     def accumulate(carry, inputs):
         part, weights = inputs
-        (_, losses), gradients = gradient_of(variants, part, weights)
-        return jax.tree.map(jnp.add, carry, (losses, gradients)), None
+        (_, values), gradients = gradient_of(variants, part, weights)
+        return jax.tree.map(jnp.add, carry, (values, gradients)), None
 
     gradient_of = jax.value_and_grad(mean_losses, has_aux=True)
     variants = [state.modules for state in states]
     nothing = (jnp.zeros(len(states), jnp.float32), jax.tree.map(jnp.zeros_like, variants))
-    (losses, gradients), _ = jax.lax.scan(accumulate, nothing, (batch, weights.swapaxes(0, 1)))
+    (values, gradients), _ = jax.lax.scan(accumulate, nothing, (batch, weights.swapaxes(0, 1)))
     sizes = {
-        "prompt_tokens": (batch.prompts >= 0).sum(dtype=jnp.int32),
-        "response_tokens": (batch.responses >= 0).sum(dtype=jnp.int32),
+        "prompt_tokens": batch.length.sum(dtype=jnp.int32),
+        "response_tokens": batch.answered.sum(dtype=jnp.int32),
     }
     updated, metrics = [], []
     for state, optimizer, loss, gradient, count in zip(
-        states, optimizers, losses, gradients, rows, strict=True
+        states, optimizers, values, gradients, rows, strict=True
     ):
         norm = optax.tree.norm(gradient)
         state = _update(state, optimizer, gradient, jnp.isfinite(loss) & jnp.isfinite(norm))
@@ -153,34 +148,34 @@ def check_batch(batch: int, micro_batches: int, mesh: Mesh) -> None:
         )
 
 
-def microbatch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of each micro-batch are split over the data axes."""
-    return sharding((None, "batch"), mesh)
-
-
 def compile_step(
     mesh: Mesh,
     *,
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
+    loss: LossConfig = PAPER,
     chunk: int | None = CHUNK,
     weights: WeightType | None = None,
-) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    forwards: bool = False,
+) -> Callable[[Params, TrainState, AnyBatch], tuple[TrainState, StepMetrics]]:
     """`train_step` jitted for a mesh: weights sharded, state replicated and donated.
 
-    `.lower` accepts abstract shapes, so that a step can be compiled for absent chips.
+    With `forwards` its batches are ForwardBatches. `.lower` accepts abstract shapes, so that a
+    step can be compiled for absent chips.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def step(params: Params, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_step(params, state, batch, config=config, optimizer=optimizer, chunk=chunk)
+    def step(params: Params, state: TrainState, batch: AnyBatch) -> tuple[TrainState, StepMetrics]:
+        return train_step(
+            params, state, batch, config=config, optimizer=optimizer, loss=loss, chunk=chunk
+        )
 
     return jax.jit(
         step,
         in_shardings=(
             param_shardings(config, mesh, weights),
             replicated,
-            microbatch_sharding(mesh),
+            forward_sharding(mesh) if forwards else microbatch_sharding(mesh),
         ),
         out_shardings=replicated,
         donate_argnums=1,

@@ -3,11 +3,12 @@
     lookahead train study STUDY --model DIR --data NAME=DIR ... --run DIR
 
 STUDY is a JSON file, or the name of one in train/configs/studies. It has the steps, the batch, and
-`modules`, `optimizer` and `seed` that all variants share; each of its `variants` may override them
-and learn `without` some of the named data. A step reads its prompts once for all variants, which is
-most of the work. Otherwise each variant trains as in `train.lookahead`, except that all variants
-share one order of the data. The same command resumes. RUN receives study.json, metrics.jsonl (a
-loss per variant), checkpoints/ and, at the end, a folder with the modules of each variant.
+`modules`, `optimizer`, `loss` and `seed` that all variants share; each of its `variants` may
+override them and learn `without` some of the named data. A step reads its prompts once for all
+variants, which is most of the work, and not at all where `--forwards` knows them. Otherwise each
+variant trains as in `train.lookahead`, except that all variants share one order of the data. The
+same command resumes. RUN receives study.json, metrics.jsonl (a loss per variant), checkpoints/ and,
+at the end, a folder with the modules of each variant.
 """
 
 import dataclasses
@@ -35,8 +36,12 @@ from lookahead_jax.model.params import Params, fingerprint
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
+from lookahead_jax.prefilling.layer_pass import CHUNK
+from lookahead_jax.train.batches import forward_sharding, microbatch_sharding
 from lookahead_jax.train.checkpoints import Checkpoints
+from lookahead_jax.train.forwards import ForwardStore
 from lookahead_jax.train.metrics import MetricsLog
+from lookahead_jax.train.objective import LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import (
@@ -44,7 +49,6 @@ from lookahead_jax.train.step import (
     TrainState,
     check_batch,
     init_state,
-    microbatch_sharding,
     variants_step,
 )
 from lookahead_jax.train.training_data import TrainingData, open_data
@@ -59,6 +63,7 @@ class Variant:
 
     modules: LookaheadConfig
     optimizer: OptimizerConfig
+    loss: LossConfig
     seed: int
     """Seed of the initial modules."""
     without: tuple[str, ...] = ()
@@ -89,6 +94,9 @@ class StudyConfig:
     """Folders written by `lookahead train data`, as NAME=DIR."""
     run: Path
     """Folder of the run, made if it does not exist. An existing run is resumed."""
+    forwards: Path | None = None
+    """Folder to keep what the base model computes for each row, as for `lookahead train lookahead`;
+    both can share it. None: nothing is kept."""
     save_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
@@ -98,7 +106,7 @@ class StudyConfig:
 def read_study(name: str) -> Study:
     """The study in a file, every field checked; ValueError says what is wrong with it."""
     content = read_config(name, _STUDIES)
-    shared = {part: content.pop(part, {}) for part in ("modules", "optimizer")}
+    shared = {part: content.pop(part, {}) for part in ("modules", "optimizer", "loss")}
     seed = content.pop("seed", 0)
     try:
         variants = {}
@@ -107,6 +115,7 @@ def read_study(name: str) -> Study:
             variants[label] = Variant(
                 modules=LookaheadConfig(**sizes | {"targets": tuple(sizes["targets"])}),
                 optimizer=OptimizerConfig(**shared["optimizer"] | own.pop("optimizer", {})),
+                loss=LossConfig(**shared["loss"] | own.pop("loss", {})),
                 seed=own.pop("seed", seed),
                 without=tuple(own.pop("without", ())),
                 **own,
@@ -157,9 +166,17 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
     data = open_data(
         tuple(folders.values()), batch=study.batch, seed=study.data_seed, base_fingerprint=base
     )
-    begin, step_fn = _programs(study, model.config, mesh)
+    forwards = None
+    if config.forwards is not None:
+        forwards = ForwardStore(
+            make_folder(config.forwards), model.params, config=model.config, mesh=mesh,
+            base_fingerprint=base, chunk=CHUNK,
+        )  # fmt: skip
+    begin, step_fn = _programs(study, model.config, mesh, forwards=forwards is not None)
     described = json.loads(json.dumps(dataclasses.asdict(study)))
     identity = described | {"base": base, "data": list(folders)}
+    if forwards is not None:  # float16 keys and values
+        identity |= {"forwards": True}
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.run / "checkpoints", keep=1, identity=identity) as checkpoints,
@@ -172,6 +189,8 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
         )
         for step in steps(first, study.steps):
             batch = data.load(step, study.micro_batches, microbatch_sharding(mesh))
+            if forwards is not None:
+                batch = forwards.batch(batch)
             used = rows_used(study, data, tuple(folders), step)
             states, metrics = step_fn(model.params, states, batch, used)
             log.add(step, _joined(study.variants, metrics))
@@ -183,7 +202,7 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
         save_modules(config.run / label, state.modules, params=model.params)
 
 
-def _programs(study: Study, config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
+def _programs(study: Study, config: ModelConfig, mesh: Mesh, *, forwards: bool) -> tuple[Any, Any]:
     """Jitted: weights -> the state of every variant before the first step, and `variants_step`."""
     variants = tuple(study.variants.values())
     optimizers = tuple(make_optimizer(variant.optimizer, study.steps) for variant in variants)
@@ -196,9 +215,13 @@ def _programs(study: Study, config: ModelConfig, mesh: Mesh) -> tuple[Any, Any]:
         )
 
     step = jax.jit(
-        partial(variants_step, config=config, optimizers=optimizers),
+        partial(
+            variants_step, config=config, optimizers=optimizers,
+            losses=tuple(variant.loss for variant in variants),
+        ),
         in_shardings=(
-            param_shardings(config, mesh), replicated, microbatch_sharding(mesh), replicated,
+            param_shardings(config, mesh), replicated,
+            forward_sharding(mesh) if forwards else microbatch_sharding(mesh), replicated,
         ),
         out_shardings=replicated,
         donate_argnums=1,

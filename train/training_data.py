@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.host.run_folder import SETTINGS
 from lookahead_jax.prefilling.batching import bucket_length
-from lookahead_jax.train.step import Batch
+from lookahead_jax.train.batches import Batch
 
 COMPLETE = "complete.json"
 """Written into a folder of token rows when all of its shards are there."""

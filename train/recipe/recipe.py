@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -37,6 +38,8 @@ from lookahead_jax.model.params import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.train import data, lookahead
+from lookahead_jax.train.forwards import bytes_per_token
+from lookahead_jax.train.objective import PAPER, LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say
 from lookahead_jax.train.recipe import estimate
@@ -47,7 +50,8 @@ from lookahead_jax.train.training_data import GROUP, shard_path
 
 _PRESETS = Path(__file__).parents[1] / "configs" / "recipes"
 _PROG = "lookahead train recipe"
-_ROWS = 32  # most responses to generate at a time
+_FORWARDS = "forwards"
+_ROWS = 16  # most responses to generate at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class RecipeConfig:
     """The base model, which is not changed: anything that --model of other commands takes."""
     modules: LookaheadConfig
     optimizer: OptimizerConfig
+    loss: LossConfig = PAPER
     prompts: int
     """Number of prompts."""
     epochs: int
@@ -85,11 +90,14 @@ class RecipeConfig:
     """Seed of the initial modules and of the order of the rows."""
     prompt_seed: int = 0
     """Seed of the prompts."""
-    shard_rows: int = 64
+    shard_rows: int = 128
     """Prompts per shard; an interruption loses at most the responses of one."""
+    keep_forwards: bool = True
+    """Keep on disk what the base model computes for each prompt, so that later epochs and other
+    runs do not compute it again."""
     save_every: int = 16
     """Steps between checkpoints, each of which exports the modules."""
-    batch_tokens: int = 32768
+    batch_tokens: int = 12288
     """Most prompt tokens to read at a time while responses are generated."""
 
     @property
@@ -187,9 +195,10 @@ def _training(config: RecipeConfig) -> lookahead.TrainConfig:
     folder = _folder(config)
     return lookahead.TrainConfig(
         model=config.model, data=(folder / "data",), run=folder / config.run,
-        modules=config.modules, optimizer=config.optimizer, steps=config.steps,
+        modules=config.modules, optimizer=config.optimizer, loss=config.loss, steps=config.steps,
         batch=config.batch, seed=config.seed, shards=config.shards,
         save_every=config.save_every, keep=1, log_every=1,
+        forwards=folder / _FORWARDS if config.keep_forwards else None,
     )  # fmt: skip
 
 
@@ -238,7 +247,13 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
     unanswered = sum(not shard_path(folder / "data", n).is_dir() for n in range(config.shards))
     log = folder / config.run / "metrics.jsonl"
     steps = config.steps - (len(log.read_text().splitlines()) if log.is_file() else 0)
-    trained = steps * config.batch * rates.train * sum(lengths.values()) / len(lengths)
+    mean = sum(lengths.values()) / len(lengths)
+    passes = steps * config.batch
+    if config.keep_forwards:
+        kept = len(list((folder / _FORWARDS).glob("*.npz")))
+        passes = min(passes, max(config.prompts - kept, 0))
+        _check_disk(folder, int(passes * mean * bytes_per_token(model.config)))
+    trained = mean * (passes * rates.forward + steps * config.batch * rates.learn)
     minutes = [
         shards * config.shard_rows * rates.prompt / 60, unanswered * answers / 60, trained / 60,
     ]  # fmt: skip
@@ -249,6 +264,17 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
         f"take turns, and {folder / config.run / 'modules'} is written every {config.save_every} "
         "steps"
     )
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Says what the base forwards take; ValueError if the disk has not that much."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{folder / _FORWARDS} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} "
+            "GB: give another --folder, fewer --prompts, or --no-keep-forwards"
+        )
+    say(f"{folder / _FORWARDS} will grow by {needed / 1e9:.1f} GB; it can be deleted afterwards")
 
 
 def _make_responses(config: RecipeConfig, model: Model, ready: int) -> int:
