@@ -114,6 +114,20 @@ def test_files_hold_the_modules(tmp_path, dtype):
         np.testing.assert_array_equal(mine, other.astype(dtype or jnp.float32))
 
 
+def test_files_of_half_the_size_hold_the_rounded_modules(tmp_path):
+    saved = modules()
+    save_modules(tmp_path / "whole", saved, params=PARAMS)
+    save_modules(tmp_path / "half", saved, params=PARAMS, dtype=np.float16)
+    sizes = [(tmp_path / name / TENSOR_FILE).stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.8 * sizes[1]
+    loaded = load_modules(tmp_path / "half", params=PARAMS, config=MODEL)
+    for mine, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(saved), strict=True):
+        np.testing.assert_array_equal(mine, other.astype(jnp.float16).astype(jnp.float32))
+    with pytest.raises(ValueError, match="dtype int8: modules are stored as float32 or float16"):
+        save_modules(tmp_path / "int8", saved, params=PARAMS, dtype=np.int8)
+    assert not (tmp_path / "int8").exists()
+
+
 def test_tensors_have_peft_names_and_orientation(tmp_path):
     saved = modules()
     save_modules(tmp_path, saved, params=PARAMS)

@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from lookahead_jax import EMBEDDED_MODEL, EMBEDDED_MODULES
+from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
 from lookahead_jax.host.config_files import cli_with_file
+from lookahead_jax.modules.shipped import shipped_modules
 from lookahead_jax.policies.base import Policy, WithDraft, WithReplay, WithResponse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
@@ -51,7 +52,7 @@ class RunConfig:
     data: Path | None = None
     """Folder of the benchmarks' files; see docs/evaluation.md."""
     lookahead: Path | None = None
-    """Folder of lookahead modules. Default: those that ship for the embedded model."""
+    """Folder of lookahead modules. Default: those that ship for the model."""
     draft_model: str | None = None
     """The small model of speckv, specpc and speckv_pc: a folder, or `embedded`."""
     draft_layers: int | None = None
@@ -174,8 +175,8 @@ def modules_folder(config: RunConfig, model: str) -> Path | None:
 
 
 def modules_folder_of(given: Path | None, model: str) -> Path | None:
-    """The given folder, or the one that ships for the embedded model."""
-    return given or (EMBEDDED_MODULES if model == EMBEDDED else None)
+    """The given folder, or the one that ships for the model."""
+    return given or shipped_modules(None if model == EMBEDDED else model)
 
 
 def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[GridCell]:

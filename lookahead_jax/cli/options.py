@@ -137,19 +137,20 @@ class Eviction(NamedTuple):
 class EvictionOptions:
     policy: Annotated[Text, option("NAME")] = None
     """The eviction policy, which chooses the prompt entries to keep; `full` keeps all. Default:
-    lookaheadkv if there are lookahead modules (--lookahead, or those of the embedded model), else
-    snapkv."""
+    lookaheadkv if there are lookahead modules (--lookahead, or those that ship for the embedded
+    model and for smollm2), else snapkv."""
     policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
     """A setting of the policy. May be repeated."""
     budget: int = 256
     """Prompt entries to keep per layer and KV head."""
     lookahead: Folder = None
-    """Folder of trained lookahead modules. Default: those of the embedded model, if that is the
-    model."""
+    """Folder of trained lookahead modules. Default: those that ship for the model: for the embedded
+    one and for smollm2."""
 
     def resolve(self, source: ModelOptions) -> Eviction:
         """The policy with its settings, and the folder of the modules it reads."""
         import lookahead_jax as lk
+        from lookahead_jax.modules.shipped import shipped_modules
         from lookahead_jax.policies.base import WithModules
 
         if self.budget < 1:
@@ -160,8 +161,7 @@ class EvictionOptions:
             if not name or not equals:
                 raise UsageError(f"--policy-arg takes NAME=VALUE, not {pair!r}")
             settings[name] = value
-        own = lk.EMBEDDED_MODULES if source.model is None else None
-        folder = self.lookahead or own
+        folder = self.lookahead or shipped_modules(source.model)
         name = self.policy or ("lookaheadkv" if folder else "snapkv")
         policy = lk.make_policy(name, **settings)
         reads_modules = isinstance(policy.reading, WithModules)

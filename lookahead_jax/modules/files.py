@@ -28,25 +28,32 @@ from lookahead_jax.modules.definition import (
 CONFIG_FILE = "lookahead_config.json"
 TENSOR_FILE = "lookahead_model.safetensors"
 FORMAT = 1
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 _EMBEDDINGS = "lookahead.embeddings"
 
 
 def save_modules(
-    directory: str | os.PathLike, modules: LookaheadModules, *, params: Params
+    directory: str | os.PathLike,
+    modules: LookaheadModules,
+    *,
+    params: Params,
+    dtype: DTypeLike = np.float32,
 ) -> None:
     """Writes the modules for the base model `params` into `directory`, which is created if missing.
 
-    `lookahead_model.safetensors` holds float32 tensors: the LoRA under its PEFT names and in
-    PEFT's orientation (lora_A [R, in], lora_B [out, R]), and the tokens as `lookahead.embeddings`
-    [M, D]. `lookahead_config.json` holds the sizes, the fingerprint of the base model and the
-    digest of the tensors. Each file is replaced atomically, the config last; after a crash between
-    the two, loading fails.
+    `lookahead_model.safetensors` holds tensors of `dtype`, float32 or float16: the LoRA under its
+    PEFT names and in PEFT's orientation (lora_A [R, in], lora_B [out, R]), and the tokens as
+    `lookahead.embeddings` [M, D]. `lookahead_config.json` holds the sizes, the fingerprint of the
+    base model and the digest of the tensors. Each file is replaced atomically, the config last;
+    after a crash between the two, loading fails. Raises ValueError for another `dtype`.
     """
-    tensors = {_EMBEDDINGS: np.asarray(modules.embeddings, np.float32)}
+    if jnp.dtype(dtype) not in _DTYPES:
+        raise ValueError(f"dtype {jnp.dtype(dtype)}: modules are stored as float32 or float16")
+    tensors = {_EMBEDDINGS: np.asarray(modules.embeddings, dtype)}
     for name, pair in modules.lora.items():
         for layer in range(pair["a"].shape[0]):
             for part, letter in (("a", "A"), ("b", "B")):
-                values = np.asarray(pair[part][layer], np.float32)
+                values = np.asarray(pair[part][layer], dtype)
                 tensors[_peft_name(layer, name, letter)] = np.ascontiguousarray(values.T)
     content = safetensors.numpy.save(tensors, {"format": "pt"})
     described = {
@@ -148,7 +155,7 @@ def _assemble(
         values = tensors.pop(name, None)
         if values is None:
             raise ValueError(f"{path} lacks {name}")
-        if values.shape != shape or values.dtype != np.float32:
+        if values.shape != shape or values.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is {values.dtype} {values.shape}, not {shape}")
         with np.errstate(over="ignore"):
             values = values.astype(dtype)

@@ -202,14 +202,15 @@ def _training(config: RecipeConfig) -> lookahead.TrainConfig:
     )  # fmt: skip
 
 
-def _prompt_file(folder: Path, shard: int) -> Path:
+def prompt_file(folder: Path, shard: int) -> Path:
+    """The file with the prompts of a shard, as JSON lines."""
     return folder / "prompts" / f"shard-{shard:05d}.jsonl"
 
 
 def _write_prompts(config: RecipeConfig, model: Model) -> None:
     """Writes the prompts of the shards that have none; after one, says how long all will take."""
     folder = _folder(config)
-    missing = [n for n in range(config.shards) if not _prompt_file(folder, n).is_file()]
+    missing = [n for n in range(config.shards) if not prompt_file(folder, n).is_file()]
     if not missing:
         _tell_plan(config, model, 0, 0.0)
         return
@@ -225,7 +226,7 @@ def _write_prompts(config: RecipeConfig, model: Model) -> None:
         first = shard * config.shard_rows
         rows = [prompt(maker, first + i) for i in range(config.shard_rows)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        atomic_write(_prompt_file(folder, shard), lines)
+        atomic_write(prompt_file(folder, shard), lines)
         if shard == missing[0]:
             seconds = (time.perf_counter() - begin) / config.shard_rows
             _tell_plan(config, model, len(missing) - 1, seconds)
@@ -234,7 +235,7 @@ def _write_prompts(config: RecipeConfig, model: Model) -> None:
 def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float) -> None:
     """Says how long what is missing will take; `shards` have no prompts yet."""
     folder = _folder(config)
-    rows = [json.loads(line) for line in _prompt_file(folder, 0).read_text().splitlines()]
+    rows = [json.loads(line) for line in prompt_file(folder, 0).read_text().splitlines()]
     ids = [data.tokenize(row, model)[0] for row in rows]
     if not (folder / estimate.FILE).is_file():
         say("measuring how long a batch of each phase takes")
@@ -288,7 +289,7 @@ def _make_responses(config: RecipeConfig, model: Model, ready: int) -> int:
     )  # fmt: skip
     missing = [n for n in range(until) if not shard_path(making.out, n).is_dir()]
     for shard in tqdm(missing, desc=f"responses, of {config.shards} shards", unit="shard"):
-        rows = [json.loads(line) for line in _prompt_file(folder, shard).read_text().splitlines()]
+        rows = [json.loads(line) for line in prompt_file(folder, shard).read_text().splitlines()]
         with atomic_path(shard_path(making.out, shard)) as temporary:
             made = data.prepare_rows(rows, model, making, shard * config.shard_rows)
             made.save_to_disk(temporary)

@@ -1,0 +1,152 @@
+"""Write the modules of a recipe as they ship: in float16, with a model card.
+
+    python -m lookahead_jax.train.recipe.package CONFIG [the recipe's options] --out FOLDER
+
+CONFIG and options are those of the run (`lookahead train recipe`), which may be unfinished. FOLDER
+receives the modules and README.md: the recipe, its data, and its loss.
+"""
+
+import collections
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.config_files import UsageError
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.modules.files import load_modules, save_modules
+from lookahead_jax.train.recipe.recipe import RecipeConfig, parse_config, prompt_file
+
+_CARD = """\
+# Lookahead modules for {model}
+
+{tokens} lookahead tokens and a LoRA of rank {rank} on {targets}, for the base model whose
+fingerprint is in `lookahead_config.json`; {megabytes:.2f} MB in float16. The base model is not
+changed. The policy `lookaheadkv` reads them; `--model {model}` finds them by itself.
+
+What they were measured to do is in docs/results.md.
+
+## Data
+
+{rows:,} prompts of {shortest} to {longest} tokens ({prompt_tokens:,} in all), and the model's own
+greedy responses of at most {max_response} tokens. The prompts are chats about documentation and
+sources of Python and of installed packages, in wordings of the recipe's own:
+
+{kinds}
+
+The wordings of RULER, the files that the evaluation reads, and a tenth of all documents were held
+out. Seed of the prompts: {prompt_seed}; they depend on the versions of the installed packages.
+
+## Training
+
+{steps} of {all_steps} steps of {batch} rows: each prompt was learned from about {epochs:.1f} times.
+Seed {seed}. {loss}
+
+{curve}
+
+```json
+{recipe}
+```
+
+    lookahead train recipe {command}
+
+## Licence
+
+Apache-2.0, like the package.
+"""
+_LOSS = {
+    "mean": "The loss is the paper's: KL of the response's mean attention to that of the tokens.",
+    "max": "The target is the largest attention that any token of the response pays to an entry.",
+}
+
+
+def write_package(config: RecipeConfig, out: Path, given: Sequence[str]) -> None:
+    """Writes the modules of the recipe's run and their card into `out`.
+
+    Raises FileNotFoundError if the run has no modules yet, ValueError if they belong to another
+    model.
+    """
+    assert config.folder is not None  # parse_config sets it
+    run = config.folder / config.run
+    model = load(config.model)
+    modules = load_modules(run / "modules", params=model.params, config=model.config)
+    rows = [
+        json.loads(line)
+        for shard in range(config.shards)
+        for line in prompt_file(config.folder, shard).read_text("utf-8").splitlines()
+    ]
+    save_modules(make_folder(out), modules, params=model.params, dtype=np.float16)
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    atomic_write(out / "README.md", _card(config, modules, rows, log, given))
+
+
+def _card(
+    config: RecipeConfig,
+    modules: LookaheadModules,
+    rows: Sequence[dict[str, Any]],
+    log: Sequence[dict[str, Any]],
+    given: Sequence[str],
+) -> str:
+    values = modules.embeddings.size + sum(
+        pair[part].size for pair in modules.lora.values() for part in pair
+    )
+    described = json.loads((_folder(config) / config.run / "config.json").read_text("utf-8"))
+    kept = {name: described[name] for name in ("modules", "optimizer", "loss", "steps", "batch")}
+    loss = _LOSS[config.loss.response]
+    if config.loss.skip:
+        loss += f" The first {config.loss.skip} entries of a prompt, attention sinks, do not count."
+    return _CARD.format(
+        model=config.model, tokens=modules.config.tokens, rank=modules.config.rank,
+        targets=", ".join(modules.config.targets), megabytes=2 * values / 1e6,
+        rows=len(rows), shortest=config.shortest, longest=config.longest,
+        prompt_tokens=sum(row["tokens"] for row in rows), max_response=config.max_response,
+        kinds=_kinds(rows), prompt_seed=config.prompt_seed, steps=len(log),
+        all_steps=config.steps, batch=config.batch, epochs=len(log) * config.batch / len(rows),
+        seed=config.seed, loss=loss, curve=_curve(log), recipe=json.dumps(kept, indent=1),
+        command=" ".join(given),
+    )  # fmt: skip
+
+
+def _kinds(rows: Sequence[dict[str, Any]]) -> str:
+    """How many prompts there are of each kind, as a table."""
+    counts = collections.Counter(row["kind"] for row in rows).most_common()
+    return "\n".join(["| kind | prompts |", "|---|---:|", *(f"| {k} | {n} |" for k, n in counts)])
+
+
+def _curve(log: Sequence[dict[str, Any]], points: int = 12) -> str:
+    """The loss of a run as a table, averaged over intervals of equal length."""
+    lines, rows = ["| steps | loss, nats |", "|---:|---:|"], 0
+    for part in np.array_split([line["loss"] for line in log], min(points, len(log))):
+        rows += len(part)
+        lines.append(f"| {rows} | {part.mean():.4f} |")
+    return "\n".join(lines)
+
+
+def _folder(config: RecipeConfig) -> Path:
+    assert config.folder is not None  # parse_config sets it
+    return config.folder
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    given = list(sys.argv[1:] if args is None else args)
+
+    def parse() -> tuple[RecipeConfig, Path, list[str]]:
+        if "--out" not in given or given.index("--out") + 1 == len(given):
+            raise UsageError("give --out FOLDER, where the modules are to be written")
+        at = given.index("--out")
+        rest = given[:at] + given[at + 2 :]
+        return parse_config(rest), Path(given[at + 1]), rest
+
+    prog = "python -m lookahead_jax.train.recipe.package"
+    return run_command(parse, lambda parsed: write_package(*parsed), prog=prog)
+
+
+if __name__ == "__main__":
+    end_process(main())
