@@ -10,7 +10,7 @@ import pytest
 
 from lookahead_jax.eval.grid.rows import ROWS, VIEWS, GridCell, RowFile
 from lookahead_jax.eval.intervals import of_mean, of_share
-from lookahead_jax.eval.report import drawing, figures, report, stats
+from lookahead_jax.eval.report import drawing, figures, report, smollm2, stats
 from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.eval.report.charts import Chart, Heat
 
@@ -58,6 +58,33 @@ def run(tmp_path_factory):
     views.append([{**cell._asdict(), **view, "predicted_answer": "x", "answer": ["y"]}])
     views.close()
     return folder
+
+
+def test_the_published_table_has_a_column_for_each_task_and_budget(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rights = {("full", 0): (1, 1, 1, 1), ("snapkv", 16): (0, 1, 0, 1), ("snapkv", 32): (1, 1, 0, 1)}
+    file = RowFile(folder / ROWS)
+    for (policy, budget), right in rights.items():
+        cell = GridCell("m", policy, budget, "own/a", 100, "none", "seen")
+        file.append([row(cell, i, float(score)) for i, score in enumerate(right)])
+    file.close()
+    lines = [line.strip("| ").split(" | ") for line in smollm2.table(Report([folder])).splitlines()]
+    assert lines[0] == ["policy", "mean", *(f"own/a, 100, seen, {n} kept" for n in (16, 32))]
+    assert [[cell[:4] for cell in line] for line in lines[2:]] == [
+        ["full", "1.00", "1.00", "1.00"], ["snap", "0.62", "0.50", "0.75"]
+    ]  # fmt: skip
+    low, high = of_share(0.5, 4)
+    assert lines[3][2] == f"0.50 ({low:.2f} to {high:.2f})"
+
+
+def test_the_published_run_keeps_its_rows_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    config = smollm2.parse(["--count", "3"])
+    assert (str(config.out), config.count) == ("/cache/lookahead_jax/eval/smollm2", 3)
+    assert config.models == ("smollm2",)
+    assert smollm2.parse(["--out", str(tmp_path)]).out == tmp_path
+    assert config.find_tasks()
 
 
 def test_intervals_against_published_ones():

@@ -1,1 +1,1 @@
-"""Turns the rows of a run into one HTML page with charts and intervals."""
+"""Turns the rows of runs into a page with charts, and into the table that is published."""

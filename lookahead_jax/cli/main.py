@@ -57,6 +57,7 @@ GROUPS = {
         "run": ("eval.__main__", "Answer the tasks with each policy, budget and drafter."),
         "report": ("eval.report.report", "Write a page with the tables and charts of runs."),
         "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
+        "smollm2": ("eval.report.smollm2", "Renew the table of the modules that ship for SmolLM2."),
     },
 }
 _WITH_POLICY = ("generate", "chat", "score", "inspect", "demo", "serve")
