@@ -27,8 +27,8 @@ from lookahead_jax.kernels.gpu_blocks import (
     PARAMETERS,
     ROW,
     fetch,
-    load,
     logits_of,
+    read_shared,
     row_range,
     tiled,
     visible,
@@ -108,7 +108,11 @@ def partial_attention(
             raw = pl.run_scoped(product, plgpu.ACC((_ROWS, KEYS), jnp.float32))
             logits = logits_of(raw, scale, softcap)
             seen = visible(
-                load(k_pos_sm, COLUMN), load(low_sm, ROW), load(high_sm, ROW), logits.shape, 1
+                read_shared(k_pos_sm, COLUMN),
+                read_shared(low_sm, ROW),
+                read_shared(high_sm, ROW),
+                logits.shape,
+                1,
             )
             logits = jnp.where(seen, logits, -jnp.inf)
             m_new = jnp.maximum(m, logits.max(axis=1))
@@ -201,8 +205,8 @@ def partial_attention(
 
 def _clear_dead(v_sm, k_pos_sm):
     """Zeroes the values of empty slots: they may be NaN, and 0 * NaN is NaN."""
-    v = load(v_sm, plgpu.Layout.WGMMA)
-    alive = lax.broadcast_in_dim(load(k_pos_sm, ROW), v.shape, [0]) < NEVER
+    v = read_shared(v_sm, plgpu.Layout.WGMMA)
+    alive = lax.broadcast_in_dim(read_shared(k_pos_sm, ROW), v.shape, [0]) < NEVER
     v_sm[...] = jnp.where(alive, v, jnp.zeros((), v.dtype))
     plgpu.commit_smem()
 

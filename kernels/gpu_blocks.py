@@ -35,7 +35,7 @@ def tiled(dtype: Any) -> tuple[Any, Any]:
     return plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(128)
 
 
-def load(ref: Any, layout: Any) -> jax.Array:
+def read_shared(ref: Any, layout: Any) -> jax.Array:
     """A shared-memory vector in a register layout; jax before 0.11 needs an index."""
     read: Any = plgpu.load
     index = inspect.signature(read).parameters.get("idx")

@@ -121,8 +121,8 @@ def column_scores(
 
         def step(at, k_pos_sm, k_sm):
             seen = blocks.visible(
-                blocks.load(k_pos_sm, ROW), blocks.load(low_sm, COLUMN),
-                blocks.load(high_sm, COLUMN), (KEYS, width), 0,
+                blocks.read_shared(k_pos_sm, ROW), blocks.read_shared(low_sm, COLUMN),
+                blocks.read_shared(high_sm, COLUMN), (KEYS, width), 0,
             )  # fmt: skip
             columns = []
             for g in range(groups):
@@ -133,7 +133,9 @@ def column_scores(
 
                 raw = pl.run_scoped(product, plgpu.ACC((KEYS, width), jnp.float32))
                 logits = blocks.logits_of(raw, scale, softcap)
-                norm = lax.broadcast_in_dim(blocks.load(lse_sm.at[g], COLUMN), logits.shape, [1])
+                norm = lax.broadcast_in_dim(
+                    blocks.read_shared(lse_sm.at[g], COLUMN), logits.shape, [1]
+                )
                 p = jnp.where(seen, jnp.exp2(logits - norm), 0.0)
                 columns.append(p.max(axis=1) if maximum else p.sum(axis=1))
             if finish is not None:

@@ -124,7 +124,7 @@ def test_rows_that_a_variant_does_not_learn_from_leave_no_trace(folder):
     np.testing.assert_array_equal(used, [np.ones((1, 4)), np.ones((1, 4)), ~from_b])
 
     optimizer = optax.sgd(0.5)
-    batch = data.load(0, 1, microbatch_sharding(make_mesh(devices=jax.devices()[:1])))
+    batch = data.batch_of(0, 1, microbatch_sharding(make_mesh(devices=jax.devices()[:1])))
     state = init_state(
         init_modules(jax.random.key(0), MODULES, model.config, params=model.params), optimizer
     )

@@ -161,7 +161,7 @@ def test_order_is_a_function_of_seed_and_step_and_batches_follow_it(tmp_path, mo
     assert (other.rows_of(0) != opened.rows_of(0)).any()
 
     mesh = make_mesh(data=2, tensor=2)
-    batch = opened.load(3, 2, microbatch_sharding(mesh))
+    batch = opened.batch_of(3, 2, microbatch_sharding(mesh))
     grid = np.asarray(batch.prompts).reshape(4, -1)
     for row, ids in zip(opened.rows_of(3), grid, strict=True):
         np.testing.assert_array_equal(ids[ids >= 0], prompts[row])

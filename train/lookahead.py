@@ -245,7 +245,7 @@ def _run_steps(
                 raise RowsMissing(step, config)
             if step == trace_from:
                 trace.enter_context(jax.profiler.trace(str(config.run / "profile")))
-            batch = data.load(step, config.micro_batches, microbatch_sharding(mesh))
+            batch = data.batch_of(step, config.micro_batches, microbatch_sharding(mesh))
             if forwards is not None:
                 batch = forwards.batch(batch)
             state, values = step_fn(model.params, state, batch)

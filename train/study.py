@@ -188,7 +188,7 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
             config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE
         )
         for step in steps(first, study.steps):
-            batch = data.load(step, study.micro_batches, microbatch_sharding(mesh))
+            batch = data.batch_of(step, study.micro_batches, microbatch_sharding(mesh))
             if forwards is not None:
                 batch = forwards.batch(batch)
             used = rows_used(study, data, tuple(folders), step)

@@ -89,7 +89,7 @@ class TrainingData:
         in_order = group[np.argsort(self.lengths[group, 0], kind="stable")]
         return in_order.reshape(-1, self.batch)
 
-    def load(self, step: int, micro_batches: int, sharding: NamedSharding) -> Batch:
+    def batch_of(self, step: int, micro_batches: int, sharding: NamedSharding) -> Batch:
         """The batch of a step [A, B, ...]; a process reads only the rows of its own devices."""
         rows = self.rows_of(step)
         longest = self.lengths[rows].max(axis=0)

@@ -31,10 +31,10 @@ def main(config: Generate) -> None:
         for row, continuation in enumerate(result.text or result.tokens):
             print(f"[{row}] {continuation}")
     if config.json is not None:
-        atomic_write(config.json, json.dumps(report(result), indent=2, allow_nan=False) + "\n")
+        atomic_write(config.json, json.dumps(described(result), indent=2, allow_nan=False) + "\n")
 
 
-def report(result) -> dict:
+def described(result) -> dict:
     """What --json writes of a `Generation`; tokens, text and prompt_tokens have one entry a row."""
     return dict(
         tokens=result.tokens,

@@ -273,7 +273,7 @@ def layer_step(
     if visible is None:
         out, lse = causal(proj, kind, config), None
     else:
-        out, lse = attend(
+        out, lse = attend_block(
             proj, kind, positions=positions, visible=visible, context=context, config=config
         )
     return feed_forward(p, [stream], [out], config=config)[0], proj._replace(lse=lse)
@@ -288,7 +288,7 @@ def as_stored(proj: Projections) -> Projections:
     return proj._replace(k=k, v=v, k_scale=k_scale, v_scale=v_scale)
 
 
-def attend(
+def attend_block(
     proj: Projections,
     kind: LayerKind,
     *,

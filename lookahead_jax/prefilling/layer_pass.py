@@ -18,7 +18,7 @@ from lookahead_jax.model.decoder import (
     Context,
     LayerKind,
     Stream,
-    attend,
+    attend_block,
     block_visible,
     causal,
     embed,
@@ -212,7 +212,7 @@ def read_together(
     text, own = project_qkv(p, streams, kind, config=config)
     visible = block_visible(observer)
     context = prompt.context((text.k, text.v))
-    seen, lse = attend(
+    seen, lse = attend_block(
         own, kind, positions=observer.positions, visible=visible, context=context, config=config
     )
     x, rows = feed_forward(p, streams, [causal(text, kind, config), seen], config=config)
