@@ -234,6 +234,36 @@ def test_models_and_health(server):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4o")
     assert server.send("GET", "/health") == (200, {"status": "ok"})
+    assert server.send("GET", "/ready") == (200, {"status": "ready"})
+    entry = server.send("GET", f"/v1/models/{NAME}")[1]
+    assert (entry["max_prompt_tokens"], entry["max_new_tokens"]) == (PROMPT, NEW)
+    assert entry["max_model_len"] == PROMPT + 16 + NEW
+
+
+def test_tokenize_gives_the_ids_that_a_request_is_read_with(model, server):
+    status, content = server.send("POST", "/tokenize", {"model": NAME, "prompt": "a b\n"})
+    assert (status, content["tokens"]) == (200, model.tokenizer.encode("a b\n", plain=True))
+    assert (content["count"], content["max_prompt_tokens"]) == (len(content["tokens"]), PROMPT)
+    chat = {"model": NAME, "messages": [{"role": "user", "content": "hi"}]}
+    found = server.send("POST", "/tokenize", chat)[1]["tokens"]
+    assert model.tokenizer.decode(found) == "u:hi;a:"
+    answered = server.send("POST", "/v1/chat/completions", chat | {"max_tokens": 1})[1]
+    assert answered["usage"]["prompt_tokens"] == len(found)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "other", "prompt": "a"}, 404, "model"),
+        ({"model": NAME}, 400, "prompt"),
+        ({"model": NAME, "prompt": "a", "messages": []}, 400, "messages"),
+        ({"model": NAME, "prompt": "a" * 70_000}, 400, "prompt"),
+        ({"model": NAME, "prompt": "a", "colour": 1}, 400, "colour"),
+    ],
+)
+def test_tokenize_refuses_by_name(server, body, status, param):
+    found, content = server.send("POST", "/tokenize", body)
+    assert (found, content["error"]["param"]) == (status, param)
 
 
 WRONG = [
@@ -384,6 +414,7 @@ def test_bodies_that_are_no_json_or_too_large(server, body, headers, status):
         ("GET", "/", 404),
         ("GET", "/v1/models/x", 404),
         ("POST", "/v1/embeddings", 404),
+        ("GET", "/tokenize", 405),
         ("OPTIONS", "/v1/completions", 405),
     ],
 )

@@ -16,22 +16,26 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.server.endpoint import Endpoint, check_model
+from lookahead_jax.server.endpoint import Endpoint, check_model, tokenizer_of
 from lookahead_jax.server.errors import Refused
 from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Service
+from lookahead_jax.server.tokenizing import Tokenizing
 
 
 def make_app(
     service: Service, model: Model, *, name: str, api_key: str | None, allow_special_tokens: bool
 ) -> ASGIApp:
-    """The whole server: OpenAI's endpoints for one model, /health and /metrics.
+    """The whole server: OpenAI's endpoints for one model, /tokenize, /health, /ready and /metrics.
 
-    With `api_key`, everything but /health requires it. `allow_special_tokens` lets control tokens
-    that clients spell in texts act as such.
+    With `api_key`, everything but /health and /ready requires it. `allow_special_tokens` lets
+    control tokens that clients spell in texts act as such.
     """
+    limits = service.engine.limits
     entry = {
-        "id": name, "object": "model", "created": int(time.time()), "owned_by": "lookahead_jax"
+        "id": name, "object": "model", "created": int(time.time()), "owned_by": "lookahead_jax",
+        "max_model_len": limits.longest + limits.max_new_tokens,
+        "max_prompt_tokens": limits.max_prompt_tokens, "max_new_tokens": limits.max_new_tokens,
     }  # fmt: skip
 
     async def models(request: HttpRequest) -> Response:
@@ -45,6 +49,16 @@ def make_app(
         service.check()
         return JSONResponse({"status": "ok"})
 
+    async def ready(request: HttpRequest) -> Response:
+        service.check_room()
+        return JSONResponse({"status": "ready"})
+
+    async def embeddings(request: HttpRequest) -> Response:
+        raise Refused(
+            404, "there are no embeddings here: the model continues text; use /v1/completions or "
+            "/v1/chat/completions", code="unsupported_endpoint",
+        )  # fmt: skip
+
     async def metrics(request: HttpRequest) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -56,13 +70,19 @@ def make_app(
         finally:
             await service.stop()
 
-    endpoint = partial(Endpoint, service, model, name=name, plain=not allow_special_tokens)
+    plain = not allow_special_tokens
+    endpoint = partial(Endpoint, service, model, name=name, plain=plain)
+    tokenizer = tokenizer_of(model)
+    tokenizing = Tokenizing(service, tokenizer, name=name, plain=plain)
     routes = [
         Route("/v1/completions", endpoint(kind=CompletionBody), methods=["POST"]),
         Route("/v1/chat/completions", endpoint(kind=ChatBody), methods=["POST"]),
+        Route("/v1/embeddings", embeddings, methods=["POST"]),
+        Route("/tokenize", tokenizing, methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", one_model),
         Route("/health", health),
+        Route("/ready", ready),
         Route("/metrics", metrics),
     ]
     handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
@@ -100,7 +120,7 @@ class _KeyCheck:
             self._service.metrics.responded(path, status)
 
     def _may_enter(self, scope: Scope) -> bool:
-        if self._key is None or scope["path"] == "/health":
+        if self._key is None or scope["path"] in ("/health", "/ready"):
             return True
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), self._key.encode())

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.engine.requests import Event, RequestError, Result, TooLong
 from lookahead_jax.server.answers import Answer
 from lookahead_jax.server.call import Call
@@ -29,10 +30,8 @@ class Endpoint:
     def __init__(
         self, service: Service, model: Model, *, name: str, kind: type[AnyBody], plain: bool
     ):
-        if model.tokenizer is None:
-            raise ValueError(f"{model.path} has no tokenizer.json, and a server answers in text")
         self._service = service
-        self._tokenizer = model.tokenizer
+        self._tokenizer = tokenizer_of(model)
         self._name = name
         self._kind = kind
         self._plain = plain
@@ -118,6 +117,13 @@ class Endpoint:
                 field = "messages"
             code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise Refused(400, str(error), param=field, code=code) from None
+
+
+def tokenizer_of(model: Model) -> Tokenizer:
+    """The tokenizer; ValueError for a model without one."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.path} has no tokenizer.json, and a server answers in text")
+    return model.tokenizer
 
 
 def check_model(given: str, name: str) -> None:

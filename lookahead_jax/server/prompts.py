@@ -1,9 +1,11 @@
 """From the body of an HTTP request to requests of the engine, in token ids."""
 
+from collections.abc import Sequence
+
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.engine.requests import Limits, Request
 from lookahead_jax.host.panics import panics_as_errors
-from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody
+from lookahead_jax.server.schema import AnyBody, CompletionBody, Message, TokenizeBody
 
 
 def make_requests(
@@ -18,7 +20,12 @@ def make_requests(
     if isinstance(body, CompletionBody):
         document, prompts = _completion_ids(body, tokenizer, limits, plain)
     else:
-        prompts = [_chat_ids(body, tokenizer, limits, plain)]
+        ids = _chat_ids(
+            body.messages, tokenizer, limits, plain,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )  # fmt: skip
+        prompts = [ids]
     return [
         Request(
             prompt=prompt,
@@ -32,6 +39,21 @@ def make_requests(
         for prompt in prompts
         for choice in range(body.n)
     ]
+
+
+def token_ids(
+    body: TokenizeBody, *, tokenizer: Tokenizer, limits: Limits, plain: bool
+) -> list[int]:
+    """The ids that `make_requests` makes of the same prompt or chat; ValueError as there."""
+    if body.messages is not None:
+        return _chat_ids(
+            body.messages, tokenizer, limits, plain,
+            add_generation_prompt=body.add_generation_prompt,
+        )  # fmt: skip
+    text = body.prompt or ""
+    limits.check_text([text], "prompt")
+    with panics_as_errors("the text cannot be tokenized"):
+        return tokenizer.encode(text, plain=plain)
 
 
 def _completion_ids(
@@ -51,12 +73,16 @@ def _completion_ids(
     return document, prompts
 
 
-def _chat_ids(body: ChatBody, tokenizer: Tokenizer, limits: Limits, plain: bool) -> list[int]:
-    limits.check_text([message.content for message in body.messages], "prompt")
+def _chat_ids(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    limits: Limits,
+    plain: bool,
+    **ending: bool,
+) -> list[int]:
+    """The ids of a chat; `ending` says how its prompt ends."""
+    limits.check_text([message.content for message in messages], "prompt")
     with panics_as_errors("the chat cannot be tokenized"):
         return tokenizer.encode_chat(
-            [message.model_dump() for message in body.messages],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            plain=plain,
+            [message.model_dump() for message in messages], plain=plain, **ending
         )

@@ -196,8 +196,23 @@ class ChatBody(Body):
         return self
 
 
+class TokenizeBody(_Strict):
+    """The fields of /tokenize, with vLLM's names: a text, or the messages of a chat."""
+
+    model: str
+    prompt: str | None = None
+    messages: Annotated[list[Message], AfterValidator(_some)] | None = None
+    add_generation_prompt: bool = True
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self):
+        if (self.prompt is None) == (self.messages is None):
+            raise _wrong("prompt", "give either a prompt or messages")
+        return self
+
+
 AnyBody = CompletionBody | ChatBody
-_Kind = TypeVar("_Kind", bound=Body)
+_Kind = TypeVar("_Kind", bound=_Strict)
 
 
 def parse_body(kind: type[_Kind], content: bytes) -> _Kind:

@@ -59,6 +59,12 @@ class Service:
         if self._closed is not None:
             raise self._closed.copy()
 
+    def check_room(self) -> None:
+        """As `check`, and `Refused` with status 503 while the queue is full."""
+        self.check()
+        if self.taken >= self.places:
+            raise Refused(503, "the queue is full", code="queue_full", headers=RETRY)
+
     @contextlib.contextmanager
     def call(self) -> Iterator[Call]:
         """A new HTTP request; `Refused` with status 429 at once if the queue is full.
