@@ -15,6 +15,7 @@ import numpy as np
 from lookahead_jax.decoding.host_drafter import Draft, id_array
 from lookahead_jax.drafters import _suffix, _suffix_draft
 from lookahead_jax.drafters._compiled import NONE
+from lookahead_jax.drafters.open_requests import OpenRequests
 
 _RUNNING = 256  # concurrent requests that need no output dropped; each has two sequences
 
@@ -68,7 +69,7 @@ class Suffix:
         self._forest = _suffix.empty_forest(capacity, sequences, depth)
         self._free = list(range(sequences))[::-1]
         self._root = self._plant()
-        self._requests: dict[Hashable, _Request] = {}
+        self._requests = OpenRequests[_Request]()
         self._ended: deque[int] = deque()  # sequences in the tree of all, the oldest first
         self._lock = threading.Lock()
 
@@ -94,7 +95,7 @@ class Suffix:
         """Adds `tokens` to the shared tree now, and to the request's own at the next proposal."""
         ids = id_array(tokens)
         with self._lock:
-            state = self._get(request)
+            state = self._requests[request]
             state.recent = np.concatenate([state.recent, ids])[-self._depth :]
             state.unread.append(ids)
             state.learns = state.learns and self._append(self._root, state.output, ids)
@@ -102,7 +103,7 @@ class Suffix:
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
         """The draft with the better score, from the request's own tree or the shared one."""
         with self._lock:
-            state = self._get(request)
+            state = self._requests[request]
             if state.unread and state.learns:
                 state.learns = self._append(state.root, state.own, np.concatenate(state.unread))
             state.unread.clear()
@@ -118,7 +119,7 @@ class Suffix:
     def end(self, request: Hashable) -> None:
         """The request ends: its own tree is dropped, its output kept until memory is needed."""
         with self._lock:
-            state = self._get(request)
+            state = self._requests[request]
             del self._requests[request]
             _suffix.fell_tree(self._forest, state.root)
             self._close(state.own)
@@ -135,11 +136,6 @@ class Suffix:
     def nbytes(self) -> int:
         """Bytes of the trees, allocated at once."""
         return sum(array.nbytes for array in self._forest)
-
-    def _get(self, request: Hashable) -> _Request:
-        if request not in self._requests:
-            raise ValueError(f"request {request} has not begun, or has ended")
-        return self._requests[request]
 
     def _plant(self) -> int:
         return _suffix.plant(self._forest, NONE, NONE, 1, NONE, 0)

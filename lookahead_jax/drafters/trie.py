@@ -18,6 +18,7 @@ import numpy as np
 from lookahead_jax.decoding.host_drafter import Draft, id_array
 from lookahead_jax.drafters import _trie, _trie_draft
 from lookahead_jax.drafters._compiled import NONE
+from lookahead_jax.drafters.open_requests import OpenRequests
 from lookahead_jax.host.files import load_arrays, save_arrays
 
 _FORMAT = "lookahead_jax trie 1"
@@ -71,7 +72,7 @@ class Trie:
         self._growth = 2.0 ** (1.0 / half_life)
         self._context = context
         self._store = _trie.empty(capacity)
-        self._requests: dict[Hashable, _Request] = {}
+        self._requests = OpenRequests[_Request]()
         self._lock = threading.Lock()
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
@@ -103,12 +104,12 @@ class Trie:
         """Counts the n-grams that `tokens` complete."""
         ids = id_array(tokens)
         with self._lock:
-            self._count(self._get(request), ids, _trie.PUBLIC)
+            self._count(self._requests[request], ids, _trie.PUBLIC)
 
     def propose(self, request: Hashable, nodes: int, depth: int) -> Draft:
         """The best tree of at most `nodes` nodes and `depth` levels (`_trie_draft.best_tree`)."""
         with self._lock:
-            state = self._get(request)
+            state = self._requests[request]
             if nodes < 1 or depth < 1:
                 return Draft(np.zeros(0, np.int32), np.zeros(0, np.int32))
             self._count_prompt(state)
@@ -120,7 +121,7 @@ class Trie:
     def end(self, request: Hashable) -> None:
         """The request ends; its prompt's n-grams are removed."""
         with self._lock:
-            _trie.close_root(*self._store, self._get(request).root)
+            _trie.close_root(*self._store, self._requests[request].root)
             del self._requests[request]
 
     def save(self, path: str | os.PathLike, *, vocabulary: str = "") -> None:
@@ -163,11 +164,6 @@ class Trie:
     def nbytes(self) -> int:
         """Bytes of the store, nodes and child lookup included."""
         return sum(array.nbytes for array in self._store)
-
-    def _get(self, request: Hashable) -> _Request:
-        if request not in self._requests:
-            raise ValueError(f"request {request} has not begun, or has ended")
-        return self._requests[request]
 
     def _count(self, request: _Request, ids: np.ndarray, root: int) -> None:
         _, active, born, recent, *_ = request
