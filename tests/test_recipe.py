@@ -20,7 +20,7 @@ from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import data, training_data
 from lookahead_jax.train.checkpoints import digests
 from lookahead_jax.train.optimizer import OptimizerConfig
-from lookahead_jax.train.recipe import material, recipe
+from lookahead_jax.train.recipe import material, package, recipe
 from lookahead_jax.train.recipe.facts import RELATIONS
 from lookahead_jax.train.recipe.prompts import KINDS, Maker, length, prompt
 from lookahead_jax.train.recipe.turns import Draft
@@ -154,6 +154,17 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
     assert f"done: the modules are in {config.folder / 'run' / 'modules'}" in said
     straight = losses(config)
     assert len(straight) == 8
+
+    package.write_package(config, tmp_path / "out", ["x.json", "--folder", "/a", "--run=/b"])
+    model = load(config.model)
+    packed = load_modules(tmp_path / "out", params=model.params, config=model.config)
+    whole = load_modules(
+        config.folder / config.run / "modules", params=model.params, config=model.config
+    )
+    np.testing.assert_allclose(packed.embeddings, whole.embeddings, rtol=1e-3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "lookahead train recipe x.json\n" in card
+    assert "8 of 8 steps of 4 rows: each prompt was learned from about 2.0 times." in card
 
     made = data.prepare_rows
     other = dataclasses.replace(config, folder=tmp_path / "other")

@@ -8,6 +8,7 @@ receives the modules and README.md: the recipe, its data, and its loss.
 
 import collections
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,8 +110,19 @@ def _card(
         kinds=_kinds(rows), prompt_seed=config.prompt_seed, steps=len(log),
         all_steps=config.steps, batch=config.batch, epochs=len(log) * config.batch / len(rows),
         seed=config.seed, loss=loss, curve=_curve(log), recipe=json.dumps(kept, indent=1),
-        command=" ".join(given),
+        command=shlex.join(_without_places(given)),
     )  # fmt: skip
+
+
+def _without_places(given: Sequence[str]) -> list[str]:
+    """A recipe's arguments without the folders of one machine."""
+    kept, skip = [], False
+    for arg in given:
+        name = arg.split("=")[0]
+        if not skip and name not in ("--folder", "--run"):
+            kept.append(arg)
+        skip = name in ("--folder", "--run") and name == arg
+    return kept
 
 
 def _kinds(rows: Sequence[dict[str, Any]]) -> str:
