@@ -17,7 +17,7 @@ class ChunkKV(PolicyWrapper):
 
     An entry scores the mean over its chunk, without protected entries and those that may not be
     kept. Of the last chunk that is kept, the first entries fill the budget. Each KV head chooses
-    its own chunks (kvpress and the published tables sum scores over heads first).
+    its own chunks (kvpress sums scores over heads first).
     """
 
     inner: Policy = dataclasses.field(default_factory=SnapKV)
