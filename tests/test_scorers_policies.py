@@ -191,12 +191,9 @@ def settings(inner):
         ("critical:snapkv", "rich", 0.3),
         ("critical:ada:snapkv", "plain", 0.5),
         ("critical:lookaheadkv", "rich", 0.5),
-        ("critical:lookaheadkv", "plain", 0.0),
-        ("critical:chunkkv:snapkv", "plain", 0.5),
-        ("chunkkv:snapkv", "plain", None),
+        ("critical:chunkkv:snapkv", "plain", 0.0),
         ("chunkkv:snapkv", "rich", None),
         ("chunkkv:ada:keydiff", "plain", None),
-        ("chunkkv:lookaheadkv", "plain", None),
     ],
 )
 def test_policies_around_others(name, model_name, ratio):
@@ -388,9 +385,16 @@ def test_expected_attention_without_the_norm_of_the_value():
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * expected.max())
 
 
-@pytest.mark.parametrize("name", ["knorm", "lagkv:lag_size=4", "critical:h2o", "chunkkv:keydiff"])
-def test_eviction_while_decoding(name):
-    """Constant memory, and drafts change nothing."""
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lagkv:lag_size=4",
+        "critical:h2o:window=3",
+        pytest.param("knorm", marks=pytest.mark.slow),
+        pytest.param("chunkkv:keydiff:chunk_size=4", marks=pytest.mark.slow),
+    ],
+)
+def test_drafts_change_nothing_where_texts_are_cut_again(name):
     prompts = [[int(t) for t in row] * 4 for row in tiny.prompts((8, 5))]
     policy = method_of(name).policy
     options = dict(policy=policy, budget=12, max_new_tokens=30, evict_every=8, eos_ids=())
@@ -398,6 +402,5 @@ def test_eviction_while_decoding(name):
     drafted = lk.generate(
         model(), prompts, drafter=make_drafter("prompt_lookup"), draft_nodes=8, **options
     )
-    assert plain.cache.slots <= 128
-    assert np.asarray(plain.cache.length).max() <= 12 + 8
+    assert [len(tokens) for tokens in plain.tokens] == [30, 30]
     assert drafted.tokens == plain.tokens

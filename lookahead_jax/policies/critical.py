@@ -81,7 +81,9 @@ def projected_norms(v: jax.Array, o: Weight) -> jax.Array:
             "bksh,kghd->bkgsd", block.astype(o.dtype), matrix,
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        out = jnp.abs(out) if scale is None else jnp.abs(out) * scale
+        out = jnp.abs(out)
+        if scale is not None:
+            out = out * scale[None, None, None, None]
         start = jnp.minimum(j * size, tokens - size)
         return jax.lax.dynamic_update_slice_in_dim(norms, out.sum(-1).mean(2), start, axis=2)
 
