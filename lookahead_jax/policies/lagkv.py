@@ -49,11 +49,11 @@ class LagKV(Policy):
     def score(self, view: LayerView) -> jax.Array:
         order, _, last = self._partitions(view.pos)
         pick = jnp.broadcast_to(order, view.k.shape[:3])[..., None]
-        deviations = [
+        of_keys, of_values = (
             _lagged_deviation(self._split(jnp.take_along_axis(entries, pick, axis=2)))
             for entries in (view.k, view.v)
-        ]
-        scores = sum(jax.nn.softmax(deviation, axis=-1) for deviation in deviations) / 2
+        )
+        scores = (jax.nn.softmax(of_keys, axis=-1) + jax.nn.softmax(of_values, axis=-1)) / 2
         if self.compare == "partition":
             scores = jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1).astype(jnp.float32)
             scores = scores / self.lag_size
