@@ -31,6 +31,8 @@ ANSWER = 8
 POLICIES = [
     make_policy("snapkv", window=8),  # at a budget of 6 the window is cut
     make_policy("ada", window=4),
+    make_policy("critical:chunkkv:snapkv", window=4, chunk_size=3),
+    make_policy("lagkv", lag_size=4),  # what is protected depends on the budget
     make_policy("oracle", response_tokens=RESPONSE),
     make_policy("laq", draft_tokens=4, draft_window=4),
     make_policy("h2o", window=4),

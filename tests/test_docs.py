@@ -44,7 +44,7 @@ def test_add_a_policy(monkeypatch):
     assert result.kept.shape[-1] == 32
     assert (result.kept[..., -8:] == np.arange(length - 8, length)).all()
     assert (result.kept[..., 0] < length - 32).any(), "not only the last ones"
-    POLICIES.pop("knorm", None)
+    POLICIES.pop("vnorm", None)
 
 
 @pytest.mark.slow

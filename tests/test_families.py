@@ -59,6 +59,7 @@ SIZES = {
     "laq++": {"draft_tokens": 4},
     "oracle": {"response_tokens": 4},
     "kvzip": {"chunk": 16},
+    "lagkv": {"lag_size": 4},
 }
 DRAFTERS = ("trie", "suffix", "trie+suffix", "prompt_lookup", "recycling", "draft_model")
 BUDGET, NEW = 24, 12

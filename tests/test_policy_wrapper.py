@@ -29,16 +29,19 @@ ANSWERS = {
     "init_stats": "empty",
     "accumulate": "more",
     "score": ARRAY + 1,
+    "adjust": ARRAY + 6,
     "protected": ARRAY + 2,
     "candidates": ARRAY + 3,
     "layer_budgets": ARRAY + 4,
     "head_budgets": ARRAY + 5,
+    "rerank": ARRAY + 7,
     "max_entries": 78,
 }
 ARGUMENTS = {
     "batch": 2, "tokens": 5, "budget": 3, "config": PLAIN, "stats": "some", "view": VIEW,
     "chunk": Chunk(*[ARRAY] * 8, PLAIN), "pos": ARRAY, "length": ARRAY, "window": None,
-    "ranked": ARRAY, "candidates": ARRAY, "layer_budget": ARRAY,
+    "ranked": ARRAY, "candidates": ARRAY, "layer_budget": ARRAY, "scores": ARRAY,
+    "competing": ARRAY, "budgets": ARRAY,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Context, layer_kinds
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.params import Params
+from lookahead_jax.model.params import Params, of_all_layers
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import OnePass, Policy, WithModules, WithResponse
 from lookahead_jax.policies.full import Full
@@ -103,7 +103,7 @@ def keep_masks(
             budget=budget, modules=modules, draft=drafts.get(budget), config=config,
             eos_ids=eos_ids,
         )  # fmt: skip
-        kept = _keep(scores, reference.cache, config=config, policy=policy, budgets=group)
+        kept = _keep(params, scores, reference.cache, config=config, policy=policy, budgets=group)
         masks |= dict(zip(group, kept, strict=True))
     return jnp.stack([masks[budget] for budget in budgets])
 
@@ -184,6 +184,7 @@ def _scores(
 
 @program(static_argnames=("config", "policy", "budgets"))
 def _keep(
+    params: Params,
     scores: jax.Array,
     cache: KVCache,
     *,
@@ -195,9 +196,9 @@ def _keep(
     limit = max(policy.max_entries(cache.slots, budget, config) for budget in budgets)
     shares = [policy.layer_budgets(cache.next_pos, budget, config) for budget in budgets]
 
-    def layer(scores, context, kind, share):
+    def layer(scores, context, kind, o, share):
         view = LayerView.of(
-            context, kind, length=cache.next_pos, span=cache.rope_span, config=config
+            context, kind, length=cache.next_pos, span=cache.rope_span, config=config, o=o
         )
         kept = select(policy, view, scores, budget=budgets[0], layer_budget=share, limit=limit)
         at = jnp.where(kept.pos >= 0, kept.index, scores.shape[-1])
@@ -206,10 +207,10 @@ def _keep(
         return mask.at[b[:, None, None], h[None, :, None], at].set(True, mode="drop")
 
     layers = jax.vmap(layer)
-    each = jax.vmap(layers, in_axes=(None, None, None, 0))
-    kinds = layer_kinds(config)
+    each = jax.vmap(layers, in_axes=(None, None, None, None, 0))
+    kinds, o = layer_kinds(config), of_all_layers(params, "o")
     entries = Context(cache.k, cache.v, cache.pos)
-    return each(scores, entries, kinds, jnp.stack(shares))
+    return each(scores, entries, kinds, o, jnp.stack(shares))
 
 
 def masked(cache: KVCache, keep: jax.Array) -> KVCache:

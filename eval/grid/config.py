@@ -1,6 +1,7 @@
 """The configuration of a run: its options, its grid of cells, and its methods by name."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,7 +33,8 @@ class RunConfig:
     models: tuple[str, ...] = (EMBEDDED,)
     """Folders of checkpoints; `embedded` is the model that ships with the package."""
     policies: tuple[str, ...] = ("full", "snapkv")
-    """Policies, with settings after a colon: snapkv:window=8,pool=none."""
+    """Policies, with settings after a colon: snapkv:window=8,pool=none. Policies around others:
+    critical:ada:snapkv:alpha=0.3."""
     budgets: tuple[int, ...] = (256,)
     """Entries kept per layer and KV head; the policy `full` ignores them."""
     tasks: tuple[str, ...] = ("own",)
@@ -139,12 +141,15 @@ class Method(NamedTuple):
 def method_of(spec: str) -> Method:
     """`name` or `name:field=value,...` -> the method.
 
+    Policies around others are several names, outermost first: `critical:ada:snapkv:alpha=0.3`.
     Besides the policies there are three methods: `specpc` drops prompt tokens down to the budget;
     `speckv_pc` drops them down to `prune` (2048) and then applies `speckv`; `kv_prediction` reads
     prompts with a small model and keeps everything. The published values of `select_pool` and
     `select_neighbours` are 64 for Qwen and 32 for Llama models, and 32 in speckv_pc.
     """
-    name, _, settings = spec.partition(":")
+    parts = spec.split(":")
+    named = list(itertools.takewhile(lambda part: "=" not in part, parts))
+    name, settings = ":".join(named), ":".join(parts[len(named) :])
     pairs = [pair.partition("=") for pair in settings.split(",") if pair]
     if any(not value for _, _, value in pairs):
         raise ValueError(f"policy {spec!r}: settings are name=value, separated by commas")

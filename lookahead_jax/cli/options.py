@@ -136,9 +136,9 @@ class Eviction(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class EvictionOptions:
     policy: Annotated[Text, option("NAME")] = None
-    """The eviction policy, which chooses the prompt entries to keep; `full` keeps all. Default:
-    lookaheadkv if there are lookahead modules (--lookahead, or those that ship for the embedded
-    model and for smollm2), else snapkv."""
+    """The eviction policy, which chooses the prompt entries to keep; `full` keeps all. Some wrap
+    another: critical:ada:snapkv. Default: lookaheadkv if there are lookahead modules (--lookahead,
+    or those that ship for the embedded model and for smollm2), else snapkv."""
     policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
     """A setting of the policy. May be repeated."""
     budget: int = 256
@@ -236,7 +236,7 @@ class RunOptions:
     """Maximum number of tokens to generate per row."""
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens, so that memory stays constant however long the
-    text becomes. For the policies streaming_llm, keydiff, h2o and lookaheadkv."""
+    text becomes. For the policies streaming_llm, knorm, keydiff, lagkv, h2o and lookaheadkv."""
     cache_dtype: CacheType = None
     """int8: store keys and values in eight bits. Default: the type of the weights."""
     stop: Repeated = ()

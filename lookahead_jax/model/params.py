@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.quantization import QuantizedWeight
+from lookahead_jax.model.quantization import QuantizedWeight, Weight
 
 Params = dict[str, Any]
 Index = tuple[slice, ...]
@@ -297,6 +297,14 @@ def unstack(params: Params) -> Params:
     count = layers["q"].shape[0]
     split = tuple(jax.tree.map(lambda a, i=i: a[i], layers) for i in range(count))
     return params | {"layers": split}
+
+
+def of_all_layers(params: Params, name: str) -> Weight:
+    """One parameter of all layers [L, ...]; a copy if the layers are a tuple."""
+    layers = params["layers"]
+    if not isinstance(layers, tuple):
+        return layers[name]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *(p[name] for p in layers))
 
 
 def stored_shape(spec: ParameterSpec, config: ModelConfig) -> tuple[int, ...]:

@@ -2,11 +2,15 @@
 
 from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.chunkkv import ChunkKV
+from lookahead_jax.policies.critical import Critical
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
+from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
@@ -24,11 +28,15 @@ __all__ = [
     "LAQ",
     "POLICIES",
     "Ada",
+    "ChunkKV",
+    "Critical",
     "ExpectedAttention",
     "Full",
+    "KNorm",
     "KVzip",
     "KeyDiff",
     "LAQPlusPlus",
+    "LagKV",
     "LookaheadKV",
     "Oracle",
     "Policy",

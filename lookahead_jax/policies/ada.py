@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import Policy, WithReplay
-from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.selection import count_best, largest_remainder
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.wrapper import PolicyWrapper
@@ -33,10 +32,13 @@ class Ada(PolicyWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (reason := why_not_wrapped(self.inner)) is not None:
-            raise ValueError(f"ada cannot wrap {type(self.inner).__name__}: {reason}")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie between 0 and 1")
+
+    def why_not(self, policy: Policy) -> str | None:
+        if isinstance(policy, Ada):
+            return "it shares budgets among heads itself"
+        return super().why_not(policy)
 
     @cached_property
     def _ratio(self) -> Fraction:
@@ -58,14 +60,3 @@ class Ada(PolicyWrapper):
         mean = self.inner.max_entries(tokens, budget, config)
         most = (1 - self._ratio) * config.num_kv_heads * mean + self._ratio * mean
         return min(tokens, -(-most.numerator // most.denominator))
-
-
-def why_not_wrapped(policy: Policy) -> str | None:
-    """Why `ada` cannot share out this policy's budgets; None where it can."""
-    if isinstance(policy, Ada):
-        return "it shares budgets among heads itself"
-    if isinstance(policy, Full):
-        return "it keeps everything"
-    if isinstance(policy.reading, WithReplay) and policy.reading.across_layers:
-        return "one budget serves all layers; set allocate=layer"
-    return None

@@ -160,6 +160,14 @@ class Policy:
         """One score per entry and KV head, float32 [B, K, T]; the highest are kept."""
         raise NotImplementedError(f"{type(self).__name__} does not score")
 
+    def adjust(self, scores: jax.Array, pos: jax.Array, competing: jax.Array) -> jax.Array:
+        """The scores by which entries are ranked, float32 [B, K, T].
+
+        `scores` [B, K, T] are those of `score`, and `competing`, bool shaped like `pos`, marks the
+        entries that are neither protected nor excluded.
+        """
+        return scores
+
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         """Entries kept whatever their score: bool, shaped like `pos` [B, K or 1, T]."""
         return jnp.zeros(pos.shape, bool)
@@ -182,6 +190,13 @@ class Policy:
         not be kept; `candidates` [B, K] counts the entries that a head may keep.
         """
         return jnp.minimum(layer_budget[:, None], candidates)
+
+    def rerank(self, ranked: jax.Array, budgets: jax.Array, view: LayerView) -> jax.Array:
+        """`ranked` [B, K, T], as `head_budgets` sees it, once each head's share [B, K] is known.
+
+        Each head keeps its `budgets` best entries of the result.
+        """
+        return ranked
 
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         """The most entries any layer and head can keep, for the static number of slots."""

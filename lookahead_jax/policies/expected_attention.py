@@ -1,7 +1,7 @@
 """expected_attention: what queries like the prompt's would attend to (arXiv 2510.00636)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class ExpectedAttention(Policy):
     """Positions after the prompt over which the RoPE matrix is averaged."""
     epsilon: float = 0.0
     """Added to the expected attention before it is multiplied by the value norm."""
+    values: Literal["norm", "none"] = "norm"
+    """Whether the norm of the value is a factor of the score."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,8 +90,10 @@ class ExpectedAttention(Policy):
         if sinks is not None:
             total = total + jnp.exp(sinks - peak)
         share_of = mass / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        norm = jnp.linalg.norm(view.v.astype(jnp.float32), axis=-1)
-        return jnp.where(counted, (share_of.mean(2) + self.epsilon) * norm, 0.0)
+        scores = share_of.mean(2) + self.epsilon
+        if self.values == "norm":
+            scores = scores * jnp.linalg.norm(view.v.astype(jnp.float32), axis=-1)
+        return jnp.where(counted, scores, 0.0)
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         return (pos >= 0) & (pos < protected_share(self.sinks, budget))

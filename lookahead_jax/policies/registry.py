@@ -6,11 +6,15 @@ from typing import Any, Literal
 
 from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.chunkkv import ChunkKV
+from lookahead_jax.policies.critical import Critical
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
+from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
@@ -31,7 +35,11 @@ POLICIES: dict[str, type[Policy]] = {
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
     "ada": Ada,
+    "critical": Critical,
+    "chunkkv": ChunkKV,
+    "knorm": KNorm,
     "keydiff": KeyDiff,
+    "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
     "laq": LAQ,
     "laq++": LAQPlusPlus,
@@ -60,16 +68,20 @@ def make_policy(name: str, **arguments: Any) -> Policy:
     """The policy called `name` with its fields set from `arguments`.
 
     Values may be text, as on a command line (`window="16"`, `pool="none"`), or already parsed
-    (None stands for "none"). `preset` names a set of fields, which other arguments override. `ada`
-    takes `inner`, the name of the policy it wraps, and passes on the arguments that it does not
-    have itself. Raises ValueError, listing what is possible, for an unknown name, argument or
-    value.
+    (None stands for "none"). `preset` names a set of fields, which other arguments override.
+
+    A policy around another (`ada`, `critical`, `chunkkv`) takes `inner`, the name of the policy it
+    wraps (default snapkv), and passes on the arguments that it does not have itself. Names in one
+    text, `critical:ada:keydiff`, are such policies around each other, outermost first.
+
+    Raises ValueError, listing what is possible, for an unknown name, argument or value, and for a
+    policy that cannot wrap the next.
     """
-    if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
-    kind = POLICIES[name]
+    _check_names(name)
+    first, _, inner = name.partition(":")
+    kind = POLICIES[first]
     if issubclass(kind, PolicyWrapper):
-        return _make_wrapper(name, kind, arguments)
+        return _make_wrapper(first, kind, arguments, inner or arguments.pop("inner", "snapkv"))
     fields = {}
     if "preset" in arguments and kind.presets:
         preset = str(arguments.pop("preset"))
@@ -83,17 +95,31 @@ def make_policy(name: str, **arguments: Any) -> Policy:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _make_wrapper(name: str, kind: type[PolicyWrapper], arguments: dict[str, Any]) -> Policy:
-    """A policy around another; arguments that the outer one does not have go to the inner one."""
+def _check_names(text: str) -> None:
+    """Raises ValueError unless `text` names policies of which all but the last are wrappers."""
+    names = text.split(":")
+    wrappers = [known for known, kind in POLICIES.items() if issubclass(kind, PolicyWrapper)]
+    for place, name in enumerate(names, start=1):
+        if name not in POLICIES:
+            where = "" if name == text else f" in {text!r}"
+            raise ValueError(f"unknown policy {name!r}{where}; known: {', '.join(POLICIES)}")
+        if place < len(names) and name not in wrappers:
+            raise ValueError(
+                f"policy {text!r}: {name} wraps no other policy, only {', '.join(wrappers)} do; "
+                "settings are name=value"
+            )
+
+
+def _make_wrapper(
+    name: str, kind: type[PolicyWrapper], arguments: dict[str, Any], inner: Any
+) -> Policy:
+    """A policy around `inner`, a policy or a name; `inner` gets the arguments of other names."""
     fields = [field.name for field in dataclasses.fields(kind) if field.name != "inner"]
     own = _parse_fields(name, kind, {k: v for k, v in arguments.items() if k in fields})
-    rest = {k: v for k, v in arguments.items() if k not in (*fields, "inner")}
-    inner = arguments.get("inner", "snapkv")
+    rest = {k: v for k, v in arguments.items() if k not in fields}
     if not isinstance(inner, Policy):
-        if inner not in POLICIES:
-            raise ValueError(f"{name}: unknown inner={inner}; known: {', '.join(POLICIES)}")
         try:
-            inner = make_policy(inner, **rest)
+            inner = make_policy(str(inner), **rest)
         except ValueError as error:
             known = ", ".join(["inner", *fields])
             raise ValueError(f"{name} ({known}, or an argument of inner): {error}") from None

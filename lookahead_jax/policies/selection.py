@@ -45,6 +45,7 @@ def select(
     if view.pinned is not None:
         head_budgets = raise_shares(head_budgets.T, (ranked == jnp.inf).sum(-1, jnp.int32).T).T
     budgets = jnp.minimum(head_budgets, count)
+    ranked = policy.rerank(ranked, budgets, view)
 
     tokens = ranked.shape[-1]
     _, index = jax.lax.top_k(ranked, min(limit, tokens))
@@ -72,11 +73,15 @@ def rank(
     """
     allowed = policy.candidates(view.pos, view.length, view.window)
     protected = policy.protected(view.pos, view.length, budget) & allowed
+    pinned = None if view.pinned is None else view.pinned_entries(view.pinned) & allowed
+    competing = allowed & ~protected
+    if pinned is not None:
+        competing &= ~pinned
+    scores = policy.adjust(scores, view.pos, competing)
     # A score of -inf must not tie with the entries that may not be kept.
     scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
     ranked = jnp.where(protected, jnp.inf, jnp.where(allowed, scores, -jnp.inf))
-    if view.pinned is not None:
-        pinned = view.pinned_entries(view.pinned) & allowed
+    if pinned is not None:
         ranked = jnp.where(pinned, jnp.inf, jnp.minimum(ranked, jnp.finfo(jnp.float32).max))
     return ranked, allowed
 

@@ -13,6 +13,7 @@ from lookahead_jax.kernels.importance import importance_scores
 from lookahead_jax.kernels.reductions import Group, Pool, Reduce
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Context, LayerKind
+from lookahead_jax.model.quantization import Weight
 
 Stats = Any  # a policy's own accumulator over the prompt's queries, a pytree
 
@@ -60,6 +61,7 @@ class LayerView(NamedTuple):
     sums: jax.Array | None  # [B, K, T] float32 scores so far, where scores add up
     pinned: jax.Array | None = None  # [B, P] bool, prompt positions that the caller pins
     sinks: jax.Array | None = None  # [N] logits without a value in the softmax, if there are any
+    o: Weight | None = None  # [N, H, D] output projection of the layer's attention
 
     @classmethod
     def of(
@@ -75,12 +77,13 @@ class LayerView(NamedTuple):
         sums: jax.Array | None = None,
         pinned: jax.Array | None = None,
         sinks: jax.Array | None = None,
+        o: Weight | None = None,
     ) -> "LayerView":
         """A view of one layer's entries, `context`; what is left out does not exist here."""
         return cls(
             k=context.k, v=context.v, pos=context.pos, length=length, layer=kind.index,
             window=kind.window, queries=queries, stats=stats, span=span, rope=kind.rope,
-            config=config, sums=sums, pinned=pinned, sinks=sinks,
+            config=config, sums=sums, pinned=pinned, sinks=sinks, o=o,
         )  # fmt: skip
 
     def pinned_entries(self, pinned: jax.Array) -> jax.Array:

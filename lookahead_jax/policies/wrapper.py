@@ -1,11 +1,13 @@
 """A policy that changes one step of another and leaves the others as they are."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import DecodeCut, Policy, Reading
+from lookahead_jax.policies.base import DecodeCut, Policy, Reading, WithReplay
+from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.view import Chunk, LayerView, Stats
 
 
@@ -13,11 +15,27 @@ from lookahead_jax.policies.view import Chunk, LayerView, Stats
 class PolicyWrapper(Policy):
     """Passes everything a policy is asked on to `inner`; a subclass overrides what it changes.
 
-    Only `presets`, which belong to a class and not to a policy, are not passed on.
+    Only `presets`, which belong to a class and not to a policy, are not passed on. Wrappers nest.
+    Raises ValueError for a policy that this one cannot wrap.
     """
 
     inner: Policy
     """The policy that is wrapped."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in parts_of(self.inner):
+            if (reason := self.why_not(part)) is not None:
+                names = type(self).__name__, type(part).__name__
+                raise ValueError(f"{names[0]} cannot wrap {names[1]}: {reason}")
+
+    def why_not(self, policy: Policy) -> str | None:
+        """Why `policy` cannot be inside this wrapper, at any depth; None if it can."""
+        if isinstance(policy, Full):
+            return "it keeps everything"
+        if isinstance(policy.reading, WithReplay) and policy.reading.across_layers:
+            return "one budget serves all layers; set allocate=layer"
+        return None
 
     @property
     def reading(self) -> Reading:
@@ -42,6 +60,9 @@ class PolicyWrapper(Policy):
     def score(self, view: LayerView) -> jax.Array:
         return self.inner.score(view)
 
+    def adjust(self, scores: jax.Array, pos: jax.Array, competing: jax.Array) -> jax.Array:
+        return self.inner.adjust(scores, pos, competing)
+
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         return self.inner.protected(pos, length, budget)
 
@@ -56,5 +77,16 @@ class PolicyWrapper(Policy):
     ) -> jax.Array:
         return self.inner.head_budgets(ranked, candidates, layer_budget)
 
+    def rerank(self, ranked: jax.Array, budgets: jax.Array, view: LayerView) -> jax.Array:
+        return self.inner.rerank(ranked, budgets, view)
+
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         return self.inner.max_entries(tokens, budget, config)
+
+
+def parts_of(policy: Policy) -> Iterator[Policy]:
+    """The policy, the one that it wraps, and so on to the innermost."""
+    yield policy
+    while isinstance(policy, PolicyWrapper):
+        policy = policy.inner
+        yield policy

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,6 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import (
     Block,
-    Context,
     cache_context,
     embed,
     layer_kinds,
@@ -21,7 +19,7 @@ from lookahead_jax.model.decoder import (
     stored_layer,
 )
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.params import Params
+from lookahead_jax.model.params import Params, of_all_layers
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithReplay
 from lookahead_jax.policies.selection import (
@@ -164,8 +162,9 @@ def replay(
     return scores
 
 
-@partial(jax.jit, static_argnames=("config", "policy", "across_layers", "budget", "slots"))
+@program(static_argnames=("config", "policy", "across_layers", "budget", "slots"))
 def cut_by_scores(
+    params: Params,
     cache: KVCache,
     scores: jax.Array,
     *,
@@ -182,26 +181,26 @@ def cut_by_scores(
     positions that are kept whatever their score.
     """
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
-    kinds = layer_kinds(config)
+    kinds, o = layer_kinds(config), of_all_layers(params, "o")  # only some policies read it
 
-    def view_of(kind):
-        here = stored_layer(cache, kind.index)  # the choice reads positions only
+    def view_of(kind, o):
+        context = cache_context(cache, kind.index, params["embed"].dtype)
         return LayerView.of(
-            Context(here.k, here.v, here.pos), kind, length=cache.next_pos, span=cache.rope_span,
-            config=config, pinned=pinned,
+            context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
+            pinned=pinned, o=o,
         )  # fmt: skip
 
     heads = None
     if across_layers:
         ranked = jax.lax.map(
-            lambda layer: rank(policy, view_of(layer[0]), layer[1], budget=budget)[0],
-            (kinds, scores),
+            lambda layer: rank(policy, view_of(*layer[:2]), layer[2], budget=budget)[0],
+            (kinds, o, scores),
         )
         heads = share_across_layers(ranked, cache.next_pos, budget)
 
     def step(_, inputs):
-        kind, scores, layer_budget, head_budgets = inputs
-        view = view_of(kind)
+        kind, o, scores, layer_budget, head_budgets = inputs
+        view = view_of(kind, o)
         kept = select(
             policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit,
             head_budgets=head_budgets,
@@ -209,5 +208,5 @@ def cut_by_scores(
         return None, cut_layer(stored_layer(cache, kind.index), kept, slots)
 
     budgets = budgets_of_layers(policy, cache.next_pos, budget, config, pinned)
-    _, entries = jax.lax.scan(step, None, (kinds, scores, budgets, heads))
+    _, entries = jax.lax.scan(step, None, (kinds, o, scores, budgets, heads))
     return dataclasses.replace(cache, **entries._asdict())

@@ -197,8 +197,8 @@ def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemp
     )  # fmt: skip
     slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
     cache = cut_by_scores(
-        full.cache, scores, config=config, policy=policy, across_layers=reading.across_layers,
-        budget=budget, slots=slots, pinned=inputs.pinned,
+        params, full.cache, scores, config=config, policy=policy,
+        across_layers=reading.across_layers, budget=budget, slots=slots, pinned=inputs.pinned,
     )  # fmt: skip
     if not inputs.with_scores:
         return Prefilled(cache, full.logits, None)
