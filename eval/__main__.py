@@ -14,8 +14,8 @@ usage: lookahead eval run [CONFIG] [options]      answer a grid of tasks
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a grid, a report or a comparison; returns the exit status.
 
-    `report ...`, `compare ...` and `smollm2 ...` are those commands, everything else is
-    `[CONFIG] [options]` of a grid. Progress goes to stderr, and a failure is one line there.
+    `report ...` and `compare ...` are those commands, everything else is `[CONFIG] [options]` of a
+    grid. Progress goes to stderr, and a failure is one line there.
     """
     args = list(sys.argv[1:] if args is None else args)
     if args[:1] == ["report"]:
@@ -26,10 +26,6 @@ def main(args: Sequence[str] | None = None) -> int:
         from lookahead_jax.eval.compare.compare import main as compare
 
         return compare(args[1:])
-    if args[:1] == ["smollm2"]:
-        from lookahead_jax.eval.report.smollm2 import main as smollm2
-
-        return smollm2(args[1:])
     if args[:1] in (["-h"], ["--help"]):
         print(_USAGE)
     return _grid(args)
