@@ -253,7 +253,7 @@ def test_ada_cuts_while_decoding():
 @pytest.mark.parametrize("name", ["snapkv", "laq", "oracle"])
 def test_policies_that_cannot_say_so(name):
     policy = make_policy(name)
-    able = "streaming_llm, h2o, keydiff or lookaheadkv"
+    able = "streaming_llm, h2o, knorm, keydiff, lagkv or lookaheadkv"
     named = f"{type(policy).__name__} cannot evict while decoding: use {able}"
     with pytest.raises(ValueError, match=named):
         lk.generate(model(), [[1, 2]], policy=policy, evict_every=4)

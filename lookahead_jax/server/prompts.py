@@ -78,11 +78,16 @@ def _chat_ids(
     tokenizer: Tokenizer,
     limits: Limits,
     plain: bool,
-    **ending: bool,
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
 ) -> list[int]:
-    """The ids of a chat; `ending` says how its prompt ends."""
+    """The ids of a chat, which ends as the last two arguments say."""
     limits.check_text([message.content for message in messages], "prompt")
     with panics_as_errors("the chat cannot be tokenized"):
         return tokenizer.encode_chat(
-            [message.model_dump() for message in messages], plain=plain, **ending
+            [message.model_dump() for message in messages],
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            plain=plain,
         )
