@@ -70,9 +70,10 @@ def test_the_published_table_has_a_column_for_each_task_and_budget(tmp_path):
         file.append([row(cell, i, float(score)) for i, score in enumerate(right)])
     file.close()
     lines = [line.strip("| ").split(" | ") for line in smollm2.table(Report([folder])).splitlines()]
-    assert lines[0] == ["policy", "mean", *(f"own/a, 100, seen, {n} kept" for n in (16, 32))]
+    heads = [f"100, seen, {n} kept: {name}" for n in (16, 32) for name in ("mean", "own/a")]
+    assert lines[0] == ["policy", *heads]
     assert [[cell[:4] for cell in line] for line in lines[2:]] == [
-        ["full", "1.00", "1.00", "1.00"], ["snap", "0.62", "0.50", "0.75"]
+        ["full", "1.00", "1.00", "1.00", "1.00"], ["snap", "0.50", "0.50", "0.75", "0.75"]
     ]  # fmt: skip
     low, high = of_share(0.5, 4)
     assert lines[3][2] == f"0.50 ({low:.2f} to {high:.2f})"

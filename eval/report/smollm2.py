@@ -3,8 +3,8 @@
     lookahead eval smollm2 [--out DIR] [--count N ...]
 
 Runs eval/grid/configs/smollm2.json, any field of which can be set, and prints the table: a row for
-each policy, a column for each task and budget. The same command resumes a run. Default of --out:
-~/.cache/lookahead_jax/eval/smollm2.
+each policy, and for each budget a column of the mean over tasks and one for each task. The same
+command resumes a run. Default of --out: ~/.cache/lookahead_jax/eval/smollm2.
 """
 
 import os
@@ -38,35 +38,41 @@ def renew(config: RunConfig) -> None:
 
 
 def table(report: Report) -> str:
-    """Mean scores with 95 % intervals as a Markdown table, in which `full` has one budget: all."""
+    """Mean scores with 95 % intervals as a Markdown table; `full` has the same for every budget.
+
+    Means are over tasks, never over budgets: those share their examples.
+    """
     cells = list(report.cells)
     budgets = sorted({cell.budget for cell in cells if cell.policy != "full"}) or [0]
+    tasks = distinct("task", cells)
     columns = [
-        (task, length, protocol, budget)
+        (f"{length}, {protocol}, {budget} kept: {name}", length, protocol, budget, chosen)
         for length in distinct("length", cells)
         for protocol in distinct("protocol", cells)
-        for task in distinct("task", cells)
         for budget in budgets
+        for name, chosen in [("mean", tasks), *((task, [task]) for task in tasks)]
     ]
-    heads = [f"{task}, {length}, {kind}, {kept} kept" for task, length, kind, kept in columns]
-    lines = ["| policy | mean | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    heads = [head for head, *_ in columns]
+    lines = ["| policy | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for policy in distinct("policy", cells):
-        found = [_cell(cells, policy, column) for column in columns]
-        stats = [report.mean(group) for group in found]
-        mean = report.mean([cell for group in found for cell in group])
-        lines.append(f"| {policy} | {_text(mean)} | " + " | ".join(map(_text, stats)) + " |")
+        of_policy = [cell for cell in cells if cell.policy == policy]
+        stats = [report.mean(_found(of_policy, *column)) for _, *column in columns]
+        lines.append(f"| {policy} | " + " | ".join(map(_text, stats)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(cells: Sequence[GridCell], policy: str, column: tuple[str, int, str, int]) -> list:
-    """The cell of a policy in a column, if it was run."""
-    task, length, protocol, budget = column
-    return [
+def _found(
+    cells: Sequence[GridCell], length: int, protocol: str, budget: int, tasks: Sequence[str]
+) -> list[GridCell]:
+    """Those of a policy's cells that a column is the mean of; none of them unless all tasks were run."""
+    found = [
         cell
         for cell in cells
-        if (cell.policy, cell.task, cell.length, cell.protocol) == (policy, task, length, protocol)
+        if (cell.length, cell.protocol) == (length, protocol)
+        and cell.task in tasks
         and cell.budget in (budget, 0)
-    ][:1]
+    ]
+    return found if len(found) == len(tasks) else []
 
 
 def _text(stat: Stat | None) -> str:

@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
-from lookahead_jax.engine.requests import RequestError
+from lookahead_jax.engine.requests import TooLong
 from lookahead_jax.server.endpoint import check_model
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.prompts import token_ids
@@ -48,7 +48,7 @@ class Tokenizing:
         try:
             ids = token_ids(body, tokenizer=self._tokenizer, limits=limits, plain=self._plain)
         except ValueError as error:
-            code = "context_length_exceeded" if isinstance(error, RequestError) else None
+            code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise Refused(400, str(error), param=field, code=code) from None
         return JSONResponse(
             {"tokens": ids, "count": len(ids), "max_prompt_tokens": limits.max_prompt_tokens}
