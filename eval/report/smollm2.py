@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lookahead_jax.eval.grid.config import RunConfig, parse_run
 from lookahead_jax.eval.grid.rows import GridCell
@@ -21,6 +22,16 @@ from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import atomic_write
 
 _CONFIG = "smollm2"
+
+
+class _Column(NamedTuple):
+    """The mean over some tasks, at one length, protocol and budget."""
+
+    head: str
+    length: int
+    protocol: str
+    budget: int
+    tasks: list[str]
 
 
 def parse(args: Sequence[str]) -> RunConfig:
@@ -46,33 +57,31 @@ def table(report: Report) -> str:
     budgets = sorted({cell.budget for cell in cells if cell.policy != "full"}) or [0]
     tasks = distinct("task", cells)
     columns = [
-        (f"{length}, {protocol}, {budget} kept: {name}", length, protocol, budget, chosen)
+        _Column(f"{length}, {protocol}, {budget} kept: {name}", length, protocol, budget, chosen)
         for length in distinct("length", cells)
         for protocol in distinct("protocol", cells)
         for budget in budgets
         for name, chosen in [("mean", tasks), *((task, [task]) for task in tasks)]
     ]
-    heads = [head for head, *_ in columns]
+    heads = [column.head for column in columns]
     lines = ["| policy | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
     for policy in distinct("policy", cells):
         of_policy = [cell for cell in cells if cell.policy == policy]
-        stats = [report.mean(_found(of_policy, *column)) for _, *column in columns]
+        stats = [report.mean(_found(of_policy, column)) for column in columns]
         lines.append(f"| {policy} | " + " | ".join(map(_text, stats)) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _found(
-    cells: Sequence[GridCell], length: int, protocol: str, budget: int, tasks: Sequence[str]
-) -> list[GridCell]:
-    """Those of a policy's cells that a column is the mean of; none of them unless all tasks were run."""
+def _found(cells: Sequence[GridCell], column: _Column) -> list[GridCell]:
+    """The cells that a column is the mean of; none of them unless all tasks were run."""
     found = [
         cell
         for cell in cells
-        if (cell.length, cell.protocol) == (length, protocol)
-        and cell.task in tasks
-        and cell.budget in (budget, 0)
+        if (cell.length, cell.protocol) == (column.length, column.protocol)
+        and cell.task in column.tasks
+        and cell.budget in (column.budget, 0)
     ]
-    return found if len(found) == len(tasks) else []
+    return found if len(found) == len(column.tasks) else []
 
 
 def _text(stat: Stat | None) -> str:
