@@ -19,7 +19,7 @@ from typing import Annotated
 import jax
 from common import RESULTS, ROOT, Help, commit, machine, parse, save
 
-from lookahead_jax.eval.grid.config import parse_run
+from lookahead_jax.eval.grid.config import PROG, parse_run
 from lookahead_jax.eval.grid.rows import ROWS
 from lookahead_jax.eval.grid.run import run
 from lookahead_jax.eval.report import report
@@ -67,7 +67,7 @@ def main() -> None:
     for step, config in CONFIGS.items():
         if step in options.steps:
             fewer = [] if options.count is None else ["--count", options.count]
-            run(parse_run([config, "--out", str(options.work / step), *fewer]))
+            run(parse_run([config, "--out", str(options.work / step), *fewer], PROG))
     if "report" in options.steps:
         runs = tuple(options.work / step for step in CONFIGS)
         for path in report.write(report.ReportConfig(runs=runs, out=options.work / "report")):

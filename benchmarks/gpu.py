@@ -117,7 +117,7 @@ def supervise(command: list[str], patience: float, env: Any = None) -> int | Non
 
 
 def in_processes(sections: list[str], arguments: list[str], until: float) -> None:
-    """Every section in its own process; after a crash, a new process continues behind it."""
+    """Every section in its own process; after a crash, a new process continues after it."""
     for name in sections:
         command = [sys.executable, __file__, "--child", "--section", name, *arguments]
         command += ["--until", str(until)]

@@ -2,7 +2,7 @@
 
 Memory is what XLA's memory_analysis says of a decoding step of Llama 3.1 8B, compiled ahead of time
 for one TPU chip that is not there (extra tpu-aot). Perplexity is that of the second half of pieces
-of text behind a cache that holds the first half whole.
+of text after a cache that holds the first half whole.
 
     python benchmarks/int8_figures.py --chip v5p:2x2x1 --out benchmarks/results/int8_memory.json
     python benchmarks/int8_figures.py --model smollm2 --texts docs/decisions.md \\

@@ -1,7 +1,10 @@
-"""`python -m lookahead_jax.eval [CONFIG] ...`; `lookahead eval` calls the same function."""
+"""`python -m lookahead_jax.eval COMMAND ...` is `lookahead eval COMMAND ...`.
+
+Without one of the commands' names, the arguments are those of `run`.
+"""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _USAGE = """\
 usage: lookahead eval run [CONFIG] [options]      answer a grid of tasks
@@ -12,31 +15,32 @@ usage: lookahead eval run [CONFIG] [options]      answer a grid of tasks
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a grid, a report or a comparison; returns the exit status.
+    """Runs one of the commands; returns the exit status.
 
-    `report ...` and `compare ...` are those commands, everything else is `[CONFIG] [options]` of a
-    grid. Progress goes to stderr, and a failure is one line there.
+    Progress goes to stderr, and a failure is one line there.
     """
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["report"]:
-        from lookahead_jax.eval.report.report import main as report
-
-        return report(args[1:])
-    if args[:1] == ["compare"]:
-        from lookahead_jax.eval.compare.compare import main as compare
-
-        return compare(args[1:])
     if args[:1] in (["-h"], ["--help"]):
         print(_USAGE)
-    return _grid(args)
+        return 0
+    name = args[0] if args else ""
+    if name in ("run", "report", "compare", "smollm2"):
+        return _command(name)(args[1:])
+    return _command("run")(args)
 
 
-def _grid(args: Sequence[str]) -> int:
-    from lookahead_jax.eval.grid.config import PROG, parse_run
-    from lookahead_jax.eval.grid.run import run
-    from lookahead_jax.host.command import run_command
-
-    return run_command(lambda: parse_run(args), run, prog=PROG)
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    """The `main` of a command; only what it needs is imported."""
+    match name:
+        case "report":
+            from lookahead_jax.eval.report.report import main as command
+        case "compare":
+            from lookahead_jax.eval.compare.compare import main as command
+        case "smollm2":
+            from lookahead_jax.eval.report.smollm2 import main as command
+        case _:
+            from lookahead_jax.eval.grid.run import main as command
+    return command
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 `lk.prefill`, `lk.embed`, `lk.forward` and `lk.logits` are pure functions of pytrees: parameters and
 caches go in, arrays and caches come out. Here they rank candidate answers by their likelihood
-behind a prompt that was cut to a fixed budget.
+after a prompt that was cut to a fixed budget.
 """
 
 import functools
@@ -21,7 +21,7 @@ CANDIDATES = ["width, height", "self, request", "0.5 + 1e-3 *"]
 
 
 def log_likelihood(params, cache, logits, answer, *, config):
-    """Log-likelihood [B] of the answer int32 [B, P] behind a cache and its last logits [B, V]."""
+    """Log-likelihood [B] of the answer int32 [B, P] after a cache and its last logits [B, V]."""
     path = jnp.arange(answer.shape[1], dtype=jnp.int32)
     block = lk.Block(
         x=lk.embed(params, answer, config=config),
@@ -37,7 +37,7 @@ def log_likelihood(params, cache, logits, answer, *, config):
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=lk.compiler_options())
 def rank(params, prompt, answers, *, config):
-    """Log-likelihoods [A] of answers int32 [A, P] behind one prompt int32 [1, T], read once."""
+    """Log-likelihoods [A] of answers int32 [A, P] after one prompt int32 [1, T], read once."""
     read = lk.prefill(
         params, prompt, config=config, policy=POLICY, budget=BUDGET, slots=SLOTS, new_tokens=16
     )

@@ -33,7 +33,7 @@ def causal_attention(
 ) -> jax.Array:
     """Row i sees rows max(0, i - window + 1) .. i; returns [B, T, N, H] in the dtype of `q`.
 
-    Right-padded batches need no mask, because no token sees the padding behind it. A named
+    Right-padded batches need no mask, because no token sees the padding after it. A named
     implementation runs or raises NotImplementedError with the reason. `sinks` are those of
     `attention.block_attention`. None selects the platform's
     own, or XLA if that one does not support the arguments. On several TPU devices call it under

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
 if importlib.util.find_spec("lookahead_jax.kernels") is None:
     raise ImportError(
         "this checkout of lookahead_jax has no symbolic links, so lookahead_jax/kernels is not a "
-        "folder: install it with `pip install .`, or clone it with `git -c core.symlinks=true`"
+        "folder: install it with `pip install .`, or run `git -c core.symlinks=true clone URL`"
     )
 
 __all__ = [

@@ -82,7 +82,7 @@ def opened_all(policy: str, eos: tuple[int, ...]):
 
 
 def decision(policy: str, row: int, emitted):
-    """The scores among which a row's token behind `emitted` was chosen."""
+    """The scores among which a row's token after `emitted` was chosen."""
     kind, budget = POLICIES[policy]
     model = tiny.config()
     return tiny.decision(
@@ -136,7 +136,7 @@ def wrong(rng, truth, nodes):
 
 
 def perfect(rng, truth, nodes):
-    """The whole text to come and, past its end, noise: over the limit and behind an eos."""
+    """The whole text to come and, past its end, noise: over the limit and after an eos."""
     return chain_of((truth + rng.integers(0, 97, nodes).tolist())[: nodes - 1])
 
 
@@ -145,7 +145,7 @@ def zeros(rng, truth, nodes):
 
 
 def twins(rng, truth, nodes):
-    """The right first token twice; only behind the second does the text go on."""
+    """The right first token twice; only after the second does the text go on."""
     ahead = truth[: nodes - 2]
     tokens = [*ahead[:1], *ahead]
     return Draft(

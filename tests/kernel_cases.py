@@ -38,7 +38,7 @@ def arguments(rows, slots, groups, dim, *, dtype=np.float32, per_head=True, data
     pos[1][rng.random((heads, slots)) < 0.2] = -1
     dead = np.broadcast_to(pos[..., None] < 0, (B, K, slots, dim))
     k, v = (jnp.where(dead, jnp.nan, normal(B, K, slots, dim)) for _ in range(2))
-    # Row 0 stands among the keys, so that some lie in its future; row 1 behind them all.
+    # Row 0 stands among the keys, so that some lie in its future; row 1 after them all.
     q_pos = np.stack([slots + np.arange(rows), 2 * slots + np.arange(rows)]).astype(np.int32)
     q_pos[1, max(rows - 1, 1) :] = -1
     visible = (q_pos[:, None] <= q_pos[:, :, None]) & (q_pos[:, None] >= 0) & (data != "blind")

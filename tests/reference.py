@@ -1,6 +1,6 @@
 """The decoder and every policy's score once more, in NumPy float64, written from the formulas.
 
-One row, one sequence, no cache, no chunks, no padding: observers are rows behind the prompt, and
+One row, one sequence, no cache, no chunks, no padding: observers are rows after the prompt, and
 a LoRA acts on those rows only. Loops where they are clearer. Nothing here uses the package's own
 computations; only its configuration and the layout of its parameters.
 """
@@ -84,7 +84,7 @@ def attention_logits(q, k, q_pos, k_pos, config, window):
 def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None, gone=None):
     """Runs `tokens` [T], then the residual rows `rows` [M, D]; -> ([Layer, ...], hidden [W, D]).
 
-    `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows behind the prompt. Of the
+    `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows after the prompt. Of the
     prompt these see all, or the positions `kept[layer][KV head]`.
     From position `gone[layer][KV head, i]` on nobody sees entry i.
     """
@@ -184,7 +184,7 @@ def best(scores, count, first):
 
 
 def greedy_draft(params, config, tokens, kept, steps, eos=()):
-    """Tokens decoded greedily behind a prompt of which each layer and head kept some entries."""
+    """Tokens decoded greedily after a prompt of which each layer and head kept some entries."""
     table = np.asarray(params["embed"], np.float64)
     draft = []
     while len(draft) < steps and not (draft and draft[-1] in eos):

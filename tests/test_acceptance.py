@@ -39,7 +39,7 @@ def chance_of_chi_square(counts: np.ndarray, p: np.ndarray) -> float:
 
 @functools.cache
 def tables():
-    """Logits of target and draft for the first token, and for the second behind each first."""
+    """Logits of target and draft for the first token, and for the second after each first."""
     rng = np.random.default_rng(0)
     return tuple(jnp.asarray(rng.normal(size=(V + 1, V)), jnp.float32) for _ in ("target", "draft"))
 

@@ -61,7 +61,7 @@ def test_keys_cannot_forge_control_tokens_either():
     ids = BYTES.encode_chat(user("a"), tools=tools)
     assert ids.count(END) == 1
     text = BYTES.render_chat(user("a"), tools=tools)
-    # The template's <|end|> takes the line break behind it.
+    # The template's <|end|> takes the line break after it.
     assert BYTES.decode(ids, skip_special=False) == text.replace("<|end|>\n", "<|end|>")
 
 

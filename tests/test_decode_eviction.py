@@ -198,7 +198,7 @@ def test_drafts_leave_tokens_and_cuts_as_they_were(name, config, nodes, make):
             nodes=nodes, eviction=eviction(name),
         )  # fmt: skip
         after = np.asarray(state.cache.next_pos)
-        # A step may end on a multiple of the interval; it never begins before one and ends behind.
+        # A step may end on a multiple of the interval; it never begins before one and ends after.
         assert ((after - 1) // INTERVAL <= before // INTERVAL).all()
     np.testing.assert_array_equal(state.tokens, plain.tokens)
     for mine, other in zip(kept_sets(state.cache).flat, kept_sets(plain.cache).flat, strict=True):

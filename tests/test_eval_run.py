@@ -12,7 +12,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import first_layers
 from lookahead_jax.eval.__main__ import main
 from lookahead_jax.eval.grid import run as runner
-from lookahead_jax.eval.grid.config import RunConfig, cells, method_of, parse_run
+from lookahead_jax.eval.grid.config import PROG, RunConfig, cells, method_of, parse_run
 from lookahead_jax.eval.grid.prompts import assemble
 from lookahead_jax.eval.grid.rows import (
     MEASURED,
@@ -188,7 +188,7 @@ def test_a_second_turn_is_asked_behind_the_model_s_own_first_answer(tmp_path, mo
     assert asked[-1] == [dialogue] * 2
     assert all(row["score"] is None for row in rows.values())
 
-    # Killed between the turns: the second one is asked behind the answer in the file.
+    # Killed between the turns: the second one is asked after the answer in the file.
     lines = (config.out / ROWS).read_bytes().splitlines(keepends=True)
     (config.out / ROWS).write_bytes(b"".join(lines[:2]))
     asked.clear()
@@ -317,18 +317,18 @@ def test_names_of_methods():
 def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
     path = tmp_path / "grid.json"
     path.write_text(json.dumps({"out": "run", "budgets": [8, 16], "policies": ["snapkv"]}))
-    config = parse_run([str(path), "--count", "4", "--chat", "False", "--allow-exec"])
+    config = parse_run([str(path), "--count", "4", "--chat", "False", "--allow-exec"], PROG)
     assert (config.chat, config.allow_exec) == (False, True)
     assert (config.budgets, config.count) == ((8, 16), 4)
     assert main([str(path), "--tasks", "nothing"]) == 1
     assert main([str(path), "--tasks", "longproc/pseudo_to_code_2k"]) == 1
     assert main(["absent"]) == 1
     path.write_text(json.dumps({"out": "run", "tasks": ["own", "--allow-exec"]}))
-    assert not parse_run([str(path)]).allow_exec
+    assert not parse_run([str(path)], PROG).allow_exec
     for name in ("allow_exec", "allow-exec"):
         path.write_text(json.dumps({"out": "run", name: True}))
         with pytest.raises(ValueError, match="only be set by --allow-exec, not in a file"):
-            parse_run([str(path)])
+            parse_run([str(path)], PROG)
     assert main([str(path)]) == 1
     path.write_text(json.dumps({"out": "run"}))
     assert main([str(path), "--nonsense"]) == 2

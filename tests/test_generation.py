@@ -58,12 +58,24 @@ def test_report_counts_what_was_kept(model, plain):
     assert plain.timing.eviction_overhead_s is None
 
 
-def test_full_bytes_do_not_count_the_padding_of_the_bucket(model, plain):
-    """61 tokens are read as 64; with 66 new ones they fit into 128 slots, not into 256."""
+def test_full_bytes_are_those_of_the_rows_own_tokens(model, plain):
+    """Neither the padding of a row to the longest, nor that of the batch, nor empty slots."""
     (prompt,), first = plain.prompt_ids, plain.tokens[0][0]
-    assert len(prompt) + 66 <= 128 < batching.bucket_length(len(prompt)) + 66
-    result = generate(model, [prompt], policy=POLICY, budget=16, max_new_tokens=66, eos_ids=[first])
-    assert result.cache.full_bytes == result.cache.bytes == plain.cache.bytes
+    result = generate(
+        model, [prompt, prompt[:20]], policy=POLICY, budget=16, max_new_tokens=66, eos_ids=[first]
+    )
+    per_entry = plain.cache.bytes // 128
+    assert result.cache.full_bytes == per_entry * (len(prompt) + 66 + 20 + 66)
+
+
+def test_a_full_cache_has_no_slots_for_the_padding(model):
+    """704 tokens are read as 1,024. With 24 new ones they need 728 entries, and get 768 slots."""
+    prompt = np.random.default_rng(0).integers(1, 300, 704).tolist()
+    result = generate(model, [prompt], policy=make_policy("full"), max_new_tokens=24, eos_ids=())
+    per_entry, rest = divmod(result.cache.full_bytes, 728)
+    assert rest == 0
+    assert result.cache.bytes == 768 * per_entry
+    assert (result.kept[0, 0, 0, :704] == np.arange(704)).all()
 
 
 def test_new_tokens_take_the_slots_of_the_padding(model, plain):
@@ -76,7 +88,7 @@ def test_new_tokens_take_the_slots_of_the_padding(model, plain):
     )  # fmt: skip
     expected = decode(model.params, read.cache, read.logits, config=model.config, max_new_tokens=90)
     assert read.cache.slots == 256
-    assert result.cache.bytes == result.cache.full_bytes == read.cache.bytes // 2
+    assert result.cache.bytes == read.cache.bytes // 2
     assert result.tokens[0] == np.asarray(expected.tokens[0]).tolist()
 
 

@@ -48,7 +48,7 @@ def reduced(probs, q_pos, how):
 
 
 def entries(rows=5, slots=48, heads_differ=True):
-    """Observers behind the entries, their own keys, and what of it is visible."""
+    """Observers after the entries, their own keys, and what of it is visible."""
     q, own_k, _, (k, _), pos, q_pos = case(rows, slots, heads_differ=heads_differ)
     return q, q_pos, k, pos, (own_k, causal(q_pos))
 

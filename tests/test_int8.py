@@ -483,7 +483,7 @@ def test_drafting_changes_nothing(drafter, options):
 
 @pytest.mark.slow
 def test_an_engine_answers_as_generate_does():
-    """Rows of several requests, a document behind which questions are read, and the store."""
+    """Rows of several requests, a document after which questions are read, and the store."""
     model, prompts = tiny_model(), tiny.prompts((60, 33, 17))
     policy, settings = lk.make_policy("snapkv"), dict(budget=24, cache_dtype="int8")
     engine = lk.Engine(

@@ -45,7 +45,7 @@ def test_scores(reduce):
 @interpreter
 @pytest.mark.parametrize(("group", "pool"), [("mean", None), ("max", None), ("mean", ("max", 3))])
 def test_scores_of_kv_heads(group, pool):
-    """The group is reduced in the kernel; what is pooled is pooled behind it."""
+    """The group is reduced in the kernel; what is pooled is pooled after it."""
     cases = [(arguments(5, 256, 2, 64, dtype=jnp.bfloat16), NO_WINDOW)]
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         compare("pallas_gpu", finished, cases, None, reduce="mean", pool=pool, group=group)

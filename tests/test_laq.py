@@ -76,7 +76,7 @@ def test_laq_scores_with_the_draft():
 
 
 def test_laq_plus_plus_observes_with_the_last_prompt_queries_too_and_keeps_them():
-    """Also behind a sliding window, where these see what the next token no longer can."""
+    """Also with a sliding window, where these see what the next token no longer can."""
     check(LAQ2, "avg", 3)
 
 

@@ -102,7 +102,7 @@ def plain_loss(modules, params, prompt, response, model, loss=PAPER):
 def test_loss_and_gradients_match_two_plain_passes(family, loss, known):
     """float32 on both sides; sums in another order differ by a few 1e-6 of their size.
 
-    `known`: behind the base forward, which is computed first.
+    `known`: after the base forward, which is computed first.
     """
     model = tiny.config(**({} if family == "llama" else tiny.MISTRAL))
     params, modules = tiny.params(model), modules_for(model)

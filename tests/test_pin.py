@@ -119,7 +119,7 @@ def test_raised_shares_keep_their_sum(data):
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "h2o")) for name in CUTTING]
 )
 def test_cuts_while_decoding_keep_what_is_pinned(name):
-    """Six cuts; the row of full pins has no room for anything else behind each. Drafts or not."""
+    """Six cuts; the row of full pins has no room for anything else after each. Drafts or not."""
     policy, prompts = make_policy(name, **CUTTING[name]), tiny.prompts(LENGTHS)
     setting = dict(
         pin=PINS, policy=policy, budget=BUDGET, max_new_tokens=48, evict_every=8,

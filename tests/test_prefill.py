@@ -188,7 +188,7 @@ def test_too_few_slots_are_refused():
 @pytest.mark.parametrize("name", ["lookaheadkv", "speckv"])
 def test_a_policy_without_its_observer_is_refused(name):
     model = tiny.config()
-    with pytest.raises(ValueError, match="scores with rows behind the prompt: give observer="):
+    with pytest.raises(ValueError, match="scores with rows after the prompt: give observer="):
         prefill(
             tiny.params(model), tiny.batch((50,), model), config=model, policy=make_policy(name),
             budget=8, slots=128, new_tokens=1,
@@ -299,7 +299,7 @@ def test_rows_of_a_long_text_are_taken_in_parts(rows, monkeypatch):
 
 
 def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch):
-    """Read together with a prompt of one part, and behind a prompt in chunks; in long parts too."""
+    """Read together with a prompt of one part, and after a prompt in chunks; in long parts too."""
     together, calls = layer_steps.read_together, []
 
     def counted(*arguments, **named):
@@ -349,7 +349,7 @@ def test_observers_are_read_in_the_weights_dtype():
 
 
 def test_a_policy_may_have_both_statistics_and_an_observer():
-    """Statistics are gathered while the prompt is read: the observer then stands behind it."""
+    """Statistics are gathered while the prompt is read: the observer then stands after it."""
     model, params, tokens = RICH, weights(RICH), tiny.batch([24, 17], RICH)
     length = jnp.asarray([24, 17], jnp.int32)
     sizes = LookaheadConfig(tokens=4, rank=0, alpha=1.0, targets=(), init="normal")

@@ -155,7 +155,8 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
     straight = losses(config)
     assert len(straight) == 8
 
-    package.write_package(config, tmp_path / "out", ["x.json", "--folder", "/a", "--run=/b"])
+    given = ["x.json", "--folder", "/a", "--run=/b", "--out", "/c"]
+    package.write_package(package.PackageConfig(**vars(config), out=tmp_path / "out"), given)
     model = load(config.model)
     packed = load_modules(tmp_path / "out", params=model.params, config=model.config)
     whole = load_modules(
@@ -203,7 +204,7 @@ def test_the_command_names_what_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(recipe, "run_recipe", interrupted)
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    shipped = recipe.parse_config(["smollm2", "--batch", "4"])
+    shipped = recipe.parse_config(recipe.RecipeConfig, ["smollm2", "--batch", "4"], "prog")
     assert (shipped.batch, shipped.model.name) == (4, "smollm2")
     assert str(shipped.folder) == "/cache/lookahead_jax/recipes/smollm2"
     assert recipe.main(["smollm2", "--run", "a b"]) == 130

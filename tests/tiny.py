@@ -153,7 +153,7 @@ def decision(
     new_tokens: int,
     cache_dtype: str | None = None,
 ) -> np.ndarray:
-    """The scores [V] of which the token behind `emitted` is the largest: `scores` of same_tokens.
+    """The scores [V] of which the token after `emitted` is the largest: `scores` of same_tokens.
 
     One row by itself; `new_tokens` are those of the run, and no fewer than `emitted`.
     """

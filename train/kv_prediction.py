@@ -89,7 +89,7 @@ def maps_step(
 
 
 def texts(model: Model, split: Split, count: int, length: int, seed: int) -> np.ndarray:
-    """Random windows of held-out code behind a BOS token: int32 [count, length]."""
+    """Random windows of held-out code after a BOS token: int32 [count, length]."""
     bos = model.generation.bos_id
     if model.tokenizer is None or bos is None:
         raise ValueError(

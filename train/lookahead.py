@@ -95,11 +95,11 @@ class TrainConfig:
     """int8: the base's matrices in eight bits, with one scale per output channel."""
     loss: LossConfig = PAPER
     forwards: Path | None = None
-    """Folder to keep what the base model computes for each row: later epochs and other runs on the
-    same rows run the lookahead tokens alone. None: nothing is kept."""
+    """Cache folder for the base model's keys, values and targets of each row: later epochs, and
+    other runs on the same rows, run the lookahead tokens alone. None: nothing is cached."""
     shards: int | None = None
-    """Use the first so many shards of the data, which may still be in the making: the run starts on
-    those that are there, and its first epoch follows their order. None: all of finished data."""
+    """Use the first N shards of one folder, which may be unfinished: the run starts on those that
+    are there, and its first epoch visits them in order. None: all of finished data."""
     max_prompt: int | None = None
     """Longest prompt in tokens; rows with a longer one are skipped. None: no limit."""
     chunk: int | None = CHUNK

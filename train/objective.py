@@ -106,8 +106,8 @@ class LossConfig:
     """What the loss compares. The defaults are those of the paper."""
 
     skip: int = 0
-    """The first entries of a prompt do not count: attention sinks, which hold most of the mass and
-    are kept by every policy."""
+    """Number of leading prompt entries that the loss leaves out: attention sinks, which hold most
+    of the mass."""
     response: Response = "mean"
     """How the attention of a response's tokens becomes one target."""
 

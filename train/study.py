@@ -95,8 +95,8 @@ class StudyConfig:
     run: Path
     """Folder of the run, made if it does not exist. An existing run is resumed."""
     forwards: Path | None = None
-    """Folder to keep what the base model computes for each row, as for `lookahead train lookahead`;
-    both can share it. None: nothing is kept."""
+    """Cache folder for the base model's keys, values and targets of each row, as for
+    `lookahead train lookahead`; both can share it. None: nothing is cached."""
     save_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10

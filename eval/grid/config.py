@@ -110,13 +110,13 @@ FIXED = (
 """Fields that change the meaning of a row, so that a resumed run must not change them."""
 
 
-def parse_run(args: Sequence[str]) -> RunConfig:
-    """[CONFIG] and overrides -> a run.
+def parse_run(args: Sequence[str], prog: str) -> RunConfig:
+    """[CONFIG] and overrides of the command `prog` -> a run.
 
     CONFIG is a .json file, or the name of one that ships. Raises ValueError if it does not exist,
     does not fit, or sets `allow_exec`; UsageError for wrong options.
     """
-    return cli_with_file(RunConfig, args, CONFIGS, PROG, refused=("allow_exec",))
+    return cli_with_file(RunConfig, args, CONFIGS, prog, refused=("allow_exec",))
 
 
 class Method(NamedTuple):

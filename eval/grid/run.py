@@ -21,12 +21,14 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.eval.grid.batch import Answered, GridBatch
 from lookahead_jax.eval.grid.config import (
+    PROG,
     Method,
     RunConfig,
     cells,
     method_of,
     model_folder,
     modules_folder,
+    parse_run,
     policy_of,
     settings,
 )
@@ -44,6 +46,7 @@ from lookahead_jax.eval.grid.rows import (
 from lookahead_jax.eval.grid.stored import answer_rows, kept_views
 from lookahead_jax.eval.tasks.base import Example, Source, Task
 from lookahead_jax.generation.results import Generation
+from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
@@ -308,3 +311,9 @@ def _answer_grid(config: RunConfig, tasks: Sequence[Task]) -> None:
 def _say(message: str) -> None:
     """Writes a line to stderr, above the progress bar."""
     tqdm.write(message, file=sys.stderr)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    given = list(sys.argv[1:] if args is None else args)
+    return run_command(lambda: parse_run(given, PROG), run, prog=PROG)

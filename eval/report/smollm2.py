@@ -22,6 +22,7 @@ from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import atomic_write
 
 _CONFIG = "smollm2"
+_PROG = "lookahead eval smollm2"
 
 
 class _Column(NamedTuple):
@@ -37,7 +38,7 @@ class _Column(NamedTuple):
 def parse(args: Sequence[str]) -> RunConfig:
     """Options -> the run; ValueError or UsageError as `parse_run`."""
     out = [] if any(arg.split("=")[0] == "--out" for arg in args) else ["--out", str(_default())]
-    return parse_run([_CONFIG, *out, *args])
+    return parse_run([_CONFIG, *out, *args], _PROG)
 
 
 def renew(config: RunConfig) -> None:
@@ -96,7 +97,7 @@ def _default() -> Path:
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     given = list(sys.argv[1:] if args is None else args)
-    return run_command(lambda: parse(given), renew, prog="lookahead eval smollm2")
+    return run_command(lambda: parse(given), renew, prog=_PROG)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     mt_bench/question.jsonl        question_id, category, turns
 
 LongProc's prompts come whole, so no question can be hidden from them. MT-Bench has no score
-without a judge. Its second turn is asked behind the model's own first answer; as in FastChat the
+without a judge. Its second turn is asked after the model's own first answer; as in FastChat the
 whole dialogue is then read anew, and here cut to the budget again. Decoding is greedy, where
 FastChat samples in some categories.
 """

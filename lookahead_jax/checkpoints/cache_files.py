@@ -34,8 +34,8 @@ def save_cache(
 ) -> None:
     """Writes a cache to one file, whole or not at all.
 
-    Keys and values mean nothing to another model, so the file names the one it was made with:
-    `fingerprint` (`lk.fingerprint(params)`), or `params` themselves. Raises ValueError for a cache
+    Keys and values mean nothing to another model, so the file names the one it was made with: by
+    its `fingerprint` (`model.params.fingerprint`), or its `params`. Raises ValueError for a cache
     that was donated to another call, or that has lost entries because its slots were full.
     """
     check_not_donated("save_cache", cache)
@@ -63,7 +63,7 @@ def load_cache(
 
     Args:
       path: the file.
-      fingerprint: of the model (`lk.fingerprint(params)`); may be left out if params are given.
+      fingerprint: of the model (`model.params.fingerprint`); may be left out if params are given.
       params: of the model; the cache must have their dtype, or be int8.
       config: of the model; the cache must have its layers, KV heads and head size.
 

@@ -33,7 +33,7 @@ class ControlTokens:
         """The value (text, list or mapping) with marks around the control tokens in its texts.
 
         A text that ends with the beginning of a control token gets a mark there, in case the
-        template puts the rest behind it.
+        template puts the rest after it.
         """
         if isinstance(value, str):
             return self._mark_end(self._mark_whole(value))

@@ -55,7 +55,7 @@ _PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Norms of architectures with one norm before each part, and of those with one behind it too.
+# Norms of architectures with one norm before each part, and of those with one after it too.
 _NORMS = {"ffn_norm": "post_attention_layernorm"}
 _SANDWICH_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",

@@ -36,7 +36,7 @@ class Model:
 
 
 def first_layers(model: Model, count: int) -> Model:
-    """The model without the layers behind its first `count`: a small model with the same tokens.
+    """The model without the layers after its first `count`: a small model with the same tokens.
 
     It is not trained to end there, so it predicts worse than a trained model of that size.
 

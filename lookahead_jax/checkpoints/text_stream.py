@@ -27,7 +27,7 @@ class TextStream:
         self._decode = decode
         self._skipped = skipped  # ids that `decode` omits
         # Decoders treat the first token specially (they strip its space), so each new piece is
-        # decoded behind the piece before it.
+        # decoded after the piece before it.
         self._context = self._last_words(prompt)
         self._pending: list[int] = []
 

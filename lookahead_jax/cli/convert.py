@@ -12,7 +12,7 @@ from lookahead_jax.cli.options import option
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Write a model as a Hugging Face folder, such as one that is a GGUF file."""
+    """Convert a model, such as a GGUF file, to a Hugging Face folder."""
 
     source: Annotated[tyro.conf.Positional[Path], option("SRC")]
     """The model: whatever --model of the other commands takes."""

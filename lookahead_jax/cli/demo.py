@@ -28,11 +28,11 @@ class Demo:
     """
 
     file: Annotated[tyro.conf.Positional[Path | None], option("FILE")] = None
-    """A text file (UTF-8) to continue; left out, a question about a text that ships."""
+    """A text file (UTF-8) to continue. Default: a question about the bundled text."""
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     max_new_tokens: Annotated[int | None, option("INT")] = None
-    """Tokens to generate. Default: 64 behind a FILE, 24 of an answer."""
+    """Tokens to generate. Default: 64 to continue a FILE, 24 to answer the question."""
 
     @property
     def new_tokens(self) -> int:

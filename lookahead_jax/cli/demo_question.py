@@ -85,7 +85,7 @@ def _about_document(model: Any) -> Asked:
     else:
         ids = model.tokenizer.encode(f"{text}\nQuestion: {QUESTION}\nAnswer:")
     at = round(100 * text.index(FACT) / len(text))
-    about = f"{QUESTION} (asked behind a text of {len(ids):,} tokens, which says it at {at} %)"
+    about = f"{QUESTION} (asked after a text of {len(ids):,} tokens; the answer is {at} % in)"
     return Asked(ids, about, FACT.rpartition(" ")[2])
 
 
@@ -99,7 +99,7 @@ def _about_rows(model: Any) -> Asked:
     ids, answer = made.prompt.tolist(), made.answer.tolist()
     question = model.tokenizer.decode(ids).rpartition("\n")[2]
     about = (
-        f"{question} (asked behind a text of {len(ids):,} tokens; the fields of this record and "
+        f"{question} (asked after a text of {len(ids):,} tokens; the fields of this record and "
         "their values stand in rows all over it)"
     )
     return Asked(ids, about, model.tokenizer.decode(answer).strip())

@@ -54,18 +54,19 @@ GROUPS = {
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),
     },
     "eval": {
-        "run": ("eval.__main__", "Answer the tasks with each policy, budget and drafter."),
+        "run": ("eval.grid.run", "Answer the tasks with each policy, budget and drafter."),
         "report": ("eval.report.report", "Write a page with the tables and charts of runs."),
         "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
         "smollm2": ("eval.report.smollm2", "Renew the table of the modules that ship for SmolLM2."),
     },
 }
 _WITH_POLICY = ("generate", "chat", "score", "inspect", "demo", "serve")
+_WITH_DRAFTS = ("generate", "inspect")  # they draft answers for the policy speckv
 _WITH_DRAFTER = ("generate", "chat", "inspect", "serve")
 _WITHOUT_CACHE = ("train", "compile")  # it reports what compiling needs
 NO_CACHE = "--no-compile-cache"
 DESCRIPTION = f"""Long prompts through a fixed-budget KV cache. Every command also takes {NO_CACHE}:
-keep no compiled programs in the user's cache folder."""
+keep no compiled programs in the user's cache folder. `lookahead --version` prints the version."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -109,7 +110,10 @@ def parse(args: Sequence[str]):
         try:
             _parse(commands, args)
         finally:
-            _list("Policies (--policy)", policy_summaries())
+            policies = policy_summaries()
+            if args[0] not in _WITH_DRAFTS:
+                del policies["speckv"]
+            _list("Policies (--policy)", policies)
             if args[0] in _WITH_DRAFTER:
                 _list("Drafters (--drafter)", drafter_summaries())
     return _parse(commands, args)

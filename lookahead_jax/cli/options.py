@@ -147,11 +147,14 @@ class EvictionOptions:
     """Folder of trained lookahead modules. Default: those that ship for the model: for the embedded
     one and for smollm2."""
 
-    def resolve(self, source: ModelOptions) -> Eviction:
-        """The policy with its settings, and the folder of the modules it reads."""
+    def resolve(self, source: ModelOptions, *, with_drafts: bool = False) -> Eviction:
+        """The policy with its settings, and the folder of the modules it reads.
+
+        A policy that reads drafts is refused unless the command makes them, `with_drafts`.
+        """
         import lookahead_jax as lk
         from lookahead_jax.modules.shipped import shipped_modules
-        from lookahead_jax.policies.base import WithModules
+        from lookahead_jax.policies.base import WithDraft, WithModules
 
         if self.budget < 1:
             raise ValueError(f"--budget must be at least 1, not {self.budget}")
@@ -164,6 +167,11 @@ class EvictionOptions:
         folder = self.lookahead or shipped_modules(source.model)
         name = self.policy or ("lookaheadkv" if folder else "snapkv")
         policy = lk.make_policy(name, **settings)
+        if isinstance(policy.reading, WithDraft) and not with_drafts:
+            raise UsageError(
+                f"--policy {name} reads a draft of the answer, which this command does not make: "
+                "use lookahead generate or lookahead inspect, or choose another policy"
+            )
         reads_modules = isinstance(policy.reading, WithModules)
         return Eviction(name, policy, folder if reads_modules else self.lookahead)
 
@@ -191,12 +199,12 @@ class DraftingOptions:
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
     """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
-    drawn_model, and for generate and inspect with policy speckv."""
+    drawn_model, and for the policy speckv of generate and inspect."""
 
     def load(self, dtype: str | None, policy: Any = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
 
-        `policy` is the eviction policy, where one that observes with drafts can be served.
+        `policy` is the eviction policy of a command that makes drafts for one that reads them.
         """
         import lookahead_jax as lk
         from lookahead_jax.policies.base import WithDraft
@@ -207,9 +215,9 @@ class DraftingOptions:
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
         if not users and self.draft_model is not None:
+            reader = "" if policy is None else ", or --policy speckv"
             raise UsageError(
-                "--draft-model needs --drafter draft_model, --drafter drawn_model or "
-                "--policy speckv"
+                f"--draft-model needs --drafter draft_model or --drafter drawn_model{reader}"
             )
         return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)
 
@@ -250,7 +258,7 @@ class RunOptions:
     def prepare(self) -> "Run":
         """Loads what these options name."""
         self.input.check()
-        eviction = self.eviction.resolve(self.source)
+        eviction = self.eviction.resolve(self.source, with_drafts=True)
         small = self.drafting.load(self.source.dtype, eviction.policy)
         drafter = self.drafting.make(small)
         model = self.source.load()

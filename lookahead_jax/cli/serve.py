@@ -45,7 +45,8 @@ class Serve:
     """A token that ends the text, besides those of the checkpoint: its id, or the token itself,
     such as <|im_end|>. May be repeated."""
     max_question_tokens: int = 0
-    """Longest prompt behind a `document`; every row reserves room for it. 0: no documents."""
+    """Most tokens of a prompt sent with a `document`; every row reserves slots for them. 0: no
+    documents."""
     prompt_store_mb: int = 256
     """Megabytes of prompt caches to keep, so that an equal prompt is not read again; 0: none."""
     allow_special_tokens: bool = False

@@ -46,7 +46,7 @@ def root_only(root: Int[Array, " B"]) -> TokenTree:
 
 
 def chain(root: Int[Array, " B"], tokens: Int[Array, "B N"], nodes: int) -> TokenTree:
-    """One continuation `tokens` behind the root, cut or padded (-1) to `nodes` nodes in all."""
+    """One continuation `tokens` after the root, cut or padded (-1) to `nodes` nodes in all."""
     room = max(nodes - 1 - tokens.shape[1], 0)
     tokens = jnp.pad(tokens[:, : nodes - 1], ((0, 0), (0, room)), constant_values=-1)
     parents = jnp.broadcast_to(jnp.arange(-1, nodes - 1, dtype=jnp.int32), (len(root), nodes))

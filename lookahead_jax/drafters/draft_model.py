@@ -135,7 +135,7 @@ class DraftModel:
     def _successors(
         self, weights: Weights, cache: KVCache, tree: TokenTree, newest: int
     ) -> jax.Array:
-        """Log probabilities [B, newest, V] behind the last `newest` nodes; -inf behind no node."""
+        """Log probabilities [B, newest, V] after the last `newest` nodes; -inf after no node."""
         batch, size = tree.tokens.shape
         laid = layout(
             tree, vocab_size=self.config.vocab_size,

@@ -54,7 +54,7 @@ class Engine:
       max_new_tokens: the most tokens a request may ask for.
       max_prompt_tokens: the longest prompt; None: the model's positions less the new tokens.
         Policies that keep more than the budget need room for it.
-      max_question_tokens: the longest prompt behind a document; every row has room for it. 0: no
+      max_question_tokens: the longest prompt after a document; every row has room for it. 0: no
         documents. Excludes evict_every, which would have to score the question too.
       eos_ids: tokens that end a row unless its request names others (None: the checkpoint's).
       drafter, draft_nodes, evict_every, cache_dtype: as for `generate`; a host drafter learns from

@@ -69,7 +69,7 @@ class PromptReader:
     def read(self, request: EncodedRequest) -> tuple[PrefilledRequest, int]:
         """The request with its prompt read and cut, and how many tokens the store had of it.
 
-        A document is read and cut on its own; the rest of the prompt is read behind it.
+        A document is read and cut on its own; the rest of the prompt is read after it.
         """
         config = self._model.config
         if request.document:
@@ -122,7 +122,7 @@ class PromptReader:
     ) -> tuple[StoredPrompt, int]:
         """A prompt from the store, or read now; and how many of its tokens the store had.
 
-        `known_tokens` of a question will be read behind it.
+        `known_tokens` of a question will be read after it.
         """
         # The reading depends on all of this: RoPE on the known length, two-pass policies on end
         # tokens.

@@ -25,7 +25,7 @@ class Request:
     prompt: str | Sequence[int]
     max_new_tokens: int
     document: str | Sequence[int] | None = None
-    """Read and cut on its own, as if nothing followed. The prompt is read behind the entries that
+    """Read and cut on its own, as if nothing followed. The prompt is read after the entries that
     were kept and stays whole. Requests with the same document share its reading."""
     plain: bool = False
     """Encode control tokens that the texts spell ("<|im_end|>") as ordinary characters."""
@@ -149,7 +149,7 @@ class EncodedRequest:
         question = len(self.tokens) - self.document
         if self.document and question > limits.max_question_tokens:
             raise TooLong(
-                f"the prompt behind the document has {question} tokens, more than "
+                f"the prompt after the document has {question} tokens, more than "
                 f"max_question_tokens = {limits.max_question_tokens}",
                 "prompt",
             )

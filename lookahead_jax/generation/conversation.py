@@ -1,8 +1,8 @@
 """A conversation that keeps one cut cache from turn to turn.
 
 The policy cuts the cache once, after the first message. Later messages and all answers are read
-behind it and kept. What a turn adds is the chat template's rendering of the whole conversation
-behind the part that the cache holds, so the model sees what one long prompt would show it.
+after it and kept. What a turn adds is the chat template's rendering of the whole conversation
+after the part that the cache holds, so the model sees what one long prompt would show it.
 """
 
 import dataclasses
@@ -190,7 +190,7 @@ class Conversation:
         )
 
     def _tail(self, ids: list[int]) -> list[int] | None:
-        """What `ids`, a rendering of the whole conversation, has behind the tokens of the cache.
+        """What `ids`, a rendering of the whole conversation, has after the tokens of the cache.
 
         None if the cache is empty, or if its tokens are not how the rendering begins: the template
         has changed earlier turns. The answers' own tokens may spell a text otherwise than the
@@ -213,7 +213,7 @@ class Conversation:
         return ids[len(before) :]
 
     def _limit(self, tokens: int) -> int:
-        """Most tokens of an answer behind `tokens`; PositionsUsedUp if there is room for none."""
+        """Most tokens of an answer after `tokens`; PositionsUsedUp if there is room for none."""
         positions = self._model.config.max_position
         if tokens >= positions:
             raise PositionsUsedUp(
@@ -242,10 +242,10 @@ class Conversation:
         return read.cache, read.logits
 
     def _extend(self, new: list[int]) -> tuple[KVCache, jax.Array]:
-        """Reads `new` tokens behind the cache, in a wider one if need be."""
+        """Reads `new` tokens after the cache, in a wider one if need be."""
         cache, self._cache = self._cache, None  # donated
         if cache is None:
-            raise ValueError("the conversation has no cache to read behind")
+            raise ValueError("the conversation has no cache to read after")
         missing = len(new) + self._continuation.max_new_tokens - int(cache.free[0])
         if missing > 0:
             cache = widened(cache, slots=round_up(cache.slots + max(missing, ROOM), SLOT_MULTIPLE))
@@ -277,7 +277,7 @@ class Conversation:
         on_text: Callable[[str], None] | None,
         interrupted: Callable[[], bool],
     ) -> tuple[OutputRow, float]:
-        """Decodes behind `ids`; the answer, and the seconds that decoding took."""
+        """Decodes after `ids`; the answer, and the seconds that decoding took."""
         settings, tokens = self._continuation, self._padded(ids)
         batch = PromptBatch(
             prompts=[ids], texts=[ids], tokens=tokens, question_tokens=None, text_tokens=tokens

@@ -77,7 +77,7 @@ def generate(
 
     Args:
       prompts: texts or rows of token ids.
-      questions: one per prompt, read behind the evicted cache: the policy chooses what to keep of
+      questions: one per prompt, read after the evicted cache: the policy chooses what to keep of
         a prompt without knowing its question.
       pin: for each prompt, spans (start, end) of its tokens that are kept whatever their score, in
         every layer and head and while decoding; end is not included. They count in the budget. A
@@ -107,9 +107,9 @@ def generate(
       measure: reads the prompts twice, with and without eviction, so that `timing` includes no
         compilation.
 
-    Raises ValueError for empty prompts, ids out of range, tokens and sizes that cannot be, more
+    Raises ValueError for empty prompts, ids out of range, invalid tokens and sizes, more
     pinned tokens than the budget, a policy without the modules or drafts that it needs, and one
-    that cannot evict during decoding (h2o: behind questions) with `evict_every`; NonFiniteError (a
+    that cannot evict during decoding (h2o: after questions) with `evict_every`; NonFiniteError (a
     ValueError), naming the first layer at fault, for logits that are NaN or infinite. Warns if a
     row grows past the length at which the model's RoPE factors change (model/rope.py).
     """
@@ -149,7 +149,8 @@ def generate(
         model, batch, continuation, eviction, drafts=observed, reader=reader, measure=measure
     )
     prompt_tokens = [len(row) for row in batch.prompts]
-    cache, kept = report_cache(state.cache, prompt_tokens, batch.longest + max_new_tokens)
+    all_tokens = [len(text) + max_new_tokens for text in batch.texts]
+    cache, kept = report_cache(state.cache, prompt_tokens, all_tokens)
     state, decode_s = decode_rows(model, state, batch, drafting, outputs=outputs, burst=burst)
     _warn_of_crossing(model, batch, outputs)
     decoded = sum(len(output.tokens) - 1 for output in outputs)

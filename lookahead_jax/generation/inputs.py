@@ -66,7 +66,7 @@ def _encode_prompt(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """Prompts, and questions behind them if there are any, as token rows and padded arrays."""
+    """Prompts, and questions after them if there are any, as token rows and padded arrays."""
 
     prompts: list[list[int]]
     texts: list[list[int]]
@@ -173,7 +173,7 @@ def draft_tokens(
 def encode_questions(
     model: Model, questions: Sequence[str | Sequence[int]], prompts: int
 ) -> list[list[int]]:
-    """Token rows of questions, one per prompt, as `encode_prompts` behind them."""
+    """Token rows of questions, one per prompt, as `encode_prompts` after them."""
     rows = encode_prompts(model, questions, behind=True)
     if len(rows) != prompts:
         raise ValueError(f"{len(rows)} questions for {prompts} prompts")

@@ -1,4 +1,4 @@
-"""Prompts -> the decoding state after their first token: read, cut, questions read behind."""
+"""Prompts -> the decoding state after their first token: read, cut, questions read after."""
 
 import time
 from collections.abc import Callable
@@ -15,9 +15,11 @@ from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
 from lookahead_jax.host.activity import activity
+from lookahead_jax.model.cache import SLOT_MULTIPLE, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.growth import check_fit
-from lookahead_jax.policies.full import Full
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Fitted, Full
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
@@ -51,10 +53,11 @@ def open_batch(
         read = reader(batch.tokens, added, **known)
         check_fit("reader", read.cache, batch.question_lengths + new_tokens - 1)
     else:
+        policy = _fitted(eviction.policy, batch, new_tokens)
         read = read_prompt(
-            model.params, batch.tokens, config=config, policy=eviction.policy,
+            model.params, batch.tokens, config=config, policy=policy,
             budget=eviction.budget, new_tokens=added,
-            room=_room(batch, eviction, decode_eviction, new_tokens, config=config),
+            room=_room(batch, policy, eviction.budget, decode_eviction, new_tokens, config=config),
             modules=eviction.modules, eos_ids=continuation.eos_ids,
             with_scores=decode_eviction is not None and decode_eviction.adds_up,
             draft=drafts, known_tokens=batch.question_lengths,
@@ -82,9 +85,22 @@ def open_batch(
     return jax.block_until_ready(state)
 
 
+def _fitted(policy: Policy, batch: PromptBatch, new_tokens: int) -> Policy:
+    """The policy `full` without slots for the padding that new tokens do not need.
+
+    In steps of an eighth of the padded prompt: each number of slots is compiled for.
+    """
+    if type(policy) is not Full:
+        return policy
+    width = batch.tokens.shape[1]
+    needed = max(map(len, batch.prompts)) + batch.question_width + new_tokens
+    return Fitted(longest=round_up(needed, max(SLOT_MULTIPLE, width // 8)))
+
+
 def _room(
     batch: PromptBatch,
-    eviction: EvictionSettings,
+    policy: Policy,
+    budget: int,
     decode_eviction: DecodeEviction | None,
     new_tokens: int,
     *,
@@ -96,9 +112,8 @@ def _room(
         return batch.question_width + decode_eviction.room(width, new_tokens, config)
     # A policy that keeps (nearly) everything has slots for the padding. They stay empty: new tokens
     # take them.
-    entries, budget = eviction.policy.max_entries, eviction.budget
     longest = max(map(len, batch.prompts))
-    empty = entries(width, budget, config) - entries(longest, budget, config)
+    empty = policy.max_entries(width, budget, config) - policy.max_entries(longest, budget, config)
     return max(batch.question_width + new_tokens - empty, 0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from lookahead_jax.decoding.drafted import DraftReport
 from lookahead_jax.generation.output_text import FinishReason
-from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
+from lookahead_jax.model.cache import KVCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class Generation:
 
 
 def report_cache(
-    cache: KVCache, prompt_tokens: Sequence[int], longest: int
+    cache: KVCache, prompt_tokens: Sequence[int], all_tokens: Sequence[int]
 ) -> tuple[CacheReport, np.ndarray]:
     """The report on a cache after the prompt, and the kept positions [L, B, K, S] int32.
 
-    Entries behind a row's `prompt_tokens`, those of a question, are not counted as kept. `longest`
-    tokens will be in the longest row, new ones included: without eviction they need as many slots,
-    rounded up for the kernels. A prompt's padding to its bucket is not counted there.
+    Entries after a row's `prompt_tokens`, those of a question, are not counted as kept.
+    `all_tokens` of a row are its prompt, question and new tokens. Without eviction each of them
+    needs an entry; padding is not counted.
     """
     pos = np.asarray(cache.pos)
     of_prompt = (pos >= 0) & (pos < np.array(prompt_tokens)[None, :, None, None])
@@ -58,6 +58,6 @@ def report_cache(
     report = CacheReport(
         kept_per_head=counts.tolist(),
         bytes=cache.bytes,
-        full_bytes=cache.bytes // cache.slots * round_up(longest, SLOT_MULTIPLE),
+        full_bytes=cache.bytes // (cache.slots * len(prompt_tokens)) * sum(all_tokens),
     )
     return report, np.where(of_prompt, pos, -1)[..., : int(counts.max())]

@@ -82,7 +82,7 @@ def forced_logits(
     *,
     config: ModelConfig,
 ) -> Float[Array, "B Y V"]:
-    """Float32 logits that predict every token of `forced`, read behind a cache, which is kept.
+    """Float32 logits that predict every token of `forced`, read after a cache, which is kept.
 
     `forced` is right-padded with -1, `first` holds the logits after the cache's last token. If each
     forced token has the largest logit, greedy decoding emits exactly these tokens.

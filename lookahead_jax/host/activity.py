@@ -1,4 +1,4 @@
-"""Says what a command is doing once that takes long, so that nobody takes it for hanging.
+"""Says what a command is doing once it is slow, so that it does not look hung.
 
 Library code names what it does with `activity`. Nothing is said unless a command runs inside
 `telling`, and nothing for what is done in other threads.

@@ -69,9 +69,9 @@ def end_process(status: int) -> None:
 
 @contextlib.contextmanager
 def stopped_by_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C stops a piece of work, which asks whether it came; the next interrupts.
+    """The first Ctrl-C asks the work to stop, which polls for it; the second one interrupts.
 
-    Where Ctrl-C is ignored, and outside of the main thread, it never comes.
+    Where Ctrl-C is ignored, and outside of the main thread, it is never reported.
     """
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():

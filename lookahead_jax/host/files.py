@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never meets half of one.
+"""Atomic file writing: a reader, or a crash, never sees a partial file.
 
 A regular file is replaced in one step: through symbolic links, keeping its mode. Anything else
 (a device, a FIFO, an open descriptor such as /dev/stdout) is opened and written. `-` is standard

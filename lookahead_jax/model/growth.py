@@ -1,4 +1,4 @@
-"""Checks on the host before a cache grows: does it exist, do the tokens fit, do its factors hold.
+"""Checks on the host before a cache grows: it exists, the tokens fit, the RoPE factors stay valid.
 
 They read a few integers from the device. Public functions call them once, before they start the
 device; loops over decoding steps never do.

@@ -2,7 +2,7 @@
 
 Frequencies of `dynamic` and `longrope` depend on the length of the text. Keys are cached rotated,
 so each row has one set of frequencies, chosen from its span. The span is the number of tokens that
-are known when the row is first read: its own prompt, plus what will be read behind it in the same
+are known when the row is first read: its own prompt, plus what will be read after it in the same
 call (a question; the continuation that is scored). Padding, other rows and tokens that are yet to
 be generated do not count, so the first new token is that of transformers, whatever max_new_tokens.
 

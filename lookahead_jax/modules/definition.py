@@ -1,4 +1,4 @@
-"""Lookahead modules: learned tokens behind a prompt, and a LoRA that acts on them alone.
+"""Lookahead modules: learned tokens after a prompt, and a LoRA that acts on them alone.
 
 Letters: M lookahead tokens, R LoRA rank, L layers, D model, F mlp, N query heads, K KV heads, H.
 Source: LookaheadKV (arXiv 2603.10899).

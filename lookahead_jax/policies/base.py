@@ -29,7 +29,7 @@ class OnePass:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WithModules:
-    """Reads the prompt once; the tokens of lookahead modules, placed behind it, observe."""
+    """Reads the prompt once; the tokens of lookahead modules, placed after it, observe."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class CutByTokens:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CutByModules:
-    """While decoding, evicts by what lookahead tokens, placed behind the text, attend to."""
+    """While decoding, evicts by what lookahead tokens, placed after the text, attend to."""
 
 
 DecodeCut = CutByEntries | CutByTokens | CutByModules

@@ -23,7 +23,7 @@ _PROJECTED = 1 << 26  # numbers of projected values that exist at once, about
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Critical(PolicyWrapper):
-    """Scores by another policy, for half of the budget times the norm of the projected value.
+    """Spends half of the budget by another policy's scores, half by score times value norm.
 
     Each head first keeps its best entries by the other policy's scores alone, protected ones
     included, as many as `first_stage_ratio` of its budget (rounded down). The others compete with
@@ -65,7 +65,7 @@ class Critical(PolicyWrapper):
 
 
 def projected_norms(v: jax.Array, o: Weight) -> jax.Array:
-    """L1 norms of the values [B, K, T, H] behind `o` [N, H, D], mean of a group: [B, K, T] float32.
+    """L1 norms of the values [B, K, T, H] after `o` [N, H, D], mean of a group: [B, K, T] float32.
 
     A block of entries at a time, because the projected values are N D / (K H) times as large.
     """

@@ -33,3 +33,16 @@ class Whole(Full):
 
     def candidates(self, pos: jax.Array, length: jax.Array, window: jax.Array | None) -> jax.Array:
         return pos >= 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted(Full):
+    """Full, with slots for prompts of at most `longest` tokens instead of those of the padding.
+
+    For callers that know the lengths: entries past the slots would be lost.
+    """
+
+    longest: int
+
+    def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
+        return min(tokens, self.longest)

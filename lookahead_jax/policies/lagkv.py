@@ -14,7 +14,7 @@ from lookahead_jax.policies.view import LayerView
 class LagKV(Policy):
     """Keeps entries whose channels vary most, relative to the range of the entries that follow.
 
-    The entries behind the sinks form partitions of `lag_size`. Each channel of keys and values is
+    The entries after the sinks form partitions of `lag_size`. Each channel of keys and values is
     normalised by its minimum and maximum in the next partition (0 if it is constant there). An
     entry scores the standard deviation over its channels, softmax over the partition, mean of keys
     and values. What has no next partition, the last `lag_size` to 2 `lag_size` - 1 entries, is
@@ -72,7 +72,7 @@ class LagKV(Policy):
         return tail | ((pos >= 0) & (pos < sinks))
 
     def _partitions(self, pos: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Entries behind the sinks by position, how many there are, and how many have scores.
+        """Entries after the sinks by position, how many there are, and how many have scores.
 
         int32 [B, K or 1, T], [B, K or 1, 1] and [B, K or 1, 1].
         """

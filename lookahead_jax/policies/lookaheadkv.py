@@ -18,7 +18,7 @@ from lookahead_jax.policies.view import LayerView
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LookaheadKV(Policy):
-    """Keeps what trained lookahead tokens, placed behind the prompt, attend to.
+    """Keeps what trained lookahead tokens, placed after the prompt, attend to.
 
     Scores are the mean attention of the M tokens, group mean, optionally pooled. The observer is
     `modules.definition.observer_block`. Nothing is protected by default. A window of C or more is

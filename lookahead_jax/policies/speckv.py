@@ -20,7 +20,7 @@ class SpecKV(Policy):
 
     Scores are the largest attention, over the group and all these queries. The caller supplies the
     draft (`generate(..., drafts=)`, `speculation.speculate`). Its tokens are read as observers
-    behind the prompt, inside the layer's step, so one pass suffices. As in the public code the last
+    after the prompt, inside the layer's step, so one pass suffices. As in the public code the last
     `window` + 1 prompt tokens observe and are kept; here they count in C. A window of C or more is
     reduced to C // 2.
 

@@ -106,7 +106,7 @@ class LayerView(NamedTuple):
         padding in the pooling and score 0. Raises ValueError if there are no observers.
         """
         if self.queries is None:
-            raise ValueError("this policy scores with observing queries and was given none")
+            raise ValueError("this policy needs the queries of observers")
         valid = self.pos >= 0 if valid is None else valid & (self.pos >= 0)
         scores = importance_scores(
             self.queries.q,
@@ -130,13 +130,13 @@ class LayerView(NamedTuple):
 def draft_scores(
     view: LayerView, draft_tokens: int, *, pool: tuple[Pool, int] | None, how: Group
 ) -> jax.Array:
-    """Scores by a prompt's last rows and the draft behind them, float32 [B, K, T].
+    """Scores by a prompt's last rows and the draft after them, float32 [B, K, T].
 
     The last `draft_tokens` observers are the draft; the prompt rows before them score 0. `how`
     reduces over the observers and over the heads of a group. Raises ValueError without observers.
     """
     if view.queries is None:
-        raise ValueError("this policy scores with the queries of a draft and was given none")
+        raise ValueError("this policy needs the queries of a draft")
     rows = view.queries.pos.shape[1] - draft_tokens
     return view.attention_scores(
         reduce=how, pool=pool, group=how, valid=view.pos < view.length[:, None, None] - rows

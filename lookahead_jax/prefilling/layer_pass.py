@@ -59,7 +59,7 @@ class PromptLayout(NamedTuple):
     chunks: jax.Array  # int32 scalar: chunks that hold any token
 
     def context(self, buffers: Buffers) -> Context:
-        """The prompt's keys and values in one layer, for rows behind the prompt."""
+        """The prompt's keys and values in one layer, for rows after the prompt."""
         return Context(*buffers, self.positions[:, None], (0, self.chunks * self.chunk))
 
 
@@ -71,7 +71,7 @@ def prompt_layout(
 ) -> tuple[jax.Array, PromptLayout]:
     """Pads `tokens` int32 [B, T] to whole chunks; returns them and their layout.
 
-    `known_tokens` (int or [B]) more are known and will be read behind each row: see model/rope.py.
+    `known_tokens` (int or [B]) more are known and will be read after each row: see model/rope.py.
     Raises ValueError for a chunk without rows.
     """
     if chunk is not None and chunk < 1:

@@ -27,7 +27,7 @@ from lookahead_jax.prefilling.sparse import prompt_keys, read_sparsely
 
 
 class Observer(NamedTuple):
-    """Rows behind the prompt that a policy scores with."""
+    """Rows after the prompt that a policy scores with."""
 
     block: Block
     rope: Rope

@@ -160,10 +160,10 @@ def prefill(
     `tokens` is int32 [B, T] padded with -1; pad T with `batching.pad_batch` so that a new length
     does not compile anew. `slots` is room for the kept entries and everything that follows
     (`batching.slots_for`). `known_tokens` says how many tokens that are known already (a question)
-    will be read behind each prompt: RoPE factors that depend on length are chosen from prompt +
+    will be read after each prompt: RoPE factors that depend on length are chosen from prompt +
     known_tokens. `new_tokens` has no effect and is accepted from callers of earlier versions, in
     which these factors depended on the tokens yet to be generated. `observer` holds the rows
-    that a policy scores with (lookahead tokens or a draft); they are read behind the prompt and
+    that a policy scores with (lookahead tokens or a draft); they are read after the prompt and
     are not in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
     default, see `layer_pass.default_chunk`). `pinned` marks positions that every layer and head
     keeps whatever their score (`batching.pin_mask`), as long as the layer's sliding window shows
@@ -177,7 +177,7 @@ def prefill(
     reading, padded = policy.reading, tokens.shape[1]
     if observer is None and isinstance(reading, (WithModules, WithDraft)):
         raise ValueError(
-            f"policy {type(policy).__name__} scores with rows behind the prompt: give observer="
+            f"policy {type(policy).__name__} scores with rows after the prompt: give observer="
         )
     limit, slots = static_slots(policy, padded, budget, slots, config)
     pattern = reading.sparse_pattern(padded) if isinstance(reading, WithDraft) else None
@@ -287,7 +287,7 @@ def extend(
     config: ModelConfig,
     chunk: int = CHUNK,
 ) -> tuple[KVCache, Float[Array, "B V"]]:
-    """Reads more tokens behind a cache: a question after a document, the next turn of a chat.
+    """Reads more tokens after a cache: a question after a document, the next turn of a chat.
 
     `tokens` is int32 [B, T] padded with -1 on the right; rows may have any length, 0 included
     (their logits are those of padding and mean nothing). Returns the longer cache and the

@@ -1,4 +1,4 @@
-"""KVzip's second pass: the context is read again behind its own cache, in chunks."""
+"""KVzip's second pass: the context is read again after its own cache, in chunks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ def _replay_block(
     size: int,
     config: ModelConfig,
 ) -> Block:
-    """The request and a chunk of `size` tokens as rows behind each context.
+    """The request and a chunk of `size` tokens as rows after each context.
 
     Rows of the batch whose chunk is empty are padding.
     """

@@ -215,7 +215,7 @@ def read_again(
     response: jax.Array | None,
     config: ModelConfig,
 ) -> Block:
-    """`reread` behind a cache that holds the prompts."""
+    """`reread` after a cache that holds the prompts."""
     return reread(
         params, tokens, rows=rows, response=response, length=cache.next_pos,
         span=cache.rope_span, config=config,

@@ -55,8 +55,8 @@ def make_app(
 
     async def embeddings(request: HttpRequest) -> Response:
         raise Refused(
-            404, "there are no embeddings here: the model continues text; use /v1/completions or "
-            "/v1/chat/completions", code="unsupported_endpoint",
+            404, "embeddings are not supported: use /v1/completions or /v1/chat/completions",
+            code="unsupported_endpoint",
         )  # fmt: skip
 
     async def metrics(request: HttpRequest) -> Response:

@@ -134,7 +134,7 @@ class Service:
                 if self.engine.wait(0.1):
                     self.engine.step()
         except BaseException:  # panics of extensions are no Exception
-            _log.exception("the engine's thread failed; the server has to be started again")
+            _log.exception("the engine's thread failed; restart the server")
             why = self._closed = Refused(503, "the engine has failed", code="engine_failed")
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._abort_all, why)

@@ -78,7 +78,7 @@ def _step_seconds(
     responses: Sequence[list[int]],
     sizes: LookaheadConfig,
 ) -> tuple[float, float]:
-    """Seconds of the base forward of a batch, and of a step behind it."""
+    """Seconds of the base forward of a batch, and of a step after it."""
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0), 1)
     modules = init_modules(jax.random.key(0), sizes, model.config, params=model.params)
     rows = [jnp.asarray(pad_batch(rows, config=model.config)) for rows in (prompts, responses)]

@@ -188,7 +188,7 @@ def ask(rng: random.Random, facts: list[Fact]) -> str:
 
 
 def insert(rng: random.Random, document: str, statements: list[str]) -> str:
-    """The document with each statement on a line of its own, or behind a sentence."""
+    """The document with each statement on a line of its own, or after a sentence."""
     lines = document.split("\n")
     marks = ("{}", "{}", "Note: {}", "# {}", "({})", "- {}", "> {}")
     mark = rng.choice(marks)

@@ -7,6 +7,7 @@ receives the modules and README.md: the recipe, its data, and its loss.
 """
 
 import collections
+import dataclasses
 import json
 import shlex
 import sys
@@ -18,11 +19,10 @@ import numpy as np
 
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.host.command import end_process, run_command
-from lookahead_jax.host.config_files import UsageError
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.modules.files import load_modules, save_modules
-from lookahead_jax.train.recipe.recipe import RecipeConfig, parse_config, prompt_file
+from lookahead_jax.train.recipe.recipe import RecipeConfig, folder_of, parse_config, prompt_file
 
 _CARD = """\
 # Lookahead modules for {model}
@@ -31,7 +31,7 @@ _CARD = """\
 fingerprint is in `lookahead_config.json`; {megabytes:.2f} MB in float16. The base model is not
 changed. The policy `lookaheadkv` reads them; `--model {model}` finds them by itself.
 
-What they were measured to do is in docs/results.md.
+Evaluation results are in docs/results.md.
 
 ## Data
 
@@ -61,30 +61,41 @@ Seed {seed}. {loss}
 
 Apache-2.0, like the package.
 """
+_PROG = "python -m lookahead_jax.train.recipe.package"
+_PLACES = ("--folder", "--run", "--out")
 _LOSS = {
     "mean": "The loss is the paper's: KL of the response's mean attention to that of the tokens.",
     "max": "The target is the largest attention that any token of the response pays to an entry.",
 }
 
 
-def write_package(config: RecipeConfig, out: Path, given: Sequence[str]) -> None:
-    """Writes the modules of the recipe's run and their card into `out`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackageConfig(RecipeConfig):
+    """Write the modules of a recipe's run in float16, with a model card. The options are those of
+    `lookahead train recipe`, and --out."""
+
+    out: Path
+    """Folder that receives the modules and README.md."""
+
+
+def write_package(config: PackageConfig, given: Sequence[str]) -> None:
+    """Writes the modules of the recipe's run and their card; `given` are the recipe's arguments.
 
     Raises FileNotFoundError if the run has no modules yet, ValueError if they belong to another
     model.
     """
-    assert config.folder is not None  # parse_config sets it
-    run = config.folder / config.run
+    folder = folder_of(config)
+    run = folder / config.run
     model = load(config.model)
     modules = load_modules(run / "modules", params=model.params, config=model.config)
     rows = [
         json.loads(line)
         for shard in range(config.shards)
-        for line in prompt_file(config.folder, shard).read_text("utf-8").splitlines()
+        for line in prompt_file(folder, shard).read_text("utf-8").splitlines()
     ]
-    save_modules(make_folder(out), modules, params=model.params, dtype=np.float16)
+    save_modules(make_folder(config.out), modules, params=model.params, dtype=np.float16)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    atomic_write(out / "README.md", _card(config, modules, rows, log, given))
+    atomic_write(config.out / "README.md", _card(config, modules, rows, log, given))
 
 
 def _card(
@@ -97,7 +108,7 @@ def _card(
     values = modules.embeddings.size + sum(
         pair[part].size for pair in modules.lora.values() for part in pair
     )
-    described = json.loads((_folder(config) / config.run / "config.json").read_text("utf-8"))
+    described = json.loads((folder_of(config) / config.run / "config.json").read_text("utf-8"))
     kept = {name: described[name] for name in ("modules", "optimizer", "loss", "steps", "batch")}
     loss = _LOSS[config.loss.response]
     if config.loss.skip:
@@ -119,9 +130,9 @@ def _without_places(given: Sequence[str]) -> list[str]:
     kept, skip = [], False
     for arg in given:
         name = arg.split("=")[0]
-        if not skip and name not in ("--folder", "--run"):
+        if not skip and name not in _PLACES:
             kept.append(arg)
-        skip = name in ("--folder", "--run") and name == arg
+        skip = name in _PLACES and name == arg
     return kept
 
 
@@ -140,24 +151,14 @@ def _curve(log: Sequence[dict[str, Any]], points: int = 12) -> str:
     return "\n".join(lines)
 
 
-def _folder(config: RecipeConfig) -> Path:
-    assert config.folder is not None  # parse_config sets it
-    return config.folder
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     given = list(sys.argv[1:] if args is None else args)
-
-    def parse() -> tuple[RecipeConfig, Path, list[str]]:
-        if "--out" not in given or given.index("--out") + 1 == len(given):
-            raise UsageError("give --out FOLDER, where the modules are to be written")
-        at = given.index("--out")
-        rest = given[:at] + given[at + 2 :]
-        return parse_config(rest), Path(given[at + 1]), rest
-
-    prog = "python -m lookahead_jax.train.recipe.package"
-    return run_command(parse, lambda parsed: write_package(*parsed), prog=prog)
+    return run_command(
+        lambda: parse_config(PackageConfig, given, _PROG),
+        lambda config: write_package(config, given),
+        prog=_PROG,
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -66,7 +67,7 @@ class RecipeConfig:
     prompts: int
     """Number of prompts."""
     epochs: int
-    """Times that each prompt is learned from."""
+    """Number of epochs."""
     batch: int
     """Rows per update."""
     shortest: int
@@ -109,9 +110,12 @@ class RecipeConfig:
         return self.epochs * (self.prompts // self.batch)
 
 
-def parse_config(args: Sequence[str]) -> RecipeConfig:
+Config = TypeVar("Config", bound=RecipeConfig)
+
+
+def parse_config(kind: type[Config], args: Sequence[str], prog: str) -> Config:
     """CONFIG and overrides -> the recipe; ValueError or UsageError as `cli_with_file`."""
-    config = cli_with_file(RecipeConfig, args, _PRESETS, _PROG)
+    config = cli_with_file(kind, args, _PRESETS, prog)
     if config.folder is None:
         name = Path(args[0]).stem if not args[0].startswith("-") else "recipe"
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -128,7 +132,7 @@ def run_recipe(config: RecipeConfig) -> None:
     SIGTERM, after saving what there is.
     """
     _check(config)
-    folder = make_folder(_folder(config))
+    folder = make_folder(folder_of(config))
     with folder_lock(folder), _sigterm_interrupts():
         say(f"working in {folder}")
         say(f"loading {config.model}")
@@ -169,7 +173,8 @@ def _check(config: RecipeConfig) -> None:
     make_optimizer(config.optimizer, config.steps)  # refuses a warm-up that is too long
 
 
-def _folder(config: RecipeConfig) -> Path:
+def folder_of(config: RecipeConfig) -> Path:
+    """Where a recipe keeps everything; `parse_config` sets it."""
     if config.folder is None:
         raise ValueError("the recipe has no folder: set `folder`")
     return config.folder
@@ -192,7 +197,7 @@ def _tokenizer(model: Model) -> Tokenizer:
 
 
 def _training(config: RecipeConfig) -> lookahead.TrainConfig:
-    folder = _folder(config)
+    folder = folder_of(config)
     return lookahead.TrainConfig(
         model=config.model, data=(folder / "data",), run=folder / config.run,
         modules=config.modules, optimizer=config.optimizer, loss=config.loss, steps=config.steps,
@@ -209,7 +214,7 @@ def prompt_file(folder: Path, shard: int) -> Path:
 
 def _write_prompts(config: RecipeConfig, model: Model) -> None:
     """Writes the prompts of the shards that have none; after one, says how long all will take."""
-    folder = _folder(config)
+    folder = folder_of(config)
     missing = [n for n in range(config.shards) if not prompt_file(folder, n).is_file()]
     if not missing:
         _tell_plan(config, model, 0, 0.0)
@@ -234,7 +239,7 @@ def _write_prompts(config: RecipeConfig, model: Model) -> None:
 
 def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float) -> None:
     """Says how long what is missing will take; `shards` have no prompts yet."""
-    folder = _folder(config)
+    folder = folder_of(config)
     rows = [json.loads(line) for line in prompt_file(folder, 0).read_text().splitlines()]
     ids = [data.tokenize(row, model)[0] for row in rows]
     if not (folder / estimate.FILE).is_file():
@@ -280,7 +285,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 def _make_responses(config: RecipeConfig, model: Model, ready: int) -> int:
     """Responses for the shards that the next group of steps needs; how many shards there are."""
-    folder = _folder(config)
+    folder = folder_of(config)
     group = -(-GROUP * config.batch // config.shard_rows)
     until = min(config.shards, ready + group)
     making = data.DataConfig(
@@ -318,7 +323,12 @@ def main(args: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     given = list(sys.argv[1:] if args is None else args)
     again = f"interrupted; to go on: {shlex.join([*_PROG.split(), *given])}"
-    return run_command(lambda: parse_config(given), run_recipe, prog=_PROG, interrupted_with=again)
+    return run_command(
+        lambda: parse_config(RecipeConfig, given, _PROG),
+        run_recipe,
+        prog=_PROG,
+        interrupted_with=again,
+    )
 
 
 if __name__ == "__main__":
