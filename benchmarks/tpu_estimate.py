@@ -208,7 +208,10 @@ def sharded(kind: str = "v5e") -> list[dict[str, Any]]:
 
 
 def model_step(nodes: int, entries: int, kind: str, dump: Path) -> dict[str, Any]:
-    """A whole step of Llama 3.1 8B over `nodes` rows, its heads split over the 2x4 chips."""
+    """A whole step of Llama 3.1 8B over `nodes` rows, its heads split over the 2x4 chips.
+
+    Long because the shapes of all its arguments are spelled out.
+    """
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies

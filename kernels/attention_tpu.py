@@ -38,6 +38,10 @@ def _across(a, width):
 
 
 def _kernel(*refs, scale, softcap, windowed, size):
+    """One block of slots for all rows of a head: a running softmax that begins with their own keys.
+
+    Its parts stand inside because they read and write the same references.
+    """
     bounds_ref, numbers_ref, q_ref, q_pos_ref, own_k_ref, own_v_ref, own_seen_ref = refs[:7]
     k_ref, v_ref, k_pos_ref, *by_refs, out_ref, lse_ref = refs[7:-4]
     m_ref, mass_ref, acc_ref, logits_ref = refs[-4:]

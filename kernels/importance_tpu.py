@@ -292,7 +292,8 @@ def column_scores(
 ) -> jax.Array:
     """exp(logits - lse) summed over the rows of a head (or their maximum): [B, K, G, T].
 
-    With `finish` pooled, and reduced over the group: [B, K, T].
+    With `finish` pooled, and reduced over the group: [B, K, T]. Most of its lines are the blocks
+    and index maps of one `pallas_call`, which belong together.
     """
     batch, heads, groups, _, dim = q.shape
     q, q_pos, k_pos, windows, tile, size = _layout(q, k, places, key_block)

@@ -78,7 +78,7 @@ def back_edges(names: dict[str, Path]) -> list[str]:
     wrong = []
     for here, there, line in edges(names):
         room, other = here.split(".")[0], there.split(".")[0]
-        if there != "__init__" and there not in names and other not in LINKED:
+        if there != "__init__" and there not in names and there not in LINKED:
             wrong.append(f"{here}, line {line}: there is no module {there}")
         elif room in rank and rank.get(other, public if other == "__init__" else 99) > rank[room]:
             wrong.append(f"{here}, line {line}: imports {there}")
@@ -154,11 +154,13 @@ def test_a_back_edge_is_found(tmp_path):
         {
             "model/cache.py": "def f():\n    import lookahead_jax.prefilling.prefill\n",
             "prefilling/prefill.py": "from lookahead_jax.model.nowhere import x\n",
+            "train/step.py": "import lookahead_jax.eval.nothing\n",
         },
     )
     assert back_edges(names) == [
         "model.cache, line 2: imports prefilling.prefill",
         "prefilling.prefill, line 1: there is no module model.nowhere",
+        "train.step, line 1: there is no module eval.nothing",
     ]
 
 

@@ -205,7 +205,10 @@ def _run_steps(
     on_metrics: OnMetrics | None,
     base: str,
 ) -> TrainState | None:
-    """Trains from the newest checkpoint to the last step; None if a signal came before."""
+    """Trains from the newest checkpoint to the last step; None if a signal came before.
+
+    Setting up and the loop stand together because saving, stopping and tracing share their state.
+    """
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_fn = compile_step(
         mesh, config=model.config, optimizer=optimizer, loss=config.loss, chunk=config.chunk,

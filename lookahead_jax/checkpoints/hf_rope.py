@@ -37,6 +37,7 @@ def without_rotation(rope: RopeConfig) -> RopeConfig:
 def _rope(
     f: JsonFields, parameters: Mapping[str, Any], theta_field: str, model_type: str, head_dim: int
 ) -> RopeConfig:
+    """One RoPE object of a configuration `f`."""
     r = JsonFields(parameters, f"{f.where} rope")
     kind = r.optional("rope_type", str) or r.optional("type", str) or "default"
     if model_type == "phi3" and kind in ("su", "yarn"):  # what Phi-3 called longrope at first
@@ -64,6 +65,12 @@ def _rope(
         "dim": int(head_dim * partial),
         "max_position": max_position,
     }
+    return _of_kind(kind, r, common, original)
+
+
+def _of_kind(kind: str, r: JsonFields, common: dict[str, Any], original: int) -> RopeConfig:
+    """The `common` fields and those of one kind; `original` is the length before extension."""
+    max_position = common["max_position"]
     factor, attention_factor = (r.optional(n, float) for n in ("factor", "attention_factor"))
     match kind:
         case "linear" | "dynamic":

@@ -94,7 +94,8 @@ def best_tree(nodes, table, state, active, root, recent, limit, depth):
 
     Best first by path probability over all anchors at once. Two quotas hold as long as other nodes
     are left: a child of the root and all nodes below it take at most half of the nodes (or one
-    whole path), and nodes seen only in the prompt, or only in outputs, at most three quarters.
+    whole path), and nodes seen only in the prompt, or only in outputs, at most three quarters. One
+    loop over shared arrays: calls between compiled functions would pass ten of them each time.
     """
     sources, seen = anchors(nodes, table, state, active, root, recent)
     weight = state[0].weight

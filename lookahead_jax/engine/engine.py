@@ -89,6 +89,7 @@ class Engine:
         burst: int = 16,
         prompt_store_bytes: int = 0,
     ):
+        """Builds the engine's parts from the settings, one keyword each; hence the length."""
         for name, size in dict(rows=rows, burst=burst).items():
             check_integer(name, size, least=1)
         if evict_every is not None and max_question_tokens:

@@ -73,7 +73,8 @@ def generate(
 ) -> Generation:
     """Continues a batch of prompts from a cache of `budget` entries per layer and KV head.
 
-    A row's output does not depend on the other rows, on `burst`, or on a drafter.
+    A row's output does not depend on the other rows, on `burst`, or on a drafter. Most of the
+    function is its arguments and their checks; the work is in `open_timed` and `decode_rows`.
 
     Args:
       prompts: texts or rows of token ids.

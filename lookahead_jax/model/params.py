@@ -81,7 +81,10 @@ class ParameterSpec:
 
 
 def parameter_specs(config: ModelConfig) -> dict[str, ParameterSpec]:
-    """The table of this model: parameter path ("embed", "layers.q", ...) -> `ParameterSpec`."""
+    """The table of this model: parameter path ("embed", "layers.q", ...) -> `ParameterSpec`.
+
+    It is long because it is a table: one entry for each parameter that a family may have.
+    """
     heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
     attn, mlp = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
     norm = "model.layers.{layer}.%s_layernorm.weight"

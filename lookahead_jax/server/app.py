@@ -29,7 +29,8 @@ def make_app(
     """The whole server: OpenAI's endpoints for one model, /tokenize, /health, /ready and /metrics.
 
     With `api_key`, everything but /health and /ready requires it. `allow_special_tokens` lets
-    control tokens that clients spell in texts act as such.
+    control tokens that clients spell in texts act as such. The endpoints stand inside because they
+    share these arguments.
     """
     limits = service.engine.limits
     entry = {
