@@ -14,12 +14,11 @@ SnapKV. llama.cpp evicts nothing. Compilation is left out and reported apart.
 import dataclasses
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from common import RESULTS, ROOT, Help, parse, save
-from turns import CORES, Case, Ours, Worker, ran, rows_of, serve, take_turns
+from turns import CORES, Case, Worker, is_worker, measured, ran, rows_of, take_turns
 
 TOKENS, NEW_TOKENS, BUDGET = 2048, 64, 256
 CASES = [
@@ -58,12 +57,7 @@ class Peer:
             tokens.append(int(token))
             if len(tokens) == asked.new_tokens:
                 break
-        return {
-            "prefill_s": middle - begin,
-            "decode_s": time.perf_counter() - middle,
-            "kept": asked.tokens,
-            "tokens": tokens,
-        }
+        return measured(begin, middle, kept=asked.tokens, tokens=tokens)
 
 
 def text_tokens(path: Path) -> list[int]:
@@ -100,12 +94,8 @@ class Options:
 
 def main() -> None:
     options = parse(Options, __doc__)
-    if options.serve:
-        side, path = options.serve
-        serve(partial(Ours if side == "ours" else Peer, path))
+    if is_worker(options.serve, options.peer, Peer):
         return
-    if not options.peer:
-        raise SystemExit("--peer is needed: the Python of an environment as described in --help")
     from lookahead_jax.checkpoints.packaged import packaged_file
 
     path = options.model or packaged_file("smollm2")

@@ -24,12 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from common import RESULTS, ROOT, Help, parse, save
-from turns import CORES, POOL, WINDOW, Case, Ours, Worker, ran, rows_of, serve, take_turns
+from turns import CORES, POOL, WINDOW, Case, Worker, is_worker, measured, ran, rows_of, take_turns
 
 BUDGET, NEW_TOKENS = 256, 128
 PLAIN = [
@@ -113,12 +112,7 @@ class Peer:
                 )
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 tokens.append(token.item())
-        return {
-            "prefill_s": middle - begin,
-            "decode_s": time.perf_counter() - middle,
-            "kept": kept,
-            "tokens": tokens,
-        }
+        return measured(begin, middle, kept=kept, tokens=tokens)
 
     def machine(self, nbytes: int) -> dict:
         """Bytes per second through a matrix of `nbytes`, and FLOPs per second of a product."""
@@ -230,12 +224,8 @@ class Options:
 
 def main() -> None:
     options = parse(Options, __doc__)
-    if options.serve:
-        side, path = options.serve
-        serve(partial(Ours if side == "ours" else Peer, path))
+    if is_worker(options.serve, options.peer, Peer):
         return
-    if not options.peer:
-        raise SystemExit("--peer is needed: the Python of an environment as described in --help")
 
     models = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,6 +17,7 @@ import numpy as np
 from common import Help, parse, publish, ran_on, settings
 
 import lookahead_jax as lk
+from lookahead_jax.eval.intervals import of_mean
 
 POLICIES = {
     "full": ("full", {}),
@@ -55,11 +56,10 @@ def measure(tokens: int, budget: int, repetitions: int, modules_dir: Path) -> di
 
 def _compare(values: list[float], full: list[float]) -> dict:
     added = np.array(values) - np.array(full)
-    half = 1.96 * added.std(ddof=1) / np.sqrt(len(added))
     return {
         "median_s": float(np.median(values)),
         "added_ms": 1e3 * float(added.mean()),
-        "added_ms_interval": [1e3 * float(added.mean() - half), 1e3 * float(added.mean() + half)],
+        "added_ms_interval": [1e3 * bound for bound in of_mean(added)],
         "median_ratio": float(np.median(np.array(values) / np.array(full))),
     }
 

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,31 @@ class Ours:
         middle = time.perf_counter()
         state = decode_burst(params, state, config=config, steps=new - 1)
         tokens = state.tokens[0].tolist()
-        return {
-            "prefill_s": middle - begin,
-            "decode_s": time.perf_counter() - middle,
-            "kept": kept,
-            "tokens": tokens,
-        }
+        return measured(begin, middle, kept=kept, tokens=tokens)
+
+
+def measured(begin: float, middle: float, *, kept: int, tokens: list[int]) -> dict:
+    """The result of a case that began, was read and has ended now."""
+    return {
+        "prefill_s": middle - begin,
+        "decode_s": time.perf_counter() - middle,
+        "kept": kept,
+        "tokens": tokens,
+    }
+
+
+def is_worker(serving: tuple[str, ...] | None, peer: str | None, kind: type) -> bool:
+    """Whether this process is a side of the comparison, whose requests it then has answered.
+
+    `serving` is (side, path) of a worker, `kind` the peer's class.
+    """
+    if serving:
+        side, path = serving
+        serve(partial(Ours if side == "ours" else kind, path))
+        return True
+    if not peer:
+        raise SystemExit("--peer is needed: the Python of an environment as described in --help")
+    return False
 
 
 def serve(worker: Any) -> None:

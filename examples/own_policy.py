@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 import lookahead_jax as lk
-from lookahead_jax.policies.base import LayerView, Policy
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.view import LayerView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,15 @@
 """Train lookahead modules on chats of one's own, and generate with them.
 
-    python examples/train_own.py
+    python examples/train_own.py                                  # texts that ship
+    python examples/train_own.py chats.jsonl --model smollm2      # your chats, for a chat model
 
-A few steps on a few chats, to show the pieces; real modules need thousands of prompts (see
-docs/train.md). The prompts are tokenized, the model writes its own greedy responses, and the
-modules learn to attend to what these responses attend to.
+A line of chats.jsonl is {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "..."}.
+A few steps on a few chats show the pieces; real modules need thousands of prompts (docs/train.md).
+The prompts are tokenized, the model writes its own greedy responses, and the modules learn to
+attend to what these responses attend to.
 """
 
+import argparse
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,26 +25,27 @@ from lookahead_jax.train.optimizer import OptimizerConfig
 STEPS = 6
 
 
-def chats() -> list[dict]:
-    """Prompts cut from a file, in place of chats. `{"messages": [...]}` works as well."""
+def shipped_prompts(path: Path) -> Path:
+    """Writes prompts cut from a text that ships; the embedded model has no chat template."""
     text = (lk.EMBEDDED_MODEL.parent / "example.txt").read_text()
-    return [{"prompt": text[start : start + 300]} for start in range(0, 2400, 300)]
+    rows = [{"prompt": text[start : start + 300]} for start in range(0, 2400, 300)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
-def main() -> tuple[list[float], lk.Generation]:
+def main(chats: Path | None = None, model_folder: Path = lk.EMBEDDED_MODEL):
+    """The loss of every step, and a generation with the modules: (list of float, Generation)."""
     losses: list[float] = []
     with TemporaryDirectory() as folder:
         work = Path(folder)
-        source = work / "chats.jsonl"
-        source.write_text("".join(json.dumps(chat) + "\n" for chat in chats()))
-        model_folder = lk.EMBEDDED_MODEL
+        chats = chats or shipped_prompts(work / "prompts.jsonl")
         prepare(
             DataConfig(
                 model=model_folder,
-                source=(str(source),),
+                source=(str(chats),),
                 out=work / "data",
                 max_response=16,
-                batch=8,
+                batch=4,
             )
         )
         train(
@@ -63,7 +67,7 @@ def main() -> tuple[list[float], lk.Generation]:
         modules = lk.load_modules(
             work / "run" / "modules", params=model.params, config=model.config
         )
-    prompt = chats()[0]["prompt"]
+    prompt = (lk.EMBEDDED_MODEL.parent / "example.txt").read_text()[:300]
     result = lk.generate(model, [prompt], lookahead=modules, budget=48, max_new_tokens=16)
     print("loss per step:", *(f"{loss:.3f}" for loss in losses))
     print(repr(result.text[0]))
@@ -71,4 +75,8 @@ def main() -> tuple[list[float], lk.Generation]:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("chats", nargs="?", type=Path, help="a .jsonl file of chats or prompts")
+    parser.add_argument("--model", type=Path, default=lk.EMBEDDED_MODEL, help="the base model")
+    options = parser.parse_args()
+    main(options.chats, options.model)

@@ -113,9 +113,9 @@ def _handler(
 ) -> None:
     """`XLA_FFI_Error* handler(XLA_FFI_CallFrame*)`, named as the module.
 
-    XLA asks once for metadata, the version of the interface, then calls it with buffers. Threads of
-    XLA's pool help; if they are busy, this one does all the parts. It is long because every block of
-    the function uses the values that the blocks before it defined.
+    XLA asks once for metadata, the version of the interface, then calls it with buffers. Threads
+    of XLA's pool help; if they are busy, this one does all the parts. It is long because every
+    block of the function uses the values that the blocks before it defined.
     """
     handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), module.name)
     malloc = ir.Function(module, ir.FunctionType(_POINTER, [_I64]), "malloc")

@@ -78,7 +78,7 @@ def test_the_table_has_a_row_for_every_policy(tmp_path, monkeypatch, capsys):
         ["snapkv", f"20 of {len(tokens):,}"],
     ]
     sizes = [float(row[2].removesuffix(" MB")) for row in table[2:]]
-    assert sizes[0] > 3 * sizes[1]
+    assert sizes[0] > 2 * sizes[1]  # 768 slots and 128, in megabytes of one digit
     assert lines[8].startswith("lookaheadkv is not shown: it needs lookahead modules")
     assert str(tmp_path) in lines[8]
     assert err.count("compiling and running once") == 2

@@ -102,6 +102,8 @@ def test_the_pages_name_all_policies_drafters_and_task_families():
     api = (ROOT / "docs" / "api.md").read_text()
     for name in [*POLICIES, *DRAFTERS]:
         assert re.search(rf"[\s|(]{re.escape(name)}[,.) |]", api), name
+    for policy in POLICIES.values():
+        assert f"\n::: {policy.__module__}.{policy.__qualname__}\n" in api
     pages = (ROOT / "docs" / "evaluation.md").read_text()
     for family in {name.partition("/")[0] for name in TASKS}:
         assert f"`{family}" in pages, family

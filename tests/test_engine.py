@@ -24,6 +24,7 @@ from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.snapkv import SnapKV
 from tests import tiny
+from tests.compilations import compilations
 
 POLICY, BUDGET, NEW = SnapKV(window=4, pool="avg", kernel=3), 12, 16
 CHECKPOINT = Path(__file__).parent / "fixtures" / "models" / "llama3"
@@ -31,16 +32,6 @@ FULL = Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, repetition_pe
 SETTINGS = [GREEDY, FULL, Sampling(temperature=1.5, top_p=0.9, repetition_penalty=0.9)]
 PROMPTS = tiny.prompts((30, 9, 17, 16, 25, 5, 31, 12), vocab=320)
 LIMITS = [16, 3, 16, 9, 1, 16, 12, 16]
-
-compilations = []
-
-
-def count_compilation(event, seconds, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-        compilations.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(count_compilation)
 
 
 @pytest.fixture(scope="module")

@@ -127,20 +127,20 @@ def gguf_name(name: str, norms: dict[str, str]) -> str:
     return f"blk.{layer}.{(PARTS | norms)[part]}.{suffix}"
 
 
-@pytest.mark.parametrize(
-    ("fixture", "architecture"),
-    [
-        ("llama2", "llama"),
-        ("mistral", "llama"),
-        ("qwen2", "qwen2"),
-        ("qwen3", "qwen3"),
-        ("gemma2", "gemma2"),
-        ("olmo2", "olmo2"),
-        ("smollm3", "smollm3"),
-        ("granite", "granite"),
-        ("glm4", "glm4"),
-    ],
-)
+ARCHITECTURES = [
+    ("llama2", "llama"),
+    ("mistral", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("gemma2", "gemma2"),
+    ("olmo2", "olmo2"),
+    ("smollm3", "smollm3"),
+    ("granite", "granite"),
+    ("glm4", "glm4"),
+]
+
+
+@pytest.mark.parametrize(("fixture", "architecture"), ARCHITECTURES)
 def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):
     write_gguf(tmp_path / "model.gguf", MODELS / fixture, architecture)
     loaded = lk.load(tmp_path / "model.gguf", dtype="float32")

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,19 +18,10 @@ from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
+from tests.compilations import compilations
 
 POLICY, BUDGET, NEW, QUESTION = SnapKV(window=4, pool="avg", kernel=3), 12, 6, 16
 DOCUMENT, OTHER, ASK, ASK_AGAIN = tiny.prompts((30, 25, 5, 9), vocab=320)
-
-compilations = []
-
-
-def count_compilation(event, seconds, **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-        compilations.append(event)
-
-
-jax.monitoring.register_event_duration_secs_listener(count_compilation)
 
 
 @pytest.fixture(scope="module")

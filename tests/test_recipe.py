@@ -23,7 +23,7 @@ from lookahead_jax.train.optimizer import OptimizerConfig
 from lookahead_jax.train.recipe import material, package, recipe
 from lookahead_jax.train.recipe.facts import RELATIONS
 from lookahead_jax.train.recipe.prompts import KINDS, Maker, length, prompt
-from lookahead_jax.train.recipe.turns import Draft
+from lookahead_jax.train.recipe.turns import ChatDraft
 from tests import tiny
 
 TEMPLATE = (
@@ -68,7 +68,7 @@ def test_prompts_are_a_function_of_seed_and_number(maker, rows):
 
 def test_lengths_are_spread_log_uniformly_over_their_range(maker, rows):
     tokens = np.array([row["tokens"] for row in rows])
-    draft = Draft(rows[9]["messages"], [])
+    draft = ChatDraft(rows[9]["messages"], [])
     assert tokens[9] == length(draft, maker.tokenizer)
     assert tokens.min() >= 256
     assert tokens.max() <= 2048

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.checkpoints.load import load
 from lookahead_jax.model.params import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
@@ -43,12 +43,7 @@ CONTENT = {
 def folder(tmp_path_factory):
     """A model, two data folders and a study."""
     folder = tmp_path_factory.mktemp("study")
-    model = tiny.config(num_hidden_layers=1, vocab_size=96)
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(
-        json.dumps({**tiny.LLAMA, "num_hidden_layers": 1, "vocab_size": 96})
-    )
-    save_params(folder / "model", tiny.params(model), model)
+    tiny.model_folder(folder / "model", num_hidden_layers=1, vocab_size=96)
     for seed, name in enumerate("ab"):
         rows = [
             {"prompt": p, "response": p[3:8]}

@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lookahead_jax.checkpoints.load import load, save_params
+from lookahead_jax.checkpoints.load import load
 from lookahead_jax.host.config_files import UsageError
 from lookahead_jax.host.files import make_folder
 from lookahead_jax.host.lock import folder_lock
@@ -91,12 +91,7 @@ def test_a_step_is_the_same_on_four_devices_in_two_passes():
 def run_config(tmp_path_factory):
     """A model, rows for it, and a run of four steps."""
     folder = tmp_path_factory.mktemp("train")
-    model = tiny.config(num_hidden_layers=1, vocab_size=96)
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(
-        json.dumps({**tiny.LLAMA, "num_hidden_layers": 1, "vocab_size": 96})
-    )
-    save_params(folder / "model", tiny.params(model), model)
+    tiny.model_folder(folder / "model", num_hidden_layers=1, vocab_size=96)
     rows = [
         {"prompt": p, "response": p[3:8]}
         for p in tiny.prompts((30, 20, 25, 31, 17, 22, 28), vocab=96)

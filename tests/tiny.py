@@ -52,6 +52,15 @@ def params(model: ModelConfig, seed: int = 0) -> Params:
     return {**weights, "embed": weights["embed"] * 5.0, "layers": layers}
 
 
+def model_folder(folder: Path, **overrides) -> ModelConfig:
+    """Writes a random Llama as a checkpoint; its configuration."""
+    model = config(**overrides)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **overrides}))
+    save_params(folder, params(model), model)
+    return model
+
+
 def save_bytes_model(folder: Path, **overrides) -> None:
     """A checkpoint folder: a tiny Llama with one token per byte."""
     overrides = {"vocab_size": 256, **overrides}

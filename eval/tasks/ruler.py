@@ -26,7 +26,7 @@ from typing import NamedTuple
 from lookahead_jax.eval.scorers.text import substring_all, substring_any
 from lookahead_jax.eval.tasks.base import Example, Source, Task, largest, listed
 from lookahead_jax.eval.tasks.ruler_material import (
-    Material,
+    RulerMaterial,
     insert_sentences,
     published,
     substitute,
@@ -54,11 +54,11 @@ class Text(NamedTuple):
     answers: list[str]
 
 
-Builder = Callable[[random.Random, int, Material, int], Text]
+Builder = Callable[[random.Random, int, RulerMaterial, int], Text]
 """(rng, units of haystack, material, length asked for) -> a prompt."""
 
 
-def _drawn(rng: random.Random, kind: str, material: Material) -> str:
+def _drawn(rng: random.Random, kind: str, material: RulerMaterial) -> str:
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuids":
@@ -68,7 +68,7 @@ def _drawn(rng: random.Random, kind: str, material: Material) -> str:
 
 
 def niah(
-    rng: random.Random, units: int, material: Material, length: int, *,
+    rng: random.Random, units: int, material: RulerMaterial, length: int, *,
     haystack: str, key: str = "words", value: str = "numbers", keys: int = 1, values: int = 1,
     queries: int = 1,
 ) -> Text:  # fmt: skip
@@ -126,7 +126,7 @@ def _chain(rng: random.Random, letters: int, value: str) -> tuple[list[str], lis
     return names, lines
 
 
-def vt(rng: random.Random, units: int, material: Material, length: int) -> Text:
+def vt(rng: random.Random, units: int, material: RulerMaterial, length: int) -> Text:
     """A chain of four assignments in noise, after one short solved example."""
 
     def one(letters: int, units: int) -> tuple[str, str, str, list[str]]:
@@ -156,7 +156,7 @@ def vt(rng: random.Random, units: int, material: Material, length: int) -> Text:
     return Text(f"{''.join(shown[:3])} {' '.join(shown[3])}\n\n{head}", question, prefix, names)
 
 
-def cwe(rng: random.Random, units: int, material: Material, length: int) -> Text:
+def cwe(rng: random.Random, units: int, material: RulerMaterial, length: int) -> Text:
     """The ten words that a numbered list repeats most, after one short solved example."""
     head = (
         "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -185,7 +185,7 @@ def cwe(rng: random.Random, units: int, material: Material, length: int) -> Text
     )
 
 
-def fwe(rng: random.Random, units: int, material: Material, length: int) -> Text:
+def fwe(rng: random.Random, units: int, material: RulerMaterial, length: int) -> Text:
     """The three most frequent of invented words, whose frequencies fall with the rank squared."""
     size = max(length // 50, 5)
     names: set[str] = set()
@@ -243,7 +243,7 @@ def _needs(name: str) -> set[str]:
     return needs
 
 
-def fitted(source: Source, build: Builder, material: Material, answer: int) -> list[Text]:
+def fitted(source: Source, build: Builder, material: RulerMaterial, answer: int) -> list[Text]:
     """`source.count` prompts that, with `answer` tokens more, take at most `source.length`.
 
     As many units of haystack as fit into the first prompt; a prompt that comes out longer loses
@@ -274,7 +274,7 @@ def fitted(source: Source, build: Builder, material: Material, answer: int) -> l
     return found
 
 
-def _make(name: str, material: Callable[[Source], Material], source: Source) -> list[Example]:
+def _make(name: str, material: Callable[[Source], RulerMaterial], source: Source) -> list[Example]:
     build, answer = _PLAIN[name]
     texts = fitted(source, build, material(source), answer)
     return [
@@ -303,7 +303,7 @@ def tasks() -> list[Task]:
     """The 13 tasks, and the 11 that have substitutes for the published material."""
     found = []
     for name in _PLAIN:
-        ways: dict[str, Callable[[Source], Material]] = {
+        ways: dict[str, Callable[[Source], RulerMaterial]] = {
             "ruler": functools.partial(published, needs=_needs(name)),
             "ruler_like": lambda source: substitute(),
         }

@@ -13,7 +13,7 @@ from lookahead_jax.eval.tasks.own import words as own_words
 from lookahead_jax.eval.tasks.own.code import HELDOUT
 
 
-class Material(NamedTuple):
+class RulerMaterial(NamedTuple):
     """The essay and the words that prompts are made of."""
 
     essay: list[str]  # words
@@ -49,7 +49,7 @@ def published_words(path: Path | None) -> dict[str, list[str]]:
     }
 
 
-def published(source: Source, needs: set[str]) -> Material:
+def published(source: Source, needs: set[str]) -> RulerMaterial:
     """RULER's own material, as far as a task needs it."""
     found: list[str] = []
     if "essay" in needs:
@@ -62,11 +62,11 @@ def published(source: Source, needs: set[str]) -> Material:
             path = None
         kinds = published_words(path)
     every = sorted({word for part in kinds.values() for word in part})
-    return Material(found, every, (kinds["adjectives"], kinds["nouns"]))
+    return RulerMaterial(found, every, (kinds["adjectives"], kinds["nouns"]))
 
 
 @functools.cache
-def substitute() -> Material:
+def substitute() -> RulerMaterial:
     """Held-out code for essays, the embedded model's task words for words."""
     lines: list[str] = [
         json.loads(line)["text"] for line in HELDOUT.read_text("utf-8").splitlines()
@@ -74,7 +74,7 @@ def substitute() -> Material:
     names: list[str] = sorted(set(own_words.WORDS.split()))
     half = len(names) // 2
     text: str = " ".join(lines)
-    return Material(text.split(), names, (names[:half], names[half:]))
+    return RulerMaterial(text.split(), names, (names[:half], names[half:]))
 
 
 def insert_sentences(text: str, sentences: Sequence[str], depths: Sequence[int]) -> str:

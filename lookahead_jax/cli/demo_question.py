@@ -30,7 +30,7 @@ class Asked(NamedTuple):
     right: str
 
 
-class Answered(NamedTuple):
+class DemoAnswer(NamedTuple):
     """One policy's answer, and what it took."""
 
     name: str
@@ -51,7 +51,7 @@ def ask(source: ModelOptions, eviction: EvictionOptions, new_tokens: int) -> Non
         )
     policies, missing = _policies(eviction, source, model)
     answers = [
-        Answered(name, _measured(name, lambda run=run: run(asked.ids, new_tokens)))
+        DemoAnswer(name, _measured(name, lambda run=run: run(asked.ids, new_tokens)))
         for name, run in policies.items()
     ]
     print(f"{asked.about}\nRight answer: {asked.right}\n")
@@ -155,7 +155,7 @@ def _measured(name: str, run: Callable[[], Any]) -> Any:
     return result
 
 
-def table(answers: list[Answered]) -> str:
+def table(answers: list[DemoAnswer]) -> str:
     """A Markdown table with a row for every policy."""
     head = ("", "entries kept", "cache", "first token", "tokens/s", "answer")
     rows = [

@@ -30,7 +30,7 @@ OutFile = Annotated[Path, option("FILE")]
 Text = Annotated[str | None, option("TEXT")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
-CacheType = Annotated[Literal["int8"] | None, option("TYPE")]
+CacheDtype = Annotated[Literal["int8"] | None, option("TYPE")]
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
 _READS_MODEL = ("draft_model", "drawn_model")  # drafters
@@ -245,7 +245,7 @@ class RunOptions:
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens, so that memory stays constant however long the
     text becomes. For the policies streaming_llm, knorm, keydiff, lagkv, h2o and lookaheadkv."""
-    cache_dtype: CacheType = None
+    cache_dtype: CacheDtype = None
     """int8: store keys and values in eight bits. Default: the type of the weights."""
     stop: Repeated = ()
     """End the text before this string. May be repeated."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lookahead_jax.cli.options import (
-    CacheType,
+    CacheDtype,
     DraftingOptions,
     EvictionOptions,
     File,
@@ -39,7 +39,7 @@ class Serve:
     """Longest prompt. Default: the model's positions less --max-tokens."""
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens; see lookahead generate --help."""
-    cache_dtype: CacheType = None
+    cache_dtype: CacheDtype = None
     """int8: store keys and values in eight bits. Default: the type of the weights."""
     eos: Tokens = ()
     """A token that ends the text, besides those of the checkpoint: its id, or the token itself,

@@ -62,7 +62,7 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kept:
+class KeptEntries:
     """What the cache of a conversation holds."""
 
     tokens: int
@@ -119,13 +119,13 @@ class Conversation:
         self._pending: list[int] = []  # the last token of the answer, not yet read
         self._cut_at = 0  # of the ids, those that the policy has cut
 
-    def kept(self) -> Kept | None:
+    def kept(self) -> KeptEntries | None:
         """What the cache holds; None before the first turn."""
         if self._cache is None:
             return None
         pos = np.asarray(self._cache.pos)
         of_read = ((pos >= 0) & (pos < self._cut_at)).sum(-1)
-        return Kept(
+        return KeptEntries(
             tokens=len(self._ids) + len(self._pending),
             read=self._cut_at,
             of_read=float(of_read.mean()),

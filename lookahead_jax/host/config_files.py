@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,11 @@ def _unbox(complaint: str) -> str:
         elif not text.startswith(("╭", "╰")):
             parts[-1].append(text)
     title = 0 if complaint.startswith("╭") else 1  # part of the frame, or above a rule in ASCII
-    return " ".join(parts[min(title, len(parts) - 1)])
+    text = " ".join(parts[min(title, len(parts) - 1)])
+    if text.startswith("Missing from"):  # what follows is the help of every missing option
+        missing = re.findall(r"(--[a-z][\w.-]*)(?= [A-Z{\[])", text)
+        text = f"missing options: {', '.join(dict.fromkeys(missing))}" if missing else text
+    return text
 
 
 def _default(config_class: type[Config], fields: dict[str, Any], where: str) -> Config:

@@ -82,8 +82,8 @@ class ExpectedAttention(Policy):
         logits = jnp.where(counted[:, :, None], logits, -jnp.inf)
         peak = jnp.maximum(logits.max(-1, keepdims=True), jnp.finfo(jnp.float32).min)
         sinks = None
-        if view.sinks is not None:
-            sinks = view.sinks.astype(jnp.float32).reshape(1, *peak.shape[1:3], 1)
+        if view.sink_logits is not None:
+            sinks = view.sink_logits.astype(jnp.float32).reshape(1, *peak.shape[1:3], 1)
             peak = jnp.maximum(peak, sinks)
         mass = jnp.exp(logits - peak)
         total = mass.sum(-1, keepdims=True)

@@ -55,7 +55,7 @@ class H2O(Policy):
             window=chunk.window,
             reduce="sum",
             lse=chunk.lse,
-            sinks=chunk.sinks,
+            sinks=chunk.sink_logits,
             slots=(first, chunk.end),
         )
 

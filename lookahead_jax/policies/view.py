@@ -39,9 +39,7 @@ class Chunk(NamedTuple):
     end: jax.Array  # int32 scalar: entries from here on have not been written
     window: jax.Array | None  # int32 scalar
     config: ModelConfig
-    sinks: jax.Array | None = (
-        None  # [N] logits without a value in the softmax, if the model has any
-    )
+    sink_logits: jax.Array | None = None  # [N] logits of the softmax that have no value
 
 
 class LayerView(NamedTuple):
@@ -60,7 +58,7 @@ class LayerView(NamedTuple):
     config: ModelConfig
     sums: jax.Array | None  # [B, K, T] float32 scores so far, where scores add up
     pinned: jax.Array | None = None  # [B, P] bool, prompt positions that the caller pins
-    sinks: jax.Array | None = None  # [N] logits without a value in the softmax, if there are any
+    sink_logits: jax.Array | None = None  # [N] logits of the softmax that have no value
     o: Weight | None = None  # [N, H, D] output projection of the layer's attention
 
     @classmethod
@@ -76,14 +74,14 @@ class LayerView(NamedTuple):
         stats: Stats = None,
         sums: jax.Array | None = None,
         pinned: jax.Array | None = None,
-        sinks: jax.Array | None = None,
+        sink_logits: jax.Array | None = None,
         o: Weight | None = None,
     ) -> "LayerView":
         """A view of one layer's entries, `context`; what is left out does not exist here."""
         return cls(
             k=context.k, v=context.v, pos=context.pos, length=length, layer=kind.index,
             window=kind.window, queries=queries, stats=stats, span=span, rope=kind.rope,
-            config=config, sums=sums, pinned=pinned, sinks=sinks, o=o,
+            config=config, sums=sums, pinned=pinned, sink_logits=sink_logits, o=o,
         )  # fmt: skip
 
     def pinned_entries(self, pinned: jax.Array) -> jax.Array:
@@ -122,7 +120,7 @@ class LayerView(NamedTuple):
             pool=pool,
             group=group,
             lse=self.queries.lse,
-            sinks=self.sinks,
+            sinks=self.sink_logits,
         )
         return jnp.where(valid, scores, 0.0)
 

@@ -84,7 +84,10 @@ def prompt_layout(
     positions = jnp.where(tokens >= 0, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], -1)
     cos, sin = rope_tables(config, positions, span)
     chunks = -(-length.max() // chunk)
-    return tokens, PromptLayout(positions, length, span, cos, sin, chunk, chunks)
+    layout = PromptLayout(
+        positions=positions, length=length, span=span, cos=cos, sin=sin, chunk=chunk, chunks=chunks
+    )  # fmt: skip
+    return tokens, layout
 
 
 def layer_buffers(prompt: PromptLayout, dtype: DTypeLike, config: ModelConfig) -> Buffers:
@@ -139,8 +142,9 @@ def prompt_layer(
             stats = policy.accumulate(
                 stats,
                 Chunk(
-                    proj.q, proj.q_unrotated, pos, proj.lse, k, prompt.positions[:, None],
-                    start + size, kind.window, config, proj.sinks,
+                    q=proj.q, q_unrotated=proj.q_unrotated, q_pos=pos, lse=proj.lse, k=k,
+                    k_pos=prompt.positions[:, None], end=start + size, window=kind.window,
+                    config=config, sink_logits=proj.sinks,
                 ),
             )  # fmt: skip
         return jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats

@@ -72,7 +72,7 @@ class Scorer(NamedTuple):
         view = LayerView.of(
             self.prompt.context(carry.buffers), layer.kind, length=self.prompt.length,
             span=self.prompt.span, config=self.config, queries=queries, stats=stats,
-            pinned=self.pinned, sinks=layer.p.get("sinks"), o=layer.p["o"],
+            pinned=self.pinned, sink_logits=layer.p.get("sinks"), o=layer.p["o"],
         )  # fmt: skip
         return ScoredLayer(carry, view, self.policy.score(view))
 

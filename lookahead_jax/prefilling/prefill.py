@@ -254,7 +254,7 @@ def compress(
             )
         view = LayerView.of(
             context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
-            queries=queries, sums=before, pinned=pinned, sinks=p.get("sinks"), o=p["o"],
+            queries=queries, sums=before, pinned=pinned, sink_logits=p.get("sinks"), o=p["o"],
         )  # fmt: skip
         scores = policy.score(view)
         kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)

@@ -89,7 +89,7 @@ def replay_scores(
         view = LayerView.of(
             context._replace(pos=jnp.where(seen, context.pos, -1)), kind, length=cache.next_pos,
             span=cache.rope_span, config=config, queries=queries._replace(lse=None),
-            sinks=p.get("sinks"),
+            sink_logits=p.get("sinks"),
         )  # fmt: skip
         return rows, policy.score(view)
 

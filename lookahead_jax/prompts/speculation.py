@@ -47,8 +47,8 @@ class TailAttention(Full):
         raw = softcap_logits(raw * view.config.attn_scale, view.config.attn_softcap)
         seen = visible_by_position(queries.pos, view.pos, view.window)[:, :, None]
         raw = jnp.where(seen, raw, -jnp.inf)
-        if view.sinks is not None:  # a column of their own, which gets no score
-            sinks = view.sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        if view.sink_logits is not None:  # a column of their own, which gets no score
+            sinks = view.sink_logits.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
             raw = jnp.concatenate([raw, jnp.broadcast_to(sinks, (*raw.shape[:-1], 1))], axis=-1)
         probs = jax.nn.softmax(raw, axis=-1)[..., : view.k.shape[2]]
         probs = jnp.where(seen, probs, 0.0)  # a row that sees nothing is NaN

@@ -6,7 +6,7 @@ import re
 from lookahead_jax.train.recipe import words
 from lookahead_jax.train.recipe.facts import Fact, ask, draw_facts
 from lookahead_jax.train.recipe.material import Material
-from lookahead_jax.train.recipe.turns import Draft, Message, assistant, user, with_document
+from lookahead_jax.train.recipe.turns import ChatDraft, Message, assistant, user, with_document
 
 _SHOWN = (
     "Here is something else that I have been reading:", "Please keep this in mind as well:",
@@ -25,7 +25,7 @@ _AGAIN = (
 )  # fmt: skip
 
 
-def chat(rng: random.Random, size: int, material: Material) -> Draft:
+def chat(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """Several turns; the last one asks for something that was said in earlier ones."""
     turns = max(2, min(10, size // 500))
     found = draw_facts(rng, turns, same=rng.random() < 0.3)
@@ -47,10 +47,10 @@ def chat(rng: random.Random, size: int, material: Material) -> Draft:
         first = rng.choice(found)
         messages += [user(first.question(rng)), assistant(f"{first.value}.")]
     messages.append(user(rng.choice(_AGAIN).format(q=ask(rng, asked))))
-    return Draft(messages, [fact.value for fact in asked])
+    return ChatDraft(messages, [fact.value for fact in asked])
 
 
-def transcript(rng: random.Random, size: int, material: Material) -> Draft:
+def transcript(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """The minutes of a meeting: who said what."""
     people = [words.person(rng) for _ in range(rng.randint(2, 5))]
     found = draw_facts(rng, max(3, size // 400), same=False)
@@ -71,10 +71,10 @@ def transcript(rng: random.Random, size: int, material: Material) -> Draft:
             ("Write short minutes of this meeting.", speaker),
         )
     )
-    return Draft(with_document(rng, "\n".join(lines), question), [answer])
+    return ChatDraft(with_document(rng, "\n".join(lines), question), [answer])
 
 
-def examples(rng: random.Random, size: int, material: Material) -> Draft:
+def examples(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """Solved examples of one small task, and one more of it."""
     make = rng.choice((_extract, _rewrite, _classify))
     solved = [make(rng, material) for _ in range(max(2, size // 220))]
@@ -88,7 +88,7 @@ def examples(rng: random.Random, size: int, material: Material) -> Draft:
         ("Do the same for the last one.", "Follow the examples.", "Complete the last answer.")
     )
     text = "\n\n".join(parts)
-    return Draft(
+    return ChatDraft(
         [user(f"{lead}\n\n{text}" if rng.random() < 0.7 else text)],
         [answer] if answer in case else [],
     )

@@ -8,14 +8,14 @@ import warnings
 from lookahead_jax.train.recipe import words
 from lookahead_jax.train.recipe.facts import ask, draw_facts, insert
 from lookahead_jax.train.recipe.material import Material
-from lookahead_jax.train.recipe.turns import Draft, with_document
+from lookahead_jax.train.recipe.turns import ChatDraft, with_document
 
 _FILES = ("prose", "prose", "code")
 _HEAD_CHARS = 40
 _FUNCTION_CHARS = (150, 2500)
 
 
-def facts(rng: random.Random, size: int, material: Material) -> Draft:
+def facts(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """Facts in a long document, some of which are asked for."""
     found = draw_facts(rng, rng.choice((1, 1, 2, 3, 4, 6, 8)), same=rng.random() < 0.4)
     asked = rng.sample(found, min(len(found), rng.choice((1, 1, 1, 2, 2, 3, 4))))
@@ -23,19 +23,19 @@ def facts(rng: random.Random, size: int, material: Material) -> Draft:
     question = ask(rng, asked)
     text = material.excerpt(rng, size - sum(map(len, statements)), rng.choice(_FILES))
     document = insert(rng, text, statements)
-    return Draft(with_document(rng, document, question), [fact.value for fact in asked])
+    return ChatDraft(with_document(rng, document, question), [fact.value for fact in asked])
 
 
-def register(rng: random.Random, size: int, material: Material) -> Draft:
+def register(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """Nothing but facts, often of one relation, some of which are asked for."""
     found = draw_facts(rng, max(4, size // 60), same=rng.random() < 0.7)
     asked = rng.sample(found, min(len(found), rng.choice((1, 1, 1, 2, 3))))
     question = ask(rng, asked)
     document = rng.choice(("\n", "\n", " ")).join(fact.statement(rng) for fact in found)
-    return Draft(with_document(rng, document, question), [fact.value for fact in asked])
+    return ChatDraft(with_document(rng, document, question), [fact.value for fact in asked])
 
 
-def repetition(rng: random.Random, size: int, material: Material) -> Draft:
+def repetition(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """A passage to copy or to continue, named by its beginning."""
     text = material.excerpt(rng, size, rng.choice(_FILES))
     lines = text.split("\n")
@@ -52,10 +52,10 @@ def repetition(rng: random.Random, size: int, material: Material) -> Draft:
             f'Which line contains "{head}"? Write the line and the {count} lines behind it.',
         )
     )
-    return Draft(with_document(rng, text, question), [head])
+    return ChatDraft(with_document(rng, text, question), [head])
 
 
-def sections(rng: random.Random, size: int, material: Material) -> Draft:
+def sections(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """Titled sections; which of them says something, or what one of them says."""
     count = max(2, min(12, size // 700))
     titles = [
@@ -82,10 +82,10 @@ def sections(rng: random.Random, size: int, material: Material) -> Draft:
             (f'Which section follows directly on "{titles[at - 1]}"?', title),
         )
     )
-    return Draft(with_document(rng, "\n\n".join(parts), question), [answer])
+    return ChatDraft(with_document(rng, "\n\n".join(parts), question), [answer])
 
 
-def code(rng: random.Random, size: int, material: Material) -> Draft:
+def code(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """A file with functions and a question about one of them."""
     others = material.excerpt(rng, size, "code")
     for _ in range(50):
@@ -112,7 +112,7 @@ def code(rng: random.Random, size: int, material: Material) -> Draft:
             f"Quote the first lines of `{name}` and say what they are for.",
         )
     )
-    return Draft(with_document(rng, document, question), [name])
+    return ChatDraft(with_document(rng, document, question), [name])
 
 
 def _functions(text: str) -> list[tuple[str, str]]:
@@ -132,7 +132,7 @@ def _functions(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def definitions(rng: random.Random, size: int, material: Material) -> Draft:
+def definitions(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """A glossary of terms, and a question about what some of them mean."""
     entries: dict[str, str] = {}
     while sum(map(len, entries.values())) < size:
@@ -151,10 +151,10 @@ def definitions(rng: random.Random, size: int, material: Material) -> Draft:
             f"What is said about {names}?",
         )
     )
-    return Draft(with_document(rng, document, question), asked)
+    return ChatDraft(with_document(rng, document, question), asked)
 
 
-def open_question(rng: random.Random, size: int, material: Material) -> Draft:
+def open_question(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """A task about a whole document: a summary, a list, a rewriting."""
     kind = rng.choice(_FILES)
     text = material.excerpt(rng, size, kind)
@@ -174,13 +174,13 @@ def open_question(rng: random.Random, size: int, material: Material) -> Draft:
             f"Write a message to a colleague that explains the {subject}.",
         )
     )
-    return Draft(with_document(rng, text, question), [])
+    return ChatDraft(with_document(rng, text, question), [])
 
 
-def continuation(rng: random.Random, size: int, material: Material) -> Draft:
+def continuation(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """A text to go on with."""
     text = material.excerpt(rng, size, rng.choice(_FILES))
     question = rng.choice(
         ("Go on with this text.", "Write the next paragraph.", "Continue in the same style.")
     )
-    return Draft(with_document(rng, text, question), [])
+    return ChatDraft(with_document(rng, text, question), [])

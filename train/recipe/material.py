@@ -33,7 +33,7 @@ _LINE = 30  # shorter lines say nothing about where a file is from
 _COPIED = 0.05  # share of held-out lines from which on a file is a copy
 
 
-class Document(NamedTuple):
+class SourceDocument(NamedTuple):
     """A text and where it is from."""
 
     name: str
@@ -43,8 +43,8 @@ class Document(NamedTuple):
 class Material(NamedTuple):
     """Documents by kind, each list in an order of its own that does not depend on the machine."""
 
-    prose: list[Document]
-    code: list[Document]
+    prose: list[SourceDocument]
+    code: list[SourceDocument]
 
     def excerpt(self, rng: random.Random, size: int, kind: str) -> str:
         """About `size` characters of whole lines, out of one or more documents of a kind."""
@@ -67,7 +67,7 @@ def read_material(sources: Sequence[dict[str, Any]] = (), *, held_out: bool = Fa
     """
     copied = _held_out_lines()
 
-    def kept(document: Document) -> bool:
+    def kept(document: SourceDocument) -> bool:
         digest = hashlib.sha256(document.name.encode()).digest()[0]
         return (digest < 26) == held_out and not _is_copy(document.text, copied)
 
@@ -90,7 +90,7 @@ def _is_copy(text: str, lines: frozenset[str]) -> bool:
     return sum(line in lines for line in own) > _COPIED * len(own)
 
 
-def _sources() -> Iterator[Document]:
+def _sources() -> Iterator[SourceDocument]:
     """Python files of the standard library and of packages, a limited amount of each."""
     library = Path(sysconfig.get_path("stdlib"))
     yield from _files(library, "python", LIBRARY_BYTES)
@@ -100,7 +100,7 @@ def _sources() -> Iterator[Document]:
             yield from _files(Path(folder), package, _PACKAGE_BYTES)
 
 
-def _files(folder: Path, name: str, most: int) -> Iterator[Document]:
+def _files(folder: Path, name: str, most: int) -> Iterator[SourceDocument]:
     paths = [
         path
         for path in folder.rglob("*.py")
@@ -115,19 +115,19 @@ def _files(folder: Path, name: str, most: int) -> Iterator[Document]:
         if (most := most - size) < 0:
             return
         try:
-            yield Document(f"{name}/{path.relative_to(folder)}", path.read_text("utf-8"))
+            yield SourceDocument(f"{name}/{path.relative_to(folder)}", path.read_text("utf-8"))
         except UnicodeDecodeError:  # a file in another encoding
             continue
 
 
-def _topics() -> Iterator[Document]:
+def _topics() -> Iterator[SourceDocument]:
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
-        yield Document(f"topic/{name}", text)
+        yield SourceDocument(f"topic/{name}", text)
 
 
-def _descriptions() -> Iterator[Document]:
+def _descriptions() -> Iterator[SourceDocument]:
     """Descriptions and licences of the packages."""
     for name in PACKAGES:
         try:
@@ -137,14 +137,14 @@ def _descriptions() -> Iterator[Document]:
         metadata: Any = distribution.metadata  # its type has no `get` before Python 3.12
         text = metadata.get("Description") or ""
         if len(text) >= _FILE_BYTES[0]:
-            yield Document(f"description/{name}", text)
+            yield SourceDocument(f"description/{name}", text)
         for file in distribution.files or ():
             if re.match(r"(LICENSE|COPYING|NOTICE)", file.name) and file.suffix != ".py":
                 text = Path(str(file.locate())).read_text("utf-8", errors="replace")
-                yield Document(f"licence/{name}/{file.name}", text[: _FILE_BYTES[1]])
+                yield SourceDocument(f"licence/{name}/{file.name}", text[: _FILE_BYTES[1]])
 
 
-def _docstrings(code: Sequence[Document]) -> Iterator[Document]:
+def _docstrings(code: Sequence[SourceDocument]) -> Iterator[SourceDocument]:
     """The documentation inside of each file, one after the other."""
     for document in code:
         try:
@@ -159,10 +159,10 @@ def _docstrings(code: Sequence[Document]) -> Iterator[Document]:
         ]
         text = "\n\n".join(text for text in texts if text and len(text) >= _PARAGRAPH)
         if len(text) >= _FILE_BYTES[0]:
-            yield Document(f"docstrings/{document.name}", text)
+            yield SourceDocument(f"docstrings/{document.name}", text)
 
 
-def _rows(rows: Sequence[dict[str, Any]]) -> Iterator[Document]:
+def _rows(rows: Sequence[dict[str, Any]]) -> Iterator[SourceDocument]:
     """The texts of source rows: `text`, `prompt`, or the contents of `messages`."""
     for number, row in enumerate(rows):
         text = row.get("text") or row.get("prompt")
@@ -173,4 +173,4 @@ def _rows(rows: Sequence[dict[str, Any]]) -> Iterator[Document]:
                 f"source row {number}: expected text, prompt or messages, got {', '.join(row)}"
             )
         digest = hashlib.sha256(text.encode()).hexdigest()
-        yield Document(f"source/{digest}", text)
+        yield SourceDocument(f"source/{digest}", text)

@@ -14,9 +14,9 @@ from typing import Any
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.train.recipe import chats, documents, tables
 from lookahead_jax.train.recipe.material import Material
-from lookahead_jax.train.recipe.turns import Draft
+from lookahead_jax.train.recipe.turns import ChatDraft
 
-KINDS: dict[str, tuple[Callable[[random.Random, int, Material], Draft], float]] = {
+KINDS: dict[str, tuple[Callable[[random.Random, int, Material], ChatDraft], float]] = {
     "facts": (documents.facts, 0.24),
     "register": (documents.register, 0.10),
     "table": (tables.table, 0.12),
@@ -71,7 +71,7 @@ def prompt(maker: Maker, number: int) -> dict[str, Any]:
     )
 
 
-def _fit(maker: Maker, name: str, kind: str, wanted: int) -> tuple[Draft, int] | None:
+def _fit(maker: Maker, name: str, kind: str, wanted: int) -> tuple[ChatDraft, int] | None:
     """A prompt of nearly `wanted` tokens; None if its kind cannot be so short or so long."""
     tried: set[int] = set()
     size, best = 3 * wanted, None
@@ -90,12 +90,12 @@ def _fit(maker: Maker, name: str, kind: str, wanted: int) -> tuple[Draft, int] |
     return best
 
 
-def length(draft: Draft, tokenizer: Tokenizer) -> int:
+def length(draft: ChatDraft, tokenizer: Tokenizer) -> int:
     """Tokens of a prompt under the chat template."""
     return len(tokenizer.encode(tokenizer.render_chat(draft.messages), special=False))
 
 
-def _stated(draft: Draft) -> bool:
+def _stated(draft: ChatDraft) -> bool:
     """Whether all answers stand in the messages."""
     text = json.dumps([message["content"] for message in draft.messages], ensure_ascii=False)
     return all(json.dumps(answer, ensure_ascii=False)[1:-1] in text for answer in draft.answers)

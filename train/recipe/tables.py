@@ -7,7 +7,7 @@ import random
 
 from lookahead_jax.train.recipe import words
 from lookahead_jax.train.recipe.material import Material
-from lookahead_jax.train.recipe.turns import Draft, with_document
+from lookahead_jax.train.recipe.turns import ChatDraft, with_document
 
 _COLUMNS = {
     "town": words.place, "price": words.price, "date": words.date, "code": words.code,
@@ -19,7 +19,7 @@ _KEYS = {"name": words.person, "item": words.thing, "project": words.project, "s
 _CHARS_PER_CELL = 14
 
 
-def table(rng: random.Random, size: int, material: Material) -> Draft:
+def table(rng: random.Random, size: int, material: Material) -> ChatDraft:
     """A table of about `size` characters and a question on a cell, a row, a column or a count."""
     key = rng.choice(list(_KEYS))
     columns = rng.sample(list(_COLUMNS), rng.randint(2, 5))
@@ -34,7 +34,7 @@ def table(rng: random.Random, size: int, material: Material) -> Draft:
         before, after = (material.excerpt(rng, max(60, size // 8), "prose") for _ in range(2))
         document = f"{before}\n\n{document}\n\n{after}"
     question, answers = _question(rng, key, columns, rows)
-    return Draft(with_document(rng, document, question), answers)
+    return ChatDraft(with_document(rng, document, question), answers)
 
 
 def _question(

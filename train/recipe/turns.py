@@ -6,7 +6,7 @@ from typing import NamedTuple
 Message = dict[str, str]
 
 
-class Draft(NamedTuple):
+class ChatDraft(NamedTuple):
     """A prompt without its response; every answer stands in it."""
 
     messages: list[Message]
