@@ -6,7 +6,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-
 _ROOM = "lookahead_jax.host"
 
 
