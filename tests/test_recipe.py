@@ -15,6 +15,7 @@ import tokenizers
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.eval.tasks.own.code import HELDOUT
+from lookahead_jax.model.params import fingerprint
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import data, training_data
@@ -154,6 +155,10 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
     assert f"done: the modules are in {config.folder / 'run' / 'modules'}" in said
     straight = losses(config)
     assert len(straight) == 8
+    model = load(config.model)
+    base = fingerprint(model.params)
+    rows = training_data.open_data([config.folder / "data"], batch=4, seed=0, base_fingerprint=base)
+    assert len(rows.rows) == config.prompts  # a study can use them too
 
     given = ["x.json", "--folder", "/a", "--run=/b", "--out", "/c"]
     package.write_package(package.PackageConfig(**vars(config), out=tmp_path / "out"), given)

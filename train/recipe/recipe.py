@@ -47,7 +47,7 @@ from lookahead_jax.train.recipe import estimate
 from lookahead_jax.train.recipe.material import read_material
 from lookahead_jax.train.recipe.prompts import Maker, prompt
 from lookahead_jax.train.step import check_batch
-from lookahead_jax.train.training_data import GROUP, shard_path
+from lookahead_jax.train.training_data import COMPLETE, GROUP, shard_path
 
 _PRESETS = Path(__file__).parents[1] / "configs" / "recipes"
 _PROG = "lookahead train recipe"
@@ -298,6 +298,9 @@ def _make_responses(config: RecipeConfig, model: Model, ready: int) -> int:
         with atomic_path(shard_path(making.out, shard)) as temporary:
             made = data.prepare_rows(rows, model, making, shard * config.shard_rows)
             made.save_to_disk(temporary)
+    if until == config.shards:  # `lookahead train study` can then read the folder
+        summary = _settings(config, model) | {"shards": until}
+        atomic_write(making.out / COMPLETE, json.dumps(summary, indent=2) + "\n")
     return until
 
 
