@@ -181,7 +181,8 @@ def modules_folder(config: RunConfig, model: str) -> Path | None:
 
 def modules_folder_of(given: Path | None, model: str) -> Path | None:
     """The given folder, or the one that ships for the model."""
-    return given or shipped_modules(None if model == EMBEDDED else model)
+    shipped = shipped_modules(None if model == EMBEDDED else model)
+    return given or (None if shipped is None else shipped.folder)
 
 
 def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[GridCell]:

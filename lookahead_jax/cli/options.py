@@ -141,7 +141,8 @@ class EvictionOptions:
     another: critical:ada:snapkv. Default: lookaheadkv if there are lookahead modules (--lookahead,
     or those that ship for the embedded model and for smollm2), else snapkv."""
     policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
-    """A setting of the policy. May be repeated."""
+    """A setting of the policy. May be repeated. With the modules that ship for smollm2 the defaults
+    of lookaheadkv are pool=max, kernel=7 and window=16."""
     budget: int = 256
     """Prompt entries to keep per layer and KV head."""
     lookahead: Folder = None
@@ -165,8 +166,11 @@ class EvictionOptions:
             if not name or not equals:
                 raise UsageError(f"--policy-arg takes NAME=VALUE, not {pair!r}")
             settings[name] = value
-        folder = self.lookahead or shipped_modules(source.model)
+        shipped = shipped_modules(source.model) if self.lookahead is None else None
+        folder = self.lookahead if shipped is None else shipped.folder
         name = self.policy or ("lookaheadkv" if folder else "snapkv")
+        if name == "lookaheadkv" and shipped is not None:
+            settings = {**shipped.settings, **settings}
         policy = lk.make_policy(name, **settings)
         if isinstance(policy.reading, WithDraft) and not with_drafts:
             raise UsageError(
