@@ -73,10 +73,12 @@ def test_the_policy_left_out_is_lookaheadkv_where_there_are_modules(tmp_path):
     named = EvictionOptions(lookahead=tmp_path).resolve(other)
     assert (named.name, named.folder) == ("lookaheadkv", tmp_path)
     assert EvictionOptions(policy="h2o").resolve(embedded)[::2] == ("h2o", None)
-    suited = EvictionOptions().resolve(ModelOptions(model=Path("smollm2"))).policy
-    assert suited == lk.make_policy("lookaheadkv", pool="max", kernel=7, window=16)
+    smollm2 = ModelOptions(model=Path("smollm2"))
+    assert EvictionOptions().resolve(smollm2).policy == lk.make_policy(
+        "lookaheadkv", pool="max", kernel=7, window=16
+    )
     plain = EvictionOptions(policy_arg=("pool=none", "window=0"))
-    assert plain.resolve(ModelOptions(model=Path("smollm2"))).policy == lk.make_policy("lookaheadkv")
+    assert plain.resolve(smollm2).policy == lk.make_policy("lookaheadkv")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
