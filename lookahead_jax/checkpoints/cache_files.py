@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +91,8 @@ def load_cache(
         )
     _check(path, arrays)
     _check_model(path, arrays["k"], params, config)
-    return KVCache(**{name: jnp.asarray(a) for name, a in arrays.items()})
+    fields: dict[str, Any] = {name: jnp.asarray(a) for name, a in arrays.items()}
+    return KVCache(**fields)
 
 
 def _fingerprint(fingerprint: str | None, params: Params | None) -> str:
