@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from lookahead_jax.cli.options import Repeated, Run, SamplingOptions, Text, option
 from lookahead_jax.host.config_files import UsageError
@@ -72,7 +72,7 @@ def load_reward(place: str) -> Callable[[str, str], float]:
         raise UsageError(f"--reward {place}: {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    reward: Any = getattr(module, name, None)
+    reward = vars(module).get(name)
     if not callable(reward):
         raise UsageError(f"--reward {place}: {path} has no function {name}")
-    return reward
+    return cast(Callable[[str, str], float], reward)
