@@ -17,6 +17,7 @@ from lookahead_jax.cli.main import main
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.strategies.cautious import PUNCTUATION, Cautious
 from lookahead_jax.strategies.registry import STRATEGIES, make_strategy, strategy_summaries
 from lookahead_jax.strategies.search import place_seeds, search
 from lookahead_jax.strategies.self_consistency import SelfConsistency
@@ -276,6 +277,51 @@ def test_particles_restated(model, read, name):
     alone = found(model, strategy, [PROMPTS[1]], reward=reward, seeds=[4])
     assert [c.tokens for c in alone.candidates[0]] == [c.tokens for c in result.candidates[1]]
     assert alone.work == result.work[1:]
+
+
+def cautious(model, read, prompt, seed, strategy):
+    """One text; at each token with several trials, each trial is a text of its own."""
+    text, spent = [], 0
+    places = place_seeds([seed], strategy.max_trials)
+    while len(text) < NEW:
+        log_p = log_softmax(read((*prompt, *text))[0] / 0.8)
+        share = (-(np.exp(log_p) * log_p).sum() - strategy.low) / (strategy.high - strategy.low)
+        width = int(1 + (strategy.max_trials - 1) * min(max(share, 0), 1))
+        trials = []
+        for place in places[:width]:
+            trial, loss = [], 0.0
+            while len(text) + len(trial) < NEW:
+                log_p = log_softmax(read((*prompt, *text, *trial))[0] / 0.8)
+                trial.append(draw(read, prompt, [*text, *trial], place, 0.8))
+                loss -= log_p[trial[-1]]
+                if width == 1 or model.tokenizer.decode(trial[-1:]) in PUNCTUATION:
+                    break
+            trials.append((loss / len(trial), trial))
+            spent += len(trial)
+        text += min(trials, key=lambda trial: trial[0])[1]
+    return text, spent
+
+
+def test_cautious_restated(model, read):
+    entropies = [
+        -(np.exp(log_p) * log_p).sum()
+        for prompt in PROMPTS
+        for log_p in [
+            log_softmax(read((*ids(model, prompt), *range(n)))[0] / 0.8) for n in range(8)
+        ]
+    ]
+    low, high = np.quantile(entropies, [0.4, 0.9]).tolist()
+    strategy = Cautious(max_trials=ROWS, low=low, high=high)
+    sampling = Sampling(temperature=0.8)
+    result = found(model, strategy, sampling=sampling, seeds=[1, 2])
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, [1, 2], strict=True)):
+        text, spent = cautious(model, read, ids(model, prompt), seed, strategy)
+        assert result.tokens[i] == text
+        assert result.work[i].tokens == spent > NEW, "there were trials"
+    with pytest.raises(ValueError, match="leave the repetition penalty out"):
+        found(model, strategy, sampling=Sampling(temperature=1.0, repetition_penalty=1.1))
+    few = found(model, strategy, sampling=sampling, seeds=[1, 2], most_tokens=20)
+    assert all(work.tokens is not None and work.tokens <= 20 for work in few.work)
 
 
 # ---- the interface ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ class Ranked(NamedTuple):
     best: int
     """Which of the prompt's rows it chooses."""
     scores: list[float | None]
-    """What it has compared, one for each row; larger is better."""
+    """What it has compared, larger is better; one for each row that is a candidate, the first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,13 @@ class Strategy:
         """Rows that decode together for each prompt."""
         return 1
 
-    def steering(self, texts: jax.Array, room: int) -> tuple[Steer | None, Any]:
+    def steering(
+        self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int
+    ) -> tuple[Steer | None, Any]:
         """The logit processor of the rows and its first state, if the strategy has one.
 
-        `texts` int32 [B, T], padded with -1, are the prompts of all rows; `room` tokens follow.
+        `texts` int32 [B, T], padded with -1, are the prompts of all rows; `room` tokens follow,
+        chosen by `sampling`.
         """
         return None, ()
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.decoding.device_drafter import NoDrafter
+from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.decoding.step import DecodeState, Steer, decode_step
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
@@ -45,7 +46,9 @@ class Beam(Strategy):
         """Rows that decode together for each prompt."""
         return self.n
 
-    def steering(self, texts: jax.Array, room: int) -> tuple[Steer | None, Any]:
+    def steering(
+        self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int
+    ) -> tuple[Steer | None, Any]:
         """Records the logits."""
         return Record(), ()
 

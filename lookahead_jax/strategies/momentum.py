@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.decoding.step import NEVER, Steer
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
 from lookahead_jax.strategies.rows import Rows
@@ -36,7 +37,9 @@ class Momentum(Strategy):
         check_at_least("alpha", self.alpha, 0)
         check_at_least("longest", self.longest, 1)
 
-    def steering(self, texts: jax.Array, room: int) -> tuple[Steer | None, Any]:
+    def steering(
+        self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int
+    ) -> tuple[Steer | None, Any]:
         """The resistance, and the texts without their last tokens."""
         length = (texts >= 0).sum(1, dtype=jnp.int32) - 1
         at = jnp.arange(texts.shape[1], dtype=jnp.int32)[None]

@@ -26,6 +26,11 @@ STRATEGIES = {
         "momentum.Momentum",
         "Greedy, against a resistance that grows with the repeated n-gram (Momentum Decoding).",
     ),
+    "cautious": Entry(
+        "cautious.Cautious",
+        "Where the model is unsure, several samples up to punctuation; the likeliest goes on "
+        "(Cautious Next Token Prediction).",
+    ),
     "best_of_n": Entry("best_of.BestOfN", "Several samples; the highest reward wins."),
     "self_consistency": Entry(
         "self_consistency.SelfConsistency",

@@ -163,6 +163,16 @@ class Rows:
         self._paused[:] = False
         self._set_done(self.finished)
 
+    def drop(self, rows: np.ndarray) -> None:
+        """Pauses the rows [R] bool as if they had not emitted their last token."""
+        self._spend(-rows.astype(np.int64), np.zeros(len(self.texts), np.int64))
+        self._paused |= rows & self.running
+        self._set_done(np.asarray(self.state.done) | rows)
+
+    def steer_from(self, steering: Any) -> None:
+        """Puts another state of the logit processor in the place of the present one."""
+        self.state = dataclasses.replace(self.state, steering=steering)
+
     def end(self, rows: np.ndarray) -> None:
         """Ends the rows [R] bool where they are."""
         self.finished |= rows

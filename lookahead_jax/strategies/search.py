@@ -134,7 +134,9 @@ def search(
         )  # fmt: skip
         logits = jnp.repeat(opened.logits, copies, axis=0)
         text_tokens = jnp.repeat(batch.text_tokens, copies, axis=0)
-        steer, steering = strategy.steering(text_tokens, max_new_tokens)
+        steer, steering = strategy.steering(
+            text_tokens, max_new_tokens, sampling, config.vocab_size
+        )
         if steer is not None:
             last = [row[-1] for row in batch.texts for _ in range(copies)]
             steering, logits = steer(steering, logits, jnp.asarray(last, jnp.int32))
@@ -171,7 +173,7 @@ def _result(
     spoken = rows.model.tokenizer is not None
     candidates = []
     for group, ranking in zip(rows.groups, ranked, strict=True):
-        outputs = [rows.outputs[row] for row in group]
+        outputs = [rows.outputs[row] for row in group[: len(ranking.scores)]]
         candidates.append(
             [
                 Candidate(
