@@ -68,7 +68,7 @@ class Steer(Protocol):
     """A logit processor with a state for each row: a pure, hashable function.
 
     It receives its state, the raw logits that will choose the next token and the token that they
-    were read behind. It sees every token of a row once, and returns its next state and the logits
+    were read after. It sees every token of a row once, and returns its next state and the logits
     to choose from. These must be finite: `NEVER` for a token that must not be chosen.
     """
 

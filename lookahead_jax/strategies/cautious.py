@@ -90,7 +90,7 @@ class Cautious(Strategy):
         begin = np.zeros(rows.groups.size, np.int64)  # of the trials
         drawn = np.ones(rows.groups.size, bool)
         while True:
-            # `drawn` are rows that have just drawn a token; a prompt's behind the same text.
+            # `drawn` are rows that have just drawn a token; a prompt's after the same text.
             first = np.asarray(rows.state.steering.log_p[rows.groups[:, 0]], np.float64)
             width = np.array([self.trials(log_p) for log_p in first])
             in_use = np.arange(self.max_trials)[None] < width[:, None]
@@ -121,7 +121,7 @@ def _log_probability(state: Likelihood, token: jax.Array) -> jax.Array:
 
 @jax.jit
 def _between(state: Likelihood, token: jax.Array) -> Likelihood:
-    """The next trial begins behind the last token, whose probability is added when it is read."""
+    """The next trial begins after the last token, whose probability is added when it is read."""
     return state._replace(total=-_taken(state, token))
 
 

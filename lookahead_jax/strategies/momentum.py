@@ -77,7 +77,7 @@ class Resistance:
 def repeated_lengths(
     tokens: jax.Array, length: jax.Array, ids: jax.Array, *, longest: int
 ) -> jax.Array:
-    """Length [B, k] int32 of the longest n-gram that each id would repeat behind its text.
+    """Length [B, k] int32 of the longest n-gram that each id would repeat after its text.
 
     `tokens` int32 [B, W] hold texts of `length` [B] tokens.
     """
