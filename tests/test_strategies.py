@@ -17,6 +17,7 @@ from lookahead_jax.cli.main import main
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.strategies.adadec import AdaDec
 from lookahead_jax.strategies.cautious import PUNCTUATION, Cautious
 from lookahead_jax.strategies.registry import STRATEGIES, make_strategy, strategy_summaries
 from lookahead_jax.strategies.search import place_seeds, search
@@ -322,6 +323,42 @@ def test_cautious_restated(model, read):
         found(model, strategy, sampling=Sampling(temperature=1.0, repetition_penalty=1.1))
     few = found(model, strategy, sampling=sampling, seeds=[1, 2], most_tokens=20)
     assert all(work.tokens is not None and work.tokens <= 20 for work in few.work)
+
+
+def adadec(read, prompt, threshold, candidates, ahead):
+    text = []
+    while len(text) < NEW:
+        log_p = log_softmax(read((*prompt, *text))[0])
+        choices = np.argsort(-log_p)[:candidates].tolist()
+        if -(np.exp(log_p) * log_p).sum() >= threshold:
+            scores = {}
+            for v in choices:
+                after, total = [*text, v], log_p[v]
+                while len(after) < min(len(text) + 1 + ahead, NEW):
+                    next_p = log_softmax(read((*prompt, *after))[0])
+                    after.append(int(next_p.argmax()))
+                    total += next_p.max()
+                scores[v] = total / (len(after) - len(text))
+            choices = sorted(choices, key=lambda v: -scores[v])
+        text.append(choices[0])
+    return text
+
+
+def test_adadec_restated(model, read):
+    greedy = generate(model, PROMPTS, policy=FULL, max_new_tokens=NEW, eos_ids=())
+    entropies = []
+    for prompt, text in zip(PROMPTS, greedy.tokens, strict=True):
+        for n in range(NEW):
+            log_p = log_softmax(read((*ids(model, prompt), *text[:n]))[0])
+            entropies.append(-(np.exp(log_p) * log_p).sum())
+    threshold = float(np.quantile(entropies, 0.6))
+    result = found(model, AdaDec(threshold=threshold, candidates=ROWS, ahead=3))
+    expected = [adadec(read, ids(model, p), threshold, ROWS, 3) for p in PROMPTS]
+    assert result.tokens == expected != greedy.tokens
+    sure = found(model, AdaDec(threshold=99, candidates=ROWS, ahead=3))
+    assert sure.tokens == greedy.tokens
+    assert [(w.tokens, w.forwards) for w in sure.work] == [(NEW, NEW - 1)] * 2
+    assert all(work.tokens is not None and work.tokens > NEW for work in result.work)
 
 
 # ---- the interface ------------------------------------------------------------------------------

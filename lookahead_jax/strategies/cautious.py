@@ -1,44 +1,24 @@
 """Cautious Next Token Prediction: where the model is unsure, several trials up to punctuation."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.decoding.sampling import Sampling, process_logits, sampling_rows
+from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.decoding.step import Steer
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
+from lookahead_jax.strategies.likelihood import (
+    Likelihood,
+    Listen,
+    log_probability,
+    nothing_drawn,
+    taken,
+)
 from lookahead_jax.strategies.rows import Rows
 
 PUNCTUATION = (".", ",", "\n", "?", "!", ":", ";", ")", "]", "}")
-
-
-class Likelihood(NamedTuple):
-    """What a row's tokens were drawn from."""
-
-    log_p: jax.Array  # [B, V] float32 of the last distribution
-    total: jax.Array  # [B] float32 log-probability of a trial's tokens, all but the last one
-
-
-@dataclasses.dataclass(frozen=True)
-class Listen:
-    """Changes no logits, and adds up the log-probabilities of the tokens."""
-
-    sampling: Sampling
-
-    def __call__(
-        self, state: Likelihood, logits: jax.Array, last: jax.Array
-    ) -> tuple[Likelihood, jax.Array]:
-        rows, vocab = logits.shape
-        settings = sampling_rows([self.sampling] * rows, [0] * rows, vocab)
-        processed = process_logits(logits[:, None], None, settings)[:, 0]
-        return Likelihood(jax.nn.log_softmax(processed), state.total + _taken(state, last)), logits
-
-
-def _taken(state: Likelihood, tokens: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(state.log_p, tokens[:, None], axis=1)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +53,7 @@ class Cautious(Strategy):
         """Keeps the likelihood of what is drawn."""
         if sampling.repetition_penalty != 1.0:
             raise ValueError("Cautious compares likelihoods: leave the repetition penalty out")
-        rows = texts.shape[0]
-        nothing = Likelihood(jnp.zeros((rows, vocab_size)), jnp.zeros(rows))
-        return Listen(sampling), nothing
+        return Listen(sampling), nothing_drawn(texts.shape[0], vocab_size)
 
     def trials(self, log_p: np.ndarray) -> int:
         """How many trials to begin at a distribution [V]."""
@@ -94,7 +72,9 @@ class Cautious(Strategy):
             first = np.asarray(rows.state.steering.log_p[rows.groups[:, 0]], np.float64)
             width = np.array([self.trials(log_p) for log_p in first])
             in_use = np.arange(self.max_trials)[None] < width[:, None]
-            rows.drop(drawn & ~in_use.reshape(-1))
+            unused = drawn & ~in_use.reshape(-1)
+            rows.refund(unused)
+            rows.hold(unused)
             alone = np.repeat(width == 1, self.max_trials)
 
             def ends(row: int, alone: np.ndarray = alone) -> bool:
@@ -102,7 +82,7 @@ class Cautious(Strategy):
 
             rows.pause(ends)
             rows.advance(until=ends)
-            loss = -np.asarray(_log_probability(rows.state.steering, rows.state.token), np.float64)
+            loss = -np.asarray(log_probability(rows.state.steering, rows.state.token), np.float64)
             loss /= np.maximum(np.asarray(rows.state.count) - begin, 1)
             best = np.where(in_use, loss.reshape(in_use.shape), np.inf).argmin(1)
             rows.gather(np.repeat(rows.groups[:, 0] + best, self.max_trials))
@@ -115,14 +95,9 @@ class Cautious(Strategy):
 
 
 @jax.jit
-def _log_probability(state: Likelihood, token: jax.Array) -> jax.Array:
-    return state.total + _taken(state, token)
-
-
-@jax.jit
 def _between(state: Likelihood, token: jax.Array) -> Likelihood:
     """The next trial begins after the last token, whose probability is added when it is read."""
-    return state._replace(total=-_taken(state, token))
+    return state._replace(total=-taken(state, token))
 
 
 def punctuation_ids(tokenizer: Any) -> set[int]:

@@ -65,6 +65,7 @@ def fork_rows(state: DecodeState, copies: int, sampling: SamplingRows | None = N
     return gather_rows(state, jnp.repeat(rows, copies), sampling)
 
 
+@program()
 def replace_last(
     state: DecodeState, tokens: Int[Array, " B"], rows: Bool[Array, " B"]
 ) -> DecodeState:

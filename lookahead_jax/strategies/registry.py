@@ -31,6 +31,10 @@ STRATEGIES = {
         "Where the model is unsure, several samples up to punctuation; the likeliest goes on "
         "(Cautious Next Token Prediction).",
     ),
+    "adadec": Entry(
+        "adadec.AdaDec",
+        "Greedy, and where the model is unsure a short look ahead after each candidate (AdaDec).",
+    ),
     "best_of_n": Entry("best_of.BestOfN", "Several samples; the highest reward wins."),
     "self_consistency": Entry(
         "self_consistency.SelfConsistency",

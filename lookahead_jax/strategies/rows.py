@@ -163,11 +163,22 @@ class Rows:
         self._paused[:] = False
         self._set_done(self.finished)
 
-    def drop(self, rows: np.ndarray) -> None:
-        """Pauses the rows [R] bool as if they had not emitted their last token."""
-        self._spend(-rows.astype(np.int64), np.zeros(len(self.texts), np.int64))
+    def hold(self, rows: np.ndarray) -> None:
+        """Pauses the rows [R] bool."""
         self._paused |= rows & self.running
         self._set_done(np.asarray(self.state.done) | rows)
+
+    def refund(self, rows: np.ndarray) -> None:
+        """Does not count the last token of the rows [R] bool, which nothing will follow."""
+        self._spend(-rows.astype(np.int64), np.zeros(len(self.texts), np.int64))
+
+    def restore(self, state: DecodeState) -> None:
+        """Goes back to a copy of an earlier state, without paused rows; what was spent stays so."""
+        # The copy's prompt has been donated since; it is that of the present state.
+        cache = dataclasses.replace(state.cache, shared=self.state.cache.shared)
+        self.state, self._outputs = dataclasses.replace(state, cache=cache), None
+        self.finished[:], self._paused[:] = False, False
+        self._look(None)
 
     def steer_from(self, steering: Any) -> None:
         """Puts another state of the logit processor in the place of the present one."""
