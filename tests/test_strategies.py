@@ -365,7 +365,10 @@ def test_adadec_restated(model, read):
 
 
 def test_rows_share_the_evicted_prompt_of_generate(model):
-    """The first row of each prompt is what `generate` samples after the same cut cache."""
+    """The first row of each prompt is what `generate` samples after the same cut cache.
+
+    With questions, and with entries in eight bits, the prompt's and the rows' own.
+    """
     long = [p * 5 for p in PROMPTS]
     options: dict[str, Any] = dict(
         policy=make_policy("snapkv", window=4), budget=16, seeds=[5, 6], eos_ids=()

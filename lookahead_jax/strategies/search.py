@@ -12,6 +12,7 @@ from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.decoding.step import seen_tokens, start
 from lookahead_jax.generation.inputs import (
     DEFAULT_BUDGET,
+    PromptBatch,
     announce,
     check_eviction,
     default_policy,
@@ -94,7 +95,7 @@ def search(
         better. For the strategies that compare by it.
       max_new_tokens: of each row.
       most_tokens: of all rows of a prompt together, those that are given up included. A prompt ends
-        where its next step would exceed it.
+        where a step of all its rows would exceed it.
       most_forwards: steps of the model for a prompt, whatever the number of its rows.
       sampling: default: the strategy's own.
       seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
@@ -115,7 +116,7 @@ def search(
     )  # fmt: skip
     check_eviction(eviction, by_reader=False, questions=questions is not None)
     batch = encode_batch(model, prompts, questions, pin)
-    copies, config = strategy.rows, model.config
+    config = model.config
     settings = ContinuationSettings(
         max_new_tokens=max_new_tokens, sampling=sampling,
         seeds=row_seeds(seeds, len(batch.prompts)),
@@ -124,45 +125,63 @@ def search(
     # A row's slots are those of the prompt it shares, and its own.
     check_memory(
         model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
-        new_tokens=copies * max_new_tokens,
+        new_tokens=strategy.rows * max_new_tokens,
     )  # fmt: skip
     announce(eviction.policy, budget, batch.longest + max_new_tokens, config)
+    drafted = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids)
+    rows = _opened(model, batch, settings, eviction, strategy, drafts=drafted, stop=stop,
+                   limits=limits, reward=reward)  # fmt: skip
+    cache_bytes = rows.state.cache.bytes
+    ranked = strategy.run(rows)
+    longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows).max(1)
+    lengths = [len(text) for text in batch.texts]
+    warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
+    return _result(rows, ranked, [len(row) for row in batch.prompts], cache_bytes)
+
+
+def _opened(
+    model: Model,
+    batch: PromptBatch,
+    settings: ContinuationSettings,
+    eviction: EvictionSettings,
+    strategy: Strategy,
+    *,
+    drafts: jax.Array | None,
+    stop: Sequence[str],
+    limits: Work,
+    reward: Reward | None,
+) -> Rows:
+    """The prompts read and branched, with the first token of every row."""
+    copies, config, new_tokens = strategy.rows, model.config, settings.max_new_tokens
     with activity(f"reading {sum(map(len, batch.texts)):,} tokens"):
         opened = read_batch(
-            model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids,
-            drafts=draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids),
-        )  # fmt: skip
-        logits = jnp.repeat(opened.logits, copies, axis=0)
-        text_tokens = jnp.repeat(batch.text_tokens, copies, axis=0)
-        steer, steering = strategy.steering(
-            text_tokens, max_new_tokens, sampling, config.vocab_size
+            model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts
         )
+        logits = jnp.repeat(opened.logits, copies, axis=0)
+        texts = jnp.repeat(batch.text_tokens, copies, axis=0)
+        steer, steering = strategy.steering(texts, new_tokens, settings.sampling, config.vocab_size)
         if steer is not None:
             last = [row[-1] for row in batch.texts for _ in range(copies)]
             steering, logits = steer(steering, logits, jnp.asarray(last, jnp.int32))
         packed = sampling_rows(
-            [sampling] * len(logits), place_seeds(settings.seeds, copies), config.vocab_size
+            [settings.sampling] * len(logits),
+            place_seeds(settings.seeds, copies),
+            config.vocab_size,
         )
         state = start(
-            opened.cache.branch(copies, slots=max_new_tokens),
+            opened.cache.branch(copies, slots=new_tokens),
             logits,
             sampling=packed,
-            limit=jnp.full(len(logits), max_new_tokens, jnp.int32),
+            limit=jnp.full(len(logits), new_tokens, jnp.int32),
             eos=jnp.asarray(settings.eos_ids, jnp.int32),
-            seen=seen_tokens(text_tokens, config.vocab_size) if packed.penalized else None,
-            width=max_new_tokens,
+            seen=seen_tokens(texts, config.vocab_size) if packed.penalized else None,
+            width=new_tokens,
         )
         state = jax.block_until_ready(dataclasses.replace(state, steering=steering))
-    cache_bytes = state.cache.bytes
-    rows = Rows(
+    return Rows(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
         ends=settings.eos_ids, stop=stop, limits=limits, steer=steer, reward=reward,
     )  # fmt: skip
-    ranked = strategy.run(rows)
-    longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, copies).max(1)
-    lengths = [len(text) for text in batch.texts]
-    warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
-    return _result(rows, ranked, [len(row) for row in batch.prompts], cache_bytes)
 
 
 def _result(
