@@ -76,6 +76,25 @@ def with_sinks(
     return (out.astype(jnp.float32) * share).astype(out.dtype), jnp.logaddexp(lse, sink)
 
 
+def joined(
+    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over two sets of keys, from output [B, P, N, H] and log-sum-exp [B, N, P] of each.
+
+    out = sum_i out_i * exp(lse_i) / sum_i exp(lse_i). A row that sees nothing in both stays 0.
+    """
+    (out, lse), (other, other_lse) = first, second
+    both = jnp.logaddexp(lse, other_lse)
+    seen = both > -jnp.inf
+
+    def share(part):
+        return jnp.where(seen, jnp.exp(part - jnp.where(seen, both, 0.0)), 0.0).swapaxes(1, 2)
+
+    mixed = out.astype(jnp.float32) * share(lse)[..., None]
+    mixed += other.astype(jnp.float32) * share(other_lse)[..., None]
+    return mixed.astype(out.dtype), both
+
+
 def visible_by_position(
     q_pos: jax.Array,  # [B, P] int32, -1 = no query
     k_pos: jax.Array,  # [B, K or 1, S] int32, -1 = empty slot

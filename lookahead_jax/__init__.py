@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.prefilling.batching import pad_batch, pin_mask, slots_for
     from lookahead_jax.prefilling.prefill import extend, prefill
     from lookahead_jax.prompts.read import read_prompt
+    from lookahead_jax.strategies.registry import make_strategy
+    from lookahead_jax.strategies.search import SearchResult, search
 
     __version__: str
 
@@ -56,6 +58,7 @@ __all__ = [
     "Request",
     "Result",
     "Sampling",
+    "SearchResult",
     "compiler_options",
     "config_from_hf",
     "decode",
@@ -68,6 +71,7 @@ __all__ = [
     "load_modules",
     "logits",
     "make_policy",
+    "make_strategy",
     "pad_batch",
     "pin_mask",
     "policies",
@@ -75,6 +79,7 @@ __all__ = [
     "read_prompt",
     "save_cache",
     "score",
+    "search",
     "slots_for",
     "token_logits",
 ]
@@ -106,6 +111,8 @@ _HOME = {
     "prefilling.batching": ("pad_batch", "pin_mask", "slots_for"),
     "prefilling.prefill": ("extend", "prefill"),
     "prompts.read": ("read_prompt",),
+    "strategies.registry": ("make_strategy",),
+    "strategies.search": ("SearchResult", "search"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -12,8 +12,11 @@ from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
 from lookahead_jax.model.cache import Entries, KVCache, commit, empty_cache
+from lookahead_jax.model.decoder import stored_layer
 from lookahead_jax.model.params import fingerprint
+from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling.prefill import extend
+from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 from tests.test_prefill import assert_close, last_logits, plain_logits
 
@@ -94,6 +97,51 @@ def test_fork_repeats_rows_in_place():
     np.testing.assert_array_equal(forked.k[:, 2], cache.k[:, 1])
     with pytest.raises(ValueError, match="copies must be at least 1"):
         cache.fork(0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cache_dtype"),
+    [({}, None), ({}, "int8"), (tiny.MISTRAL, None)],
+    ids=["llama", "int8", "window"],
+)
+def test_branches_read_their_prompt_in_place(overrides, cache_dtype):
+    """As a fork does, which copies it; the cut prompt has heads that keep different entries."""
+    model = tiny.config(**overrides)
+    params, tokens = tiny.params(model), tiny.batch((40, 23), model)
+    read = read_prompt(
+        params, tokens, config=model, policy=SnapKV(window=8), budget=16, new_tokens=40,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
+    more = tiny.batch((9, 3, 6, 7, 1, 5), model, seed=1)
+    forked = read.cache.fork(3)
+    spare = read.cache.slots - int(read.cache.length.max())
+    dead = read.cache.replace(
+        k=read.cache.k.at[..., -spare:, :].set(jnp.nan) if cache_dtype is None else read.cache.k
+    )
+    branched = dead.branch(3, slots=20)
+    assert branched.slots == S
+    assert branched.bytes == dead.bytes + 6 * dead.bytes // 2 // dead.slots * S
+    np.testing.assert_array_equal(branched.next_pos, forked.next_pos)
+    copied, expected = extend(params, more, forked, config=model)
+    shared, result = extend(params, more, branched, config=model)
+    # float32: two sums of keys that are joined by their log-sum-exp, instead of one
+    assert_close(result, np.asarray(expected))
+    np.testing.assert_array_equal(shared.next_pos, copied.next_pos)
+    again = shared.fork(1)
+    assert again.shared is shared.shared
+
+
+def test_a_branch_is_neither_cut_nor_saved_nor_branched(tmp_path):
+    cache = filled(np.full((L, B, K), 7))
+    branched = cache.branch(2, slots=1)
+    with pytest.raises(ValueError, match="branches from another one: fork it"):
+        branched.branch(2, slots=1)
+    with pytest.raises(ValueError, match="copies must be at least 1"):
+        cache.branch(0, slots=1)
+    with pytest.raises(ValueError, match="save that one"):
+        save_cache(tmp_path / "cache", branched, fingerprint="model-a")
+    with pytest.raises(ValueError, match="cut before branching"):
+        stored_layer(branched, jnp.int32(0))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -11,6 +11,7 @@ import lookahead_jax as lk
 from lookahead_jax.drafters.registry import DRAFTERS
 from lookahead_jax.eval.tasks.registry import TASKS
 from lookahead_jax.policies.registry import POLICIES
+from lookahead_jax.strategies.registry import STRATEGIES
 from tests.test_imports import ROOMS
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,13 @@ def test_add_a_policy(monkeypatch):
     assert (result.kept[..., -8:] == np.arange(length - 8, length)).all()
     assert (result.kept[..., 0] < length - 32).any(), "not only the last ones"
     POLICIES.pop("vnorm", None)
+
+
+@pytest.mark.slow
+def test_strategies(monkeypatch):
+    names = run_example("strategies.md", monkeypatch)
+    assert all(work.tokens <= 90 for work in names["result"].work)
+    assert len(names["longest"].tokens[0]) == 16
 
 
 @pytest.mark.slow
@@ -100,7 +108,7 @@ def test_the_makefile_has_the_tasks_that_pages_name():
 
 def test_the_pages_name_all_policies_drafters_and_task_families():
     api = (ROOT / "docs" / "api.md").read_text()
-    for name in [*POLICIES, *DRAFTERS]:
+    for name in [*POLICIES, *DRAFTERS, *STRATEGIES]:
         assert re.search(rf"[\s|(]{re.escape(name)}[,.) |]", api), name
     for policy in POLICIES.values():
         assert f"\n::: {policy.__module__}.{policy.__qualname__}\n" in api

@@ -22,6 +22,7 @@ ROOMS = [
     "drafters",
     "prompts",
     "generation",
+    "strategies",
     "engine",
     "server",
     "eval",

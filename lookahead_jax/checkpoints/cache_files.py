@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from lookahead_jax.model.params import fingerprint as fingerprint_of
 _FORMAT = "lookahead_jax.kv_cache.2"
 _WITHOUT_CHECKSUM = "lookahead_jax.kv_cache.1"
 _SCALES = ("k_scale", "v_scale")  # of int8 caches
-_FIELDS = tuple(f.name for f in dataclasses.fields(KVCache) if f.name not in _SCALES)
+_FIELDS = tuple(f.name for f in dataclasses.fields(KVCache) if f.name not in (*_SCALES, "shared"))
 _DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
@@ -36,9 +37,12 @@ def save_cache(
 
     Keys and values mean nothing to another model, so the file names the one it was made with: by
     its `fingerprint` (`model.params.fingerprint`), or its `params`. Raises ValueError for a cache
-    that was donated to another call, or that has lost entries because its slots were full.
+    that was donated to another call, that has lost entries because its slots were full, or that
+    branches from another.
     """
     check_not_donated("save_cache", cache)
+    if cache.shared is not None:
+        raise ValueError("save_cache: this cache branches from another one: save that one")
     if (lost := np.flatnonzero(np.asarray(cache.overflowed))).size:
         raise ValueError(
             f"save_cache: row {int(lost[0])} has lost entries because its {cache.slots} slots were "
@@ -87,7 +91,8 @@ def load_cache(
         )
     _check(path, arrays)
     _check_model(path, arrays["k"], params, config)
-    return KVCache(**{name: jnp.asarray(a) for name, a in arrays.items()})
+    fields: dict[str, Any] = {name: jnp.asarray(a) for name, a in arrays.items()}
+    return KVCache(**fields)
 
 
 def _fingerprint(fingerprint: str | None, params: Params | None) -> str:

@@ -1,9 +1,10 @@
 """`lookahead generate`: continue a prompt from a budgeted cache."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from lookahead_jax.cli.options import File, RunOptions
+from lookahead_jax.cli.strategy import StrategyOptions
 from lookahead_jax.host.activity import printed
 from lookahead_jax.host.files import atomic_write, check_output, is_stdout
 
@@ -12,9 +13,10 @@ from lookahead_jax.host.files import atomic_write, check_output, is_stdout
 class Generate(RunOptions):
     """Continue a prompt and print the text as it is generated."""
 
+    search: StrategyOptions = field(default_factory=StrategyOptions)
     json: File = None
-    """Also write tokens, text, sizes, timing (without compilation) and drafting to this file.
-    `-` writes them to standard output instead of the text."""
+    """Also write tokens, text, sizes, timing (without compilation) and drafting to this file; with
+    --strategy, candidates and work. `-` writes them to standard output instead of the text."""
 
 
 def main(config: Generate) -> None:
@@ -22,16 +24,23 @@ def main(config: Generate) -> None:
     if config.json is not None:
         check_output(config.json)
         silent = is_stdout(config.json)
+    strategy = config.search.make()
     run = config.prepare()
-    stream = len(run.prompts) == 1 and run.model.tokenizer is not None and not silent
-    result = run.generate(on_text=_print if stream else None, measure=config.json is not None)
+    one = len(run.prompts) == 1 and run.model.tokenizer is not None
+    if strategy is None:
+        stream = one and not silent
+        result = run.generate(on_text=_print if stream else None, measure=config.json is not None)
+        report = described(result)
+    else:
+        stream, result = False, config.search.search(run, strategy)
+        report = asdict(result)
     if stream:
         print()
     elif not silent:
         for row, continuation in enumerate(result.text or result.tokens):
-            print(f"[{row}] {continuation}")
+            print(continuation if one else f"[{row}] {continuation}")
     if config.json is not None:
-        atomic_write(config.json, json.dumps(described(result), indent=2, allow_nan=False) + "\n")
+        atomic_write(config.json, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def described(result) -> dict:

@@ -21,6 +21,7 @@ from lookahead_jax.host.activity import telling
 from lookahead_jax.host.command import run_command, say
 from lookahead_jax.host.compile_cache import keep_compiled_programs
 from lookahead_jax.host.config_files import UsageError
+from lookahead_jax.strategies.registry import strategy_summaries
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ GROUPS = {
 }
 _WITH_POLICY = ("generate", "chat", "score", "inspect", "demo", "serve")
 _WITH_DRAFTS = ("generate", "inspect")  # they draft answers for the policy speckv
+_WITH_STRATEGY = ("generate",)
 _WITH_DRAFTER = ("generate", "chat", "inspect", "serve")
 _WITHOUT_CACHE = ("train", "compile")  # it reports what compiling needs
 NO_CACHE = "--no-compile-cache"
@@ -103,7 +105,7 @@ def _keep_programs() -> None:
 def parse(args: Sequence[str]):
     """The dataclass of the command that `args` name; SystemExit, as tyro's, if none fits.
 
-    The help of a command with the options --policy and --drafter lists their values.
+    The help of a command with the options --policy, --drafter and --strategy lists their values.
     """
     commands = {command.__name__.lower(): command for command in (*COMMANDS, Train, Eval)}
     if len(args) > 1 and args[0] in _WITH_POLICY and {"-h", "--help"} & set(args[1:]):
@@ -116,6 +118,8 @@ def parse(args: Sequence[str]):
             _list("Policies (--policy)", policies)
             if args[0] in _WITH_DRAFTER:
                 _list("Drafters (--drafter)", drafter_summaries())
+            if args[0] in _WITH_STRATEGY:
+                _list("Strategies (--strategy)", strategy_summaries())
     return _parse(commands, args)
 
 

@@ -283,28 +283,35 @@ class Run(NamedTuple):
     def generate(self, **arguments: Any):
         """Continues the prompts with `lk.generate`, which receives `arguments` too."""
         import lookahead_jax as lk
+
+        options = self.options
+        return lk.generate(
+            self.model,
+            **self.arguments(),
+            sampling=lk.Sampling(**asdict(options.sampling)),
+            drafter=self.drafter,
+            draft_nodes=options.drafting.draft_nodes,
+            evict_every=options.evict_every,
+            **arguments,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """What `lk.generate` and `lk.search` both take, but for the sampling."""
         from lookahead_jax.policies.base import WithDraft
 
         options, rows = self.options, [prompt.ids for prompt in self.prompts]
-        ends = end_tokens(self.model, options.eos)
-        return lk.generate(
-            self.model,
-            rows,
+        return dict(
+            prompts=rows,
             pin=options.pins.spans(self.prompts),
             policy=self.eviction.policy,
             budget=options.eviction.budget,
             lookahead=self.eviction.modules(self.model),
-            sampling=lk.Sampling(**asdict(options.sampling)),
             max_new_tokens=options.max_new_tokens,
             stop=options.stop,
-            eos_ids=ends,
+            eos_ids=end_tokens(self.model, options.eos),
             seeds=[options.seed] * len(rows),
             drafts=self.small if isinstance(self.eviction.policy.reading, WithDraft) else None,
-            drafter=self.drafter,
-            draft_nodes=options.drafting.draft_nodes,
-            evict_every=options.evict_every,
             cache_dtype=options.cache_dtype,
-            **arguments,
         )
 
 

@@ -11,7 +11,7 @@ trees are the exception: see acceptance.py.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,24 @@ class DecodeState:
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
     pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
+    steering: Any = ()  # the state of the `Steer` that decoding uses, a pytree with a leading B
+
+
+@runtime_checkable
+class Steer(Protocol):
+    """A logit processor with a state for each row: a pure, hashable function.
+
+    It receives its state, the raw logits that will choose the next token and the token that they
+    were read after. It sees every token of a row once, and returns its next state and the logits
+    to choose from. These must be finite: `NEVER` for a token that must not be chosen.
+    """
+
+    def __call__(
+        self, state: Any, logits: Float[Array, "B V"], last: Int[Array, " B"]
+    ) -> tuple[Any, Float[Array, "B V"]]: ...
+
+
+NEVER = -1e30
 
 
 class Decoded(NamedTuple):
@@ -83,7 +101,7 @@ def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
 
 
-def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeState:
+def emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeState:
     """Appends the first `count` [B] of the tokens [B, P] to each row; only the last may end it."""
     rows = jnp.arange(emitted.shape[0])[:, None]
     step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
@@ -166,7 +184,7 @@ def start(
         logits[:, None], None if state.seen is None else state.seen[:, None], sampling
     )
     token = choose_tokens(processed, cache.next_pos[:, None], sampling)
-    return _emit(state, token, (~state.done).astype(jnp.int32))
+    return emit(state, token, (~state.done).astype(jnp.int32))
 
 
 def _reached(accepted: Accepted) -> jax.Array:
@@ -204,8 +222,11 @@ def _step(
     drafter: DeviceDrafter,
     nodes: int,
     eviction: DecodeEviction | None,
+    steer: Steer | None,
 ) -> tuple[DecodeState, Entries, Step]:
     """One forward of the target: propose, verify, emit. Its entries are not committed."""
+    if steer is not None and nodes > 1:
+        raise ValueError(f"steering sees one token at a time: decode with 1 node, not {nodes}")
     cache, base = state.cache, state.cache.next_pos[:, None]
     drawn = None
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
@@ -224,7 +245,8 @@ def _step(
     visible = None if nodes == 1 else laid.ancestors
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
-    processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
+    steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
+    processed = process_logits(steered, _seen_on_path(state, tree, laid), state.sampling)
     if drawn is None:
         accepted = accept(
             tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)
@@ -243,16 +265,31 @@ def _step(
     state = dataclasses.replace(
         state,
         draft=draft,
+        steering=steering,
         lengths=state.lengths + counts.astype(jnp.int32),
         reached=state.reached + _reached(accepted),
         finite=state.finite & finite,
         done=state.done | ~finite,
     )
-    state = _emit(state, accepted.emitted, accepted.count)
+    state = emit(state, accepted.emitted, accepted.count)
     entries = Entries(
         out.k, out.v, positions, accepted.path, accepted.count, out.k_scale, out.v_scale
     )
     return state, entries, Step(tree, laid.valid, accepted.path, accepted.count)
+
+
+def _steered(
+    steer: Steer | None, state: DecodeState, raw: jax.Array, running: jax.Array
+) -> tuple[Any, jax.Array]:
+    """The next state of `steer`, unchanged for rows that do not run, and the logits [B, 1, V]."""
+    if steer is None:
+        return state.steering, raw
+    steering, steered = steer(state.steering, raw[:, 0], state.token)
+
+    def pick(after, before):
+        return jnp.where(running.reshape(-1, *[1] * (before.ndim - 1)), after, before)
+
+    return jax.tree.map(pick, steering, state.steering), steered[:, None]
 
 
 def _settle(
@@ -274,7 +311,7 @@ def _settle(
     return dataclasses.replace(state, cache=cache, sums=sums)
 
 
-_STATIC = ("config", "drafter", "nodes", "eviction")
+_STATIC = ("config", "drafter", "nodes", "eviction", "steer")
 
 
 @program(static_argnames=_STATIC, donate_argnames=("state",))
@@ -288,6 +325,7 @@ def decode_step(
     drafter: DeviceDrafter,
     nodes: int,
     eviction: DecodeEviction | None = None,
+    steer: Steer | None = None,
 ) -> tuple[DecodeState, Step]:
     """One model step, and its tree. The state is donated.
 
@@ -295,8 +333,9 @@ def decode_step(
     arguments are those of `decode_burst`.
     """
     state, entries, step = _step(
-        params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
-    )
+        params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction,
+        steer=steer,
+    )  # fmt: skip
     return _settle(params, state, entries, modules, config=config, eviction=eviction), step
 
 
@@ -312,6 +351,7 @@ def decode_burst(
     drafter: DeviceDrafter = PLAIN,
     nodes: int = 1,
     eviction: DecodeEviction | None = None,
+    steer: Steer | None = None,
 ) -> DecodeState:
     """Up to `steps` model steps, fewer if every row finishes. The state is donated.
 
@@ -319,7 +359,8 @@ def decode_burst(
     `state.draft` is the drafter's state and `weights` the arrays it reads. The tokens do not depend
     on them; without a drafter, with one node per step, this is plain decoding. With `eviction`,
     every row is evicted down to its budget at multiples of the interval (`modules` are for policies
-    that read them); the cache must have room for the budget and one interval.
+    that read them); the cache must have room for the budget and one interval. `steer` changes the
+    logits; its state is `state.steering`.
     """
     settle = partial(_settle, config=config, eviction=eviction)
 
@@ -333,8 +374,9 @@ def decode_burst(
         i, state, entries = carry
         state = settle(params, state, entries, modules)
         state, entries, _ = _step(
-            params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction
-        )
+            params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction,
+            steer=steer,
+        )  # fmt: skip
         return i + 1, state, entries
 
     cache = state.cache

@@ -1,9 +1,9 @@
 """Prompts -> the decoding state after their first token: read, cut, questions read after."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
 from lookahead_jax.host.activity import activity
-from lookahead_jax.model.cache import SLOT_MULTIPLE, round_up
+from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.growth import check_fit
 from lookahead_jax.policies.base import Policy
@@ -31,34 +31,43 @@ Reader = Callable[..., Prefilled]
 """
 
 
-def open_batch(
+class Opened(NamedTuple):
+    """Prompts and questions that have been read."""
+
+    cache: KVCache
+    logits: jax.Array  # [B, V] float32 after each row's last token
+    sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
+
+
+def read_batch(
     model: Model,
     batch: PromptBatch,
-    continuation: ContinuationSettings,
     eviction: EvictionSettings,
     *,
+    new_tokens: int,
+    eos_ids: Sequence[int],
     drafts: jax.Array | None = None,
     reader: Reader | None = None,
-) -> DecodeState:
-    """Reads prompts and questions and chooses each row's first token; waits for the device.
+) -> Opened:
+    """Reads prompts and questions into a cache with room for `new_tokens` more.
 
     `drafts` int32 [B, draft tokens] are for the policies that observe with them. `reader` reads
     the prompts instead of the policy, and evicts nothing.
     """
-    config, new_tokens = model.config, continuation.max_new_tokens
+    config = model.config
     added = batch.question_width + new_tokens
     decode_eviction = eviction.while_decoding()
     if reader is not None:
         known = {} if batch.question_tokens is None else {"known_tokens": batch.question_lengths}
         read = reader(batch.tokens, added, **known)
-        check_fit("reader", read.cache, batch.question_lengths + new_tokens - 1)
+        check_fit("reader", read.cache, batch.question_lengths + max(new_tokens - 1, 0))
     else:
         policy = _fitted(eviction.policy, batch, new_tokens)
         read = read_prompt(
             model.params, batch.tokens, config=config, policy=policy,
             budget=eviction.budget, new_tokens=added,
             room=_room(batch, policy, eviction.budget, decode_eviction, new_tokens, config=config),
-            modules=eviction.modules, eos_ids=continuation.eos_ids,
+            modules=eviction.modules, eos_ids=eos_ids,
             with_scores=decode_eviction is not None and decode_eviction.adds_up,
             draft=drafts, known_tokens=batch.question_lengths,
             repeat_template=repeat_template(eviction.policy, model.tokenizer),
@@ -68,6 +77,24 @@ def open_batch(
     cache, logits, sums = read.cache, read.logits, opening_sums(decode_eviction, read)
     if batch.question_tokens is not None:
         cache, logits = extend(model.params, batch.question_tokens, cache, config=config)
+    return Opened(cache, logits, sums)
+
+
+def open_batch(
+    model: Model,
+    batch: PromptBatch,
+    continuation: ContinuationSettings,
+    eviction: EvictionSettings,
+    *,
+    drafts: jax.Array | None = None,
+    reader: Reader | None = None,
+) -> DecodeState:
+    """Reads prompts as `read_batch` and chooses each row's first token; waits for the device."""
+    config, new_tokens = model.config, continuation.max_new_tokens
+    cache, logits, sums = read_batch(
+        model, batch, eviction, new_tokens=new_tokens, eos_ids=continuation.eos_ids,
+        drafts=drafts, reader=reader,
+    )  # fmt: skip
     rows = len(batch.prompts)
     packed = sampling_rows([continuation.sampling] * rows, continuation.seeds, config.vocab_size)
     state = start(
@@ -80,7 +107,7 @@ def open_batch(
         width=new_tokens,
         sums=sums,
         # Without eviction it would only be one more argument of the decoding programs.
-        pinned=None if decode_eviction is None else batch.pinned,
+        pinned=None if eviction.evict_every is None else batch.pinned,
     )
     return jax.block_until_ready(state)
 

@@ -26,7 +26,7 @@ class KVCache:
 
     Stored keys are already rotated, so a row keeps its RoPE factors. Factors that depend on length
     are chosen from `rope_span` (see model/rope.py). In an int8 cache an entry is its values times
-    its scale.
+    its scale. Rows that branch from a prompt read its entries in `shared` and write their own here.
     """
 
     k: jax.Array  # [L, B, K, S, H]
@@ -37,6 +37,9 @@ class KVCache:
     rope_span: jax.Array  # [B] int32
     k_scale: jax.Array | None = None  # [L, B, K, S] float32, where k is int8
     v_scale: jax.Array | None = None  # [L, B, K, S] float32, where v is int8
+    shared: "KVCache | None" = (
+        None  # of B / n rows: row b also sees the entries of row b // n there
+    )
 
     @property
     def slots(self) -> int:
@@ -55,9 +58,13 @@ class KVCache:
 
     @property
     def bytes(self) -> int:
-        """Bytes allocated for keys, values, their scales and positions, over all devices."""
+        """Bytes allocated for keys, values, their scales and positions, over all devices.
+
+        Those of `shared` are included.
+        """
         arrays = (self.k, self.v, self.k_scale, self.v_scale, self.pos)
-        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+        own = sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+        return own if self.shared is None else own + self.shared.bytes
 
     def fork(self, copies: int) -> "KVCache":
         """A new cache with each row repeated `copies` times: one prompt, several continuations.
@@ -82,6 +89,31 @@ class KVCache:
             rope_span=repeat(self.rope_span, 0),
             k_scale=scales[0],
             v_scale=scales[1],
+            shared=self.shared,
+        )
+
+    def branch(self, copies: int, *, slots: int) -> "KVCache":
+        """A new cache of `copies` rows for each row, all of which read the entries of that row.
+
+        Nothing is copied: this cache becomes the `shared` part of the new one, and what the new
+        rows write goes into `slots` of their own (rounded up to a multiple of SLOT_MULTIPLE). The
+        memory is that of this cache, once, and of the slots of each row. A call that donates the
+        new cache donates this one with it. Raises ValueError for fewer than one copy, for a cache
+        that branches already, and for one that was donated.
+        """
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, not {copies}")
+        if self.shared is not None:
+            raise ValueError("this cache branches from another one: fork it instead")
+        check_not_donated("branch", self)
+        layers, batch, heads, _, dim = self.k.shape
+        return _empty(
+            (layers, batch * copies, heads, round_up(slots, SLOT_MULTIPLE)),
+            dim,
+            self.k.dtype,
+            jnp.repeat(self.next_pos, copies),
+            jnp.repeat(self.rope_span, copies),
+            shared=self,
         )
 
 
@@ -106,18 +138,30 @@ def empty_cache(
 
     With dtype int8 it has scales.
     """
-    slots = round_up(slots, SLOT_MULTIPLE)
-    shape = (config.num_layers, batch, config.num_kv_heads, slots)
+    shape = (config.num_layers, batch, config.num_kv_heads, round_up(slots, SLOT_MULTIPLE))
+    return _empty(shape, config.head_dim, dtype, jnp.zeros(batch, jnp.int32), rope_span)
+
+
+def _empty(
+    shape: tuple[int, int, int, int],  # L, B, K, S
+    head_dim: int,
+    dtype: DTypeLike,
+    next_pos: jax.Array,
+    rope_span: jax.Array,
+    *,
+    shared: KVCache | None = None,
+) -> KVCache:
     scaled = jnp.dtype(dtype) == jnp.int8
     return KVCache(
         k_scale=jnp.zeros(shape, jnp.float32) if scaled else None,
         v_scale=jnp.zeros(shape, jnp.float32) if scaled else None,
-        k=jnp.zeros((*shape, config.head_dim), dtype),
-        v=jnp.zeros((*shape, config.head_dim), dtype),
+        k=jnp.zeros((*shape, head_dim), dtype),
+        v=jnp.zeros((*shape, head_dim), dtype),
         pos=jnp.full(shape, -1, jnp.int32),
         length=jnp.zeros(shape[:3], jnp.int32),
-        next_pos=jnp.zeros(batch, jnp.int32),
+        next_pos=next_pos,
         rope_span=rope_span,
+        shared=shared,
     )
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lookahead_jax.kernels.attention import block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
-from lookahead_jax.kernels.common import Own, Slots
+from lookahead_jax.kernels.common import Own, Slots, joined, with_sinks
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.experts import experts_mlp
@@ -99,6 +99,9 @@ class Context(NamedTuple):
     slots: Slots | None = None  # range worth reading
     layer: jax.Array | None = None  # int32 scalar: the layer to read, if k and v are stacks
     scales: tuple[jax.Array, jax.Array] | None = None  # of int8 k and v, [B, K, S] float32
+    shared: "Context | None" = (
+        None  # of B / n rows: row b of the block also attends to b // n there
+    )
 
 
 NO_WINDOW = np.iinfo(np.int32).max
@@ -298,9 +301,29 @@ def attend_block(
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of a block over its context and itself, and the rows' log-sum-exp."""
+    own = Own(proj.k, proj.v, visible, own_scales(proj))
+    shared = None if context is None else context.shared
+    sinks = proj.sinks if shared is None else None
+    out, lse = _attend(proj.q, own, positions, context, sinks, kind=kind, config=config)
+    if shared is None:
+        return out, lse
+    there = attend_shared(proj.q, own, positions, shared, kind=kind, config=config)
+    return with_sinks(*joined((out, lse), there), proj.sinks)
+
+
+def _attend(
+    q: jax.Array,
+    own: Own,
+    positions: jax.Array,
+    context: Context | None,
+    sinks: jax.Array | None,
+    *,
+    kind: LayerKind,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
     return block_attention(
-        proj.q,
-        Own(proj.k, proj.v, visible, own_scales(proj)),
+        q,
+        own,
         positions,
         None if context is None else (context.k, context.v, context.pos),
         scale=config.attn_scale,
@@ -308,9 +331,46 @@ def attend_block(
         window=kind.window,
         slots=None if context is None else context.slots,
         layer=None if context is None else context.layer,
-        sinks=proj.sinks,
+        sinks=sinks,
         scales=None if context is None else context.scales,
     )
+
+
+def attend_shared(
+    q: jax.Array,  # [B, P, N, H]
+    own: Own,
+    positions: jax.Array,  # [B, P]
+    shared: Context,
+    *,
+    kind: LayerKind,
+    config: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over a context that groups of rows share, without the block's own keys.
+
+    The n rows of a group stand side by side as n * P rows of one block, so each entry is read once
+    for all of them.
+    """
+    groups = shared.pos.shape[0]
+    rows, width = positions.shape
+    copies = rows // groups
+
+    def beside(a):  # [B, K, P, ...] -> [groups, K, n * P, ...]
+        a = a.reshape(groups, copies, *a.shape[1:]).swapaxes(1, 2)
+        return a.reshape(groups, a.shape[1], copies * width, *a.shape[4:])
+
+    hidden = Own(
+        beside(own.k),
+        beside(own.v),
+        jnp.zeros((groups, copies * width, copies * width), bool),
+        None if own.scales is None else (beside(own.scales[0]), beside(own.scales[1])),
+    )
+    out, lse = _attend(
+        q.reshape(groups, copies * width, *q.shape[2:]), hidden,
+        positions.reshape(groups, copies * width), shared, None, kind=kind, config=config,
+    )  # fmt: skip
+    heads = lse.shape[1]
+    lse = lse.reshape(groups, heads, copies, width).swapaxes(1, 2).reshape(rows, heads, width)
+    return out.reshape(q.shape), lse
 
 
 def own_scales(proj: Projections) -> tuple[jax.Array, jax.Array] | None:
@@ -352,7 +412,12 @@ def block_visible(block: Block) -> jax.Array:
 
 
 def stored_layer(cache: KVCache, layer: jax.Array) -> KVCache:
-    """One layer of the cache as it is stored: its arrays without the axis L."""
+    """One layer of the cache as it is stored: its arrays without the axis L.
+
+    Raises ValueError for a cache that branches from another: it cannot be scored or cut.
+    """
+    if cache.shared is not None:
+        raise ValueError("a cache that branches from another cannot be cut: cut before branching")
     layered = {
         name: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
         for name in ("k", "v", "pos", "length", "k_scale", "v_scale")
@@ -383,7 +448,8 @@ def cache_in_place(cache: KVCache, layer: jax.Array) -> Context:
     scales = None
     if cache.k_scale is not None and cache.v_scale is not None:
         scales = at(cache.k_scale), at(cache.v_scale)
-    return Context(cache.k, cache.v, at(cache.pos), (0, at(cache.length)), layer, scales)
+    shared = None if cache.shared is None else cache_in_place(cache.shared, layer)
+    return Context(cache.k, cache.v, at(cache.pos), (0, at(cache.length)), layer, scales, shared)
 
 
 def forward(

@@ -1,0 +1,78 @@
+"""The options of `generate` that search over continuations."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, cast
+
+from lookahead_jax.cli.options import Repeated, Run, SamplingOptions, Text, option
+from lookahead_jax.host.config_files import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyOptions:
+    strategy: Annotated[Text, option("NAME")] = None
+    """Continue each prompt by a strategy that searches, in several rows or several times. The text
+    is printed at its end. The sampling is the strategy's own unless a sampling option is given."""
+    strategy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
+    """A setting of the strategy. May be repeated."""
+    reward: Annotated[Text, option("FILE.py:NAME")] = None
+    """The reward that some strategies compare by: a function of a Python file, from the prompt and
+    a continuation to a number."""
+    most_tokens: Annotated[int | None, option("INT")] = None
+    """Most tokens that all rows of a prompt may emit together. Default: no limit."""
+    most_forwards: Annotated[int | None, option("INT")] = None
+    """Most steps of the model for a prompt. Default: no limit."""
+
+    def make(self):
+        """The strategy these options name, or None. UsageError for options without a strategy."""
+        from lookahead_jax.strategies.registry import make_strategy
+
+        if self.strategy is None:
+            for name in ("strategy_arg", "reward", "most_tokens", "most_forwards"):
+                if getattr(self, name) not in (None, ()):
+                    raise UsageError(f"--{name.replace('_', '-')} needs --strategy NAME")
+            return None
+        settings = {}
+        for pair in self.strategy_arg:
+            name, equals, value = pair.partition("=")
+            if not name or not equals:
+                raise UsageError(f"--strategy-arg takes NAME=VALUE, not {pair!r}")
+            settings[name] = value
+        return make_strategy(self.strategy, **settings)
+
+    def search(self, run: Run, strategy: Any):
+        """Continues the prompts of a run with `lk.search`."""
+        import lookahead_jax as lk
+
+        options = run.options
+        if options.drafting.drafter != "none":
+            raise UsageError("--strategy decodes without a drafter: leave --drafter out")
+        if options.evict_every is not None:
+            raise UsageError("--strategy evicts from the prompt only: leave --evict-every out")
+        default = options.sampling == SamplingOptions()
+        shared = run.arguments()
+        shared.update(
+            sampling=None if default else lk.Sampling(**asdict(options.sampling)),
+            strategy=strategy,
+            reward=None if self.reward is None else load_reward(self.reward),
+            most_tokens=self.most_tokens,
+            most_forwards=self.most_forwards,
+        )
+        return lk.search(run.model, **shared)
+
+
+def load_reward(place: str) -> Callable[[str, str], float]:
+    """The function that FILE.py:NAME names; runs the file."""
+    path, _, name = place.rpartition(":")
+    if not path or not name:
+        raise UsageError(f"--reward takes FILE.py:NAME, not {place!r}")
+    spec = importlib.util.spec_from_file_location("reward", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--reward {place}: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reward = vars(module).get(name)
+    if not callable(reward):
+        raise UsageError(f"--reward {place}: {path} has no function {name}")
+    return cast(Callable[[str, str], float], reward)

@@ -1,0 +1,25 @@
+"""Best of n: several samples, of which a reward chooses one."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.strategies.base import Ranked
+from lookahead_jax.strategies.rows import Rows
+from lookahead_jax.strategies.samples import Samples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestOfN(Samples):
+    """The sample of the highest reward; the first of equals."""
+
+    default_sampling: ClassVar[Sampling] = Sampling(temperature=0.8)
+    reads_reward: ClassVar[bool] = True
+
+    def run(self, rows: Rows) -> list[Ranked]:
+        """Moves the rows to their ends; one answer for each prompt."""
+        rows.advance()
+        scores = [rows.score(group.tolist()) for group in rows.groups]
+        return [Ranked(int(np.argmax(s)), list(s)) for s in scores]

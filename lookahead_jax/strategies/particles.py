@@ -1,0 +1,119 @@
+"""Particle filtering: samples grow step by step and are resampled by the reward of their steps."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
+from lookahead_jax.strategies.rows import Rows
+
+_EDGE = 1e-7  # rewards are kept this far from 0 and 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParticleFilter(Strategy):
+    """`n` particles; after each step they are resampled by the odds of their rewards.
+
+    A step ends with the string `step`; after `max_steps` of them a particle is at its end. The
+    reward, between 0 and 1, is that of the text so far; a particle's weight is r / (1 - r). Ended
+    particles keep their weight and take part. When all have ended, `select` takes the one of
+    largest weight ("best"), or draws one ("sample"). (Puri et al. 2025, arXiv:2502.01618; defaults
+    and order of steps, the resampling after the last one included, as in its_hub.)
+    """
+
+    default_sampling: ClassVar[Sampling] = Sampling(temperature=0.8)
+    draws: ClassVar[bool] = True
+    reads_reward: ClassVar[bool] = True
+    n: int = 8
+    step: str = "\n\n"
+    max_steps: int = 32
+    select: Literal["best", "sample"] = "best"
+
+    def __post_init__(self) -> None:
+        check_at_least("n", self.n, 1)
+        check_at_least("max_steps", self.max_steps, 1)
+        if not self.step:
+            raise ValueError("step is empty: give the string that ends a step")
+
+    @property
+    def rows(self) -> int:
+        """Rows that decode together for each prompt."""
+        return self.n
+
+    def temperature(self, weights: np.ndarray, turn: int) -> float:
+        """By what the log-weights are divided before the `turn`-th resampling; from 1."""
+        return 1.0
+
+    def run(self, rows: Rows) -> list[Ranked]:
+        """Moves the rows to their ends; one answer for each prompt."""
+        log_weights = np.zeros(rows.groups.shape)
+        begin = np.zeros(log_weights.size, np.int64)  # of the step in the text
+        turn = 0
+
+        def step_ends(row: int) -> bool:
+            return self.step in rows.outputs[row].text[begin[row] :]
+
+        rows.pause(step_ends)
+        while (open_groups := ~rows.finished.reshape(log_weights.shape).all(1)).any() or turn == 0:
+            moved = ~rows.finished if turn else np.ones_like(rows.finished)
+            rows.advance(until=step_ends)
+            turn += 1
+            for g, group in enumerate(rows.groups):
+                here = group[moved[group]]
+                log_weights[g, here - group[0]] = [_log_odds(r) for r in rows.score(here.tolist())]
+            if turn == self.max_steps:
+                rows.end(np.ones_like(rows.finished))
+            index = rows.groups.copy()
+            for g in np.flatnonzero(open_groups | (turn == 1)).tolist():
+                drawn = rows.rng(g, turn).choice(
+                    self.n, self.n, p=self._chances(log_weights[g], turn)
+                )
+                index[g], log_weights[g] = rows.groups[g][drawn], log_weights[g][drawn]
+            rows.gather(index.reshape(-1))
+            begin[:] = [len(output.text) for output in rows.outputs]
+            rows.resume()
+        return [self._ranked(rows, g, log_weights[g], turn) for g in range(len(log_weights))]
+
+    def _chances(self, log_weights: np.ndarray, turn: int) -> np.ndarray:
+        return _softmax(log_weights / self.temperature(_softmax(log_weights), turn))
+
+    def _ranked(self, rows: Rows, group: int, log_weights: np.ndarray, turn: int) -> Ranked:
+        best = int(log_weights.argmax())
+        if self.select == "sample":
+            best = int(rows.rng(group, 0).choice(self.n, p=_softmax(log_weights)))
+        return Ranked(best, (1 / (1 + np.exp(-log_weights))).tolist())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EntropicParticleFilter(ParticleFilter):
+    """A particle filter that flattens the weights while few particles hold most of them early on.
+
+    Entropic Annealing (Giannone et al. 2025, arXiv:2510.05825): where the effective sample size is
+    below `ess_threshold` * n and the step t below `early_phase` * max_steps, log-weights are
+    divided by max(1, n / ESS * (1 - t / max_steps)). Their lookahead modulation is not included.
+    """
+
+    ess_threshold: float = 0.5
+    early_phase: float = 0.5
+
+    def temperature(self, weights: np.ndarray, turn: int) -> float:
+        """By what the log-weights are divided before the `turn`-th resampling; from 1."""
+        share = 1 / np.square(np.clip(weights, _EDGE, 1 - _EDGE)).sum() / self.n
+        progress = turn / self.max_steps
+        if self.n == 1 or share >= self.ess_threshold or progress >= self.early_phase:
+            return 1.0
+        return max(1.0, (1 - progress) / share)
+
+
+def _log_odds(reward: float) -> float:
+    if not 0 <= reward <= 1:
+        raise ValueError(f"the reward returned {reward}: particles need one between 0 and 1")
+    reward = min(max(reward, _EDGE), 1 - _EDGE)
+    return float(np.log(reward / (1 - reward)))
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()

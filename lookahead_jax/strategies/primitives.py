@@ -1,0 +1,79 @@
+"""Operations on rows in the middle of decoding: fork, gather, and choose the last token again.
+
+All have static shapes and run inside `jax.jit`. The third primitive, a logit processor with a state
+for each row, is `decoding.step.Steer`. B batch, R rows of the result, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from lookahead_jax.decoding.sampling import SamplingRows
+from lookahead_jax.decoding.step import DecodeState, emit
+from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.jit import program
+
+
+def gather_cache(cache: KVCache, index: Int[Array, " R"]) -> KVCache:
+    """The rows `index` of a cache; what they share is neither read nor copied."""
+
+    def rows(a: Any, axis: int) -> Any:
+        return None if a is None else jnp.take(a, index, axis=axis)
+
+    return KVCache(
+        k=rows(cache.k, 1),
+        v=rows(cache.v, 1),
+        pos=rows(cache.pos, 1),
+        length=rows(cache.length, 1),
+        next_pos=rows(cache.next_pos, 0),
+        rope_span=rows(cache.rope_span, 0),
+        k_scale=rows(cache.k_scale, 1),
+        v_scale=rows(cache.v_scale, 1),
+        shared=cache.shared,
+    )
+
+
+@program()
+def gather_rows(
+    state: DecodeState, index: Int[Array, " R"], sampling: SamplingRows | None = None
+) -> DecodeState:
+    """The rows `index` of a batch, in this order: a resampling, or several rows of one.
+
+    `sampling` are the settings of the new rows. Without them a row keeps those of the row it comes
+    from, its seed included: two rows of one then draw the same noise. Rows that branch from a
+    prompt must stay with it: of G prompts, the i-th R / G of the new rows belong to the i-th. Rows
+    with a drafter's state or with scores of an eviction cannot be gathered.
+    """
+    if jax.tree.leaves(state.draft) or state.sums is not None:
+        raise ValueError("rows that are drafted for or evicted from while decoding have one place")
+    rest = dataclasses.replace(state, cache=None, sampling=None)
+    taken = jax.tree.map(lambda a: jnp.take(a, index, axis=0), rest)
+    if sampling is None:
+        sampling = jax.tree.map(lambda a: jnp.take(a, index, axis=0), state.sampling)
+    return dataclasses.replace(taken, cache=gather_cache(state.cache, index), sampling=sampling)
+
+
+def fork_rows(state: DecodeState, copies: int, sampling: SamplingRows | None = None) -> DecodeState:
+    """Each row `copies` times, side by side; `sampling` as in `gather_rows`.
+
+    The rows copy what they have written since their cache branched from a prompt, never the prompt.
+    """
+    rows = jnp.arange(state.token.shape[0], dtype=jnp.int32)
+    return gather_rows(state, jnp.repeat(rows, copies), sampling)
+
+
+@program()
+def replace_last(
+    state: DecodeState, tokens: Int[Array, " B"], rows: Bool[Array, " B"]
+) -> DecodeState:
+    """Puts `tokens` in the place of the last emitted token of `rows`; no step has read it yet.
+
+    Such a row goes on unless its new token ends it.
+    """
+    state = dataclasses.replace(
+        state, count=state.count - rows.astype(jnp.int32), done=state.done & ~rows
+    )
+    return emit(state, tokens[:, None], rows.astype(jnp.int32))

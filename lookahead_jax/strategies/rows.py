@@ -1,0 +1,263 @@
+"""The rows of a search on the host: they advance, pause, end, are scored and resampled.
+
+Each prompt has the same number of rows, side by side. Whatever happens to them depends on their own
+prompt alone, so a prompt's answer does not depend on the batch. R rows, G prompts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.step import DecodeState, Steer, decode_burst
+from lookahead_jax.decoding.weights import for_decoding
+from lookahead_jax.generation.generate import check_finite
+from lookahead_jax.generation.output_text import OutputRow
+from lookahead_jax.model.params import Params
+from lookahead_jax.strategies.primitives import gather_rows
+
+Reward = Callable[[str, str], float]
+"""(prompt, its continuation so far) -> how good it is; larger is better."""
+BURST = 16  # steps between two looks of the host
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one prompt has cost, or may cost (None: any amount)."""
+
+    tokens: int | None = None
+    """Emitted in all its rows, those of rows that were given up included."""
+    forwards: int | None = None
+    """Steps of the model with at least one of its rows; the prompt's own is not counted."""
+
+
+ANY_WORK = Work()
+
+
+class Rows:
+    """`copies` rows for each of the prompts `texts`.
+
+    Args:
+      state: decoding state of all rows, with their first tokens.
+      logits: [R, V] float32, which chose these.
+      steer: the logit processor whose state is `state.steering`.
+      seeds: one per prompt, for the choices that a strategy makes on the host.
+      ends: tokens that end a row.
+      stop: strings that end a row.
+      limits: on the work for one prompt; its rows end where the next step would exceed them.
+      reward: what `score` asks, with the texts of the prompts.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        texts: Sequence[list[int]],
+        state: DecodeState,
+        logits: jax.Array,
+        *,
+        copies: int,
+        seeds: Sequence[int],
+        ends: Sequence[int],
+        stop: Sequence[str] = (),
+        limits: Work = ANY_WORK,
+        steer: Steer | None = None,
+        reward: Reward | None = None,
+    ):
+        self.model = model
+        self.params: Params = for_decoding(model.params)
+        self.state = state
+        self.logits = logits
+        self.texts = texts
+        self.copies = copies
+        self.seeds = seeds
+        self._ends = ends
+        self._stop = stop
+        self._limits = limits
+        self._steer = steer
+        self._reward = reward
+        self._spent = np.zeros((len(texts), 2), np.int64)  # tokens, forwards
+        self.finished = np.zeros(len(texts) * copies, bool)
+        """[R] rows that have come to an end of their own, or to that of their prompt's work."""
+        self._paused = np.zeros_like(self.finished)
+        self._outputs: list[OutputRow] | None = None
+        self._spend(np.asarray(state.count), np.zeros(len(texts), np.int64))
+        self._look(None)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """[G, copies] the rows of each prompt."""
+        return np.arange(len(self.finished)).reshape(len(self.texts), self.copies)
+
+    @property
+    def running(self) -> np.ndarray:
+        """[R] rows that the next step moves."""
+        return ~np.asarray(self.state.done)
+
+    @property
+    def spent(self) -> list[Work]:
+        """The work for each prompt so far."""
+        return [Work(tokens=int(t), forwards=int(f)) for t, f in self._spent]
+
+    @property
+    def outputs(self) -> list[OutputRow]:
+        """Tokens and text of every row so far."""
+        if self._outputs is None:
+            self._outputs = [
+                OutputRow(
+                    self.model.tokenizer, prompt=self.texts[row // self.copies],
+                    stop=self._stop, end_ids=self._ends,
+                )
+                for row in range(len(self.finished))
+            ]  # fmt: skip
+        tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
+        for row, output in enumerate(self._outputs):
+            output.feed(tokens[row, len(output.tokens) : count[row]].tolist())
+        return self._outputs
+
+    def advance(
+        self, steps: int | None = None, *, until: Callable[[int], bool] | None = None
+    ) -> None:
+        """Moves every running row by `steps` tokens, or to its end.
+
+        A row pauses where `until(row)` holds after a token. It is asked for every token, and the
+        row has its text in `outputs`.
+        """
+        left = self.state.tokens.shape[1] if steps is None else steps
+        while left > 0 and (running := self.running).any():
+            most = 1 if self._stop or until is not None else BURST
+            burst = min(left, most, self._affordable(running))
+            before = np.array(self.state.count)
+            self.state = decode_burst(
+                self.params, self.state, config=self.model.config, steps=burst, steer=self._steer
+            )
+            new = np.asarray(self.state.count) - before
+            self._spend(new, new.reshape(self.groups.shape).max(1))
+            self._look(until)
+            left -= burst
+
+    def step(self, move: Callable[[Params, DecodeState], DecodeState]) -> None:
+        """One step of the strategy's own, which may change any token that was emitted."""
+        running = self.running
+        self.state = move(self.params, self.state)
+        self._outputs, self.finished[:] = None, False  # rows may have changed places
+        self._spend(running, np.any(running.reshape(self.groups.shape), axis=1))
+        self._look(None)
+
+    def replace(self, state: DecodeState) -> None:
+        """Puts a state with other last tokens in the place of the present one."""
+        more = np.asarray(state.count) - np.asarray(self.state.count)
+        self.state, self._outputs, self.finished[:] = state, None, False
+        self._spend(more, np.zeros(len(self.texts), np.int64))
+        self._look(None)
+
+    def pause(self, until: Callable[[int], bool]) -> None:
+        """Pauses the running rows where `until(row)` holds."""
+        self._look(until)
+
+    def resume(self) -> None:
+        """All paused rows go on."""
+        self._paused[:] = False
+        self._set_done(self.finished)
+
+    def hold(self, rows: np.ndarray) -> None:
+        """Pauses the rows [R] bool."""
+        self._paused |= rows & self.running
+        self._set_done(np.asarray(self.state.done) | rows)
+
+    def refund(self, rows: np.ndarray) -> None:
+        """Does not count the last token of the rows [R] bool, which nothing will follow."""
+        self._spend(-rows.astype(np.int64), np.zeros(len(self.texts), np.int64))
+
+    def restore(self, state: DecodeState) -> None:
+        """Goes back to a copy of an earlier state, without paused rows; what was spent stays so."""
+        # The copy's prompt has been donated since; it is that of the present state.
+        cache = dataclasses.replace(state.cache, shared=self.state.cache.shared)
+        self.state, self._outputs = dataclasses.replace(state, cache=cache), None
+        self.finished[:], self._paused[:] = False, False
+        self._look(None)
+
+    def steer_from(self, steering: Any) -> None:
+        """Puts another state of the logit processor in the place of the present one."""
+        self.state = dataclasses.replace(self.state, steering=steering)
+
+    def end(self, rows: np.ndarray) -> None:
+        """Ends the rows [R] bool where they are."""
+        self.finished |= rows
+        self._set_done(np.asarray(self.state.done) | rows)
+
+    def gather(self, index: np.ndarray) -> None:
+        """Row i becomes a copy of row `index[i]`, of the same prompt; it draws its own noise."""
+        self.state = gather_rows(self.state, jnp.asarray(index, jnp.int32), self.state.sampling)
+        self.finished, self._paused = self.finished[index], self._paused[index]
+        self._outputs = None
+
+    def score(self, rows: Sequence[int]) -> list[float]:
+        """The reward of each of `rows`; raises ValueError for one that is no finite number."""
+        tokenizer: Any = self.model.tokenizer
+        if self._reward is None or tokenizer is None:
+            raise ValueError("rewards need a function reward= and a model with a tokenizer")
+        outputs, scores = self.outputs, []
+        for row in rows:
+            prompt = tokenizer.decode(self.texts[row // self.copies])
+            score = float(self._reward(prompt, outputs[row].text))
+            if not np.isfinite(score):
+                raise ValueError(f"the reward returned {score}: it must return a finite number")
+            scores.append(score)
+        return scores
+
+    def rng(self, group: int, turn: int) -> np.random.Generator:
+        """The random numbers of a prompt's `turn`-th choice on the host."""
+        return np.random.default_rng([self.seeds[group] % 2**32, turn])
+
+    def _set_done(self, done: np.ndarray) -> None:
+        # Placed as it was: an array without a place would compile the step once more.
+        done = jax.device_put(done, self.state.done.sharding)
+        self.state = dataclasses.replace(self.state, done=done)
+
+    def _look(self, until: Callable[[int], bool] | None) -> None:
+        """Reads what the last step has emitted: which rows have ended, and which pause."""
+        done = np.array(self.state.done)
+        own = [self.texts[row // self.copies] for row in range(len(done))]
+        if not np.asarray(self.state.finite).all():
+            check_finite(self.model, self.state, own, self.outputs)
+        self.finished |= done & ~self._paused
+        if self._stop or until is not None:
+            running = ~done
+            outputs = self.outputs
+            self.finished |= np.array([output.stopped for output in outputs])
+            if until is not None:
+                waits = np.array([bool(run and until(row)) for row, run in enumerate(running)])
+                self._paused |= waits & ~self.finished
+        self.finished |= self._exhausted()
+        if (rest := self.finished | self._paused)[~done].any():
+            self._set_done(done | rest)
+
+    def _spend(self, tokens: np.ndarray, forwards: Any) -> None:
+        self._spent[:, 0] += tokens.reshape(self.groups.shape).sum(1)
+        self._spent[:, 1] += forwards
+
+    def _left(self) -> np.ndarray:
+        """[G, 2] tokens and forwards that the limits leave."""
+        most = [
+            np.iinfo(np.int32).max if n is None else n for n in dataclasses.astuple(self._limits)
+        ]
+        return np.array(most) - self._spent
+
+    def _active(self) -> np.ndarray:
+        """[G] rows that may still need work: paused ones may."""
+        return (~self.finished).reshape(self.groups.shape).sum(1)
+
+    def _exhausted(self) -> np.ndarray:
+        """[R] rows of prompts that cannot afford a step of all their rows."""
+        left, active = self._left(), self._active()
+        return np.repeat((left[:, 0] < active) | (left[:, 1] < 1), self.copies)
+
+    def _affordable(self, running: np.ndarray) -> int:
+        """Steps that every prompt with running rows can afford."""
+        left, active = self._left(), self._active()
+        some = running.reshape(self.groups.shape).any(1)
+        return int(np.minimum(left[:, 0] // np.maximum(active, 1), left[:, 1])[some].min())

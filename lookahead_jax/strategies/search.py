@@ -1,0 +1,255 @@
+"""Prompts -> the best of several continuations: `lk.search`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.step import seen_tokens, start
+from lookahead_jax.generation.inputs import (
+    DEFAULT_BUDGET,
+    PromptBatch,
+    announce,
+    check_eviction,
+    default_policy,
+    draft_tokens,
+    encode_batch,
+    end_ids,
+    row_seeds,
+)
+from lookahead_jax.generation.memory import check_memory
+from lookahead_jax.generation.open_batch import read_batch
+from lookahead_jax.generation.output_text import FinishReason
+from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.host.activity import activity
+from lookahead_jax.host.integers import check_integer
+from lookahead_jax.model.cache import cache_type
+from lookahead_jax.model.growth import warn_of_crossing
+from lookahead_jax.model.sharding import on_its_mesh
+from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.strategies.base import Ranked, Strategy
+from lookahead_jax.strategies.registry import make_strategy
+from lookahead_jax.strategies.rows import Reward, Rows, Work
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One continuation that a search has ended with."""
+
+    tokens: list[int]  # an end-of-sequence token included
+    text: str | None  # without special tokens, cut before a stop string; None: no tokenizer
+    finish: FinishReason
+    score: float | None  # by which the strategy compares; None: it compares nothing in the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """The outcome of a search; every list has one entry for each prompt."""
+
+    tokens: list[list[int]]  # of the chosen continuation
+    text: list[str] | None
+    finish: list[FinishReason]
+    chosen: list[int]  # its place among the candidates
+    candidates: list[list[Candidate]]
+    work: list[Work]
+    prompt_tokens: list[int]
+    cache_bytes: int  # allocated: the prompts once, and what each row may write
+
+
+@on_its_mesh
+def search(
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    strategy: str | Strategy,
+    reward: Reward | None = None,
+    questions: Sequence[str | Sequence[int]] | None = None,
+    pin: Sequence[Sequence[tuple[int, int]]] | None = None,
+    policy: Policy | None = None,
+    budget: int = DEFAULT_BUDGET,
+    max_new_tokens: int = 128,
+    most_tokens: int | None = None,
+    most_forwards: int | None = None,
+    sampling: Sampling | None = None,
+    seeds: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+    lookahead: LookaheadModules | None = None,
+    drafts: Sequence[Sequence[int]] | Model | None = None,
+    eos_ids: Sequence[int | str] | None = None,
+    stop_token_ids: Sequence[int | str] = (),
+    cache_dtype: str | None = None,
+) -> SearchResult:
+    """Continues each prompt by a strategy that searches: in several rows, or several times.
+
+    Each prompt is read and cut once, as by `lk.generate`; its rows share those entries and add only
+    what they write. The answer to a prompt depends on its own seed, not on the other prompts.
+
+    Args:
+      strategy: a name, or `lk.make_strategy(name, ...)` with settings.
+      reward: `reward(prompt, text)`, a number for a continuation as far as it has come; larger is
+        better. For the strategies that compare by it.
+      max_new_tokens: of each row.
+      most_tokens: of all rows of a prompt together, those that are given up included. A prompt ends
+        where a step of all its rows would exceed it.
+      most_forwards: steps of the model for a prompt, whatever the number of its rows.
+      sampling: default: the strategy's own.
+      seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
+        `lk.generate` with that seed.
+
+    The other arguments are those of `lk.generate`; nothing is evicted while decoding.
+
+    Raises ValueError as `lk.generate` does, and for a strategy without the reward or the sampling
+    that it needs, or with one that has no effect on it.
+    """
+    strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
+    sampling = _checked_sampling(strategy, sampling)
+    _check_reward(strategy, reward, model)
+    limits = _limits(most_tokens, most_forwards, strategy.rows)
+    eviction = EvictionSettings(
+        policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
+        cache_dtype=cache_type(cache_dtype),
+    )  # fmt: skip
+    check_eviction(eviction, by_reader=False, questions=questions is not None)
+    batch = encode_batch(model, prompts, questions, pin)
+    config = model.config
+    settings = ContinuationSettings(
+        max_new_tokens=max_new_tokens, sampling=sampling,
+        seeds=row_seeds(seeds, len(batch.prompts)),
+        eos_ids=end_ids(model, eos_ids, stop_token_ids),
+    )  # fmt: skip
+    # A row's slots are those of the prompt it shares, and its own.
+    check_memory(
+        model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
+        new_tokens=strategy.rows * max_new_tokens,
+    )  # fmt: skip
+    announce(eviction.policy, budget, batch.longest + max_new_tokens, config)
+    drafted = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids)
+    rows = _opened(model, batch, settings, eviction, strategy, drafts=drafted, stop=stop,
+                   limits=limits, reward=reward)  # fmt: skip
+    cache_bytes = rows.state.cache.bytes
+    ranked = strategy.run(rows)
+    longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows).max(1)
+    lengths = [len(text) for text in batch.texts]
+    warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
+    return _result(rows, ranked, [len(row) for row in batch.prompts], cache_bytes)
+
+
+def _opened(
+    model: Model,
+    batch: PromptBatch,
+    settings: ContinuationSettings,
+    eviction: EvictionSettings,
+    strategy: Strategy,
+    *,
+    drafts: jax.Array | None,
+    stop: Sequence[str],
+    limits: Work,
+    reward: Reward | None,
+) -> Rows:
+    """The prompts read and branched, with the first token of every row."""
+    copies, config, new_tokens = strategy.rows, model.config, settings.max_new_tokens
+    with activity(f"reading {sum(map(len, batch.texts)):,} tokens"):
+        opened = read_batch(
+            model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts
+        )
+        logits = jnp.repeat(opened.logits, copies, axis=0)
+        texts = jnp.repeat(batch.text_tokens, copies, axis=0)
+        steer, steering = strategy.steering(texts, new_tokens, settings.sampling, config.vocab_size)
+        if steer is not None:
+            last = [row[-1] for row in batch.texts for _ in range(copies)]
+            steering, logits = steer(steering, logits, jnp.asarray(last, jnp.int32))
+        packed = sampling_rows(
+            [settings.sampling] * len(logits),
+            place_seeds(settings.seeds, copies),
+            config.vocab_size,
+        )
+        state = start(
+            opened.cache.branch(copies, slots=new_tokens),
+            logits,
+            sampling=packed,
+            limit=jnp.full(len(logits), new_tokens, jnp.int32),
+            eos=jnp.asarray(settings.eos_ids, jnp.int32),
+            seen=seen_tokens(texts, config.vocab_size) if packed.penalized else None,
+            width=new_tokens,
+        )
+        state = jax.block_until_ready(dataclasses.replace(state, steering=steering))
+    return Rows(
+        model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
+        ends=settings.eos_ids, stop=stop, limits=limits, steer=steer, reward=reward,
+    )  # fmt: skip
+
+
+def _result(
+    rows: Rows, ranked: Sequence[Ranked], prompt_tokens: list[int], cache_bytes: int
+) -> SearchResult:
+    for output in rows.outputs:
+        output.close()
+    spoken = rows.model.tokenizer is not None
+    candidates = []
+    for group, ranking in zip(rows.groups, ranked, strict=True):
+        outputs = [rows.outputs[row] for row in group[: len(ranking.scores)]]
+        candidates.append(
+            [
+                Candidate(
+                    tokens=output.tokens, text=output.text if spoken else None,
+                    finish=output.finish(), score=score,
+                )
+                for output, score in zip(outputs, ranking.scores, strict=True)
+            ]
+        )  # fmt: skip
+    chosen = [row[ranking.best] for row, ranking in zip(candidates, ranked, strict=True)]
+    return SearchResult(
+        tokens=[c.tokens for c in chosen],
+        text=[str(c.text) for c in chosen] if spoken else None,
+        finish=[c.finish for c in chosen],
+        chosen=[ranking.best for ranking in ranked],
+        candidates=candidates,
+        work=rows.spent,
+        prompt_tokens=prompt_tokens,
+        cache_bytes=cache_bytes,
+    )
+
+
+def place_seeds(seeds: Sequence[int], copies: int) -> list[int]:
+    """A seed for every row: that of its prompt for the first, others drawn from it for the rest."""
+    return [
+        seed
+        if not place
+        else int(np.random.SeedSequence([seed % 2**32, place]).generate_state(1)[0])
+        for seed in seeds
+        for place in range(copies)
+    ]
+
+
+def _checked_sampling(strategy: Strategy, sampling: Sampling | None) -> Sampling:
+    name = type(strategy).__name__
+    if sampling is None:
+        return strategy.default_sampling
+    if strategy.draws and sampling.temperature == 0:
+        raise ValueError(f"{name} compares samples: give a temperature above 0, or no sampling")
+    if not strategy.draws and sampling != GREEDY:
+        raise ValueError(f"{name} chooses tokens by its own rule: leave sampling out")
+    return sampling
+
+
+def _check_reward(strategy: Strategy, reward: Reward | None, model: Model) -> None:
+    name = type(strategy).__name__
+    if strategy.reads_reward and reward is None:
+        raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text)")
+    if not strategy.reads_reward and reward is not None:
+        raise ValueError(f"{name} compares no rewards: leave reward out")
+    if reward is not None and model.tokenizer is None:
+        raise ValueError("a reward reads texts, and this model has no tokenizer.json")
+
+
+def _limits(tokens: int | None, forwards: int | None, rows: int) -> Work:
+    if tokens is not None:
+        check_integer("most_tokens", tokens, least=rows)
+    if forwards is not None:
+        check_integer("most_forwards", forwards, least=1)
+    return Work(tokens=tokens, forwards=forwards)
