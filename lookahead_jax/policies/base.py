@@ -62,6 +62,22 @@ class WithDraft:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WithLookup:
+    """Reads the prompt once; its last tokens and a draft found in the prompt itself observe.
+
+    The draft is what followed an earlier occurrence of the prompt's last tokens
+    (drafters/prompt_lookup.py). A row without one has no draft tokens (position -1).
+    """
+
+    tokens: int
+    """Draft tokens that observe, at most."""
+    ngram: int
+    """Most tokens of the prompt's end that are looked up."""
+    least: int
+    """Fewest tokens that must occur again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WithResponse:
     """Keeps the whole prompt, decodes a response, and evicts by what the response attends to.
 
@@ -89,7 +105,7 @@ class WithReplay:
     """Whether all layers and heads of a row share one budget, or each layer has its own."""
 
 
-Reading = OnePass | WithModules | WithDraft | WithResponse | WithReplay
+Reading = OnePass | WithModules | WithDraft | WithLookup | WithResponse | WithReplay
 """How a policy reads a prompt. `prompts/read.py` has one function for each."""
 
 
