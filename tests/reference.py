@@ -177,6 +177,33 @@ def snapkv(layer, length, window, kind, kernel):
     return observed(layer, length, np.arange(before, length), before, kind, kernel)
 
 
+def redundancy(keys, similar):
+    """Softmax of each key's mean cosine to the others; each leaves out the latest alike."""
+    unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, 0.0)
+    for row in cosine:
+        alike = np.flatnonzero(row > similar)
+        row[alike[-1:]] = 0.0
+    return softmax(cosine.mean(0))
+
+
+def rkv(layer, length, entries, observers, window, kernel, weight, similar):
+    """weight * attention - (1 - weight) * redundancy of the entries of each KV head: [K, length].
+
+    Entries of the last `window` positions get no attention. `entries` [K][n] are positions.
+    """
+    group = len(layer.probs) // len(entries)
+    scores = np.zeros((len(entries), length))
+    for head, kept in enumerate(entries):
+        before = kept[kept < length - window]
+        seen = layer.probs[head * group : (head + 1) * group, observers][..., before].mean(1)
+        if len(before):
+            scores[head, before] = weight * np.max([pool(row, "max", kernel) for row in seen], 0)
+        scores[head, kept] -= (1 - weight) * redundancy(layer.k[head, kept], similar)
+    return scores
+
+
 def best(scores, count, first):
     """The `count` best of the entries from `first` on, ties to the earlier: ascending positions."""
     order = sorted(range(first, len(scores)), key=lambda j: (-scores[j], j))

@@ -360,6 +360,9 @@ def test_names_nest():
         ("chunkkv:critical", {}, "ChunkKV cannot wrap Critical: .*critical:chunkkv"),
         ("critical:ada:keydiff", {}, "Critical cannot wrap KeyDiff: its scores are negative"),
         ("critical:knorm", {}, "Critical cannot wrap KNorm: its scores are negative"),
+        ("critical:rkv", {}, "Critical cannot wrap RKV: its scores are negative"),
+        ("rkv", {"attention": 2}, "attention=2.0 must lie between 0 and 1"),
+        ("rkv", {"preset": "factory"}, "unknown argument 'preset'"),
         ("critical:expected_attention", {}, "set values=none"),
         ("critical:snapkv", {"inner": "tova"}, "unknown argument 'inner'"),
         ("critical:ada:snapkv", {"kernels": 3}, "unknown argument 'kernels'"),
@@ -390,6 +393,7 @@ def test_expected_attention_without_the_norm_of_the_value():
     [
         "lagkv:lag_size=4",
         "critical:h2o:window=3",
+        pytest.param("ada:pyramidkv:window=4", marks=pytest.mark.slow),
         pytest.param("knorm", marks=pytest.mark.slow),
         pytest.param("chunkkv:keydiff:chunk_size=4", marks=pytest.mark.slow),
     ],

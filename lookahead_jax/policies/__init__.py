@@ -17,6 +17,7 @@ from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.random import Random
 from lookahead_jax.policies.registry import POLICIES, make_policy
+from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
@@ -27,6 +28,7 @@ __all__ = [
     "H2O",
     "LAQ",
     "POLICIES",
+    "RKV",
     "Ada",
     "ChunkKV",
     "Critical",

@@ -119,7 +119,8 @@ class CutByTokens:
     """While decoding, evicts by what the tokens since the last cut attend to."""
 
     adds_up: bool
-    """Whether scores add up from one cut to the next (`LayerView.sums`)."""
+    """Whether scores add up from one cut to the next (`LayerView.sums`): all these tokens observe.
+    Otherwise the last `window_rows` of them do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.random import Random
+from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
@@ -33,6 +34,7 @@ POLICIES: dict[str, type[Policy]] = {
     "h2o": H2O,
     "tova": Tova,
     "snapkv": SnapKV,
+    "rkv": RKV,
     "pyramidkv": PyramidKV,
     "ada": Ada,
     "critical": Critical,
