@@ -177,6 +177,15 @@ def snapkv(layer, length, window, kind, kernel):
     return observed(layer, length, np.arange(before, length), before, kind, kernel)
 
 
+def query_filters(queries, kv_heads):
+    """Minus the main direction of each query head's rows [N, W, H], group mean: [K, H]."""
+    filters = []
+    for rows in queries:
+        main = np.linalg.svd(rows, full_matrices=False)[2][0]
+        filters.append(-main * np.sign(rows.mean(0) @ main))
+    return group_mean(np.array(filters), kv_heads)
+
+
 def redundancy(keys, similar):
     """Softmax of each key's mean cosine to the others; each leaves out the latest alike."""
     unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)

@@ -172,6 +172,13 @@ CASES = {
         ),
         (6, 0), "",
     ),
+    "qfilter": (
+        make_policy("qfilter"),
+        lambda la, n, c, i: -np.einsum(
+            "kth,kh->kt", la.k[:, :n], reference.query_filters(la.q[:, :n], len(la.k))
+        ),
+        (0, 0), "",
+    ),
     "keydiff": (make_policy("keydiff"), lambda la, n, c, i: reference.keydiff(la, n), (0, 0), ""),
     "expected_attention": (
         make_policy("expected_attention"),

@@ -360,6 +360,7 @@ def test_names_nest():
         ("chunkkv:critical", {}, "ChunkKV cannot wrap Critical: .*critical:chunkkv"),
         ("critical:ada:keydiff", {}, "Critical cannot wrap KeyDiff: its scores are negative"),
         ("critical:knorm", {}, "Critical cannot wrap KNorm: its scores are negative"),
+        ("critical:qfilter", {}, "Critical cannot wrap QFilter: its scores are negative"),
         ("critical:rkv", {}, "Critical cannot wrap RKV: its scores are negative"),
         ("rkv", {"attention": 2}, "attention=2.0 must lie between 0 and 1"),
         ("rkv", {"preset": "factory"}, "unknown argument 'preset'"),

@@ -15,6 +15,7 @@ from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
+from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.random import Random
 from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.policies.rkv import RKV
@@ -44,6 +45,7 @@ __all__ = [
     "Policy",
     "PolicyWrapper",
     "PyramidKV",
+    "QFilter",
     "Random",
     "SnapKV",
     "SpecKV",

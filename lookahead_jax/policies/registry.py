@@ -19,6 +19,7 @@ from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
+from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.random import Random
 from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
@@ -42,6 +43,7 @@ POLICIES: dict[str, type[Policy]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
     "lagkv": LagKV,
+    "qfilter": QFilter,
     "expected_attention": ExpectedAttention,
     "laq": LAQ,
     "laq++": LAQPlusPlus,
