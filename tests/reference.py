@@ -22,6 +22,7 @@ class Layer:
     logits: np.ndarray  # [N, W, W] masked with -inf
     probs: np.ndarray  # [N, W, W]
     sinks: np.ndarray  # [N] -inf without sinks
+    residual: np.ndarray  # [W, D] the layer's input
 
 
 def softmax(x, axis=-1):
@@ -102,6 +103,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
     records = []
     for index in range(config.num_layers):
         p = {name: w[index] for name, w in params["layers"].items()}
+        residual = x
 
         def linear(name, x, p=p, index=index):
             weight = p[name].reshape(x.shape[-1], -1)
@@ -141,7 +143,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         gated = activation(linear("gate", inner), config.activation) * linear("up", inner)
         out = linear("down", gated)
         x = x + scale * (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
-        records.append(Layer(q_plain, q, k, v, logits, probs, sinks))
+        records.append(Layer(q_plain, q, k, v, logits, probs, sinks, residual))
     return records, norm(x, params["final_norm"], config)
 
 

@@ -13,7 +13,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
-from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.kvzip import KVzip, KVzipPlus
 from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
@@ -49,6 +49,7 @@ POLICIES: dict[str, type[Policy]] = {
     "laq++": LAQPlusPlus,
     "speckv": SpecKV,
     "kvzip": KVzip,
+    "kvzip+": KVzipPlus,
     "lookaheadkv": LookaheadKV,
     "oracle": Oracle,
 }
