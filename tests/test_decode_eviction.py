@@ -278,8 +278,8 @@ def test_ada_cuts_while_decoding():
 def test_policies_that_cannot_say_so(name):
     policy = make_policy(name)
     able = (
-        "streaming_llm, h2o, snapkv, rkv, pyramidkv, ada, critical, chunkkv, knorm, keydiff, lagkv "
-        "or lookaheadkv"
+        "streaming_llm, h2o, snapkv, rkv, pyramidkv, ada, critical, chunkkv, layers, threshold, "
+        "knorm, keydiff, lagkv or lookaheadkv"
     )
     named = f"{type(policy).__name__} cannot evict while decoding: use {able}"
     with pytest.raises(ValueError, match=named):

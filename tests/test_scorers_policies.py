@@ -347,7 +347,8 @@ def test_names_nest():
         (
             "snapkv:ada",
             {},
-            "policy 'snapkv:ada': snapkv wraps no other policy, only ada, critical, chunkkv do",
+            "policy 'snapkv:ada': snapkv wraps no other policy, only ada, critical, chunkkv, "
+            "layers, threshold do",
         ),
         ("critical:full", {}, "Critical cannot wrap Full: it keeps everything"),
         ("chunkkv:full", {}, "ChunkKV cannot wrap Full: it keeps everything"),
@@ -357,6 +358,9 @@ def test_names_nest():
         ("critical:ada:critical", {}, "Critical cannot wrap Critical: it weighs values itself"),
         ("ada:critical:ada", {}, "Ada cannot wrap Ada: it shares budgets among heads itself"),
         ("chunkkv:ada:chunkkv", {}, "ChunkKV cannot wrap ChunkKV"),
+        ("ada:threshold", {}, "Ada cannot wrap Threshold: .*put it in front, threshold:ada"),
+        ("threshold:chunkkv:threshold", {}, "Threshold cannot wrap Threshold"),
+        ("layers:ada:pyramidkv", {}, "Layers cannot wrap PyramidKV: it shares budgets among lay"),
         ("chunkkv:critical", {}, "ChunkKV cannot wrap Critical: .*critical:chunkkv"),
         ("critical:ada:keydiff", {}, "Critical cannot wrap KeyDiff: its scores are negative"),
         ("critical:knorm", {}, "Critical cannot wrap KNorm: its scores are negative"),

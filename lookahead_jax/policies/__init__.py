@@ -12,6 +12,7 @@ from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.kvzip import KVzip, KVzipPlus
 from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
+from lookahead_jax.policies.layers import Layers
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
@@ -22,6 +23,7 @@ from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
+from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.tova import Tova
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
@@ -41,6 +43,7 @@ __all__ = [
     "KeyDiff",
     "LAQPlusPlus",
     "LagKV",
+    "Layers",
     "LookaheadKV",
     "Oracle",
     "Policy",
@@ -51,6 +54,7 @@ __all__ = [
     "SnapKV",
     "SpecKV",
     "StreamingLLM",
+    "Threshold",
     "Tova",
     "make_policy",
 ]
