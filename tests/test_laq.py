@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
+from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.eval.grid.config import method_of
-from lookahead_jax.policies.base import WithLookup
+from lookahead_jax.generation.inputs import draft_tokens
+from lookahead_jax.policies.base import WithDraft, WithLookup
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prompts.read import read_prompt
@@ -135,6 +137,30 @@ def test_a_draft_is_looked_up_in_the_prompt_and_snapkv_serves_those_without_one(
                 check_selection(sets[index, row, head], expected[head], pinned, allowed, tolerance)
 
 
+def test_a_trie_drafts_from_what_earlier_outputs_hold():
+    """Its best path observes; a prompt whose end it has not seen has no draft."""
+    trie, rows = make_drafter("trie"), tiny.prompts(LENGTHS, 0, RICH.vocab_size)
+    trie.begin(0, [1, 2])
+    trie.observe(0, [3, *rows[0][-2:], 5, 6, 7, 8, 9, 10, 11])
+    trie.end(0)
+    policy = make_policy("laq", draft="trie", draft_tokens=4, draft_window=8)
+    assert policy.reading == WithDraft(tokens=4, by_drafter=True)
+    found = np.asarray(draft_tokens(policy, None, rows, eos_ids=(), drafter=trie))
+    assert found[0].tolist() == [5, 6, 7, 8]
+    alone = np.asarray(draft_tokens(policy, None, rows[:1], eos_ids=()))
+    assert alone[0].tolist() != [5, 6, 7, 8]  # a trie of its own knows the prompt alone
+    unseen = draft_tokens(policy, None, [[1, 2, 3]], eos_ids=())
+    assert np.asarray(unseen).tolist() == [[-1] * 4]
+    # From here on the policy does what it does with draft=prompt.
+    prompt = make_policy("laq", draft="prompt", draft_tokens=4, draft_window=8)
+    assert policy.window_rows(BUDGET) == prompt.window_rows(BUDGET) == 8
+    with pytest.raises(ValueError, match="only generate and chats take from a drafter"):
+        read_prompt(
+            weights(RICH), jnp.asarray(rows[:1]), config=RICH, policy=policy, budget=BUDGET,
+            new_tokens=8,
+        )  # fmt: skip
+
+
 def test_one_pass_and_no_model_for_a_draft_from_the_prompt():
     policy = make_policy("laq", draft="prompt", draft_tokens="4", least="3")
     assert policy.reading == WithLookup(tokens=4, ngram=8, least=3)
@@ -172,7 +198,7 @@ def test_one_entry_per_head_inside_ada():
         (dict(draft_window=0), "the draft's window=0"),
         (dict(draft="prompt", window=33), "window=33 must not exceed draft_window=32"),
         (dict(draft="prompt", least=9), "least=9 must be 1 to ngram=8"),
-        (dict(draft="trie"), "draft=trie is not possible; choose model, prompt"),
+        (dict(draft="suffix"), "draft=suffix is not possible; choose model, prompt, trie"),
     ],
 )
 def test_impossible_fields(fields, listed):

@@ -212,10 +212,9 @@ class DraftingOptions:
         `policy` is the eviction policy of a command that makes drafts for one that reads them.
         """
         import lookahead_jax as lk
-        from lookahead_jax.policies.base import WithDraft
 
         users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
-        if policy is not None and isinstance(policy.reading, WithDraft):
+        if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
@@ -284,7 +283,6 @@ class Run(NamedTuple):
     def generate(self, **arguments: Any):
         """Continues the prompts with `lk.generate`, which receives `arguments` too."""
         import lookahead_jax as lk
-        from lookahead_jax.policies.base import WithDraft
 
         options, rows = self.options, [prompt.ids for prompt in self.prompts]
         ends = end_tokens(self.model, options.eos)
@@ -300,13 +298,20 @@ class Run(NamedTuple):
             stop=options.stop,
             eos_ids=ends,
             seeds=[options.seed] * len(rows),
-            drafts=self.small if isinstance(self.eviction.policy.reading, WithDraft) else None,
+            drafts=self.small if _reads_small_model(self.eviction.policy) else None,
             drafter=self.drafter,
             draft_nodes=options.drafting.draft_nodes,
             evict_every=options.evict_every,
             cache_dtype=options.cache_dtype,
             **arguments,
         )
+
+
+def _reads_small_model(policy) -> bool:
+    """Whether a small model drafts for the policy."""
+    from lookahead_jax.policies.base import WithDraft
+
+    return isinstance(policy.reading, WithDraft) and not policy.reading.by_drafter
 
 
 def end_tokens(model, tokens: tuple[str, ...]) -> list[int] | None:

@@ -46,11 +46,13 @@ class SparsePattern:
 class WithDraft:
     """Reads the prompt once; its last tokens and a draft answer from outside, behind it, observe.
 
-    The caller supplies the draft, for example from a small model (speculation.py).
+    The caller supplies the draft, for example from a small model or a drafter (speculation.py).
     """
 
     tokens: int
     """Draft tokens that observe, at most."""
+    by_drafter: bool = False
+    """Whether a drafter that runs on the host supplies it; a row may then have none."""
     sparse: SparsePattern | None = None
     """How long prompts are read; None reads every prompt densely."""
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lookahead_jax.policies.base import (
     Policy,
     Reading,
+    WithDraft,
     WithLookup,
     WithResponse,
     protected_share,
@@ -41,11 +42,12 @@ class LAQ(Policy):
     `draft=prompt` decodes no draft. It takes what followed an earlier occurrence of the prompt's
     last `least` to `ngram` tokens, the longest that occur again, as prompt lookup decoding does:
     one pass, the cost of snapkv. In a prompt that does not repeat its end, the last `draft_window`
-    tokens observe instead and are kept, as in snapkv.
+    tokens observe instead and are kept, as in snapkv. `draft=trie` does the same with the likeliest
+    continuation in a trie of the prompt and earlier outputs, from the drafter of `generate`.
     """
 
-    draft: Literal["model", "prompt"] = "model"
-    """Where the draft comes from: decoded by the model, or looked up in the prompt."""
+    draft: Literal["model", "prompt", "trie"] = "model"
+    """Where the draft comes from: decoded by the model, looked up in the prompt, or in a trie."""
     draft_tokens: int = 8
     """Tokens that are drafted and observe, at most; those after an end of sequence do not."""
     pool: PoolName = "max"
@@ -53,7 +55,7 @@ class LAQ(Policy):
     kernel: int = 7
     """Entries that the pooling covers; odd."""
     draft_window: int = 32
-    """Window of the SnapKV that cuts the copy, or that observes without a draft (draft=prompt)."""
+    """Window of the SnapKV that cuts the copy, or that observes for a row without a draft."""
     draft_pool: PoolName = "max"
     """Smoothing of that SnapKV."""
     draft_kernel: int = 7
@@ -80,10 +82,10 @@ class LAQ(Policy):
 
         if not 1 <= self.least <= self.ngram:
             raise ValueError(f"least={self.least} must be 1 to ngram={self.ngram}")
-        if self.draft == "prompt" and self.window > self.draft_window:
+        if self.draft != "model" and self.window > self.draft_window:
             raise ValueError(
                 f"window={self.window} must not exceed draft_window={self.draft_window} with "
-                "draft=prompt"
+                f"draft={self.draft}"
             )
 
     @property
@@ -94,6 +96,8 @@ class LAQ(Policy):
     def reading(self) -> Reading:
         if self.draft == "prompt":
             return WithLookup(tokens=self.draft_tokens, ngram=self.ngram, least=self.least)
+        if self.draft == "trie":
+            return WithDraft(tokens=self.draft_tokens, by_drafter=True)
         return WithResponse(tokens=self.draft_tokens, draft_policy=self._draft_policy)
 
     def notice(self, budget: int) -> str | None:
@@ -101,7 +105,7 @@ class LAQ(Policy):
         return None if notice is None else f"the draft's {notice}"
 
     def window_rows(self, budget: int) -> int:
-        if self.draft == "prompt":
+        if self.draft != "model":
             return self._draft_policy.window_rows(budget)
         return protected_share(self.window, budget)
 

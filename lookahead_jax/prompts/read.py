@@ -132,9 +132,12 @@ def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Pre
 
 def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
     if draft is None:
+        reading = inputs.policy.reading
+        given = "answers drafted by a small model"
+        if isinstance(reading, WithDraft) and reading.by_drafter:
+            given = "which only generate and chats take from a drafter (draft=prompt needs none)"
         raise ValueError(
-            f"policy {type(inputs.policy).__name__} needs a draft per prompt: give drafts=, "
-            "answers drafted by a small model"
+            f"policy {type(inputs.policy).__name__} needs a draft per prompt: give drafts=, {given}"
         )
     length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
     observer = reread(
