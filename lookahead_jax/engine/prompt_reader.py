@@ -61,7 +61,9 @@ class PromptReader:
         if decode_eviction is not None:
             room = decode_eviction.room(width, new, model.config)
         largest = jax.eval_shape(
-            lambda *prompt: self._prefill(*prompt, 0, limits.max_question_tokens + room, ()),
+            lambda tokens, pinned: self._prefill(
+                tokens, pinned, 0, limits.max_question_tokens + room, ()
+            ),
             jax.ShapeDtypeStruct((1, width), jnp.int32),
             jax.ShapeDtypeStruct((1, width), jnp.bool_),
         )
