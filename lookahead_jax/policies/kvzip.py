@@ -76,7 +76,7 @@ class KVzipPlus(KVzip):
 
     Each query's attention is divided by the L2 norm of the layer's input at that token, and
     multiplied, per query head, by the L2 norm of W_o v; the largest value over the group and all
-    queries is the score. kvpress divides by the norm of the layer's input behind its norm, which is
+    queries is the score. kvpress divides by the norm of the layer's input after its norm, which is
     nearly the same for all tokens; here it is the residual stream itself.
     """
 
@@ -86,15 +86,15 @@ class KVzipPlus(KVzip):
             raise ValueError("kvzip+ scores with a replay of the prompt and was given none")
         attention = head_scores(
             queries.q, queries.pos, view.k, view.pos, queries.own, scale=view.config.attn_scale,
-            softcap=view.config.attn_softcap, window=view.window, reduce="max", sinks=view.sink_logits,
-            factors=1.0 / jnp.maximum(queries.residual, _TINY),
+            softcap=view.config.attn_softcap, window=view.window, reduce="max",
+            sinks=view.sink_logits, factors=1.0 / jnp.maximum(queries.residual, _TINY),
         )  # fmt: skip
         weighed = attention * output_norms(view.v, view.o)
         return jnp.where(view.pos >= 0, reduce_group(weighed, view.k.shape[1], "max"), 0.0)
 
 
 def output_norms(v: jax.Array, o: Weight) -> jax.Array:
-    """L2 norms of the values [B, K, T, H] behind `o` [N, H, D]: float32 [B, N, T]."""
+    """L2 norms of the values [B, K, T, H] after `o` [N, H, D]: float32 [B, N, T]."""
     scale = None
     if isinstance(o, QuantizedWeight):
         o, scale = o.values, o.scale
