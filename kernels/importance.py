@@ -49,6 +49,7 @@ def head_scores(
     sinks: jax.Array | None = None,  # [N]
     slots: Slots | None = None,
     key_block: int | None = None,
+    factors: jax.Array | None = None,  # [B, M] float32, positive
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Probability of each entry under the observers, float32 [B, N, T], per query head.
@@ -57,13 +58,13 @@ def head_scores(
     observers' own keys (which get no score). Rows with position -1 do not take part in the
     reduction; `mean` divides by the number of those that do. Invisible entries score 0. `slots`,
     `sinks` and `implementation` are those of `attention.block_attention`; a given `lse` contains
-    the sinks already.
+    the sinks already. `factors` multiply the probabilities of each observer.
     """
     name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, k))
     run = _xla if name == "xla" else functools.partial(_pallas, name=name)
     return run(
         q, q_pos, k, k_pos, own, scale=scale, softcap=softcap, window=window, reduce=reduce,
-        lse=lse, sinks=sinks, slots=slots, key_block=key_block,
+        lse=lse, sinks=sinks, slots=slots, key_block=key_block, factors=factors,
     )  # fmt: skip
 
 
@@ -128,7 +129,7 @@ def _observers(q_pos: jax.Array) -> jax.Array:
 
 def _pallas(
     q, q_pos, k, k_pos, own, *, name, scale, softcap, window, reduce, lse, sinks, slots, key_block,
-    finish=None, valid=None,
+    factors=None, finish=None, valid=None,
 ):  # fmt: skip
     """Kernels on each device's rows and heads: the results of `_xla`, with `finish` applied."""
     backend = _backend(name)
@@ -143,7 +144,7 @@ def _pallas(
     valid = None if finish is None or finish.pool is None else valid
 
     def local(*shards):
-        q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid, sinks = shards
+        q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid, sinks, factors = shards
         qg = grouped(q, k.shape[1])
         places = Places(q_pos, k_pos, seen, bounds.reshape(-1), window, valid=valid)
         if lse is None:
@@ -153,13 +154,15 @@ def _pallas(
         norm = jnp.where(jnp.isfinite(norm), norm, jnp.inf)
         if reduce == "mean":
             norm += jnp.log(_observers(q_pos))[:, None, None, None]
+        if factors is not None:
+            norm -= jnp.log(factors)[:, None, None]
         scores: Any = column_scores(sums, qg, k, norm, places)
         return scores.reshape(q.shape[0], -1, k.shape[2])
 
     return per_shard(
         local,
-        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid, sinks),
-        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", "", "BKT", "N"),
+        (q, q_pos, k, k_pos, own_k, seen, lse, bounds, window, valid, sinks, factors),
+        ("BMNH", "BM", "BKTH", "BKT", "BKMH", "BMM", "BNM", "BKE", "", "BKT", "N", "BM"),
         ("BNT" if finish is None else "BKT",),
     )
 
@@ -172,7 +175,8 @@ def _with_sinks(lse: Any, sinks: jax.Array | None) -> jax.Array:
 
 
 def _xla(
-    q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, sinks, slots, key_block
+    q, q_pos, k, k_pos, own, *, scale, softcap, window, reduce, lse, sinks, slots, key_block,
+    factors=None,
 ):  # fmt: skip
     """The reference, in blocks of keys."""
     b, m, n, _ = q.shape
@@ -213,6 +217,8 @@ def _xla(
     else:
         row_lse = jnp.where(jnp.isfinite(lse), lse, jnp.inf).reshape(rows)
     # For a row that sees nothing it is +inf, so all its probabilities are exp(-inf) = 0.
+    if factors is not None:
+        row_lse -= jnp.log(factors)[:, None, None]
 
     def columns(j, scores):
         p = jnp.exp(block_logits(j) - row_lse[..., None])

@@ -22,6 +22,7 @@ class Layer:
     logits: np.ndarray  # [N, W, W] masked with -inf
     probs: np.ndarray  # [N, W, W]
     sinks: np.ndarray  # [N] -inf without sinks
+    residual: np.ndarray  # [W, D] the layer's input
 
 
 def softmax(x, axis=-1):
@@ -102,6 +103,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
     records = []
     for index in range(config.num_layers):
         p = {name: w[index] for name, w in params["layers"].items()}
+        residual = x
 
         def linear(name, x, p=p, index=index):
             weight = p[name].reshape(x.shape[-1], -1)
@@ -141,7 +143,7 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
         gated = activation(linear("gate", inner), config.activation) * linear("up", inner)
         out = linear("down", gated)
         x = x + scale * (norm(out, p["mlp_post_norm"], config) if config.post_norms else out)
-        records.append(Layer(q_plain, q, k, v, logits, probs, sinks))
+        records.append(Layer(q_plain, q, k, v, logits, probs, sinks, residual))
     return records, norm(x, params["final_norm"], config)
 
 
@@ -175,6 +177,42 @@ def snapkv(layer, length, window, kind, kernel):
     """Mean of A[i, j] over the last `window` queries i, for j before the window."""
     before = length - window
     return observed(layer, length, np.arange(before, length), before, kind, kernel)
+
+
+def query_filters(queries, kv_heads):
+    """Minus the main direction of each query head's rows [N, W, H], group mean: [K, H]."""
+    filters = []
+    for rows in queries:
+        main = np.linalg.svd(rows, full_matrices=False)[2][0]
+        filters.append(-main * np.sign(rows.mean(0) @ main))
+    return group_mean(np.array(filters), kv_heads)
+
+
+def redundancy(keys, similar):
+    """Softmax of each key's mean cosine to the others; each leaves out the latest alike."""
+    unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, 0.0)
+    for row in cosine:
+        alike = np.flatnonzero(row > similar)
+        row[alike[-1:]] = 0.0
+    return softmax(cosine.mean(0))
+
+
+def rkv(layer, length, entries, observers, window, kernel, weight, similar):
+    """weight * attention - (1 - weight) * redundancy of the entries of each KV head: [K, length].
+
+    Entries of the last `window` positions get no attention. `entries` [K][n] are positions.
+    """
+    group = len(layer.probs) // len(entries)
+    scores = np.zeros((len(entries), length))
+    for head, kept in enumerate(entries):
+        before = kept[kept < length - window]
+        seen = layer.probs[head * group : (head + 1) * group, observers][..., before].mean(1)
+        if len(before):
+            scores[head, before] = weight * np.max([pool(row, "max", kernel) for row in seen], 0)
+        scores[head, kept] -= (1 - weight) * redundancy(layer.k[head, kept], similar)
+    return scores
 
 
 def best(scores, count, first):

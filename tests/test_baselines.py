@@ -174,8 +174,8 @@ def tiny_model(config):
 
 
 @functools.cache
-def replayed(row, chunk, sinks, template):
-    """KVzip's scores of one row per layer [K, T], from whole sequences and no cache."""
+def replayed(row, chunk, sinks, template, name):
+    """Scores of kvzip or kvzip+ of one row per layer [K, T], from whole sequences and no cache."""
     tokens = rows_of(RICH)[row]
     length = len(tokens)
     scores = [np.zeros((RICH.num_kv_heads, length)) for _ in range(RICH.num_layers)]
@@ -189,14 +189,28 @@ def replayed(row, chunk, sinks, template):
         for index, layer in enumerate(layers):
             logits = np.where(seen[None, None], layer.logits[:, length:], -np.inf)
             beside = layer.sinks[:, None, None]
-            most = reference.softmax_beside(beside, logits).max(1)[:, :length]
+            probs = reference.softmax_beside(beside, logits)[..., :length]
+            if name == "kvzip+":
+                norms = np.linalg.norm(layer.residual[length:], axis=-1)
+                o = np.asarray(weights(RICH)["layers"]["o"][index], np.float64)
+                v = np.repeat(layer.v[:, :length], RICH.num_heads // RICH.num_kv_heads, axis=0)
+                added = np.linalg.norm(np.einsum("nth,nhd->ntd", v, o), axis=-1)
+                probs = probs / norms[None, :, None] * added[:, None]
+            most = probs.max(1)
             scores[index] = np.maximum(scores[index], group_max(most, RICH.num_kv_heads))
     return scores
 
 
-@pytest.mark.parametrize("allocate", ["global", pytest.param("layer", marks=pytest.mark.slow)])
-def test_kvzip_keeps_what_a_replay_looks_at(allocate):
-    policy = make_policy("kvzip", chunk="32", sinks="2", allocate=allocate)
+@pytest.mark.parametrize(
+    ("name", "allocate"),
+    [
+        ("kvzip", "global"),
+        ("kvzip+", "global"),
+        pytest.param("kvzip", "layer", marks=pytest.mark.slow),
+    ],
+)
+def test_kvzip_keeps_what_a_replay_looks_at(name, allocate):
+    policy = make_policy(name, chunk="32", sinks="2", allocate=allocate)
     template = RepeatTemplate((7, 8, 9), (10, 11), (12,))
     result = read_prompt(
         weights(RICH), tiny.batch(LENGTHS, RICH), config=RICH, policy=policy, budget=BUDGET,
@@ -206,7 +220,7 @@ def test_kvzip_keeps_what_a_replay_looks_at(allocate):
     heads, layers = RICH.num_kv_heads, RICH.num_layers
     for row, tokens in enumerate(rows_of(RICH)):
         length = len(tokens)
-        expected = replayed(row, 32, 2, template)
+        expected = replayed(row, 32, 2, template, name)
         ranked, sizes = [], []
         for index in range(layers):
             got = scores[index, row, :, :length]

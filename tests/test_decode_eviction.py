@@ -29,7 +29,10 @@ POLICIES = {
     "keydiff": {},
     "h2o": {"window": 3},
     "lookaheadkv": {"window": 2},
+    "snapkv": {"window": 3, "kernel": 3},
+    "rkv": {"window": 3, "kernel": 3, "attention": 0.4},
 }
+WINDOWS = {"h2o": 3, "lookaheadkv": 2, "snapkv": 3, "rkv": 3}  # last entries, always kept
 
 
 def eviction(name: str) -> DecodeEviction:
@@ -89,6 +92,17 @@ def scores(name, config, text, gone, kept, since):
             for layer in layers
         ]
     layers, _ = reference.run(params, config, text, gone=gone)
+    if name in ("snapkv", "rkv"):
+        last = np.arange(max(since, end - 3), end)
+        if name == "rkv":
+            return [
+                reference.rkv(layer, end, heads, last, 3, 3, 0.4, 0.5)
+                for layer, heads in zip(layers, kept, strict=True)
+            ]
+        return [
+            moving_window(layer, end, heads, last)
+            for layer, heads in zip(layers, kept, strict=True)
+        ]
     if name == "h2o":
         return [
             reference.group_mean(layer.probs[:, since:, :end].sum(1), config.num_kv_heads)
@@ -105,6 +119,16 @@ def scores(name, config, text, gone, kept, since):
             mean = unit.mean(0)
             by_head[head, entries] = -unit @ (mean / np.linalg.norm(mean))
         out.append(by_head)
+    return out
+
+
+def moving_window(layer, end, kept, last):
+    """Mean attention of the rows `last`, pooled over each head's entries before the window."""
+    out, group = np.zeros((len(kept), end)), len(layer.probs) // len(kept)
+    for head, entries in enumerate(kept):
+        before = entries[entries < end - 3]
+        mean = layer.probs[head * group : (head + 1) * group, last][..., before].mean(1)
+        out[head, before] = np.mean([reference.pool(row, "max", 3) for row in mean], axis=0)
     return out
 
 
@@ -126,8 +150,7 @@ def restate(name, config, prompt, emitted, kept, sums):
             if name == "h2o":
                 sums[layer][head][:end] += value
                 value = sums[layer][head][:end].copy()
-            pinned = {"h2o": end - 3, "lookaheadkv": end - 2}.get(name, end)
-            value[pinned:] = np.inf
+            value[end - WINDOWS.get(name, 0) :] = np.inf
             value[:2] = np.inf if name == "streaming_llm" else value[:2]
             window = config.layer_window[layer]
             entries = alive[layer][head]
@@ -148,7 +171,7 @@ CASES = [
     pytest.param(name, config, id=f"{name}-{'plain' if config is PLAIN else 'rich'}")
     for name, config in [
         ("streaming_llm", PLAIN), ("keydiff", RICH), ("h2o", RICH), ("lookaheadkv", PLAIN),
-        ("lookaheadkv", RICH),
+        ("lookaheadkv", RICH), ("snapkv", PLAIN), ("rkv", RICH),
     ]
 ]  # fmt: skip
 
@@ -180,8 +203,9 @@ def test_cuts_are_where_and_what_the_rules_say(name, config):
         ("streaming_llm", PLAIN, 8, bush),
         ("h2o", RICH, 8, bush),
         ("lookaheadkv", PLAIN, 32, perfect),
+        ("rkv", RICH, 8, bush),
     ],
-    ids=["streaming_llm", "h2o", "lookaheadkv"],
+    ids=["streaming_llm", "h2o", "lookaheadkv", "rkv"],
 )
 def test_drafts_leave_tokens_and_cuts_as_they_were(name, config, nodes, make):
     plain = undrafted(name, config)
@@ -250,10 +274,13 @@ def test_ada_cuts_while_decoding():
     assert (lengths.sum(-1) == PLAIN.num_kv_heads * np.array([[BUDGET, 5]])).all()
 
 
-@pytest.mark.parametrize("name", ["snapkv", "laq", "oracle"])
+@pytest.mark.parametrize("name", ["tova", "laq", "oracle"])
 def test_policies_that_cannot_say_so(name):
     policy = make_policy(name)
-    able = "streaming_llm, h2o, knorm, keydiff, lagkv or lookaheadkv"
+    able = (
+        "streaming_llm, h2o, snapkv, rkv, pyramidkv, ada, critical, chunkkv, layers, threshold, "
+        "knorm, keydiff, lagkv or lookaheadkv"
+    )
     named = f"{type(policy).__name__} cannot evict while decoding: use {able}"
     with pytest.raises(ValueError, match=named):
         lk.generate(model(), [[1, 2]], policy=policy, evict_every=4)

@@ -57,6 +57,19 @@ def jax_own(own):
     return None if own is None else (own[0], jnp.asarray(own[1]))
 
 
+def test_factors_multiply_the_probabilities_of_their_observers():
+    q, q_pos, k, pos, own = entries()
+    factors = np.linspace(0.5, 3.0, B * 5, dtype=np.float32).reshape(B, 5)
+    settings: dict = dict(scale=0.4, softcap=None, window=None)
+    got = head_scores(
+        q, jnp.asarray(q_pos), k, jnp.asarray(pos), jax_own(own), reduce="max", key_block=16,
+        factors=jnp.asarray(factors), **settings,
+    )  # fmt: skip
+    probs = probabilities(q, q_pos, k, pos, own, *settings.values())
+    expected = (probs * factors[:, None, :, None]).max(2)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=3 * TOLERANCE)
+
+
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
 @pytest.mark.parametrize("key_block", [64, 16, 7])
 @pytest.mark.parametrize(

@@ -136,7 +136,11 @@ def test_each_device_takes_its_rows_and_heads():
 
     def run(a, implementation):
         out, lse = attention(a, None, implementation=implementation)
-        found = scores(a, None, implementation=implementation, reduce="mean", lse=lse)
+        factors = jnp.linspace(0.5, 2.0, lse.shape[0] * lse.shape[2], dtype=jnp.float32)
+        factors = factors.reshape(lse.shape[0], lse.shape[2])
+        found = scores(
+            a, None, implementation=implementation, reduce="mean", lse=lse, factors=factors
+        )
         pooled = dict(reduce="max", pool=("max", 3), group="mean")
         return out, lse, found, finished(a, None, implementation=implementation, **pooled)
 

@@ -156,6 +156,19 @@ def test_rows_have_their_own_pins():
     np.testing.assert_array_equal(together.kept[:, 2], unpinned.kept[:, 2])
 
 
+@pytest.mark.slow
+def test_an_engine_keeps_the_pins_of_its_requests_while_decoding():
+    prompts = tiny.prompts(LENGTHS)
+    setting = dict(policy=make_policy("h2o", **CUTTING["h2o"]), budget=BUDGET, evict_every=8)
+    expected = lk.generate(model(), prompts, pin=PINS, max_new_tokens=40, **setting)
+    engine = lk.Engine(model(), rows=2, max_new_tokens=40, max_prompt_tokens=70, **setting)
+    requests = [
+        lk.Request(prompt=prompt, pin=pin, max_new_tokens=40)
+        for prompt, pin in zip(prompts, PINS, strict=True)
+    ]
+    assert [result.tokens for result in engine.run(requests)] == expected.tokens
+
+
 @pytest.mark.parametrize(
     ("pin", "message"),
     [

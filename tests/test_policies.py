@@ -165,6 +165,20 @@ CASES = {
         make_policy("snapkv", preset="nopool"),
         lambda la, n, c, i: reference.snapkv(la, n, 12, "none", 1), (12, 0), "",
     ),
+    "rkv": (
+        make_policy("rkv", window=6, kernel=3, attention=0.4),
+        lambda la, n, c, i: reference.rkv(
+            la, n, [np.arange(n)] * len(la.k), np.arange(n - 6, n), 6, 3, 0.4, 0.5
+        ),
+        (6, 0), "",
+    ),
+    "qfilter": (
+        make_policy("qfilter"),
+        lambda la, n, c, i: -np.einsum(
+            "kth,kh->kt", la.k[:, :n], reference.query_filters(la.q[:, :n], len(la.k))
+        ),
+        (0, 0), "",
+    ),
     "keydiff": (make_policy("keydiff"), lambda la, n, c, i: reference.keydiff(la, n), (0, 0), ""),
     "expected_attention": (
         make_policy("expected_attention"),

@@ -1,5 +1,6 @@
 """Prompts that are read once and continued often: the same numbers, a bounded store."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from lookahead_jax.engine.requests import Request
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.model.cache import empty_cache
 from lookahead_jax.policies.snapkv import SnapKV
-from lookahead_jax.prefilling.batching import pad_batch
+from lookahead_jax.prefilling.batching import pad_batch, pin_mask
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
@@ -44,13 +45,13 @@ def engine(model):
     return make_engine(model, prompt_store_bytes=10**8)
 
 
-def composed(model, document, question):
+def composed(model, document, question, pin=()):
     """What the public pieces make of a document and a question."""
     config = model.config
     tokens = jnp.asarray(pad_batch([document], config=config))
     read = read_prompt(
         model.params, tokens, config=config, policy=POLICY, budget=BUDGET,
-        new_tokens=QUESTION + NEW,
+        new_tokens=QUESTION + NEW, pinned=jnp.asarray(pin_mask([pin], np.asarray(tokens))),
     )  # fmt: skip
     asked = jnp.asarray(pad_batch([question], config=config))
     cache, logits = extend(model.params, asked, read.cache, config=config)
@@ -127,6 +128,21 @@ def test_one_document_many_questions(model, engine):
     assert shorter.tokens == results[0].tokens[:-1]
 
 
+def test_pinned_tokens_of_a_document_stay_and_are_a_reading_of_their_own(model, engine):
+    """`composed` gives all readings a mask of pins, as an engine does: both kept the same above."""
+    engine._store.clear()
+    before, pin = len(compilations), [(3, 8), (10, 13)]
+    asked = Request(document=DOCUMENT, prompt=ASK, max_new_tokens=NEW)
+    pinned = dataclasses.replace(asked, pin=pin)
+    results = engine.run([asked, pinned, pinned, asked])
+    assert len(compilations) == before
+    reused = [0, 0, len(DOCUMENT), len(DOCUMENT)]
+    assert [result.reused_tokens for result in results] == reused
+    plain, kept = composed(model, DOCUMENT, ASK), composed(model, DOCUMENT, ASK, pin)
+    assert plain != kept
+    assert [result.tokens for result in results] == [plain, kept, kept, plain]
+
+
 def test_documents_that_are_not_kept_are_read_again(model, engine):
     forgetful = make_engine(model)
     asked = Request(document=DOCUMENT, prompt=ASK, max_new_tokens=NEW)
@@ -155,6 +171,8 @@ def test_a_text_behind_a_document_begins_no_new_text(model, engine):
         (dict(document=[]), "empty"),
         (dict(prompt=[]), "empty"),
         (dict(document=[320]), "outside the vocabulary"),
+        (dict(pin=[(0, 13)]), "13 tokens are pinned and the budget is 12 entries per layer"),
+        (dict(pin=[(29, 31)]), r"span \(29, 31\) of row 0 is not inside its prompt of 30 tokens"),
     ],
 )
 def test_documents_have_limits(engine, change, message):

@@ -1,5 +1,6 @@
 """The server, as OpenAI's client and plain sockets see it: answers, refusals, ends."""
 
+import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.requests import Limits
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.server.prompts import make_requests
+from lookahead_jax.server.schema import ChatBody, parse_body
 from tests import tiny
 from tests.serving import NAME, Gate, running, until
 
@@ -159,6 +163,36 @@ def test_a_chat_goes_through_the_models_own_template(model, server):
     assert first.choices[0].delta.role == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_the_tokens_of_a_pinned_message_are_found(model):
+    limits = Limits(max_prompt_tokens=64, max_new_tokens=4, max_question_tokens=0)
+    said = ["abc", "", "b", " a ", "\u00e9a"]
+    for pinned in ([0], [1, 2], [3, 4], [0, 2, 4]):
+        messages = [
+            {"role": "user", "content": text} | ({"pin": True} if i in pinned else {})
+            for i, text in enumerate(said)
+        ]
+        body = parse_body(ChatBody, json.dumps(chat(messages=messages)).encode())
+        (request,) = make_requests(
+            body, max_new_tokens=4, tokenizer=model.tokenizer, limits=limits, plain=True
+        )
+        decode = model.tokenizer.decode
+        texts = [decode(request.prompt[start:end]) for start, end in request.pin]
+        assert texts == [said[i] for i in pinned if said[i]]
+
+
+def test_a_pinned_message_is_answered_and_refused_beyond_the_budget(model, server, monkeypatch):
+    body = chat(messages=[{"role": "user", "content": "abcde", "pin": True}], max_tokens=3)
+    status, content = server.send("POST", "/v1/chat/completions", body)
+    assert status == 200
+    expected = alone(model, "u:abcde;a:").text[0][:3]
+    assert content["choices"][0]["message"]["content"] == expected
+    few = dataclasses.replace(server.engine.limits, max_pinned_tokens=4)
+    monkeypatch.setattr(server.engine, "limits", few)
+    status, content = server.send("POST", "/v1/chat/completions", body)
+    assert (status, content["error"]["param"]) == (400, "messages")
+    assert "5 tokens are pinned and the budget is 4" in content["error"]["message"]
 
 
 def test_an_answer_can_be_sent_back_as_it_came(server):
@@ -325,6 +359,12 @@ WRONG = [
         chat(messages=[{"role": "assistant", "content": None}]),
         400,
         "messages.0.content",
+    ),
+    (
+        "chat/completions",
+        chat(messages=[{"role": "user", "content": "a", "pin": 1}]),
+        400,
+        "messages.0.pin",
     ),
     ("chat/completions", chat(messages=[{"role": "tool", "content": ""}]), 400, "messages.0.role"),
     (

@@ -130,7 +130,9 @@ class Method(NamedTuple):
     @property
     def speculates(self) -> bool:
         """Whether a small model is needed."""
-        return self.prune is not None or isinstance(self.policy.reading, WithDraft)
+        reading = self.policy.reading
+        drafts = isinstance(reading, WithDraft) and not reading.by_drafter
+        return self.prune is not None or drafts
 
     @property
     def budgeted(self) -> bool:

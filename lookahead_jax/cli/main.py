@@ -52,6 +52,7 @@ GROUPS = {
         "lookahead": ("train.lookahead", "Train lookahead modules for a model."),
         "study": ("train.study", "Train several sets of modules at once, for comparisons."),
         "compile": ("train.compile", "Compile the training step for TPUs and report its needs."),
+        "qfilters": ("train.qfilters", "Compute the filters of the policy qfilter from texts."),
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),
     },
     "eval": {

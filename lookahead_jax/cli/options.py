@@ -212,10 +212,9 @@ class DraftingOptions:
         `policy` is the eviction policy of a command that makes drafts for one that reads them.
         """
         import lookahead_jax as lk
-        from lookahead_jax.policies.base import WithDraft
 
         users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
-        if policy is not None and isinstance(policy.reading, WithDraft):
+        if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
@@ -249,7 +248,8 @@ class RunOptions:
     """Maximum number of tokens to generate per row."""
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens, so that memory stays constant however long the
-    text becomes. For the policies streaming_llm, knorm, keydiff, lagkv, h2o and lookaheadkv."""
+    text becomes. For the policies streaming_llm, h2o, snapkv, rkv, pyramidkv, knorm, keydiff,
+    lagkv, qfilter (with a file) and lookaheadkv, and those around them."""
     cache_dtype: CacheDtype = None
     """int8: store keys and values in eight bits. Default: the type of the weights."""
     stop: Repeated = ()
@@ -297,8 +297,6 @@ class Run(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """What `lk.generate` and `lk.search` both take, but for the sampling."""
-        from lookahead_jax.policies.base import WithDraft
-
         options, rows = self.options, [prompt.ids for prompt in self.prompts]
         return dict(
             prompts=rows,
@@ -310,9 +308,16 @@ class Run(NamedTuple):
             stop=options.stop,
             eos_ids=end_tokens(self.model, options.eos),
             seeds=[options.seed] * len(rows),
-            drafts=self.small if isinstance(self.eviction.policy.reading, WithDraft) else None,
+            drafts=self.small if _reads_small_model(self.eviction.policy) else None,
             cache_dtype=options.cache_dtype,
         )
+
+
+def _reads_small_model(policy) -> bool:
+    """Whether a small model drafts for the policy."""
+    from lookahead_jax.policies.base import WithDraft
+
+    return isinstance(policy.reading, WithDraft) and not policy.reading.by_drafter
 
 
 def end_tokens(model, tokens: tuple[str, ...]) -> list[int] | None:

@@ -51,6 +51,13 @@ class DecodeEviction:
         return isinstance(cut, CutByTokens) and cut.adds_up
 
     @property
+    def observing_tokens(self) -> int:
+        """How many of the tokens since the last cut observe at most, where tokens do."""
+        if self.adds_up:
+            return self.interval
+        return min(self.interval, self.policy.window_rows(self.budget))
+
+    @property
     def reads_modules(self) -> bool:
         """Whether lookahead modules observe at a cut."""
         return isinstance(self.policy.decode_cut, CutByModules)
@@ -111,7 +118,7 @@ def evict(
                 observer = _lookahead_rows(params, cache, modules, eviction.policy)
             case CutByTokens():
                 observer = _recent_rows(
-                    params, cache, emitted, count, config=config, interval=eviction.interval
+                    params, cache, emitted, count, config=config, number=eviction.observing_tokens
                 )
             case _:
                 observer = None
@@ -148,14 +155,14 @@ def _recent_rows(
     count: jax.Array,
     *,
     config: ModelConfig,
-    interval: int,
+    number: int,
 ) -> Block:
-    """The tokens since the last cut, as rows that see the cache alone.
+    """The last `number` tokens since the last cut, as rows that see the cache alone.
 
     The cache has not been cut since they were decoded, so they have the queries they had then.
     Prompt tokens among them are padding: prefill has counted these.
     """
-    rows = jnp.arange(-interval, 0, dtype=jnp.int32)[None]
+    rows = jnp.arange(-number, 0, dtype=jnp.int32)[None]
     at = count[:, None] - 1 + rows
     ids = jnp.take_along_axis(emitted, jnp.maximum(at, 0), axis=1)
     ids = jnp.where(at >= 0, ids, -1)

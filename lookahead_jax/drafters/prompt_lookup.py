@@ -58,12 +58,10 @@ class PromptLookup:
         self, weights: Weights, state: Texts, root: jax.Array, nodes: int
     ) -> tuple[Texts, TokenTree]:
         text = _append(state, root[:, None], jnp.ones_like(state.length)).tokens
-        begin = _continuation(text, state.length + 1, self.ngram)
-        steps = jnp.arange(min(self.tokens, nodes - 1), dtype=jnp.int32)[None]
-        at = begin[:, None] + steps
-        known = (begin >= 0)[:, None] & (at < text.shape[1])
-        drafted = jnp.take_along_axis(text, jnp.where(known, at, 0), axis=1)
-        return state, chain(root, jnp.where(known, drafted, -1), nodes)
+        drafted = continuation(
+            text, state.length + 1, ngram=self.ngram, tokens=min(self.tokens, nodes - 1)
+        )
+        return state, chain(root, drafted, nodes)
 
     def update(self, weights: Weights, state: Texts, verified: Verified) -> Texts:
         # The accepted nodes are the old root and all emitted tokens but the new root.
@@ -83,7 +81,21 @@ def _append(state: Texts, tokens: jax.Array, count: jax.Array) -> Texts:
     )
 
 
-def _continuation(text: jax.Array, length: jax.Array, longest: int) -> jax.Array:
+def continuation(
+    text: jax.Array, length: jax.Array, *, ngram: int, tokens: int, least: int = 1
+) -> jax.Array:
+    """What followed the leftmost earlier occurrence of the text's last n-gram: int32 [B, tokens].
+
+    `text` is int32 [B, S] with -1 from `length` [B] on. The longest n-gram of `least` to `ngram`
+    tokens that occurs earlier counts; without one, and past the end of the text, there is -1.
+    """
+    begin = _begin(text, length, ngram, least)
+    at = begin[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    known = (begin >= 0)[:, None] & (at < text.shape[1])
+    return jnp.where(known, jnp.take_along_axis(text, jnp.where(known, at, 0), axis=1), -1)
+
+
+def _begin(text: jax.Array, length: jax.Array, longest: int, least: int) -> jax.Array:
     """Where the text [B, S] continues after an earlier occurrence of its end: [B], -1 if none."""
     width = text.shape[1]
     index = jnp.arange(width, dtype=jnp.int32)[None]
@@ -94,5 +106,6 @@ def _continuation(text: jax.Array, length: jax.Array, longest: int) -> jax.Array
         back = jnp.pad(text, [(0, 0), (n - 1, 0)], constant_values=-1)[:, :width]
         match &= (back == wanted) & (wanted >= 0)
         earlier = match & (index < length[:, None] - 1) & (length > n)[:, None]
-        begin = jnp.where(earlier.any(1), jnp.argmax(earlier, axis=1).astype(jnp.int32) + 1, begin)
+        found = earlier.any(1) & (n >= least)
+        begin = jnp.where(found, jnp.argmax(earlier, axis=1).astype(jnp.int32) + 1, begin)
     return begin

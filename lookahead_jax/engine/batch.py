@@ -40,11 +40,13 @@ def empty_batch(
     ends: int,
     draft: Any,
     summed: bool,
+    pins: int,
     cache_dtype: CacheType | None,
 ) -> DecodeState:
     """A batch in which nothing runs, with room for `width` tokens and `ends` end tokens a row.
 
-    `summed` says that the policy adds up scores while decoding. All arrays are placed where the
+    `summed` says that the policy adds up scores while decoding, `pins` of how many positions
+    decoding knows which are pinned. All arrays are placed where the
     parameters are: an uncommitted array would compile the first steps once more.
     """
 
@@ -67,6 +69,7 @@ def empty_batch(
         finite=jnp.ones(batch, bool),
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
+        pinned=jnp.zeros((batch, pins), bool) if pins else None,
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
@@ -92,7 +95,7 @@ def insert_row(
     new = start(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
-        width=state.tokens.shape[1],
+        width=state.tokens.shape[1], pinned=request.pinned,
     )  # fmt: skip
 
     def pad(slots, empty):
@@ -132,6 +135,7 @@ class RunningBatch:
         slots: int,
         new_tokens: int,
         summed: bool,
+        pins: int,
         cache_dtype: CacheType | None = None,
     ):
         self._model = model
@@ -140,6 +144,7 @@ class RunningBatch:
         self._slots = slots
         self._new_tokens = new_tokens
         self._summed = summed
+        self._pins = pins
         self._cache_dtype: CacheType | None = cache_dtype
         self._params = for_decoding(model.params)
         self._halted: set[int] = set()
@@ -157,6 +162,7 @@ class RunningBatch:
             ends=MAX_EOS_IDS,
             draft=self._drafting.empty(),
             summed=self._summed,
+            pins=self._pins,
             cache_dtype=self._cache_dtype,
         )
 

@@ -42,6 +42,7 @@ def encode_request(
         sampling=request.sampling,
         seed=request.seed,
         eos_ids=ends,
+        pin=tuple((start, end) for start, end in request.pin),
     )
     encoded.check(limits)
     pad_batch([encoded.tokens], config=model.config)  # checks the ids

@@ -35,6 +35,7 @@ from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import bucket_length
 from lookahead_jax.prefilling.diagnosis import NonFiniteError, non_finite_error
 
@@ -103,6 +104,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             max_question_tokens=max_question_tokens,
             token_bytes=longest_token_bytes(model.tokenizer),
+            max_pinned_tokens=None if isinstance(policy, Full) else budget,
         )
         eviction = EvictionSettings(
             policy=policy, budget=budget, modules=lookahead, evict_every=evict_every,
@@ -132,6 +134,7 @@ class Engine:
         self._batch = RunningBatch(
             model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
             summed=decode_eviction is not None and decode_eviction.adds_up,
+            pins=self._reader.pins,
             cache_dtype=eviction.cache_dtype,
         )  # fmt: skip
         self._burst = burst

@@ -16,7 +16,7 @@ from lookahead_jax.engine.requests import MAX_EOS_IDS, EncodedRequest, Limits
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.model.cache import KVCache, widened
 from lookahead_jax.model.rope import span_class
-from lookahead_jax.prefilling.batching import bucket_length, pad_batch
+from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
@@ -34,6 +34,7 @@ class PrefilledRequest(NamedTuple):
     cache: KVCache
     logits: jax.Array  # [1, V] float32 after the prompt
     sums: jax.Array | None  # [L, 1, K, S] float32, see decoding.eviction.opening_sums
+    pinned: jax.Array | None  # [1, T'] bool, where decoding evicts: see `PromptReader.pins`
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
@@ -60,11 +61,16 @@ class PromptReader:
         if decode_eviction is not None:
             room = decode_eviction.room(width, new, model.config)
         largest = jax.eval_shape(
-            lambda tokens: self._prefill(tokens, 0, limits.max_question_tokens + room, ()),
+            lambda tokens, pinned: self._prefill(
+                tokens, pinned, 0, limits.max_question_tokens + room, ()
+            ),
             jax.ShapeDtypeStruct((1, width), jnp.int32),
+            jax.ShapeDtypeStruct((1, width), jnp.bool_),
         )
         self.slots: int = largest.cache.slots
         """Cache slots that a row needs for the longest prompt, its question and its output."""
+        self.pins: int = 0 if decode_eviction is None else width
+        """Positions of a row that decoding has to know the pinned ones of."""
 
     def read(self, request: EncodedRequest) -> tuple[PrefilledRequest, int]:
         """The request with its prompt read and cut, and how many tokens the store had of it.
@@ -75,13 +81,14 @@ class PromptReader:
         if request.document:
             stored, reused, prompt = self._read_behind_document(request)
         else:
-            stored, reused = self._stored(request.tokens, 0, request.eos_ids)
+            stored, reused = self._stored(request, 0)
             prompt = pad_batch([request.tokens], config=config)
         rows = sampling_rows([request.sampling], [request.seed], config.vocab_size)
         prefilled = PrefilledRequest(
             prompt=jnp.asarray(prompt),
             # Waits, so that an error belongs to this request; no room, the batch has it.
             **jax.block_until_ready(stored)._asdict(),
+            pinned=self._pinned_while_decoding(request),
             sampling=with_everything(rows),
             limit=jnp.asarray([request.max_new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),
@@ -107,8 +114,8 @@ class PromptReader:
         self, request: EncodedRequest
     ) -> tuple[StoredPrompt, int, np.ndarray]:
         """The whole prompt read, the tokens that the store had, and the prompt int32 [1, T]."""
-        document, question = request.tokens[: request.document], request.tokens[request.document :]
-        stored, reused = self._stored(document, len(question), request.eos_ids)
+        question = request.tokens[request.document :]
+        stored, reused = self._stored(request, len(question))
         asked = jnp.asarray(pad_batch([question], config=self._model.config))
         # With a row's final sizes of cache and prompt, one program inserts every question.
         cache = widened(stored.cache, slots=self.slots)
@@ -117,27 +124,43 @@ class PromptReader:
         prompt[0, : len(request.tokens)] = request.tokens
         return StoredPrompt(cache, logits, stored.sums), reused, prompt
 
-    def _stored(
-        self, tokens: Sequence[int], known_tokens: int, eos_ids: Sequence[int]
-    ) -> tuple[StoredPrompt, int]:
-        """A prompt from the store, or read now; and how many of its tokens the store had.
+    def _stored(self, request: EncodedRequest, known_tokens: int) -> tuple[StoredPrompt, int]:
+        """What is cut, from the store, or read now; and how many of its tokens the store had.
 
         `known_tokens` of a question will be read after it.
         """
         # The reading depends on all of this: RoPE on the known length, two-pass policies on end
         # tokens.
+        tokens, eos_ids = request.cut, request.eos_ids
         span = span_class(self._model.config, len(tokens) + known_tokens)
-        key = (np.asarray(tokens, np.int32).tobytes(), span, tuple(eos_ids))
+        prompt = pad_batch([tokens], config=self._model.config)
+        # Always given, so that a request with pins compiles nothing.
+        pinned = pin_mask([request.pin], prompt)
+        key = (np.asarray(tokens, np.int32).tobytes(), pinned.tobytes(), span, tuple(eos_ids))
         if (stored := self._store.get(key)) is not None:
             return stored, len(tokens)
-        prompt = jnp.asarray(pad_batch([tokens], config=self._model.config))
-        full = jax.block_until_ready(self._prefill(prompt, known_tokens, 0, eos_ids))
+        full = jax.block_until_ready(
+            self._prefill(jnp.asarray(prompt), jnp.asarray(pinned), known_tokens, 0, eos_ids)
+        )
         read = StoredPrompt(full.cache, full.logits, opening_sums(self._eviction, full))
         self._store.put(key, read)
         return read, 0
 
+    def _pinned_while_decoding(self, request: EncodedRequest) -> jax.Array | None:
+        if not self.pins:
+            return None
+        pinned = np.zeros((1, self.pins), bool)
+        for start, end in request.pin:
+            pinned[0, start:end] = True
+        return jnp.asarray(pinned)
+
     def _prefill(
-        self, tokens: jax.Array, known_tokens: int, room: int, eos_ids: Sequence[int]
+        self,
+        tokens: jax.Array,
+        pinned: jax.Array,
+        known_tokens: int,
+        room: int,
+        eos_ids: Sequence[int],
     ) -> Prefilled:
         settings = self._settings
         return read_prompt(
@@ -146,7 +169,7 @@ class PromptReader:
             modules=settings.modules, eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._eviction.adds_up,
             repeat_template=repeat_template(settings.policy, self._model.tokenizer),
-            cache_dtype=settings.cache_dtype,
+            cache_dtype=settings.cache_dtype, pinned=pinned,
         )  # fmt: skip
 
 

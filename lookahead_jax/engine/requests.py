@@ -12,6 +12,7 @@ from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.generation.output_text import FinishReason, OutputRow
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.host.panics import panics_as_errors
+from lookahead_jax.prefilling.batching import pin_mask
 
 MAX_EOS_IDS = 16  # room in every row's state; checkpoints name up to five
 SMALL_TEXT = 2**16
@@ -27,6 +28,9 @@ class Request:
     document: str | Sequence[int] | None = None
     """Read and cut on its own, as if nothing followed. The prompt is read after the entries that
     were kept and stays whole. Requests with the same document share its reading."""
+    pin: Sequence[tuple[int, int]] = ()
+    """Spans (start, end) of the document's tokens, or without one of the prompt's, that are kept
+    whatever their score, in every layer and head and while decoding. They count in the budget."""
     plain: bool = False
     """Encode control tokens that the texts spell ("<|im_end|>") as ordinary characters."""
     sampling: Sampling = GREEDY
@@ -95,6 +99,8 @@ class Limits:
     max_question_tokens: int
     token_bytes: int = 1
     """Most bytes of text that one token stands for."""
+    max_pinned_tokens: int | None = None
+    """The budget of an engine that evicts; None: no limit."""
 
     def __post_init__(self):
         least = dict(max_prompt_tokens=1, max_new_tokens=1, max_question_tokens=0)
@@ -135,6 +141,12 @@ class EncodedRequest:
     sampling: Sampling
     seed: int
     eos_ids: tuple[int, ...]
+    pin: tuple[tuple[int, int], ...] = ()  # spans of the document's tokens, or of the prompt's
+
+    @property
+    def cut(self) -> list[int]:
+        """The tokens that are read and cut: the document's, or without one all."""
+        return self.tokens[: self.document or None]
 
     def check(self, limits: Limits) -> None:
         """Raises ValueError (`TooLong`) with the limit that the request exceeds."""
@@ -153,6 +165,7 @@ class EncodedRequest:
                 f"max_question_tokens = {limits.max_question_tokens}",
                 "prompt",
             )
+        self._check_pin(limits)
         for name in ("max_new_tokens", "seed"):
             if not isinstance(value := getattr(self, name), int | np.integer):
                 raise RequestError(f"{name} must be an integer, not {value!r}", name)
@@ -167,6 +180,19 @@ class EncodedRequest:
                 f"{len(self.eos_ids)} tokens in eos_ids and stop_token_ids exceed the "
                 f"{MAX_EOS_IDS} of a row",
                 "stop_token_ids",
+            )
+
+    def _check_pin(self, limits: Limits) -> None:
+        try:
+            pinned = int(pin_mask([self.pin], np.asarray([self.cut])).sum())
+        except ValueError as error:
+            raise RequestError(str(error), "pin") from None
+        most = limits.max_pinned_tokens
+        if most is not None and pinned > most:
+            raise RequestError(
+                f"{pinned} tokens are pinned and the budget is {most} entries per layer and head: "
+                "pin less",
+                "pin",
             )
 
 

@@ -231,10 +231,13 @@ class Conversation:
         room = max(ROOM, self._continuation.max_new_tokens)
         check_memory(model, eviction, rows=1, prompt_tokens=len(ids), new_tokens=room)
         ends = self._continuation.eos_ids
+        drafts = draft_tokens(
+            eviction.policy, self._draft_model, [ids], eos_ids=ends, drafter=self._draft.drafter
+        )
         read = read_prompt(
             model.params, batch.tokens, config=model.config, policy=eviction.policy,
             budget=eviction.budget, new_tokens=room, modules=eviction.modules, eos_ids=ends,
-            draft=draft_tokens(eviction.policy, self._draft_model, [ids], eos_ids=ends),
+            draft=drafts,
             repeat_template=repeat_template(eviction.policy, model.tokenizer),
             pinned=batch.pinned,
         )  # fmt: skip

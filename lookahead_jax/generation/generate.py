@@ -89,7 +89,8 @@ def generate(
         tokens, which the text omits.
       lookahead: the modules that LookaheadKV reads.
       drafts: for policy SpecKV, answers drafted by a small model, one per prompt as token
-        ids, or the small model itself.
+        ids, or the small model itself. Policy LAQ with draft=trie takes them from `drafter` if that
+        runs on the host, and so from earlier calls.
       eos_ids: tokens that end a row, by id or content; default: the checkpoint's own.
       stop_token_ids: more such tokens. The text omits the token that ends a row.
       drafter: proposes token trees that the model verifies, for fewer steps and the same tokens: a
@@ -145,7 +146,9 @@ def generate(
         modules=lookahead,
         on_step=on_step,
     )
-    observed = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=continuation.eos_ids)
+    observed = draft_tokens(
+        eviction.policy, drafts, batch.prompts, eos_ids=continuation.eos_ids, drafter=draft.drafter
+    )
     state, ttft_s, overhead_s = open_timed(
         model, batch, continuation, eviction, drafts=observed, reader=reader, measure=measure
     )

@@ -7,17 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.device_drafter import DeviceDrafter
+from lookahead_jax.decoding.host_drafter import HostDrafter
+from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.integers import check_integer, whole_id
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.sharding import place_rows
 from lookahead_jax.modules.definition import LookaheadModules
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithDraft
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling.batching import pad_batch, pad_drafts, pin_mask
-from lookahead_jax.prompts.speculation import draft_answers
+from lookahead_jax.prompts.speculation import draft_answers, drafted_continuations
 
 DEFAULT_BUDGET = 256
 MAX_BUDGET = 2**24  # more than any prompt; sums of budgets stay within int32
@@ -159,12 +162,18 @@ def draft_tokens(
     prompts: Sequence[Sequence[int]],
     *,
     eos_ids: Sequence[int],
+    drafter: HostDrafter | DeviceDrafter | None = None,
 ) -> jax.Array | None:
     """The drafts of a policy that observes with them, int32 [B, draft tokens], -1 padded.
 
-    `drafts` are one per prompt, or the small model to make them with. None for other policies.
-    Raises ValueError unless there is one draft per prompt, of ids.
+    `drafts` are one per prompt, or the small model to make them with. Those that a drafter supplies
+    are of `drafter` if it runs on the host, or else of a trie that knows the prompt alone. None for
+    other policies. Raises ValueError unless there is one draft per prompt, of ids.
     """
+    reading = policy.reading
+    if drafts is None and isinstance(reading, WithDraft) and reading.by_drafter:
+        source = drafter if isinstance(drafter, HostDrafter) else make_drafter("trie")
+        drafts = drafted_continuations(source, prompts, tokens=reading.tokens)
     if isinstance(drafts, Model):
         drafts = draft_answers(drafts, prompts, policy=policy, eos_ids=eos_ids)
     return pad_drafts(policy, drafts, len(prompts))

@@ -11,6 +11,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.selection import count_best, largest_remainder
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
 
@@ -38,6 +39,8 @@ class Ada(PolicyWrapper):
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, Ada):
             return "it shares budgets among heads itself"
+        if isinstance(policy, Threshold):
+            return "its shares of heads would be lost; put it in front, threshold:ada"
         return super().why_not(policy)
 
     @cached_property

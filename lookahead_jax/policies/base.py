@@ -46,11 +46,13 @@ class SparsePattern:
 class WithDraft:
     """Reads the prompt once; its last tokens and a draft answer from outside, behind it, observe.
 
-    The caller supplies the draft, for example from a small model (speculation.py).
+    The caller supplies the draft, for example from a small model or a drafter (speculation.py).
     """
 
     tokens: int
     """Draft tokens that observe, at most."""
+    by_drafter: bool = False
+    """Whether a drafter that runs on the host supplies it; a row may then have none."""
     sparse: SparsePattern | None = None
     """How long prompts are read; None reads every prompt densely."""
 
@@ -59,6 +61,22 @@ class WithDraft:
         if self.sparse is None or tokens <= self.sparse.columns + self.sparse.band:
             return None
         return self.sparse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithLookup:
+    """Reads the prompt once; its last tokens and a draft found in the prompt itself observe.
+
+    The draft is what followed an earlier occurrence of the prompt's last tokens
+    (drafters/prompt_lookup.py). A row without one has no draft tokens (position -1).
+    """
+
+    tokens: int
+    """Draft tokens that observe, at most."""
+    ngram: int
+    """Most tokens of the prompt's end that are looked up."""
+    least: int
+    """Fewest tokens that must occur again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +107,7 @@ class WithReplay:
     """Whether all layers and heads of a row share one budget, or each layer has its own."""
 
 
-Reading = OnePass | WithModules | WithDraft | WithResponse | WithReplay
+Reading = OnePass | WithModules | WithDraft | WithLookup | WithResponse | WithReplay
 """How a policy reads a prompt. `prompts/read.py` has one function for each."""
 
 
@@ -103,7 +121,8 @@ class CutByTokens:
     """While decoding, evicts by what the tokens since the last cut attend to."""
 
     adds_up: bool
-    """Whether scores add up from one cut to the next (`LayerView.sums`)."""
+    """Whether scores add up from one cut to the next (`LayerView.sums`): all these tokens observe.
+    Otherwise the last `window_rows` of them do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

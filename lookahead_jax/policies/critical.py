@@ -12,6 +12,8 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
+from lookahead_jax.policies.qfilter import QFilter
+from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.policies.wrapper import PolicyWrapper
@@ -45,7 +47,7 @@ class Critical(PolicyWrapper):
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, Critical):
             return "it weighs values itself"
-        if isinstance(policy, KeyDiff | KNorm):
+        if isinstance(policy, KeyDiff | KNorm | QFilter | RKV):
             return "its scores are negative, so a large value would lower them"
         if isinstance(policy, ExpectedAttention) and policy.values == "norm":
             return "it weighs values itself; set values=none"

@@ -13,16 +13,20 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
-from lookahead_jax.policies.kvzip import KVzip
+from lookahead_jax.policies.kvzip import KVzip, KVzipPlus
 from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
+from lookahead_jax.policies.layers import Layers
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
+from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.random import Random
+from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
+from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.tova import Tova
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
@@ -33,18 +37,23 @@ POLICIES: dict[str, type[Policy]] = {
     "h2o": H2O,
     "tova": Tova,
     "snapkv": SnapKV,
+    "rkv": RKV,
     "pyramidkv": PyramidKV,
     "ada": Ada,
     "critical": Critical,
     "chunkkv": ChunkKV,
+    "layers": Layers,
+    "threshold": Threshold,
     "knorm": KNorm,
     "keydiff": KeyDiff,
     "lagkv": LagKV,
+    "qfilter": QFilter,
     "expected_attention": ExpectedAttention,
     "laq": LAQ,
     "laq++": LAQPlusPlus,
     "speckv": SpecKV,
     "kvzip": KVzip,
+    "kvzip+": KVzipPlus,
     "lookaheadkv": LookaheadKV,
     "oracle": Oracle,
 }
@@ -70,9 +79,10 @@ def make_policy(name: str, **arguments: Any) -> Policy:
     Values may be text, as on a command line (`window="16"`, `pool="none"`), or already parsed
     (None stands for "none"). `preset` names a set of fields, which other arguments override.
 
-    A policy around another (`ada`, `critical`, `chunkkv`) takes `inner`, the name of the policy it
-    wraps (default snapkv), and passes on the arguments that it does not have itself. Names in one
-    text, `critical:ada:keydiff`, are such policies around each other, outermost first.
+    A policy around another (`ada`, `critical`, `chunkkv`, `layers`, `threshold`) takes `inner`, the
+    name of the policy it wraps (default snapkv), and passes on the arguments that it does not have
+    itself. Names in one text, `critical:ada:keydiff`, are such policies around each other,
+    outermost first.
 
     Raises ValueError, listing what is possible, for an unknown name, argument or value, and for a
     policy that cannot wrap the next.

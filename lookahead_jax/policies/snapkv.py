@@ -5,7 +5,14 @@ from typing import ClassVar, Literal
 
 import jax
 
-from lookahead_jax.policies.base import Policy, protected_share, share_notice
+from lookahead_jax.kernels.reductions import Group
+from lookahead_jax.policies.base import (
+    CutByTokens,
+    DecodeCut,
+    Policy,
+    protected_share,
+    share_notice,
+)
 from lookahead_jax.policies.view import LayerView
 
 PoolName = Literal["max", "avg", "none"]
@@ -23,7 +30,8 @@ class SnapKV(Policy):
 
     Scores are their mean attention, pooled per query head, group mean. The window itself is always
     kept and counts in C; a window of C or more is reduced to C // 2. Selection is per KV head (the
-    original selects per query head on a repeated cache).
+    original selects per query head on a repeated cache). While decoding, the window moves along: at
+    a cut, the last `window` tokens that were decoded since the one before observe.
     """
 
     # Code bases differ in what they call snapkv; these are the three variants in use.
@@ -46,6 +54,10 @@ class SnapKV(Policy):
             raise ValueError(f"window={self.window} must be at least 1, because it observes")
         check_pooling(self.kernel)
 
+    @property
+    def decode_cut(self) -> DecodeCut | None:
+        return CutByTokens(adds_up=False)
+
     def notice(self, budget: int) -> str | None:
         return share_notice(self.window, self.window_rows(budget), budget)
 
@@ -53,13 +65,17 @@ class SnapKV(Policy):
         return max(1, protected_share(self.window, budget))
 
     def score(self, view: LayerView) -> jax.Array:
+        return self.window_scores(view, group="mean")
+
+    def window_scores(self, view: LayerView, *, group: Group) -> jax.Array:
+        """The mean attention of the window's queries on what comes before it, pooled."""
         if view.queries is None:
             raise ValueError("this policy scores with the last prompt queries and was given none")
         rows = view.queries.pos.shape[1]
         return view.attention_scores(
             reduce="mean",
             pool=None if self.pool == "none" else (self.pool, self.kernel),
-            group="mean",
+            group=group,
             valid=view.pos < view.length[:, None, None] - rows,
         )
 

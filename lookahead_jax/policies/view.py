@@ -25,6 +25,7 @@ class Queries(NamedTuple):
     pos: jax.Array  # [B, M] int32, -1 = no query
     own: tuple[jax.Array, jax.Array] | None  # keys [B, K, M, H], visible [B, M, M]
     lse: jax.Array | None = None  # [B, N, M] float32 of its attention logits, where known
+    residual: jax.Array | None = None  # [B, M] float32 norm of the layer's input, in a replay
 
 
 class Chunk(NamedTuple):

@@ -40,7 +40,7 @@ from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.quantization import quantize_entries
 from lookahead_jax.model.rope import rope_tables
-from lookahead_jax.policies.base import Policy, WithDraft, WithModules
+from lookahead_jax.policies.base import Policy, WithDraft, WithLookup, WithModules
 from lookahead_jax.policies.selection import Kept, budgets_of_layers, select
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import (
@@ -175,7 +175,7 @@ def prefill(
     """
     rounded_to = cache_type(cache_dtype)
     reading, padded = policy.reading, tokens.shape[1]
-    if observer is None and isinstance(reading, (WithModules, WithDraft)):
+    if observer is None and isinstance(reading, (WithModules, WithDraft, WithLookup)):
         raise ValueError(
             f"policy {type(policy).__name__} scores with rows after the prompt: give observer="
         )

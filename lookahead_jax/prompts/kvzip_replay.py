@@ -82,14 +82,15 @@ def replay_scores(
     def step(rows, inputs):
         p, _, kind = inputs
         context = cache_context(cache, kind.index, params["embed"].dtype)
+        residual = jnp.linalg.norm(rows.astype(jnp.float32), axis=-1)
         rows, queries = observe_layer(
             p, rows, block, rope, kind, context=context, lora=None, config=config
         )
         seen = _seen_by_chunk(context.pos, first, reading)
         view = LayerView.of(
             context._replace(pos=jnp.where(seen, context.pos, -1)), kind, length=cache.next_pos,
-            span=cache.rope_span, config=config, queries=queries._replace(lse=None),
-            sink_logits=p.get("sinks"),
+            span=cache.rope_span, config=config, sink_logits=p.get("sinks"), o=p["o"],
+            queries=queries._replace(lse=None, residual=residual),
         )  # fmt: skip
         return rows, policy.score(view)
 

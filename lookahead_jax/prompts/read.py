@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.decoding.step import decode
+from lookahead_jax.drafters.prompt_lookup import continuation
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
+from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import (
     OnePass,
     Policy,
     WithDraft,
+    WithLookup,
     WithModules,
     WithReplay,
     WithResponse,
@@ -96,6 +99,8 @@ def read_prompt(
             return _read_with_modules(inputs, modules)
         case WithDraft():
             return _read_with_draft(inputs, draft)
+        case WithLookup() as reading:
+            return _read_with_draft(inputs, look_up(tokens, reading))
         case WithResponse() as reading:
             return _read_with_response(inputs, reading, eos_ids)
         case WithReplay() as reading:
@@ -127,9 +132,12 @@ def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Pre
 
 def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
     if draft is None:
+        reading = inputs.policy.reading
+        given = "answers drafted by a small model"
+        if isinstance(reading, WithDraft) and reading.by_drafter:
+            given = "which only generate and chats take from a drafter (draft=prompt needs none)"
         raise ValueError(
-            f"policy {type(inputs.policy).__name__} needs a draft per prompt: give drafts=, "
-            "answers drafted by a small model"
+            f"policy {type(inputs.policy).__name__} needs a draft per prompt: give drafts=, {given}"
         )
     length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
     observer = reread(
@@ -137,6 +145,18 @@ def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
         response=draft, length=length, span=length + inputs.known_tokens, config=inputs.config,
     )  # fmt: skip
     return _read_once(inputs, observer)
+
+
+@program(static_argnames=("reading",))
+def look_up(tokens: jax.Array, reading: WithLookup) -> jax.Array:
+    """The draft that each prompt of `tokens` [B, T] holds of its answer: int32 [B, Y], -1 padded.
+
+    It is what followed an earlier occurrence of the prompt's end.
+    """
+    length = (tokens >= 0).sum(1, dtype=jnp.int32)
+    return continuation(
+        tokens, length, ngram=reading.ngram, tokens=reading.tokens, least=reading.least
+    )
 
 
 def _read_whole(inputs: _Inputs, room: int) -> Prefilled:

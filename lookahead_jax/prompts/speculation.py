@@ -5,6 +5,7 @@ model's attention. Source of both: arXiv 2506.08373 and its public code.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.kernels.common import softcap_logits, visible_by_position
 from lookahead_jax.policies.base import Policy, WithDraft
@@ -20,6 +22,9 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prompts.read import read_prompt
+
+_READING = itertools.count(-1, -1)  # numbers of a drafter's requests that do not decode
+_NODES = 8  # of a drafter's tree, for each token of the path that is taken from it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +124,35 @@ def draft_answers(
             f"{draft_model.config.vocab_size} tokens: both models must share a tokenizer"
         )
     return speculate(draft_model, rows, tokens=policy.reading.tokens, eos_ids=eos_ids).answers
+
+
+def drafted_continuations(
+    drafter: HostDrafter, rows: Sequence[Sequence[int]], *, tokens: int
+) -> list[list[int]]:
+    """The likeliest continuation of each prompt in `rows` by a drafter: at most `tokens` ids.
+
+    Of the drafter's tree it is the path of the best nodes; empty where the drafter knows none.
+    """
+    continuations = []
+    for row in rows:
+        request = next(_READING)
+        drafter.begin(request, row)
+        try:
+            draft = drafter.propose(request, _NODES * tokens, tokens)
+        finally:
+            drafter.end(request)
+        continuations.append(_best_path(draft))
+    return continuations
+
+
+def _best_path(draft: Draft) -> list[int]:
+    """From the root down, the best child of each node: the first, since the best come first."""
+    path, at = [], -1
+    for i, (token, parent) in enumerate(zip(draft.tokens, draft.parents, strict=True)):
+        if parent == at:
+            path.append(int(token))
+            at = i
+    return path
 
 
 def select_tokens(

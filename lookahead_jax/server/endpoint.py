@@ -113,7 +113,7 @@ class Endpoint:
             await call.submit(count, make)
         except ValueError as error:
             field = error.field if isinstance(error, RequestError) else "prompt"
-            if field == "prompt" and isinstance(body, ChatBody):
+            if field in ("prompt", "pin") and isinstance(body, ChatBody):
                 field = "messages"
             code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise Refused(400, str(error), param=field, code=code) from None

@@ -1,6 +1,7 @@
 """From the body of an HTTP request to requests of the engine, in token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.engine.requests import Limits, Request
@@ -16,20 +17,22 @@ def make_requests(
     With `plain`, control tokens that the client's texts spell are ordinary characters. Text is
     refused by its bytes before it is tokenized: ValueError, `TooLong` where it is too long.
     """
-    document = None
+    document, pin = None, []
     if isinstance(body, CompletionBody):
         document, prompts = _completion_ids(body, tokenizer, limits, plain)
     else:
-        ids = _chat_ids(
-            body.messages, tokenizer, limits, plain,
+        chat_ids = partial(
+            _chat_ids, tokenizer=tokenizer, limits=limits, plain=plain,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )  # fmt: skip
-        prompts = [ids]
+        prompts = [chat_ids(body.messages)]
+        pin = _pinned_spans(body.messages, prompts[0], chat_ids)
     return [
         Request(
             prompt=prompt,
             document=document,
+            pin=pin,
             max_new_tokens=max_new_tokens,
             sampling=body.sampling,
             seed=body.seed + choice,
@@ -47,7 +50,7 @@ def token_ids(
     """The ids that `make_requests` makes of the same prompt or chat; ValueError as there."""
     if body.messages is not None:
         return _chat_ids(
-            body.messages, tokenizer, limits, plain,
+            body.messages, tokenizer=tokenizer, limits=limits, plain=plain,
             add_generation_prompt=body.add_generation_prompt,
         )  # fmt: skip
     text = body.prompt or ""
@@ -75,10 +78,10 @@ def _completion_ids(
 
 def _chat_ids(
     messages: Sequence[Message],
+    *,
     tokenizer: Tokenizer,
     limits: Limits,
     plain: bool,
-    *,
     add_generation_prompt: bool,
     continue_final_message: bool = False,
 ) -> list[int]:
@@ -86,8 +89,35 @@ def _chat_ids(
     limits.check_text([message.content for message in messages], "prompt")
     with panics_as_errors("the chat cannot be tokenized"):
         return tokenizer.encode_chat(
-            [message.model_dump() for message in messages],
+            [message.model_dump(exclude={"pin"}) for message in messages],
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             plain=plain,
         )
+
+
+def _pinned_spans(
+    messages: Sequence[Message], ids: list[int], encode: Callable[[Sequence[Message]], list[int]]
+) -> list[tuple[int, int]]:
+    """The tokens of the messages that are to be pinned, in the chat's `ids`.
+
+    They are those that change when another text takes the place of a message.
+    """
+    spans = []
+    for i, message in enumerate(messages):
+        if message.pin and message.content:
+            content = message.content.strip() or message.content
+            other = next(c for c in "abc" if c not in (content[0], content[-1]))
+            changed = message.model_copy(update={"content": other})
+            others = encode([*messages[:i], changed, *messages[i + 1 :]])
+            start = _same(ids, others)
+            end = len(ids) - _same(ids[start:][::-1], others[start:][::-1])
+            if start < end:  # a template may leave a message out
+                spans.append((start, end))
+    return spans
+
+
+def _same(row: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows have in common before they differ."""
+    differ = (i for i, (a, b) in enumerate(zip(row, other, strict=False)) if a != b)
+    return next(differ, min(len(row), len(other)))

@@ -160,6 +160,8 @@ class CompletionBody(Body):
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
     content: Annotated[str, PlainValidator(_content)]
+    pin: bool = False
+    """Not OpenAI's: keep this message in the cache, whatever its score."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
