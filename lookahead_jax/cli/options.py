@@ -156,7 +156,7 @@ class EvictionOptions:
         """
         import lookahead_jax as lk
         from lookahead_jax.modules.shipped import shipped_modules
-        from lookahead_jax.policies.base import WithDraft, WithModules
+        from lookahead_jax.policies.base import WithModules
 
         if self.budget < 1:
             raise ValueError(f"--budget must be at least 1, not {self.budget}")
@@ -172,7 +172,7 @@ class EvictionOptions:
         if name == "lookaheadkv" and shipped is not None:
             settings = {**shipped.settings, **settings}
         policy = lk.make_policy(name, **settings)
-        if isinstance(policy.reading, WithDraft) and not with_drafts:
+        if _reads_small_model(policy) and not with_drafts:
             raise UsageError(
                 f"--policy {name} reads a draft of the answer, which this command does not make: "
                 "use lookahead generate or lookahead inspect, or choose another policy"
