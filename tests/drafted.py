@@ -16,7 +16,7 @@ import numpy as np
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
-from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
 from lookahead_jax.decoding.step import PLAIN, decode_step, seen_tokens, start
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.policies.full import Full
@@ -32,9 +32,9 @@ POLICIES = {"full": (Full(), 1), "snapkv": (SnapKV(window=4, pool="avg", kernel=
 SETTINGS = [
     GREEDY,
     Sampling(temperature=1.3),
-    Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
-    Sampling(temperature=0.8, repetition_penalty=1.3),
-    Sampling(repetition_penalty=2.0),
+    Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02, frequency_penalty=0.7),
+    Sampling(temperature=0.8, repetition_penalty=1.3, logit_bias={7: -100, 8: 3.5, 9: 4.0}),
+    Sampling(repetition_penalty=2.0, presence_penalty=1.5, frequency_penalty=-0.2),
     Sampling(temperature=1.1, top_p=0.8, repetition_penalty=1.2),
     GREEDY,
     Sampling(temperature=2.0, min_p=0.1),
@@ -69,9 +69,8 @@ def opened_all(policy: str, eos: tuple[int, ...]):
     )  # fmt: skip
     state = start(
         result.cache, result.logits,
-        sampling=dataclasses.replace(
-            sampling_rows([SETTINGS[r] for r in rows], [7 + r for r in rows], model.vocab_size),
-            sampled=True, filtered=True, penalized=True,  # one program for every batch
+        sampling=with_everything(  # one program for every batch
+            sampling_rows([SETTINGS[r] for r in rows], [7 + r for r in rows], model.vocab_size)
         ),
         limit=jnp.asarray([LIMITS[r] for r in rows], jnp.int32),
         eos=jnp.asarray(eos or (-2, -2), jnp.int32),

@@ -25,6 +25,7 @@ from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,
     SamplingRows,
+    TextSoFar,
     choose_tokens,
     process_logits,
     sampling_rows,
@@ -53,6 +54,7 @@ class DecodeState:
     done: jax.Array  # [B] bool
     eos: jax.Array  # [B, E] int32 tokens that end a row, -1 = none
     seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
+    counts: jax.Array | None  # [B, V] int32 how often the output has each token, likewise
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
     reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
@@ -88,10 +90,13 @@ def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeSta
     rows = jnp.arange(emitted.shape[0])[:, None]
     step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     at = jnp.where(step < count[:, None], state.count[:, None] + step, state.tokens.shape[1])
-    seen = state.seen
+    seen, counts = state.seen, state.counts
     if seen is not None:
         ids = jnp.where(step < count[:, None], emitted, seen.shape[1])
         seen = seen.at[rows, ids].set(True, mode="drop")
+    if counts is not None:
+        ids = jnp.where(step < count[:, None], emitted, counts.shape[1])
+        counts = counts.at[rows, ids].add(1, mode="drop")
     last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
     total = state.count + count
     ended = (last == state.eos).any(1) | (total >= state.limit)
@@ -102,23 +107,17 @@ def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeSta
         count=total,
         done=state.done | (ended & (count > 0)),
         seen=seen,
+        counts=counts,
     )
 
 
-def _seen_on_path(state: DecodeState, tree: TokenTree, laid: Layout) -> jax.Array | None:
-    """Tokens of the text so far [B, P, V], those on the way to each node included."""
-    if state.seen is None or tree.tokens.shape[1] == 1:
-        return None if state.seen is None else state.seen[:, None]
-    batch, width = tree.tokens.shape
-    every = jnp.broadcast_to(state.seen[:, None], (batch, width, state.seen.shape[1]))
-    bi, ni = jnp.arange(batch)[:, None, None], jnp.arange(width)[None, :, None]
-    ids = jnp.where(laid.ancestors & laid.valid[:, None], tree.tokens[:, None], every.shape[2])
-    return jax.lax.cond(
-        (state.sampling.penalty != 1.0).any(),
-        lambda every: every.at[bi, ni, ids].set(True, mode="drop"),
-        lambda every: every,
-        every,
-    )
+def _text_so_far(state: DecodeState, tree: TokenTree, laid: Layout) -> TextSoFar:
+    """What the penalties of a tree's nodes look at."""
+    if tree.tokens.shape[1] == 1:
+        return TextSoFar(state.seen, state.counts)
+    on_path = laid.ancestors & laid.valid[:, None]
+    path = jnp.where(on_path, tree.tokens[:, None], -1)[..., 1:]
+    return TextSoFar(state.seen, state.counts, path)
 
 
 @partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
@@ -143,7 +142,7 @@ def start(
     evicted during decoding, `pinned` the prompt positions that this eviction keeps. The cache is
     donated.
     """
-    batch = logits.shape[0]
+    batch, vocab = logits.shape
     finite = jnp.isfinite(logits).all(-1)
     state = DecodeState(
         cache=cache,
@@ -154,6 +153,7 @@ def start(
         done=(limit <= 0) | ~finite,
         eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
         seen=seen if sampling.penalized else None,
+        counts=jnp.zeros((batch, vocab), jnp.int32) if sampling.counted else None,
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
@@ -162,9 +162,7 @@ def start(
         sums=sums,
         pinned=pinned,
     )
-    processed = process_logits(
-        logits[:, None], None if state.seen is None else state.seen[:, None], sampling
-    )
+    processed = process_logits(logits[:, None], TextSoFar(state.seen, state.counts), sampling)
     token = choose_tokens(processed, cache.next_pos[:, None], sampling)
     return _emit(state, token, (~state.done).astype(jnp.int32))
 
@@ -224,7 +222,7 @@ def _step(
     visible = None if nodes == 1 else laid.ancestors
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
-    processed = process_logits(raw, _seen_on_path(state, tree, laid), state.sampling)
+    processed = process_logits(raw, _text_so_far(state, tree, laid), state.sampling)
     if drawn is None:
         accepted = accept(
             tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)

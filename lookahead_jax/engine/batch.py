@@ -19,11 +19,11 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
 from lookahead_jax.decoding.draft_programs import check_devices
 from lookahead_jax.decoding.drafted import Drafting
-from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
+from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.decoding.weights import for_decoding
-from lookahead_jax.engine.prompt_reader import PrefilledRequest, with_everything
+from lookahead_jax.engine.prompt_reader import PrefilledRequest
 from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.model.cache import CacheType, empty_cache
 from lookahead_jax.model.config import ModelConfig
@@ -61,6 +61,7 @@ def empty_batch(
         done=jnp.ones(batch, bool),
         eos=jnp.full((batch, ends), -1, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),
+        counts=jnp.zeros((batch, config.vocab_size), jnp.int32),
         sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
