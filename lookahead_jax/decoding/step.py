@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lookahead_jax.decoding.acceptance import accept_drawn
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
 from lookahead_jax.decoding.eviction import DecodeEviction, evict
+from lookahead_jax.decoding.logprobs import LogprobRecord, measure, written
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,
@@ -62,6 +63,7 @@ class DecodeState:
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
     pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
+    logprobs: LogprobRecord | None = None
 
 
 class Decoded(NamedTuple):
@@ -85,8 +87,9 @@ def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
 
 
-def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeState:
-    """Appends the first `count` [B] of the tokens [B, P] to each row; only the last may end it."""
+def _emit(state: DecodeState, accepted: Accepted, raw: jax.Array) -> DecodeState:
+    """Appends the accepted tokens to each row; only the last may end it. `raw` logits [B, P, V]."""
+    emitted, count = accepted.emitted, accepted.count
     rows = jnp.arange(emitted.shape[0])[:, None]
     step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     at = jnp.where(step < count[:, None], state.count[:, None] + step, state.tokens.shape[1])
@@ -97,6 +100,9 @@ def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeSta
     if counts is not None:
         ids = jnp.where(step < count[:, None], emitted, counts.shape[1])
         counts = counts.at[rows, ids].add(1, mode="drop")
+    logprobs = state.logprobs
+    if logprobs is not None:
+        logprobs = written(logprobs, measure(logprobs, raw, accepted), at)
     last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
     total = state.count + count
     ended = (last == state.eos).any(1) | (total >= state.limit)
@@ -108,6 +114,7 @@ def _emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeSta
         done=state.done | (ended & (count > 0)),
         seen=seen,
         counts=counts,
+        logprobs=logprobs,
     )
 
 
@@ -133,14 +140,15 @@ def start(
     draft: Any = (),
     sums: Float[Array, "L B K S"] | None = None,
     pinned: Bool[Array, "B T"] | None = None,
+    logprobs: LogprobRecord | None = None,
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
     static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
     of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
-    evicted during decoding, `pinned` the prompt positions that this eviction keeps. The cache is
-    donated.
+    evicted during decoding, `pinned` the prompt positions that this eviction keeps, `logprobs` an
+    empty record if any row may ask for log-probabilities. The cache is donated.
     """
     batch, vocab = logits.shape
     finite = jnp.isfinite(logits).all(-1)
@@ -161,10 +169,12 @@ def start(
         draft=draft,
         sums=sums,
         pinned=pinned,
+        logprobs=logprobs,
     )
     processed = process_logits(logits[:, None], TextSoFar(state.seen, state.counts), sampling)
     token = choose_tokens(processed, cache.next_pos[:, None], sampling)
-    return _emit(state, token, (~state.done).astype(jnp.int32))
+    first = Accepted(jnp.zeros_like(token), (~state.done).astype(jnp.int32), token)
+    return _emit(state, first, logits[:, None])
 
 
 def _reached(accepted: Accepted) -> jax.Array:
@@ -246,7 +256,7 @@ def _step(
         finite=state.finite & finite,
         done=state.done | ~finite,
     )
-    state = _emit(state, accepted.emitted, accepted.count)
+    state = _emit(state, accepted, raw)
     entries = Entries(
         out.k, out.v, positions, accepted.path, accepted.count, out.k_scale, out.v_scale
     )

@@ -19,6 +19,13 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
 from lookahead_jax.decoding.draft_programs import check_devices
 from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.logprobs import (
+    MAX_ALTERNATIVES,
+    LogprobRecord,
+    Logprobs,
+    empty_record,
+    on_host,
+)
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
@@ -68,6 +75,7 @@ def empty_batch(
         finite=jnp.ones(batch, bool),
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
+        logprobs=_no_logprobs(jnp.zeros(batch, bool), width, config),
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
@@ -94,6 +102,7 @@ def insert_row(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
         width=state.tokens.shape[1],
+        logprobs=_no_logprobs(request.with_logprobs, state.tokens.shape[1], config),
     )  # fmt: skip
 
     def pad(slots, empty):
@@ -119,6 +128,12 @@ def insert_row(
     )
     draft = drafter.begin(weights, state.draft, row[None], request.prompt)
     return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
+
+
+def _no_logprobs(asked: jax.Array, width: int, config: ModelConfig) -> LogprobRecord:
+    """A record for rows of which those in `asked` [B] want log-probabilities."""
+    most = min(MAX_ALTERNATIVES, config.vocab_size)
+    return empty_record(asked, width=width, alternatives=most)
 
 
 class RunningBatch:
@@ -206,8 +221,15 @@ class RunningBatch:
         )
         return tokens, count, done, lengths.sum(1), finite
 
+    def logprobs(self, row: int) -> Logprobs:
+        """Log-probabilities of a row that asked for them, for all places of its tokens."""
+        if self._state.logprobs is None:
+            raise ValueError("the batch has no record of log-probabilities")
+        return on_host(self._state.logprobs, row)
+
     def warm_up(self, requests: Iterable[PrefilledRequest], steps: int) -> None:
         """Compiles what requests like these need. Only while nothing runs."""
         for request in requests:
             self.insert(0, request._replace(limit=jnp.zeros(1, jnp.int32)))
+        self.logprobs(0)
         self._state = self._drafting.warm_up(self._params, self._state, steps)

@@ -36,6 +36,7 @@ class PrefilledRequest(NamedTuple):
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
+    with_logprobs: jax.Array  # [1] bool
 
 
 class PromptReader:
@@ -84,6 +85,7 @@ class PromptReader:
             sampling=with_everything(rows),
             limit=jnp.asarray([request.max_new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),
+            with_logprobs=jnp.asarray([request.logprobs is not None]),
         )
         return prefilled, reused
 
