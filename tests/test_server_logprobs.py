@@ -9,7 +9,7 @@ from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.generation.generate import generate
 from tests import tiny
-from tests.serving import NAME, running
+from tests.serving import running
 from tests.test_server import BUDGET, NEW, POLICY, TEMPLATE, WARM, chat, fields, make_engine
 
 TOP = 5
@@ -87,7 +87,7 @@ def test_streams_have_the_same_log_probabilities(server):
 
 
 def test_a_completions_log_probabilities_name_the_places_of_its_tokens(server, expected):
-    tokens, text, logprobs = expected[1]
+    _, text, logprobs = expected[1]
     body = fields(prompt="stream me", logprobs=3, stop=text[20:22], **ASKED)
     choice = server.send("POST", "/v1/completions", body)[1]["choices"][0]
     given = choice["logprobs"]
@@ -119,7 +119,7 @@ def test_who_does_not_ask_gets_none_and_nothing_is_fetched_for_it(server, monkey
 
 def test_a_bias_forces_a_token_and_leaves_its_log_probability(server):
     body = fields(logit_bias={"65": 100}, max_tokens=6, logprobs=0)
-    status, content = server.send("POST", "/v1/completions", body)
+    content = server.send("POST", "/v1/completions", body)[1]
     token = content["choices"][0]["logprobs"]["tokens"][0]
     assert content["choices"][0]["text"] == token * 6
     assert content["choices"][0]["logprobs"]["token_logprobs"][0] < -1  # the model's own

@@ -75,9 +75,7 @@ def empty_record(asked: Bool[Array, " B"], *, width: int, alternatives: int) -> 
     )
 
 
-def measure(
-    record: LogprobRecord, raw: Float[Array, "B P V"], accepted: Accepted
-) -> Measured:
+def measure(record: LogprobRecord, raw: Float[Array, "B P V"], accepted: Accepted) -> Measured:
     """Log-probabilities of the tokens that a step emits; computed only if some row asks.
 
     `raw` are the model's logits at each node of the step. Each emitted token was chosen at its node
@@ -108,9 +106,7 @@ def measure(
     return jax.lax.cond(record.asked.any(), of_tokens, nothing, raw)
 
 
-def written(
-    record: LogprobRecord, measured: Measured, at: Int[Array, "B P"]
-) -> LogprobRecord:
+def written(record: LogprobRecord, measured: Measured, at: Int[Array, "B P"]) -> LogprobRecord:
     """The record with a step's tokens in the places `at`; those beyond its room are dropped."""
     rows = jnp.arange(at.shape[0])[:, None]
     at = jnp.where(record.asked[:, None], at, record.chosen.shape[1])

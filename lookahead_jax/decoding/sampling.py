@@ -237,9 +237,7 @@ def _penalize_counts(logits: jax.Array, text: TextSoFar, rows: SamplingRows) -> 
     return logits - jnp.where(counts > 0, presence, 0.0)
 
 
-def _on_paths(
-    table: Any, path: jax.Array | None, update: Callable[[Any], jax.Array]
-) -> jax.Array:
+def _on_paths(table: Any, path: jax.Array | None, update: Callable[[Any], jax.Array]) -> jax.Array:
     """A row's `table` [B, V] at each of its nodes [B, P, V], updated at the tokens of its path."""
     if path is None:
         return table[:, None]

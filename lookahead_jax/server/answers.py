@@ -42,7 +42,9 @@ class Answer:
     def piece(self, index: int, event: Event) -> dict[str, Any]:
         """The chunk with more text of one choice, and the log-probabilities of its tokens."""
         text = event.text
-        return self._chunk(index, delta={"content": text}, text=text, logprobs=self._logprobs(event))
+        return self._chunk(
+            index, delta={"content": text}, text=text, logprobs=self._logprobs(event)
+        )
 
     def end(self, index: int, result: Result) -> dict[str, Any]:
         """The last chunk of one choice."""

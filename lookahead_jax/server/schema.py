@@ -80,7 +80,9 @@ def _bias(value: Any) -> dict[int, float]:
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
             raise ValueError(f"{token!r} is not a token id")
         if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:
-            raise ValueError(f"the bias of token {token} must be from {-MAX_BIAS:g} to {MAX_BIAS:g}")
+            raise ValueError(
+                f"the bias of token {token} must be from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+            )
     return {int(token): float(bias) for token, bias in value.items()}
 
 
