@@ -192,7 +192,7 @@ def test_state_is_donated():
 
 
 def reference_distribution(row, prompt, output, s: Sampling):
-    """Processed probabilities of one row behind a prompt and an output, in float64."""
+    """Processed probabilities of one row after a prompt and an output, in float64."""
     row = row.astype(np.float64).copy()
     for t, bias in s.logit_bias.items():
         row[t] += bias

@@ -75,7 +75,7 @@ def empty_batch(
         finite=jnp.ones(batch, bool),
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
-        logprobs=_no_logprobs(jnp.zeros(batch, bool), width, config),
+        logprobs=_logprob_record(jnp.zeros(batch, bool), width, config),
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
@@ -102,7 +102,7 @@ def insert_row(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
         width=state.tokens.shape[1],
-        logprobs=_no_logprobs(request.with_logprobs, state.tokens.shape[1], config),
+        logprobs=_logprob_record(request.with_logprobs, state.tokens.shape[1], config),
     )  # fmt: skip
 
     def pad(slots, empty):
@@ -130,7 +130,7 @@ def insert_row(
     return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
 
 
-def _no_logprobs(asked: jax.Array, width: int, config: ModelConfig) -> LogprobRecord:
+def _logprob_record(asked: jax.Array, width: int, config: ModelConfig) -> LogprobRecord:
     """A record for rows of which those in `asked` [B] want log-probabilities."""
     most = min(MAX_ALTERNATIVES, config.vocab_size)
     return empty_record(asked, width=width, alternatives=most)
