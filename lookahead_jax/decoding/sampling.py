@@ -27,8 +27,8 @@ class Sampling:
     """How one request chooses tokens. Temperature 0 is greedy.
 
     What acts, in this order: logit bias, repetition penalty, frequency and presence penalty,
-    temperature, top-k, top-p, min-p. Bias, frequency and presence penalty mean what they mean in
-    OpenAI's API, the others what they mean in transformers; the order is that of vLLM.
+    temperature, top-k, top-p, min-p. Bias, frequency and presence penalty have the meaning of
+    OpenAI's API and the order of vLLM; the others have meaning and order of transformers.
     Raises ValueError for a value out of its range.
     """
 
