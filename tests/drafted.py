@@ -16,7 +16,8 @@ import numpy as np
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
-from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.logprobs import empty_record
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
 from lookahead_jax.decoding.step import PLAIN, decode_step, seen_tokens, start
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.policies.full import Full
@@ -32,13 +33,14 @@ POLICIES = {"full": (Full(), 1), "snapkv": (SnapKV(window=4, pool="avg", kernel=
 SETTINGS = [
     GREEDY,
     Sampling(temperature=1.3),
-    Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
-    Sampling(temperature=0.8, repetition_penalty=1.3),
-    Sampling(repetition_penalty=2.0),
+    Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02, frequency_penalty=0.7),
+    Sampling(temperature=0.8, repetition_penalty=1.3, logit_bias={7: -100, 8: 3.5, 9: 4.0}),
+    Sampling(repetition_penalty=2.0, presence_penalty=1.5, frequency_penalty=-0.2),
     Sampling(temperature=1.1, top_p=0.8, repetition_penalty=1.2),
     GREEDY,
     Sampling(temperature=2.0, min_p=0.1),
 ]
+ASKED = [True, False, True, True, True, True, True, False]  # rows with log-probabilities
 LIMITS = [24, 24, 5, 24, 24, 17, 1, 24]
 BATCHES = {8: range(8), 3: (3, 1, 2), 1: (5,)}  # rows of the tables above
 TOLERANCE = 2e-5  # float32 sums in another order, see tests/test_prefill.py
@@ -69,14 +71,14 @@ def opened_all(policy: str, eos: tuple[int, ...]):
     )  # fmt: skip
     state = start(
         result.cache, result.logits,
-        sampling=dataclasses.replace(
-            sampling_rows([SETTINGS[r] for r in rows], [7 + r for r in rows], model.vocab_size),
-            sampled=True, filtered=True, penalized=True,  # one program for every batch
+        sampling=with_everything(  # one program for every batch
+            sampling_rows([SETTINGS[r] for r in rows], [7 + r for r in rows], model.vocab_size)
         ),
         limit=jnp.asarray([LIMITS[r] for r in rows], jnp.int32),
         eos=jnp.asarray(eos or (-2, -2), jnp.int32),
         seen=seen_tokens(tokens, model.vocab_size),
         width=NEW,
+        logprobs=empty_record(jnp.asarray(ASKED), width=NEW, alternatives=4),
     )  # fmt: skip
     return jax.tree.map(np.asarray, (state, tokens))
 
@@ -100,9 +102,14 @@ def entries(cache, row: int):
     return pos, k, v, int(cache.next_pos[row])
 
 
-@functools.cache
 def undrafted(policy: str, eos=()):
     """Step by step: tokens of each row, and what its cache held after every step."""
+    return undrafted_with_logprobs(policy, eos)[:2]
+
+
+@functools.cache
+def undrafted_with_logprobs(policy: str, eos=()):
+    """As `undrafted`, and the log-probabilities of all tokens."""
     state, _ = opened(policy, range(8), eos)
     snapshots = [{1: entries(state.cache, row)} for row in range(8)]
     while not np.asarray(state.done).all():
@@ -117,7 +124,7 @@ def undrafted(policy: str, eos=()):
         row[:n].tolist()
         for row, n in zip(np.asarray(state.tokens), np.asarray(state.count), strict=True)
     ]
-    return texts, snapshots
+    return texts, snapshots, jax.tree.map(np.asarray, state.logprobs)
 
 
 @functools.cache
@@ -227,7 +234,7 @@ def run(drafter, policy, batch, nodes, ended=False, poison=False):
     """Decodes with a drafter, checked after every step; the state and the rows without a tie."""
     model, rows = tiny.config(), BATCHES[batch]
     eos = ends(policy) if ended else ()
-    texts, snapshots = undrafted(policy, eos)
+    texts, snapshots, expected = undrafted_with_logprobs(policy, eos)
     state, tokens = opened(policy, rows, eos)
     drafting = Drafting(drafter, nodes, config=model, batch=batch, room=64 + NEW)
     state = drafting.begin(state, [PROMPTS[r] for r in rows], tokens)
@@ -252,8 +259,27 @@ def run(drafter, policy, batch, nodes, ended=False, poison=False):
     assert [int(n) for r, n in zip(rows, count, strict=True) if r in same] == [
         len(texts[r]) for r in rows if r in same
     ]
+    assert_same_logprobs(state.logprobs, expected, {i: r for i, r in enumerate(rows) if r in same})
     drafting.end(state)
     return state, same
+
+
+def assert_same_logprobs(mine, theirs, rows):
+    """Row i of `mine` is row rows[i] of `theirs`, and empty unless it asked.
+
+    The tolerance is that of logits of about 20, relative as for entries, for a difference of two.
+    """
+    for i, r in rows.items():
+        np.testing.assert_array_equal(np.asarray(mine.chosen[i]) != 0, theirs.chosen[r] != 0)
+        assert (np.asarray(mine.chosen[i]) != 0).any() == ASKED[r]
+        np.testing.assert_allclose(mine.chosen[i], theirs.chosen[r], rtol=0, atol=1e-3)
+        np.testing.assert_allclose(mine.top[i], theirs.top[r], rtol=0, atol=1e-3)
+        gaps = -np.diff(theirs.top[r], axis=-1)
+        clear = np.pad(gaps > 2e-3, ((0, 0), (1, 1)), constant_values=True)
+        clear = clear[:, :-1] & clear[:, 1:]
+        np.testing.assert_array_equal(
+            np.where(clear, mine.top_ids[i], -1), np.where(clear, theirs.top_ids[r], -1)
+        )
 
 
 def assert_same_entries(mine, theirs):

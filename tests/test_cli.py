@@ -15,9 +15,15 @@ import pytest
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.cli.main import GROUPS, main
-from lookahead_jax.cli.options import EvictionOptions, ModelOptions, PromptOptions
+from lookahead_jax.cli.options import (
+    EvictionOptions,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+)
 from lookahead_jax.cli.summaries import policy_summaries
 from lookahead_jax.drafters.registry import DRAFTERS
+from lookahead_jax.host.config_files import UsageError
 from lookahead_jax.host.files import atomic_path, atomic_write
 from lookahead_jax.host.memory import free_bytes
 from lookahead_jax.policies.registry import POLICIES
@@ -79,6 +85,21 @@ def test_the_policy_left_out_is_lookaheadkv_where_there_are_modules(tmp_path):
     )
     plain = EvictionOptions(policy_arg=("pool=none", "window=0"))
     assert plain.resolve(smollm2).policy == lk.make_policy("lookaheadkv")
+
+
+def test_sampling_options_are_those_of_generate():
+    options = SamplingOptions(
+        temperature=0.5,
+        presence_penalty=0.3,
+        frequency_penalty=-0.2,
+        logit_bias=("7=-100", "8=1.5"),
+    )
+    assert options.make() == lk.Sampling(
+        temperature=0.5, presence_penalty=0.3, frequency_penalty=-0.2, logit_bias={7: -100, 8: 1.5}
+    )
+    for wrong in ("7", "a=1", "7=b", "1.5=1"):
+        with pytest.raises(UsageError, match="--logit-bias takes ID=BIAS"):
+            SamplingOptions(logit_bias=(wrong,)).make()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

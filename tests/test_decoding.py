@@ -8,9 +8,11 @@ import pytest
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,
+    TextSoFar,
     choose_tokens,
     process_logits,
     sampling_rows,
+    with_everything,
 )
 from lookahead_jax.decoding.step import DecodeState, decode, decode_burst, seen_tokens, start
 from lookahead_jax.decoding.weights import for_decoding
@@ -189,12 +191,15 @@ def test_state_is_donated():
     assert state.cache.k.is_deleted()
 
 
-def reference_distribution(row, seen, s: Sampling):
-    """Processed probabilities of one row, token by token, in float64."""
+def reference_distribution(row, prompt, output, s: Sampling):
+    """Processed probabilities of one row after a prompt and an output, in float64."""
     row = row.astype(np.float64).copy()
-    if s.repetition_penalty != 1.0:
-        for t in np.flatnonzero(seen):
-            row[t] = row[t] / s.repetition_penalty if row[t] > 0 else row[t] * s.repetition_penalty
+    for t, bias in s.logit_bias.items():
+        row[t] += bias
+    for t in set(prompt) | set(output):
+        row[t] = row[t] / s.repetition_penalty if row[t] > 0 else row[t] * s.repetition_penalty
+    for t in set(output):  # the formula of OpenAI's documentation
+        row[t] -= output.count(t) * s.frequency_penalty + float(t in output) * s.presence_penalty
     row /= s.temperature
     keep = np.ones(len(row), bool)
     if s.top_k is not None:
@@ -224,21 +229,40 @@ def reference_distribution(row, seen, s: Sampling):
         Sampling(temperature=1.0, top_p=0.01),
         Sampling(temperature=1.2, min_p=0.1),
         Sampling(temperature=0.9, top_k=30, top_p=0.8, min_p=0.05, repetition_penalty=1.4),
+        Sampling(temperature=1.0, presence_penalty=1.5),
+        Sampling(temperature=1.0, frequency_penalty=-0.4),
+        Sampling(temperature=1.0, logit_bias={3: -100, 49: 100, 0: 1.5}),
+        Sampling(
+            temperature=0.8, top_k=30, repetition_penalty=1.4, presence_penalty=-0.3,
+            frequency_penalty=0.6, logit_bias={7: 4, 8: -2.5},
+        ),
     ],
-)
-def test_processors_match_a_restatement(settings):
+)  # fmt: skip
+def test_processors_match_a_restatement_on_each_nodes_own_path(settings):
+    """Three rows with trees of three nodes: the root, and two ways of one and of three tokens."""
     rng = np.random.default_rng(0)
-    row = rng.normal(0, 2, (3, 2, 50)).astype(np.float32)
-    seen = rng.random((3, 2, 50)) < 0.3
+    row = rng.normal(0, 2, (3, 3, 50)).astype(np.float32)
+    prompts, outputs = rng.integers(0, 50, (3, 12)), rng.integers(0, 9, (3, 8))
+    path = rng.integers(0, 9, (3, 3, 3))
+    path[:, 0], path[:, 1, 1:] = -1, -1
+    counts = np.stack([np.bincount(output, minlength=50) for output in outputs])
+    text = TextSoFar(
+        seen_tokens(jnp.asarray(np.hstack([prompts, outputs]), jnp.int32), 50),
+        jnp.asarray(counts, jnp.int32),
+        jnp.asarray(path, jnp.int32),
+    )
     rows = sampling_rows([settings] * 3, [0, 1, 2], 50)
-    out = np.asarray(process_logits(jnp.asarray(row), jnp.asarray(seen), rows))
+    out = np.asarray(process_logits(jnp.asarray(row), text, rows))
     p = np.exp(out - out.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
+    outs = [[[*outputs[b], *path[b, i][path[b, i] >= 0]] for i in range(3)] for b in range(3)]
     expected = np.array(
-        [[reference_distribution(row[b, i], seen[b, i], settings) for i in range(2)]
+        [[reference_distribution(row[b, i], prompts[b], outs[b][i], settings) for i in range(3)]
          for b in range(3)]
     )  # fmt: skip
-    np.testing.assert_array_equal(p > 0, expected > 0)
+    every = np.asarray(process_logits(jnp.asarray(row), text, with_everything(rows)))
+    np.testing.assert_array_equal(every, out)  # the engine's program does the same
+    np.testing.assert_array_equal(out > -np.inf, expected > 0)
     np.testing.assert_allclose(p, expected, rtol=1e-4, atol=1e-7)
 
 
@@ -265,8 +289,20 @@ def test_choice_follows_the_distribution():
         dict(top_p=1.5),
         dict(min_p=2.0),
         dict(repetition_penalty=0.0),
+        dict(presence_penalty=float("inf")),
+        dict(frequency_penalty=float("nan")),
+        dict(logit_bias={1: 101}),
+        dict(logit_bias={-1: 1}),
+        dict(logit_bias={0.5: 1}),
+        dict(logit_bias={1: float("nan")}),
+        dict(logit_bias=dict.fromkeys(range(301), 1)),
     ],
 )
 def test_bad_settings_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+def test_a_bias_needs_a_token_of_the_model():
+    with pytest.raises(ValueError, match=r"logit_bias names token 97; .* 0 to 96"):
+        sampling_rows([Sampling(logit_bias={97: 1})], [0], 97)

@@ -14,7 +14,13 @@ from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.drafted import Drafting, RowError
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.node_choice import Controller, Plan
-from lookahead_jax.decoding.sampling import GREEDY, Sampling, process_logits, sampling_rows
+from lookahead_jax.decoding.sampling import (
+    GREEDY,
+    Sampling,
+    TextSoFar,
+    process_logits,
+    sampling_rows,
+)
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.engine.requests import MAX_EOS_IDS, Request
 from lookahead_jax.generation.generate import generate
@@ -467,6 +473,6 @@ def test_a_filter_that_is_off_changes_nothing_beside_one_that_is_on():
     rows = sampling_rows(
         [Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)], [0, 0], 400
     )
-    out = process_logits(jnp.stack([logits, logits])[:, None], None, rows)
+    out = process_logits(jnp.stack([logits, logits])[:, None], TextSoFar(None, None), rows)
     np.testing.assert_array_equal(out[0, 0], logits)
     assert np.isneginf(np.asarray(out[1, 0])).any()

@@ -134,6 +134,8 @@ def test_generation_options_act():
     assert sampled == lk.Sampling(
         temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2
     )
+    penalties = dict(presence_penalty=0.5, frequency_penalty=-0.1)
+    assert sampling_of(penalties) == lk.Sampling(**penalties)
     off = dict(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0, num_beams=1, use_cache=True)
     assert options_of(**off).sampling == lk.Sampling(temperature=0.7)
     assert sampling_of({"do_sample": True}).temperature == 1
@@ -146,7 +148,7 @@ def test_generation_options_act():
     [
         ({"num_beams": 10}, "num_beams=10 is not supported; leave it out or set it to 1"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
+        ({"presence_penalty": "much"}, "presence_penalty must be a number"),
         ({"max_length": 99}, "max_length=99 is not supported; supported: .*max_gen_toks"),
         ({"warmth": 1}, "warmth=1 is not supported"),
         ({"do_sample": True, "temperature": 0.0}, "needs a temperature above 0"),

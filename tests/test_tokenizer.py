@@ -446,3 +446,15 @@ def test_truncation_and_padding_settings_are_dropped(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     text = "def main(): pass"
     assert Tokenizer.load(tmp_path).encode(text) == BYTE_LEVEL.encode(text)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_bytes_of_tokens_add_up_to_the_text(name):
+    tokenizer = TOKENIZERS[name]
+    text = "ab \u00e9\n\U0001f600b\u20ac \x00a"
+    ids = tokenizer.encode(text, special=False)
+    pieces = [tokenizer.token_bytes(token) for token in ids]
+    assert b"".join(pieces).decode() == (" " + text if name == "sentencepiece" else text)
+    assert any(len(piece) == 1 and piece[0] >= 0x80 for piece in pieces)  # a part of a character
+    assert tokenizer.token_bytes(1) in (b"<|begin|>", b"<s>")
+    assert tokenizer.token_bytes(tokenizer.vocab_size) is None

@@ -12,7 +12,7 @@ import tokenizers
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.load import save_params
-from lookahead_jax.decoding.sampling import Sampling, process_logits, sampling_rows
+from lookahead_jax.decoding.sampling import Sampling, TextSoFar, process_logits, sampling_rows
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params, init_params
 from lookahead_jax.policies.base import Policy
@@ -175,10 +175,12 @@ def decision(
         fed = np.full((1, new_tokens), -1, np.int32)
         fed[0, : len(emitted)] = emitted
         _, logits = extend(params, jnp.asarray(fed), cache, config=model)
-    seen = np.zeros((1, 1, model.vocab_size), bool)
-    seen[0, 0, prompt + emitted] = True
+    seen = np.zeros((1, model.vocab_size), bool)
+    seen[0, prompt + emitted] = True
+    counts = np.bincount(np.asarray(emitted, int), minlength=model.vocab_size)[None]
+    text = TextSoFar(jnp.asarray(seen), jnp.asarray(counts, jnp.int32))
     rows = sampling_rows([sampling], [seed], model.vocab_size)
-    processed = process_logits(logits[:, None], jnp.asarray(seen), rows)[0, 0]
+    processed = process_logits(logits[:, None], text, rows)[0, 0]
     if sampling.temperature == 0:
         return np.asarray(processed)
     key = jax.random.fold_in(jax.random.key(np.uint32(seed)), len(prompt) + len(emitted))

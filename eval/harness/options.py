@@ -11,11 +11,11 @@ from lookahead_jax.decoding.sampling import GREEDY, Sampling
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of the limit on new tokens; the first one given counts, as in the harness."""
 _FILTERS = {"top_k": (0, -1), "top_p": (1, 0), "min_p": (0,)}  # with the values that mean "off"
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _NO_EFFECT = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "length_penalty": 1,
     "early_stopping": False, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
-    "presence_penalty": 0, "frequency_penalty": 0, "typical_p": 1, "use_cache": True,
-    "skip_special_tokens": True,
+    "typical_p": 1, "use_cache": True, "skip_special_tokens": True,
 }  # fmt: skip
 """Options of other models, with the value at which they change nothing; others are refused."""
 
@@ -35,8 +35,7 @@ class GenerationOptions:
 
         Raises ValueError for an option that is unknown or that cannot be followed.
         """
-        known = {"until", "do_sample", "temperature", "repetition_penalty", "seed"}
-        known |= {*LENGTHS, *_FILTERS}
+        known = {"until", "do_sample", "temperature", "seed", *LENGTHS, *_FILTERS, *_PENALTIES}
         for name, value in options.items():
             if name in _NO_EFFECT:
                 if value is not None and value != _NO_EFFECT[name]:
@@ -78,11 +77,11 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
         raise ValueError(
             "do_sample=true needs a temperature above 0; set do_sample=false for greedy decoding"
         )
-    penalty = options.get("repetition_penalty")
-    sampling = dataclasses.replace(
-        GREEDY,
-        repetition_penalty=1.0 if penalty is None else _number("repetition_penalty", penalty),
-    )
+    penalties = {
+        name: off if (value := options.get(name)) is None else _number(name, value)
+        for name, off in _PENALTIES.items()
+    }
+    sampling = dataclasses.replace(GREEDY, **penalties)
     filters = {
         name: (_whole if name == "top_k" else _number)(name, value)
         for name, off in _FILTERS.items()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lookahead_jax.checkpoints.added_tokens import add_declared_tokens
 from lookahead_jax.checkpoints.control_tokens import ControlTokens
 from lookahead_jax.checkpoints.hf_files import find, read_json
 from lookahead_jax.checkpoints.text_stream import TextStream
+from lookahead_jax.checkpoints.token_bytes import bytes_of_tokens
 from lookahead_jax.host.panics import panics_as_errors
 
 _MAX_TOKENIZER_BYTES = 64 * 2**20  # twice the largest known ones, of 260,000 tokens
@@ -73,6 +74,15 @@ class Tokenizer:
     def special_text(self, token: int) -> str:
         """The content of a token that `decode` skips by default; empty for other tokens."""
         return self._special_contents.get(token, "")
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """The bytes of text that a token stands for; None for an id without a token."""
+        content = self.backend.id_to_token(token)
+        return None if content is None else self._bytes_of_token(content)
+
+    @functools.cached_property
+    def _bytes_of_token(self) -> Callable[[str], bytes]:
+        return bytes_of_tokens(self.backend)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its content, or None."""

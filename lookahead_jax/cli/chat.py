@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +109,6 @@ class _Session:
             )
 
     def _begin(self) -> "Conversation":
-        import lookahead_jax as lk
         from lookahead_jax.generation.conversation import Conversation
         from lookahead_jax.generation.inputs import end_ids
         from lookahead_jax.generation.settings import (
@@ -135,7 +134,7 @@ class _Session:
             ),
             continuation=ContinuationSettings(
                 max_new_tokens=config.max_new_tokens,
-                sampling=lk.Sampling(**asdict(config.sampling)),
+                sampling=config.sampling.make(),
                 seeds=[config.seed],
                 eos_ids=end_ids(model, end_tokens(model, config.eos)),
             ),

@@ -193,6 +193,25 @@ class SamplingOptions:
     """Exclude tokens less likely than this fraction of the most likely one."""
     repetition_penalty: float = 1.0
     """Divides the scores of tokens that have occurred; 1 disables it."""
+    presence_penalty: float = 0.0
+    """Subtracted from the scores of tokens that the output has already."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the scores of tokens once for every time that the output has them."""
+    logit_bias: Annotated[Repeated, option("ID=BIAS")] = ()
+    """Added to the score of a token, -100 to 100. May be repeated."""
+
+    def make(self):
+        """The settings for `lk.generate`; UsageError for a bias that is not ID=BIAS."""
+        import lookahead_jax as lk
+
+        bias = {}
+        for pair in self.logit_bias:
+            token, _, value = pair.partition("=")
+            try:
+                bias[int(token)] = float(value)
+            except ValueError:
+                raise UsageError(f"--logit-bias takes ID=BIAS, not {pair!r}") from None
+        return lk.Sampling(**{**asdict(self), "logit_bias": bias})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +307,7 @@ class Run(NamedTuple):
         return lk.generate(
             self.model,
             **self.arguments(),
-            sampling=lk.Sampling(**asdict(options.sampling)),
+            sampling=options.sampling.make(),
             drafter=self.drafter,
             draft_nodes=options.drafting.draft_nodes,
             evict_every=options.evict_every,

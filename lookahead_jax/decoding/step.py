@@ -21,10 +21,12 @@ from jaxtyping import Array, Bool, Float, Int
 from lookahead_jax.decoding.acceptance import accept_drawn
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
 from lookahead_jax.decoding.eviction import DecodeEviction, evict
+from lookahead_jax.decoding.logprobs import LogprobRecord, measure, written
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,
     SamplingRows,
+    TextSoFar,
     choose_tokens,
     process_logits,
     sampling_rows,
@@ -53,6 +55,7 @@ class DecodeState:
     done: jax.Array  # [B] bool
     eos: jax.Array  # [B, E] int32 tokens that end a row, -1 = none
     seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
+    counts: jax.Array | None  # [B, V] int32 how often the output has each token, likewise
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
     reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
@@ -60,6 +63,7 @@ class DecodeState:
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
     pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
+    logprobs: LogprobRecord | None = None
     steering: Any = ()  # the state of the `Steer` that decoding uses, a pytree with a leading B
 
 
@@ -101,15 +105,26 @@ def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
 
 
-def emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeState:
-    """Appends the first `count` [B] of the tokens [B, P] to each row; only the last may end it."""
+def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> DecodeState:
+    """Appends the accepted tokens to each row; only the last may end it.
+
+    `raw` logits [B, P, V] are needed where log-probabilities are recorded.
+    """
+    emitted, count = accepted.emitted, accepted.count
     rows = jnp.arange(emitted.shape[0])[:, None]
     step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
     at = jnp.where(step < count[:, None], state.count[:, None] + step, state.tokens.shape[1])
-    seen = state.seen
+    seen, counts = state.seen, state.counts
     if seen is not None:
         ids = jnp.where(step < count[:, None], emitted, seen.shape[1])
         seen = seen.at[rows, ids].set(True, mode="drop")
+    if counts is not None:
+        ids = jnp.where(step < count[:, None], emitted, counts.shape[1])
+        counts = counts.at[rows, ids].add(1, mode="drop")
+    logprobs = state.logprobs
+    if logprobs is not None:
+        assert raw is not None
+        logprobs = written(logprobs, measure(logprobs, raw, accepted), at)
     last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
     total = state.count + count
     ended = (last == state.eos).any(1) | (total >= state.limit)
@@ -120,23 +135,18 @@ def emit(state: DecodeState, emitted: jax.Array, count: jax.Array) -> DecodeStat
         count=total,
         done=state.done | (ended & (count > 0)),
         seen=seen,
+        counts=counts,
+        logprobs=logprobs,
     )
 
 
-def _seen_on_path(state: DecodeState, tree: TokenTree, laid: Layout) -> jax.Array | None:
-    """Tokens of the text so far [B, P, V], those on the way to each node included."""
-    if state.seen is None or tree.tokens.shape[1] == 1:
-        return None if state.seen is None else state.seen[:, None]
-    batch, width = tree.tokens.shape
-    every = jnp.broadcast_to(state.seen[:, None], (batch, width, state.seen.shape[1]))
-    bi, ni = jnp.arange(batch)[:, None, None], jnp.arange(width)[None, :, None]
-    ids = jnp.where(laid.ancestors & laid.valid[:, None], tree.tokens[:, None], every.shape[2])
-    return jax.lax.cond(
-        (state.sampling.penalty != 1.0).any(),
-        lambda every: every.at[bi, ni, ids].set(True, mode="drop"),
-        lambda every: every,
-        every,
-    )
+def _text_so_far(state: DecodeState, tree: TokenTree, laid: Layout) -> TextSoFar:
+    """What the penalties of a tree's nodes look at."""
+    if tree.tokens.shape[1] == 1:
+        return TextSoFar(state.seen, state.counts)
+    on_path = laid.ancestors & laid.valid[:, None]
+    path = jnp.where(on_path, tree.tokens[:, None], -1)[..., 1:]
+    return TextSoFar(state.seen, state.counts, path)
 
 
 @partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
@@ -152,16 +162,17 @@ def start(
     draft: Any = (),
     sums: Float[Array, "L B K S"] | None = None,
     pinned: Bool[Array, "B T"] | None = None,
+    logprobs: LogprobRecord | None = None,
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
     static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
     of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
-    evicted during decoding, `pinned` the prompt positions that this eviction keeps. The cache is
-    donated.
+    evicted during decoding, `pinned` the prompt positions that this eviction keeps, `logprobs` an
+    empty record if any row may ask for log-probabilities. The cache is donated.
     """
-    batch = logits.shape[0]
+    batch, vocab = logits.shape
     finite = jnp.isfinite(logits).all(-1)
     state = DecodeState(
         cache=cache,
@@ -172,6 +183,7 @@ def start(
         done=(limit <= 0) | ~finite,
         eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
         seen=seen if sampling.penalized else None,
+        counts=jnp.zeros((batch, vocab), jnp.int32) if sampling.counted else None,
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
@@ -179,12 +191,12 @@ def start(
         draft=draft,
         sums=sums,
         pinned=pinned,
+        logprobs=logprobs,
     )
-    processed = process_logits(
-        logits[:, None], None if state.seen is None else state.seen[:, None], sampling
-    )
+    processed = process_logits(logits[:, None], TextSoFar(state.seen, state.counts), sampling)
     token = choose_tokens(processed, cache.next_pos[:, None], sampling)
-    return emit(state, token, (~state.done).astype(jnp.int32))
+    first = Accepted(jnp.zeros_like(token), (~state.done).astype(jnp.int32), token)
+    return emit(state, first, logits[:, None])
 
 
 def _reached(accepted: Accepted) -> jax.Array:
@@ -246,7 +258,7 @@ def _step(
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
     steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
-    processed = process_logits(steered, _seen_on_path(state, tree, laid), state.sampling)
+    processed = process_logits(steered, _text_so_far(state, tree, laid), state.sampling)
     if drawn is None:
         accepted = accept(
             tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)
@@ -271,7 +283,7 @@ def _step(
         finite=state.finite & finite,
         done=state.done | ~finite,
     )
-    state = emit(state, accepted.emitted, accepted.count)
+    state = emit(state, accepted, raw)
     entries = Entries(
         out.k, out.v, positions, accepted.path, accepted.count, out.k_scale, out.v_scale
     )

@@ -19,11 +19,18 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
 from lookahead_jax.decoding.draft_programs import check_devices
 from lookahead_jax.decoding.drafted import Drafting
-from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
+from lookahead_jax.decoding.logprobs import (
+    MAX_ALTERNATIVES,
+    LogprobRecord,
+    Logprobs,
+    empty_record,
+    on_host,
+)
+from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.decoding.weights import for_decoding
-from lookahead_jax.engine.prompt_reader import PrefilledRequest, with_everything
+from lookahead_jax.engine.prompt_reader import PrefilledRequest
 from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.model.cache import CacheType, empty_cache
 from lookahead_jax.model.config import ModelConfig
@@ -63,6 +70,7 @@ def empty_batch(
         done=jnp.ones(batch, bool),
         eos=jnp.full((batch, ends), -1, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool),
+        counts=jnp.zeros((batch, config.vocab_size), jnp.int32),
         sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
@@ -70,6 +78,7 @@ def empty_batch(
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
         pinned=jnp.zeros((batch, pins), bool) if pins else None,
+        logprobs=_logprob_record(jnp.zeros(batch, bool), width, config),
     )
     place = params["embed"].sharding
     if isinstance(place, NamedSharding):
@@ -96,6 +105,7 @@ def insert_row(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
         width=state.tokens.shape[1], pinned=request.pinned,
+        logprobs=_logprob_record(request.with_logprobs, state.tokens.shape[1], config),
     )  # fmt: skip
 
     def pad(slots, empty):
@@ -121,6 +131,12 @@ def insert_row(
     )
     draft = drafter.begin(weights, state.draft, row[None], request.prompt)
     return dataclasses.replace(rest, cache=cache, draft=draft, sums=sums)
+
+
+def _logprob_record(asked: jax.Array, width: int, config: ModelConfig) -> LogprobRecord:
+    """A record for rows of which those in `asked` [B] want log-probabilities."""
+    most = min(MAX_ALTERNATIVES, config.vocab_size)
+    return empty_record(asked, width=width, alternatives=most)
 
 
 class RunningBatch:
@@ -211,8 +227,15 @@ class RunningBatch:
         )
         return tokens, count, done, lengths.sum(1), finite
 
+    def logprobs(self, row: int) -> Logprobs:
+        """Log-probabilities of a row that asked for them, for all places of its tokens."""
+        if self._state.logprobs is None:
+            raise ValueError("the batch has no record of log-probabilities")
+        return on_host(self._state.logprobs, row)
+
     def warm_up(self, requests: Iterable[PrefilledRequest], steps: int) -> None:
         """Compiles what requests like these need. Only while nothing runs."""
         for request in requests:
             self.insert(0, request._replace(limit=jnp.zeros(1, jnp.int32)))
+        self.logprobs(0)
         self._state = self._drafting.warm_up(self._params, self._state, steps)

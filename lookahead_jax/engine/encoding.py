@@ -6,7 +6,7 @@ from typing import Literal
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
-from lookahead_jax.engine.requests import EncodedRequest, Limits, Request
+from lookahead_jax.engine.requests import EncodedRequest, Limits, Request, RequestError
 from lookahead_jax.generation.inputs import encode_prompts, end_ids
 from lookahead_jax.host.panics import panics_as_errors
 from lookahead_jax.prefilling.batching import pad_batch
@@ -43,8 +43,13 @@ def encode_request(
         seed=request.seed,
         eos_ids=ends,
         pin=tuple((start, end) for start, end in request.pin),
+        logprobs=request.logprobs,
     )
     encoded.check(limits)
+    try:
+        request.sampling.check_ids(model.config.vocab_size)
+    except ValueError as error:
+        raise RequestError(str(error), "logit_bias") from None
     pad_batch([encoded.tokens], config=model.config)  # checks the ids
     return encoded
 

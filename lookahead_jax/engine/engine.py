@@ -19,6 +19,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.drafted import Drafting, RowError
 from lookahead_jax.decoding.host_drafter import HostDrafter
+from lookahead_jax.decoding.logprobs import Logprobs
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.encoding import encode_request, longest_token_bytes
@@ -279,7 +280,8 @@ class Engine:
                 continue
             request.steps = int(steps[row])
             try:
-                request.take(tokens[row, : count[row]])
+                if count[row] > len(request.output.tokens):
+                    request.take(tokens[row, : count[row]], self._logprobs(request, row))
             except Exception as error:
                 _log.exception("request %d ends here", request.id)
                 self._finish(request, events, error)
@@ -292,6 +294,10 @@ class Engine:
             elif (event := request.news()).tokens:
                 events.append(event)
                 self._tell(request, event, events)
+
+    def _logprobs(self, request: ActiveRequest, row: int) -> Logprobs | None:
+        """Those of a row's tokens; fetched from the device only if the request asks for them."""
+        return None if request.encoded.logprobs is None else self._batch.logprobs(row)
 
     def _non_finite(self, request: ActiveRequest) -> NonFiniteError:
         """Why a request ends whose logits are NaN or infinite."""

@@ -1,6 +1,5 @@
 """Reads the prompts of requests, or takes them from the store of earlier readings."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,12 @@ import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
-from lookahead_jax.decoding.sampling import GREEDY, SamplingRows, sampling_rows
+from lookahead_jax.decoding.sampling import (
+    GREEDY,
+    SamplingRows,
+    sampling_rows,
+    with_everything,
+)
 from lookahead_jax.engine.prompt_store import PromptStore, StoredPrompt
 from lookahead_jax.engine.requests import MAX_EOS_IDS, EncodedRequest, Limits
 from lookahead_jax.generation.settings import EvictionSettings
@@ -20,11 +24,6 @@ from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import read_prompt
-
-
-def with_everything(rows: SamplingRows) -> SamplingRows:
-    """The same rows for a program with every setting; unused ones are skipped at run time."""
-    return dataclasses.replace(rows, sampled=True, filtered=True, penalized=True)
 
 
 class PrefilledRequest(NamedTuple):
@@ -38,6 +37,7 @@ class PrefilledRequest(NamedTuple):
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
+    with_logprobs: jax.Array  # [1] bool
 
 
 class PromptReader:
@@ -92,6 +92,7 @@ class PromptReader:
             sampling=with_everything(rows),
             limit=jnp.asarray([request.max_new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),
+            with_logprobs=jnp.asarray([request.logprobs is not None]),
         )
         return prefilled, reused
 

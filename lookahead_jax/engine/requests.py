@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.decoding.logprobs import Logprobs, check_alternatives
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.generation.output_text import FinishReason, OutputRow
 from lookahead_jax.host.integers import check_integer
@@ -40,6 +41,9 @@ class Request:
     """Tokens that end the row, by id or content; None: the engine's."""
     stop_token_ids: Sequence[int | str] = ()
     """More such tokens, besides `eos_ids`."""
+    logprobs: int | None = None
+    """Return the log-probability of every token, and of so many of the likeliest tokens in its
+    place (0 to 20); None: neither."""
     on_event: Callable[["Event"], None] | None = None
     """Receives the request's events in the stepping thread; an error in it ends the request."""
 
@@ -60,6 +64,8 @@ class Result:
     id: int
     tokens: list[int]  # an end-of-sequence token included
     text: str | None  # None without a tokenizer; cut before a stop string
+    offsets: list[int]  # characters of the output before each token, those of a stop string too
+    logprobs: Logprobs | None  # of all tokens; None unless asked for
     finish: FinishReason | Literal["cancelled", "error"]
     error: str | None  # why, if finish is "error"
     prompt_tokens: int
@@ -75,6 +81,8 @@ class Event:
     id: int
     tokens: list[int]
     text: str  # the new text that is certain; it may lag behind the tokens
+    offsets: list[int]  # characters of the output before each of the tokens
+    logprobs: Logprobs | None  # of the tokens; None unless asked for
     result: Result | None  # the last event of every request has one
 
 
@@ -141,6 +149,7 @@ class EncodedRequest:
     sampling: Sampling
     seed: int
     eos_ids: tuple[int, ...]
+    logprobs: int | None = None
     pin: tuple[tuple[int, int], ...] = ()  # spans of the document's tokens, or of the prompt's
 
     @property
@@ -175,6 +184,10 @@ class EncodedRequest:
                 f"not {self.max_new_tokens}",
                 "max_new_tokens",
             )
+        try:
+            check_alternatives(self.logprobs)
+        except ValueError as error:
+            raise RequestError(str(error), "logprobs") from None
         if len(self.eos_ids) > MAX_EOS_IDS:
             raise RequestError(
                 f"{len(self.eos_ids)} tokens in eos_ids and stop_token_ids exceed the "
@@ -208,6 +221,7 @@ class ActiveRequest:
         self.row: int | None = None
         self.steps = 0
         self.reused_tokens = 0
+        self._logprobs: Logprobs | None = None
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
         self.output = OutputRow(
@@ -223,19 +237,32 @@ class ActiveRequest:
         """Notes that the prompt begins to be read."""
         self._started = self._elapsed()
 
-    def take(self, tokens: np.ndarray) -> None:
-        """Takes all output tokens so far, int32 [count]; ValueError if they cannot be decoded."""
+    def take(self, tokens: np.ndarray, logprobs: Logprobs | None = None) -> None:
+        """Takes all output tokens so far, int32 [count], and their log-probabilities.
+
+        Raises ValueError if the tokens cannot be decoded.
+        """
+        self._logprobs = logprobs
         with panics_as_errors("the output cannot be decoded"):
             self.output.feed(tokens[len(self.output.tokens) :].tolist())
 
     def news(self, result: Result | None = None) -> Event:
         """The tokens and text that no event has had yet."""
-        tokens, text = self.output.tokens[self._told :], "".join(self._pieces)
-        self._told += len(tokens)
+        begin, self._told = self._told, len(self.output.tokens)
+        tokens, text = self.output.tokens[begin:], "".join(self._pieces)
         self._pieces.clear()
         if tokens and self._first is None:
             self._first = self._elapsed()
-        return Event(id=self.id, tokens=tokens, text=text, result=result)
+        return Event(
+            id=self.id, tokens=tokens, text=text, offsets=self.output.offsets[begin:],
+            logprobs=self._logprobs_from(begin), result=result,
+        )  # fmt: skip
+
+    def _logprobs_from(self, begin: int) -> Logprobs | None:
+        """Those of the output tokens from `begin` on."""
+        if self._logprobs is None:
+            return None
+        return self._logprobs.between(begin, len(self.output.tokens), self.encoded.logprobs)
 
     def end(self, why: Literal["cancelled"] | BaseException | None) -> Event:
         """The last event; with `why` None, the output ended by itself."""
@@ -254,6 +281,8 @@ class ActiveRequest:
             id=self.id,
             tokens=list(self.output.tokens),
             text=self.output.text if self._has_text else None,
+            offsets=list(self.output.offsets),
+            logprobs=self._logprobs_from(0),
             finish=finish,
             error=error,
             prompt_tokens=len(self.encoded.tokens),

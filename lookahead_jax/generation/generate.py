@@ -15,6 +15,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import HostDrafter
+from lookahead_jax.decoding.logprobs import Logprobs, on_host
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.decoding.step import DecodeState, Step
@@ -65,6 +66,7 @@ def generate(
     draft_nodes: int | Controller | None = None,
     evict_every: int | None = None,
     cache_dtype: str | None = None,
+    logprobs: int | None = None,
     reader: Reader | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
@@ -101,6 +103,8 @@ def generate(
         `budget` to `budget` + E entries, however long the text becomes.
       cache_dtype: "int8" stores keys and values in eight bits with one scale per slot and KV head.
         A prompt is read as usual and rounded when it is cut; default: the dtype of the weights.
+      logprobs: also return the log-probability of every token, and of so many (0 to 20) of the
+        likeliest tokens in its place: those of the model alone, before `sampling` changes anything.
       reader: reads the prompts instead of the policy and evicts nothing
         (`kv_prediction.Predictor`).
       burst: steps between two looks of the host at the output.
@@ -128,6 +132,7 @@ def generate(
         sampling=sampling,
         seeds=row_seeds(seeds, rows),
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
+        logprobs=logprobs,
     )
     if reader is None:
         check_memory(
@@ -173,7 +178,18 @@ def generate(
         cache=cache,
         timing=timing,
         drafting=drafting.report(state),
+        logprobs=_logprobs(state, outputs),
     )
+
+
+def _logprobs(state: DecodeState, outputs: Sequence[OutputRow]) -> list[Logprobs] | None:
+    """Those of each row's tokens, if they were recorded."""
+    if state.logprobs is None:
+        return None
+    return [
+        on_host(state.logprobs, row).between(0, len(output.tokens))
+        for row, output in enumerate(outputs)
+    ]
 
 
 def _warn_of_crossing(model: Model, batch: PromptBatch, outputs: Sequence[OutputRow]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
+from lookahead_jax.decoding.logprobs import LogprobRecord, empty_record
 from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
@@ -108,6 +109,7 @@ def open_batch(
         sums=sums,
         # Without eviction it would only be one more argument of the decoding programs.
         pinned=None if eviction.evict_every is None else batch.pinned,
+        logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
     )
     return jax.block_until_ready(state)
 
@@ -122,6 +124,19 @@ def _fitted(policy: Policy, batch: PromptBatch, new_tokens: int) -> Policy:
     width = batch.tokens.shape[1]
     needed = max(map(len, batch.prompts)) + batch.question_width + new_tokens
     return Fitted(longest=round_up(needed, max(SLOT_MULTIPLE, width // 8)))
+
+
+def _record(
+    rows: int, continuation: ContinuationSettings, *, vocab_size: int
+) -> LogprobRecord | None:
+    """An empty record of log-probabilities, if they are asked for."""
+    if continuation.logprobs is None:
+        return None
+    return empty_record(
+        jnp.ones(rows, bool),
+        width=continuation.max_new_tokens,
+        alternatives=min(continuation.logprobs, vocab_size),
+    )
 
 
 def _room(

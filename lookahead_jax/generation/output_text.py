@@ -88,6 +88,7 @@ class OutputRow:
         if any(not s for s in stop):
             raise ValueError("a stop string is empty: leave it out")
         self.tokens: list[int] = []
+        self.offsets: list[int] = []  # characters of the text before each token
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
@@ -106,6 +107,7 @@ class OutputRow:
             if self.stopped:
                 break
             self.tokens.append(int(token))
+            self.offsets.append(len(self.text))
             if self._decoder is not None and self._tokenizer is not None:
                 self._add(self._decoder, int(token), self._tokenizer.special_text(int(token)))
         self._show(self._certain())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lookahead_jax.decoding.drafted import DraftReport
+from lookahead_jax.decoding.logprobs import Logprobs
 from lookahead_jax.generation.output_text import FinishReason
 from lookahead_jax.model.cache import KVCache
 
@@ -41,6 +42,7 @@ class Generation:
     cache: CacheReport
     timing: Timing
     drafting: DraftReport
+    logprobs: list[Logprobs] | None = None  # per row, of all its tokens; None unless asked for
 
 
 def report_cache(

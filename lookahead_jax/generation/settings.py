@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.host_drafter import HostDrafter
+from lookahead_jax.decoding.logprobs import check_alternatives
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.drafters.registry import make_drafter
@@ -65,7 +66,10 @@ class ContinuationSettings:
     """One per row."""
     eos_ids: tuple[int, ...]
     """Tokens that end a row."""
+    logprobs: int | None = None
+    """Record log-probabilities, and those of so many alternatives; None: neither."""
 
     def __post_init__(self) -> None:
+        check_alternatives(self.logprobs)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")

@@ -6,17 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lookahead_jax.engine.requests import Result
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.engine.requests import Event, Result
+from lookahead_jax.server.token_logprobs import chat_logprobs, completion_logprobs
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The parts of one answer; `chat` selects the form of the chat endpoint."""
+    """The parts of one answer; `chat` selects the form of the chat endpoint.
+
+    `counted` says that a stream ends with the counts of tokens.
+    """
 
     chat: bool
     model: str
+    tokenizer: Tokenizer
+    counted: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -32,9 +39,12 @@ class Answer:
         first = {"role": "assistant", "content": ""}
         return [self._chunk(i, delta=first) for i in range(choices)] if self.chat else []
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """The chunk with more text of one choice."""
-        return self._chunk(index, delta={"content": text}, text=text)
+    def piece(self, index: int, event: Event) -> dict[str, Any]:
+        """The chunk with more text of one choice, and the log-probabilities of its tokens."""
+        text = event.text
+        return self._chunk(
+            index, delta={"content": text}, text=text, logprobs=self._logprobs(event)
+        )
 
     def end(self, index: int, result: Result) -> dict[str, Any]:
         """The last chunk of one choice."""
@@ -62,15 +72,31 @@ class Answer:
             else {"text": text}
         )
         return {
-            "index": index, **content, "logprobs": None, "finish_reason": _FINISH[result.finish]
+            "index": index, **content, "logprobs": self._logprobs(result),
+            "finish_reason": _FINISH[result.finish],
         }  # fmt: skip
 
+    def _logprobs(self, part: Event | Result) -> dict[str, Any] | None:
+        """The log-probabilities of an event's or a result's tokens, if they were asked for."""
+        if part.logprobs is None:
+            return None
+        if self.chat:
+            return chat_logprobs(part.tokens, part.logprobs, self.tokenizer)
+        return completion_logprobs(part.tokens, part.offsets, part.logprobs, self.tokenizer)
+
     def _chunk(
-        self, index: int, *, delta: Mapping[str, str], text: str = "", finish: str | None = None
+        self,
+        index: int,
+        *,
+        delta: Mapping[str, str],
+        text: str = "",
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
     ) -> dict[str, Any]:
         content = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
-        return self._object(".chunk") | {"choices": [choice]}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        counts = {"usage": None} if self.counted else {}
+        return self._object(".chunk") | {"choices": [choice], **counts}
 
 
 def usage(results: Sequence[Result], choices: int) -> dict[str, Any]:

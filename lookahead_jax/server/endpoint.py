@@ -70,7 +70,10 @@ class Endpoint:
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
         await self._submit(call, body, count)
-        answer = Answer(chat=isinstance(body, ChatBody), model=self._name)
+        answer = Answer(
+            chat=isinstance(body, ChatBody), model=self._name, tokenizer=self._tokenizer,
+            counted=body.include_usage,
+        )  # fmt: skip
         results: dict[int, Result] = {}
         async for index, event in _events(call, count, self._service.limits.queue_seconds):
             if event.result is not None:
@@ -79,8 +82,8 @@ class Endpoint:
                 continue
             if not stream.begun:
                 await stream.put(*answer.begin(count))
-            if event.text:
-                await stream.put(answer.piece(index, event.text))
+            if event.text or (event.tokens and event.logprobs is not None):
+                await stream.put(answer.piece(index, event))
             if event.result is not None:
                 await stream.put(answer.end(index, event.result))
         ordered = [results[i] for i in range(count)]

@@ -38,6 +38,7 @@ def make_requests(
             seed=body.seed + choice,
             stop=body.stop,
             stop_token_ids=body.stop_token_ids,
+            logprobs=body.alternatives,
         )
         for prompt in prompts
         for choice in range(body.n)

@@ -11,26 +11,24 @@ import pydantic
 from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import from_json
 
-from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.decoding.logprobs import MAX_ALTERNATIVES
+from lookahead_jax.decoding.sampling import MAX_BIAS, MAX_BIASES, Sampling
 from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.server.errors import Refused
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 16, 1000, 128
+MAX_COMPLETION_LOGPROBS = 5  # as OpenAI's; chats may ask for more
 # Fields of OpenAI's API that this server does not support, and their values without effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "metadata": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -38,7 +36,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -73,6 +70,20 @@ def _stops(value: Any) -> list[str]:
     if len(value) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_LENGTH for stop in value):
         raise ValueError(f"must be up to {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters")
     return value
+
+
+def _bias(value: Any) -> dict[int, float]:
+    """Token ids, written as strings, with the bias of each."""
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise ValueError(f"must be an object with up to {MAX_BIASES} token ids")
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10):
+            raise ValueError(f"{token!r} is not a token id")
+        if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:
+            raise ValueError(
+                f"the bias of token {token} must be from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+            )
+    return {int(token): float(bias) for token, bias in value.items()}
 
 
 def _content(value: Any) -> str:
@@ -118,6 +129,9 @@ class Body(_Strict):
     top_k: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] = {}
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: Annotated[list[str], PlainValidator(_stops)] = []
@@ -137,7 +151,15 @@ class Body(_Strict):
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
         )
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives of each token the answer names; None: no log-probabilities."""
+        return None
 
     @property
     def include_usage(self) -> bool:
@@ -155,6 +177,12 @@ class CompletionBody(Body):
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
     document: Annotated[str | list[int] | None, PlainValidator(_document)] = None
     """Not OpenAI's: read and cut on its own, before every prompt; see `engine.requests.Request`."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As `Body.alternatives`."""
+        return self.logprobs
 
 
 class Message(_Strict):
@@ -179,6 +207,19 @@ class ChatBody(Body):
     """Not OpenAI's, but vLLM's: end where a new turn of the assistant begins."""
     continue_final_message: bool = False
     """Not OpenAI's, but vLLM's: continue the last message instead of beginning a new turn."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As `Body.alternatives`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @pydantic.model_validator(mode="after")
+    def _alternatives_of_something(self):
+        if self.top_logprobs and not self.logprobs:
+            raise _wrong("top_logprobs", "top_logprobs needs logprobs = true")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_ending(self):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.decoding.step import DecodeState, emit
+from lookahead_jax.decoding.tree import Accepted
 from lookahead_jax.model.cache import Entries, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
@@ -116,4 +117,4 @@ def _step(
     )
     finite = jnp.isfinite(memory.logits).all(-1) | ~live
     state = dataclasses.replace(state, cache=cache, finite=state.finite & finite)
-    return emit(state, chosen(ids), count), memory
+    return emit(state, Accepted(path[:, :1], count, chosen(ids)), None), memory

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.decoding.sampling import Sampling, process_logits, sampling_rows
+from lookahead_jax.decoding.sampling import Sampling, TextSoFar, process_logits, sampling_rows
 
 
 class Likelihood(NamedTuple):
@@ -27,7 +27,7 @@ class Listen:
     ) -> tuple[Likelihood, jax.Array]:
         rows, vocab = logits.shape
         settings = sampling_rows([self.sampling] * rows, [0] * rows, vocab)
-        processed = process_logits(logits[:, None], None, settings)[:, 0]
+        processed = process_logits(logits[:, None], TextSoFar(None, None), settings)[:, 0]
         return Likelihood(jax.nn.log_softmax(processed), state.total + taken(state, last)), logits
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from lookahead_jax.decoding.sampling import SamplingRows
 from lookahead_jax.decoding.step import DecodeState, emit
+from lookahead_jax.decoding.tree import Accepted
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.jit import program
 
@@ -76,4 +77,5 @@ def replace_last(
     state = dataclasses.replace(
         state, count=state.count - rows.astype(jnp.int32), done=state.done & ~rows
     )
-    return emit(state, tokens[:, None], rows.astype(jnp.int32))
+    tokens = tokens[:, None]
+    return emit(state, Accepted(jnp.zeros_like(tokens), rows.astype(jnp.int32), tokens), None)

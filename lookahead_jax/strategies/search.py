@@ -232,6 +232,11 @@ def _checked_sampling(strategy: Strategy, sampling: Sampling | None) -> Sampling
         return strategy.default_sampling
     if strategy.draws and sampling.temperature == 0:
         raise ValueError(f"{name} compares samples: give a temperature above 0, or no sampling")
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        raise ValueError(
+            "lk.search takes back tokens, which presence_penalty and frequency_penalty would still "
+            "count: leave them at 0"
+        )
     if not strategy.draws and sampling != GREEDY:
         raise ValueError(f"{name} chooses tokens by its own rule: leave sampling out")
     return sampling
