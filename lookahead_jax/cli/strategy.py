@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from lookahead_jax.cli.options import Repeated, Run, SamplingOptions, Text, option
@@ -53,7 +53,7 @@ class StrategyOptions:
         default = options.sampling == SamplingOptions()
         shared = run.arguments()
         shared.update(
-            sampling=None if default else lk.Sampling(**asdict(options.sampling)),
+            sampling=None if default else options.sampling.make(),
             strategy=strategy,
             reward=None if self.reward is None else load_reward(self.reward),
             most_tokens=self.most_tokens,

@@ -108,7 +108,7 @@ def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"
 def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> DecodeState:
     """Appends the accepted tokens to each row; only the last may end it.
 
-    `raw` logits [B, P, V] are needed where log-probabilities are recorded.
+    Log-probabilities are recorded from the `raw` logits [B, P, V], if these are given.
     """
     emitted, count = accepted.emitted, accepted.count
     rows = jnp.arange(emitted.shape[0])[:, None]
@@ -122,8 +122,7 @@ def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> Decod
         ids = jnp.where(step < count[:, None], emitted, counts.shape[1])
         counts = counts.at[rows, ids].add(1, mode="drop")
     logprobs = state.logprobs
-    if logprobs is not None:
-        assert raw is not None
+    if logprobs is not None and raw is not None:
         logprobs = written(logprobs, measure(logprobs, raw, accepted), at)
     last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
     total = state.count + count
