@@ -624,7 +624,7 @@ def test_make_policy_reads_text_and_values():
         ("snapkv", dict(kernel=4), "odd"),
         ("snapkv", dict(preset="paper"), "factory, kvpress, nopool"),
         ("tova", dict(window=3), "takes none"),
-        ("ada", dict(inner="snapvk"), "snapkv, pyramidkv"),
+        ("ada", dict(inner="snapvk"), "snapkv, rkv, pyramidkv"),
         ("ada", dict(inner="ada"), "cannot wrap Ada: it shares budgets among heads itself"),
         ("ada", dict(inner="full"), "cannot wrap Full: it keeps everything"),
         ("ada", dict(inner="kvzip"), "cannot wrap KVzip: .* set allocate=layer"),

@@ -154,7 +154,9 @@ def test_a_wrong_study_is_one_clear_error(folder, tmp_path):
     for changed, said in cases:
         with pytest.raises(ValueError, match=rf"study.json: .*{said}"):
             study.read_study(study_of(**changed))
-    with pytest.raises(ValueError, match=r"nothing: neither .* \(ablations, comparison\)"):
+    with pytest.raises(
+        ValueError, match=r"nothing: neither .* \(ablations, comparison, smollm2_loss\)"
+    ):
         study.read_study("nothing")
     config = study.StudyConfig(
         study=study_of(), model=folder / "model", data=(f"a={folder / 'a'}",), run=tmp_path / "run"
