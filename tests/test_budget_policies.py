@@ -61,10 +61,10 @@ def test_shares_are_rounded_to_the_budget_and_short_prompts_stay_whole(shares):
     ("content", "complaint"),
     [
         ("[1, 2", "is not JSON"),
-        ('{"a": 1}', "is no list of shares"),
-        ("[1, -2, 3]", "is no list of shares"),
-        ("[0, 0, 0]", "is no list of shares"),
-        ("[1, true, 3]", "is no list of shares"),
+        ('{"a": 1}', "is not a list of shares"),
+        ("[1, -2, 3]", "is not a list of shares"),
+        ("[0, 0, 0]", "is not a list of shares"),
+        ("[1, true, 3]", "is not a list of shares"),
         ("[1, 2]", "2 shares do not fit this model of 3 layers"),
     ],
 )
@@ -73,7 +73,7 @@ def test_files_of_other_things_are_refused(tmp_path, content, complaint):
     path.write_text(content)
     with pytest.raises(ValueError, match=complaint):
         make_policy("layers", shares=str(path)).max_entries(10, 4, PLAIN)
-    with pytest.raises(FileNotFoundError, match="there is no such file of shares"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         make_policy("layers", shares=str(tmp_path / "none.json"))
 
 

@@ -256,7 +256,7 @@ def test_engine_and_generate_cut_alike(name, every):
         engine._batch._state = dataclasses.replace(state, sums=left)
     results = engine.run([lk.Request(prompt=p, max_new_tokens=230) for p in prompts])
     assert [r.tokens for r in results] == [g.tokens[0] for g in alone]
-    assert all(2 * g.cache.full_bytes == 3 * g.cache.bytes for g in alone)  # 256 slots, not 384
+    assert all(g.cache.bytes < g.cache.full_bytes for g in alone)  # 256 slots, 288 to 293 tokens
 
 
 @pytest.mark.slow

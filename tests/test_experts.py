@@ -291,7 +291,7 @@ def test_a_lora_on_experts_is_left_out_or_refused():
 # Every policy, every drafter and both ways to sample, on each family.
 DRAFTERS = ("prompt_lookup", "recycling", "trie", "suffix", "draft_model")
 SAMPLING = {"greedy": GREEDY, "sampled": Sampling(temperature=1.2, top_p=0.95)}
-SMALL = {"window": 4, "chunk": 16, "tokens": 4, "draft": 4, "lag_size": 4, "chunk_size": 4}
+SMALL = {"window": 4, "chunk": 16, "tokens": 4, "lag_size": 4, "chunk_size": 4}
 NEW = 10
 
 

@@ -7,6 +7,7 @@ import safetensors.numpy
 
 import lookahead_jax as lk
 from lookahead_jax.policies.base import CutByEntries
+from lookahead_jax.policies.qfilter import load_filters
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prompts.read import read_prompt
 from lookahead_jax.train import qfilters
@@ -60,10 +61,17 @@ def test_the_command_writes_what_the_policy_reads(folder, tmp_path, capsys):
     np.testing.assert_allclose(read.scores[:, 0, :, :50], scores, atol=1e-3)
 
 
+def test_filters_in_bfloat16_are_read(tmp_path):
+    path = tmp_path / "filters.safetensors"
+    filters = np.asarray(jnp.full((3, 2, 8), 0.5, jnp.bfloat16))
+    safetensors.numpy.save_file({"q_filters": filters}, path)
+    assert load_filters(str(path)).dtype == np.float32
+
+
 @pytest.mark.parametrize(
     ("tensors", "complaint"),
     [
-        (None, "there is no such file of filters"),
+        (None, "does not exist"),
         (b"", "is not a safetensors file"),
         ({"other": np.zeros((3, 2, 8), np.float32)}, "has no tensor q_filters"),
         ({"q_filters": np.zeros((3, 2), np.float32)}, "has no tensor q_filters"),

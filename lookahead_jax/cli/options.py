@@ -194,9 +194,10 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     """Divides the scores of tokens that have occurred; 1 disables it."""
     presence_penalty: float = 0.0
-    """Subtracted from the scores of tokens that the output has already."""
+    """Subtracted from the scores of tokens that the output has already; 0 disables it."""
     frequency_penalty: float = 0.0
-    """Subtracted from the scores of tokens once for every time that the output has them."""
+    """Subtracted from the scores of tokens once for every time that the output has them; 0 disables
+    it."""
     logit_bias: Annotated[Repeated, option("ID=BIAS")] = ()
     """Added to the score of a token, -100 to 100. May be repeated."""
 

@@ -48,6 +48,8 @@ class StrategyOptions:
         options = run.options
         if options.drafting.drafter != "none":
             raise UsageError("--strategy decodes without a drafter: leave --drafter out")
+        if options.drafting.draft_nodes is not None:
+            raise UsageError("--strategy decodes without a drafter: leave --draft-nodes out")
         if options.evict_every is not None:
             raise UsageError("--strategy evicts from the prompt only: leave --evict-every out")
         default = options.sampling == SamplingOptions()
@@ -69,7 +71,7 @@ def load_reward(place: str) -> Callable[[str, str], float]:
         raise UsageError(f"--reward takes FILE.py:NAME, not {place!r}")
     spec = importlib.util.spec_from_file_location("reward", path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--reward {place}: {path} is no Python file")
+        raise UsageError(f"--reward {place}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     reward = vars(module).get(name)

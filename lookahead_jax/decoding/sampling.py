@@ -71,7 +71,8 @@ class Sampling:
         """Raises ValueError for a biased token that a model with so many tokens does not have."""
         if (largest := max(self.logit_bias, default=0)) >= vocab_size:
             raise ValueError(
-                f"logit_bias names token {largest}; this model's ids are 0 to {vocab_size - 1}"
+                f"logit_bias names token {largest}; this model's ids are 0 to {vocab_size - 1}: "
+                "leave it out"
             )
 
 

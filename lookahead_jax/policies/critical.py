@@ -12,6 +12,7 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
+from lookahead_jax.policies.kvzip import KVzipPlus
 from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
@@ -45,7 +46,7 @@ class Critical(PolicyWrapper):
             raise ValueError(f"first_stage_ratio={self.first_stage_ratio} must lie between 0 and 1")
 
     def why_not(self, policy: Policy) -> str | None:
-        if isinstance(policy, Critical):
+        if isinstance(policy, Critical | KVzipPlus):
             return "it weighs values itself"
         if isinstance(policy, KeyDiff | KNorm | QFilter | RKV):
             return "its scores are negative, so a large value would lower them"

@@ -75,17 +75,17 @@ def load_shares(file: str) -> tuple[float, ...]:
     not negative, and not all 0.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: there is no such file of shares")
+        raise FileNotFoundError(f"{file} does not exist: give a JSON list of shares")
     try:
         shares = json.loads(Path(file).read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     numbers = isinstance(shares, list) and all(
-        isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < math.inf for n in shares
+        isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < 2**53 for n in shares
     )
     if not numbers or not any(shares):
         raise ValueError(
-            f"{file} is no list of shares: give one number per layer, such as [3, 2, 1], none "
+            f"{file} is not a list of shares: give one number per layer, such as [3, 2, 1], none "
             "negative and not all 0"
         )
     return tuple(map(float, shares))

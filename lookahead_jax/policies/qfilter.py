@@ -108,13 +108,13 @@ def load_filters(file: str) -> np.ndarray:
     Raises FileNotFoundError without the file, ValueError if it holds no filters.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{file}: there is no such file of filters")
+        raise FileNotFoundError(f"{file} does not exist: write it with lookahead train qfilters")
     try:
         tensors = safetensors.numpy.load_file(file)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
     filters = tensors.get(TENSOR)
-    if filters is None or filters.ndim != 3 or not np.issubdtype(filters.dtype, np.floating):
+    if filters is None or filters.ndim != 3 or not jnp.issubdtype(filters.dtype, jnp.floating):
         raise ValueError(f"{file} has no tensor {TENSOR} [L, K, H], so it holds no filters")
     filters = filters.astype(np.float32)
     if not np.isfinite(filters).all():

@@ -48,6 +48,8 @@ class RKV(SnapKV):
         super().__post_init__()
         if not 0 <= self.attention <= 1:
             raise ValueError(f"attention={self.attention} must lie between 0 and 1")
+        if not -1 <= self.similar <= 1:
+            raise ValueError(f"similar={self.similar} must lie between -1 and 1, as cosines do")
 
     def score(self, view: LayerView) -> jax.Array:
         attention = self.window_scores(view, group="max")

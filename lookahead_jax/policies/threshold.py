@@ -1,6 +1,7 @@
 """threshold: entries above a score, as many as there are, up to the budget."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ class Threshold(PolicyWrapper):
     """The policy that scores, protects and shares the cap."""
     least: float = 0.0
     """Smallest score that is kept, on the scale of the other policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if math.isnan(self.least):
+            raise ValueError("least=nan is not a score: give a number")
 
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, Threshold):

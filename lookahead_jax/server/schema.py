@@ -78,7 +78,7 @@ def _bias(value: Any) -> dict[int, float]:
         raise ValueError(f"must be an object with up to {MAX_BIASES} token ids")
     for token, bias in value.items():
         if not (token.isascii() and token.isdecimal() and len(token) < 10):
-            raise ValueError(f"{token!r} is not a token id")
+            raise ValueError(f'{token!r} is not a token id: keys are ids, such as "42"')
         if type(bias) not in (int, float) or not abs(bias) <= MAX_BIAS:
             raise ValueError(
                 f"the bias of token {token} must be from {-MAX_BIAS:g} to {MAX_BIAS:g}"

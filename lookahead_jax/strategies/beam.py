@@ -1,6 +1,7 @@
 """Beam search: the continuations of highest probability, as far as a few rows can hold them."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -40,6 +41,8 @@ class Beam(Strategy):
 
     def __post_init__(self) -> None:
         check_at_least("n", self.n, 1)
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty={self.length_penalty} must be a finite number")
 
     @property
     def rows(self) -> int:

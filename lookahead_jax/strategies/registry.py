@@ -90,7 +90,7 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"{key}={value} is not possible: choose {' or '.join(choices)}")
         return value
     if kind is str:
-        return str(value).replace("\\n", "\n")
+        return str(value).replace("\\n", "\n") if key == "step" else str(value)
     try:
         return kind(str(value))
     except ValueError:

@@ -33,7 +33,7 @@ class SelfConsistency(Samples):
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(
-                f"pattern={self.pattern!r} is no regular expression: {error}"
+                f"pattern={self.pattern!r} is not a regular expression: {error}"
             ) from None
 
     def answer(self, text: str) -> str | None:
@@ -41,7 +41,8 @@ class SelfConsistency(Samples):
         found = list(re.finditer(self.pattern, text))
         if not found:
             return None
-        return (found[-1].group(found[-1].re.groups) or "").replace(",", "").strip()
+        group = found[-1].group(found[-1].re.groups)
+        return None if group is None else group.replace(",", "").strip()
 
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
