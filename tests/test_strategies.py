@@ -419,7 +419,7 @@ def test_stop_strings_end_rows(model):
         ("contrastive", {"alpha": 2}, "alpha=2.0 is not possible: give 0 to 1"),
         ("particles", {"select": "worst"}, "select=worst is not possible: choose best or sample"),
         ("particles", {"step": ""}, "step is empty"),
-        ("self_consistency", {"pattern": "("}, "no regular expression"),
+        ("self_consistency", {"pattern": "("}, "not a regular expression"),
     ],
 )
 def test_impossible_settings_are_named(name, settings, complaint):
