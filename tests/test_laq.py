@@ -156,7 +156,7 @@ def test_a_trie_drafts_from_what_earlier_outputs_hold():
     # From here on the policy does what it does with draft=prompt.
     prompt = make_policy("laq", draft="prompt", draft_tokens=4, draft_window=8)
     assert policy.window_rows(BUDGET) == prompt.window_rows(BUDGET) == 8
-    with pytest.raises(ValueError, match="only generate and chats take from a drafter"):
+    with pytest.raises(ValueError, match="use draft=prompt or draft=model, which need none"):
         read_prompt(
             weights(RICH), jnp.asarray(rows[:1]), config=RICH, policy=policy, budget=BUDGET,
             new_tokens=8,

@@ -81,17 +81,10 @@ def read_prompt(
     room = new_tokens if room is None else room
     check_pinned(pinned, policy=policy, budget=budget)
     inputs = _Inputs(
-        params,
-        tokens,
-        config,
-        policy,
-        budget,
-        known_tokens,
-        room,
-        with_scores,
-        pinned,
-        cache_dtype,
-    )
+        params=params, tokens=tokens, config=config, policy=policy, budget=budget,
+        known_tokens=known_tokens, room=room, with_scores=with_scores, pinned=pinned,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
     match policy.reading:
         case OnePass():
             return _read_once(inputs, None)
@@ -133,12 +126,10 @@ def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Pre
 def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
     if draft is None:
         reading = inputs.policy.reading
-        given = "answers drafted by a small model"
+        name, given = type(inputs.policy).__name__, "give drafts=, answers drafted by a small model"
         if isinstance(reading, WithDraft) and reading.by_drafter:
-            given = "which only generate and chats take from a drafter (draft=prompt needs none)"
-        raise ValueError(
-            f"policy {type(inputs.policy).__name__} needs a draft per prompt: give drafts=, {given}"
-        )
+            given = "use draft=prompt or draft=model, which need none, or give drafts="
+        raise ValueError(f"policy {name} needs a draft per prompt: {given}")
     length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
     observer = reread(
         inputs.params, inputs.tokens, rows=inputs.policy.window_rows(inputs.budget),
@@ -172,7 +163,8 @@ def _read_whole(inputs: _Inputs, room: int) -> Prefilled:
 def _read_with_response(
     inputs: _Inputs, reading: WithResponse, eos_ids: Sequence[int]
 ) -> Prefilled:
-    params, tokens, config, policy, budget = inputs[:5]
+    params, tokens, config = inputs.params, inputs.tokens, inputs.config
+    policy, budget = inputs.policy, inputs.budget
     full = _read_whole(inputs, reading.tokens)
     if reading.draft_policy is None:
         copy = full.cache.fork(1)
@@ -197,7 +189,8 @@ def _read_with_response(
 
 def _cut_copy(inputs: _Inputs, cache: KVCache, policy: Policy, room: int) -> KVCache:
     """A copy of a full cache, cut by `policy`, with slots for `room` tokens more."""
-    params, tokens, config, _, budget = inputs[:5]
+    params, tokens, config = inputs.params, inputs.tokens, inputs.config
+    budget = inputs.budget
     observer = read_again(
         params, tokens, cache, rows=policy.window_rows(budget), response=None, config=config
     )
@@ -209,7 +202,8 @@ def _cut_copy(inputs: _Inputs, cache: KVCache, policy: Policy, room: int) -> KVC
 
 
 def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemplate) -> Prefilled:
-    params, tokens, config, policy, budget = inputs[:5]
+    params, tokens, config = inputs.params, inputs.tokens, inputs.config
+    policy, budget = inputs.policy, inputs.budget
     full = _read_whole(inputs, 0)
     scores = replay(
         params, tokens, full.cache, template=template, config=config, policy=policy,
