@@ -463,6 +463,8 @@ def test_the_command_line_searches(model, tmp_path, capsys):
     for arguments, complaint in (
         (["beam", "--strategy-arg", "n"], "--strategy-arg takes NAME=VALUE, not 'n'"),
         (["beam", "--drafter", "trie"], "leave --drafter out"),
+        (["beam", "--draft-nodes", "8"], "leave --draft-nodes out"),
+        (["best_of_n"], "needs --reward FILE.py:NAME"),
         (["best_of_n", "--reward", "judge"], "--reward takes FILE.py:NAME, not 'judge'"),
         (["best_of_n", "--reward", f"{tmp_path / 'judge.py'}:j"], "has no function j"),
         (["beam", "--evict-every", "8", "--policy", "knorm"], "leave --evict-every out"),

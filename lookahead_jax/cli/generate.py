@@ -24,7 +24,7 @@ def main(config: Generate) -> None:
     if config.json is not None:
         check_output(config.json)
         silent = is_stdout(config.json)
-    strategy = config.search.make()
+    strategy = config.search.make(config)
     run = config.prepare()
     one = len(run.prompts) == 1 and run.model.tokenizer is not None
     if strategy is None:

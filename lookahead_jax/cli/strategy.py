@@ -3,9 +3,9 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
-from lookahead_jax.cli.options import Repeated, Run, SamplingOptions, Text, option
+from lookahead_jax.cli.options import Repeated, Run, RunOptions, SamplingOptions, Text, option
 from lookahead_jax.host.config_files import UsageError
 
 
@@ -24,8 +24,11 @@ class StrategyOptions:
     most_forwards: Annotated[int | None, option("INT")] = None
     """Most steps of the model for a prompt. Default: no limit."""
 
-    def make(self):
-        """The strategy these options name, or None. UsageError for options without a strategy."""
+    def make(self, options: RunOptions) -> "Chosen | None":
+        """The strategy these options name, or None, before a model is loaded.
+
+        UsageError for options without a strategy, and for options of a run that it cannot have.
+        """
         from lookahead_jax.strategies.registry import make_strategy
 
         if self.strategy is None:
@@ -39,29 +42,42 @@ class StrategyOptions:
             if not name or not equals:
                 raise UsageError(f"--strategy-arg takes NAME=VALUE, not {pair!r}")
             settings[name] = value
-        return make_strategy(self.strategy, **settings)
-
-    def search(self, run: Run, strategy: Any):
-        """Continues the prompts of a run with `lk.search`."""
-        import lookahead_jax as lk
-
-        options = run.options
+        strategy = make_strategy(self.strategy, **settings)
+        reward = None if self.reward is None else load_reward(self.reward)
+        if strategy.reads_reward and reward is None:
+            raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME")
+        if reward is not None and not strategy.reads_reward:
+            raise UsageError(f"--strategy {self.strategy} compares no rewards: leave --reward out")
         if options.drafting.drafter != "none":
             raise UsageError("--strategy decodes without a drafter: leave --drafter out")
         if options.drafting.draft_nodes is not None:
             raise UsageError("--strategy decodes without a drafter: leave --draft-nodes out")
         if options.evict_every is not None:
             raise UsageError("--strategy evicts from the prompt only: leave --evict-every out")
+        return Chosen(strategy, reward)
+
+    def search(self, run: Run, chosen: "Chosen"):
+        """Continues the prompts of a run with `lk.search`."""
+        import lookahead_jax as lk
+
+        options = run.options
         default = options.sampling == SamplingOptions()
         shared = run.arguments()
         shared.update(
             sampling=None if default else options.sampling.make(),
-            strategy=strategy,
-            reward=None if self.reward is None else load_reward(self.reward),
+            strategy=chosen.strategy,
+            reward=chosen.reward,
             most_tokens=self.most_tokens,
             most_forwards=self.most_forwards,
         )
         return lk.search(run.model, **shared)
+
+
+class Chosen(NamedTuple):
+    """A strategy, and the reward that it compares by."""
+
+    strategy: Any
+    reward: Callable[[str, str], float] | None
 
 
 def load_reward(place: str) -> Callable[[str, str], float]:
