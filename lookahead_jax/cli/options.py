@@ -118,6 +118,17 @@ class PinOptions:
         return [pinned_spans(prompt, self.pin, system=self.pin_system) for prompt in prompts]
 
 
+def settings_of(option_name: str, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs of a repeated option as a dict; UsageError for another form."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise UsageError(f"{option_name} takes NAME=VALUE, not {pair!r}")
+        settings[name] = value
+    return settings
+
+
 class Eviction(NamedTuple):
     """The eviction options, resolved for one model."""
 
@@ -160,12 +171,7 @@ class EvictionOptions:
 
         if self.budget < 1:
             raise ValueError(f"--budget must be at least 1, not {self.budget}")
-        settings = {}
-        for pair in self.policy_arg:
-            name, equals, value = pair.partition("=")
-            if not name or not equals:
-                raise UsageError(f"--policy-arg takes NAME=VALUE, not {pair!r}")
-            settings[name] = value
+        settings: dict[str, Any] = settings_of("--policy-arg", self.policy_arg)
         shipped = shipped_modules(source.model) if self.lookahead is None else None
         folder = self.lookahead if shipped is None else shipped.folder
         name = self.policy or ("lookaheadkv" if folder else "snapkv")

@@ -5,7 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, cast
 
-from lookahead_jax.cli.options import Repeated, Run, RunOptions, SamplingOptions, Text, option
+from lookahead_jax.cli.options import (
+    Repeated,
+    Run,
+    RunOptions,
+    SamplingOptions,
+    Text,
+    option,
+    settings_of,
+)
 from lookahead_jax.host.config_files import UsageError
 
 
@@ -36,12 +44,7 @@ class StrategyOptions:
                 if getattr(self, name) not in (None, ()):
                     raise UsageError(f"--{name.replace('_', '-')} needs --strategy NAME")
             return None
-        settings = {}
-        for pair in self.strategy_arg:
-            name, equals, value = pair.partition("=")
-            if not name or not equals:
-                raise UsageError(f"--strategy-arg takes NAME=VALUE, not {pair!r}")
-            settings[name] = value
+        settings = settings_of("--strategy-arg", self.strategy_arg)
         strategy = make_strategy(self.strategy, **settings)
         reward = None if self.reward is None else load_reward(self.reward)
         if strategy.reads_reward and reward is None:
