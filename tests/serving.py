@@ -12,11 +12,12 @@ from typing import Any
 
 import openai
 
-from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.checkpoints.load import Model, load
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.run import Server, bind
 from lookahead_jax.server.service import Service
+from tests import tiny
 
 NAME = "tiny"
 
@@ -94,6 +95,13 @@ def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.005)
+
+
+def chat_model(folder, template):
+    """A tiny model of bytes with a chat template."""
+    tiny.save_bytes_model(folder, num_hidden_layers=1)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return load(folder)
 
 
 class Gate:

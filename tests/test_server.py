@@ -10,7 +10,6 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.engine.requests import Limits
@@ -18,8 +17,7 @@ from lookahead_jax.generation.generate import generate
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.server.prompts import make_requests
 from lookahead_jax.server.schema import ChatBody, parse_body
-from tests import tiny
-from tests.serving import NAME, Gate, running, until
+from tests.serving import NAME, Gate, chat_model, running, until
 
 POLICY, BUDGET, ROWS, NEW, PROMPT = SnapKV(window=4, pool="avg", kernel=3), 16, 3, 48, 16
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
@@ -28,10 +26,7 @@ KEY = "sesame"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save_bytes_model(folder, num_hidden_layers=1)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return load(folder)
+    return chat_model(tmp_path_factory.mktemp("model"), TEMPLATE)
 
 
 def make_engine(model):

@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.generation.generate import generate
-from tests import tiny
-from tests.serving import running
+from tests.serving import chat_model, running
 from tests.test_server import BUDGET, NEW, POLICY, TEMPLATE, WARM, chat, fields, make_engine
 
 TOP = 5
@@ -17,10 +15,7 @@ TOP = 5
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save_bytes_model(folder, num_hidden_layers=1)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return load(folder)
+    return chat_model(tmp_path_factory.mktemp("model"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ these positions, never from the order of the slots. Filled slots come first; `le
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -76,20 +77,17 @@ class KVCache:
             raise ValueError(f"copies must be at least 1, not {copies}")
         check_not_donated("fork", self)
 
-        def repeat(a, axis):
-            return jnp.repeat(a, copies, axis=axis)
+        return self.map_rows(lambda a, axis: jnp.repeat(a, copies, axis=axis))
 
-        scales = [None if a is None else repeat(a, 1) for a in (self.k_scale, self.v_scale)]
-        return KVCache(
-            k=repeat(self.k, 1),
-            v=repeat(self.v, 1),
-            pos=repeat(self.pos, 1),
-            length=repeat(self.length, 1),
-            next_pos=repeat(self.next_pos, 0),
-            rope_span=repeat(self.rope_span, 0),
-            k_scale=scales[0],
-            v_scale=scales[1],
-            shared=self.shared,
+    def map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> "KVCache":
+        """A cache whose arrays are `change(array, axis of the rows)`; `shared` stays as it is."""
+        by_layer = ("k", "v", "pos", "length", "k_scale", "v_scale")
+        arrays = {name: getattr(self, name) for name in by_layer}
+        return dataclasses.replace(
+            self,
+            **{name: None if a is None else change(a, 1) for name, a in arrays.items()},
+            next_pos=change(self.next_pos, 0),
+            rope_span=change(self.rope_span, 0),
         )
 
     def branch(self, copies: int, *, slots: int) -> "KVCache":

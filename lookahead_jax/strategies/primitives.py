@@ -5,7 +5,6 @@ for each row, is `decoding.step.Steer`. B batch, R rows of the result, V vocabul
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,7 @@ from lookahead_jax.model.jit import program
 
 def gather_cache(cache: KVCache, index: Int[Array, " R"]) -> KVCache:
     """The rows `index` of a cache; what they share is neither read nor copied."""
-
-    def rows(a: Any, axis: int) -> Any:
-        return None if a is None else jnp.take(a, index, axis=axis)
-
-    return KVCache(
-        k=rows(cache.k, 1),
-        v=rows(cache.v, 1),
-        pos=rows(cache.pos, 1),
-        length=rows(cache.length, 1),
-        next_pos=rows(cache.next_pos, 0),
-        rope_span=rows(cache.rope_span, 0),
-        k_scale=rows(cache.k_scale, 1),
-        v_scale=rows(cache.v_scale, 1),
-        shared=cache.shared,
-    )
+    return cache.map_rows(lambda a, axis: jnp.take(a, index, axis=axis))
 
 
 @program()
