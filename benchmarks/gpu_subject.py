@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 import lookahead_jax as lk
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
-from lookahead_jax.decoding.step import DecodeState, start
+from lookahead_jax.decoding.state import DecodeState, start
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, forward
 from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules

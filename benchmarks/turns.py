@@ -65,7 +65,8 @@ class Ours:
         import jax.numpy as jnp
 
         from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
-        from lookahead_jax.decoding.step import decode_burst, start
+        from lookahead_jax.decoding.state import start
+        from lookahead_jax.decoding.step import decode_burst
         from lookahead_jax.policies.full import Full
         from lookahead_jax.policies.snapkv import SnapKV
         from lookahead_jax.prefilling.batching import slots_for

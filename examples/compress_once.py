@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import jax.numpy as jnp
 
 import lookahead_jax as lk
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 
 BUDGET, QUESTION_TOKENS, ANSWER_TOKENS = 128, 16, 8
 ROWS = {"need": "operator", "cache": "value", "text": "state", "option": "number"}

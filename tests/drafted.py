@@ -18,7 +18,8 @@ from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.logprobs import empty_record
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
-from lookahead_jax.decoding.step import PLAIN, decode_step, seen_tokens, start
+from lookahead_jax.decoding.state import seen_tokens, start
+from lookahead_jax.decoding.step import PLAIN, decode_step
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV

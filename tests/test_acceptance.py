@@ -12,7 +12,8 @@ import pytest
 from lookahead_jax.decoding.acceptance import accept_drawn
 from lookahead_jax.decoding.draft_programs import attach
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
-from lookahead_jax.decoding.step import decode_burst, start
+from lookahead_jax.decoding.state import start
+from lookahead_jax.decoding.step import decode_burst
 from lookahead_jax.decoding.tree import TokenTree, accept, layout
 from lookahead_jax.drafters.drawn_model import DrawnModel
 from lookahead_jax.generation.score import token_logits

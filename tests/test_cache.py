@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
 from lookahead_jax.model.cache import Entries, KVCache, commit, empty_cache
-from lookahead_jax.model.decoder import stored_layer
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.context import stored_layer
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.read import read_prompt

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.load import load, save_params
 from lookahead_jax.checkpoints.source import StoredTensor, Tensors
+from lookahead_jax.checkpoints.stored_layout import stored_index
 from lookahead_jax.checkpoints.weights import load_weights
-from lookahead_jax.model.params import stored_index
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 
 MODELS = Path(__file__).parent / "fixtures" / "models"

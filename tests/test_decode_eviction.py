@@ -15,7 +15,8 @@ from lookahead_jax.decoding.device_drafter import Given
 from lookahead_jax.decoding.draft_packing import pack
 from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
-from lookahead_jax.decoding.step import decode_burst, decode_step, start
+from lookahead_jax.decoding.state import start
+from lookahead_jax.decoding.step import decode_burst, decode_step
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prompts.read import read_prompt
 from tests import reference, tiny

@@ -14,7 +14,8 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
     with_everything,
 )
-from lookahead_jax.decoding.step import DecodeState, decode, decode_burst, seen_tokens, start
+from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
+from lookahead_jax.decoding.step import decode, decode_burst
 from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.params import unstack

@@ -18,8 +18,11 @@ from lookahead_jax.kernels.attention import block_attention
 from lookahead_jax.kernels.common import Own
 from lookahead_jax.model import params as P
 from lookahead_jax.model.cache import Entries, commit, empty_cache
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.layers import linear
+from lookahead_jax.model.parameter_specs import parameter_specs, shape
 from lookahead_jax.model.quantization import (
+    FINGERPRINT_SAMPLES,
     QuantizedWeight,
     dequantize_entries,
     multiply_table,
@@ -54,7 +57,7 @@ def is_quantized(leaf):
 def rounded(params, config, dtype=jnp.float32):
     """The same parameters as floats: values times scales, channel by channel."""
     floats = {}
-    for path, spec in P.parameter_specs(config).items():
+    for path, spec in parameter_specs(config).items():
         weight = P.leaf(params, path)
         if is_quantized(weight):
             inputs = tuple(spec.axes.index(axis) for axis in spec.columns)
@@ -67,14 +70,14 @@ def rounded(params, config, dtype=jnp.float32):
 @pytest.mark.parametrize("name", ["llama3", "phi3"])  # phi3 stores fused tensors
 def test_values_and_scales_are_those_of_every_channel_by_itself(name):
     model, floats = load(name, weights="int8"), load(name)
-    found = {path for path in P.parameter_specs(model.config)}
+    found = {path for path in parameter_specs(model.config)}
     for path in found:
         weight, matrix = P.leaf(model.params, path), np.asarray(P.leaf(floats.params, path))
         assert is_quantized(weight) == (path.split(".")[-1] in MATRICES)
         if not is_quantized(weight):
             np.testing.assert_array_equal(weight, matrix)
             continue
-        spec = P.parameter_specs(model.config)[path]
+        spec = parameter_specs(model.config)[path]
         order = [spec.axes.index(a) for a in (*spec.output_axes, *spec.columns)]
         channels = matrix.transpose(order).reshape(weight.scale.size, -1).astype(np.float64)
         values = np.asarray(weight.values).transpose(order).reshape(channels.shape)
@@ -175,8 +178,8 @@ def test_the_fingerprint_is_that_of_the_model_before_rounding(dtype, tmp_path):
     options = {} if dtype is None else {"dtype": dtype}
     floats, model = load("llama3", **options), load("llama3", **options, weights="int8")
     assert model.params["embed"].dtype == floats.params["embed"].dtype
-    assert P.fingerprint(model.params) == P.fingerprint(floats.params)
-    assert P.fingerprint(P.unstack(model.params)) == P.fingerprint(floats.params)
+    assert fingerprint(model.params) == fingerprint(floats.params)
+    assert fingerprint(P.unstack(model.params)) == fingerprint(floats.params)
     if dtype is None:
         sizes = LookaheadConfig(tokens=2, rank=2, alpha=4.0, targets=("q",), init="table")
         modules = init_modules(jax.random.key(0), sizes, model.config, params=model.params)
@@ -233,12 +236,12 @@ def test_modules_train_on_an_int8_base():
     """The gradients are those of the rounded weights."""
     config = tiny.config(num_hidden_layers=2, vocab_size=96)
     weights = {}
-    for path, spec in P.parameter_specs(config).items():
+    for path, spec in parameter_specs(config).items():
         matrix = P.leaf(tiny.params(config), path)
         if spec.columns:
             inputs = tuple(spec.axes.index(axis) for axis in spec.columns)
             values, scale = quantize(np.asarray(matrix), inputs)
-            samples = (*P.shape(spec.sample_axes, config), P.FINGERPRINT_SAMPLES)
+            samples = (*shape(spec.sample_axes, config), FINGERPRINT_SAMPLES)
             matrix = QuantizedWeight(
                 jnp.asarray(values), jnp.asarray(scale), jnp.zeros(samples, jnp.float32)
             )

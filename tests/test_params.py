@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.checkpoints.stored_layout import (
+    from_stored,
+    stored_index,
+    stored_shape,
+    to_checkpoint,
+)
 from lookahead_jax.model import params as P
+from lookahead_jax.model.fingerprint import fingerprint
+from lookahead_jax.model.parameter_specs import parameter_specs
 
 SIZES = {
     "vocab_size": 40,
@@ -95,7 +103,7 @@ def test_init_is_scaled_by_fan_in():
 
 def test_fused_tensors_of_phi3():
     config, params = make("phi3")
-    tensors = P.to_checkpoint(params, config)
+    tensors = to_checkpoint(params, config)
     fused = tensors["model.layers.1.self_attn.qkv_proj.weight"]
     q, k, v = (np.asarray(params["layers"][n][1]).reshape(24, -1).T for n in "qkv")
     np.testing.assert_array_equal(fused, np.concatenate([q, k, v]))
@@ -109,7 +117,7 @@ def test_norms_of_gemma_have_their_own_names():
     config, params = make("gemma2")
     params["layers"]["mlp_norm"] = jnp.full((3, 24), 7.0, jnp.float32)
     params["layers"]["attn_post_norm"] = jnp.full((3, 24), 8.0, jnp.float32)
-    tensors = P.to_checkpoint(params, config)
+    tensors = to_checkpoint(params, config)
     assert (tensors["model.layers.0.pre_feedforward_layernorm.weight"] == 7).all()
     assert (tensors["model.layers.0.post_attention_layernorm.weight"] == 8).all()
 
@@ -119,7 +127,7 @@ def test_norms_of_glm4_have_their_own_names():
     params["layers"]["mlp_norm"] = jnp.full((3, 24), 7.0, jnp.float32)
     params["layers"]["attn_post_norm"] = jnp.full((3, 24), 8.0, jnp.float32)
     params["layers"]["mlp_post_norm"] = jnp.full((3, 24), 9.0, jnp.float32)
-    tensors = P.to_checkpoint(params, config)
+    tensors = to_checkpoint(params, config)
     assert (tensors["model.layers.0.post_attention_layernorm.weight"] == 7).all()
     assert (tensors["model.layers.0.post_self_attn_layernorm.weight"] == 8).all()
     assert (tensors["model.layers.0.post_mlp_layernorm.weight"] == 9).all()
@@ -136,19 +144,19 @@ def test_any_slice_of_any_parameter_comes_back(data):
     model_type = data.draw(st.sampled_from(TYPES))
     if model_type not in CHECKPOINTS:
         config, params = make(model_type)
-        CHECKPOINTS[model_type] = config, params, P.to_checkpoint(params, config)
+        CHECKPOINTS[model_type] = config, params, to_checkpoint(params, config)
     config, params, tensors = CHECKPOINTS[model_type]
-    path, spec = data.draw(st.sampled_from(sorted(P.parameter_specs(config).items())))
+    path, spec = data.draw(st.sampled_from(sorted(parameter_specs(config).items())))
     place = (2, 1)[: len(spec.lead)]  # a layer, and an expert
     value = np.asarray(P.leaf(params, path))[place]
     stored = tensors[spec.tensor_at(place)]
-    assert stored.shape == P.stored_shape(spec, config)
+    assert stored.shape == stored_shape(spec, config)
     index = []
     for size in value.shape:
         start = data.draw(st.integers(0, size - 1))
         index.append(slice(start, data.draw(st.integers(start + 1, size))))
     index = tuple(index)
-    got = P.from_stored(spec, config, stored[P.stored_index(spec, config, index)], index)
+    got = from_stored(spec, config, stored[stored_index(spec, config, index)], index)
     np.testing.assert_array_equal(got, value[index])
 
 
@@ -163,7 +171,7 @@ def test_unstack():
 
 def test_unstacked_parameters_export_alike():
     config, params = make("qwen2")
-    stacked, flat = P.to_checkpoint(params, config), P.to_checkpoint(P.unstack(params), config)
+    stacked, flat = to_checkpoint(params, config), to_checkpoint(P.unstack(params), config)
     assert stacked.keys() == flat.keys()
     for name, value in stacked.items():
         np.testing.assert_array_equal(flat[name], value)
@@ -171,13 +179,13 @@ def test_unstacked_parameters_export_alike():
 
 def test_fingerprint_tells_bases_apart_and_nothing_else():
     config, params = make("llama")
-    fingerprint = P.fingerprint(params)
-    assert P.fingerprint(P.unstack(params)) == fingerprint
+    digest = fingerprint(params)
+    assert fingerprint(P.unstack(params)) == digest
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    assert P.fingerprint(rounded) == fingerprint
+    assert fingerprint(rounded) == digest
     tuned = params | {"layers": params["layers"] | {"up": params["layers"]["up"] * 1.02}}
-    assert P.fingerprint(tuned) != fingerprint
+    assert fingerprint(tuned) != digest
     other = P.init_params(jax.random.key(1), config, jnp.float32)
-    assert P.fingerprint(other) != fingerprint
+    assert fingerprint(other) != digest
     swapped = params["layers"] | {"k": params["layers"]["v"], "v": params["layers"]["k"]}
-    assert P.fingerprint(params | {"layers": swapped}) != fingerprint
+    assert fingerprint(params | {"layers": swapped}) != digest

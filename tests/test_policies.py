@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lookahead_jax.model.decoder import Block, Context, LayerKind, embed
+from lookahead_jax.model.context import Context
+from lookahead_jax.model.decoder import Block, embed
+from lookahead_jax.model.layer_attention import LayerKind
 from lookahead_jax.model.params import init_params, unstack
 from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules, observer_block
 from lookahead_jax.policies.ada import Ada

@@ -15,7 +15,7 @@ import tokenizers
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.eval.tasks.own.code import HELDOUT
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import data, training_data

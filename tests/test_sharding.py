@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as PS
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.model import decoder as lm
-from lookahead_jax.model.params import fingerprint, init_params
+from lookahead_jax.model.fingerprint import fingerprint
+from lookahead_jax.model.params import init_params
 from lookahead_jax.model.sharding import (
     batch_sharding,
     make_mesh,

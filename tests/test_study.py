@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lookahead_jax.checkpoints.load import load
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import load_modules

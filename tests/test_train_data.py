@@ -8,7 +8,7 @@ import pytest
 
 from lookahead_jax.checkpoints.load import load, save_params
 from lookahead_jax.generation.generate import generate
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.policies.full import Full
 from lookahead_jax.train import data

@@ -28,7 +28,7 @@ from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.files import atomic_path, atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import bucket_length, check_tokens
 from lookahead_jax.train.progress import say

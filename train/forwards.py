@@ -18,7 +18,8 @@ from lookahead_jax.host.files import load_arrays, save_arrays
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.model.params import Params, WeightType
+from lookahead_jax.model.parameter_specs import WeightType
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import param_shardings, sharding
 from lookahead_jax.train.batches import Batch, ForwardBatch, forward_sharding
 from lookahead_jax.train.objective import BaseForward, base_forward

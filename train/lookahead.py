@@ -33,7 +33,9 @@ from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import SETTINGS
-from lookahead_jax.model.params import Params, WeightType, fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
+from lookahead_jax.model.parameter_specs import WeightType
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.modules.files import save_modules
@@ -45,12 +47,7 @@ from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.objective import PAPER, LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
-from lookahead_jax.train.step import (
-    TrainState,
-    check_batch,
-    compile_step,
-    init_state,
-)
+from lookahead_jax.train.step import TrainState, check_batch, compile_step, init_state
 from lookahead_jax.train.training_data import TrainingData, open_data
 
 _PRESETS = Path(__file__).parent / "configs"

@@ -21,7 +21,9 @@ from lookahead_jax.host.integers import check_integer
 from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.kernels.reductions import Reduce
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Block, Context, LayerKind, embed, layer_kinds, scan_layers
+from lookahead_jax.model.context import Context
+from lookahead_jax.model.decoder import Block, embed, scan_layers
+from lookahead_jax.model.layer_attention import LayerKind, layer_kinds
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.modules.definition import LookaheadModules, observer_block

@@ -25,9 +25,11 @@ from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.files import atomic_write
 from lookahead_jax.kernels.reductions import reduce_group
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import embed, layer_kinds, scan_layers
+from lookahead_jax.model.decoder import embed, scan_layers
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.jit import program
-from lookahead_jax.model.params import Params, fingerprint
+from lookahead_jax.model.layer_attention import layer_kinds
+from lookahead_jax.model.params import Params
 from lookahead_jax.policies.qfilter import TENSOR, QFilter, QuerySums, filters_of
 from lookahead_jax.prefilling.layer_pass import layer_buffers, prompt_layer, prompt_layout
 from lookahead_jax.train.progress import say

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.model.params import Params, WeightType
+from lookahead_jax.model.parameter_specs import WeightType
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import param_shardings
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.prefilling.layer_pass import CHUNK

@@ -31,8 +31,9 @@ from lookahead_jax.host.config_files import read_config
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.jit import compiler_options
-from lookahead_jax.model.params import Params, fingerprint
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
@@ -44,13 +45,7 @@ from lookahead_jax.train.metrics import MetricsLog
 from lookahead_jax.train.objective import LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
-from lookahead_jax.train.step import (
-    StepMetrics,
-    TrainState,
-    check_batch,
-    init_state,
-    variants_step,
-)
+from lookahead_jax.train.step import StepMetrics, TrainState, check_batch, init_state, variants_step
 from lookahead_jax.train.training_data import TrainingData, open_data
 
 _STUDIES = Path(__file__).parent / "configs" / "studies"

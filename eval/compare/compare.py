@@ -35,7 +35,7 @@ from lookahead_jax.eval.compare.summary import best_settings, write_summary
 from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import save_arrays
 from lookahead_jax.host.run_folder import keep_settings
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.modules.files import load_modules
 
 PROG = "lookahead eval compare"

@@ -20,8 +20,9 @@ from lookahead_jax.decoding.step import decode
 from lookahead_jax.generation.score import forced_logits
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Context, layer_kinds
+from lookahead_jax.model.context import Context
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.params import Params, of_all_layers
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import OnePass, Policy, WithModules, WithResponse

@@ -15,9 +15,9 @@ from lookahead_jax.host.files import atomic_path
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.fingerprint import fingerprint as fingerprint_of
 from lookahead_jax.model.jit import check_not_donated
 from lookahead_jax.model.params import Params
-from lookahead_jax.model.params import fingerprint as fingerprint_of
 
 _FORMAT = "lookahead_jax.kv_cache.2"
 _WITHOUT_CHECKSUM = "lookahead_jax.kv_cache.1"

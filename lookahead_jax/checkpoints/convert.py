@@ -17,13 +17,13 @@ from lookahead_jax.checkpoints.hf_files import files_of_folder, find, is_plain_n
 from lookahead_jax.checkpoints.load import locate, open_checkpoint
 from lookahead_jax.checkpoints.safetensors_files import INDEX, SINGLE
 from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
+from lookahead_jax.checkpoints.stored_layout import to_checkpoint
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import LoadedWeights, load_weights
 from lookahead_jax.host.activity import activity
 from lookahead_jax.host.files import atomic_path
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import to_checkpoint
 
 SHARD_BYTES = 5 * 10**9  # as transformers splits checkpoints
 _GENERATION, _TEMPLATES = "generation_config.json", "additional_chat_templates"

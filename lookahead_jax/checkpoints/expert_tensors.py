@@ -16,8 +16,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from lookahead_jax.checkpoints.source import StoredTensor, TensorReader, Tensors
+from lookahead_jax.checkpoints.stored_layout import Index, stored_shape
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Index, axis_sizes, parameter_specs, stored_shape
+from lookahead_jax.model.parameter_specs import axis_sizes, parameter_specs
 
 _FUSED = re.compile(
     r"(model\.|)layers\.(\d{1,5})\.mlp\."

@@ -15,12 +15,13 @@ from lookahead_jax.checkpoints.hub import fetch, hub_name
 from lookahead_jax.checkpoints.packaged import PACKAGES, packaged_file
 from lookahead_jax.checkpoints.safetensors_files import SINGLE
 from lookahead_jax.checkpoints.source import CheckpointSource, GenerationDefaults
+from lookahead_jax.checkpoints.stored_layout import to_checkpoint
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.checkpoints.weights import load_weights
 from lookahead_jax.host.files import atomic_path
 from lookahead_jax.host.warn import warn
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Params, to_checkpoint
+from lookahead_jax.model.params import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from lookahead_jax.checkpoints.hf_files import find, listing, read_json
 from lookahead_jax.checkpoints.source import StoredTensor, TensorReader, Tensors
-from lookahead_jax.model.params import Index
+from lookahead_jax.checkpoints.stored_layout import Index
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

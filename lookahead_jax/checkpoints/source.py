@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from lookahead_jax.checkpoints.stored_layout import Index
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Index
 
 
 @dataclasses.dataclass(frozen=True)

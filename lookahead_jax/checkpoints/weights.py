@@ -15,19 +15,11 @@ from jax.typing import DTypeLike
 
 from lookahead_jax.checkpoints.hf_files import listing
 from lookahead_jax.checkpoints.source import StoredTensor, TensorReader, Tensors
+from lookahead_jax.checkpoints.stored_layout import from_stored, stored_index, stored_shape
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import (
-    ParameterSpec,
-    Params,
-    from_stored,
-    parameter_specs,
-    sample_of,
-    shape,
-    stored_index,
-    stored_shape,
-    tree,
-    weight_type,
-)
+from lookahead_jax.model.fingerprint import sample_of
+from lookahead_jax.model.parameter_specs import ParameterSpec, parameter_specs, shape
+from lookahead_jax.model.params import Params, tree, weight_type
 from lookahead_jax.model.quantization import QuantizedWeight, quantize
 from lookahead_jax.model.sharding import param_shardings
 

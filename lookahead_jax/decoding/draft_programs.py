@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
-from lookahead_jax.decoding.step import DecodeState
+from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.tree import TokenTree
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program

@@ -15,7 +15,8 @@ from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_t
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
-from lookahead_jax.decoding.step import PLAIN, DecodeState, Step, decode_burst, decode_step
+from lookahead_jax.decoding.state import DecodeState
+from lookahead_jax.decoding.step import PLAIN, Step, decode_burst, decode_step
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.config import ModelConfig

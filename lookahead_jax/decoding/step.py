@@ -15,23 +15,20 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lookahead_jax.decoding.acceptance import accept_drawn
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
 from lookahead_jax.decoding.eviction import DecodeEviction, evict
-from lookahead_jax.decoding.logprobs import LogprobRecord, measure, written
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,
-    SamplingRows,
-    TextSoFar,
     choose_tokens,
     process_logits,
     sampling_rows,
 )
-from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTree, accept, layout
+from lookahead_jax.decoding.state import DecodeState, emit, start, text_so_far
+from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, TokenTree, accept, layout
 from lookahead_jax.model.cache import Entries, KVCache, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
@@ -41,30 +38,6 @@ from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
 PLAIN = NoDrafter()
-
-
-@struct.dataclass
-class DecodeState:
-    """A batch of requests in the middle of decoding."""
-
-    cache: KVCache
-    token: jax.Array  # [B] int32 last emitted token, not yet in the cache
-    tokens: jax.Array  # [B, W] int32 emitted tokens, -1 where none
-    count: jax.Array  # [B] int32 emitted so far
-    limit: jax.Array  # [B] int32 most tokens to emit
-    done: jax.Array  # [B] bool
-    eos: jax.Array  # [B, E] int32 tokens that end a row, -1 = none
-    seen: jax.Array | None  # [B, V] bool tokens of prompt and output, if a penalty needs them
-    counts: jax.Array | None  # [B, V] int32 how often the output has each token, likewise
-    sampling: SamplingRows
-    lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
-    reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
-    finite: jax.Array  # [B] bool; a row ends, without a token, at logits that are NaN or infinite
-    draft: Any  # the drafter's state
-    sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
-    pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
-    logprobs: LogprobRecord | None = None
-    steering: Any = ()  # the state of the `Steer` that decoding uses, a pytree with a leading B
 
 
 @runtime_checkable
@@ -96,106 +69,6 @@ class Decoded(NamedTuple):
     cache: KVCache  # holds every emitted token but each row's last
     overflowed: jax.Array  # [B] bool
     finite: jax.Array  # [B] bool
-
-
-def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"]:
-    """Which ids occur in each row of a padded batch."""
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    ids = jnp.where(tokens >= 0, tokens, vocab_size)
-    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
-
-
-def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> DecodeState:
-    """Appends the accepted tokens to each row; only the last may end it.
-
-    Log-probabilities are recorded from the `raw` logits [B, P, V], if these are given.
-    """
-    emitted, count = accepted.emitted, accepted.count
-    rows = jnp.arange(emitted.shape[0])[:, None]
-    step = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
-    at = jnp.where(step < count[:, None], state.count[:, None] + step, state.tokens.shape[1])
-    seen, counts = state.seen, state.counts
-    if seen is not None:
-        ids = jnp.where(step < count[:, None], emitted, seen.shape[1])
-        seen = seen.at[rows, ids].set(True, mode="drop")
-    if counts is not None:
-        ids = jnp.where(step < count[:, None], emitted, counts.shape[1])
-        counts = counts.at[rows, ids].add(1, mode="drop")
-    logprobs = state.logprobs
-    if logprobs is not None and raw is not None:
-        logprobs = written(logprobs, measure(logprobs, raw, accepted), at)
-    last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
-    total = state.count + count
-    ended = (last == state.eos).any(1) | (total >= state.limit)
-    return dataclasses.replace(
-        state,
-        token=jnp.where(count > 0, last[:, 0], state.token),
-        tokens=state.tokens.at[rows, at].set(emitted, mode="drop"),
-        count=total,
-        done=state.done | (ended & (count > 0)),
-        seen=seen,
-        counts=counts,
-        logprobs=logprobs,
-    )
-
-
-def _text_so_far(state: DecodeState, tree: TokenTree, laid: Layout) -> TextSoFar:
-    """What the penalties of a tree's nodes look at."""
-    if tree.tokens.shape[1] == 1:
-        return TextSoFar(state.seen, state.counts)
-    on_path = laid.ancestors & laid.valid[:, None]
-    path = jnp.where(on_path, tree.tokens[:, None], -1)[..., 1:]
-    return TextSoFar(state.seen, state.counts, path)
-
-
-@partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
-def start(
-    cache: KVCache,
-    logits: Float[Array, "B V"],
-    *,
-    sampling: SamplingRows,
-    limit: Int[Array, " B"],
-    eos: Int[Array, "... E"],
-    seen: Bool[Array, "B V"] | None,
-    width: int,
-    draft: Any = (),
-    sums: Float[Array, "L B K S"] | None = None,
-    pinned: Bool[Array, "B T"] | None = None,
-    logprobs: LogprobRecord | None = None,
-) -> DecodeState:
-    """Opens decoding: chooses each row's first token from the logits after its prompt.
-
-    `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
-    static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
-    of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
-    evicted during decoding, `pinned` the prompt positions that this eviction keeps, `logprobs` an
-    empty record if any row may ask for log-probabilities. The cache is donated.
-    """
-    batch, vocab = logits.shape
-    finite = jnp.isfinite(logits).all(-1)
-    state = DecodeState(
-        cache=cache,
-        token=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.full((batch, width), -1, jnp.int32),
-        count=jnp.zeros(batch, jnp.int32),
-        limit=jnp.minimum(limit, width),
-        done=(limit <= 0) | ~finite,
-        eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
-        seen=seen if sampling.penalized else None,
-        counts=jnp.zeros((batch, vocab), jnp.int32) if sampling.counted else None,
-        sampling=sampling,
-        lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
-        reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
-        finite=finite,
-        draft=draft,
-        sums=sums,
-        pinned=pinned,
-        logprobs=logprobs,
-    )
-    processed = process_logits(logits[:, None], TextSoFar(state.seen, state.counts), sampling)
-    token = choose_tokens(processed, cache.next_pos[:, None], sampling)
-    first = Accepted(jnp.zeros_like(token), (~state.done).astype(jnp.int32), token)
-    return emit(state, first, logits[:, None])
 
 
 def _reached(accepted: Accepted) -> jax.Array:
@@ -257,7 +130,7 @@ def _step(
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
     steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
-    processed = process_logits(steered, _text_so_far(state, tree, laid), state.sampling)
+    processed = process_logits(steered, text_so_far(state, tree, laid), state.sampling)
     if drawn is None:
         accepted = accept(
             tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)

@@ -27,7 +27,7 @@ from lookahead_jax.decoding.logprobs import (
     on_host,
 )
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
-from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
+from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.prompt_reader import PrefilledRequest

@@ -18,7 +18,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.sampling import sampling_rows
-from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
+from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.generation.generate import decode_rows
 from lookahead_jax.generation.inputs import PromptBatch, announce, draft_tokens, encode_batch
 from lookahead_jax.generation.memory import check_memory

@@ -18,7 +18,8 @@ from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.logprobs import Logprobs, on_host
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
-from lookahead_jax.decoding.step import DecodeState, Step
+from lookahead_jax.decoding.state import DecodeState
+from lookahead_jax.decoding.step import Step
 from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.generation.inputs import (
     DEFAULT_BUDGET,

@@ -12,7 +12,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
 from lookahead_jax.decoding.logprobs import LogprobRecord, empty_record
 from lookahead_jax.decoding.sampling import sampling_rows
-from lookahead_jax.decoding.step import DecodeState, seen_tokens, start
+from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
 from lookahead_jax.host.activity import activity

@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 TABLE_ROWS = 1024  # rows of a table that are floats at once on CPU
 LARGEST = 127  # symmetric: -128 is not used
 
+FINGERPRINT_SAMPLES = 256  # per parameter and layer; changing it changes every fingerprint
+
 
 @struct.dataclass
 class QuantizedWeight:
@@ -26,7 +28,7 @@ class QuantizedWeight:
 
     values: jax.Array  # int8, the shape of the matrix
     scale: jax.Array  # float32, the shape of its outputs, with the layer axis if it is stacked
-    sample: jax.Array  # [(L,) samples] some values before rounding, for `params.fingerprint`
+    sample: jax.Array  # [(L,) samples] some values before rounding, for its fingerprint
 
     @property
     def shape(self) -> tuple[int, ...]:

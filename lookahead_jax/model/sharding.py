@@ -17,14 +17,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import (
+from lookahead_jax.model.parameter_specs import (
     ParameterSpec,
-    Params,
     WeightType,
     axis_sizes,
     parameter_specs,
-    tree,
 )
+from lookahead_jax.model.params import Params, tree
 from lookahead_jax.model.quantization import QuantizedWeight
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -17,13 +17,9 @@ from jax.typing import DTypeLike
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.host.files import atomic_write
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.params import Params, fingerprint
-from lookahead_jax.modules.definition import (
-    TARGETS,
-    LookaheadConfig,
-    LookaheadModules,
-    lora_shapes,
-)
+from lookahead_jax.model.fingerprint import fingerprint
+from lookahead_jax.model.params import Params
+from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, LookaheadModules, lora_shapes
 
 CONFIG_FILE = "lookahead_config.json"
 TENSOR_FILE = "lookahead_model.safetensors"

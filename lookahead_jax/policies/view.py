@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from lookahead_jax.kernels.importance import importance_scores
 from lookahead_jax.kernels.reductions import Group, Pool, Reduce
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Context, LayerKind
+from lookahead_jax.model.context import Context
+from lookahead_jax.model.layer_attention import LayerKind
 from lookahead_jax.model.quantization import Weight
 
 Stats = Any  # a policy's own accumulator over the prompt's queries, a pytree

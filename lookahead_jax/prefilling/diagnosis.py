@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import embed, layer_kinds, logits, scan_layers
+from lookahead_jax.model.decoder import embed, logits, scan_layers
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.quantization import QuantizedWeight, Weight

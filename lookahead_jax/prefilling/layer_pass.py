@@ -13,22 +13,19 @@ from jaxtyping import Array, Float, Int
 
 from lookahead_jax.kernels.dispatch import target_platform
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.context import Context
 from lookahead_jax.model.decoder import (
     Block,
-    Context,
-    LayerKind,
     Stream,
-    attend_block,
     block_visible,
-    causal,
     embed,
     feed_forward,
-    layer_kinds,
     layer_step,
     project_qkv,
     scan_layers,
 )
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.layer_attention import LayerKind, attend_block, causal, layer_kinds
 from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import jax
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Block, Context, LayerKind
+from lookahead_jax.model.context import Context
+from lookahead_jax.model.decoder import Block
+from lookahead_jax.model.layer_attention import LayerKind
 from lookahead_jax.model.params import Params
 from lookahead_jax.policies.base import Policy, SparsePattern
 from lookahead_jax.policies.view import LayerView, Queries, Stats

@@ -24,18 +24,11 @@ from lookahead_jax.model.cache import (
     round_up,
 )
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import (
-    Block,
-    cache_context,
-    embed,
-    forward,
-    layer_kinds,
-    logits,
-    scan_layers,
-    stored_layer,
-)
+from lookahead_jax.model.context import cache_context, stored_layer
+from lookahead_jax.model.decoder import Block, embed, forward, logits, scan_layers
 from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.quantization import quantize_entries
@@ -43,12 +36,7 @@ from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithDraft, WithLookup, WithModules
 from lookahead_jax.policies.selection import Kept, budgets_of_layers, select
 from lookahead_jax.policies.view import LayerView
-from lookahead_jax.prefilling.layer_pass import (
-    CHUNK,
-    layer_buffers,
-    observe_layer,
-    prompt_layout,
-)
+from lookahead_jax.prefilling.layer_pass import CHUNK, layer_buffers, observe_layer, prompt_layout
 from lookahead_jax.prefilling.layer_steps import Carry, Layer, Observer, Scorer, choose_layer_step
 
 

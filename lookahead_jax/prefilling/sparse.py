@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Context, LayerKind, Stream, layer_step, project_qkv
+from lookahead_jax.model.context import Context
+from lookahead_jax.model.decoder import Stream, layer_step, project_qkv
+from lookahead_jax.model.layer_attention import LayerKind
 from lookahead_jax.model.params import Params
 from lookahead_jax.policies.base import SparsePattern
 from lookahead_jax.prefilling.layer_pass import Buffers, PromptLayout

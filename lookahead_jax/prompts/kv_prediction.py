@@ -21,8 +21,9 @@ from lookahead_jax.checkpoints.load import Model, first_layers, load
 from lookahead_jax.host.files import atomic_write, load_arrays, save_arrays
 from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import embed, layer_kinds, scan_layers
+from lookahead_jax.model.decoder import embed, scan_layers
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.layers import linear, optional_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import apply_rope, rope_tables

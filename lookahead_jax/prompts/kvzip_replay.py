@@ -10,24 +10,14 @@ import jax.numpy as jnp
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import (
-    Block,
-    cache_context,
-    embed,
-    layer_kinds,
-    scan_layers,
-    stored_layer,
-)
+from lookahead_jax.model.context import cache_context, stored_layer
+from lookahead_jax.model.decoder import Block, embed, scan_layers
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.params import Params, of_all_layers
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithReplay
-from lookahead_jax.policies.selection import (
-    budgets_of_layers,
-    rank,
-    select,
-    share_across_layers,
-)
+from lookahead_jax.policies.selection import budgets_of_layers, rank, select, share_across_layers
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import observe_layer
 from lookahead_jax.prefilling.prefill import cut_layer, static_slots

@@ -8,15 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
-from lookahead_jax.decoding.step import DecodeState, Steer
+from lookahead_jax.decoding.state import DecodeState
+from lookahead_jax.decoding.step import Steer
 from lookahead_jax.model.jit import program
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
-from lookahead_jax.strategies.likelihood import (
-    Likelihood,
-    Listen,
-    log_probability,
-    nothing_drawn,
-)
+from lookahead_jax.strategies.likelihood import Likelihood, Listen, log_probability, nothing_drawn
 from lookahead_jax.strategies.primitives import gather_rows, replace_last
 from lookahead_jax.strategies.rows import Rows
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from lookahead_jax.decoding.device_drafter import NoDrafter
 from lookahead_jax.decoding.sampling import Sampling
-from lookahead_jax.decoding.step import DecodeState, Steer, decode_step
+from lookahead_jax.decoding.state import DecodeState
+from lookahead_jax.decoding.step import Steer, decode_step
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.decoding.step import DecodeState, emit
+from lookahead_jax.decoding.state import DecodeState, emit
 from lookahead_jax.decoding.tree import Accepted
 from lookahead_jax.model.cache import Entries, commit
 from lookahead_jax.model.config import ModelConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lookahead_jax.decoding.sampling import SamplingRows
-from lookahead_jax.decoding.step import DecodeState, emit
+from lookahead_jax.decoding.state import DecodeState, emit
 from lookahead_jax.decoding.tree import Accepted
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.jit import program

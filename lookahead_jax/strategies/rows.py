@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.step import DecodeState, Steer, decode_burst
+from lookahead_jax.decoding.state import DecodeState
+from lookahead_jax.decoding.step import Steer, decode_burst
 from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.generation.generate import check_finite
 from lookahead_jax.generation.output_text import OutputRow

@@ -9,7 +9,7 @@ import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
-from lookahead_jax.decoding.step import seen_tokens, start
+from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.generation.inputs import (
     DEFAULT_BUDGET,
     PromptBatch,

@@ -35,7 +35,7 @@ from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.host.files import atomic_path, atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
-from lookahead_jax.model.params import fingerprint
+from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.train import data, lookahead
