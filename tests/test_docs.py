@@ -12,7 +12,7 @@ from lookahead_jax.drafters.registry import DRAFTERS
 from lookahead_jax.eval.tasks.registry import TASKS
 from lookahead_jax.policies.registry import POLICIES
 from lookahead_jax.strategies.registry import STRATEGIES
-from tests.test_imports import ROOMS
+from tests.test_imports import PACKAGES
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,12 +90,12 @@ def test_the_paths_that_a_page_names_exist(page):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_the_rooms_of_the_architecture_page_are_those_of_the_import_test():
+def test_the_packages_of_the_architecture_page_are_those_of_the_import_test():
     rows = re.findall(
         r"^\| `(\w+)/` \|.*\| `([\w./]+)` \|$", (ROOT / "docs/architecture.md").read_text(), re.M
     )
-    assert [room for room, _ in rows] == ROOMS
-    assert all((ROOT / "lookahead_jax" / room / start).is_file() for room, start in rows), rows
+    assert [name for name, _ in rows] == PACKAGES
+    assert all((ROOT / "lookahead_jax" / name / start).is_file() for name, start in rows), rows
 
 
 def test_the_makefile_has_the_tasks_that_pages_name():

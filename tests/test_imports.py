@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lookahead_jax"
 
-# Lower rooms first; a module imports its own room and those above it in this list.
-ROOMS = [
+# Lower packages first; a module imports its own package and those above it in this list.
+PACKAGES = [
     "kernels",
     "host",
     "model",
@@ -29,7 +29,7 @@ ROOMS = [
     "train",
     "cli",
 ]
-ENTRIES = {"__init__", "__main__", "lm_eval"}  # files beside the rooms; they may import any room
+ENTRIES = {"__init__", "__main__", "lm_eval"}  # files beside the packages; they may import any
 LINKED = ("kernels", "train", "eval")  # rglob does not follow links
 
 
@@ -73,15 +73,15 @@ def edges(names: dict[str, Path]) -> list[tuple[str, str, int]]:
 
 
 def back_edges(names: dict[str, Path]) -> list[str]:
-    """Imports that go up the rooms, or that name no module."""
-    rank = {room: i for i, room in enumerate(ROOMS)}
-    public = rank["engine"]  # the highest room that __init__ exports from
+    """Imports that go up the packages, or that name no module."""
+    rank = {name: i for i, name in enumerate(PACKAGES)}
+    public = rank["engine"]  # the highest package that __init__ exports from
     wrong = []
     for here, there, line in edges(names):
-        room, other = here.split(".")[0], there.split(".")[0]
+        own, other = here.split(".")[0], there.split(".")[0]
         if there != "__init__" and there not in names and there not in LINKED:
             wrong.append(f"{here}, line {line}: there is no module {there}")
-        elif room in rank and rank.get(other, public if other == "__init__" else 99) > rank[room]:
+        elif own in rank and rank.get(other, public if other == "__init__" else 99) > rank[own]:
             wrong.append(f"{here}, line {line}: imports {there}")
     return wrong
 
@@ -107,14 +107,14 @@ def circles(names: dict[str, Path]) -> list[str]:
     return found
 
 
-def test_every_file_stands_in_a_room():
-    loose = {name.split(".")[0] for name in modules()} - set(ROOMS) - ENTRIES
-    assert not loose, "move these into a room, or name their room in ROOMS"
-    missing = [room for room in ROOMS if not (PACKAGE / room).is_dir()]
-    assert not missing, "ROOMS names folders that do not exist"
+def test_every_file_stands_in_a_package():
+    loose = {name.split(".")[0] for name in modules()} - set(PACKAGES) - ENTRIES
+    assert not loose, "move these into a package, or name their package in PACKAGES"
+    missing = [name for name in PACKAGES if not (PACKAGE / name).is_dir()]
+    assert not missing, "PACKAGES names folders that do not exist"
 
 
-def test_every_room_says_what_it_is_for():
+def test_every_package_says_what_it_is_for():
     """In one sentence. kernels/, train/ and eval/ have no __init__: see docs/architecture.md."""
     for name, path in modules().items():
         if path.name == "__init__.py" and name != "__init__":
@@ -131,7 +131,7 @@ def test_no_circles():
     assert circles(modules()) == []
 
 
-def test_no_import_of_top_level_rooms():
+def test_no_import_of_top_level_packages():
     wrong = [
         (name, line)
         for name, path in modules().items()
@@ -165,7 +165,7 @@ def test_a_back_edge_is_found(tmp_path):
     ]
 
 
-def test_a_circle_inside_a_room_is_found(tmp_path):
+def test_a_circle_inside_a_package_is_found(tmp_path):
     names = write(
         tmp_path,
         {
@@ -193,7 +193,7 @@ def test_every_public_name_exists():
         lookahead_jax.nothing_of_ours  # noqa: B018
 
 
-def test_policies_is_a_public_room():
+def test_policies_is_a_public_package():
     import lookahead_jax
 
     assert lookahead_jax.policies.make_policy is lookahead_jax.make_policy

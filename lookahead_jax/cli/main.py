@@ -1,6 +1,6 @@
-"""The command `lookahead`: every command is a frozen dataclass and a `main(config)` in this room.
+"""The command `lookahead`: every command is a frozen dataclass and a `main(config)` in this package.
 
-`lookahead train ...` and `lookahead eval ...` call the commands of those two rooms.
+`lookahead train ...` and `lookahead eval ...` call the commands of those two packages.
 """
 
 import sys

@@ -18,7 +18,7 @@ def embed_json(data: object) -> Markup:
 def render_page(package: str, template: str, **values: Any) -> str:
     """The template of that name in the folder `templates` of a package, filled in.
 
-    It may extend `page.html` of this room, which has the head of every page.
+    It may extend `page.html` of this package, which has the head of every page.
 
     Values are escaped unless they are `Markup`; a value that the template needs and does not get is
     an error.
