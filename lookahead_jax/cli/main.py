@@ -1,4 +1,4 @@
-"""The command `lookahead`: every command is a frozen dataclass and a `main(config)` in this package.
+"""The command `lookahead`: each command is a frozen dataclass and a `main(config)` in this package.
 
 `lookahead train ...` and `lookahead eval ...` call the commands of those two packages.
 """
