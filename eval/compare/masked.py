@@ -33,16 +33,16 @@ from lookahead_jax.prefilling.batching import slots_for
 from lookahead_jax.prefilling.prefill import compress, prefill
 from lookahead_jax.prompts.read import read_again
 
-RESPONSE = 32  # tokens of the model's own response, which the oracle reads
+RESPONSE = 32  # tokens of the model's own response, if no other number is given
 
 
 class Reference(NamedTuple):
     """A batch of prompts under the full cache; nothing here depends on a policy."""
 
-    tokens: jax.Array  # [B, T] int32 prompts, all of one length
+    tokens: jax.Array  # [B, T] int32 prompts, padded with -1
     cache: KVCache  # everything
     logits: jax.Array  # [B, V] after the prompt
-    response: jax.Array  # [B, RESPONSE] int32 the model's own greedy response, -1 padded
+    response: jax.Array  # [B, R] int32 the model's own greedy response, -1 padded
     forced: jax.Array  # [B, Y] int32 the answer that is forced through, -1 padded
     scores: jax.Array  # [B, Y, V] float32 logits at each token of it
 
@@ -61,15 +61,20 @@ def read_full(
     *,
     config: ModelConfig,
     eos_ids: Sequence[int],
+    response_tokens: int = RESPONSE,
 ) -> Reference:
-    """Prompts [B, T] under the full cache; without `answers` [B, Y] the model's own are forced."""
-    slots = slots_for(Full(), tokens.shape[1], 0, RESPONSE, config=config)
+    """Prompts [B, T] under the full cache, padded with -1 on the right.
+
+    Without `answers` [B, Y] the model's own response of at most `response_tokens` is forced.
+    """
+    slots = slots_for(Full(), tokens.shape[1], 0, response_tokens, config=config)
     full = prefill(
-        params, tokens, config=config, policy=Full(), budget=0, slots=slots, new_tokens=RESPONSE
-    )
+        params, tokens, config=config, policy=Full(), budget=0, slots=slots,
+        new_tokens=response_tokens,
+    )  # fmt: skip
     response = decode(
         params, full.cache.fork(1), full.logits,
-        config=config, max_new_tokens=RESPONSE, eos_ids=eos_ids,
+        config=config, max_new_tokens=response_tokens, eos_ids=eos_ids,
     ).tokens  # fmt: skip
     forced = response if answers is None else answers
     scores = forced_logits(params, full.cache, full.logits, forced, config=config)
@@ -97,7 +102,7 @@ def keep_masks(
     if (draft_policy := _draft_policy(policy)) is not None:
         kept = keep_masks(params, reference, draft_policy, budgets, config=config, eos_ids=eos_ids)
         drafts = dict(zip(budgets, kept, strict=True))
-    for group in _alike(policy, budgets, reference.tokens.shape[1]):
+    for group in _alike(policy, budgets, reference.tokens):
         budget = group[0]
         scores = _scores(
             params, reference, policy,
@@ -109,12 +114,14 @@ def keep_masks(
     return jnp.stack([masks[budget] for budget in budgets])
 
 
-def _alike(policy: Policy, budgets: tuple[int, ...], length: int) -> list[tuple[int, ...]]:
+def _alike(policy: Policy, budgets: tuple[int, ...], tokens: jax.Array) -> list[tuple[int, ...]]:
     """Groups of budgets with equal scores and protected entries; with a draft, each is its own."""
-    positions = jnp.arange(length, dtype=jnp.int32)[None, None]
+    length = (tokens >= 0).sum(1, dtype=jnp.int32)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.where(positions < length[:, None], positions, -1)[:, None]
     groups: dict[tuple, list[int]] = {}
     for budget in budgets:
-        pinned = np.asarray(policy.protected(positions, jnp.array([length]), budget)).tobytes()
+        pinned = np.asarray(policy.protected(positions, length, budget)).tobytes()
         alone = budget if _draft_policy(policy) is not None else 0
         groups.setdefault((policy.window_rows(budget), pinned, alone), []).append(budget)
     return [tuple(group) for group in groups.values()]

@@ -1,0 +1,1 @@
+"""Compares a model on a cut cache with itself on the full cache, on any prompts."""

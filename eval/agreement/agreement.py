@@ -1,0 +1,155 @@
+"""How closely a model on a cut cache follows itself on the full cache, on prompts of your own.
+
+    lookahead eval agreement --prompts FILE.jsonl --model MODEL --policies SPEC ... --out RUN
+
+No right answers are needed: the model's own greedy answer on the full cache is the reference. The
+same command resumes a run, and other policies, budgets and categories extend it. RUN/rows.jsonl has
+a row for each prompt, policy and budget; the table at the end is also in RUN/table.md.
+"""
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+import lookahead_jax as lk
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.eval.agreement.config import AgreementConfig
+from lookahead_jax.eval.agreement.measure import agreements, read_reference
+from lookahead_jax.eval.agreement.prompts import Prompt, read_prompts
+from lookahead_jax.eval.agreement.table import ROW, table
+from lookahead_jax.eval.grid.config import method_of, model_folder
+from lookahead_jax.eval.grid.rows import ROWS, RowFile, read_rows
+from lookahead_jax.host.command import run_command
+from lookahead_jax.host.files import atomic_write, make_folder
+from lookahead_jax.host.lock import folder_lock
+from lookahead_jax.host.run_folder import keep_settings
+from lookahead_jax.model.fingerprint import fingerprint
+from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.modules.files import CONFIG_FILE
+
+PROG = "lookahead eval agreement"
+
+Key = tuple[str, str, int]
+"""The id of a prompt, a policy, a budget."""
+
+
+def run(config: AgreementConfig) -> None:
+    """Measures what the run lacks, prints the table and writes it to `table.md` of the run.
+
+    Raises ValueError for a model without a tokenizer or with sliding windows, a file without
+    prompts, and a run begun with other settings; BlockingIOError if another process writes it.
+    """
+    print(f"{PROG}: loading the model", file=sys.stderr, flush=True)
+    model = lk.load(model_folder(config.model), dtype=config.dtype)
+    if model.tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer, and the prompts are texts")
+    modules = None
+    if (folder := config.modules) is not None:
+        modules = lk.load_modules(folder, params=model.params, config=model.config)
+    prompts = read_prompts(
+        config.prompts, model.tokenizer, categories=config.categories, count=config.count,
+        shortest=max(config.budgets) + 1, longest=min(config.longest, _most_tokens(config, model)),
+    )  # fmt: skip
+    make_folder(config.out)
+    with folder_lock(config.out):
+        keep_settings(config.out, _settings(config, model), ROWS)
+        _measure(config, model, prompts, modules)
+        rows = list(read_rows(config.out / ROWS, ROW))
+    asked = {prompt.id for prompt in prompts}
+    text = table([row for row in rows if row["id"] in asked], config.policies, config.budgets)
+    atomic_write(config.out / "table.md", text)
+    print(text, end="")
+
+
+def _most_tokens(config: AgreementConfig, model: Model) -> int:
+    return model.config.max_position - config.response_tokens
+
+
+def _settings(config: AgreementConfig, model: Model) -> dict[str, Any]:
+    """What decides on the numbers of a row."""
+    folder = config.modules
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest() if folder else None
+    return {
+        "base_fingerprint": fingerprint(model.params),
+        "dtype": config.dtype,
+        "prompts": hashlib.sha256(config.prompts.read_bytes()).hexdigest(),
+        "response_tokens": config.response_tokens,
+        "modules": digest,
+    }
+
+
+def _measure(
+    config: AgreementConfig,
+    model: Model,
+    prompts: Sequence[Prompt],
+    modules: LookaheadModules | None,
+) -> None:
+    """Appends the rows that the run does not hold yet; progress goes to stderr."""
+    path = config.out / ROWS
+    done = {_key(row) for row in read_rows(path, ROW)}
+    with (
+        contextlib.closing(RowFile(path)) as file,
+        tqdm(total=len(prompts) * len(config.policies), unit="cut") as bar,
+    ):
+        for prompt in prompts:
+            bar.set_description(f"prompt of {len(prompt.ids)} tokens")
+            missing = {
+                spec: [b for b in config.budgets if (prompt.id, spec, b) not in done]
+                for spec in config.policies
+            }
+            bar.update(sum(not budgets for budgets in missing.values()))
+            if any(missing.values()):
+                for rows in _rows(
+                    model, prompt, missing, response_tokens=config.response_tokens, modules=modules
+                ):
+                    file.append(rows)
+                    bar.update()
+
+
+def _rows(
+    model: Model,
+    prompt: Prompt,
+    missing: Mapping[str, Sequence[int]],
+    *,
+    response_tokens: int,
+    modules: LookaheadModules | None,
+) -> Iterator[list[dict[str, Any]]]:
+    """The missing rows, policy by policy; the prompt is read once."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None  # `run` has checked
+    reference = read_reference(model, prompt.ids, response_tokens)
+    for spec, budgets in missing.items():
+        if not budgets:
+            continue
+        found = agreements(
+            model, reference, method_of(spec).policy, tuple(budgets),
+            tokenizer=tokenizer, modules=modules,
+        )  # fmt: skip
+        common = {
+            "id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.ids),
+            "policy": spec,
+        }  # fmt: skip
+        yield [
+            common | {"budget": budget} | agreement._asdict()
+            for budget, agreement in zip(budgets, found, strict=True)
+        ]
+
+
+def _key(row: dict[str, Any]) -> Key:
+    return row["id"], row["policy"], row["budget"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line; a failure is one line on stderr."""
+    return run_command(
+        lambda: tyro.cli(AgreementConfig, prog=PROG, args=args, description=__doc__), run, prog=PROG
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

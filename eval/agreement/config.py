@@ -1,0 +1,65 @@
+"""The configuration of `lookahead eval agreement`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from lookahead_jax.eval.grid.config import EMBEDDED, method_of, modules_folder_of
+from lookahead_jax.policies.base import WithModules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgreementConfig:
+    """Measure how closely a model on a cut cache follows itself on the full cache."""
+
+    prompts: Path
+    """JSON lines, each with `messages`, `prompt`, or `turns` (of which the first is taken);
+    `category` and `id` are optional."""
+    out: Path
+    """Folder of the run, created if missing. The same command resumes the run."""
+    model: str = EMBEDDED
+    """The model, as --model of other commands names it; `embedded` is the one that ships."""
+    policies: tuple[str, ...] = ("snapkv",)
+    """Policies, with settings after a colon: snapkv:window=8,pool=none. Policies around others:
+    critical:ada:snapkv."""
+    budgets: tuple[int, ...] = (64, 128, 256)
+    """Entries kept per layer and KV head. Prompts that are not longer than the largest are left
+    out."""
+    categories: tuple[str, ...] = ()
+    """Categories of prompts to use. Default: all."""
+    count: int = 20
+    """Prompts of each category, at most: the first of the file."""
+    longest: int = 4096
+    """Longer prompts are left out."""
+    response_tokens: int = 32
+    """Tokens of the model's own answer on the full cache, at most. They are compared."""
+    lookahead: Path | None = None
+    """Folder of lookahead modules. Default: those that ship for the model."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights. Default: that of the checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("count", "response_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if not self.budgets or min(self.budgets) < 1:
+            raise ValueError("--budgets must be numbers of at least 1")
+        if not self.policies:
+            raise ValueError("--policies names no policy")
+        for spec in self.policies:
+            method = method_of(spec)
+            if not method.budgeted or method.prune is not None or method.speculates:
+                raise ValueError(
+                    f"--policies {spec}: only policies that cut a cache without a small model can "
+                    "be compared with the full cache"
+                )
+
+    @property
+    def modules(self) -> Path | None:
+        """The folder of the modules, if a policy reads them; ValueError if there is none."""
+        if not any(isinstance(method_of(s).policy.reading, WithModules) for s in self.policies):
+            return None
+        folder = modules_folder_of(self.lookahead, self.model)
+        if folder is None:
+            raise ValueError("a policy reads lookahead modules: give their folder as --lookahead")
+        return folder
