@@ -4,6 +4,9 @@ Every repetition reads the same prompt once with each policy, in random order. T
 mean difference from the full cache with a 95 % interval over repetitions, and the median ratio.
 
     python benchmarks/time_to_first_token.py --out benchmarks/results/time_to_first_token.json
+    python benchmarks/time_to_first_token.py --model smollm2 --repetitions 8
+
+LookaheadKV has the modules that ship for the model, with the settings chosen for them.
 """
 
 import dataclasses
@@ -17,41 +20,46 @@ import numpy as np
 from common import Help, parse, publish, ran_on, settings
 
 import lookahead_jax as lk
+from lookahead_jax.eval.grid.config import EMBEDDED, model_folder
 from lookahead_jax.eval.intervals import of_mean
+from lookahead_jax.modules.shipped import shipped_modules
 
 POLICIES = {
     "full": ("full", {}),
-    "lookaheadkv": ("lookaheadkv", {}),
     "snapkv": ("snapkv", {}),
     "h2o": ("h2o", {}),
     "laq": ("laq", {"draft_tokens": 32}),
 }
 
 
-def measure(tokens: int, budget: int, repetitions: int, modules_dir: Path) -> dict:
+def measure(name: str, tokens: int, budget: int, repetitions: int) -> dict:
     """Seconds of every repetition and policy, and statistics of the differences."""
-    model = lk.load(lk.EMBEDDED_MODEL)
-    modules = lk.load_modules(modules_dir, params=model.params, config=model.config)
+    shipped = shipped_modules(None if name == EMBEDDED else name)
+    if shipped is None:
+        raise SystemExit(f"--model {name}: no lookahead modules ship for it")
+    model = lk.load(model_folder(name))
+    modules = lk.load_modules(shipped.folder, params=model.params, config=model.config)
     text = (lk.EMBEDDED_MODEL.parent / "example.txt").read_text()
     prompt = jnp.asarray(np.resize(model.tokenizer.encode(text), (1, tokens)), jnp.int32)
-    policies = {n: lk.make_policy(name, **kw) for n, (name, kw) in POLICIES.items()}
+    chosen = POLICIES | {"lookaheadkv": ("lookaheadkv", shipped.settings)}
+    policies = {n: lk.make_policy(name, **kw) for n, (name, kw) in chosen.items()}
 
-    def read(name: str) -> None:
+    def read(policy: str) -> None:
         result = lk.read_prompt(
-            model.params, prompt, config=model.config, policy=policies[name], budget=budget,
+            model.params, prompt, config=model.config, policy=policies[policy], budget=budget,
             new_tokens=64, modules=modules,
         )  # fmt: skip
         jax.block_until_ready((result.logits.argmax(-1), result.cache))
 
-    for name in policies:
-        read(name)
-    rng, seconds = np.random.default_rng(0), {name: [] for name in policies}
+    for policy in policies:
+        read(policy)
+    rng, seconds = np.random.default_rng(0), {policy: [] for policy in policies}
     for _ in range(repetitions):
-        for name in rng.permutation(list(policies)).tolist():
+        for policy in rng.permutation(list(policies)).tolist():
             began = time.perf_counter()
-            read(name)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: _compare(values, seconds["full"]) for name, values in seconds.items()}
+            read(policy)
+            seconds[policy].append(time.perf_counter() - began)
+    return {policy: _compare(values, seconds["full"]) for policy, values in seconds.items()}
 
 
 def _compare(values: list[float], full: list[float]) -> dict:
@@ -66,10 +74,10 @@ def _compare(values: list[float], full: list[float]) -> dict:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
+    model: Annotated[str, Help("embedded, or another model that modules ship for")] = EMBEDDED
     tokens: Annotated[int, Help("prompt tokens")] = 2048
     budget: Annotated[int, Help("prompt entries kept per layer and KV head")] = 128
     repetitions: Annotated[int, Help("readings of the prompt by each policy")] = 40
-    modules: Annotated[Path, Help("folder of the lookahead modules")] = lk.EMBEDDED_MODULES
     out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
 
 
@@ -78,8 +86,8 @@ def main() -> None:
     sizes = (options.tokens, options.budget, options.repetitions)
     report = {
         **ran_on(),
-        **settings(options, "modules", "out"),
-        "policies": measure(*sizes, options.modules),
+        **settings(options, "out"),
+        "policies": measure(options.model, *sizes),
     }
     publish(report, options.out)
 
