@@ -1,6 +1,7 @@
 """The comparison of policies: forced answers on masked caches are what real eviction decodes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lookahead_jax as lk
 from lookahead_jax import EMBEDDED_MODULES
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.eval.compare import compare, methods
@@ -26,7 +28,7 @@ from tests import tiny
 MODEL = tiny.config()
 MODULES = LookaheadConfig(tokens=3, rank=2, alpha=4.0, targets=("q", "up"), init="normal")
 EOS = (5,)
-BUDGETS = (6, 14, 20)
+BUDGETS = (6, 20)
 ANSWER = 8
 POLICIES = [
     make_policy("snapkv", window=8),  # at a budget of 6 the window is cut
@@ -120,14 +122,18 @@ def test_chosen_settings_come_back_for_their_length_and_budgets(tmp_path, monkey
             methods.read_chosen(task, "snapkv", length, budgets)
 
 
+load_once = functools.cache(lk.load)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A run of two cells that takes no time to measure."""
+    """A run of two cells that takes no time to measure; all such runs share one loaded model."""
 
     def measured(comparison, task, *args):
         shape = (len(comparison.budgets), comparison.config.count)
         return Measured(*np.zeros((4, *shape), np.float32))
 
+    monkeypatch.setattr(lk, "load", load_once)
     monkeypatch.setattr(Comparison, "cell", measured)
     monkeypatch.setattr(Comparison, "full", measured)
     monkeypatch.setattr(methods, "CHOSEN", tmp_path / "chosen.json")

@@ -231,12 +231,15 @@ def test_drafts_leave_tokens_and_cuts_as_they_were(name, config, nodes, make):
     assert int(np.asarray(state.lengths).sum()) < int(plain.count.sum()) - len(LENGTHS)
 
 
+SHORT = tiny.config(num_hidden_layers=2)  # decoding compiles every layer
+
+
 def model() -> Model:
     defaults = GenerationDefaults(
         eos_ids=(), bos_id=None, pad_id=None, temperature=None, top_k=None, top_p=None
     )
     return Model(
-        params=weights(PLAIN), config=PLAIN, tokenizer=None, generation=defaults, path=Path()
+        params=weights(SHORT), config=SHORT, tokenizer=None, generation=defaults, path=Path()
     )
 
 
@@ -246,7 +249,7 @@ def test_engine_and_generate_cut_alike(name, every):
     """Rows that join and leave; the cache has room for budget and interval, not for the text."""
     prompts = tiny.prompts((60, 58, 63), seed=4)
     setting = dict(
-        policy=eviction(name).policy, budget=BUDGET, lookahead=lookahead_modules(PLAIN),
+        policy=eviction(name).policy, budget=BUDGET, lookahead=lookahead_modules(SHORT),
         evict_every=every, drafter="prompt_lookup", draft_nodes=8,
     )  # fmt: skip
     alone = [lk.generate(model(), [p], max_new_tokens=230, **setting) for p in prompts]
@@ -272,7 +275,7 @@ def test_ada_cuts_while_decoding():
     result = lk.generate(model(), prompts, policy=free, **settings)
     assert [len(row) for row in result.tokens] == [NEW, NEW]
     lengths = np.asarray(result.cache.kept_per_head)
-    assert (lengths.sum(-1) == PLAIN.num_kv_heads * np.array([[BUDGET, 5]])).all()
+    assert (lengths.sum(-1) == SHORT.num_kv_heads * np.array([[BUDGET, 5]])).all()
 
 
 @pytest.mark.parametrize("name", ["tova", "laq", "oracle"])

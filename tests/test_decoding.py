@@ -1,5 +1,8 @@
 """Decoding against teacher forcing, in bursts and batches of any size, greedy and sampled."""
 
+import functools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,27 +25,29 @@ from lookahead_jax.model.params import unstack
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling import batching
+from lookahead_jax.prefilling.prefill import extend
 from tests import tiny
 from tests.test_prefill import plain_logits, read
 
 NEW = 24
 POLICIES = {"full": (Full(), 1), "snapkv": (SnapKV(window=4, pool="avg", kernel=3), 24)}
-SETTINGS = {
-    "greedy": GREEDY,
-    "sampled": Sampling(temperature=1.3),
-    "filtered": Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
-    "penalised": Sampling(temperature=0.8, repetition_penalty=1.3),
-}
+PROMPTS = tiny.prompts((60, 33, 61))
+SAMPLED = [  # the first two share a program where each is alone
+    Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.02),
+    Sampling(temperature=1.3, min_p=0.01),
+    Sampling(temperature=0.8, repetition_penalty=1.3),
+]
 
 
-def opened(params, tokens, model, policy, settings, seeds, eos=(), limits=None) -> DecodeState:
+def opened(params, tokens, model, policy, settings, seeds, eos=(-2, -2), limits=None):
+    """Rows that have emitted one token; `settings` of all rows or of each."""
     result = read(params, tokens, model, *policy, new_tokens=NEW)
-    batch = tokens.shape[0]
+    rows = settings if isinstance(settings, list) else [settings] * len(seeds)
     return start(
         result.cache,
         result.logits,
-        sampling=sampling_rows([settings] * batch, seeds, model.vocab_size),
-        limit=jnp.asarray([NEW] * batch if limits is None else limits, jnp.int32),
+        sampling=sampling_rows(rows, seeds, model.vocab_size),
+        limit=jnp.asarray([NEW] * len(seeds) if limits is None else limits, jnp.int32),
         eos=jnp.asarray(eos, jnp.int32),
         seen=seen_tokens(tokens, model.vocab_size),
         width=NEW,
@@ -56,48 +61,63 @@ def run(params, tokens, model, policy, settings, seeds, burst=NEW, **options) ->
     return state
 
 
+def rows_of(family):
+    """The model, its weights, and the prompts of most tests, padded."""
+    model = tiny.config(**({} if family == "llama" else tiny.MISTRAL))
+    return model, tiny.params(model), jnp.asarray(batching.pad_batch(PROMPTS, config=model))
+
+
+@functools.cache
+def greedy(family, policy):
+    """Tokens of a greedy run in one burst, [B, NEW]."""
+    model, params, tokens = rows_of(family)
+    return np.asarray(run(params, tokens, model, POLICIES[policy], GREEDY, [0] * 3).tokens)
+
+
 def teacher_forced(params, prompt, emitted, model, policy):
     """Logits [B, W, V] that chose each emitted token, from one forward over the cut cache."""
     result = read(params, prompt, model, *policy, new_tokens=NEW)
-    steps = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
-    positions = result.cache.next_pos[:, None] + steps
-    block = Block(embed(params, emitted, config=model), positions, result.cache.rope_span)
-    out = logits(params, forward(params, block, result.cache, config=model).hidden, config=model)
+
+    @jax.jit
+    def every_logits(cache, emitted):
+        steps = jnp.arange(emitted.shape[1], dtype=jnp.int32)[None]
+        positions = cache.next_pos[:, None] + steps
+        block = Block(embed(params, emitted, config=model), positions, cache.rope_span)
+        return logits(params, forward(params, block, cache, config=model).hidden, config=model)
+
+    out = every_logits(result.cache, jnp.asarray(emitted))
     return np.concatenate([np.asarray(result.logits)[:, None], np.asarray(out)[:, :-1]], axis=1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_greedy_tokens_are_those_of_teacher_forcing(policy, family):
-    model = tiny.config(**({} if family == "llama" else tiny.MISTRAL))
-    params, tokens = tiny.params(model), tiny.batch((60, 33, 61), model)
-    state = run(params, tokens, model, POLICIES[policy], GREEDY, [0] * 3)
-    forced = teacher_forced(params, tokens, state.tokens, model, POLICIES[policy])
+    model, params, tokens = rows_of(family)
+    found = greedy(family, policy)
+    forced = teacher_forced(params, tokens, found, model, POLICIES[policy])
     expected = forced.argmax(-1)
-    ties = tiny.assert_tokens_match(np.asarray(state.tokens), expected, forced)
+    ties = tiny.assert_tokens_match(found, expected, forced)
     assert ties <= 1  # of 72 decisions
     with pytest.raises(AssertionError, match="margin"):  # and a wrong path does not pass
         tiny.assert_tokens_match(np.roll(expected, 1, axis=1), expected, forced)
 
 
 def test_full_cache_equals_recomputing_the_whole_text():
-    model = tiny.config()
-    params, rows = tiny.params(model), tiny.prompts((60, 33))
-    tokens = jnp.asarray(batching.pad_batch(rows, config=model))
-    state = run(params, tokens, model, POLICIES["full"], GREEDY, [0, 0])
-    for row, emitted in zip(rows, np.asarray(state.tokens), strict=True):
-        text = jnp.asarray([row + emitted.tolist()], jnp.int32)
-        every = np.asarray(plain_logits(params, text, model))[:, len(row) - 1 : -1]
-        tiny.assert_tokens_match(emitted[None], every.argmax(-1), every)
+    model, params, _ = rows_of("llama")
+    found = greedy("llama", "full")
+    texts = [row + emitted.tolist() for row, emitted in zip(PROMPTS, found, strict=True)]
+    padded = jnp.asarray(batching.pad_batch(texts, config=model))
+    every = np.asarray(jax.jit(partial(plain_logits, model=model))(params, padded))
+    for row, emitted, logits_of_row in zip(PROMPTS, found, every, strict=True):
+        chose = logits_of_row[None, len(row) - 1 : len(row) + NEW - 1]
+        tiny.assert_tokens_match(emitted[None], chose.argmax(-1), chose)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", ["all greedy", "each its own"])
 def test_output_does_not_depend_on_bursts_neighbours_or_layout(settings):
-    model = tiny.config()
-    params, rows = tiny.params(model), tiny.prompts((60, 33, 17))
-    sampling, seeds = SETTINGS[settings], [5, 6, 7]
-    tokens = jnp.asarray(batching.pad_batch(rows, config=model))
-    policy = POLICIES["snapkv"]
+    model, params, tokens = rows_of("llama")
+    policy, seeds = POLICIES["snapkv"], [5, 6, 7]
+    sampling = [GREEDY] * 3 if settings == "all greedy" else SAMPLED
     whole = np.asarray(run(params, tokens, model, policy, sampling, seeds).tokens)
     one = run(params, tokens, model, policy, sampling, seeds, burst=1)
     np.testing.assert_array_equal(one.tokens, whole)
@@ -106,10 +126,10 @@ def test_output_does_not_depend_on_bursts_neighbours_or_layout(settings):
         np.asarray(
             run(
                 unstacked, jnp.asarray(batching.pad_batch([row], config=model)), model, policy,
-                sampling, [seed], burst=7,
+                own, [seed], burst=7,
             ).tokens
         )[0]
-        for row, seed in zip(rows, seeds, strict=True)
+        for row, own, seed in zip(PROMPTS, sampling, seeds, strict=True)
     ]  # fmt: skip
     np.testing.assert_array_equal(np.stack(alone), whole)
 
@@ -126,26 +146,21 @@ def test_layers_apart_share_the_memory_of_the_stack():
 
 
 def test_seeds_and_temperature_matter():
-    model = tiny.config()
-    params, tokens = tiny.params(model), tiny.batch((40, 40), model)
-    tokens = jnp.concatenate([tokens[:1], tokens[:1]])
-    policy, hot = POLICIES["full"], Sampling(temperature=2.0)
-    same = np.asarray(run(params, tokens, model, policy, hot, [3, 3]).tokens)
-    other = np.asarray(run(params, tokens, model, policy, hot, [3, 4]).tokens)
-    np.testing.assert_array_equal(same[0], same[1])
-    assert (other[0] == same[0]).all()
-    assert (other[1] != other[0]).any()
+    model, params, tokens = rows_of("llama")
+    tokens = jnp.broadcast_to(tokens[:1], tokens.shape)
+    state = run(params, tokens, model, POLICIES["full"], Sampling(temperature=2.0), [3, 3, 4])
+    first, same, other = np.asarray(state.tokens)
+    np.testing.assert_array_equal(first, same)
+    assert (other != first).any()
 
 
 def test_rows_end_at_eos_and_at_their_own_limit():
-    model = tiny.config()
-    params, tokens = tiny.params(model), tiny.batch((60, 33, 61), model)
-    policy = POLICIES["snapkv"]
-    free = np.asarray(run(params, tokens, model, policy, GREEDY, [0] * 3).tokens)
-    eos = [int(free[0, 4]), int(free[1, 2])]
-    state = run(params, tokens, model, policy, GREEDY, [0] * 3, eos=eos, limits=[NEW, NEW, 5])
+    model, params, tokens = rows_of("llama")
+    free = greedy("llama", "snapkv")
+    eos, limits = [int(free[0, 4]), int(free[1, 2])], [NEW, NEW, 5]
+    state = run(params, tokens, model, POLICIES["snapkv"], GREEDY, [0] * 3, eos=eos, limits=limits)
     for row, count, unlimited, limit in zip(
-        np.asarray(state.tokens), np.asarray(state.count), free, [NEW, NEW, 5], strict=True
+        np.asarray(state.tokens), np.asarray(state.count), free, limits, strict=True
     ):
         stops = np.flatnonzero(np.isin(unlimited, eos))
         end = min([limit, *(stops[:1] + 1)])
@@ -159,35 +174,28 @@ def test_rows_end_at_eos_and_at_their_own_limit():
 
 def test_decode_returns_a_cache_that_can_go_on():
     """A chat in two turns equals decoding in one go."""
-    model = tiny.config()
-    params, tokens = tiny.params(model), tiny.batch((60, 33), model)
-    policy = POLICIES["snapkv"]
-    first = read(params, tokens, model, *policy, new_tokens=NEW)
-    whole = decode(params, first.cache, first.logits, config=model, max_new_tokens=12)
-    first = read(params, tokens, model, *policy, new_tokens=NEW)
-    head = decode(params, first.cache, first.logits, config=model, max_new_tokens=5)
-    from lookahead_jax.prefilling.prefill import extend
-
-    cache, after = extend(params, head.tokens[:, 4:5], head.cache, config=model)
-    tail = decode(params, cache, after, config=model, max_new_tokens=7)
-    np.testing.assert_array_equal(np.hstack([head.tokens, tail.tokens]), whole.tokens)
+    model, params, tokens = rows_of("llama")
+    first = read(params, tokens, model, *POLICIES["snapkv"], new_tokens=NEW)
+    half = dict(config=model, max_new_tokens=NEW // 2)
+    head = decode(params, first.cache, first.logits, **half)
+    cache, after = extend(params, head.tokens[:, -1:], head.cache, config=model)
+    tail = decode(params, cache, after, **half)
+    np.testing.assert_array_equal(np.hstack([head.tokens, tail.tokens]), greedy("llama", "snapkv"))
 
 
 def test_decode_takes_a_seed_per_row():
-    model = tiny.config()
-    params, tokens = tiny.params(model), tiny.batch((60, 33), model)
+    model, params, tokens = rows_of("llama")
     opening = read(params, tokens, model, *POLICIES["snapkv"], new_tokens=NEW)
-    for seeds in ([], [1], [1, 2, 3]):
-        with pytest.raises(ValueError, match=f"{len(seeds)} seeds for 2 rows"):
+    for seeds in ([], [1], [1, 2]):
+        with pytest.raises(ValueError, match=f"{len(seeds)} seeds for 3 rows"):
             decode(
                 params, opening.cache, opening.logits, config=model, max_new_tokens=4, seeds=seeds
             )
 
 
 def test_state_is_donated():
-    model = tiny.config()
-    params, tokens = tiny.params(model), tiny.batch((33,), model)
-    state = opened(params, tokens, model, POLICIES["full"], GREEDY, [0])
+    model, params, tokens = rows_of("llama")
+    state = opened(params, tokens, model, POLICIES["full"], GREEDY, [0] * 3)
     decode_burst(params, state, config=model, steps=1)
     assert state.cache.k.is_deleted()
 

@@ -85,7 +85,7 @@ def learned_recycling(state, rows):
 DEVICE = {
     "prompt_lookup": partial(make_drafter, "prompt_lookup"),
     "recycling": partial(make_drafter, "recycling"),
-    "draft_model": partial(draft_model, depth=3),
+    "draft_model": partial(draft_model, depth=2),
 }
 LEARNED = {
     "prompt_lookup": learned_lookup,
@@ -93,6 +93,7 @@ LEARNED = {
     "draft_model": learned_model,
 }
 HOST = ("trie", "suffix", "trie+suffix")
+WATCHED = 32  # nodes of the drafts that are watched; programs that other tests use, too
 
 
 class Case(NamedTuple):
@@ -113,7 +114,7 @@ def cases():
     runs = [(shift, 8, 8) for shift in range(7)] + [(3, 8, 32), (6, 8, 32)]
     runs += [(shift, 3, 16) for shift in (0, 2, 5)] + [(shift, 1, 64) for shift in range(7)]
     runs += [(name, *program) for name in HOST for program in ((8, 8), (8, 32), (3, 16), (1, 64))]
-    runs += 2 * [(name, 8, 32 if name == "recycling" else 8) for name in DEVICE]
+    runs += 2 * [(name, 8, 8 if name == "draft_model" else WATCHED) for name in DEVICE]
     settings = list(itertools.product(POLICIES, (True, False), (True, False)))
     for (drafter, batch, nodes), setting in zip(runs, map(int, CHOSEN), strict=True):
         yield Case(drafter, batch, nodes, *settings[setting])
@@ -177,30 +178,29 @@ def test_full_product(drafter, batch, nodes):
 
 
 class Watcher(Controller):
-    """Decodes plainly beside drafts of 16 nodes, and keeps what it is told of them."""
+    """Decodes plainly beside drafts that it watches, and keeps what it is told of them."""
 
     told = None
 
     def choose(self, burst, *, watchable=True):
-        return Plan(1, burst, 16 if watchable else 0)
+        return Plan(1, burst, WATCHED if watchable else 0)
 
     def record_watched(self, gains, sizes, seconds):
         self.told = gains, sizes
 
 
-def decoded(drafter, nodes, steps=()):
-    """The state after so many plain steps and then `advance`."""
+def decoded(drafter, nodes, steps):
+    """The accepted nodes, `reached`, of one `advance` after so many plain steps."""
     model, rows = tiny.config(), BATCHES[8]
     state, tokens = opened("full", rows, ())
     settings = dict(config=model, batch=8, room=64 + NEW)
     plain = Drafting(drafter, 1, **settings)
     state = plain.begin(state, [PROMPTS[r] for r in rows], tokens)
-    for burst in steps:
-        state = plain.advance(tiny.params(model), state, burst)
+    state = plain.advance(tiny.params(model), state, steps)
     before = np.array(state.reached)
     chosen = Drafting(drafter, nodes, **settings)
     chosen._requests, chosen._observed = plain._requests, plain._observed
-    state = chosen.advance(tiny.params(model), state, 16 if isinstance(nodes, Watcher) else 1)
+    state = chosen.advance(tiny.params(model), state, NEW if isinstance(nodes, Watcher) else 1)
     return np.asarray(state.reached) - before
 
 
@@ -212,19 +212,29 @@ def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter):
         return Scripted(texts, drafter) if isinstance(drafter, int) else make_drafter(drafter)
 
     watcher = Watcher()
-    decoded(make(), watcher, [6])
-    ran = decoded(make(), 16, [6])
+    decoded(make(), watcher, 6)
+    ran = decoded(make(), WATCHED, 6)
     ran = ran[ran[:, 0] > 0].mean(0)
     gains, sizes = watcher.told
-    assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in (1, 8, 16)}
+    compared = [n for n in NODE_BUCKETS if n <= WATCHED]
+    assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in compared}
     assert ran[2] > 1
-    assert sizes[16] == 16
+    assert sizes[WATCHED] == WATCHED
 
 
-def test_drawn_trees_are_not_watched():
-    watcher = Watcher()
-    decoded(draft_model("drawn_model", depth=3), watcher)
-    assert watcher.told is None
+@pytest.mark.parametrize(("drafter", "watchable"), [("draft_model", True), ("drawn_model", False)])
+def test_drawn_trees_are_not_watched(drafter, watchable):
+    asked = []
+
+    class Asked(Controller):
+        def choose(self, burst, *, watchable=True):
+            asked.append(watchable)
+            raise InterruptedError  # before anything is compiled
+
+    drafting = Drafting(draft_model(drafter), Asked(), config=tiny.config(), batch=8, room=64 + NEW)
+    with pytest.raises(InterruptedError):
+        drafting.advance(tiny.params(tiny.config()), opened("full", BATCHES[8])[0], 16)
+    assert asked == [watchable]
 
 
 def test_a_draft_model_must_be_where_the_target_is():
@@ -232,7 +242,7 @@ def test_a_draft_model_must_be_where_the_target_is():
     prompts = [PROMPTS[row] for row in BATCHES[1]]
     everywhere = NamedSharding(make_mesh(), PartitionSpec())
     state = jax.device_put(state, everywhere)
-    drafter = draft_model(depth=3)
+    drafter = draft_model()
 
     def begin(place):
         params = jax.device_put(drafter.model.params, place)
@@ -265,7 +275,7 @@ def test_rejected_rows_are_not_stored():
     path = jnp.asarray([[0, 2, 1, 1]] * 3, jnp.int32)
     positions = jnp.asarray([[50, -1, 51, 52]] * 3, jnp.int32)
     count = jnp.asarray([2, 0, 1], jnp.int32)
-    after = commit(cache, Entries(k, k, positions, path, count))
+    after = jax.jit(commit)(cache, Entries(k, k, positions, path, count))
     assert np.isfinite(np.asarray(after.k)).all()
     np.testing.assert_array_equal(after.length, before.length + np.asarray(count)[None, :, None])
     np.testing.assert_array_equal(after.pos[:, 1], before.pos[:, 1])

@@ -99,7 +99,7 @@ def as_alone(model, i, tokens, alone):
 DRAFTERS = [
     ("none", None),
     ("prompt_lookup", 8),
-    ("recycling", 32),
+    ("recycling", 8),
     ("prompt_lookup+recycling", 16),
     ("trie", 8),
     ("suffix", 8),

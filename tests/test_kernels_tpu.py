@@ -24,11 +24,13 @@ def interpreted():
         yield
 
 
-def test_attention_of_float32_trees():
-    """640 slots in blocks of 256; 7 nodes x 3 heads are no multiple of a tile of 16 rows."""
-    make = functools.partial(arguments, 7, 640, 3, 64)
+def test_attention_of_float32_trees(monkeypatch):
+    """640 slots in blocks of 256, 9 nodes x 3 heads in tiles of 16 rows, one layer of a stack."""
+    monkeypatch.setattr(attention_tpu, "_ROWS", 16)
+    make = functools.partial(arguments, 9, 640, 3, 64)
     cases = [(make(), NO_WINDOW), (make(seed=1), 300), (make(data="empty"), NO_WINDOW)]
-    compare("pallas_tpu", attention, [*cases, (make(data="blind"), NO_WINDOW)], 256)
+    cases = [*cases, (make(data="blind"), NO_WINDOW)]
+    compare("pallas_tpu", attention, cases, 256, layer=2)
 
 
 def test_decoding_in_bfloat16_with_softcap():
@@ -43,11 +45,6 @@ def test_decoding_in_bfloat16_with_softcap():
         softcap=2.0,
         layer=1,
     )
-
-
-def test_attention_of_many_rows_goes_tile_by_tile(monkeypatch):
-    monkeypatch.setattr(attention_tpu, "_ROWS", 16)
-    compare("pallas_tpu", attention, [(arguments(9, 256, 3, 64), NO_WINDOW)], 128, layer=2)
 
 
 def test_scores_with_own_keys():
@@ -78,14 +75,14 @@ def test_largest_bfloat16_scores_with_known_statistics():
     ("reduce", "pool", "group", "per_head"),
     [
         ("mean", None, "mean", False),
-        ("mean", ("max", 7), "mean", True),
         ("sum", ("avg", 255), "max", True),
     ],
 )
 def test_scores_of_kv_heads(reduce, pool, group, per_head, monkeypatch):
     """640 entries in blocks of 256, two tiles of observers; pooling reaches across the blocks.
 
-    More combinations run under the race detector (test_kernels_races.py)."""
+    More combinations, pooled maxima among them, run under the race detector
+    (test_kernels_races.py)."""
     monkeypatch.setattr(importance_tpu, "_ROWS", 48)
     assert importance_tpu.observer_tile(20, 3) == 16
     make = functools.partial(arguments, 20, 640, 3, 64, per_head=per_head)

@@ -15,7 +15,8 @@ STEPS, EVERY = 90, 4
 
 
 def start(folder, run):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = "--xla_backend_optimization_level=0"  # and one device
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     module = [sys.executable, "-m", "lookahead_jax.train.lookahead", "train.json", "--run", run]
     sizes = ["--mesh.fsdp", "1", "--mesh.tensor", "1"]
     pace = ["--steps", str(STEPS), "--save-every", str(EVERY)]

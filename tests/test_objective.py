@@ -1,5 +1,7 @@
 """The training loss and its gradients against a plain restatement with two full passes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from lookahead_jax.train.objective import (
     LossConfig,
     base_forward,
     divergence,
-    lookahead_loss,
+    lookahead_losses,
     losses_behind,
 )
 from tests import tiny
@@ -41,113 +43,139 @@ def attention_maps(params, x, rows_with_lora, modules: LookaheadModules, model):
     span = jnp.full(1, length, jnp.int32)  # default RoPE: it changes nothing
     cos, sin = rope_tables(model, steps[None], span)
     scale = CONFIG.alpha / CONFIG.rank
-    maps, x = [], x[None]
-    for i in range(model.num_layers):
-        p = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        lora = {
-            name: {"a": pair["a"][i], "b": scale * pair["b"][i]}
-            for name, pair in modules.lora.items()
-        }
 
-        def both(f, p=p, lora=lora):
-            plain, changed = f(p, None), f(p, lora)
+    def layer(x, inputs):
+        p, pairs = inputs
+        lora = {name: {"a": pair["a"], "b": scale * pair["b"]} for name, pair in pairs.items()}
+
+        def both(f):
+            plain, changed = f(None), f(lora)
             chosen = rows_with_lora.reshape((1, -1) + (1,) * (plain.ndim - 2))
             return jnp.where(chosen, changed, plain)
 
         h = rms_norm(x, p["attn_norm"], config=model)
-        q, k, v = (both(lambda p, lo, n=n, h=h: linear(p, n, h, lora=lo)) for n in "qkv")
+        q, k, v = (both(lambda lo, n=n: linear(p, n, h, lora=lo)) for n in "qkv")
         q, k = (apply_rope(a, cos[0], sin[0], interleaved=False) for a in (q, k))
         groups = model.num_heads // model.num_kv_heads
         k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) * model.attn_scale
         weights = jax.nn.softmax(jnp.where(mask[None, None], scores, -jnp.inf), axis=-1)
-        maps.append(weights[0])
         out = jnp.einsum("bnts,bsnh->btnh", weights, v)
-        x = x + both(lambda p, lo, out=out: linear(p, "o", out, inputs=2, lora=lo))
+        x = x + both(lambda lo: linear(p, "o", out, inputs=2, lora=lo))
         h = rms_norm(x, p["mlp_norm"], config=model)
-        x = x + both(lambda p, lo, h=h: mlp(p, [h], [lo], config=model)[0])
-    return jnp.stack(maps)
+        return x + both(lambda lo: mlp(p, [h], [lo], config=model)[0]), weights[0]
+
+    return jax.lax.scan(layer, x[None], (params["layers"], modules.lora))[1]
 
 
-def plain_loss(modules, params, prompt, response, model, loss=PAPER):
-    """Two full passes of the whole model, one row, gradients through everything."""
+def plain_losses(modules, params, prompt, response, model, losses):
+    """Two full passes of the whole model, one row, gradients through everything: [V]."""
     table, t = params["embed"], len(prompt)
     prompt_x = table[jnp.asarray(prompt)]
 
-    def scores(tail, lora_rows, reduce):
+    def attention(tail, with_lora):
         x = jnp.concatenate([prompt_x, tail])
         rows = jnp.arange(len(x)) >= t
-        maps = attention_maps(params, x, rows & lora_rows, modules, model)
-        reduced = reduce(maps[:, :, t:, loss.skip : t], axis=2)
+        return attention_maps(params, x, rows & with_lora, modules, model)[:, :, t:, :t]
+
+    def shares(attention, reduce, skip):
+        reduced = reduce(attention, axis=2)[..., skip:]
         return reduced / reduced.sum(-1, keepdims=True)
 
-    reduce = {"mean": jnp.mean, "max": jnp.max}[loss.response]
-    target = jax.lax.stop_gradient(scores(table[jnp.asarray(response)], False, reduce))
-    predicted = scores(modules.embeddings, True, jnp.mean)
-    seen = target > 0  # a logarithm of 0 would turn the gradient of `where` into NaN
-    logs = jnp.log(jnp.where(seen, target, 1.0)) - jnp.log(jnp.where(seen, predicted, 1.0))
-    return jnp.where(seen, target * logs, 0.0).sum(-1).mean()
+    answer = jax.lax.stop_gradient(attention(table[jnp.asarray(response)], False))
+    lookahead = attention(modules.embeddings, True)
+
+    def divergence(loss):
+        reduce = {"mean": jnp.mean, "max": jnp.max}[loss.response]
+        target = shares(answer, reduce, loss.skip)
+        predicted = shares(lookahead, jnp.mean, loss.skip)
+        seen = target > 0  # a logarithm of 0 would turn the gradient of `where` into NaN
+        logs = jnp.log(jnp.where(seen, target, 1.0)) - jnp.log(jnp.where(seen, predicted, 1.0))
+        return jnp.where(seen, target * logs, 0.0).sum(-1).mean()
+
+    return jnp.stack([divergence(loss) for loss in losses])
 
 
-@pytest.mark.parametrize(
-    ("family", "loss", "known"),
-    [
-        ("llama", PAPER, False),
-        ("mistral", PAPER, False),
-        ("mistral", LossConfig(skip=1, response="max"), False),
-        ("llama", LossConfig(skip=3), True),
-        ("mistral", LossConfig(response="max"), True),
-    ],
-)
-def test_loss_and_gradients_match_two_plain_passes(family, loss, known):
-    """float32 on both sides; sums in another order differ by a few 1e-6 of their size.
+def pad(rows):
+    width = max(map(len, rows))
+    return jnp.asarray([r + [-1] * (width - len(r)) for r in rows], jnp.int32)
 
-    `known`: after the base forward, which is computed first.
-    """
+
+# The third row has no response.
+PROMPTS, RESPONSES = tiny.prompts((37, 20, 24)), [*tiny.prompts((7, 4), seed=3), []]
+LOSSES = {  # by family, and whether the base forward is computed first
+    ("llama", False): [PAPER],
+    ("llama", True): [LossConfig(skip=3)],
+    ("mistral", False): [PAPER, LossConfig(skip=1, response="max")],
+    ("mistral", True): [LossConfig(response="max")],
+}
+
+
+@functools.cache
+def expected(family):
+    """A family's model, weights and modules; for each of its losses the values and the gradient."""
     model = tiny.config(**({} if family == "llama" else tiny.MISTRAL))
     params, modules = tiny.params(model), modules_for(model)
-    prompts, responses = tiny.prompts((37, 20)), tiny.prompts((7, 4), seed=3)
+    wanted = [*LOSSES[family, False], *LOSSES[family, True]]
 
-    def ours(modules):
-        def pad(rows):
-            width = max(map(len, rows))
-            return jnp.asarray([r + [-1] * (width - len(r)) for r in rows], jnp.int32)
-
-        rows = pad(prompts), pad(responses)
-        if not known:
-            return lookahead_loss(modules, params, *rows, config=model, loss=loss, chunk=16)
-        forward = base_forward(params, *rows, config=model, dtype=jnp.float32, chunk=16)
-        assert forward.k.shape[3] == rows[0].shape[1]
-        return losses_behind([modules], params, forward, config=model, losses=[loss])[0]
-
+    @jax.jit
     def plain(modules):
-        rows = [
-            plain_loss(modules, params, prompt, response, model, loss)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        return jnp.stack(rows)
+        def losses(modules):
+            rows = [
+                plain_losses(modules, params, prompt, response, model, wanted)
+                for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+                if response
+            ]
+            return jnp.stack(rows, axis=1)
 
-    value, expected = jax.jit(ours)(modules), jax.jit(plain)(modules)
-    np.testing.assert_allclose(value, expected, rtol=2e-5)
-    mine = jax.jit(jax.grad(lambda m: ours(m).sum()))(modules)
-    theirs = jax.jit(jax.grad(lambda m: plain(m).sum()))(modules)
-    for path, gradient in jax.tree.leaves_with_path(theirs):
-        got = dict(jax.tree.leaves_with_path(mine))[path]
-        size = np.abs(np.asarray(gradient)).max()
-        assert size > 0, path
-        np.testing.assert_allclose(got, gradient, rtol=0, atol=1e-4 * size, err_msg=str(path))
+        values, backward = jax.vjp(losses, modules)
+        one_each = jnp.eye(len(wanted))[..., None] * jnp.ones_like(values)[None]
+        return values, jax.vmap(backward)(one_each)[0]
+
+    values, gradients = jax.tree.map(np.asarray, plain(modules))
+    by_loss = [jax.tree.map(lambda g, i=i: g[i], gradients) for i in range(len(wanted))]
+    return model, params, modules, dict(zip(wanted, zip(values, by_loss, strict=True), strict=True))
 
 
-def test_a_row_without_response_costs_nothing():
-    model = tiny.config(num_hidden_layers=1)
-    params, modules = tiny.params(model), modules_for(model)
-    prompts = tiny.batch((20, 20), model)
-    responses = jnp.asarray([[3, 4], [-1, -1]], jnp.int32)
-    loss, gradient = jax.value_and_grad(
-        lambda m: lookahead_loss(m, params, prompts, responses, config=model)[1]
-    )(modules)
-    assert loss == 0
-    assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradient))
+@pytest.mark.parametrize(("family", "known"), LOSSES)
+def test_losses_and_gradients_match_two_plain_passes(family, known):
+    """float32 on both sides; sums in another order differ by a few 1e-6 of their size.
+
+    `known`: after the base forward, which is computed first. A row without a response costs
+    nothing.
+    """
+    model, params, modules, theirs = expected(family)
+    rows, losses = (pad(PROMPTS), pad(RESPONSES)), LOSSES[family, known]
+
+    @jax.jit
+    def ours(variants):
+        def run(variants):
+            shared = dict(config=model, losses=losses)
+            if not known:
+                return lookahead_losses(variants, params, *rows, chunk=16, **shared)
+            forward = base_forward(params, *rows, config=model, dtype=jnp.float32, chunk=16)
+            assert forward.k.shape[3] == rows[0].shape[1]
+            return losses_behind(variants, params, forward, **shared)
+
+        values, backward = jax.vjp(run, variants)
+        answered = jnp.broadcast_to(jnp.asarray([1.0, 1.0, 0.0]), values.shape)
+        return values, jax.vmap(backward)(jnp.stack([answered, 1.0 - answered]))[0]
+
+    values, gradients = ours([modules] * len(losses))
+    assert not np.asarray(values[:, 2]).any()
+    for loss, value, gradient in zip(losses, values, gradients, strict=True):
+        expected_value, expected_gradient = theirs[loss]
+        np.testing.assert_allclose(value[:2], expected_value, rtol=2e-5)
+        for (path, wanted), got in zip(
+            jax.tree.leaves_with_path(expected_gradient), jax.tree.leaves(gradient), strict=True
+        ):
+            of_answered, of_the_other = np.asarray(got)
+            size = np.abs(wanted).max()
+            assert size > 0, path
+            np.testing.assert_allclose(
+                of_answered, wanted, rtol=0, atol=1e-4 * size, err_msg=str(path)
+            )
+            assert not of_the_other.any(), path
 
 
 @pytest.mark.parametrize("own", [0.0, 40.0, 86.0, 120.0])
@@ -161,6 +189,6 @@ def test_a_token_that_looks_at_little_but_itself_has_a_finite_gradient(own):
         shares = jax.nn.softmax(everything, axis=-1)[:, :-1]
         return divergence(target, shares.mean(0)[None, None])[0, 0]
 
-    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(logits, own)
+    value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(logits, own)
     assert np.isfinite(value)
     assert all(np.isfinite(gradient).all() for gradient in gradients)

@@ -180,7 +180,7 @@ def decision(
     counts = np.bincount(np.asarray(emitted, int), minlength=model.vocab_size)[None]
     text = TextSoFar(jnp.asarray(seen), jnp.asarray(counts, jnp.int32))
     rows = sampling_rows([sampling], [seed], model.vocab_size)
-    processed = process_logits(logits[:, None], text, rows)[0, 0]
+    processed = jax.jit(process_logits)(logits[:, None], text, rows)[0, 0]
     if sampling.temperature == 0:
         return np.asarray(processed)
     key = jax.random.fold_in(jax.random.key(np.uint32(seed)), len(prompt) + len(emitted))
