@@ -112,7 +112,7 @@ def test_generated_tokens_are_a_prefix_of_more_of_them(name):
 def test_questions_continue_as_the_joined_text(name):
     """In generate and in the Engine, whose stored documents serve questions of any length."""
     model = fixture(name)
-    questions = tiny.prompts((8, 3, 9, 2), seed=3, vocab=96)
+    questions = tiny.prompts((8, 3, 9, 1), seed=3, vocab=96)
     documents = [SHORT, SHORT, EDGE, EDGE]
     joined = [a + b for a, b in zip(documents, questions, strict=True)]
     whole = []
