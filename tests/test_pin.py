@@ -143,17 +143,19 @@ def test_raised_shares_keep_their_sum(data):
     assert np.abs(raised - least - over * factor).max() <= 1 + 4e-6 * over.max()
 
 
+def six_cuts(name):
+    return dict(
+        policy=make_policy(name, **CUTTING[name]), budget=BUDGET, max_new_tokens=48, evict_every=8,
+        lookahead=lookahead_modules(PLAIN),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "h2o")) for name in CUTTING]
 )
 def test_cuts_while_decoding_keep_what_is_pinned(name):
     """Six cuts; the row of full pins has no room for anything else after each. Drafts or not."""
-    policy, prompts = make_policy(name, **CUTTING[name]), tiny.prompts(LENGTHS)
-    setting = dict(
-        pin=PINS, policy=policy, budget=BUDGET, max_new_tokens=48, evict_every=8,
-        lookahead=lookahead_modules(PLAIN),
-    )  # fmt: skip
-    caches = []
+    prompts, setting, caches = tiny.prompts(LENGTHS), dict(pin=PINS, **six_cuts(name)), []
     plain = _generate_with_cache(prompts, caches, **setting)
     for (_, row, _), kept in np.ndenumerate(kept_sets(caches[0])):
         assert set(PINNED[row]) <= set(kept)
@@ -174,8 +176,7 @@ def _generate_with_cache(prompts, caches, **setting):
 
 
 def test_rows_have_their_own_pins():
-    prompts = tiny.prompts(LENGTHS)
-    setting = dict(policy=make_policy("snapkv", window=8), budget=BUDGET, max_new_tokens=4)
+    prompts, setting = tiny.prompts(LENGTHS), six_cuts("h2o")
     kept = lk.generate(model(), prompts, pin=PINS, **setting).kept
     others = lk.generate(model(), prompts, pin=[[], PINS[1], [(0, 5)]], **setting).kept
     np.testing.assert_array_equal(kept[:, 1], others[:, 1])
