@@ -44,55 +44,66 @@ def model(folder):
     return lk.load(folder)
 
 
-def talk(model, policy="full", budget=64, *, new=NEW, ends=(257,), drafter="none", **options):
+def talk(model, policy="full", budget=64, *, ends=(257,), drafter="none", **options):
     return Conversation(
         model,
         eviction=EvictionSettings(policy=make_policy(policy), budget=budget),
         continuation=ContinuationSettings(
-            max_new_tokens=new, sampling=GREEDY, seeds=[0], eos_ids=ends
+            max_new_tokens=NEW, sampling=GREEDY, seeds=[0], eos_ids=ends
         ),
         draft=DraftSettings.of(drafter, 8 if drafter != "none" else None),
         **options,
     )
 
 
-def one_prompt(model, chat, said, *, new=NEW, ends=(257,)):
-    """What `lk.generate` answers to the whole conversation as one prompt, with a full cache."""
-    ids = model.tokenizer.encode_chat([*chat.messages, {"role": "user", "content": said}])
-    return lk.generate(
-        model, [ids], policy=make_policy("full"), max_new_tokens=new, eos_ids=list(ends)
-    )
+def whole_prompt(model, chat, said):
+    """The tokens of the whole conversation with one more message."""
+    return model.tokenizer.encode_chat([*chat.messages, {"role": "user", "content": said}])
+
+
+def answers(model, *prompts, ends=(257,)):
+    """What `lk.generate` answers to these prompts, with a full cache: (texts, finish reasons).
+
+    Long rows fill up the batch, so that all calls run one program.
+    """
+    result = lk.generate(
+        model, [*prompts, *[[1] * 150] * (3 - len(prompts))], policy=make_policy("full"),
+        max_new_tokens=NEW, eos_ids=list(ends),
+    )  # fmt: skip
+    return result.text[: len(prompts)], result.finish[: len(prompts)]
 
 
 @pytest.mark.parametrize("drafter", ["none", pytest.param("prompt_lookup", marks=pytest.mark.slow)])
 def test_with_a_full_cache_the_answers_are_those_to_one_prompt(model, drafter, monkeypatch):
     monkeypatch.setattr(conversation, "ROOM", 16)  # the cache is widened on the way
-    chat, read, slots = talk(model, drafter=drafter, messages=[SYSTEM]), [], set()
+    chat = talk(model, drafter=drafter, messages=[SYSTEM])
+    read, prompts, turns, kept = [], [], [], []
     for said in USER:
-        want = one_prompt(model, chat, said)
-        turn = chat.ask(said, on_read=lambda tokens, again: read.append((tokens, again)))
-        assert (turn.text, turn.finish) == (want.text[0], want.finish[0])
-        kept = chat.kept()
-        assert kept.tokens == want.prompt_tokens[0] + len(want.tokens[0])
-        assert kept.entries == kept.tokens - 1  # the last token has not been read
-        slots.add(kept.bytes)
+        prompts.append(whole_prompt(model, chat, said))
+        turns.append(chat.ask(said, on_read=lambda tokens, again: read.append((tokens, again))))
+        kept.append(chat.kept())
+    found = [turn.text for turn in turns], [turn.finish for turn in turns]
+    assert found == answers(model, *prompts)
+    for prompt, turn, entries in zip(prompts, turns, kept, strict=True):
+        assert entries.tokens == len(prompt) + turn.answer_tokens
+        assert entries.entries == entries.tokens - 1  # the last token has not been read
     assert [again for _, again in read] == [False] * 3
     # Behind the first turn only what is new is read: the pending token, the template, the text.
     template = len("#\n#user\n#\n#assistant\n")  # a # for every control token
     assert [n for n, _ in read[1:]] == [1 + template + len(said) for said in USER[1:]]
-    assert len(slots) > 1
+    assert len({entries.bytes for entries in kept}) > 1
 
 
 def test_an_answer_that_an_end_token_ends_is_closed_by_the_template(model):
-    text = talk(model, new=60).ask("hi").text
+    text = talk(model).ask("hi").text
     last = max(set(text), key=text.index)  # the letter that takes longest to occur
-    ends = (257, model.tokenizer.token_id(last))
-    chat = talk(model, new=60, ends=ends)
+    ends = (model.tokenizer.token_id(last),)
+    chat = talk(model, ends=ends)
     first = chat.ask("hi")
     assert first.finish == "eos"
     assert (first.text, first.answer_tokens) == (text.partition(last)[0], len(first.text) + 1)
-    want = one_prompt(model, chat, "and?", new=60, ends=ends)
-    assert chat.ask("and?").text == want.text[0]
+    want, _ = answers(model, whole_prompt(model, chat, "and?"), ends=ends)
+    assert chat.ask("and?").text == want[0]
 
 
 def test_a_template_that_rewrites_history_is_read_again(tmp_path):
@@ -102,11 +113,12 @@ def test_a_template_that_rewrites_history_is_read_again(tmp_path):
     model = lk.load(saved(tmp_path, template))
     chat = talk(model)
     chat.ask("hello")
-    want, announced = one_prompt(model, chat, "and?"), []
+    prompt, announced = whole_prompt(model, chat, "and?"), []
+    want, _ = answers(model, prompt)
     turn = chat.ask("and?", on_read=lambda tokens, again: announced.append((tokens, again)))
     assert turn.reread
-    assert announced == [(want.prompt_tokens[0], True)]
-    assert turn.text == want.text[0]
+    assert announced == [(len(prompt), True)]
+    assert turn.text == want[0]
 
 
 def test_other_tokens_for_the_same_text_are_no_reason_to_read_again(tmp_path):
@@ -123,21 +135,19 @@ def test_other_tokens_for_the_same_text_are_no_reason_to_read_again(tmp_path):
     assert not turn.reread
     assert chat._ids[: len(before)] == before
     tail = model.tokenizer.encode("<|end|>\n<|start|>user\nand?<|end|>\n<|start|>assistant\n")
-    want = lk.generate(
-        model, [before + tail], policy=make_policy("full"), max_new_tokens=NEW, eos_ids=[257]
-    )
-    assert turn.text == want.text[0]
+    want, _ = answers(model, before + tail)
+    assert turn.text == want[0]
 
 
 def test_an_interrupted_answer_stays_and_the_conversation_goes_on(model):
-    whole = talk(model, new=60).ask("hi").text
-    chat, pieces = talk(model, new=60), []
+    whole = talk(model).ask("hi").text
+    chat, pieces = talk(model), []
     turn = chat.ask("hi", on_text=pieces.append, interrupted=lambda: len(pieces) > 2)
     assert turn.finish == "interrupted"
     assert turn.text == "".join(pieces) == whole[: turn.answer_tokens] != whole
     assert chat.messages[-1] == {"role": "assistant", "content": turn.text}
-    want = one_prompt(model, chat, "and?", new=60)
-    assert chat.ask("and?").text == want.text[0]
+    want, _ = answers(model, whole_prompt(model, chat, "and?"))
+    assert chat.ask("and?").text == want[0]
 
 
 def test_positions_that_are_used_up_are_said_and_change_nothing(model):

@@ -32,6 +32,11 @@ from tests import tiny
 
 VOCABULARY = 256
 TEXT = "def add(a, b):\n    return a + b\n" * 6
+# One cut for most tests: they share the program that reads TEXT.
+CUT = (
+    "--budget", 32, "--policy", "snapkv", "--policy-arg", "window=8", "--policy-arg", "pool=none",
+)  # fmt: skip
+SAME_CUT = dict(budget=32, policy=lk.make_policy("snapkv", window=8, pool="none"))
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +50,12 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(model_dir):
     return lk.load(model_dir)
+
+
+@pytest.fixture(scope="module")
+def answer(model):
+    """What follows TEXT after that cut."""
+    return lk.generate(model, [TEXT], max_new_tokens=8, **SAME_CUT)
 
 
 @pytest.fixture
@@ -109,19 +120,16 @@ def test_the_embedded_modules_fit_the_embedded_model_in_every_type(dtype):
     assert modules.embeddings.dtype == dtype
 
 
-def test_generate_streams_the_text_of_the_function(model_dir, model, tmp_path, capsys):
+def test_generate_streams_the_text_of_the_function(model_dir, answer, tmp_path, capsys):
     out = tmp_path / "result.json"
     run(
-        "generate", "--model", model_dir, "--prompt", TEXT, "--budget", 32, "--max-new-tokens", 8,
-        "--policy", "snapkv", "--policy-arg", "window=8", "--policy-arg", "pool=none",
+        "generate", "--model", model_dir, "--prompt", TEXT, *CUT, "--max-new-tokens", 8,
         "--json", out,
     )  # fmt: skip
-    policy = lk.make_policy("snapkv", window=8, pool="none")
-    expected = lk.generate(model, [TEXT], policy=policy, budget=32, max_new_tokens=8)
     printed = capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert printed == found["text"][0] + "\n" == expected.text[0] + "\n"
-    assert found["tokens"] == expected.tokens
+    assert printed == found["text"][0] + "\n" == answer.text[0] + "\n"
+    assert found["tokens"] == answer.tokens
     assert found["prompt_tokens"] == [len(TEXT)]
     assert np.shape(found["cache"]["kept_per_head"]) == (3, 1, 2)
     assert np.unique(found["cache"]["kept_per_head"]).tolist() == [32]
@@ -135,8 +143,8 @@ def test_generate_samples_by_seed_and_reads_files(model_dir, tmp_path, capsys):
     texts = []
     for seed in (0, 0, 1):
         run(
-            "generate", "--model", model_dir, "--prompt-file", prompt, "--temperature", 2.0,
-            "--top-k", 50, "--max-new-tokens", 16, "--seed", seed,
+            "generate", "--model", model_dir, "--prompt-file", prompt, *CUT, "--temperature", 9.0,
+            "--top-k", 50, "--max-new-tokens", 8, "--seed", seed,
         )  # fmt: skip
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
@@ -189,38 +197,41 @@ def test_logits_writes_every_position(model_dir, model, token_file, tmp_path):
     assert (found[~read] == 0).all()
 
 
-def test_inspect_shows_the_kept_positions(model_dir, model, tmp_path, capsys):
+def test_inspect_shows_the_kept_positions(model_dir, answer, tmp_path, capsys):
     out = tmp_path / "page.html"
     run(
-        "inspect", "--model", model_dir, "--prompt", TEXT, "--budget", 16, "--max-new-tokens", 4,
+        "inspect", "--model", model_dir, "--prompt", TEXT, *CUT, "--max-new-tokens", 8,
         "--mark", "return a", "--out", out,
     )  # fmt: skip
     assert capsys.readouterr().out == f"{out}\n"
     data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
     assert data["tokens"] == len(TEXT)
     assert "".join(segment[0] for segment in data["segments"]) == TEXT
-    assert [[sum(runs[1::2]) for runs in layer] for layer in data["kept"]] == [[16, 16]] * 3
+    assert [[sum(runs[1::2]) for runs in layer] for layer in data["kept"]] == [[32, 32]] * 3
     assert len(data["marks"]) == TEXT.count("return a")
-    assert data["generated"] == lk.generate(model, [TEXT], budget=16, max_new_tokens=4).text[0]
+    assert data["generated"] == answer.text[0]
 
 
 def test_inspect_shows_tokens_without_text(model_dir, tmp_path):
     tokens = tmp_path / "one.npy"
-    np.save(tokens, np.arange(30, dtype=np.int32)[None] + 60)
+    np.save(tokens, np.arange(len(TEXT), dtype=np.int32)[None] + 60)
     out = tmp_path / "page.html"
-    run("inspect", "--model", model_dir, "--tokens", tokens, "--max-new-tokens", 1, "--out", out)
-    assert '"tokens":30' in out.read_text()
+    run(
+        "inspect", "--model", model_dir, "--tokens", tokens, *CUT, "--max-new-tokens", 1,
+        "--out", out,
+    )  # fmt: skip
+    assert f'"tokens":{len(TEXT)}' in out.read_text()
 
 
 def test_inspect_lists_the_steps(model_dir, model, tmp_path):
     out, steps = tmp_path / "page.html", []
     drafting = {"drafter": "prompt_lookup", "draft_nodes": 8}
     run(
-        "inspect", "--model", model_dir, "--prompt", TEXT, "--budget", 16, "--max-new-tokens", 12,
+        "inspect", "--model", model_dir, "--prompt", TEXT, *CUT, "--max-new-tokens", 12,
         "--drafter", "prompt_lookup", "--draft-nodes", 8, "--out", out,
     )  # fmt: skip
     result = lk.generate(
-        model, [TEXT], budget=16, max_new_tokens=12, on_step=steps.append, **drafting
+        model, [TEXT], max_new_tokens=12, on_step=steps.append, **SAME_CUT, **drafting
     )
     data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])["steps"]
     emitted = result.tokens[0][:1]
@@ -349,13 +360,6 @@ def test_the_traceback_is_there_when_asked_for(monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_python_m_shows_the_commands():
-    command = [sys.executable, "-m", "lookahead_jax", "--help"]
-    run = subprocess.run(command, check=True, capture_output=True, text=True)
-    commands = ("generate", "score", "logits", "inspect", "demo", "serve", "train", "eval")
-    assert all(name in run.stdout for name in commands)
-
-
 def test_atomic_writes_leave_the_old_file_on_failure(tmp_path):
     path = tmp_path / "file.txt"
     atomic_write(path, "old")
@@ -411,10 +415,10 @@ def test_the_memory_of_accelerators_adds_up():
     assert 0 < free_bytes() < 2**60
 
 
-def test_eos_names_further_end_tokens(model_dir, model, tmp_path, capsys):
+def test_eos_names_further_end_tokens(model_dir, model, answer, tmp_path, capsys):
     out = tmp_path / "out.json"
-    args = ("--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 8, "--json", "-")
-    tokens = lk.generate(model, [TEXT], max_new_tokens=8).tokens[0]
+    args = ("--model", model_dir, "--prompt", TEXT, *CUT, "--max-new-tokens", 8, "--json", "-")
+    tokens = answer.tokens[0]
     end = tokens[3]
     for named in (str(end), model.tokenizer.backend.id_to_token(end)):
         run("generate", *args, "--eos", named)
@@ -428,14 +432,14 @@ def test_eos_names_further_end_tokens(model_dir, model, tmp_path, capsys):
 
 
 def test_speckv_observes_with_the_answer_of_a_draft_model(model_dir, model, capsys):
-    args = ("generate", "--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 4)
+    args = ("generate", "--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 8)
     speckv = (*args, "--policy", "speckv", "--policy-arg", "draft_tokens=4", "--budget", 32)
     run(*speckv, "--draft-model", model_dir)
     policy = lk.make_policy("speckv", draft_tokens=4)
     row = model.tokenizer.encode(TEXT)
     drafts = speculate(model, [row], tokens=4, eos_ids=model.generation.eos_ids).answers
     expected = lk.generate(
-        model, [row], policy=policy, budget=32, drafts=drafts, max_new_tokens=4
+        model, [row], policy=policy, budget=32, drafts=drafts, max_new_tokens=8
     ).text[0]
     assert capsys.readouterr().out == expected + "\n"
     assert fault(capsys, *speckv) == (
@@ -477,18 +481,27 @@ def test_groups_list_their_commands(group, capsys):
         assert "expected one of" in capsys.readouterr().err
 
 
-def test_help_lists_policies_and_drafters_with_a_sentence_each():
-    code = (
-        "import sys\n"
-        "from lookahead_jax.cli.main import main\n"
-        "try:\n    main(['generate', '--help'])\n"
-        "finally:\n    print('jax' in sys.modules, file=sys.stderr)"
-    )
-    help = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert help.stderr == "False\n"
+def test_help_lists_policies_drafters_and_commands_and_python_m_is_the_command():
+    """In one process: it also shows that help does not wait for JAX."""
+    code = """
+import runpy, sys
+from lookahead_jax.cli.main import main
+try:
+    main(["generate", "--help"])
+finally:
+    print("jax" in sys.modules, file=sys.stderr)
+    print("commands", flush=True)
+    sys.argv = ["lookahead", "--help"]
+    runpy.run_module("lookahead_jax", run_name="__main__")  # as python -m does
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "False\n")
+    of_generate, of_all = process.stdout.split("\ncommands\n")
+    commands = ("generate", "score", "logits", "inspect", "demo", "serve", "train", "eval")
+    assert all(name in of_all for name in commands)
     for names in (POLICIES, DRAFTERS):
         for name in names:
-            assert re.search(rf"^  {re.escape(name)} +[A-Z`].*[a-z]", help.stdout, re.M), name
+            assert re.search(rf"^  {re.escape(name)} +[A-Z`].*[a-z]", of_generate, re.M), name
     summaries = policy_summaries()
     assert list(summaries) == list(POLICIES)
     assert len(set(summaries.values())) == len(POLICIES)

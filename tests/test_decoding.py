@@ -143,6 +143,12 @@ def test_layers_apart_share_the_memory_of_the_stack():
     first, bytes_per_layer = stack.unsafe_buffer_pointer(), stack.nbytes // len(stack)
     places = [layer["q"].unsafe_buffer_pointer() for layer in apart["layers"]]
     assert places == [first + i * bytes_per_layer for i in range(len(stack))]
+    # Weights that are bound to a device bind the state: its second step would compile anew.
+    assert not any(leaf.committed for leaf in jax.tree.leaves(apart))
+    bound = jax.device_put(params, jax.devices()[1])
+    assert all(
+        leaf.devices() == {jax.devices()[1]} for leaf in jax.tree.leaves(for_decoding(bound))
+    )
 
 
 def test_seeds_and_temperature_matter():

@@ -51,23 +51,34 @@ def error(got, expected):
 pytestmark = pytest.mark.filterwarnings("ignore:.*config.json ties lm_head:UserWarning")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_batched_ragged_rows(name):
-    loaded = load(MODELS / name)
-    tokens, expected = golden(name)
-    got = full_logits(loaded.params, tokens, config=loaded.config)
-    assert got.dtype == jnp.float32
-    for row, logits in enumerate(expected):
-        assert error(got[row, : len(logits)], logits) <= 1e-5
+@functools.cache
+def loaded(name):
+    return load(MODELS / name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_alone_with_unstacked_layers(name):
-    loaded = load(MODELS / name)
-    params = unstack(loaded.params)
+def test_ragged_rows_together_and_alone(name):
+    """Alone: the other rows of the batch are empty."""
+    model = loaded(name)
+    tokens, expected = golden(name)
+    together = full_logits(model.params, tokens, config=model.config)
+    assert together.dtype == jnp.float32
+    for row, logits in enumerate(expected):
+        only = np.where(np.arange(len(tokens))[:, None] == row, tokens, -1)
+        alone = full_logits(model.params, only, config=model.config)
+        for got in (together, alone):
+            assert error(got[row, : len(logits)], logits) <= 1e-5
+
+
+# Together they have every kind of layer: windows, sinks, experts, layers without RoPE, factors that
+# depend on a row's length, norms after the sublayers, biases.
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "phi3", "qwen3_moe", "smollm3"])
+def test_batches_of_one_with_unstacked_layers(name):
+    model = loaded(name)
+    params = unstack(model.params)
     tokens, expected = golden(name)
     for row, logits in enumerate(expected):
-        got = full_logits(params, tokens[row : row + 1], config=loaded.config)
+        got = full_logits(params, tokens[row : row + 1], config=model.config)
         assert error(got[0, : len(logits)], logits) <= 1e-5
 
 
@@ -90,11 +101,10 @@ def test_rows_alone_with_unstacked_layers(name):
 )
 def test_a_wrong_constant_fails(name, field, value):
     """The comparison is sharp: a slightly different model is outside the tolerance."""
-    loaded = load(MODELS / name)
     hf = json.loads((MODELS / name / "config.json").read_text())
     config = config_from_hf(hf | {field: value})
     tokens, expected = golden(name)
-    got = full_logits(loaded.params, tokens, config=config)
+    got = full_logits(loaded(name).params, tokens, config=config)
     assert error(got[0, : len(expected[0])], expected[0]) > 1e-4
 
 
@@ -106,7 +116,7 @@ def test_bfloat16_is_close(name, tolerance):
 
     transformers in bfloat16 is off by 0.036, 0.017, 0.020 and 0.079.
     """
-    loaded = load(MODELS / name, dtype="bfloat16")
+    model = load(MODELS / name, dtype="bfloat16")
     tokens, expected = golden(name)
-    got = full_logits(loaded.params, tokens, config=loaded.config)
+    got = full_logits(model.params, tokens, config=model.config)
     assert error(got[0, : len(expected[0])], expected[0]) <= tolerance

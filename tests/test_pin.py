@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.policies.selection import raise_shares
+from lookahead_jax.policies.wrapper import parts_of
 from lookahead_jax.prefilling.batching import pad_drafts
 from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
@@ -24,12 +26,29 @@ LENGTHS = (70, 33, 61)
 BUDGET = 24
 # As many as the budget, in one row also the prompt's ends; a few; none.
 PINS = [[(3, 11), (40, 52), (66, 70)], [(0, 2), (20, 23)], []]
-PINNED = [[at for span in row for at in range(*span)] for row in PINS]
-EVICTING = {
-    **{name: make_policy(name) for name in POLICIES if name != "full"},
-    "ada-pyramid": Ada(inner=PyramidKV(window=4, beta=20)),
+
+
+def positions(spans):
+    return [at for span in spans for at in range(*span)]
+
+
+PINNED = [positions(row) for row in PINS]
+NESTED = make_policy("critical:chunkkv:layers:threshold:snapkv")
+ADA_PYRAMID = Ada(inner=PyramidKV(window=4, beta=20))
+# Compared with the entries that they should keep, pinned ones included.
+RESTATED = ("snapkv", "h2o", "streaming_llm", "random")
+OTHERS = {
+    **{
+        name: make_policy(name)
+        for name, kind in POLICIES.items()
+        if name not in ("full", *RESTATED)
+        and not any(type(part) is kind for part in (*parts_of(NESTED), *parts_of(ADA_PYRAMID)))
+    },
+    "nested": NESTED,
+    "ada-pyramid": ADA_PYRAMID,
     "ada-h2o": make_policy("ada", inner="h2o", alpha=0.0),
-    "kvzip-layer": make_policy("kvzip", allocate="layer", chunk=16),
+    "kvzip": make_policy("kvzip", allocate="layer", chunk=16),  # kvzip+ is global
+    "oracle": make_policy("oracle", response_tokens=8),  # as many as those of laq
 }
 
 
@@ -53,13 +72,16 @@ def read_pinned(policy, tokens, config, pinned, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EVICTING)
+ALL_PINS = (PINS, *map(drawn_pins, range(4)))
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_policy_keeps_what_is_pinned(name):
-    policy, tokens = EVICTING[name], tiny.batch(LENGTHS, PLAIN)
-    for pins in (PINS, *map(drawn_pins, range(4))):
+    policy, tokens = OTHERS[name], tiny.batch(LENGTHS, PLAIN)
+    for pins in ALL_PINS:
         sets = kept_sets(read_pinned(policy, tokens, PLAIN, mask(tokens, pins)).cache)
         for (_, row, _), kept in np.ndenumerate(sets):
-            assert {at for span in pins[row] for at in range(*span)} <= set(kept)
+            assert set(positions(pins[row])) <= set(kept)
         # What is pinned counts in the budget.
         sizes = np.vectorize(len)(sets)
         total = PLAIN.num_layers * PLAIN.num_kv_heads * np.minimum(LENGTHS, BUDGET)
@@ -73,37 +95,43 @@ def expected(policy, scores, pinned, length, window):
     protected = np.asarray(policy.protected(at, lengths, BUDGET))[0, 0]
     seen = np.ones(length, bool) if window is None else length - np.arange(length) < window
     pinned = np.isin(np.arange(length), pinned)
-    order = np.lexsort((np.arange(length), -scores, ~protected, ~pinned, ~seen))
+    value = np.where(protected, 0.0, scores)  # where not all protected ones fit, the earliest do
+    order = np.lexsort((np.arange(length), -value, ~protected, ~pinned, ~seen))
     return np.sort(order[: min(BUDGET, seen.sum())])
 
 
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "streaming_llm", "random"])
+@pytest.mark.parametrize("name", RESTATED)
 def test_the_rest_of_the_budget_goes_as_before(name):
     """In chunks, beside sliding windows: entries out of a window are of no use and not kept."""
     policy, tokens = make_policy(name), tiny.batch(LENGTHS, RICH)
-    result = read(RICH, tokens, policy, budget=BUDGET, chunk=16, pinned=mask(tokens))
-    for (layer, row, head), kept in np.ndenumerate(kept_sets(result.cache)):
-        scores = np.asarray(result.scores)[layer, row, head, : LENGTHS[row]]
-        window = RICH.layer_window[layer]
-        want = expected(policy, scores, PINNED[row], LENGTHS[row], window)
-        np.testing.assert_array_equal(kept, want)
+    for pins in ALL_PINS:
+        result = read(RICH, tokens, policy, budget=BUDGET, chunk=16, pinned=mask(tokens, pins))
+        for (layer, row, head), kept in np.ndenumerate(kept_sets(result.cache)):
+            scores = np.asarray(result.scores)[layer, row, head, : LENGTHS[row]]
+            window = RICH.layer_window[layer]
+            pinned = positions(pins[row])
+            want = expected(policy, scores, pinned, LENGTHS[row], window)
+            np.testing.assert_array_equal(kept, want)
 
 
 def test_no_pins_are_no_change():
-    policy, tokens = make_policy("pyramidkv", window=4), tiny.batch(LENGTHS, PLAIN)
+    policy, tokens = ADA_PYRAMID, tiny.batch(LENGTHS, PLAIN)
     none = jnp.zeros(tokens.shape, bool)
     pinned, plain = (read_pinned(policy, tokens, PLAIN, p).cache for p in (none, None))
     np.testing.assert_array_equal(pinned.pos, plain.pos)
 
 
+jitted_raise_shares = jax.jit(raise_shares)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_raised_shares_keep_their_sum(data):
-    shares = np.array(data.draw(st.lists(st.integers(0, 2**24), min_size=1, max_size=6)))
+    size = data.draw(st.sampled_from([1, 2, 6]))
+    shares = np.array(data.draw(st.lists(st.integers(0, 2**24), min_size=size, max_size=size)))
     least = data.draw(st.integers(0, int(shares.mean()) if shares.mean() >= 1 else 0))
-    raised = np.asarray(
-        raise_shares(jnp.asarray(shares[:, None], jnp.int32), jnp.full((1, 1), least, jnp.int32))
-    )[:, 0]
+    columns = jnp.asarray(shares[:, None], jnp.int32), jnp.full((1, 1), least, jnp.int32)
+    raised = np.asarray(jitted_raise_shares(*columns))[:, 0]
     assert raised.sum() == shares.sum()
     assert (raised >= least).all()
     assert (raised[shares <= least] == least).all()
@@ -115,17 +143,19 @@ def test_raised_shares_keep_their_sum(data):
     assert np.abs(raised - least - over * factor).max() <= 1 + 4e-6 * over.max()
 
 
+def six_cuts(name):
+    return dict(
+        policy=make_policy(name, **CUTTING[name]), budget=BUDGET, max_new_tokens=48, evict_every=8,
+        lookahead=lookahead_modules(PLAIN),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "h2o")) for name in CUTTING]
 )
 def test_cuts_while_decoding_keep_what_is_pinned(name):
     """Six cuts; the row of full pins has no room for anything else after each. Drafts or not."""
-    policy, prompts = make_policy(name, **CUTTING[name]), tiny.prompts(LENGTHS)
-    setting = dict(
-        pin=PINS, policy=policy, budget=BUDGET, max_new_tokens=48, evict_every=8,
-        lookahead=lookahead_modules(PLAIN),
-    )  # fmt: skip
-    caches = []
+    prompts, setting, caches = tiny.prompts(LENGTHS), dict(pin=PINS, **six_cuts(name)), []
     plain = _generate_with_cache(prompts, caches, **setting)
     for (_, row, _), kept in np.ndenumerate(kept_sets(caches[0])):
         assert set(PINNED[row]) <= set(kept)
@@ -146,14 +176,14 @@ def _generate_with_cache(prompts, caches, **setting):
 
 
 def test_rows_have_their_own_pins():
-    prompts = tiny.prompts(LENGTHS)
-    setting = dict(policy=make_policy("snapkv", window=8), budget=BUDGET, max_new_tokens=4)
-    together = lk.generate(model(), prompts, pin=PINS, **setting)
-    alone = lk.generate(model(), prompts[1:2], pin=PINS[1:2], **setting)
-    unpinned = lk.generate(model(), prompts, **setting)
-    np.testing.assert_array_equal(together.kept[:, 1], alone.kept[:, 0])
-    assert (together.kept[:, 0] != unpinned.kept[:, 0]).any()
-    np.testing.assert_array_equal(together.kept[:, 2], unpinned.kept[:, 2])
+    prompts, setting = tiny.prompts(LENGTHS), six_cuts("h2o")
+    kept = lk.generate(model(), prompts, pin=PINS, **setting).kept
+    others = lk.generate(model(), prompts, pin=[[], PINS[1], [(0, 5)]], **setting).kept
+    np.testing.assert_array_equal(kept[:, 1], others[:, 1])
+    assert (kept[:, 0] != others[:, 0]).any()
+    assert (kept[:, 2] != others[:, 2]).any()
+    for layer, head in np.ndindex(PLAIN.num_layers, PLAIN.num_kv_heads):
+        assert set(PINNED[1]) <= set(kept[layer, 1, head].tolist())
 
 
 @pytest.mark.slow

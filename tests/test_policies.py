@@ -23,6 +23,7 @@ from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.policies.selection import largest_remainder, scores_by_position, select
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.view import LayerView
+from lookahead_jax.policies.wrapper import parts_of
 from lookahead_jax.prefilling.batching import slots_for
 from lookahead_jax.prefilling.prefill import compress, prefill
 from lookahead_jax.prompts.read import read_prompt
@@ -30,6 +31,7 @@ from tests import reference, tiny
 
 LENGTHS = (70, 33, 61)
 BUDGET = 24
+WITHIN = (24, 20)  # further rows, which the budget holds
 # float32 against float64: attention logits of size 10 to 20 carry 1e-6 relative error, which
 # three layers multiply. A wrong formula is off by
 # more than 1e-2.
@@ -98,13 +100,26 @@ def read(model, tokens, policy, budget=BUDGET, chunk=16, **options):
     )  # fmt: skip
 
 
+def batch(model):
+    """The rows of LENGTHS, then those of WITHIN."""
+    return tiny.batch((*LENGTHS, *WITHIN), model)
+
+
+@functools.cache
+def read_batch(model, policy, budget=BUDGET):
+    """`batch(model)` as a policy reads it: one program and one call, for several tests."""
+    if isinstance(policy.reading, WithResponse):
+        return read_oracle(model, batch(model), policy)
+    return read(model, batch(model), policy, budget)
+
+
 def response(model):
     """Rows of a response, of unequal length."""
-    return tiny.batch((9, 16, 4), model, seed=5)
+    return tiny.batch((9, 16, 4, 6, 2), model, seed=5)
 
 
 def read_oracle(model, tokens, policy, budget=BUDGET):
-    full = read(model, tokens, Full())
+    full = read_batch(model, Full())
     answer = response(model)
     steps = jnp.arange(answer.shape[1], dtype=jnp.int32)[None]
     positions = jnp.where(answer >= 0, full.cache.next_pos[:, None] + steps, -1)
@@ -123,7 +138,7 @@ def read_oracle(model, tokens, policy, budget=BUDGET):
 def restated(model, observers=""):
     """Layers of every row as the reference computes them."""
     tokens = np.asarray(tiny.batch(LENGTHS, model))
-    answers = np.asarray(response(model))
+    answers = np.asarray(response(model))[: len(LENGTHS)]
     result = []
     for row, answer in zip(tokens, answers, strict=True):
         row = row[row >= 0]
@@ -249,8 +264,17 @@ def check_heads(scores, sets, expected, pinned, allowed):
         check_selection(kept, wanted, pinned, allowed, tolerance)
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("case", CASES)
+# Other settings of a policy, and scores that no model enters, take one model.
+RICH_ALONE = (
+    "streaming_llm", "snapkv-kvpress", "snapkv-cut-window", "expected_attention-epsilon",
+    "lookaheadkv-pooled",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "model_name"),
+    [(c, m) for c in CASES for m in MODELS if m == "rich" or c not in RICH_ALONE],
+)
 def test_scores_and_kept_entries(case, model_name):
     check_case(case, MODELS[model_name])
 
@@ -258,9 +282,7 @@ def test_scores_and_kept_entries(case, model_name):
 def check_case(case, model):
     """Scores and kept entries of a policy are those of the reference."""
     policy, score, (last, first), observers = CASES[case]
-    tokens = tiny.batch(LENGTHS, model)
-    two_passes = isinstance(policy.reading, WithResponse)
-    result = (read_oracle if two_passes else read)(model, tokens, policy)
+    result = read_batch(model, policy)
     sets, scores = kept_sets(result.cache), np.asarray(result.scores)
     for row, (length, layers) in enumerate(restated(model, observers)):
         for index, layer in enumerate(layers):
@@ -271,8 +293,7 @@ def check_case(case, model):
 
 @pytest.mark.parametrize("case", ["keydiff", "snapkv"])
 def test_kept_rows_are_the_keys_and_values_of_their_positions(case):
-    policy = CASES[case][0]
-    result = read(RICH, tiny.batch(LENGTHS, RICH), policy)
+    result = read_batch(RICH, CASES[case][0])
     for row, (_, layers) in enumerate(restated(RICH)):
         for index, layer in enumerate(layers):
             for head, kept in enumerate(kept_sets(result.cache)[index, row]):
@@ -285,8 +306,8 @@ def test_kept_rows_are_the_keys_and_values_of_their_positions(case):
 
 
 def test_random_depends_on_seed_layer_head_and_position_alone():
-    tokens = tiny.batch(LENGTHS, PLAIN)
-    scores = np.asarray(read(PLAIN, tokens, make_policy("random", seed=5)).scores)
+    result = read_batch(RICH, make_policy("random", seed=5))
+    scores = np.asarray(result.scores)[:, : len(LENGTHS)]
     for layer, head, position in [(0, 0, 0), (1, 1, 32), (2, 0, 17)]:
         key = jax.random.key(5)
         for number in (layer, head, position):
@@ -297,18 +318,23 @@ def test_random_depends_on_seed_layer_head_and_position_alone():
     assert abs(distinct.mean() - 0.5) < 0.05
     assert 0 <= distinct.min() < 0.02
     assert 0.98 < distinct.max() < 1
-    same = np.asarray(read(PLAIN, tokens, make_policy("random", seed=5 + 2**64)).scores)
-    np.testing.assert_array_equal(same, scores)
-    other = np.asarray(read(PLAIN, tokens, make_policy("random", seed=6)).scores)
-    assert (other != scores)[:, 0, :, :70].all()
+    heads = jnp.zeros((1, RICH.num_kv_heads, 70), jnp.float32)
+    view = fake_view(heads, jnp.arange(70, dtype=jnp.int32)[None, None], jnp.asarray([70]))
+    same, other = (  # of the first layer
+        np.asarray(jax.jit(lambda seed=seed: make_policy("random", seed=seed).score(view))())
+        for seed in (5 + 2**64, 6)
+    )
+    np.testing.assert_array_equal(same[0], scores[0, 0, :, :70])
+    assert (other[0] != scores[0, 0, :, :70]).all()
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("budget", [1, 24, 40])
+PYRAMID = make_policy("pyramidkv", window=8, pool="none")
+
+
+@pytest.mark.parametrize(("model_name", "budget"), [("plain", 1), ("rich", 24), ("plain", 40)])
 def test_pyramid_budgets_end_to_end(model_name, budget):
-    model = MODELS[model_name]
-    policy = make_policy("pyramidkv", window=8, pool="none")
-    sets = kept_sets(read(model, tiny.batch(LENGTHS, model), policy, budget).cache)
+    model, policy = MODELS[model_name], PYRAMID
+    sets = kept_sets(read_batch(model, policy, budget).cache)
     window = policy.window_rows(budget)
     for row, (length, layers) in enumerate(restated(model)):
         budgets = reference.pyramid(length, budget, window, len(layers), 20)
@@ -322,43 +348,48 @@ def test_pyramid_budgets_end_to_end(model_name, budget):
                 check_selection(kept, scores[head], pinned, allowed, tolerance)
 
 
-@pytest.mark.parametrize(
-    ("inner", "alpha"),
-    [("snapkv", 0.2), ("snapkv", 0.0), ("snapkv", 1.0), ("keydiff", 0.2), ("lookaheadkv", 0.5)],
-)
-def test_ada_budgets_end_to_end(inner, alpha):
-    arguments = dict(window=8, pool="avg", kernel=3) if inner == "snapkv" else {}
-    policy = make_policy("ada", inner=inner, alpha=alpha, **arguments)
+ADA = {
+    "snapkv": make_policy("ada", inner="snapkv", alpha=0.2, window=8, pool="avg", kernel=3),
+    "keydiff": make_policy("ada", inner="keydiff", alpha=0.0),
+    "lookaheadkv": make_policy("ada", inner="lookaheadkv", alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("inner", ADA)
+def test_ada_budgets_end_to_end(inner):
+    policy = ADA[inner]
     scorers = {
         "snapkv": lambda la, n: reference.snapkv(la, n, 8, "avg", 3),
         "keydiff": reference.keydiff,
         "lookaheadkv": lambda la, n: reference.observed(la, n, behind(la, n), n, "none", 1),
     }
-    result = read(PLAIN, tiny.batch(LENGTHS, PLAIN), policy)
-    sets = kept_sets(result.cache)
+    sets = kept_sets(read_batch(PLAIN, policy).cache)
     uneven = 0
     rows = restated(PLAIN, "lookahead" if inner == "lookaheadkv" else "")
     for row, (length, layers) in enumerate(rows):
         for index, layer in enumerate(layers):
             scores = scorers[inner](layer, length)
             pinned, allowed = protect(PLAIN, index, length, 8 if inner == "snapkv" else 0, 0)
-            budgets = reference.ada(np.where(pinned, np.inf, scores), BUDGET, alpha)
+            budgets = reference.ada(np.where(pinned, np.inf, scores), BUDGET, policy.alpha)
             assert [len(kept) for kept in sets[index, row]] == budgets
             assert sum(budgets) == BUDGET * len(budgets)
             uneven += len(set(budgets)) > 1
             for head, kept in enumerate(sets[index, row]):
                 tolerance = TOLERANCE * np.abs(scores[head]).max()
                 check_selection(kept, scores[head], pinned, allowed, tolerance)
-    assert uneven > 0 if alpha < 1 else uneven == 0
+    assert uneven > 0
+
+
+ADA_PYRAMID = Ada(inner=PyramidKV(window=4), alpha=0.2)
 
 
 def test_ada_over_pyramid_keeps_both_totals():
-    inner = PyramidKV(window=4)
-    cache = read(PLAIN, tiny.batch(LENGTHS, PLAIN), Ada(inner=inner, alpha=0.2)).cache
-    per_layer = np.asarray(cache.length).sum(2)
+    per_layer = np.asarray(read_batch(RICH, ADA_PYRAMID).cache.length).sum(2)
     for row, length in enumerate(LENGTHS):
         budgets = reference.pyramid(length, BUDGET, 4, 3, 20)
-        assert per_layer[:, row].tolist() == [PLAIN.num_kv_heads * b for b in budgets]
+        # The next token sees one entry less than the window of the middle layer.
+        seen = [min(b, w - 1) if w else b for b, w in zip(budgets, RICH.layer_window, strict=True)]
+        assert per_layer[:, row].tolist() == [RICH.num_kv_heads * n for n in seen]
 
 
 def on_its_own(name):
@@ -366,60 +397,85 @@ def on_its_own(name):
     return isinstance(make_policy(name).reading, (OnePass, WithModules))
 
 
+NESTED = make_policy("critical:chunkkv:layers:threshold:snapkv")
 MADE = {
-    **{name: make_policy(name) for name in POLICIES if on_its_own(name)},
+    **{
+        name: make_policy(name)
+        for name, kind in POLICIES.items()
+        if on_its_own(name) and not any(type(part) is kind for part in parts_of(NESTED))
+    },
     **{name: case[0] for name, case in CASES.items() if name != "oracle"},
-    "ada-pyramid": Ada(inner=PyramidKV(window=4)),
+    "nested": NESTED,
+    "pyramidkv": PYRAMID,
+    "ada": make_policy("ada", inner="expected_attention"),
+    "ada-pyramid": ADA_PYRAMID,
+    "random": make_policy("random", seed=5),
 }
 
 
-@pytest.mark.parametrize("name", sorted({*POLICIES, "ada-pyramid"} & {*MADE}))
-def test_budgets_from_the_prompt_length_on_evict_nothing(name):
-    tokens = tiny.batch((20, 33), PLAIN)
-    cache = read(PLAIN, tokens, MADE[name], budget=33).cache
-    for (_, row, _), kept in np.ndenumerate(kept_sets(cache)):
-        np.testing.assert_array_equal(kept, np.arange((20, 33)[row]))
-
-
 @pytest.mark.parametrize("name", sorted(MADE))
-def test_a_row_alone_is_the_row_in_a_batch(name):
-    policy = MADE[name]
-    rows = tiny.batch(LENGTHS, RICH)
-    together = read(RICH, rows, policy)
-    alone = read(RICH, rows[1:2, :33], policy)  # another padding
-    scores = np.asarray(together.scores)[:, 1:2, :, :33]
-    error = np.abs(scores - np.asarray(alone.scores))
+def test_rows_within_the_budget_lose_nothing(name):
+    sets = kept_sets(read_batch(RICH, MADE[name]).cache)
+    for row, length in enumerate(WITHIN, start=len(LENGTHS)):
+        for index in range(RICH.num_layers):
+            _, allowed = protect(RICH, index, length, 0, 0)
+            for kept in sets[index, row]:
+                np.testing.assert_array_equal(kept, np.flatnonzero(allowed))
+
+
+def check_same_row(name, other, row):
+    """The second row of `batch` is row number `row` of what `other` holds."""
+    together = read_batch(RICH, MADE[name])
+    scores = np.asarray(together.scores)[:, 1, :, :33]
+    error = np.abs(scores - np.asarray(other.scores)[:, row, :, :33])
     # The same float32 sums in other groups of terms.
     assert (error <= 1e-5 * np.abs(scores).max(-1, keepdims=True)).all()
     if name in ("random", "streaming_llm"):
         assert not error.any()
-    for mine, other in zip(
-        kept_sets(together.cache)[:, 1].flat, kept_sets(alone.cache)[:, 0].flat, strict=True
+    for mine, same in zip(
+        kept_sets(together.cache)[:, 1].flat, kept_sets(other.cache)[:, row].flat, strict=True
     ):
-        np.testing.assert_array_equal(mine, other)
+        np.testing.assert_array_equal(mine, same)
 
 
-@pytest.mark.parametrize("name", ["h2o", "ada", "expected_attention", "lookaheadkv"])
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_row_does_not_depend_on_its_neighbours(name):
+    others = tiny.batch((9, 70, 33, 1, 55), RICH, seed=8)
+    rows = others.at[2].set(batch(RICH)[1])
+    check_same_row(name, read(RICH, rows, MADE[name]), 2)
+
+
+# The restatements above read each row by itself, without padding. Here are policies without one,
+# and one for every kind of observer.
+PADDED = ("random", "pyramidkv", "knorm", "lagkv", "nested", "ada-pyramid")
+PADDED += ("snapkv-kvpress", "h2o", "lookaheadkv-pooled")
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_row_alone_is_the_row_in_a_batch(name):
+    check_same_row(name, read(RICH, batch(RICH)[1:2, :33], MADE[name]), 0)  # another padding
+
+
+@pytest.mark.parametrize("name", ["ada", "lookaheadkv"])
 def test_unstacked_layers_keep_the_same(name):
-    tokens = tiny.batch(LENGTHS, RICH)
-    policy, params = make_policy(name), unstack(weights(RICH))
+    """With statistics and shares of heads; with an observer and its LoRA."""
+    tokens = batch(RICH)
+    policy, params = MADE[name], unstack(weights(RICH))
     slots = slots_for(policy, tokens.shape[1], BUDGET, 8, config=RICH)
     unrolled = prefill(
         params, tokens, config=RICH, policy=policy, budget=BUDGET, slots=slots, new_tokens=8,
         chunk=16, observer=observer(RICH, tokens) if name == "lookaheadkv" else None,
     )  # fmt: skip
-    scanned = read(RICH, tokens, policy)
-    np.testing.assert_array_equal(unrolled.cache.pos, scanned.cache.pos)
+    np.testing.assert_array_equal(unrolled.cache.pos, read_batch(RICH, policy).cache.pos)
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("pool", ["none", "max"])
-def test_compress_keeps_what_prefill_keeps(model_name, pool):
-    model = MODELS[model_name]
-    tokens = tiny.batch(LENGTHS, model)
-    policy = make_policy("lookaheadkv", pool=pool)
-    one_pass = read(model, tokens, policy)
-    full = read(model, tokens, Full())
+@pytest.mark.parametrize(
+    ("model_name", "case"), [("plain", "lookaheadkv"), ("rich", "lookaheadkv-pooled")]
+)
+def test_compress_keeps_what_prefill_keeps(model_name, case):
+    model, policy = MODELS[model_name], CASES[case][0]
+    tokens = batch(model)
+    one_pass, full = read_batch(model, policy), read_batch(model, Full())
     slots = slots_for(policy, full.cache.slots, BUDGET, 8, config=model)
     cache, scores, _ = compress(
         weights(model), full.cache, observer(model, tokens), config=model, policy=policy,
@@ -451,11 +507,10 @@ def test_two_passes_report_scores_by_position():
 
 
 def test_compress_of_a_cut_cache_chooses_among_what_is_left():
-    tokens = tiny.batch(LENGTHS, PLAIN)
     policy = make_policy("ada", inner="lookaheadkv", pool="max", kernel=3)
-    first = read(PLAIN, tokens, policy, budget=20)
+    first = read_batch(PLAIN, ADA["lookaheadkv"])
     cache, scores, _ = compress(
-        weights(PLAIN), first.cache, observer(PLAIN, tokens), config=PLAIN, policy=policy,
+        weights(PLAIN), first.cache, observer(PLAIN, batch(PLAIN)), config=PLAIN, policy=policy,
         budget=10, slots=128, with_scores=True,
     )  # fmt: skip
     before, after = kept_sets(first.cache), kept_sets(cache)
@@ -523,22 +578,26 @@ def test_select_properties(data):
             check_selection(positions[:count], finite, pinned, allowed, 0.0)
 
 
+SHARES = 12
+jitted_largest_remainder = jax.jit(largest_remainder)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9), st.integers(0, 40)), min_size=1),
+    st.lists(
+        st.tuples(st.integers(0, 50), st.integers(0, 9), st.integers(0, 40)),
+        min_size=1, max_size=SHARES,
+    ),
     st.floats(0, 1),
-)
+)  # fmt: skip
 def test_the_largest_remainder_reaches_every_total_within_the_room(shares, where):
-    columns = np.array(shares, np.int32).T
-    base, remainder, room = (column[:, None] for column in columns)
+    """Shares of nothing, without room, fill up the arrays: one program for every number."""
+    columns = np.zeros((3, SHARES, 1), np.int32)
+    columns[:, : len(shares), 0] = np.array(shares).T
+    base, _, room = columns
     total = int(base.sum() + round(where * room.sum()))
     result = np.asarray(
-        largest_remainder(
-            jnp.asarray(base),
-            jnp.asarray(remainder),
-            jnp.asarray(room),
-            jnp.asarray([total], jnp.int32),
-        )
+        jitted_largest_remainder(*map(jnp.asarray, columns), jnp.asarray([total], jnp.int32))
     )
     assert result.sum() == total
     assert (result >= base).all()
@@ -552,7 +611,7 @@ def test_the_largest_remainder_reaches_every_total_within_the_room(shares, where
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([1, 2, 3, 16, 35]), st.integers(1, 300), st.integers(1, 64), st.integers(1, 30),
+    st.sampled_from([1, 2, 35]), st.integers(1, 300), st.integers(1, 64), st.integers(1, 30),
     st.lists(st.integers(1, 700), min_size=3, max_size=3),
 )  # fmt: skip
 def test_pyramid_allocation(layers, budget, window, beta, lengths):
@@ -575,7 +634,7 @@ def test_pyramid_allocation(layers, budget, window, beta, lengths):
 def test_ada_allocation(data):
     """Exactly the reference where heads are equally full; exact totals and bounds anywhere."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    thousandths = data.draw(st.integers(0, 1000))
+    thousandths = data.draw(st.sampled_from([0, 1000]) | st.integers(0, 1000))
     policy = Ada(inner=make_policy("keydiff"), alpha=thousandths / 1000)
     budget = data.draw(st.integers(1, WIDTH))
     equal = data.draw(st.booleans())

@@ -1,5 +1,6 @@
 """Prefill, extend and compress against plain forwards, in any chunking, batch and padding."""
 
+import functools
 import subprocess
 import sys
 
@@ -28,6 +29,11 @@ POLICY = SnapKV(window=4, pool="avg", kernel=3)
 TOLERANCE = 2e-5
 
 
+LENGTHS = (70, 33, 61)
+LLAMA = tiny.config()
+MISTRAL = tiny.config(**tiny.MISTRAL)  # with a sliding window: what is kept depends on more
+
+
 def read(params, tokens, model, policy=POLICY, budget=24, new_tokens=32, **options):
     slots = batching.slots_for(policy, tokens.shape[1], budget, new_tokens, config=model)
     return prefill(
@@ -36,6 +42,7 @@ def read(params, tokens, model, policy=POLICY, budget=24, new_tokens=32, **optio
     )  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def plain_logits(params, tokens, model):
     """All rows in one block that sees only itself: no chunks, no context, no cache."""
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
@@ -54,41 +61,56 @@ def assert_close(value, expected):
     np.testing.assert_allclose(value, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-@pytest.fixture(params=["llama", "mistral"])
-def model(request):
-    return tiny.config(**({} if request.param == "llama" else tiny.MISTRAL))
+def params_and_tokens(model):
+    return tiny.params(model), tiny.batch(LENGTHS, model)
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 128])
+@functools.cache
+def read_whole(model, policy=POLICY, budget=24):
+    """The rows of LENGTHS, in one chunk."""
+    return read(*params_and_tokens(model), model, policy, budget, chunk=128)
+
+
+@functools.cache
+def expected_logits(model):
+    return np.asarray(plain_logits(*params_and_tokens(model), model))
+
+
+@pytest.mark.parametrize(
+    ("model", "chunk"), [(LLAMA, 16), (MISTRAL, 16), (LLAMA, 32), (MISTRAL, 128)]
+)
 def test_chunked_hidden_states_match_one_block(model, chunk):
-    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
+    params, tokens = params_and_tokens(model)
     chunked = hidden_states(params, tokens, config=model, chunk=chunk)
     valid = np.asarray(tokens >= 0)
     result = np.asarray(logits(params, chunked, config=model))[valid]
-    assert_close(result, np.asarray(plain_logits(params, tokens, model))[valid])
+    assert_close(result, expected_logits(model)[valid])
 
 
 def test_several_key_blocks_match_one_block():
     """Longer than the attention's key block, so that the running softmax really runs."""
     model = tiny.config(num_hidden_layers=1, max_position_embeddings=4096)
-    params, tokens = tiny.params(model), tiny.batch((1300, 700), model)
+    params, tokens = tiny.params(model), tiny.batch((700, 300), model)
     chunked = hidden_states(params, tokens, config=model, chunk=256)
     valid = np.asarray(tokens >= 0)
     result = np.asarray(logits(params, chunked, config=model))[valid]
     assert_close(result, np.asarray(plain_logits(params, tokens, model))[valid])
 
 
-@pytest.mark.parametrize(("policy", "budget"), [(Full(), 1), (POLICY, 24), (POLICY, 500)])
+@pytest.mark.parametrize(
+    ("model", "policy", "budget"),
+    [(LLAMA, POLICY, 24), (MISTRAL, POLICY, 24), (MISTRAL, Full(), 1), (LLAMA, POLICY, 500)],
+)
 def test_logits_do_not_depend_on_eviction(model, policy, budget):
-    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
-    result = read(params, tokens, model, policy, budget, chunk=32)
-    assert_close(result.logits, last_logits(plain_logits(params, tokens, model), tokens))
+    _, tokens = params_and_tokens(model)
+    result = read_whole(model, policy, budget).logits
+    assert_close(result, last_logits(expected_logits(model), tokens))
 
 
-@pytest.mark.parametrize("chunk", [16, 32])
+@pytest.mark.parametrize(("model", "chunk"), [(LLAMA, 32), (MISTRAL, 16)])
 def test_kept_entries_do_not_depend_on_chunks_or_layout(model, chunk):
-    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
-    whole = read(params, tokens, model, chunk=128)
+    params, tokens = params_and_tokens(model)
+    whole = read_whole(model)
     split = read({**params, "layers": unstack(params)["layers"]}, tokens, model, chunk=chunk)
     np.testing.assert_array_equal(split.cache.pos, whole.cache.pos)
     np.testing.assert_array_equal(split.cache.length, whole.cache.length)
@@ -96,21 +118,21 @@ def test_kept_entries_do_not_depend_on_chunks_or_layout(model, chunk):
     assert_close(split.cache.v, whole.cache.v)
 
 
-def test_a_row_alone_equals_the_row_in_a_batch(model):
-    params, rows = tiny.params(model), tiny.prompts((70, 33, 61))
-    together = read(params, jnp.asarray(batching.pad_batch(rows, config=model)), model, chunk=16)
-    for i, row in enumerate(rows):
+def test_a_row_alone_equals_the_row_in_a_batch():
+    model, together = MISTRAL, read_whole(MISTRAL)
+    for i, row in list(enumerate(tiny.prompts(LENGTHS)))[1:]:  # of another padding
         tokens = jnp.asarray(batching.pad_batch([row], config=model))
-        alone = read(params, tokens, model, chunk=16)
+        alone = read(tiny.params(model), tokens, model, chunk=128)
         slots = min(alone.cache.slots, together.cache.slots)
         kept = np.asarray(together.cache.pos)[:, i, :, :slots]
         np.testing.assert_array_equal(kept, np.asarray(alone.cache.pos)[:, 0, :, :slots])
         assert_close(together.logits[i], alone.logits[0])
 
 
+@pytest.mark.parametrize("model", [LLAMA, MISTRAL])
 def test_cache_holds_ascending_positions_and_nothing_behind_them(model):
     params, tokens = tiny.params(model), tiny.batch((70, 33, 5), model)
-    cache = read(params, tokens, model).cache
+    cache = read(params, tokens, model, chunk=128).cache
     pos, length = np.asarray(cache.pos), np.asarray(cache.length)
     filled = np.arange(cache.slots) < length[..., None]
     assert ((pos >= 0) == filled).all()
@@ -121,39 +143,42 @@ def test_cache_holds_ascending_positions_and_nothing_behind_them(model):
     np.testing.assert_array_equal(length[:, 2], 5)
 
 
+@pytest.mark.parametrize("model", [LLAMA, MISTRAL])
 def test_extend_reads_what_prefill_would_have_read(model):
-    params, tokens = tiny.params(model), tiny.batch((70, 33, 61), model)
+    params, tokens = params_and_tokens(model)
     head = jnp.where(jnp.arange(tokens.shape[1])[None] < 20, tokens, -1)
-    cache = read(params, head, model, Full(), new_tokens=128).cache
+    cache = read(params, head, model, Full(), new_tokens=128, chunk=128).cache
     longer, result = extend(params, tokens[:, 20:], cache, config=model, chunk=16)
-    assert_close(result, last_logits(plain_logits(params, tokens, model), tokens))
+    assert_close(result, last_logits(expected_logits(model), tokens))
     np.testing.assert_array_equal(longer.next_pos, (tokens >= 0).sum(1))
     np.testing.assert_array_equal(longer.length[0, :, 0], (tokens >= 0).sum(1))
 
 
-def test_one_compressed_cache_answers_several_questions(model):
+def read_document():
+    """One row of MISTRAL, in a cache that a call may consume."""
+    document = tiny.batch((60,), MISTRAL)
+    return read(tiny.params(MISTRAL), document, MISTRAL, chunk=128).cache
+
+
+def test_one_compressed_cache_answers_several_questions():
     """Fork a cut document and ask two questions: the same as cutting it anew for each."""
-    params, document = tiny.params(model), tiny.batch((90,), model)
+    params = tiny.params(MISTRAL)
     questions = jnp.asarray(tiny.prompts((7, 7), seed=1), jnp.int32)
-    forked = read(params, document, model).cache.fork(2)
-    _, together = extend(params, questions, forked, config=model)
+    _, together = extend(params, questions, read_document().fork(2), config=MISTRAL)
     for i in range(2):
-        _, alone = extend(
-            params, questions[i : i + 1], read(params, document, model).cache, config=model
-        )
+        _, alone = extend(params, questions[i : i + 1], read_document(), config=MISTRAL)
         assert_close(together[i], alone[0])
 
 
-def test_dead_slots_may_hold_anything(model):
-    params, tokens = tiny.params(model), tiny.batch((70, 33), model)
-    cache = read(params, tokens, model).cache
+def test_dead_slots_may_hold_anything():
+    params, cache = tiny.params(MISTRAL), read_document()
     dead = (cache.pos < 0)[..., None]
     poisoned = cache.replace(
         k=jnp.where(dead, jnp.nan, cache.k), v=jnp.where(dead, jnp.nan, cache.v)
     )
-    question = jnp.asarray(tiny.prompts((5, 5), seed=1), jnp.int32)
-    _, clean = extend(params, question, cache.fork(1), config=model)
-    _, result = extend(params, question, poisoned.fork(1), config=model)
+    question = jnp.asarray(tiny.prompts((7,), seed=1), jnp.int32)
+    _, clean = extend(params, question, cache.fork(1), config=MISTRAL)
+    _, result = extend(params, question, poisoned.fork(1), config=MISTRAL)
     np.testing.assert_array_equal(result, clean)
 
 
@@ -271,12 +296,12 @@ for call in sys.argv[1:]:
     assert run.stdout.splitlines() == list(FLOATS.values())
 
 
-def test_inputs_survive_and_jit_composes(model):
+def test_inputs_survive_and_jit_composes():
     """Prefill inside another jit, as research code would call it."""
-    params, tokens = tiny.params(model), tiny.batch((40,), model)
-    direct = read(params, tokens, model)
-    nested = jax.jit(lambda p, t: read(p, t, model).logits)(params, tokens)
-    assert_close(nested, direct.logits)
+    params, tokens = params_and_tokens(LLAMA)
+    nested = jax.jit(lambda p, t: read(p, t, LLAMA, chunk=128).logits)(params, tokens)
+    assert_close(nested, read_whole(LLAMA).logits)
+    assert not any(a.is_deleted() for a in jax.tree.leaves((params, tokens)))
 
 
 @pytest.mark.parametrize("rows", [3, 7, 8, 11, 13])
@@ -316,10 +341,13 @@ def test_an_observer_beside_the_prompt_sees_what_one_behind_it_sees(monkeypatch)
     observer = observer_block(modules, length, length + 8)
 
     def run(chunk):
-        return prefill.__wrapped__(
-            params, tokens, config=model, policy=make_policy("lookaheadkv"), budget=8, slots=128,
-            new_tokens=8, observer=observer, chunk=chunk, with_scores=True,
+        fresh = jax.jit(  # which is traced with MAX_ROWS as it is now
+            lambda params, tokens, observer: prefill.__wrapped__(
+                params, tokens, config=model, policy=make_policy("lookaheadkv"), budget=8,
+                slots=128, new_tokens=8, observer=observer, chunk=chunk, with_scores=True,
+            )
         )  # fmt: skip
+        return fresh(params, tokens, observer)
 
     want = run(8)
     assert not calls

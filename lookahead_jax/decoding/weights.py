@@ -17,7 +17,9 @@ def for_decoding(params: Params) -> Params:
     devices = leaves[0].sharding.device_set
     if apart or size > 2**30 or len(devices) > 1 or next(iter(devices)).platform != "cpu":
         return params
-    device = next(iter(devices))
+    # Weights bound to a device bind what is computed with them. Where the stack is not bound, the
+    # prompt's cache is not either, and a second step would compile the program once more.
+    device = next(iter(devices)) if leaves[0].committed else None
     views = jax.tree.map(np.asarray, params["layers"])
 
     def layer(i: int) -> Params:
