@@ -94,6 +94,14 @@ def pytest_sessionfinish(session):
         DURATIONS.write_text(json.dumps(stored | measured, indent=1, sort_keys=True) + "\n")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_commands():
+    """Commands in this process do not say that loading or compiling is slow under a load."""
+    from lookahead_jax.host import activity
+
+    activity.AFTER_S = 3600.0
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drop_compiled_programs():
     """Every program XLA compiles maps memory, and Linux allows a process 65,530 maps."""

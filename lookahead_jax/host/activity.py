@@ -58,12 +58,12 @@ _reporter: ContextVar[_Reporter | None] = ContextVar("reporter", default=None)
 
 
 @contextlib.contextmanager
-def telling(tell: Callable[[str], None], *, after_s: float = AFTER_S) -> Iterator[None]:
+def telling(tell: Callable[[str], None], *, after_s: float | None = None) -> Iterator[None]:
     """While the block runs, `tell` receives each activity that takes more than `after_s` seconds.
 
-    It is called once per activity, in another thread.
+    It is called once per activity, in another thread. Default: AFTER_S.
     """
-    reporter = _Reporter(tell, after_s)
+    reporter = _Reporter(tell, AFTER_S if after_s is None else after_s)
     thread = threading.Thread(target=reporter.watch, name="activity", daemon=True)
     token = _reporter.set(reporter)
     thread.start()
