@@ -1,9 +1,9 @@
 """What int8 weights and int8 caches take and what they cost: bytes of an 8B model, perplexity.
 
 Memory is what XLA's memory_analysis says of a decoding step of Llama 3.1 8B, compiled ahead of time
-for one chip that is not there: a TPU's (extra tpu-aot), or a card of benchmarks/cards (packages as in
-gpu_estimate.py). Perplexity is that of the second half of pieces of text after a cache that holds the
-first half whole.
+for one chip that is not there: a TPU's (extra tpu-aot), or a card of benchmarks/cards (packages as
+in gpu_estimate.py). Perplexity is that of the second half of pieces of text after a cache that
+holds the first half whole.
 
     python benchmarks/int8_figures.py --chip v5p:2x2x1 --out benchmarks/results/int8_memory.json
     python benchmarks/int8_figures.py --chip h200 --out benchmarks/results/int8_memory_h200.json

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.model import params as P
+from tests.compilations import compilations
 
 SIZES = {
     "vocab_size": 40,
@@ -173,6 +174,11 @@ def test_fingerprint_tells_bases_apart_and_nothing_else():
     config, params = make("llama")
     fingerprint = P.fingerprint(params)
     assert P.fingerprint(P.unstack(params)) == fingerprint
+    before = len(compilations)
+    assert P.fingerprint(jax.tree.map(jnp.copy, params)) == fingerprint
+    copied = len(compilations)
+    P.fingerprint(params)
+    assert len(compilations) == copied >= before  # host memory is read in place
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     assert P.fingerprint(rounded) == fingerprint
     tuned = params | {"layers": params["layers"] | {"up": params["layers"]["up"] * 1.02}}

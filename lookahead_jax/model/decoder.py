@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from lookahead_jax.kernels.attention import block_attention
 from lookahead_jax.kernels.causal_attention import causal_attention
 from lookahead_jax.kernels.common import Own, Slots, joined, with_sinks
+from lookahead_jax.kernels.layer_count_cpu import noted
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.experts import experts_mlp
@@ -150,6 +151,7 @@ def scan_layers(
 
         def numbered(carry, inputs):
             i, carry = carry
+            i = noted(i)
             p, lora, at = inputs
             carry, y = step(carry, (p, lora, _with_index(at, i)))
             return (i + 1, carry), y
