@@ -57,7 +57,7 @@ def test_a_folder_of_every_family(name, tmp_path):
         assert not any("_blocks" in n or ".experts.0." in n for n in names)
 
 
-@pytest.mark.parametrize(("fixture", "architecture"), [*ARCHITECTURES[:5], *ARCHITECTURES[-5:]])
+@pytest.mark.parametrize(("fixture", "architecture"), [*ARCHITECTURES[:5], ARCHITECTURES[-1]])
 def test_a_gguf_file(fixture, architecture, tmp_path):
     file = tmp_path / "model.gguf"
     write_gguf(file, MODELS / fixture, architecture)

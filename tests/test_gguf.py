@@ -193,7 +193,6 @@ ARCHITECTURES = [
     ("gemma3_text", "gemma3"),
     ("mixtral", "llama"),
     ("qwen3_moe", "qwen3moe"),
-    ("gpt_oss", "gpt-oss"),
     ("gpt_oss_mxfp4", "gpt-oss"),
 ]
 
