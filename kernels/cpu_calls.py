@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def register_product(
     total = cores * parts if cores > 1 else 1
     work = _work(module, product, total, unit)
     _handler(module, work, total, cores, outputs_axis=outputs_axis)
+    register_handler(module)
+
+
+def register_handler(module: ir.Module) -> None:
+    """Makes the function of a module that has its name known to XLA as a target of that name."""
     engine = _machine_code(module)
     _compiled.append(engine)
     new_capsule = ctypes.pythonapi.PyCapsule_New
@@ -108,38 +114,53 @@ def _work(module: ir.Module, product: ir.Function, parts: int, unit: int) -> ir.
     return work
 
 
+def begin_handler(module: ir.Module) -> tuple[ir.IRBuilder, Any, Any, Any]:
+    """`XLA_FFI_Error* handler(XLA_FFI_CallFrame*)`, named as the module, up to where it is called.
+
+    XLA asks once for metadata, the version of the interface, then calls it with buffers. Returns
+    the builder, the frame, and the arrays of pointers to the buffers of arguments and results.
+    """
+    handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), module.name)
+    b, frame = ir.IRBuilder(handler.append_basic_block()), handler.args[0]
+    null = ir.Constant(_POINTER, None)
+    extension, api = _read(b, frame, 8, _POINTER), _read(b, frame, 16, _POINTER)
+    with b.if_then(b.icmp_unsigned("!=", extension, null)):
+        is_metadata = b.icmp_signed("==", _read(b, extension, 8, _I32), _I32(1))
+        with b.if_then(is_metadata):
+            metadata = _read(b, extension, 24, _POINTER)
+            for offset, of_api in ((24, 32), (28, 36)):  # the version, major and minor
+                b.store(_read(b, api, of_api, _I32), _place(b, metadata, offset, _I32))
+            b.store(_I32(0), _place(b, metadata, 32, _I32))  # no traits
+            b.ret(null)
+    arguments = _read(b, frame, 72, _POINTER.as_pointer())
+    return b, frame, arguments, _read(b, frame, 112, _POINTER.as_pointer())
+
+
+def data_of(b: ir.IRBuilder, buffer: Any, kind: ir.Type) -> Any:
+    """The address of a buffer's values."""
+    return _read(b, buffer, 24, kind.as_pointer())
+
+
+def _place(b: ir.IRBuilder, base: Any, offset: int, kind: ir.Type) -> Any:
+    return b.bitcast(b.gep(base, [_I64(offset)]), kind.as_pointer())
+
+
+def _read(b: ir.IRBuilder, base: Any, offset: int, kind: ir.Type) -> Any:
+    return b.load(_place(b, base, offset, kind))
+
+
 def _handler(
     module: ir.Module, work: ir.Function, parts: int, cores: int, *, outputs_axis: int
 ) -> None:
-    """`XLA_FFI_Error* handler(XLA_FFI_CallFrame*)`, named as the module.
+    """The function that XLA calls for a product.
 
-    XLA asks once for metadata, the version of the interface, then calls it with buffers. Threads
-    of XLA's pool help; if they are busy, this one does all the parts. It is long because every
-    block of the function uses the values that the blocks before it defined.
+    Threads of XLA's pool help; if they are busy, this one does all the parts. It is long because
+    every block of the function uses the values that the blocks before it defined.
     """
-    handler = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), module.name)
+    b, frame, arguments, results = begin_handler(module)
     malloc = ir.Function(module, ir.FunctionType(_POINTER, [_I64]), "malloc")
-    b, frame = ir.IRBuilder(handler.append_basic_block()), handler.args[0]
-    null = ir.Constant(_POINTER, None)
-
-    def place(base: Any, offset: int, kind: ir.Type) -> Any:
-        return b.bitcast(b.gep(base, [_I64(offset)]), kind.as_pointer())
-
-    def read(base: Any, offset: int, kind: ir.Type) -> Any:
-        return b.load(place(base, offset, kind))
-
-    extension, api = read(frame, 8, _POINTER), read(frame, 16, _POINTER)
-    with b.if_then(b.icmp_unsigned("!=", extension, null)):
-        is_metadata = b.icmp_signed("==", read(extension, 8, _I32), _I32(1))
-        with b.if_then(is_metadata):
-            metadata = read(extension, 24, _POINTER)
-            for offset, of_api in ((24, 32), (28, 36)):  # the version, major and minor
-                b.store(read(api, of_api, _I32), place(metadata, offset, _I32))
-            b.store(_I32(0), place(metadata, 32, _I32))  # no traits
-            b.ret(null)
-
-    arguments = read(frame, 72, _POINTER.as_pointer())
-    results = read(frame, 112, _POINTER.as_pointer())
+    null, api = ir.Constant(_POINTER, None), _read(b, frame, 16, _POINTER)
+    place, read = partial(_place, b), partial(_read, b)
     x, matrix = (b.load(b.gep(arguments, [_I64(i)])) for i in range(2))
     y = b.load(results)
 

@@ -4,9 +4,12 @@ import sys
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 
 from lookahead_jax.host.activity import activity, printed, telling
+from lookahead_jax.kernels.layer_count_cpu import counted_layers
+from lookahead_jax.model.decoder import scan_layers
 from lookahead_jax.model.jit import program
 
 AFTER_S = 0.2
@@ -21,6 +24,29 @@ def test_only_what_takes_long_is_told_and_once():
             time.sleep(4 * AFTER_S)
         time.sleep(2 * AFTER_S)
     assert told == ["long"]
+
+
+def test_how_far_it_is_is_told_again():
+    told, steps = [], iter(range(100))
+    with (
+        telling(told.append, after_s=AFTER_S, again_s=AFTER_S),
+        activity("reading", lambda: f", layer {next(steps)}"),
+    ):
+        time.sleep(5 * AFTER_S)
+    assert told[:2] == ["reading, layer 0", "reading, layer 1"]
+
+
+def test_programs_note_the_layers_of_a_pass():
+    def run(x):
+        def step(x, inputs):
+            return x * inputs[0]["w"], None
+
+        return scan_layers(step, x, {"w": jnp.full(3, 2.0)}, None, None)[0]
+
+    with counted_layers() as layer:
+        assert jax.jit(run)(jnp.float32(1)) == 8
+        assert layer() == 2
+    assert "lookahead_layer_count" not in jax.jit(lambda x: run(x)).lower(jnp.float32(1)).as_text()
 
 
 def test_the_time_of_an_inner_activity_is_not_the_outer_one_s():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
@@ -28,7 +29,8 @@ from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.registry import POLICIES, make_policy
 from lookahead_jax.policies.wrapper import PolicyWrapper
 from lookahead_jax.train.batches import Batch
-from lookahead_jax.train.step import init_state, train_step
+from lookahead_jax.train.lookahead import MeshConfig
+from lookahead_jax.train.step import compile_step, init_state, train_step
 from tests import tiny
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -387,3 +389,26 @@ def test_a_training_step(family):
     assert 0 < moved.lora["q"]["b"] < np.inf
     again = step(model.params, state, Batch(prompts, responses))[1]
     assert again["loss"] < values["loss"]
+
+
+@pytest.mark.slow
+def test_training_over_a_mesh_with_an_axis_of_experts():
+    """--mesh.expert: the values of one device, up to the order of float32 sums."""
+    one = load(MODELS / "gpt_oss")
+    modules = LookaheadConfig(tokens=3, rank=2, alpha=4.0, targets=("q", "v"), init="table")
+    optimizer = optax.sgd(0.5)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 90, (1, 4, 16)), jnp.int32)
+    batch = Batch(tokens, tokens[..., :4])
+    state = init_state(
+        init_modules(jax.random.key(0), modules, one.config, params=one.params), optimizer
+    )
+    step = functools.partial(train_step, config=one.config, optimizer=optimizer)
+    expected = jax.jit(step)(one.params, state, batch)[1]
+    mesh = make_mesh(**dataclasses.asdict(MeshConfig(expert=2, tensor=2)))
+    params = load(MODELS / "gpt_oss", mesh=mesh).params
+    with jax.set_mesh(mesh):
+        replicated = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+        run = compile_step(mesh, config=one.config, optimizer=optimizer)
+        values = run(params, replicated, batch)[1]
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(values[name], expected[name], rtol=1e-5)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.gguf_config import hf_config
 from lookahead_jax.checkpoints.gguf_file import open_gguf
 from lookahead_jax.checkpoints.gguf_header import read_header
+from lookahead_jax.checkpoints.gguf_tensors import _GgufReader, tensors_of
 from lookahead_jax.checkpoints.gguf_tokenizer import tokenizer_of
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.hf_directory import open_directory
@@ -40,7 +42,13 @@ PARTS = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "post_attention_layernorm": "ffn_norm",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
 }
+EXPERT = re.compile(r"model\.layers\.(\d+)\.\w+\.experts\.\d+\.(\w+?)(?:_proj)?\.(weight|bias)")
+EXPERT_NAMES = {"w1": "gate", "w3": "up", "w2": "down"}  # Mixtral's
+GPT_OSS = {"post_attention_layernorm": "post_attention_norm"}
 SANDWICH = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -76,8 +84,29 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.ropes[0].theta)
     writer.add_rope_dimension_count(config.ropes[0].dim)
-    if hf.get("sliding_window") is not None and architecture in ("llama", "gemma2", "gemma3"):
+    windows = ("llama", "gemma2", "gemma3", "gpt-oss")
+    if hf.get("sliding_window") is not None and architecture in windows:
         writer.add_sliding_window(hf["sliding_window"])
+    if architecture == "gemma3":
+        writer.add_sliding_window_pattern([window is not None for window in config.layer_window])
+        writer.add_float32("gemma3.rope.freq_base_swa", config.ropes[1].theta)
+    if config.experts is not None:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.per_token)
+        writer.add_expert_feed_forward_length(config.mlp_dim)
+    rope = config.ropes[0]
+    if rope.kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope.kind))
+        writer.add_rope_scaling_factor(rope.factor)
+    if rope.kind in ("longrope", "yarn"):
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position)
+    if rope.kind == "yarn":
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_ext_factor(1.0)
+    if rope.kind == "longrope":
+        for name in ("long", "short"):
+            factors = np.array(getattr(rope, f"{name}_factor"), np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", factors)
     if architecture == "granite":
         writer.add_attention_scale(hf["attention_multiplier"])
         writer.add_embedding_scale(hf["embedding_multiplier"])
@@ -91,11 +120,14 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(TOKENS[: config.vocab_size])
     writer.add_eos_token_id(2)
+    norms = {"glm4": GLM4, "gpt-oss": GPT_OSS}.get(
+        architecture, SANDWICH if config.post_norms else {}
+    )
     expected = {}
+    parts: dict[str, list[tuple[np.ndarray, Kind]]] = {}  # by their name in the file
     with source.tensors.open() as read:
         for name, stored in source.tensors.stored.items():
             values = read(stored, tuple(slice(0, n) for n in stored.shape)).astype(np.float32)
-            own = kind if values.ndim == 2 and values.shape[-1] % 32 == 0 else Kind.F32
             written = values
             if architecture in INTERLEAVED and "q_proj" in name:
                 written = interleaved(values, config.num_heads)
@@ -103,10 +135,17 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
                 written = interleaved(values, config.num_kv_heads)
             if config.norm_offset and "norm" in name:
                 written = written + 1
-            raw = quantize(written, own)
-            norms = GLM4 if architecture == "glm4" else SANDWICH if config.post_norms else {}
-            writer.add_tensor(gguf_name(name, norms), raw, raw_dtype=own)
-            expected[name] = (written, own)
+            expected[name] = (written, stored_kind(name, written, kind))
+    # Experts in order, and q, k and v.
+    for name in sorted(
+        expected, key=lambda n: [(len(p), "qkv".find(p[0]), p) for p in n.split(".")]
+    ):
+        parts.setdefault(gguf_name(name, norms, architecture), []).append(expected[name])
+    for name, several in parts.items():
+        stack = np.stack if "_exps" in name else np.concatenate
+        values, own = [values for values, _ in several], several[0][1]
+        whole = stack(values) if len(values) > 1 else values[0]
+        writer.add_tensor(name, quantize(whole, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -114,7 +153,13 @@ def write_gguf(path: Path, folder: Path, architecture: str, kind: Kind = Kind.F3
     return expected
 
 
-def gguf_name(name: str, norms: dict[str, str]) -> str:
+def stored_kind(name: str, values: np.ndarray, kind: Kind) -> Kind:
+    """F32 for vectors and short rows, and for what is not experts' where those have 4 bits."""
+    quantised = values.ndim == 2 and values.shape[-1] % 32 == 0
+    return kind if quantised and (kind != Kind.MXFP4 or ".experts." in name) else Kind.F32
+
+
+def gguf_name(name: str, norms: dict[str, str], architecture: str) -> str:
     top = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -122,8 +167,14 @@ def gguf_name(name: str, norms: dict[str, str]) -> str:
     }
     if name in top:
         return top[name]
+    if expert := EXPERT.fullmatch(name):
+        return f"blk.{expert[1]}.ffn_{EXPERT_NAMES.get(expert[2], expert[2])}_exps.{expert[3]}"
     _, _, layer, rest = name.split(".", 3)
+    if rest == "self_attn.sinks":
+        return f"blk.{layer}.attn_sinks.weight"
     part, _, suffix = rest.rpartition(".")
+    if architecture == "chatglm" and part.removeprefix("self_attn.")[0] in "qkv":
+        return f"blk.{layer}.attn_qkv.{suffix}"
     return f"blk.{layer}.{(PARTS | norms)[part]}.{suffix}"
 
 
@@ -137,12 +188,20 @@ ARCHITECTURES = [
     ("smollm3", "smollm3"),
     ("granite", "granite"),
     ("glm4", "glm4"),
+    ("glm", "chatglm"),
+    ("phi3", "phi3"),
+    ("gemma3_text", "gemma3"),
+    ("mixtral", "llama"),
+    ("qwen3_moe", "qwen3moe"),
+    ("gpt_oss_mxfp4", "gpt-oss"),
 ]
 
 
 @pytest.mark.parametrize(("fixture", "architecture"), ARCHITECTURES)
 def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_path):
-    write_gguf(tmp_path / "model.gguf", MODELS / fixture, architecture)
+    # What came from MXFP4 goes through it unchanged.
+    kind = Kind.MXFP4 if fixture == "gpt_oss_mxfp4" else Kind.F32
+    write_gguf(tmp_path / "model.gguf", MODELS / fixture, architecture, kind)
     loaded = lk.load(tmp_path / "model.gguf", dtype="float32")
     folder = lk.load(MODELS / fixture, dtype="float32")
     ours, theirs = (jax.tree.leaves_with_path(m.params) for m in (loaded, folder))
@@ -152,9 +211,17 @@ def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_
         np.testing.assert_allclose(a, b, rtol=0, atol=exact, err_msg=str(path))
     same = dict(norm_eps=folder.config.norm_eps, ropes=folder.config.ropes)
     assert loaded.config.norm_eps == pytest.approx(folder.config.norm_eps)
-    assert [r.theta for r in loaded.config.ropes] == [r.theta for r in folder.config.ropes]
+    for ours, theirs in zip(loaded.config.ropes, folder.config.ropes, strict=True):
+        assert vars(ours) == {name: pytest.approx(value) for name, value in vars(theirs).items()}
     assert loaded.config.layer_window == folder.config.layer_window
-    if architecture == "gemma2":  # files do not hold the scale of queries; 2B and 9B have this one
+    if architecture == "gpt-oss":  # nor its limits, which published models share
+        experts = folder.config.experts
+        same["experts"] = dataclasses.replace(experts, clamp=(1.702, 7.0))
+        assert loaded.config.experts == same["experts"]
+    if architecture in (
+        "gemma2",
+        "gemma3",
+    ):  # files do not hold the scale of queries; 2B and 9B have this one
         assert loaded.config.attn_scale == loaded.config.head_dim**-0.5
         same["attn_scale"] = loaded.config.attn_scale
     assert {**vars(loaded.config), **same} == {**vars(folder.config), **same}
@@ -166,6 +233,8 @@ def test_a_file_loads_as_the_folder_it_was_made_from(fixture, architecture, tmp_
     [
         ("granite", "rope.scaling.finetuned", False, "have no RoPE"),
         ("glm4", "rope.dimension_sections", [8, 12, 12, 0], "rope.dimension_sections are not"),
+        ("qwen2", "rope.scaling.yarn_attn_factor", 0.5, "yarn_attn_factor are not supported"),
+        ("qwen3", "rope.freq_base_swa", 1e4, "rope.freq_base_swa are not supported"),
         ("glm4", "nextn_predict_layers", 1, "nextn_predict_layers are not supported"),
         ("olmo2", "attention.sliding_window", 8, "sliding_window is 8, which olmo2 models do not"),
     ],
@@ -179,6 +248,35 @@ def test_models_of_the_same_architecture_that_compute_more_are_refused(
     more = header.metadata | {f"{architecture}.{key}": value}
     with pytest.raises(ValueError, match=message):
         config_from_hf(hf_config(dataclasses.replace(header, metadata=more)))
+
+
+def test_experts_in_tensors_of_their_own_and_wrong_counts(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, MODELS / "mixtral", "llama")
+    header, source = read_header(path), open_gguf(path)
+    config = source.config
+    whole = header.tensors.pop("blk.1.ffn_up_exps.weight")
+    size = whole.size // 5
+    for expert in range(5):  # as in files of early 2024
+        one = dataclasses.replace(
+            whole, name=f"blk.1.ffn_up.{expert}.weight", shape=whole.shape[1:],
+            start=whole.start + expert * size,
+        )  # fmt: skip
+        header.tensors[one.name] = one
+    again = tensors_of(header, config)
+    assert again.stored.keys() == source.tensors.stored.keys()
+    name, index = "model.layers.1.block_sparse_moe.experts.3.w3.weight", (slice(2, 9), slice(1, 5))
+    with again.open() as alone, source.tensors.open() as together:
+        values = alone(again.stored[name], index)
+        np.testing.assert_array_equal(values, together(source.tensors.stored[name], index))
+    fewer = dataclasses.replace(config.experts, count=4)
+    with pytest.raises(ValueError, match=r"_exps.weight has shape .*, but the file says 4 experts"):
+        tensors_of(header, dataclasses.replace(config, experts=fewer))
+    with pytest.raises(ValueError, match=r"unknown tensor 'blk.0.ffn_gate_inp.weight' for llama"):
+        tensors_of(header, open_directory(MODELS / "llama2").config)
+    header.tensors["blk.1.ffn_up_exps.weight"] = whole
+    with pytest.raises(ValueError, match="are the same tensor"):
+        tensors_of(header, config)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -217,11 +315,10 @@ def test_slices_of_k_quants(kind, tmp_path):
     header = read_header(path)
     tensor = header.tensors["blk.0.ffn_up.weight"]
     assert tensor.shape == (6, 2 * block)
-    from lookahead_jax.checkpoints.gguf_tensors import _GgufReader
     from lookahead_jax.checkpoints.source import StoredTensor
 
     config = open_directory(MODELS / "llama2").config
-    reader = _GgufReader(header, config, memoryview(path.read_bytes()))
+    reader = _GgufReader(header.tensors, config, False, memoryview(path.read_bytes()))
     stored = StoredTensor(path, tensor.name, tensor.shape, "F32")
     part = reader.read(stored, (slice(2, 5), slice(3, block + 7)))
     np.testing.assert_array_equal(part, dequantize(raw, own)[2:5, 3 : block + 7])
@@ -288,6 +385,10 @@ def test_a_byte_level_tokenizer_gives_the_ids_of_the_original():
     ("pre", "pieces"),
     [
         ("gpt-2", ["1111"]),
+        ("gpt-4o", ["111", "1"]),
+        ("tekken", ["1", "1", "1", "1"]),
+        ("deepseek-r1-qwen", ["1", "1", "1", "1"]),
+        ("chatglm-bpe", ["111", "1"]),
         ("refact", ["1", "1", "1", "1"]),
         ("dbrx", ["111", "1"]),
         ("smaug-bpe", ["111", "1"]),
@@ -304,6 +405,49 @@ def test_numbers_are_split_as_the_pre_tokenizer_says(pre, pieces):
     }
     tokens = metadata["tokenizer.ggml.tokens"]
     assert [tokens[i] for i in tokenizer_of(metadata).encode("1111")] == pieces
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-4o", ["HTTPServer's", "My", "Écran", "://", "a"]),
+        ("tekken", ["HTTPServer", "'s", "My", "Écran", "://", "a"]),
+        ("llama-bpe", ["HTTPServer", "'s", "MyÉcran", "://", "a"]),
+    ],
+)
+def test_words_are_split_as_the_pre_tokenizer_says(pre, pieces):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": alphabet,
+    }
+    splitter = tokenizer_of(metadata).backend.pre_tokenizer
+    text = "".join(pieces)
+    assert [text[slice(*at)] for _, at in splitter.pre_tokenize_str(text)] == pieces
+
+
+@pytest.mark.parametrize(
+    ("pre", "says", "adds"),
+    [
+        ("llama-bpe", None, True),
+        ("tekken", None, True),
+        ("llama-bpe", False, False),
+        ("qwen2", None, False),
+        ("qwen2", True, True),
+    ],
+)
+def test_bos_is_added_where_the_kind_of_tokenizer_implies_it(pre, says, adds):
+    """Files of Llama 3 may lack add_bos_token; llama.cpp adds BOS then, as their folders do."""
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["a", "<s>"],
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    if says is not None:
+        metadata["tokenizer.ggml.add_bos_token"] = says
+    assert tokenizer_of(metadata).encode("a") == ([1, 0] if adds else [0])
 
 
 def merged_by_score(text: str, scores: dict[str, float]) -> list[str]:

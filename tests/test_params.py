@@ -17,6 +17,7 @@ from lookahead_jax.checkpoints.stored_layout import (
 from lookahead_jax.model import params as P
 from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.parameter_specs import parameter_specs
+from tests.compilations import compilations
 
 SIZES = {
     "vocab_size": 40,
@@ -181,6 +182,11 @@ def test_fingerprint_tells_bases_apart_and_nothing_else():
     config, params = make("llama")
     digest = fingerprint(params)
     assert fingerprint(P.unstack(params)) == digest
+    before = len(compilations)
+    assert fingerprint(jax.tree.map(jnp.copy, params)) == digest
+    copied = len(compilations)
+    fingerprint(params)
+    assert len(compilations) == copied >= before  # host memory is read in place
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     assert fingerprint(rounded) == digest
     tuned = params | {"layers": params["layers"] | {"up": params["layers"]["up"] * 1.02}}

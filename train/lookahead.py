@@ -59,9 +59,11 @@ class MeshConfig:
     """How devices are arranged."""
 
     data: int | None = None
-    """Ways to split the batch; None: all devices that fsdp and tensor leave."""
+    """Ways to split the batch; None: all devices that the others leave."""
     fsdp: int = 1
     """Ways to split both the batch and the model dimension of the weights."""
+    expert: int = 1
+    """Ways to split the experts of a mixture, and nothing else."""
     tensor: int = 1
     """Ways to split heads, MLP and vocabulary."""
 

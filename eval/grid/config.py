@@ -75,6 +75,8 @@ class RunConfig:
     """Devices that each layer is split over."""
     fsdp: int = 1
     """Devices that the weights are split over; the rows of a batch use the remaining ones."""
+    expert: int = 1
+    """Devices that the experts of a mixture are split over."""
     part: int = 0
     """Index of the part that this run answers, from 0; each part needs its own --out."""
     parts: int = 1

@@ -62,8 +62,8 @@ FULL = lk.make_policy("full")
 def load_model(config: RunConfig, name: str) -> tuple[Model, Tokenizer, LookaheadModules | None]:
     """A model of the grid on the run's mesh, and its modules."""
     mesh = None
-    if jax.device_count() > 1 or config.tensor * config.fsdp > 1:
-        mesh = make_mesh(tensor=config.tensor, fsdp=config.fsdp)
+    if jax.device_count() > 1 or config.tensor * config.fsdp * config.expert > 1:
+        mesh = make_mesh(tensor=config.tensor, fsdp=config.fsdp, expert=config.expert)
     model = lk.load(model_folder(name), dtype=config.dtype, mesh=mesh, weights=config.weights)
     if model.tokenizer is None:
         raise ValueError(f"{name}: the tasks are texts, and this model has no tokenizer.json")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from lookahead_jax.checkpoints.expert_tensors import as_published
 from lookahead_jax.checkpoints.hf_directory import FOLDER_FILES
 from lookahead_jax.checkpoints.hf_files import files_of_folder, find, is_plain_name
 from lookahead_jax.checkpoints.load import locate, open_checkpoint
@@ -70,7 +71,7 @@ def convert(
             _write_tokenizer(folder, checkpoint.tokenizer, checkpoint.config)
         if not (folder / _GENERATION).exists():
             _write_generation(folder, checkpoint)
-        tensors = to_checkpoint(weights.params, weights.config)
+        tensors = as_published(to_checkpoint(weights.params, weights.config), weights.config)
         del weights  # what follows needs the memory
         try:
             _write_weights(folder, tensors, shard_bytes)

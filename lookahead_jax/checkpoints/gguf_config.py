@@ -12,15 +12,20 @@ from lookahead_jax.checkpoints.gguf_tensors import (
     read_vector,
 )
 
-_FAMILIES = {  # general.architecture -> model_type; Mistral's files are llama with a window
+# general.architecture -> model_type. Files of Mistral are llama with a window, of Mixtral llama
+# with experts.
+_FAMILIES = {
     "llama": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "olmo2": "olmo2",
     "granite": "granite",
+    "chatglm": "glm",
     "glm4": "glm4",
     "smollm3": "smollm3",  # files do not name the layers without RoPE: every fourth, the default
 }
@@ -40,20 +45,31 @@ _FIELDS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
 }
 # Keys that are read below, or that change nothing here.
 _OTHER = {
     "attention.sliding_window",
     "attention.value_length",
+    "expert_feed_forward_length",
     "rope.dimension_count",
     "rope.scaling.attn_factor",
     "rope.scaling.factor",
     "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
     "rope.scaling.type",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
     "vocab_size",
 }
-_WITH_BIASES = ("llama", "smollm3", "granite", "glm4")  # which of them a file has, its tensors say
+_NEUTRAL = {"rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_ext_factor": 1.0}
+_WINDOW_PATTERN, _WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
+_PATTERNED = ("gemma2", "gemma3", "gpt-oss")  # architectures whose layers differ in their windows
+_WITH_BIASES = {  # which of them a file has, its tensors say
+    "attention_bias": ("llama", "smollm3", "granite", "glm4", "chatglm"),
+    "mlp_bias": ("llama", "smollm3", "granite"),
+}
 _LLAMA3_FACTORS = (8.0, 32.0)  # of Llama 3.1 and 3.2, whose files hold the result as a tensor
 # Gemma files lack the scale of queries. By layers, where it is not the head's size.
 _QUERY_SCALES = {("gemma2", 46): 144, ("gemma3", 62): 168}
@@ -75,7 +91,8 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
         for name, value in header.metadata.items()
         if name.startswith(prefix)
     }
-    if unknown := sorted(settings.keys() - _FIELDS.keys() - _OTHER):
+    unknown = settings.keys() - _FIELDS.keys() - _OTHER - _own_keys(architecture)
+    if unknown := sorted(n for n in unknown if n not in _NEUTRAL or settings[n] != _NEUTRAL[n]):
         raise ValueError(f"{architecture} files with {', '.join(unknown)} are not supported")
     if "token_embd.weight" not in header.tensors:
         raise ValueError("it has no token_embd.weight")
@@ -85,19 +102,53 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
-    if (window := settings.get("attention.sliding_window")) is not None:
-        fields["sliding_window"] = window
-        if architecture == "llama":
-            fields["model_type"] = "mistral"
-    if architecture in _WITH_BIASES:
-        for field, tensor in ("attention_bias", "attn_q"), ("mlp_bias", "ffn_up"):
-            fields[field] = f"blk.0.{tensor}.bias" in header.tensors
+    hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and not hidden % heads:
+        fields.setdefault("head_dim", hidden // heads)
+    fields |= _layers(architecture, settings, fields)
+    for field, tensors in ("attention_bias", ("attn_q", "attn_qkv")), ("mlp_bias", ("ffn_up",)):
+        if architecture in _WITH_BIASES[field]:
+            fields[field] = any(f"blk.0.{name}.bias" in header.tensors for name in tensors)
     if architecture == "granite" and settings.get("rope.scaling.finetuned") is False:
         raise ValueError("granite files with rope.scaling.finetuned false have no RoPE")
     if architecture in ("gemma2", "gemma3"):
         scale = _QUERY_SCALES.get((architecture, fields.get("num_hidden_layers", 0)))
         fields["query_pre_attn_scalar"] = scale or fields.get("head_dim")
     return fields | _rope(header, architecture, settings, fields)
+
+
+def _own_keys(architecture: str) -> set[str]:
+    """Keys that are read for some architectures only."""
+    keys = {_WINDOW_PATTERN} if architecture in _PATTERNED else set()
+    return keys | ({_WINDOW_THETA} if architecture == "gemma3" else set())
+
+
+def _layers(architecture: str, settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that describe windows and experts."""
+    described: dict[str, Any] = {}
+    if (window := settings.get("attention.sliding_window")) is not None:
+        described["sliding_window"] = window
+        if architecture == "llama":
+            described["model_type"] = "mistral"
+    pattern = settings.get(_WINDOW_PATTERN)
+    if isinstance(pattern, np.ndarray):
+        names = ("full_attention", "sliding_attention")
+        described["layer_types"] = [names[bool(slides)] for slides in pattern]
+    elif pattern is not None and architecture == "gemma3":
+        described["sliding_window_pattern"] = pattern
+    elif pattern not in (None, 2):
+        raise ValueError(f"{architecture} files whose {_WINDOW_PATTERN} is not 2 are not supported")
+    if fields.get("num_local_experts") in (0, None):  # some files of models without experts say 0
+        fields.pop("num_local_experts", None)
+        fields.pop("num_experts_per_tok", None)
+    width = settings.get("expert_feed_forward_length")
+    if "num_local_experts" in fields and architecture == "llama":
+        described["model_type"] = "mixtral"
+    if architecture == "gpt-oss" and width is not None:
+        described["intermediate_size"] = width
+    if architecture == "qwen3moe":
+        described |= {"moe_intermediate_size": width, "norm_topk_prob": True}
+    return described
 
 
 def _plain(value: Any) -> Any:
@@ -114,7 +165,7 @@ def _rope(
         full = {"rope_theta": fields.pop("rope_theta", 1e6)}
         if kind == "linear":
             full |= {"rope_type": "linear", "factor": factor}
-        sliding = {"rope_theta": 1e4, "rope_type": "default"}
+        sliding = {"rope_theta": settings.get(_WINDOW_THETA, 1e4), "rope_type": "default"}
         return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}
     scaling: dict[str, Any] = {}
     original = settings.get("rope.scaling.original_context_length")
@@ -128,11 +179,18 @@ def _rope(
         }
     elif kind in ("linear", "yarn"):
         scaling = {"rope_type": kind, "factor": factor}
+        for name in ("beta_fast", "beta_slow"):
+            if (value := settings.get(f"rope.scaling.yarn_{name}")) is not None:
+                scaling[name] = value
+        if architecture == "gpt-oss":
+            scaling["truncate"] = False
     elif kind not in (None, "none"):
         raise ValueError(f"rope.scaling.type {kind!r} is not supported")
     if scaling and original is not None:
         scaling["original_max_position_embeddings"] = original
     described: dict[str, Any] = {"rope_scaling": scaling} if scaling else {}
+    if architecture == "phi3" and original is not None:  # its config.json has a default for it
+        described["original_max_position_embeddings"] = original
     rotated = settings.get("rope.dimension_count")
     heads = fields.get("num_attention_heads") or 1
     head = fields.get("head_dim") or fields.get("hidden_size", 0) // heads

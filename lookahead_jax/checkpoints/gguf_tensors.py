@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from lookahead_jax.checkpoints.gguf_header import GgufHeader, GgufTensor
 from lookahead_jax.checkpoints.source import Index, StoredTensor, TensorReader, Tensors
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.params import parameter_specs
 
 # Types that are read; the rest (IQ and ternary types) are refused by name.
 KINDS = frozenset(
@@ -32,6 +33,7 @@ KINDS = frozenset(
         "Q4_K",
         "Q5_K",
         "Q6_K",
+        "MXFP4",
     ]
 )
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -41,7 +43,7 @@ _TOP = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_LAYER = re.compile(r"blk\.(\d{1,5})\.(\w+?)(?:\.(\d{1,5}))?\.(weight|bias)")
 _PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -67,6 +69,12 @@ _GLM4_NORMS = {
     "ffn_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_mlp_layernorm",
 }
+_GPT_OSS_NORMS = {"post_attention_norm": "post_attention_layernorm"}
+# Parts with other names in mixtures, by their place in the table of parameters. Files of early 2024
+# have one tensor per expert (blk.0.ffn_gate.3.weight), later ones a tensor of all of them.
+_EXPERTS = {f"ffn_{name}_exps": f"layers.{name}" for name in ("gate", "up", "down")}
+_EXPERT = {f"ffn_{name}": f"layers.{name}" for name in ("gate", "up", "down")}
+_ROUTER = "ffn_gate_inp"
 _INTERLEAVED = ("llama", "smollm3", "granite")  # architectures whose q and k converters permute
 # These belong to the configuration, see gguf_config.
 ROPE_FACTORS = "rope_freqs.weight"
@@ -80,17 +88,20 @@ def tensors_of(header: GgufHeader, config: ModelConfig) -> Tensors:
       ValueError: for a tensor of an unknown name or a type that is not read.
     """
     stored: dict[str, StoredTensor] = {}
+    places: dict[str, GgufTensor] = {}
     dtype = _dtype(header)
     for tensor in header.tensors.values():
         if tensor.name in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
             continue
         if tensor.kind not in KINDS:
             known = ", ".join(sorted(kind.name for kind in KINDS))
-            raise ValueError(
-                f"{header.path}: {tensor.name} is stored as {tensor.kind.name}; known: {known}"
-            )
-        name = _hf_name(tensor.name, header, config)
-        stored[name] = StoredTensor(header.path, tensor.name, tensor.shape, dtype)
+            raise ValueError(f"{tensor.name} is stored as {tensor.kind.name}; known: {known}")
+        for name, place in _named(tensor, config):
+            if name in stored:
+                raise ValueError(f"{stored[name].name} and {place.name} are the same tensor")
+            stored[name] = StoredTensor(header.path, place.name, place.shape, dtype)
+            places[place.name] = place
+    interleaved = header.metadata["general.architecture"] in _INTERLEAVED
 
     @contextlib.contextmanager
     def open_file() -> Iterator[TensorReader]:
@@ -98,7 +109,7 @@ def tensors_of(header: GgufHeader, config: ModelConfig) -> Tensors:
             open(header.path, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            yield _GgufReader(header, config, data).read
+            yield _GgufReader(places, config, interleaved, data).read
 
     return Tensors(where=str(header.path), stored=stored, open=open_file)
 
@@ -118,35 +129,110 @@ def read_vector(header: GgufHeader, name: str) -> np.ndarray:
 
 
 def _dtype(header: GgufHeader) -> str:
-    """float32, unless all matrices of the file are float16, or all are bfloat16."""
-    kinds = {tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    """float32, unless all matrices but routers are float16, or all are bfloat16."""
+    kinds = {
+        tensor.kind
+        for tensor in header.tensors.values()
+        if len(tensor.shape) > 1 and tensor.name.endswith("weight") and _ROUTER not in tensor.name
+    }
     return _HALVES.get(kinds.pop(), "F32") if len(kinds) == 1 else "F32"
 
 
-def _hf_name(name: str, header: GgufHeader, config: ModelConfig) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    match = _LAYER.fullmatch(name)
+def _named(tensor: GgufTensor, config: ModelConfig) -> Iterator[tuple[str, GgufTensor]]:
+    """The tensors of a Hugging Face checkpoint that this one holds, and where."""
+    if tensor.name in _TOP:
+        yield _TOP[tensor.name], tensor
+        return
+    match = _LAYER.fullmatch(tensor.name)
+    if match is None:
+        raise _unknown(tensor, config)
+    layer, part, expert, suffix = int(match[1]), match[2], match[3], match[4]
+    specs = parameter_specs(config)
+
+    def named(path: str, *place: int) -> str:
+        path = path + "_bias" if suffix == "bias" else path
+        if path not in specs:
+            raise _unknown(tensor, config)
+        return specs[path].tensor_at((layer, *place))
+
+    if config.experts is not None and expert is not None and part in _EXPERT:
+        yield named(_EXPERT[part], int(expert)), tensor
+    elif expert is not None:
+        raise _unknown(tensor, config)
+    elif config.experts is not None and part in _EXPERTS:
+        count = config.experts.count
+        if tensor.shape[0] != count or len(tensor.shape) < 2:
+            raise ValueError(
+                f"{tensor.name} has shape {tensor.shape}, but the file says {count} experts"
+            )
+        for number, place in enumerate(_split(tensor, count)):
+            yield named(_EXPERTS[part], number), place
+    elif config.experts is not None and part == _ROUTER:
+        yield named("layers.router"), tensor
+    elif config.attn_sinks and part == "attn_sinks":
+        yield named("layers.sinks"), tensor
+    elif part == "attn_qkv" and config.model_type == "glm":
+        yield from _query_key_value(tensor, config, named)
+    else:
+        yield _plain_name(tensor, layer, part, suffix, config), tensor
+
+
+def _unknown(tensor: GgufTensor, config: ModelConfig) -> ValueError:
+    return ValueError(f"unknown tensor {tensor.name!r} for {config.model_type}")
+
+
+def _plain_name(tensor: GgufTensor, layer: int, part: str, suffix: str, config: ModelConfig) -> str:
     norms = _SANDWICH_NORMS if config.post_norms else _NORMS
-    parts = _PARTS | (_GLM4_NORMS if config.model_type == "glm4" else norms)
-    if match is None or match[2] not in parts:
-        raise ValueError(f"{header.path}: unknown tensor {name!r} for {config.model_type}")
-    part = parts[match[2]]
-    if config.model_type in ("phi3", "glm4") and part == "mlp.up_proj":  # gate and up in one tensor
-        part = "mlp.gate_up_proj"
-    return f"model.layers.{match[1]}.{part}.{match[3]}"
+    norms = {"glm4": _GLM4_NORMS, "gpt_oss": _GPT_OSS_NORMS}.get(config.model_type, norms)
+    parts = _PARTS | norms
+    if part not in parts:
+        raise _unknown(tensor, config)
+    name = parts[part]
+    if config.model_type in ("phi3", "glm", "glm4") and name == "mlp.up_proj":
+        name = "mlp.gate_up_proj"  # gate and up in one tensor
+    return f"model.layers.{layer}.{name}.{suffix}"
+
+
+def _split(tensor: GgufTensor, count: int) -> Iterator[GgufTensor]:
+    """The entries along the first of several axes."""
+    shape, size = tensor.shape[1:], tensor.size // count
+    for number in range(count):
+        yield GgufTensor(
+            f"{tensor.name}[{number}]", shape, tensor.kind, tensor.start + number * size,
+            tensor.row_bytes,
+        )  # fmt: skip
+
+
+def _query_key_value(
+    tensor: GgufTensor, config: ModelConfig, named: Callable[[str], str]
+) -> Iterator[tuple[str, GgufTensor]]:
+    """The parts of a matrix or bias of queries, keys and values."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    rows = {name: count * config.head_dim for name, count in heads.items()}
+    if tensor.shape[0] != sum(rows.values()):
+        raise ValueError(f"{tensor.name} has {tensor.shape[0]} rows, not {sum(rows.values())}")
+    first, per_row = 0, tensor.size // tensor.shape[0]
+    for name, count in rows.items():
+        row_bytes = tensor.row_bytes if len(tensor.shape) > 1 else count * per_row
+        yield named(f"layers.{name}"), GgufTensor(
+            f"{tensor.name}[{name}]", (count, *tensor.shape[1:]), tensor.kind,
+            tensor.start + first * per_row, row_bytes,
+        )  # fmt: skip
+        first += count
 
 
 @dataclasses.dataclass(frozen=True)
 class _GgufReader:
     """Reads values in the layout of a Hugging Face checkpoint."""
 
-    header: GgufHeader
+    places: Mapping[str, GgufTensor]
     config: ModelConfig
+    interleaved: bool
+    """Whether q and k are in the order of an interleaved RoPE."""
     data: mmap.mmap
 
     def read(self, stored: StoredTensor, index: Index) -> np.ndarray:
-        tensor = self.header.tensors[stored.name]
+        tensor = self.places[stored.name]
         if self._is_rotated(tensor):
             values = self._unrotated(tensor, index[0])
         else:
@@ -172,10 +258,7 @@ class _GgufReader:
         return values.astype(np.float32, copy=False).reshape(size // tensor.row_bytes, -1)
 
     def _is_rotated(self, tensor: GgufTensor) -> bool:
-        """Whether the rows are in the order of an interleaved RoPE: q and k of Llama's kind."""
-        architecture = self.header.metadata["general.architecture"]
-        rotated = ".attn_q." in tensor.name or ".attn_k." in tensor.name
-        return architecture in _INTERLEAVED and rotated
+        return self.interleaved and (".attn_q." in tensor.name or ".attn_k." in tensor.name)
 
     def _unrotated(self, tensor: GgufTensor, rows: slice) -> np.ndarray:
         """Rows `rows`, with the two halves of each head one after the other."""

@@ -20,24 +20,37 @@ _LLAMA3 = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+# OpenAI's o200k: words begin anew where capitals do; contractions belong to their word.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}|\p{{N}}{{1,3}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = _GPT4O.replace(_ENDING, "").replace(r"\p{N}{1,3}", r"\p{N}")
 _PATTERNS = {
     "default": _GPT2,
     "gpt-2": _GPT2,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "gpt-4o": _GPT4O,  # gpt-oss
+    "tekken": _TEKKEN,  # Mistral since Nemo
     "smollm": _GPT2,
     "dbrx": _LLAMA3,  # OLMo 2
     "smaug-bpe": _LLAMA3,  # SmolLM3
     "refact": _GPT2,  # Granite
     "glm4": _LLAMA3,
+    "chatglm-bpe": _LLAMA3,
 }
 _SINGLE_DIGITS = {"smollm", "refact"}  # digits are split off one by one first
-_WHOLE_WORDS = {
-    "llama-bpe",
-    "llama3",
-    "glm4",
-}  # a word of the vocabulary is never merged from parts
+# A word of the vocabulary is never merged from parts.
+_WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken", "glm4", "chatglm-bpe"}
+# BOS is added unless the file says otherwise; of other files, if it says so.
+_WITH_BOS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 _ROLES = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
@@ -123,7 +136,7 @@ def _byte_level(g: Mapping[str, Any], tokens: list[str]) -> tokenizers.Tokenizer
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
+    if _PATTERNS[pre] == _QWEN2:
         backend.normalizer = normalizers.NFC()
     return backend
 
@@ -174,8 +187,9 @@ def _sentencepiece(
 def _add_around(
     backend: tokenizers.Tokenizer, g: Mapping[str, Any], roles: Mapping[str, str]
 ) -> None:
-    """BOS and EOS around a text, where the file says so. SentencePiece models add BOS."""
-    bos = g.get("add_bos_token", g.get("model") == "llama") and roles.get("bos_token")
+    """BOS and EOS around a text, where the file says so or its kind implies it (_WITH_BOS)."""
+    implied = g.get("model") == "llama" or g.get("pre") in _WITH_BOS
+    bos = g.get("add_bos_token", implied) and roles.get("bos_token")
     eos = g.get("add_eos_token", False) and roles.get("eos_token")
     around = [token for token in (bos, eos) if token]
     if around:

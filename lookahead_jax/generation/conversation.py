@@ -22,6 +22,7 @@ from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.generation.generate import decode_rows
 from lookahead_jax.generation.inputs import PromptBatch, announce, draft_tokens, encode_batch
 from lookahead_jax.generation.memory import check_memory
+from lookahead_jax.generation.open_batch import reading
 from lookahead_jax.generation.output_text import FinishReason, OutputRow
 from lookahead_jax.generation.settings import ContinuationSettings, DraftSettings, EvictionSettings
 from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up, widened
@@ -165,11 +166,12 @@ class Conversation:
         try:
             with mesh_in_use(self._model.params):
                 begin = time.perf_counter()
-                if tail is None:
-                    cache, logits = self._read(whole, messages)
-                else:
-                    cache, logits = self._extend(new)
-                state = self._start(cache, logits, whole, limit)
+                with reading(len(new), self._model.config):
+                    if tail is None:
+                        cache, logits = self._read(whole, messages)
+                    else:
+                        cache, logits = self._extend(new)
+                    state = self._start(cache, logits, whole, limit)
                 first_s = time.perf_counter() - begin
                 output, decode_s = self._answer(state, whole, on_text, interrupted)
         except BaseException:

@@ -1,7 +1,8 @@
 """Prompts -> the decoding state after their first token: read, cut, questions read after."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.generation.inputs import PromptBatch
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
-from lookahead_jax.host.activity import activity
+from lookahead_jax.host.activity import activity, is_told
+from lookahead_jax.kernels.layer_count_cpu import counted_layers
 from lookahead_jax.model.cache import SLOT_MULTIPLE, KVCache, round_up
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.growth import check_fit
@@ -189,8 +191,23 @@ def open_timed(
 
 
 def _told(model: Model, batch: PromptBatch, *settings: Any, **options: Any) -> DecodeState:
-    with activity(f"reading {sum(map(len, batch.texts)):,} tokens"):
+    with reading(sum(map(len, batch.texts)), model.config):
         return open_batch(model, batch, *settings, **options)
+
+
+@contextlib.contextmanager
+def reading(tokens: int, config: ModelConfig) -> Iterator[None]:
+    """The activity of reading prompts; on a CPU it tells which layer has been reached."""
+    if not is_told():
+        yield
+        return
+    with counted_layers() as layer:
+
+        def reached() -> str:
+            return f", layer {layer() + 1} of {config.num_layers}" if layer() else ""
+
+        with activity(f"reading {tokens:,} tokens", reached):
+            yield
 
 
 def _timed(run: Callable[[], DecodeState]) -> tuple[DecodeState, float]:

@@ -14,27 +14,30 @@ from contextvars import ContextVar
 
 AFTER_S = 2.0
 """Seconds after which something takes long."""
+AGAIN_S = 10.0
+"""Seconds after which it is told again how far it is."""
 
 
 @dataclasses.dataclass
 class _Activity:
     what: str
     since: float
+    progress: Callable[[], str] | None = None
     told: bool = False
 
 
 class _Reporter:
     """Watches the innermost activity from a thread of its own."""
 
-    def __init__(self, tell: Callable[[str], None], after_s: float):
-        self._tell, self._after_s = tell, after_s
+    def __init__(self, tell: Callable[[str], None], after_s: float, again_s: float):
+        self._tell, self._after_s, self._again_s = tell, after_s, again_s
         self._stack: list[_Activity] = []
         self._finished = threading.Event()
         self.line_is_open = False
         """Whether the text on stdout ends in the middle of a line."""
 
-    def begin(self, what: str) -> None:
-        self._stack.append(_Activity(what, time.monotonic()))
+    def begin(self, what: str, progress: Callable[[], str] | None) -> None:
+        self._stack.append(_Activity(what, time.monotonic(), progress))
 
     def end(self) -> None:
         self._stack.pop()
@@ -47,23 +50,29 @@ class _Reporter:
     def watch(self) -> None:
         while not self._finished.wait(self._after_s / 8):
             for activity in self._stack[-1:]:
-                if not activity.told and time.monotonic() - activity.since >= self._after_s:
-                    activity.told = True
+                waits = self._again_s if activity.told else self._after_s
+                over = activity.told and activity.progress is None
+                if not over and time.monotonic() - activity.since >= waits:
+                    activity.told, activity.since = True, time.monotonic()
                     if self.line_is_open and sys.stdout.isatty() and sys.stderr.isatty():
                         print(file=sys.stderr)
-                    self._tell(activity.what)
+                    far = "" if activity.progress is None else activity.progress()
+                    self._tell(activity.what + far)
 
 
 _reporter: ContextVar[_Reporter | None] = ContextVar("reporter", default=None)
 
 
 @contextlib.contextmanager
-def telling(tell: Callable[[str], None], *, after_s: float | None = None) -> Iterator[None]:
+def telling(
+    tell: Callable[[str], None], *, after_s: float | None = None, again_s: float = AGAIN_S
+) -> Iterator[None]:
     """While the block runs, `tell` receives each activity that takes more than `after_s` seconds.
 
-    It is called once per activity, in another thread. Default: AFTER_S.
+    It is called in another thread, once per activity, and of one that knows how far it is every
+    `again_s` seconds. Default of `after_s`: AFTER_S.
     """
-    reporter = _Reporter(tell, AFTER_S if after_s is None else after_s)
+    reporter = _Reporter(tell, AFTER_S if after_s is None else after_s, again_s)
     thread = threading.Thread(target=reporter.watch, name="activity", daemon=True)
     token = _reporter.set(reporter)
     thread.start()
@@ -76,17 +85,22 @@ def telling(tell: Callable[[str], None], *, after_s: float | None = None) -> Ite
 
 
 @contextlib.contextmanager
-def activity(what: str) -> Iterator[None]:
-    """Names what the block does."""
+def activity(what: str, progress: Callable[[], str] | None = None) -> Iterator[None]:
+    """Names what the block does; `progress` says how far it is, and is told after the name."""
     reporter = _reporter.get()
     if reporter is None:
         yield
         return
-    reporter.begin(what)
+    reporter.begin(what, progress)
     try:
         yield
     finally:
         reporter.end()
+
+
+def is_told() -> bool:
+    """Whether anybody is told of activities here."""
+    return _reporter.get() is not None
 
 
 def printed(text: str) -> None:

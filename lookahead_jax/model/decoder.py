@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from lookahead_jax.kernels.layer_count_cpu import noted
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.context import Context, cache_in_place
@@ -98,6 +99,7 @@ def scan_layers(
 
         def numbered(carry, inputs):
             i, carry = carry
+            i = noted(i)
             p, lora, at = inputs
             carry, y = step(carry, (p, lora, _with_index(at, i)))
             return (i + 1, carry), y

@@ -22,10 +22,9 @@ from lookahead_jax.generation.inputs import (
     row_seeds,
 )
 from lookahead_jax.generation.memory import check_memory
-from lookahead_jax.generation.open_batch import read_batch
+from lookahead_jax.generation.open_batch import read_batch, reading
 from lookahead_jax.generation.output_text import FinishReason
 from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
-from lookahead_jax.host.activity import activity
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
@@ -153,7 +152,7 @@ def _opened(
 ) -> Rows:
     """The prompts read and branched, with the first token of every row."""
     copies, config, new_tokens = strategy.rows, model.config, settings.max_new_tokens
-    with activity(f"reading {sum(map(len, batch.texts)):,} tokens"):
+    with reading(sum(map(len, batch.texts)), config):
         opened = read_batch(
             model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts
         )
