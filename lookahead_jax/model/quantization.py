@@ -5,6 +5,7 @@ into floats as a whole. A key or value has one scale per slot and KV head.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-TABLE_ROWS = 1024  # rows of a table that are floats at once on CPU
+TABLE_ROWS = {"cpu": 1024, "cuda": 4096}  # rows of a table that are floats at once
 LARGEST = 127  # symmetric: -128 is not used
 
 FINGERPRINT_SAMPLES = 256  # per parameter and layer; changing it changes every fingerprint
@@ -110,23 +111,29 @@ def multiply(
 
 
 def multiply_table(x: jax.Array, table: QuantizedWeight) -> jax.Array:
-    """`x` [B, P, D] times the rows of a table [V, D]: float32 [B, P, V]."""
-    size = max(n for n in range(1, TABLE_ROWS + 1) if table.shape[0] % n == 0)
+    """`x` [B, P, D] times the rows of a table [V, D]: float32 [B, P, V].
+
+    XLA on CPU and GPU converts a table in memory before it multiplies; a block stays in the caches.
+    """
 
     def whole(x, table):
         return multiply(x, table, ((2,), (1,)))
 
-    def in_blocks(x, table):
-        # XLA on CPU converts in memory before it multiplies: a block stays in its caches.
-        blocks = table.values.reshape(-1, size, table.shape[1]), table.scale.reshape(-1, size)
+    def in_blocks(x, table, most):
+        size = max(n for n in range(1, most + 1) if table.shape[0] % n == 0)
+        if size < most // 16:
+            return whole(x, table)
+        # Block j has the rows i * count + j: the leading axis keeps the table's sharding.
+        count = table.shape[0] // size
+        values = table.values.reshape(size, count, table.shape[1])
+        scale = table.scale.reshape(size, count)
 
-        def multiplied(block):
-            values, scale = block
-            return whole(x, QuantizedWeight(values, scale, table.sample))
+        def multiplied(j):
+            at = partial(jax.lax.dynamic_index_in_dim, index=j, axis=1, keepdims=False)
+            return whole(x, QuantizedWeight(at(values), at(scale), table.sample))
 
-        parts = jax.lax.map(multiplied, blocks)
-        return jnp.moveaxis(parts, 0, 2).reshape(*x.shape[:2], -1)
+        parts = jax.lax.map(multiplied, jnp.arange(count, dtype=jnp.int32))
+        return jnp.moveaxis(parts, 0, -1).reshape(*x.shape[:2], -1)
 
-    if size < TABLE_ROWS // 16:
-        return whole(x, table)
-    return jax.lax.platform_dependent(x, table, cpu=in_blocks, default=whole)
+    forms = {name: partial(in_blocks, most=rows) for name, rows in TABLE_ROWS.items()}
+    return jax.lax.platform_dependent(x, table, **forms, default=whole)
