@@ -56,7 +56,8 @@ class Ours:
         from lookahead_jax.model.params import unstack
 
         if weights not in self.loaded:
-            model = load(self.path, dtype=weights)
+            eight = "int8" if weights == "int8" else None
+            model = load(self.path, dtype="float32", weights=eight)
             self.loaded = {weights: (model.config, unstack(model.params))}
         return self.loaded[weights]
 
@@ -80,8 +81,9 @@ class Ours:
         slots = slots_for(policy, asked.tokens, budget, new, config=config)
         begin = time.perf_counter()
         read = prefill(
-            params, prompt, slots=slots, config=config, policy=policy, budget=budget, new_tokens=new
-        )
+            params, prompt, slots=slots, config=config, policy=policy, budget=budget,
+            new_tokens=new, cache_dtype="int8" if asked.cache == "int8" else None,
+        )  # fmt: skip
         state = start(
             read.cache,
             read.logits,

@@ -146,6 +146,11 @@ def test_dtypes(copy):
     save_params(directory, rounded, config)
     assert load(directory).params["embed"].dtype == jnp.bfloat16
     assert_trees_equal(load(directory).params, rounded)
+    for wrong in ("int8", "float64", "floats"):
+        with pytest.raises(
+            ValueError, match=rf"dtype='{wrong}': parameters are float32, .*weights="
+        ):
+            load(directory, dtype=wrong)
 
 
 def test_mixed_dtypes_need_a_choice(copy):

@@ -89,7 +89,7 @@ def load_weights(
             config, notice = _resolve_tied_head(stored, config, read)
             notices += notice
         _check(tensors.where, stored, config)
-        dtype = _own_dtype(stored) if dtype is None else np.dtype(dtype)
+        dtype = _own_dtype(stored) if dtype is None else _float_dtype(dtype)
         loader = _Loader(stored, config, dtype, read)
         if mesh is None:
             one: Any = SingleDeviceSharding(jax.local_devices()[0])
@@ -104,6 +104,20 @@ def load_weights(
         names = listing(sorted(loader.not_finite))
         notices.append(f"{tensors.where}: NaN or infinite values in the weights: {names}")
     return LoadedWeights(params=params, config=config, notices=tuple(notices))
+
+
+def _float_dtype(dtype: DTypeLike) -> np.dtype:
+    """The checked option `dtype`; ValueError for a type that parameters cannot have."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in _EXPONENTS:
+        raise ValueError(
+            f"dtype={dtype!r}: parameters are float32, bfloat16 or float16; for matrices in eight "
+            'bits give weights="int8"'
+        )
+    return found
 
 
 def _by_canonical_name(tensors: Tensors, config: ModelConfig) -> dict[str, StoredTensor]:
