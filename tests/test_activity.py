@@ -36,7 +36,7 @@ def test_how_far_it_is_is_told_again():
     assert told[:2] == ["reading, layer 0", "reading, layer 1"]
 
 
-def test_programs_note_the_layers_of_a_pass():
+def test_programs_note_the_layers_of_a_pass(monkeypatch):
     def run(x):
         def step(x, inputs):
             return x * inputs[0]["w"], None
@@ -44,7 +44,9 @@ def test_programs_note_the_layers_of_a_pass():
         return scan_layers(step, x, {"w": jnp.full(3, 2.0)}, None, None)[0]
 
     with counted_layers() as layer:
-        assert jax.jit(run)(jnp.float32(1)) == 8
+        assert "lookahead_layer_count" not in jax.jit(run).lower(jnp.float32(1)).as_text()
+        monkeypatch.setattr(jax, "device_count", lambda: 1)  # the tests have several
+        assert jax.jit(lambda x: run(x))(jnp.float32(1)) == 8
         assert layer() == 2
     assert "lookahead_layer_count" not in jax.jit(lambda x: run(x)).lower(jnp.float32(1)).as_text()
 

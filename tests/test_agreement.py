@@ -102,17 +102,28 @@ def test_a_run_resumes_and_grows(folder, capsys):
     assert (folder / "run" / "rows.jsonl").read_bytes() == before
     printed = capsys.readouterr().out
     assert printed == (folder / "run" / "table.md").read_text()
-    assert printed.startswith("Prompts, and their tokens: 2 all (38 to 40), 1 long (40 to 40)")
+    assert printed.startswith("Prompts, and their tokens: 2 all prompts (38 to 40), 1 long")
+    run(config(folder, policies=("streaming_llm", "knorm"), budgets=(20,)))
+    after = (folder / "run" / "rows.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == len(before.splitlines()) + 2
     with pytest.raises(ValueError, match="other settings"):
         run(config(folder, response_tokens=NEW + 1))
 
 
 def test_the_table_has_means_with_intervals():
-    row = {"id": "a", "category": "", "policy": "p", "budget": 8, "prompt_tokens": 9}
+    row = {
+        "id": "a",
+        "category": "",
+        "policy": "p",
+        "budget": 8,
+        "prompt_tokens": 9,
+        "modules": None,
+    }
     values = {"kl": 0.5, "same": 1.0, "followed": 1.0, "f1": 0.0}
     rows = [row | values, row | values | {"id": "b", "kl": 1.5}]
     lines = table(rows, ["p"], [8]).splitlines()
-    assert lines[0] == "Prompts, and their tokens: 2 all (9 to 9)."
+    assert lines[0] == "Prompts, and their tokens: 2 all prompts (9 to 9)."
     assert "| p | 1.000 (-5.353 to 7.353) |" in lines  # t of one degree of freedom: 12.706
     assert "| p | 0.000 (0.000 to 0.000) |" in lines
 
@@ -123,7 +134,7 @@ def test_the_table_has_means_with_intervals():
         ("{", "line 1: not JSON"),
         ("[]", "line 1: expected a JSON object"),
         ('{"text": "x"}', "line 1: it has no `messages`, no `prompt` and no `turns`"),
-        ('{"prompt": "x"}', "no prompt has 9 to 99 tokens"),
+        ('{"prompt": "x"}', r"no prompt has 9 .* to 99 tokens: change --categories, --budgets or"),
     ],
 )
 def test_a_bad_file_is_one_error(folder, tmp_path, line, problem):
@@ -140,6 +151,9 @@ def test_a_bad_file_is_one_error(folder, tmp_path, line, problem):
         (["--policies", "full"], "only policies that cut a cache"),
         (["--policies", "speckv"], "only policies that cut a cache"),
         (["--budgets", "0"], "--budgets must be numbers of at least 1"),
+        (["--policies", "kvzip"], "only policies that cut a cache"),
+        (["--policies", "laq", "--response-tokens", "4"], "--response-tokens 8 or more"),
+        (["--budgets", "8", "8"], "--budgets names one value twice"),
         (["--count", "0"], "--count must be at least 1"),
         (["--policies", "lookaheadkv"], "give their folder as --lookahead"),
     ],

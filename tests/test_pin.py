@@ -19,7 +19,7 @@ from lookahead_jax.prefilling.batching import pad_drafts
 from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 from tests.test_decode_eviction import POLICIES as CUTTING
-from tests.test_decode_eviction import model
+from tests.test_decode_eviction import SHORT, model
 from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, read, weights
 
 LENGTHS = (70, 33, 61)
@@ -146,7 +146,7 @@ def test_raised_shares_keep_their_sum(data):
 def six_cuts(name):
     return dict(
         policy=make_policy(name, **CUTTING[name]), budget=BUDGET, max_new_tokens=48, evict_every=8,
-        lookahead=lookahead_modules(PLAIN),
+        lookahead=lookahead_modules(SHORT),
     )  # fmt: skip
 
 

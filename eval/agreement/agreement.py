@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.eval.agreement.config import AgreementConfig
+from lookahead_jax.eval.agreement.config import AgreementConfig, reads_modules
 from lookahead_jax.eval.agreement.measure import agreements, read_reference
 from lookahead_jax.eval.agreement.prompts import Prompt, read_prompts
 from lookahead_jax.eval.agreement.table import ROW, table
@@ -34,8 +34,8 @@ from lookahead_jax.modules.files import CONFIG_FILE
 
 PROG = "lookahead eval agreement"
 
-Key = tuple[str, str, int]
-"""The id of a prompt, a policy, a budget."""
+Key = tuple[str, str, int, str | None]
+"""The id of a prompt, a policy, a budget, and the digest of the modules that the policy reads."""
 
 
 def run(config: AgreementConfig) -> None:
@@ -60,8 +60,9 @@ def run(config: AgreementConfig) -> None:
         keep_settings(config.out, _settings(config, model), ROWS)
         _measure(config, model, prompts, modules)
         rows = list(read_rows(config.out / ROWS, ROW))
-    asked = {prompt.id for prompt in prompts}
-    text = table([row for row in rows if row["id"] in asked], config.policies, config.budgets)
+    asked, digests = {prompt.id for prompt in prompts}, _digests(config)
+    rows = [r for r in rows if r["id"] in asked and digests.get(r["policy"]) == r["modules"]]
+    text = table(rows, config.policies, config.budgets)
     atomic_write(config.out / "table.md", text)
     print(text, end="")
 
@@ -72,14 +73,11 @@ def _most_tokens(config: AgreementConfig, model: Model) -> int:
 
 def _settings(config: AgreementConfig, model: Model) -> dict[str, Any]:
     """What decides on the numbers of a row."""
-    folder = config.modules
-    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest() if folder else None
     return {
         "base_fingerprint": fingerprint(model.params),
         "dtype": config.dtype,
         "prompts": hashlib.sha256(config.prompts.read_bytes()).hexdigest(),
         "response_tokens": config.response_tokens,
-        "modules": digest,
     }
 
 
@@ -92,6 +90,7 @@ def _measure(
     """Appends the rows that the run does not hold yet; progress goes to stderr."""
     path = config.out / ROWS
     done = {_key(row) for row in read_rows(path, ROW)}
+    digests = _digests(config)
     with (
         contextlib.closing(RowFile(path)) as file,
         tqdm(total=len(prompts) * len(config.policies), unit="cut") as bar,
@@ -99,7 +98,7 @@ def _measure(
         for prompt in prompts:
             bar.set_description(f"prompt of {len(prompt.ids)} tokens")
             missing = {
-                spec: [b for b in config.budgets if (prompt.id, spec, b) not in done]
+                spec: [b for b in config.budgets if (prompt.id, spec, b, digests[spec]) not in done]
                 for spec in config.policies
             }
             bar.update(sum(not budgets for budgets in missing.values()))
@@ -107,7 +106,7 @@ def _measure(
                 for rows in _rows(
                     model, prompt, missing, response_tokens=config.response_tokens, modules=modules
                 ):
-                    file.append(rows)
+                    file.append(row | {"modules": digests[row["policy"]]} for row in rows)
                     bar.update()
 
 
@@ -141,7 +140,14 @@ def _rows(
 
 
 def _key(row: dict[str, Any]) -> Key:
-    return row["id"], row["policy"], row["budget"]
+    return row["id"], row["policy"], row["budget"], row["modules"]
+
+
+def _digests(config: AgreementConfig) -> dict[str, str | None]:
+    """Policy -> the digest of the modules it reads, which their config file holds."""
+    folder = config.modules
+    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest() if folder else None
+    return {spec: digest if reads_modules(spec) else None for spec in config.policies}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lookahead_jax.eval.grid.config import EMBEDDED, method_of, modules_folder_of
-from lookahead_jax.policies.base import WithModules
+from lookahead_jax.policies.base import OnePass, WithModules, WithResponse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,20 +46,39 @@ class AgreementConfig:
             raise ValueError("--budgets must be numbers of at least 1")
         if not self.policies:
             raise ValueError("--policies names no policy")
+        for name in ("budgets", "policies"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"--{name} names one value twice")
         for spec in self.policies:
             method = method_of(spec)
-            if not method.budgeted or method.prune is not None or method.speculates:
+            reading = method.policy.reading
+            masked = isinstance(reading, (OnePass, WithModules, WithResponse))
+            if not method.budgeted or method.prune is not None or method.predicts or not masked:
                 raise ValueError(
-                    f"--policies {spec}: only policies that cut a cache without a small model can "
-                    "be compared with the full cache"
+                    f"--policies {spec}: only policies that cut a cache, without a small model, a "
+                    "drafter or a replay of the prompt, can be compared with the full cache"
+                )
+            if (
+                isinstance(reading, WithResponse)
+                and reading.draft_policy is not None
+                and reading.tokens > self.response_tokens
+            ):
+                raise ValueError(
+                    f"--policies {spec} drafts {reading.tokens} tokens: give --response-tokens "
+                    f"{reading.tokens} or more, or the policy fewer"
                 )
 
     @property
     def modules(self) -> Path | None:
         """The folder of the modules, if a policy reads them; ValueError if there is none."""
-        if not any(isinstance(method_of(s).policy.reading, WithModules) for s in self.policies):
+        if not any(map(reads_modules, self.policies)):
             return None
         folder = modules_folder_of(self.lookahead, self.model)
         if folder is None:
             raise ValueError("a policy reads lookahead modules: give their folder as --lookahead")
         return folder
+
+
+def reads_modules(spec: str) -> bool:
+    """Whether a policy reads lookahead modules."""
+    return isinstance(method_of(spec).policy.reading, WithModules)

@@ -36,7 +36,7 @@ def read_prompts(
     """
     found: list[Prompt] = []
     taken: Counter[str] = Counter()
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         row = _row(path, number, line)
@@ -54,8 +54,8 @@ def read_prompts(
     if not found:
         among = f" of {', '.join(categories)}" if categories else ""
         raise ValueError(
-            f"{path}: no prompt{among} has {shortest} to {longest} tokens: change --categories, "
-            "--shortest or --longest"
+            f"{path}: no prompt{among} has {shortest} (more than the largest budget) to {longest} "
+            "tokens: change --categories, --budgets or --longest"
         )
     if len({prompt.id for prompt in found}) < len(found):
         raise ValueError(f"{path}: two prompts have one id: give each line another `id`")

@@ -6,6 +6,7 @@ from typing import Any
 from lookahead_jax.eval.grid.rows import Fields
 from lookahead_jax.eval.intervals import of_mean
 
+_ALL = "all prompts"
 _MEASURES = {
     "kl": "KL divergence from the full cache, nats per token",
     "same": "Share of the answer's tokens that stay the most likely ones",
@@ -14,6 +15,7 @@ _MEASURES = {
 }
 ROW: Fields = {
     "id": (str,), "category": (str,), "policy": (str,), "budget": (int,), "prompt_tokens": (int,),
+    "modules": (str, type(None)),
 } | {name: (float, int) for name in _MEASURES}  # fmt: skip
 """The fields of a row."""
 
@@ -23,9 +25,9 @@ def table(
 ) -> str:
     """Means over prompts, with Student's 95 % interval over all of them, and by category."""
     categories = sorted({row["category"] for row in rows})
-    groups = {"all": rows}
+    groups = {_ALL: rows}
     if len(categories) > 1:
-        groups |= {c: [row for row in rows if row["category"] == c] for c in categories}
+        groups |= {c or "others": [r for r in rows if r["category"] == c] for c in categories}
     cells = {
         (group, policy, budget): [
             row for row in members if (row["policy"], row["budget"]) == (policy, budget)
@@ -41,7 +43,7 @@ def table(
         lines += ["|---" * (1 + len(heads)) + "|"]
         for policy in policies:
             texts = [
-                _text([row[measure] for row in cells[group, policy, budget]], group == "all")
+                _text([row[measure] for row in cells[group, policy, budget]], group == _ALL)
                 for group in groups
                 for budget in sorted(budgets)
             ]

@@ -36,7 +36,7 @@ def save_cache(
     """Writes a cache to one file, whole or not at all.
 
     Keys and values mean nothing to another model, so the file names the one it was made with: by
-    its `fingerprint` (`model.params.fingerprint`), or its `params`. Raises ValueError for a cache
+    its `fingerprint` (model/fingerprint.py), or its `params`. Raises ValueError for a cache
     that was donated to another call, that has lost entries because its slots were full, or that
     branches from another.
     """
@@ -67,7 +67,7 @@ def load_cache(
 
     Args:
       path: the file.
-      fingerprint: of the model (`model.params.fingerprint`); may be left out if params are given.
+      fingerprint: of the model (model/fingerprint.py); may be left out if params are given.
       params: of the model; the cache must have their dtype, or be int8.
       config: of the model; the cache must have its layers, KV heads and head size.
 

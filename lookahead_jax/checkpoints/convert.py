@@ -71,8 +71,9 @@ def convert(
             _write_tokenizer(folder, checkpoint.tokenizer, checkpoint.config)
         if not (folder / _GENERATION).exists():
             _write_generation(folder, checkpoint)
-        tensors = as_published(to_checkpoint(weights.params, weights.config), weights.config)
+        tensors, config = to_checkpoint(weights.params, weights.config), weights.config
         del weights  # what follows needs the memory
+        tensors = as_published(tensors, config)
         try:
             _write_weights(folder, tensors, shard_bytes)
         except SafetensorError as error:

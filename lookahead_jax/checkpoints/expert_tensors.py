@@ -164,16 +164,16 @@ def _float_dtype(tensors: Tensors) -> str:
 def as_published(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Tensors named by `parameter_specs` -> those of the family's public checkpoints, unquantised.
 
-    They differ in gpt-oss only.
+    They differ in gpt-oss only. There, the experts move out of `tensors`, which saves their memory.
     """
     if config.model_type != "gpt_oss":
         return tensors
-    specs, published = parameter_specs(config), dict(tensors)
+    specs = parameter_specs(config)
     sizes = axis_sizes(config)
 
     def of_layer(path: str, layer: int) -> np.ndarray:
         names = [specs[path].tensor_at((layer, expert)) for expert in range(sizes["expert"])]
-        return np.stack([published.pop(name) for name in names])
+        return np.stack([tensors.pop(name) for name in names])
 
     kinds = [(kind, names) for kind, *names in (("gate_up", "gate", "up"), ("down", "down"))]
     for layer, (kind, names), suffix in itertools.product(
@@ -183,5 +183,5 @@ def as_published(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict[st
         whole = np.stack(parts, axis=2).reshape(len(parts[0]), -1, *parts[0].shape[2:])
         whole = whole if suffix else whole.swapaxes(1, 2)
         name = f"model.layers.{layer}.mlp.experts.{kind}_proj{suffix}"
-        published[name] = np.ascontiguousarray(whole)
-    return published
+        tensors[name] = np.ascontiguousarray(whole)
+    return tensors

@@ -105,6 +105,7 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
     hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and not hidden % heads:
         fields.setdefault("head_dim", hidden // heads)
+    _check_experts(architecture, settings)
     fields |= _layers(architecture, settings, fields)
     for field, tensors in ("attention_bias", ("attn_q", "attn_qkv")), ("mlp_bias", ("ffn_up",)):
         if architecture in _WITH_BIASES[field]:
@@ -115,6 +116,17 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
         scale = _QUERY_SCALES.get((architecture, fields.get("num_hidden_layers", 0)))
         fields["query_pre_attn_scalar"] = scale or fields.get("head_dim")
     return fields | _rope(header, architecture, settings, fields)
+
+
+def _check_experts(architecture: str, settings: dict[str, Any]) -> None:
+    """ValueError if a file with experts leaves out how many there are, or how many act, or a width."""
+    if architecture not in ("qwen3moe", "gpt-oss") and not settings.get("expert_count"):
+        return
+    needed = ["expert_count", "expert_used_count"]
+    needed += ["expert_feed_forward_length"] * (architecture != "llama")
+    if missing := [name for name in needed if not settings.get(name)]:
+        names = ", ".join(f"{architecture}.{name}" for name in missing)
+        raise ValueError(f"its experts cannot be read: it has no {names}")
 
 
 def _own_keys(architecture: str) -> set[str]:
@@ -148,6 +160,7 @@ def _layers(architecture: str, settings: dict[str, Any], fields: dict[str, Any])
         described["intermediate_size"] = width
     if architecture == "qwen3moe":
         described |= {"moe_intermediate_size": width, "norm_topk_prob": True}
+        described["num_experts"] = fields.pop("num_local_experts")  # as published files name it
     return described
 
 
@@ -188,6 +201,8 @@ def _rope(
         raise ValueError(f"rope.scaling.type {kind!r} is not supported")
     if scaling and original is not None:
         scaling["original_max_position_embeddings"] = original
+    if architecture == "gpt-oss" and not scaling:  # the family's default is YaRN
+        scaling = {"rope_type": "default"}
     described: dict[str, Any] = {"rope_scaling": scaling} if scaling else {}
     if architecture == "phi3" and original is not None:  # its config.json has a default for it
         described["original_max_position_embeddings"] = original

@@ -4,6 +4,7 @@ A weight has one scale per output channel, applied to the product, so that it is
 into floats as a whole. A key or value has one scale per slot and KV head.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -120,10 +121,13 @@ def multiply_table(x: jax.Array, table: QuantizedWeight) -> jax.Array:
         return multiply(x, table, ((2,), (1,)))
 
     def in_blocks(x, table, most):
-        size = max(n for n in range(1, most + 1) if table.shape[0] % n == 0)
+        shards = math.prod(jax.sharding.get_abstract_mesh().axis_sizes)
+        sizes = (n for n in range(shards, most + 1, shards) if table.shape[0] % n == 0)
+        size = max(sizes, default=0)
         if size < most // 16:
             return whole(x, table)
-        # Block j has the rows i * count + j: the leading axis keeps the table's sharding.
+        # Block j has the rows i * count + j: the leading axis, a multiple of the number of devices,
+        # keeps the table's sharding, so that nothing is gathered.
         count = table.shape[0] // size
         values = table.values.reshape(size, count, table.shape[1])
         scale = table.scale.reshape(size, count)

@@ -13,7 +13,8 @@ from lookahead_jax.policies.view import LayerView
 class KNorm(Policy):
     """Keeps the entries with the smallest keys.
 
-    Scores are minus the L2 norm of the key, which RoPE does not change.
+    Scores are minus the L2 norm of the key, which RoPE does not change, rounded to 14 bits: entries
+    of one token in the first layer are then equal, and the earlier one is kept.
     """
 
     @property
@@ -21,4 +22,6 @@ class KNorm(Policy):
         return CutByEntries()
 
     def score(self, view: LayerView) -> jax.Array:
-        return -jnp.linalg.norm(view.k.astype(jnp.float32), axis=-1)
+        norm = jnp.linalg.norm(view.k.astype(jnp.float32), axis=-1)
+        # Else the last bits of products would choose among them, which depend on the block's size.
+        return -jax.lax.reduce_precision(norm, exponent_bits=8, mantissa_bits=14)
