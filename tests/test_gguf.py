@@ -250,6 +250,16 @@ def test_models_of_the_same_architecture_that_compute_more_are_refused(
         config_from_hf(hf_config(dataclasses.replace(header, metadata=more)))
 
 
+@pytest.mark.parametrize("missing", ["expert_count", "expert_feed_forward_length"])
+def test_a_file_with_experts_must_describe_them(missing, tmp_path):
+    write_gguf(tmp_path / "model.gguf", MODELS / "qwen3_moe", "qwen3moe")
+    header = read_header(tmp_path / "model.gguf")
+    assert hf_config(header)["num_experts"] > 0  # as published files name it
+    less = {k: v for k, v in header.metadata.items() if k != f"qwen3moe.{missing}"}
+    with pytest.raises(ValueError, match=rf"cannot be read: it has no qwen3moe\.{missing}$"):
+        hf_config(dataclasses.replace(header, metadata=less))
+
+
 def test_experts_in_tensors_of_their_own_and_wrong_counts(tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path, MODELS / "mixtral", "llama")

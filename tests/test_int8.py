@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model, save_params
@@ -124,6 +125,18 @@ def test_the_head_multiplies_a_table_in_blocks():
     program = jax.jit(multiply_table).lower(x, table).compile()
     np.testing.assert_allclose(program(x, table), exact, rtol=0, atol=2e-5)
     assert "f32[2048,8]" not in program.as_text()
+    # Spread over devices, each multiplies its own rows. The largest blocks that fit, of 1,002 rows,
+    # would not divide evenly.
+    mesh = jax.make_mesh((4,), ("tensor",))
+    rows = NamedSharding(mesh, PartitionSpec("tensor"))
+    spread = QuantizedWeight(
+        jax.ShapeDtypeStruct((8 * 1002, 8), jnp.int8, sharding=rows),
+        jax.ShapeDtypeStruct((8 * 1002,), jnp.float32, sharding=rows),
+        table.sample,
+    )
+    with jax.set_mesh(mesh):
+        assert "all-gather" not in jax.jit(multiply_table).lower(x, spread).compile().as_text()
+
     ids = jnp.asarray([[7], [2047]])
     rows = np.asarray(rows_of(table, ids))
     np.testing.assert_allclose(rows, values[[[7], [2047]]] * scale[[[7], [2047]]][..., None])

@@ -119,7 +119,7 @@ def hf_config(header: GgufHeader) -> dict[str, Any]:
 
 
 def _check_experts(architecture: str, settings: dict[str, Any]) -> None:
-    """ValueError if a file with experts leaves out how many there are, or how many act, or a width."""
+    """ValueError if a file with experts leaves out their number, how many act, or their width."""
     if architecture not in ("qwen3moe", "gpt-oss") and not settings.get("expert_count"):
         return
     needed = ["expert_count", "expert_used_count"]
