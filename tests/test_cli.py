@@ -23,6 +23,7 @@ from lookahead_jax.cli.options import (
 )
 from lookahead_jax.cli.summaries import policy_summaries
 from lookahead_jax.drafters.registry import DRAFTERS
+from lookahead_jax.host import activity
 from lookahead_jax.host.config_files import UsageError
 from lookahead_jax.host.files import atomic_path, atomic_write
 from lookahead_jax.host.memory import free_bytes
@@ -96,6 +97,19 @@ def test_the_policy_left_out_is_lookaheadkv_where_there_are_modules(tmp_path):
     )
     plain = EvictionOptions(policy_arg=("pool=none", "window=0"))
     assert plain.resolve(smollm2).policy == lk.make_policy("lookaheadkv")
+
+
+def test_generate_names_what_may_take_long(model_dir, monkeypatch, capsys):
+    named, begin = {}, activity._Reporter.begin
+
+    def record(self, what, progress):
+        named[what] = progress
+        begin(self, what, progress)
+
+    monkeypatch.setattr(activity._Reporter, "begin", record)
+    run("generate", "--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 8, *CUT)
+    assert f"loading {model_dir}" in named
+    assert named[f"reading {len(TEXT):,} tokens"] is not None  # tells the layer
 
 
 def test_sampling_options_are_those_of_generate():
