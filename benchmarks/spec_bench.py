@@ -59,12 +59,14 @@ class Options:
 def read_prompts(options: Options, tokenizer: Any) -> dict[str, list[list[int]]]:
     """Kind -> the token ids of its first prompts. Kinds that are none of KINDS are multi_turn."""
     found: dict[str, list[list[int]]] = {kind: [] for kind in options.kinds}
-    for line in options.questions.read_text().splitlines():
+    for line in filter(None, options.questions.read_text("utf-8").split("\n")):
         row = json.loads(line)
         kind = row["category"] if row["category"] in KINDS else "multi_turn"
         if kind in found and len(found[kind]) < options.prompts:
             message = {"role": "user", "content": row["turns"][0]}
             found[kind].append(tokenizer.encode_chat([message]))
+    if empty := [kind for kind, prompts in found.items() if not prompts]:
+        raise SystemExit(f"{options.questions} has no prompts of the kind {empty[0]}")
     return found
 
 
@@ -133,6 +135,8 @@ def peer(options: Options, prompts: dict[str, list[list[int]]]) -> dict[str, Any
 
 def main() -> None:
     options = parse(Options, __doc__)
+    if options.peer is not None and (options.folder is None or options.temperature > 0):
+        raise SystemExit("--peer needs --folder, and is greedy: leave --temperature out")
     model = lk.load(options.model, dtype="float32")
     if model.tokenizer is None or not model.tokenizer.chat_templates:
         raise SystemExit(f"--model {options.model} has no chat template")
