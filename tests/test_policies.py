@@ -428,8 +428,9 @@ def check_same_row(name, other, row):
     together = read_batch(RICH, MADE[name])
     scores = np.asarray(together.scores)[:, 1, :, :33]
     error = np.abs(scores - np.asarray(other.scores)[:, row, :, :33])
-    # The same float32 sums in other groups of terms.
-    assert (error <= 1e-5 * np.abs(scores).max(-1, keepdims=True)).all()
+    # The same float32 sums in other groups of terms; knorm rounds them to 14 bits.
+    bound = 2.0**-14 if name == "knorm" else 1e-5
+    assert (error <= bound * np.abs(scores).max(-1, keepdims=True)).all()
     if name in ("random", "streaming_llm"):
         assert not error.any()
     for mine, same in zip(
