@@ -102,10 +102,7 @@ def main() -> None:
     prompt = text_tokens(path)
     ours = Worker(sys.executable, __file__, "ours", path, prompt=prompt)
     peer = Worker(options.peer, __file__, "peer", path, prompt=prompt)
-    entries = []
-    for case in CASES:
-        entries.append(take_turns(ours, peer, case, repetitions=options.repetitions))
-        print(table(entries[-1:]), file=sys.stderr, flush=True)
+    entries = take_turns(ours, peer, CASES, repetitions=options.repetitions)
     ours.close()
     peer.close()
     report = ran(Path(__file__).name, "--repetitions", str(options.repetitions)) | {

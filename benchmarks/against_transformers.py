@@ -23,6 +23,7 @@ those of one large matrix product (both measured with torch in the same run).
 """
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -42,8 +43,8 @@ PLAIN = [
 SMOLLM2 = [
     Case(tokens=tokens, new_tokens=NEW_TOKENS, budget=budget, weights=weights, cache=cache)
     for tokens in (1024, 4096)
-    for weights, cache in (("float32", "float32"), ("int8", "float32"), ("int8", "int8"))
     for budget in (BUDGET, None)
+    for weights, cache in (("float32", "float32"), ("int8", "float32"), ("int8", "int8"))
 ]
 CASES = {"embedded": PLAIN, "random-100m": PLAIN, "smollm2": SMOLLM2}
 RANDOM_100M = dict(
@@ -184,16 +185,18 @@ def compare(name: str, directory: Path, options) -> dict:
     ours = Worker(sys.executable, __file__, "ours", directory, prompt=prompt)
     peer = Worker(options.peer, __file__, "peer", directory, prompt=prompt)
     entries = []
-    for case in cases:
-        entry = take_turns(ours, peer, case, repetitions=options.repetitions)
-        token_bytes, flops = work(hf, case)
+    for (tokens, budget), group in itertools.groupby(cases, lambda c: (c.tokens, c.budget)):
+        same_work = list(group)
+        token_bytes, flops = work(hf, same_work[0])
         rates = peer.ask("machine", token_bytes)
         floor = {
             "prefill_s": flops / rates["flops_per_s"],
-            "decode_s": (case.new_tokens - 1) * token_bytes / rates["bytes_per_s"],
+            "decode_s": (NEW_TOKENS - 1) * token_bytes / rates["bytes_per_s"],
         }
-        entries.append(entry | {"machine": rates, "floor": floor})
-        print(f"{name}, {case.tokens} tokens, {case.name}: done", file=sys.stderr, flush=True)
+        for entry in take_turns(ours, peer, same_work, repetitions=options.repetitions):
+            entries.append(entry | {"machine": rates, "floor": floor})
+        kept = "full cache" if budget is None else f"{budget} kept"
+        print(f"{name}, {tokens} tokens, {kept}: done", file=sys.stderr, flush=True)
     ours.close()
     peer.close()
     return {"model": name, "versions": ours.versions | peer.versions, "cases": entries}

@@ -1,7 +1,8 @@
 """Two libraries on the same weights and prompt, in processes of their own that take turns.
 
 Every repetition measures both sides, one right after the other, and ratios are taken per
-repetition. So the load of the machine, which changes over minutes, cancels.
+repetition. So the load of the machine, which changes over minutes, cancels. Cases in which the peer
+does the same work share its measurement.
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ class Ours:
         if weights not in self.loaded:
             eight = "int8" if weights == "int8" else None
             model = load(self.path, dtype="float32", weights=eight)
-            self.loaded = {weights: (model.config, unstack(model.params))}
+            self.loaded[weights] = model.config, unstack(model.params)
         return self.loaded[weights]
 
     def run(self, case: dict) -> dict:
@@ -167,37 +168,52 @@ class Worker:
         return json.loads(answer)
 
 
-def take_turns(ours: Worker, peer: Worker, case: Case, *, repetitions: int) -> dict:
-    """Measures a case on both sides; `prefill_s` and `decode_s` with the ratios peer / ours.
+def take_turns(ours: Worker, peer: Worker, cases: list[Case], *, repetitions: int) -> list[dict]:
+    """Measures `cases` on both sides; `prefill_s` and `decode_s` with the ratios peer / ours.
 
-    The first run of a side, which may compile, is reported apart.
+    The peer does the same work for all of them, so every repetition measures it once. The first
+    run of a case, which may compile, is reported apart.
     """
-    asked = dataclasses.asdict(case)
-    first = {"ours": ours.ask("run", asked), "peer": peer.ask("run", asked)}
-    rows = []
+    asked = [dataclasses.asdict(case) for case in cases]
+
+    def here() -> list[dict]:
+        return [_rested(ours, one) for one in asked]
+
+    first_here, first_there = here(), _rested(peer, asked[0])
+    mine: list[list[dict]] = []  # by repetition and case
+    theirs: list[dict] = []
     for repetition in range(repetitions):
-        order = [("ours", ours), ("peer", peer)]
-        row = {}
-        for side, worker in order if repetition % 2 else reversed(order):
-            time.sleep(PAUSE_S)
-            row[side] = worker.ask("run", asked)
-        rows.append(row)
-    entry: dict[str, Any] = {
-        "case": case.name,
-        "settings": asked,
-        "kept": {side: first[side]["kept"] for side in first},
-        "equal_leading_tokens": _common(first["ours"]["tokens"], first["peer"]["tokens"]),
-        "first_run_s": {s: first[s]["prefill_s"] + first[s]["decode_s"] for s in first},
-    }
-    for what in ("prefill_s", "decode_s"):
-        times = {side: [row[side][what] for row in rows] for side in ("ours", "peer")}
-        ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
-        entry[what] = times | {
-            "ratio_median": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
+        if repetition % 2:
+            mine.append(here())
+        theirs.append(_rested(peer, asked[0]))
+        if not repetition % 2:
+            mine.append(here())
+    entries = []
+    for index, case in enumerate(cases):
+        first = {"ours": first_here[index], "peer": first_there}
+        entry: dict[str, Any] = {
+            "case": case.name,
+            "settings": asked[index],
+            "kept": {side: first[side]["kept"] for side in first},
+            "equal_leading_tokens": _common(first["ours"]["tokens"], first["peer"]["tokens"]),
+            "first_run_s": {s: first[s]["prefill_s"] + first[s]["decode_s"] for s in first},
         }
-    return entry
+        for what in ("prefill_s", "decode_s"):
+            times = {"ours": [row[index][what] for row in mine], "peer": [r[what] for r in theirs]}
+            ratios = [p / o for o, p in zip(times["ours"], times["peer"], strict=True)]
+            entry[what] = times | {
+                "ratio_median": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
+        entries.append(entry)
+    return entries
+
+
+def _rested(worker: Worker, asked: dict) -> dict:
+    """The result of a run that begins when the other worker's threads have stopped spinning."""
+    time.sleep(PAUSE_S)
+    return worker.ask("run", asked)
 
 
 def ran(program: str, *arguments: str) -> dict[str, Any]:
