@@ -29,6 +29,7 @@ from lookahead_jax.policies.kvzip import KVzip
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefilling import pieces
 from tests import tiny
 from tests.compilations import compilations
 
@@ -47,7 +48,8 @@ def model():
 
 def make_engine(model, **options):
     sizes = dict(policy=POLICY, budget=BUDGET, rows=3, max_new_tokens=NEW, max_prompt_tokens=32)
-    return Engine(model, **{**sizes, "burst": 4, "eos_ids": (), **options})
+    # No stall is too long: prompts are read whole, whatever the machine does meanwhile.
+    return Engine(model, **{**sizes, "burst": 4, "eos_ids": (), "max_stall_s": 1e6, **options})
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +230,47 @@ def test_bursts_are_short_while_requests_wait_for_free_rows(model, alone, monkey
     assert diary.entries[:6] == ["read", 2, "read", 2, "read", 8]
 
 
+def read_piece_by_piece(engine, monkeypatch):
+    """Running rows wait for one piece at a time."""
+    monkeypatch.setattr(engine, "_max_stall_s", 1e-9)
+
+
+def test_running_rows_decode_between_the_pieces_of_a_prompt(engine, alone, monkeypatch):
+    diary = Diary(engine, monkeypatch)
+    stream = engine.submit(request(0, max_new_tokens=NEW))
+    engine.step()
+    read_piece_by_piece(engine, monkeypatch)
+    late, last = engine.submit(request(2)), engine.submit(request(5))
+    ended = results(drain(engine))
+    assert [ended[id].tokens for id in (stream, late, last)] == [alone[i] for i in (0, 2, 5)]
+    # Two layers are two pieces, and then the cache is put together. Bursts are short while a prompt
+    # is read, or another waits.
+    assert diary.entries == ["read", 4, "read", 1, 1, 1, "read", 1, 1, *[4] * 4]
+
+
+@pytest.mark.parametrize("why", ["cancelled", "error"])
+def test_a_request_may_end_between_its_pieces(engine, alone, monkeypatch, why):
+    stream = engine.submit(request(0))
+    engine.step()
+    read_piece_by_piece(engine, monkeypatch)
+    if why == "error":
+        monkeypatch.setattr(pieces, "_close", None)
+    gone, waiting = engine.submit(request(2)), engine.submit(request(5))
+    engine.step()
+    with pytest.raises(ValueError, match="warm up before the first request"):
+        engine.warm_up([3])
+    if why == "cancelled":
+        engine.cancel(gone)
+    events = []
+    while gone not in results(events):
+        events += engine.step()
+    monkeypatch.undo()
+    ended = results(events + drain(engine))
+    assert ended[gone].finish == why
+    assert ended[gone].tokens == []
+    assert [ended[id].tokens for id in (stream, waiting)] == [alone[i] for i in (0, 5)]
+
+
 def test_a_request_cancelled_in_the_queue_is_never_read(engine, monkeypatch):
     diary = Diary(engine, monkeypatch)
     ids = [engine.submit(request(i)) for i in range(6)]
@@ -283,6 +326,7 @@ def test_a_panic_while_decoding_text_ends_one_request(model, engine, alone, monk
 def test_an_interrupt_while_a_prompt_is_read_leaves_a_usable_engine(engine, alone, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
+        yield
 
     with monkeypatch.context() as context:
         context.setattr(engine._reader, "read", interrupted)
@@ -342,6 +386,8 @@ def test_what_cannot_be_served_is_refused_when_submitted(engine, change, message
 def test_sizes_below_one_are_refused(model):
     with pytest.raises(ValueError, match="rows must be at least 1, not 0"):
         make_engine(model, rows=0)
+    with pytest.raises(ValueError, match="max_stall_s must be above 0, not 0"):
+        make_engine(model, max_stall_s=0)
     with pytest.raises(ValueError, match=r"burst must be an integer, not 2\.5"):
         make_engine(model, burst=2.5)
     with pytest.raises(ValueError, match=r"max_new_tokens must be an integer, not 2\.5"):

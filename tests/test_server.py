@@ -676,7 +676,7 @@ def test_an_error_of_one_request_is_its_own(model, server, monkeypatch, caplog):
     def moody(encoded):
         if encoded.tokens[0] == bang:
             raise RuntimeError("secret detail")
-        return read(encoded)
+        return (yield from read(encoded))
 
     monkeypatch.setattr(engine._reader, "read", moody)
     status, content = server.send("POST", "/v1/completions", fields(prompt="!a"))

@@ -44,6 +44,9 @@ class Serve:
     eos: Tokens = ()
     """A token that ends the text, besides those of the checkpoint: its id, or the token itself,
     such as <|im_end|>. May be repeated."""
+    max_stall_ms: float = 100.0
+    """Milliseconds that running requests may wait for a prompt before they decode again. Shorter
+    makes their streams smoother, and the first token of a new request later."""
     max_question_tokens: int = 0
     """Most tokens of a prompt sent with a `document`; every row reserves slots for them. 0: no
     documents."""
@@ -85,6 +88,7 @@ def main(config: Serve) -> None:
             draft_nodes=config.drafting.draft_nodes,
             evict_every=config.evict_every,
             cache_dtype=config.cache_dtype,
+            max_stall_s=config.max_stall_ms / 1000,
             prompt_store_bytes=config.prompt_store_mb * 10**6,
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name

@@ -29,7 +29,6 @@ from lookahead_jax.decoding.logprobs import (
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
 from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
-from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.prompt_reader import PrefilledRequest
 from lookahead_jax.engine.requests import MAX_EOS_IDS
 from lookahead_jax.model.cache import CacheType, empty_cache
@@ -140,11 +139,15 @@ def _logprob_record(asked: jax.Array, width: int, config: ModelConfig) -> Logpro
 
 
 class RunningBatch:
-    """The decoding state of all rows; which request has which row is known to the engine."""
+    """The decoding state of all rows; which request has which row is known to the engine.
+
+    `params` are the model's as decoding reads them (`for_decoding`).
+    """
 
     def __init__(
         self,
         model: Model,
+        params: Params,
         drafting: Drafting,
         *,
         rows: int,
@@ -162,7 +165,7 @@ class RunningBatch:
         self._summed = summed
         self._pins = pins
         self._cache_dtype: CacheType | None = cache_dtype
-        self._params = for_decoding(model.params)
+        self._params = params
         self._halted: set[int] = set()
         self.clear()
 

@@ -2,8 +2,9 @@
 
 A waiting request is read alone: its prompt is padded to a bucket and its cache cut to the budget.
 Then it takes a free row of the batch while the other rows stay in place. All rows decode together
-in bursts of steps, and a finished row is free for the next request. At most one prompt is read
-between two bursts, so no stream of short requests can stop the running ones. A request compiles
+in bursts of steps, and a finished row is free for the next request. A prompt is read in pieces, so
+many between two bursts as the running rows may wait for, and of one prompt at a time: neither a
+long prompt nor a stream of short ones can stop them. A request compiles
 only what its prompt's bucket has not compiled before, and does not depend on its neighbours: the
 tokens are those of `generate` for the same prompt, settings and seed.
 """
@@ -21,8 +22,10 @@ from lookahead_jax.decoding.drafted import Drafting, RowError
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.logprobs import Logprobs
 from lookahead_jax.decoding.node_choice import Controller
+from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.encoding import encode_request, longest_token_bytes
+from lookahead_jax.engine.opening import Opening
 from lookahead_jax.engine.prompt_reader import PromptReader
 from lookahead_jax.engine.prompt_store import PromptStore
 from lookahead_jax.engine.queue import RequestQueue
@@ -63,6 +66,9 @@ class Engine:
         all requests.
       burst: the most steps before the host frees finished and cancelled rows and reads a waiting
         request.
+      max_stall_s: seconds that running rows may wait between two bursts for a prompt to be read. A
+        piece of the prompt (prefilling/pieces.py) is read whole, however long it takes, and so are
+        the parts of policies that read a prompt more than once.
       prompt_store_bytes: memory for prompts that have been read: an equal prompt is not read
         again. The least recently used make room. 0 keeps none.
 
@@ -89,11 +95,14 @@ class Engine:
         evict_every: int | None = None,
         cache_dtype: str | None = None,
         burst: int = 16,
+        max_stall_s: float = 0.1,
         prompt_store_bytes: int = 0,
     ):
         """Builds the engine's parts from the settings, one keyword each; hence the length."""
         for name, size in dict(rows=rows, burst=burst).items():
             check_integer(name, size, least=1)
+        if not max_stall_s > 0:
+            raise ValueError(f"max_stall_s must be above 0, not {max_stall_s}")
         if evict_every is not None and max_question_tokens:
             raise ValueError(
                 "documents (max_question_tokens) and evict_every exclude each other: leave out one"
@@ -122,7 +131,11 @@ class Engine:
         self._store = PromptStore(prompt_store_bytes)
         drafts = DraftSettings.of(drafter, draft_nodes)
         decode_eviction = eviction.while_decoding()
-        self._reader = PromptReader(model, self.limits, self._store, eviction, decode_eviction)
+        params = for_decoding(model.params)
+        self._reader = PromptReader(
+            model, params, limits=self.limits, store=self._store, settings=eviction,
+            decode_eviction=decode_eviction,
+        )  # fmt: skip
         self._drafting = Drafting(
             drafts.drafter,
             drafts.nodes,
@@ -133,12 +146,15 @@ class Engine:
             modules=lookahead,
         )
         self._batch = RunningBatch(
-            model, self._drafting, rows=rows, slots=self._reader.slots, new_tokens=max_new_tokens,
+            model, params, self._drafting, rows=rows, slots=self._reader.slots,
+            new_tokens=max_new_tokens,
             summed=decode_eviction is not None and decode_eviction.adds_up,
             pins=self._reader.pins,
             cache_dtype=eviction.cache_dtype,
         )  # fmt: skip
         self._burst = burst
+        self._max_stall_s = max_stall_s
+        self._opening: Opening | None = None
         self._rows: list[ActiveRequest | None] = [None] * rows
         self._ids = itertools.count()
         self._queue = RequestQueue()
@@ -191,10 +207,10 @@ class Engine:
         return self._queue.wait(timeout)
 
     def step(self) -> list[Event]:
-        """Ends cancelled requests, reads at most one prompt, runs a burst; returns the events.
+        """Ends cancelled requests, reads pieces of a prompt, runs a burst; returns the events.
 
-        A caller in a loop thus regains control after one prompt and one burst, and running rows
-        get a burst between any two prompts. An error while a prompt is read, or of
+        A caller in a loop thus regains control after `max_stall_s` of reading and one burst, and
+        running rows get a burst between any two prompts. An error while a prompt is read, or of
         the drafter at one row, ends that request; an error of the model's steps ends all that
         take part. The events say so, and the engine goes on.
         """
@@ -218,7 +234,7 @@ class Engine:
 
         Raises ValueError while a request runs.
         """
-        if any(self._rows):
+        if any(self._rows) or self._opening is not None:
             raise ValueError("warm up before the first request, not while one runs")
         lengths = range(1, self.limits.max_prompt_tokens + 1) if lengths is None else lengths
         with mesh_in_use(self._model.params):
@@ -226,11 +242,10 @@ class Engine:
 
     def _serve(self, events: list[Event]) -> None:
         try:
-            self._admit_one(events)
+            self._read_prompt(events)
             if any(self._rows):
                 self._report_pause()
-                admits = None in self._rows and self.waiting > 0
-                self._batch.advance(max(1, self._burst // _ADMITTING) if admits else self._burst)
+                self._batch.advance(self._steps())
                 self._deliver(events)
         except RowError as failed:
             if (request := self._rows[failed.row]) is not None:
@@ -241,28 +256,40 @@ class Engine:
                 self._finish(request, events, error)
             self._batch.clear()
 
-    def _admit_one(self, events: list[Event]) -> None:
-        """Reads the prompt of the request that has waited longest, if a row is free."""
-        if None not in self._rows or (request := self._queue.take()) is None:
-            return
+    def _steps(self) -> int:
+        """Steps of the next burst: few while a request could begin."""
+        begins = self._opening is not None or (None in self._rows and self.waiting > 0)
+        return max(1, self._burst // _ADMITTING) if begins else self._burst
+
+    def _read_prompt(self, events: list[Event]) -> None:
+        """Reads on, or begins with the request that has waited longest, if a row is free."""
+        if self._opening is None:
+            if None not in self._rows or (request := self._queue.take()) is None:
+                return
+            request.start()
+            self._opening = Opening(request, self._reader.read(request.encoded))
         others_run, begin = any(self._rows), time.perf_counter()
-        self._begin(request, self._rows.index(None), events)
+        self._read_on(self._opening, events)
         if others_run:
             self._prompts_since_burst += 1
             self._paused_s += time.perf_counter() - begin
 
-    def _begin(self, request: ActiveRequest, row: int, events: list[Event]) -> None:
-        """A request takes a free row, and its first token is handed out."""
-        request.start()
+    def _read_on(self, opening: Opening, events: list[Event]) -> None:
+        """Reads pieces of a prompt; after the last the request takes a free row."""
+        request, row = opening.request, self._rows.index(None)
         try:
-            prefilled, request.reused_tokens = self._reader.read(request.encoded)
-            self._drafting.join(row, request.encoded.tokens)
+            prefilled = opening.advance(self._max_stall_s)
+            if prefilled is not None:
+                self._drafting.join(row, request.encoded.tokens)
         except BaseException as error:
             _log.exception("request %d could not begin", request.id)
             self._finish(request, events, error)
             if not isinstance(error, Exception):  # an interrupt of `run`
                 raise
             return
+        if prefilled is None:
+            return
+        self._opening = None
         self._rows[row], request.row = request, row
         self._batch.insert(row, prefilled)
         self._deliver(events)
@@ -330,6 +357,9 @@ class Engine:
         why: Literal["cancelled"] | BaseException | None = None,
     ) -> None:
         """Frees the row of a request, if it has one, and says how it ended."""
+        if self._opening is not None and self._opening.request is request:
+            self._opening.close()
+            self._opening = None
         if (row := request.row) is not None:
             self._rows[row] = None
             self._batch.halt(row)

@@ -1,7 +1,8 @@
 """Reads the prompts of requests, or takes them from the store of earlier readings."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,14 @@ from lookahead_jax.engine.prompt_store import PromptStore, StoredPrompt
 from lookahead_jax.engine.requests import MAX_EOS_IDS, EncodedRequest, Limits
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.model.cache import KVCache, widened
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import span_class
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
 from lookahead_jax.prefilling.prefill import Prefilled, extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
-from lookahead_jax.prompts.read import read_prompt
+from lookahead_jax.prompts.read import read_prompt, read_prompt_in_pieces
+
+R = TypeVar("R")
 
 
 class PrefilledRequest(NamedTuple):
@@ -41,47 +45,59 @@ class PrefilledRequest(NamedTuple):
 
 
 class PromptReader:
-    """Reads the prompts of an engine, each alone, and stores some of them for later requests."""
+    """Reads the prompts of an engine, each alone, and stores some of them for later requests.
+
+    `params` are the model's as decoding reads them (`for_decoding`): pieces need no copy then.
+    """
 
     def __init__(
         self,
         model: Model,
+        params: Params,
+        *,
         limits: Limits,
         store: PromptStore,
         settings: EvictionSettings,
         decode_eviction: DecodeEviction | None,
     ):
         self._model = model
+        self._params = params
         self._limits = limits
         self._store = store
         self._settings = settings
         self._eviction = decode_eviction
-        width, new = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
-        room = new
+        width, room = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
         if decode_eviction is not None:
-            room = decode_eviction.room(width, new, model.config)
-        largest = jax.eval_shape(
-            lambda tokens, pinned: self._prefill(
-                tokens, pinned, 0, limits.max_question_tokens + room, ()
-            ),
-            jax.ShapeDtypeStruct((1, width), jnp.int32),
-            jax.ShapeDtypeStruct((1, width), jnp.bool_),
-        )
-        self.slots: int = largest.cache.slots
+            room = decode_eviction.room(width, room, model.config)
+        self.slots: int = self._slots(width, limits.max_question_tokens + room)
         """Cache slots that a row needs for the longest prompt, its question and its output."""
         self.pins: int = 0 if decode_eviction is None else width
         """Positions of a row that decoding has to know the pinned ones of."""
 
-    def read(self, request: EncodedRequest) -> tuple[PrefilledRequest, int]:
+    def _slots(self, width: int, room: int) -> int:
+        """Slots of the cache of a prompt of `width` tokens, with `room` more."""
+        settings = self._settings
+        read = partial(
+            read_prompt, config=self._model.config, policy=settings.policy,
+            budget=settings.budget, new_tokens=room, modules=settings.modules,
+            eos_ids=_padded(()),
+            repeat_template=repeat_template(settings.policy, self._model.tokenizer),
+            cache_dtype=settings.cache_dtype,
+        )  # fmt: skip
+        tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        return jax.eval_shape(read, self._model.params, tokens).cache.slots
+
+    def read(self, request: EncodedRequest) -> Generator[None, None, tuple[PrefilledRequest, int]]:
         """The request with its prompt read and cut, and how many tokens the store had of it.
 
-        A document is read and cut on its own; the rest of the prompt is read after it.
+        It yields between pieces of the prompt. A document is read and cut on its own; the rest of
+        the prompt is read after it.
         """
         config = self._model.config
         if request.document:
-            stored, reused, prompt = self._read_behind_document(request)
+            stored, reused, prompt = yield from self._read_behind_document(request)
         else:
-            stored, reused = self._stored(request, 0)
+            stored, reused = yield from self._stored(request, 0)
             prompt = pad_batch([request.tokens], config=config)
         rows = sampling_rows([request.sampling], [request.seed], config.vocab_size)
         prefilled = PrefilledRequest(
@@ -108,15 +124,16 @@ class PromptReader:
                 tokens=[0] * (first + behind), document=first if behind else 0, max_new_tokens=1,
                 sampling=GREEDY, seed=0, eos_ids=(),
             )  # fmt: skip
-            yield self.read(request)[0]
+            pieces = self.read(request)
+            yield _result(pieces)[0]
             self._store.clear()
 
     def _read_behind_document(
         self, request: EncodedRequest
-    ) -> tuple[StoredPrompt, int, np.ndarray]:
+    ) -> Generator[None, None, tuple[StoredPrompt, int, np.ndarray]]:
         """The whole prompt read, the tokens that the store had, and the prompt int32 [1, T]."""
         question = request.tokens[request.document :]
-        stored, reused = self._stored(request, len(question))
+        stored, reused = yield from self._stored(request, len(question))
         asked = jnp.asarray(pad_batch([question], config=self._model.config))
         # With a row's final sizes of cache and prompt, one program inserts every question.
         cache = widened(stored.cache, slots=self.slots)
@@ -125,7 +142,9 @@ class PromptReader:
         prompt[0, : len(request.tokens)] = request.tokens
         return StoredPrompt(cache, logits, stored.sums), reused, prompt
 
-    def _stored(self, request: EncodedRequest, known_tokens: int) -> tuple[StoredPrompt, int]:
+    def _stored(
+        self, request: EncodedRequest, known_tokens: int
+    ) -> Generator[None, None, tuple[StoredPrompt, int]]:
         """What is cut, from the store, or read now; and how many of its tokens the store had.
 
         `known_tokens` of a question will be read after it.
@@ -140,9 +159,8 @@ class PromptReader:
         key = (np.asarray(tokens, np.int32).tobytes(), pinned.tobytes(), span, tuple(eos_ids))
         if (stored := self._store.get(key)) is not None:
             return stored, len(tokens)
-        full = jax.block_until_ready(
-            self._prefill(jnp.asarray(prompt), jnp.asarray(pinned), known_tokens, 0, eos_ids)
-        )
+        pieces = self._pieces(jnp.asarray(prompt), jnp.asarray(pinned), known_tokens, eos_ids)
+        full = jax.block_until_ready((yield from pieces))
         read = StoredPrompt(full.cache, full.logits, opening_sums(self._eviction, full))
         self._store.put(key, read)
         return read, 0
@@ -155,23 +173,27 @@ class PromptReader:
             pinned[0, start:end] = True
         return jnp.asarray(pinned)
 
-    def _prefill(
-        self,
-        tokens: jax.Array,
-        pinned: jax.Array,
-        known_tokens: int,
-        room: int,
-        eos_ids: Sequence[int],
-    ) -> Prefilled:
+    def _pieces(
+        self, tokens: jax.Array, pinned: jax.Array, known_tokens: int, eos_ids: Sequence[int]
+    ) -> Generator[None, None, Prefilled]:
         settings = self._settings
-        return read_prompt(
-            self._model.params, tokens, config=self._model.config, policy=settings.policy,
-            budget=settings.budget, new_tokens=room, known_tokens=known_tokens,
+        return read_prompt_in_pieces(
+            self._params, tokens, config=self._model.config, policy=settings.policy,
+            budget=settings.budget, new_tokens=0, known_tokens=known_tokens,
             modules=settings.modules, eos_ids=_padded(eos_ids),
             with_scores=self._eviction is not None and self._eviction.adds_up,
             repeat_template=repeat_template(settings.policy, self._model.tokenizer),
             cache_dtype=settings.cache_dtype, pinned=pinned,
         )  # fmt: skip
+
+
+def _result(pieces: Generator[None, None, R]) -> R:
+    """What a generator returns."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
 
 
 def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:

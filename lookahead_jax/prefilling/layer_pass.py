@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -44,7 +45,8 @@ Buffers = tuple[jax.Array, jax.Array]  # one layer's keys and values [B, K, T, H
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines [n_ropes, B, rows, dim/2]
 
 
-class PromptLayout(NamedTuple):
+@struct.dataclass
+class PromptLayout:
     """Where the tokens of a padded batch of prompts are, the same for every layer."""
 
     positions: jax.Array  # [B, T] int32, -1 = padding
@@ -52,8 +54,8 @@ class PromptLayout(NamedTuple):
     span: jax.Array  # [B] int32
     cos: jax.Array  # [n_ropes, B, T, dim/2]
     sin: jax.Array
-    chunk: int
     chunks: jax.Array  # int32 scalar: chunks that hold any token
+    chunk: int = struct.field(pytree_node=False)
 
     def context(self, buffers: Buffers) -> Context:
         """The prompt's keys and values in one layer, for rows after the prompt."""
@@ -94,6 +96,70 @@ def layer_buffers(prompt: PromptLayout, dtype: DTypeLike, config: ModelConfig) -
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
+class ReadChunks(NamedTuple):
+    """One layer, as far as its chunks have been read."""
+
+    x: jax.Array  # [B, T, D]; of the next layer where a chunk has been read
+    k: jax.Array  # [B, K, T, H]
+    v: jax.Array  # [B, K, T, H]
+    stats: Stats
+
+
+def unread_layer(
+    x: jax.Array, buffers: Buffers, *, policy: Policy | None, config: ModelConfig
+) -> ReadChunks:
+    """A layer before its first chunk: its input [B, T, D], and buffers that will be overwritten."""
+    batch, tokens = x.shape[:2]
+    stats = None if policy is None else policy.init_stats(batch, tokens, config)
+    return ReadChunks(x, *buffers, stats)
+
+
+def read_chunk(
+    p: Params,
+    c: jax.Array,
+    read: ReadChunks,
+    prompt: PromptLayout,
+    kind: LayerKind,
+    *,
+    policy: Policy | None,
+    config: ModelConfig,
+) -> ReadChunks:
+    """Reads chunk `c` of a layer, whose earlier chunks have been read."""
+    x, k, v, stats = read
+    size, total = prompt.chunk, x.shape[1]
+    slot = jnp.arange(total, dtype=jnp.int32)[None]
+    row = jnp.arange(size, dtype=jnp.int32)
+    start = c * size
+
+    def part(a, axis):
+        return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
+
+    pos = part(prompt.positions, 1)
+    context = visible = None
+    if total > size:
+        # causal_visible(pos) says the same, but XLA on CPU does not vectorise its softmax.
+        visible = (row[None] <= row[:, None])[None] & (pos >= 0)[:, :, None]
+        first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
+        before = jnp.where(slot < start, prompt.positions, -1)
+        context = Context(k, v, before[:, None], (first, start))
+    xc, proj = layer_step(
+        p, Stream(part(x, 1), part(prompt.cos, 2), part(prompt.sin, 2)), kind,
+        positions=pos, visible=visible, context=context, config=config,
+    )  # fmt: skip
+    k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
+    v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
+    if policy is not None and stats is not None:
+        stats = policy.accumulate(
+            stats,
+            Chunk(
+                q=proj.q, q_unrotated=proj.q_unrotated, q_pos=pos, lse=proj.lse, k=k,
+                k_pos=prompt.positions[:, None], end=start + size, window=kind.window,
+                config=config, sink_logits=proj.sinks,
+            ),
+        )  # fmt: skip
+    return ReadChunks(jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats)
+
+
 def prompt_layer(
     p: Params,
     x: jax.Array,
@@ -103,53 +169,16 @@ def prompt_layer(
     *,
     policy: Policy | None,
     config: ModelConfig,
-) -> tuple[jax.Array, Buffers, Stats]:
-    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped.
+) -> ReadChunks:
+    """One layer over the whole prompt, a chunk at a time; chunks without tokens are skipped."""
 
-    Returns the next residual stream [B, T, D], the filled buffers and the policy's statistics.
-    """
-    batch, total = prompt.positions.shape
-    size = prompt.chunk
-    slot = jnp.arange(total, dtype=jnp.int32)[None]
-    row = jnp.arange(size, dtype=jnp.int32)
-    stats = None if policy is None else policy.init_stats(batch, total, config)
+    def step(c, read):
+        return read_chunk(p, c, read, prompt, kind, policy=policy, config=config)
 
-    def step(c, carry):
-        x, k, v, stats = carry
-        start = c * size
-
-        def part(a, axis):
-            return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
-
-        pos = part(prompt.positions, 1)
-        context = visible = None
-        if total > size:
-            # causal_visible(pos) says the same, but XLA on CPU does not vectorise its softmax.
-            visible = (row[None] <= row[:, None])[None] & (pos >= 0)[:, :, None]
-            first = 0 if kind.window is None else jnp.maximum(start - kind.window + 1, 0)
-            before = jnp.where(slot < start, prompt.positions, -1)
-            context = Context(k, v, before[:, None], (first, start))
-        xc, proj = layer_step(
-            p, Stream(part(x, 1), part(prompt.cos, 2), part(prompt.sin, 2)), kind,
-            positions=pos, visible=visible, context=context, config=config,
-        )  # fmt: skip
-        k = jax.lax.dynamic_update_slice_in_dim(k, proj.k, start, 2)
-        v = jax.lax.dynamic_update_slice_in_dim(v, proj.v, start, 2)
-        if policy is not None and stats is not None:
-            stats = policy.accumulate(
-                stats,
-                Chunk(
-                    q=proj.q, q_unrotated=proj.q_unrotated, q_pos=pos, lse=proj.lse, k=k,
-                    k_pos=prompt.positions[:, None], end=start + size, window=kind.window,
-                    config=config, sink_logits=proj.sinks,
-                ),
-            )  # fmt: skip
-        return jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats
-
-    carry = (x, *buffers, stats)
-    carry = step(0, carry) if total == size else jax.lax.fori_loop(0, prompt.chunks, step, carry)
-    x, k, v, stats = carry
-    return x, (k, v), stats
+    unread = unread_layer(x, buffers, policy=policy, config=config)
+    if x.shape[1] == prompt.chunk:
+        return step(jnp.zeros((), jnp.int32), unread)
+    return jax.lax.fori_loop(0, prompt.chunks, step, unread)
 
 
 def window_queries(
@@ -233,8 +262,8 @@ def hidden_states(
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        x, buffers, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
-        return (x, buffers), None
+        x, k, v, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
+        return (x, (k, v)), None
 
     carry = (x, layer_buffers(prompt, x.dtype, config))
     (x, _), _ = scan_layers(step, carry, params["layers"], None, layer_kinds(config))

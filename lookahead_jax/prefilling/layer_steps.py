@@ -19,6 +19,7 @@ from lookahead_jax.policies.view import LayerView, Queries, Stats
 from lookahead_jax.prefilling.layer_pass import (
     Buffers,
     PromptLayout,
+    ReadChunks,
     Rope,
     observe_layer,
     prompt_layer,
@@ -84,12 +85,17 @@ LayerStep = Callable[[Layer, Carry], ScoredLayer]
 
 def prompt_alone(layer: Layer, carry: Carry, *, scorer: Scorer, window: int) -> ScoredLayer:
     """The prompt's last `window` tokens observe, or none."""
-    policy, prompt, config, _ = scorer
-    x, buffers, stats = prompt_layer(
-        layer.p, carry.x, carry.buffers, prompt, layer.kind, policy=policy, config=config
+    queries = window_queries(
+        layer.p, carry.x, scorer.prompt, layer.kind, rows=window, config=scorer.config
     )
-    queries = window_queries(layer.p, carry.x, prompt, layer.kind, rows=window, config=config)
-    return scorer.score(layer, Carry(x, buffers, None), queries, stats)
+    return score_alone(_read(layer, carry, scorer), queries, layer, scorer=scorer)
+
+
+def score_alone(
+    read: ReadChunks, queries: Queries | None, layer: Layer, *, scorer: Scorer
+) -> ScoredLayer:
+    """Scores a layer, all chunks of which have been read, by its window's `queries`."""
+    return scorer.score(layer, Carry(read.x, (read.k, read.v), None), queries, read.stats)
 
 
 def observer_beside_prompt(
@@ -107,12 +113,18 @@ def observer_behind_prompt(
     layer: Layer, carry: Carry, *, scorer: Scorer, observer: Observer
 ) -> ScoredLayer:
     """The prompt is read in chunks, which may gather statistics, and then the observer."""
-    policy, prompt, config, _ = scorer
-    x, buffers, stats = prompt_layer(
-        layer.p, carry.x, carry.buffers, prompt, layer.kind, policy=policy, config=config
-    )
-    rows, queries = _observe(layer, carry.rows, observer, prompt.context(buffers), config)
-    return scorer.score(layer, Carry(x, buffers, rows), queries, stats)
+    read = _read(layer, carry, scorer)
+    return score_behind(read, carry.rows, layer, scorer=scorer, observer=observer)
+
+
+def score_behind(
+    read: ReadChunks, rows: Any, layer: Layer, *, scorer: Scorer, observer: Observer
+) -> ScoredLayer:
+    """Reads the observer's `rows` [B, M, D] after all chunks of a layer, and scores the layer."""
+    buffers = read.k, read.v
+    context = scorer.prompt.context(buffers)
+    rows, queries = _observe(layer, rows, observer, context, scorer.config)
+    return scorer.score(layer, Carry(read.x, buffers, rows), queries, read.stats)
 
 
 def sparse_prompt(
@@ -129,6 +141,13 @@ def sparse_prompt(
     )  # fmt: skip
     rows, _ = _observe(layer, carry.rows, observer, context, config)
     return scored._replace(carry=Carry(x, buffers, rows))
+
+
+def _read(layer: Layer, carry: Carry, scorer: Scorer) -> ReadChunks:
+    return prompt_layer(
+        layer.p, carry.x, carry.buffers, scorer.prompt, layer.kind, policy=scorer.policy,
+        config=scorer.config,
+    )  # fmt: skip
 
 
 def _observe(

@@ -36,7 +36,13 @@ from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithDraft, WithLookup, WithModules
 from lookahead_jax.policies.selection import Kept, budgets_of_layers, select
 from lookahead_jax.policies.view import LayerView
-from lookahead_jax.prefilling.layer_pass import CHUNK, layer_buffers, observe_layer, prompt_layout
+from lookahead_jax.prefilling.layer_pass import (
+    CHUNK,
+    PromptLayout,
+    layer_buffers,
+    observe_layer,
+    prompt_layout,
+)
 from lookahead_jax.prefilling.layer_steps import Carry, Layer, Observer, Scorer, choose_layer_step
 
 
@@ -103,7 +109,34 @@ def cut_layer(
     )
 
 
-def _in_dtype(observer: Block, dtype: DTypeLike) -> Block:
+class Cut(NamedTuple):
+    """How every layer is cut."""
+
+    policy: Policy
+    budget: int
+    limit: int  # the most entries a head keeps
+    slots: int
+    cache_dtype: CacheType | None
+
+    def entries(self, view: LayerView, scores: jax.Array, layer_budget: jax.Array) -> LayerEntries:
+        """What is kept of a layer with these `scores` [B, K, T] and its budget [B]."""
+        kept = select(
+            self.policy, view, scores, budget=self.budget, layer_budget=layer_budget,
+            limit=self.limit,
+        )  # fmt: skip
+        return cut_layer(view, kept, self.slots, cache_dtype=self.cache_dtype)
+
+
+def last_logits(
+    params: Params, x: jax.Array, prompt: PromptLayout, *, config: ModelConfig
+) -> jax.Array:
+    """float32 [B, V] after each prompt's last token, from the last layer's output [B, T, D]."""
+    last = jnp.take_along_axis(x, (prompt.length - 1)[:, None, None], axis=1)
+    last = rms_norm(last, params["final_norm"], config=config)
+    return logits(params, last, config=config)[:, 0]
+
+
+def in_dtype(observer: Block, dtype: DTypeLike) -> Block:
     """The observer in the dtype of the weights; in another, every weight would be converted."""
     return dataclasses.replace(observer, x=observer.x.astype(dtype))
 
@@ -175,18 +208,19 @@ def prefill(
     x = embed(params, tokens, config=config)
     rows = lora = placed = None
     if observer is not None:
-        observer = _in_dtype(observer, x.dtype)
+        observer = in_dtype(observer, x.dtype)
         placed = Observer(observer, rope_tables(config, observer.positions, prompt.span))
         rows, lora = observer.x, observer.lora
     read_layer = choose_layer_step(
         Scorer(policy, prompt, config, pinned), placed, pattern, budget=budget
     )
 
+    cut = Cut(policy, budget, limit, slots, rounded_to)
+
     def step(carry, inputs):
         p, lora, (kind, layer_budget) = inputs
         carry, view, scores = read_layer(Layer(p, lora, kind), carry)
-        kept = select(policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit)
-        entries = cut_layer(view, kept, slots, cache_dtype=rounded_to)
+        entries = cut.entries(view, scores, layer_budget)
         return carry, (entries, scores[..., :padded] if with_scores else None)
 
     budgets = budgets_of_layers(policy, prompt.length, budget, config, pinned)
@@ -197,13 +231,8 @@ def prefill(
         lora,
         (layer_kinds(config), budgets),
     )
-    last = jnp.take_along_axis(carry.x, (prompt.length - 1)[:, None, None], axis=1)
-    last = rms_norm(last, params["final_norm"], config=config)
-    return Prefilled(
-        cache=KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span),
-        logits=logits(params, last, config=config)[:, 0],
-        scores=scores,
-    )
+    cache = KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span)
+    return Prefilled(cache, last_logits(params, carry.x, prompt, config=config), scores)
 
 
 @program(static_argnames=("config", "policy", "budget", "slots", "with_scores"))
@@ -230,7 +259,7 @@ def compress(
     limit, slots = static_slots(policy, cache.slots, budget, slots, config)
     dtype = params["embed"].dtype
     if observer is not None:
-        observer = _in_dtype(observer, dtype)
+        observer = in_dtype(observer, dtype)
         rope = rope_tables(config, observer.positions, cache.rope_span)
 
     def step(rows, inputs):

@@ -1,7 +1,7 @@
 """Prompts -> cut caches: one function for every way in which a policy reads a prompt."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from lookahead_jax.policies.base import (
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import check_pinned, slots_for
+from lookahead_jax.prefilling.pieces import prefill_in_pieces
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
 
@@ -86,31 +87,76 @@ def read_prompt(
         cache_dtype=cache_dtype,
     )  # fmt: skip
     match policy.reading:
-        case OnePass():
-            return _read_once(inputs, None)
-        case WithModules():
-            return _read_with_modules(inputs, modules)
-        case WithDraft():
-            return _read_with_draft(inputs, draft)
-        case WithLookup() as reading:
-            return _read_with_draft(inputs, look_up(tokens, reading))
         case WithResponse() as reading:
             return _read_with_response(inputs, reading, eos_ids)
         case WithReplay() as reading:
             return _read_with_replay(inputs, reading, repeat_template)
+        case _:
+            return prefill(params, tokens, **_once(inputs, _observer(inputs, modules, draft)))
 
 
-def _read_once(inputs: _Inputs, observer: Block | None) -> Prefilled:
-    config, policy, budget = inputs.config, inputs.policy, inputs.budget
-    slots = slots_for(policy, inputs.tokens.shape[1], budget, inputs.room, config=config)
-    return prefill(
-        inputs.params, inputs.tokens, config=config, policy=policy, budget=budget, slots=slots,
-        known_tokens=inputs.known_tokens, observer=observer, with_scores=inputs.with_scores,
-        pinned=inputs.pinned, cache_dtype=inputs.cache_dtype,
+def read_prompt_in_pieces(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    policy: Policy,
+    budget: int,
+    new_tokens: int,
+    modules: LookaheadModules | None = None,
+    eos_ids: Sequence[int] = (),
+    with_scores: bool = False,
+    repeat_template: RepeatTemplate = NO_TEMPLATE,
+    known_tokens: int | jax.Array = 0,
+    pinned: jax.Array | None = None,
+    cache_dtype: str | None = None,
+) -> Generator[None, None, Prefilled]:
+    """`read_prompt` as a generator, which yields between pieces of the prompt (prefilling/pieces).
+
+    Policies that read the prompt once, without a draft from outside, are read in pieces. Others are
+    one piece: what they decode or replay is not divided.
+    """
+    check_pinned(pinned, policy=policy, budget=budget)
+    if not isinstance(policy.reading, OnePass | WithModules | WithLookup):
+        return read_prompt(
+            params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
+            modules=modules, eos_ids=eos_ids, with_scores=with_scores,
+            repeat_template=repeat_template, known_tokens=known_tokens, pinned=pinned,
+            cache_dtype=cache_dtype,
+        )  # fmt: skip
+    inputs = _Inputs(
+        params=params, tokens=tokens, config=config, policy=policy, budget=budget,
+        known_tokens=known_tokens, room=new_tokens, with_scores=with_scores, pinned=pinned,
+        cache_dtype=cache_dtype,
     )  # fmt: skip
+    settings = _once(inputs, _observer(inputs, modules, None))
+    return (yield from prefill_in_pieces(params, tokens, **settings))
 
 
-def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Prefilled:
+def _once(inputs: _Inputs, observer: Block | None) -> dict[str, Any]:
+    """The keywords of `prefill` for a policy that reads the prompt once."""
+    slots = slots_for(
+        inputs.policy, inputs.tokens.shape[1], inputs.budget, inputs.room, config=inputs.config
+    )
+    names = "config", "policy", "budget", "known_tokens", "with_scores", "pinned", "cache_dtype"
+    return {name: getattr(inputs, name) for name in names} | {"slots": slots, "observer": observer}
+
+
+def _observer(
+    inputs: _Inputs, modules: LookaheadModules | None, draft: jax.Array | None
+) -> Block | None:
+    """The rows after the prompt that a policy scores with; None if it needs none."""
+    match inputs.policy.reading:
+        case WithModules():
+            return _lookahead_tokens(inputs, modules)
+        case WithDraft():
+            return _after_prompt(inputs, draft)
+        case WithLookup() as reading:
+            return _after_prompt(inputs, look_up(inputs.tokens, reading))
+    return None
+
+
+def _lookahead_tokens(inputs: _Inputs, modules: LookaheadModules | None) -> Block:
     if modules is None:
         raise ValueError(
             f"policy {type(inputs.policy).__name__} reads lookahead modules: give them "
@@ -118,12 +164,10 @@ def _read_with_modules(inputs: _Inputs, modules: LookaheadModules | None) -> Pre
         )
     length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
     dtype = inputs.params["embed"].dtype
-    return _read_once(
-        inputs, observer_block(modules, length, length + inputs.known_tokens, dtype=dtype)
-    )
+    return observer_block(modules, length, length + inputs.known_tokens, dtype=dtype)
 
 
-def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
+def _after_prompt(inputs: _Inputs, draft: jax.Array | None) -> Block:
     if draft is None:
         reading = inputs.policy.reading
         name, given = type(inputs.policy).__name__, "give drafts=, answers drafted by a small model"
@@ -131,11 +175,10 @@ def _read_with_draft(inputs: _Inputs, draft: jax.Array | None) -> Prefilled:
             given = "use draft=prompt or draft=model, which need none, or give drafts="
         raise ValueError(f"policy {name} needs a draft per prompt: {given}")
     length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
-    observer = reread(
+    return reread(
         inputs.params, inputs.tokens, rows=inputs.policy.window_rows(inputs.budget),
         response=draft, length=length, span=length + inputs.known_tokens, config=inputs.config,
     )  # fmt: skip
-    return _read_once(inputs, observer)
 
 
 @program(static_argnames=("reading",))
