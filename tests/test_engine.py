@@ -22,7 +22,8 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
 )
 from lookahead_jax.engine.engine import Engine
-from lookahead_jax.engine.requests import MAX_EOS_IDS, Request
+from lookahead_jax.engine.queue import RequestQueue
+from lookahead_jax.engine.requests import MAX_EOS_IDS, ActiveRequest, EncodedRequest, Request
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.kvzip import KVzip
@@ -292,6 +293,26 @@ def test_a_request_cancelled_in_the_queue_is_never_read(engine, monkeypatch):
     assert ended[first].finish == "length"
     assert diary.entries.count("read") == 2
     assert len(heard) == 1
+
+
+def test_rows_are_shared_between_tenants():
+    def waiting(id, tenant):
+        encoded = EncodedRequest(
+            tokens=[1], document=0, max_new_tokens=1, sampling=GREEDY, seed=0, eos_ids=(),
+            tenant=tenant,
+        )  # fmt: skip
+        return ActiveRequest(id, Request(prompt=[1], max_new_tokens=1), encoded, None)
+
+    queue = RequestQueue()
+    queue.add([waiting(i, "a") for i in range(6)])
+    running = [queue.take([], 4).encoded.tenant for _ in range(3)]  # alone, a tenant has all rows
+    queue.add([waiting(i, "b") for i in (10, 11, 12)])
+    taken = []
+    for _ in range(4):
+        taken.append(queue.take(running, 4))
+        running.append(taken[-1].encoded.tenant)
+    # Two of four rows are a share. When both tenants have theirs, the oldest request is next.
+    assert [request.id for request in taken] == [10, 11, 3, 4]
 
 
 class Panic(BaseException):

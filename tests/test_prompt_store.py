@@ -74,17 +74,17 @@ def test_the_least_recently_used_make_room_within_the_bound():
     assert store.get("a") is one
     store.put("c", one)
     assert [store.get(name) for name in "abc"] == [one, None, one]
-    assert store.bytes == 2 * size
+    assert store.use.bytes == 2 * size
     store.put("large", prefilled(config, 1024))
     assert [store.get(name) for name in ("a", "c", "large")] == [one, one, None]
     store.put("a", one)
-    assert store.bytes == 2 * size
+    assert store.use.bytes == 2 * size
     store.clear()
     assert store.get("a") is None
-    assert store.bytes == 0
+    assert store.use.bytes == 0
     nothing = PromptStore(0)
     nothing.put("a", one)
-    assert nothing.bytes == 0
+    assert nothing.use.bytes == 0
     with pytest.raises(ValueError, match="-1 bytes"):
         PromptStore(-1)
 
@@ -107,7 +107,7 @@ def test_an_equal_prompt_is_not_read_again_and_goes_on_the_same(model, engine):
     # What is read does not depend on the number of new tokens.
     reused = [result.reused_tokens for result in (first, again, other, shorter)]
     assert reused == [0, len(DOCUMENT), 0, len(DOCUMENT)]
-    assert 0 < engine.stored_bytes <= 10**8
+    assert 0 < engine.prompt_store.bytes <= 10**8
 
 
 def test_one_document_many_questions(model, engine):
@@ -150,7 +150,7 @@ def test_documents_that_are_not_kept_are_read_again(model, engine):
     for result in forgetful.run([asked, asked]):
         assert result.tokens == kept.tokens
         assert result.reused_tokens == 0
-    assert forgetful.stored_bytes == 0
+    assert forgetful.prompt_store.bytes == 0
 
 
 def test_a_text_behind_a_document_begins_no_new_text(model, engine):

@@ -256,7 +256,7 @@ def test_an_equal_prompt_and_an_equal_document_are_read_once(server):
     document = {"document": "a long document"}
     asked = [cached(prompt=question, extra_body=document) for question in ("why?", "who?")]
     assert asked == [(0, 19), (15, 19)]
-    assert 0 < server.engine.stored_bytes <= 10**8
+    assert 0 < server.engine.prompt_store.bytes <= 10**8
 
 
 def test_models_and_health(server):
@@ -486,7 +486,7 @@ def test_metrics_are_prometheus_text(server):
         name for name, *_ in after
     }
     assert after[("lookahead_running",)] == after[("lookahead_waiting",)] == 0
-    assert after[("lookahead_prompt_store_bytes",)] == server.engine.stored_bytes
+    assert after[("lookahead_prompt_store_bytes",)] == server.engine.prompt_store.bytes
 
 
 def stream_of(server, body):

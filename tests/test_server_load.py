@@ -225,7 +225,7 @@ def test_64_clients_of_whom_some_leave_get_an_answer_or_a_refusal(server):
     until(lambda: not server.service._calls)
     until(lambda: holdings() == before)
     assert before["ours"] == []
-    assert STORED * 0.9 < engine.stored_bytes <= STORED
+    assert STORED * 0.9 < engine.prompt_store.bytes <= STORED
     pauses = prompts_between_bursts(server)
     assert pauses["1.0"] == pauses["+Inf"] > 0
     assert any(body["max_tokens"] == 1 for status, body, _ in outcomes if status == 200)

@@ -52,6 +52,9 @@ class Serve:
     documents."""
     prompt_store_mb: int = 256
     """Megabytes of prompt caches to keep, so that an equal prompt is not read again; 0: none."""
+    prefix_store_mb: int = 512
+    """Megabytes for keys and values of prompts before they are cut, so that a prompt which begins
+    as an earlier one is not read from its start; 0: none."""
     allow_special_tokens: bool = False
     """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
@@ -90,6 +93,7 @@ def main(config: Serve) -> None:
             cache_dtype=config.cache_dtype,
             max_stall_s=config.max_stall_ms / 1000,
             prompt_store_bytes=config.prompt_store_mb * 10**6,
+            prefix_store_bytes=config.prefix_store_mb * 10**6,
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name
         service = Service(engine, config.limits)

@@ -44,6 +44,7 @@ def encode_request(
         eos_ids=ends,
         pin=tuple((start, end) for start, end in request.pin),
         logprobs=request.logprobs,
+        tenant=request.tenant,
     )
     encoded.check(limits)
     try:

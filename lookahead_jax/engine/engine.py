@@ -26,8 +26,9 @@ from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.encoding import encode_request, longest_token_bytes
 from lookahead_jax.engine.opening import Opening
+from lookahead_jax.engine.prefix_store import PrefixStore
 from lookahead_jax.engine.prompt_reader import PromptReader
-from lookahead_jax.engine.prompt_store import PromptStore
+from lookahead_jax.engine.prompt_store import PromptStore, StoreUse
 from lookahead_jax.engine.queue import RequestQueue
 from lookahead_jax.engine.requests import ActiveRequest, Event, Limits, Request, Result
 from lookahead_jax.generation.inputs import announce, end_ids
@@ -71,6 +72,10 @@ class Engine:
         the parts of policies that read a prompt more than once.
       prompt_store_bytes: memory for prompts that have been read: an equal prompt is not read
         again. The least recently used make room. 0 keeps none.
+      prefix_store_bytes: memory for the keys and values of prompts before they are cut, in chunks
+        of 512 tokens: a prompt that begins with the tokens of an earlier one is read from its
+        first new chunk on, with the same result. 0 keeps none. For policies that read a prompt
+        once and gather nothing over its queries.
 
     `on_pause`, if set, is called in the stepping thread before a burst that prompts have delayed,
     with their number and the seconds that the running rows waited.
@@ -97,6 +102,7 @@ class Engine:
         burst: int = 16,
         max_stall_s: float = 0.1,
         prompt_store_bytes: int = 0,
+        prefix_store_bytes: int = 0,
     ):
         """Builds the engine's parts from the settings, one keyword each; hence the length."""
         for name, size in dict(rows=rows, burst=burst).items():
@@ -129,12 +135,13 @@ class Engine:
         self._model = model
         self._eos_ids = end_ids(model, eos_ids)
         self._store = PromptStore(prompt_store_bytes)
+        self._prefixes = PrefixStore(prefix_store_bytes)
         drafts = DraftSettings.of(drafter, draft_nodes)
         decode_eviction = eviction.while_decoding()
         params = for_decoding(model.params)
         self._reader = PromptReader(
-            model, params, limits=self.limits, store=self._store, settings=eviction,
-            decode_eviction=decode_eviction,
+            model, params, limits=self.limits, store=self._store, prefixes=self._prefixes,
+            settings=eviction, decode_eviction=decode_eviction,
         )  # fmt: skip
         self._drafting = Drafting(
             drafts.drafter,
@@ -177,9 +184,14 @@ class Engine:
         return self._queue.alive
 
     @property
-    def stored_bytes(self) -> int:
-        """Bytes of the prompts in the store."""
-        return self._store.bytes
+    def prompt_store(self) -> StoreUse:
+        """Bytes of the prompts in the store, and how many of those asked for were there."""
+        return self._store.use
+
+    @property
+    def prefix_store(self) -> StoreUse:
+        """Bytes of the chunks in the store, and how many of those asked for were there."""
+        return self._prefixes.use
 
     def submit(self, request: Request) -> int:
         """Queues a request; returns its number, which events and `cancel` use.
@@ -264,7 +276,10 @@ class Engine:
     def _read_prompt(self, events: list[Event]) -> None:
         """Reads on, or begins with the request that has waited longest, if a row is free."""
         if self._opening is None:
-            if None not in self._rows or (request := self._queue.take()) is None:
+            if None not in self._rows:
+                return
+            running = [request.encoded.tenant for request in self._rows if request is not None]
+            if (request := self._queue.take(running, self.rows)) is None:
                 return
             request.start()
             self._opening = Opening(request, self._reader.read(request.encoded))

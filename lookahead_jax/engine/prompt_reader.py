@@ -1,5 +1,6 @@
 """Reads the prompts of requests, or takes them from the store of earlier readings."""
 
+import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
     with_everything,
 )
+from lookahead_jax.engine.prefix_store import PrefixStore
 from lookahead_jax.engine.prompt_store import PromptStore, StoredPrompt
 from lookahead_jax.engine.requests import MAX_EOS_IDS, EncodedRequest, Limits
 from lookahead_jax.generation.settings import EvictionSettings
@@ -23,9 +25,11 @@ from lookahead_jax.model.cache import KVCache, widened
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import span_class
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
-from lookahead_jax.prefilling.prefill import Prefilled, extend
+from lookahead_jax.prefilling.layer_pass import CHUNK
+from lookahead_jax.prefilling.pieces import reusable_chunks
+from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
-from lookahead_jax.prompts.read import read_prompt, read_prompt_in_pieces
+from lookahead_jax.prompts.read import has_pieces, read_prompt, read_prompt_in_pieces
 
 R = TypeVar("R")
 
@@ -57,6 +61,7 @@ class PromptReader:
         *,
         limits: Limits,
         store: PromptStore,
+        prefixes: PrefixStore,
         settings: EvictionSettings,
         decode_eviction: DecodeEviction | None,
     ):
@@ -64,8 +69,12 @@ class PromptReader:
         self._params = params
         self._limits = limits
         self._store = store
+        self._prefixes = prefixes
         self._settings = settings
         self._eviction = decode_eviction
+        entry = 2 * model.config.num_kv_heads * model.config.head_dim * model.config.num_layers
+        chunk_bytes = CHUNK * entry * params["embed"].dtype.itemsize
+        self._most_chunks = prefixes.limit // chunk_bytes if has_pieces(settings.policy) else 0
         width, room = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
         if decode_eviction is not None:
             room = decode_eviction.room(width, room, model.config)
@@ -124,9 +133,12 @@ class PromptReader:
                 tokens=[0] * (first + behind), document=first if behind else 0, max_new_tokens=1,
                 sampling=GREEDY, seed=0, eos_ids=(),
             )  # fmt: skip
-            pieces = self.read(request)
-            yield _result(pieces)[0]
+            yield _result(self.read(request))[0]
+            if self._most_chunks:
+                another = dataclasses.replace(request, tokens=[*request.tokens[:-1], 1])
+                _result(self.read(another))  # finds the first chunks
             self._store.clear()
+            self._prefixes.clear()
 
     def _read_behind_document(
         self, request: EncodedRequest
@@ -156,14 +168,28 @@ class PromptReader:
         prompt = pad_batch([tokens], config=self._model.config)
         # Always given, so that a request with pins compiles nothing.
         pinned = pin_mask([request.pin], prompt)
-        key = (np.asarray(tokens, np.int32).tobytes(), pinned.tobytes(), span, tuple(eos_ids))
+        root = (request.tenant, span)
+        key = (*root, np.asarray(tokens, np.int32).tobytes(), pinned.tobytes(), tuple(eos_ids))
         if (stored := self._store.get(key)) is not None:
             return stored, len(tokens)
-        pieces = self._pieces(jnp.asarray(prompt), jnp.asarray(pinned), known_tokens, eos_ids)
-        full = jax.block_until_ready((yield from pieces))
-        read = StoredPrompt(full.cache, full.logits, opening_sums(self._eviction, full))
-        self._store.put(key, read)
-        return read, 0
+        chunks = _chunks(tokens)[: self._most_chunks]
+        settings, config = self._settings, self._model.config
+        most = reusable_chunks(settings.policy, len(tokens), settings.budget, config)
+        known = self._prefixes.find(root, chunks[:most])
+        read = yield from read_prompt_in_pieces(
+            self._params, jnp.asarray(prompt), config=config, policy=settings.policy,
+            budget=settings.budget, new_tokens=0, known_tokens=known_tokens,
+            modules=settings.modules, eos_ids=_padded(eos_ids),
+            with_scores=self._eviction is not None and self._eviction.adds_up,
+            repeat_template=repeat_template(settings.policy, self._model.tokenizer),
+            cache_dtype=settings.cache_dtype, pinned=jnp.asarray(pinned),
+            known=known, returned=len(chunks),
+        )  # fmt: skip
+        full = jax.block_until_ready(read.prefilled)
+        self._prefixes.put(root, chunks, read.chunks)
+        result = StoredPrompt(full.cache, full.logits, opening_sums(self._eviction, full))
+        self._store.put(key, result)
+        return result, len(known) * CHUNK
 
     def _pinned_while_decoding(self, request: EncodedRequest) -> jax.Array | None:
         if not self.pins:
@@ -173,19 +199,6 @@ class PromptReader:
             pinned[0, start:end] = True
         return jnp.asarray(pinned)
 
-    def _pieces(
-        self, tokens: jax.Array, pinned: jax.Array, known_tokens: int, eos_ids: Sequence[int]
-    ) -> Generator[None, None, Prefilled]:
-        settings = self._settings
-        return read_prompt_in_pieces(
-            self._params, tokens, config=self._model.config, policy=settings.policy,
-            budget=settings.budget, new_tokens=0, known_tokens=known_tokens,
-            modules=settings.modules, eos_ids=_padded(eos_ids),
-            with_scores=self._eviction is not None and self._eviction.adds_up,
-            repeat_template=repeat_template(settings.policy, self._model.tokenizer),
-            cache_dtype=settings.cache_dtype, pinned=pinned,
-        )  # fmt: skip
-
 
 def _result(pieces: Generator[None, None, R]) -> R:
     """What a generator returns."""
@@ -194,6 +207,14 @@ def _result(pieces: Generator[None, None, R]) -> R:
             next(pieces)
         except StopIteration as end:
             return end.value
+
+
+def _chunks(tokens: Sequence[int]) -> list[bytes]:
+    """The tokens of each chunk that is full, of a prompt that has several."""
+    if bucket_length(len(tokens)) == CHUNK:
+        return []
+    whole = np.asarray(tokens, np.int32)[: len(tokens) // CHUNK * CHUNK]
+    return [chunk.tobytes() for chunk in whole.reshape(-1, CHUNK)]
 
 
 def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:

@@ -17,6 +17,18 @@ class StoredPrompt(NamedTuple):
     sums: jax.Array | None  # [L, 1, K, S] float32, see decoding.eviction.opening_sums
 
 
+class StoreUse(NamedTuple):
+    """What a store holds, and what it was asked for."""
+
+    bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+    def counted(self, hits: int, misses: int) -> "StoreUse":
+        """With so many more."""
+        return self._replace(hits=self.hits + hits, misses=self.misses + misses)
+
+
 class PromptStore:
     """Prompts within a bound of bytes; the least recently used make room.
 
@@ -28,11 +40,12 @@ class PromptStore:
             raise ValueError(f"a prompt store cannot have {limit} bytes: give 0 or more")
         self._limit = limit
         self._prompts: OrderedDict[Hashable, StoredPrompt] = OrderedDict()
-        self.bytes = 0
+        self.use = StoreUse()
 
     def get(self, key: Hashable) -> StoredPrompt | None:
         """The prompt stored under `key`, or None."""
         prompt = self._prompts.get(key)
+        self.use = self.use.counted(int(prompt is not None), int(prompt is None))
         if prompt is not None:
             self._prompts.move_to_end(key)
         return prompt
@@ -43,15 +56,16 @@ class PromptStore:
         if size > self._limit or key in self._prompts:
             return
         self._prompts[key] = prompt
-        self.bytes += size
-        while self.bytes > self._limit:
+        total = self.use.bytes + size
+        while total > self._limit:
             _, oldest = self._prompts.popitem(last=False)
-            self.bytes -= _size(oldest)
+            total -= _size(oldest)
+        self.use = self.use._replace(bytes=total)
 
     def clear(self) -> None:
         """Removes all prompts."""
         self._prompts.clear()
-        self.bytes = 0
+        self.use = self.use._replace(bytes=0)
 
 
 def _size(prompt: StoredPrompt) -> int:

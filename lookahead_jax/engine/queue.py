@@ -1,6 +1,7 @@
 """The requests of an engine that several threads share: waiting, running and cancelled ones."""
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 from lookahead_jax.engine.requests import ActiveRequest
@@ -49,10 +50,19 @@ class RequestQueue:
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._alive), timeout)
 
-    def take(self) -> ActiveRequest | None:
-        """Removes the request that has waited longest from the queue; None if none waits."""
+    def take(self, running: Sequence[str], rows: int) -> ActiveRequest | None:
+        """Removes the next request from the queue; None if none waits.
+
+        It is the one that has waited longest of the tenants that hold less than their share of the
+        `rows`, or of all if each holds its share. `running` are the tenants of the rows in use.
+        """
         with self._changed:
-            return self._waiting.pop(next(iter(self._waiting))) if self._waiting else None
+            tenants = {request.encoded.tenant for request in self._alive.values()}
+            share = rows / max(len(tenants), 1)
+            held = Counter(running)
+            below = (id for id, r in self._waiting.items() if held[r.encoded.tenant] + 1 <= share)
+            id = next(below, next(iter(self._waiting), None))
+            return None if id is None else self._waiting.pop(id)
 
     def take_cancelled(self) -> list[ActiveRequest]:
         """Returns the requests marked by `cancel`; those that wait leave the queue."""

@@ -32,6 +32,9 @@ class Request:
     pin: Sequence[tuple[int, int]] = ()
     """Spans (start, end) of the document's tokens, or without one of the prompt's, that are kept
     whatever their score, in every layer and head and while decoding. They count in the budget."""
+    tenant: str = ""
+    """Whose request it is. Stored prompts of one tenant never serve another, and while several have
+    requests, none holds more than its share of the rows as long as another waits."""
     plain: bool = False
     """Encode control tokens that the texts spell ("<|im_end|>") as ordinary characters."""
     sampling: Sampling = GREEDY
@@ -151,6 +154,7 @@ class EncodedRequest:
     eos_ids: tuple[int, ...]
     logprobs: int | None = None
     pin: tuple[tuple[int, int], ...] = ()  # spans of the document's tokens, or of the prompt's
+    tenant: str = ""
 
     @property
     def cut(self) -> list[int]:

@@ -5,7 +5,7 @@ one layer, or one layer of a prompt that is one chunk. The operations are those 
 are the results.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +73,20 @@ class _Settings(NamedTuple):
         return Scorer(self.cut.policy, opened.prompt, self.config, opened.pinned)
 
 
+class ChunkEntries(NamedTuple):
+    """Keys and values of one chunk of a prompt in all layers, before any cut."""
+
+    k: jax.Array  # [L, B, K, C, H]
+    v: jax.Array  # [L, B, K, C, H]
+
+
+class InPieces(NamedTuple):
+    """A prompt that has been read in pieces."""
+
+    prefilled: Prefilled
+    chunks: tuple[ChunkEntries, ...]  # of those asked for, the ones that were read now
+
+
 class _CutLayer(NamedTuple):
     """A layer that has been read, and what is kept of it."""
 
@@ -102,31 +116,42 @@ def prefill_in_pieces(
     pinned: jax.Array | None = None,
     cache_dtype: str | None = None,
     chunk: int = CHUNK,
-) -> Generator[None, None, Prefilled]:
+    known: Sequence[ChunkEntries] = (),
+    returned: int = 0,
+) -> Generator[None, None, InPieces]:
     """`prefill`, with the same arguments and errors, as a generator that returns its result.
 
     It yields after each piece, once the device has computed it. It runs on the host and not under
     jit. All layers share their programs. Of stacked weights, it copies one layer at a time, which
     is not needed for `params.unstack`. The observer is dense (`SparsePattern` is not used).
+
+    `known` are the first chunks of the prompt, from an earlier reading of the same tokens with the
+    same RoPE factors: they are not read again (`reusable_chunks` says how many may be given).
+    `returned` asks for the entries of the first chunks, as many as it says; those that are known
+    are not returned again. The full keys and values of these chunks then exist in all layers.
     """
     limit, slots = static_slots(policy, tokens.shape[1], budget, slots, config)
     cut = Cut(policy, budget, limit, slots, cache_type(cache_dtype))
     settings = _Settings(config, cut, with_scores)
-    known = jnp.asarray(known_tokens, jnp.int32)
     opened, carry, budgets = _open(
-        params["embed"], tokens, known, observer, pinned, settings=settings, chunk=chunk
-    )
+        params["embed"], tokens, jnp.asarray(known_tokens, jnp.int32), observer, pinned,
+        settings=settings, chunk=chunk,
+    )  # fmt: skip
     whole = opened.prompt.chunk == carry.x.shape[1]
     chunks = int(opened.prompt.chunks)
     lora = None if opened.observer is None else opened.observer.block.lora
     parts: list[tuple[LayerEntries, jax.Array | None]] = []
+    fresh: list[list[Buffers]] = [[] for _ in range(len(known), returned)]
     for i in range(config.num_layers):
         inputs = _layer_inputs(params["layers"], lora, budgets, i, config)
         if whole:
             cut_layer = _read_layer(inputs, carry, opened, settings=settings)
         else:
             read, queries = _open_layer(inputs, carry.x, carry.buffers, opened, settings=settings)
-            for c in range(chunks):
+            for c, entries in enumerate(known):
+                k, v = _place((read.k, read.v), entries, i, c)
+                read = read._replace(k=k, v=v)
+            for c in range(len(known), chunks):
                 read = _read_chunk(
                     inputs, jnp.asarray(c, jnp.int32), read, opened, settings=settings
                 )
@@ -136,10 +161,26 @@ def prefill_in_pieces(
                 inputs, read, carry.rows, (queries, stats), opened, settings=settings
             )
         carry = cut_layer.carry
+        for c, layers in enumerate(fresh, len(known)):
+            layers.append(_chunk_of(carry.buffers, c, size=opened.prompt.chunk))
         parts.append((cut_layer.entries, cut_layer.scores))
         yield _computed(parts[-1])
     ends = {name: params[name] for name in params if name != "layers"}
-    return _close(ends, carry.x, opened, tuple(parts), tokens.shape[1], settings=settings)
+    return InPieces(
+        _close(ends, carry.x, opened, tuple(parts), tokens.shape[1], settings=settings),
+        tuple(ChunkEntries(*_stacked(layers)) for layers in fresh),
+    )
+
+
+def reusable_chunks(policy: Policy, length: int, budget: int, config: ModelConfig) -> int:
+    """How many first chunks of a prompt of `length` tokens need not be read again, at most.
+
+    None for policies that gather statistics over all chunks. The last token is read in any case,
+    and so are the tokens that observe.
+    """
+    if policy.init_stats(1, CHUNK, config) is not None:
+        return 0
+    return max(0, length - max(1, policy.window_rows(budget))) // CHUNK
 
 
 def _computed(piece: Any) -> None:
@@ -158,6 +199,31 @@ def _layer_inputs(
 @program()
 def _slice(stacks: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda a: a[i], stacks)
+
+
+@program(donate_argnames=("buffers",))
+def _place(
+    buffers: Buffers, entries: ChunkEntries, i: int | jax.Array, c: int | jax.Array
+) -> Buffers:
+    """Puts chunk `c` of layer `i` into the layer's buffers."""
+    start = c * entries.k.shape[-2]
+    k, v = (
+        jax.lax.dynamic_update_slice_in_dim(buffer, stack[i], start, 2)
+        for buffer, stack in zip(buffers, entries, strict=True)
+    )
+    return k, v
+
+
+@program(static_argnames=("size",))
+def _chunk_of(buffers: Buffers, c: int | jax.Array, *, size: int) -> Buffers:
+    """Keys and values of chunk `c` in a layer's buffers."""
+    k, v = (jax.lax.dynamic_slice_in_dim(buffer, c * size, size, 2) for buffer in buffers)
+    return k, v
+
+
+@program()
+def _stacked(layers: list[Buffers]) -> Buffers:
+    return jax.tree.map(lambda *each: jnp.stack(each), *layers)
 
 
 @program(static_argnames=("settings", "chunk"))

@@ -26,7 +26,7 @@ from lookahead_jax.policies.base import (
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import check_pinned, slots_for
-from lookahead_jax.prefilling.pieces import prefill_in_pieces
+from lookahead_jax.prefilling.pieces import ChunkEntries, InPieces, prefill_in_pieces
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
 
@@ -110,27 +110,37 @@ def read_prompt_in_pieces(
     known_tokens: int | jax.Array = 0,
     pinned: jax.Array | None = None,
     cache_dtype: str | None = None,
-) -> Generator[None, None, Prefilled]:
+    known: Sequence[ChunkEntries] = (),
+    returned: int = 0,
+) -> Generator[None, None, InPieces]:
     """`read_prompt` as a generator, which yields between pieces of the prompt (prefilling/pieces).
 
-    Policies that read the prompt once, without a draft from outside, are read in pieces. Others are
-    one piece: what they decode or replay is not divided.
+    Policies that read the prompt once, without a draft from outside, are read in pieces; `known`
+    and `returned` are those of `prefill_in_pieces`. Others are one piece, because what they decode
+    or replay is not divided: they have no chunks (`has_pieces`).
     """
     check_pinned(pinned, policy=policy, budget=budget)
-    if not isinstance(policy.reading, OnePass | WithModules | WithLookup):
-        return read_prompt(
+    if not has_pieces(policy):
+        read = read_prompt(
             params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
             modules=modules, eos_ids=eos_ids, with_scores=with_scores,
             repeat_template=repeat_template, known_tokens=known_tokens, pinned=pinned,
             cache_dtype=cache_dtype,
         )  # fmt: skip
+        return InPieces(read, ())
     inputs = _Inputs(
         params=params, tokens=tokens, config=config, policy=policy, budget=budget,
         known_tokens=known_tokens, room=new_tokens, with_scores=with_scores, pinned=pinned,
         cache_dtype=cache_dtype,
     )  # fmt: skip
     settings = _once(inputs, _observer(inputs, modules, None))
-    return (yield from prefill_in_pieces(params, tokens, **settings))
+    pieces = prefill_in_pieces(params, tokens, **settings, known=known, returned=returned)
+    return (yield from pieces)
+
+
+def has_pieces(policy: Policy) -> bool:
+    """Whether prompts are read in pieces: once, without a draft from outside."""
+    return isinstance(policy.reading, OnePass | WithModules | WithLookup)
 
 
 def _once(inputs: _Inputs, observer: Block | None) -> dict[str, Any]:

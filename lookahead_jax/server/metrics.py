@@ -43,7 +43,24 @@ class Metrics:
                 "Continuations that have a row.",
                 lambda: max(engine.alive - engine.waiting, 0),
             ),
-            "prompt_store_bytes": ("Bytes of stored prompts.", lambda: engine.stored_bytes),
+            "prompt_store_bytes": ("Bytes of stored prompts.", lambda: engine.prompt_store.bytes),
+            "prompt_store_hits": (
+                "Prompts that were stored when they were asked for.",
+                lambda: engine.prompt_store.hits,
+            ),
+            "prompt_store_misses": (
+                "Prompts that were not.",
+                lambda: engine.prompt_store.misses,
+            ),
+            "prefix_store_bytes": (
+                "Bytes of stored chunks of prompts.",
+                lambda: engine.prefix_store.bytes,
+            ),
+            "prefix_store_hits": (
+                "Chunks that were stored when they were asked for.",
+                lambda: engine.prefix_store.hits,
+            ),
+            "prefix_store_misses": ("Chunks that were not.", lambda: engine.prefix_store.misses),
         }
         for name, (text, read) in gauges.items():
             Gauge(f"lookahead_{name}", text, registry=self._registry).set_function(read)
