@@ -8,7 +8,7 @@ from lookahead_jax.model.params import unstack
 from lookahead_jax.modules.definition import observer_block
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prefilling import batching
-from lookahead_jax.prefilling.pieces import prefill_in_pieces
+from lookahead_jax.prefilling.pieces import prefill_in_pieces, reusable_chunks
 from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.prompts.read import read_prompt, read_prompt_in_pieces
 from tests import tiny
@@ -72,10 +72,49 @@ def test_pieces_equal_prefill(name, chunk, form, cache_dtype):
     expected = prefill(params, tokens, **settings)
     form = params if form == "stacked" else unstack(params)
     read, count = run(prefill_in_pieces(form, tokens, **settings))
-    assert_equal(read, expected)
+    assert_equal(read.prefilled, expected)
     # Chunks that hold no token are no pieces: 70 tokens are five chunks of 16.
     chunks = -(-max(LENGTHS) // chunk)
     assert count == RICH.num_layers * (1 if chunks == 1 else chunks + 1)
+
+
+def test_chunks_of_an_earlier_reading_are_taken_over():
+    params, policy = weights(RICH), make_policy("snapkv", window=8)
+    first, second = (tiny.batch(lengths, RICH) for lengths in ((70, 61), (68, 64)))
+    second = second.at[:, :32].set(first[:, :32])
+    settings = dict(
+        config=RICH,
+        policy=policy,
+        budget=BUDGET,
+        chunk=16,
+        slots=batching.slots_for(policy, first.shape[1], BUDGET, 8, config=RICH),
+    )
+    earlier, _ = run(prefill_in_pieces(params, first, **settings, returned=2))
+    expected = prefill(params, second, **settings)
+    read, count = run(
+        prefill_in_pieces(params, second, **settings, known=earlier.chunks, returned=3)
+    )
+    assert_equal(read.prefilled, expected)
+    assert count == RICH.num_layers * (3 + 1)  # of five chunks
+    whole, _ = run(prefill_in_pieces(params, second, **settings, returned=3))
+    assert (len(earlier.chunks), len(read.chunks), len(whole.chunks)) == (2, 1, 3)
+    for one, other in zip([*earlier.chunks, *read.chunks], whole.chunks, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * np.abs(b).max())
+
+
+def test_the_last_token_and_what_observes_are_read_in_any_case():
+    model = tiny.config()
+    for name, length, chunks in (
+        ("snapkv", 1024, 1),
+        ("snapkv", 1032, 2),
+        ("full", 1024, 1),
+        ("full", 1025, 2),
+        ("snapkv", 5, 0),
+        ("h2o", 2000, 0),  # adds up what all tokens attend to
+    ):
+        policy = make_policy(name, **({"window": 8} if name == "snapkv" else {}))
+        assert reusable_chunks(policy, length, 64, model) == chunks
 
 
 @pytest.mark.parametrize("name", ["lookaheadkv", "laq", "snapkv"])
@@ -92,7 +131,7 @@ def test_any_policy_is_read_as_read_prompt_reads_it(name):
     )
     expected = read_prompt(params, tokens, **settings)
     read, count = run(read_prompt_in_pieces(params, tokens, **settings))
-    assert_equal(read, expected)
+    assert_equal(read.prefilled, expected)
     assert count == (0 if name == "laq" else model.num_layers)
 
 

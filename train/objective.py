@@ -168,16 +168,16 @@ class _Base:
 
     def advance(self, p: Params, rows: _Rows, kind: LayerKind) -> tuple[_Rows, Context, Queries]:
         """One layer: the next rows, the prompt's keys and values, the response's queries."""
-        x, buffers, _ = prompt_layer(
+        read = prompt_layer(
             p, rows.prompt, rows.buffers, self.prompt, kind, policy=None, config=self.config
         )
         # No slot bounds: a sweep with traced bounds could not be differentiated.
-        context = Context(*buffers, self.prompt.positions[:, None])
+        context = Context(*read.buffers, self.prompt.positions[:, None])
         response, queries = observe_layer(
             p, rows.response, self.response, self.rope, kind,
             context=context, lora=None, config=self.config,
         )  # fmt: skip
-        return _Rows(x, buffers, response), context, queries
+        return _Rows(read.x, read.buffers, response), context, queries
 
 
 class _Observers:

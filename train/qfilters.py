@@ -87,8 +87,8 @@ def query_sums(params: Params, tokens: jax.Array, *, config: ModelConfig) -> Que
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        x, buffers, sums = prompt_layer(p, x, buffers, prompt, kind, policy=policy, config=config)
-        return (x, buffers), sums
+        read = prompt_layer(p, x, buffers, prompt, kind, policy=policy, config=config)
+        return (read.x, read.buffers), read.stats
 
     carry = (x, layer_buffers(prompt, x.dtype, config))
     return scan_layers(step, carry, params["layers"], None, layer_kinds(config))[1]

@@ -48,8 +48,8 @@ def _finite_outputs(params: Params, tokens: Int[Array, "B T"], *, config: ModelC
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        x, k, v, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
-        return (x, (k, v)), finite(x)
+        read = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
+        return (read.x, read.buffers), finite(read.x)
 
     carry = (x, layer_buffers(prompt, x.dtype, config))
     (x, _), layers = scan_layers(step, carry, params["layers"], None, layer_kinds(config))

@@ -104,6 +104,11 @@ class ReadChunks(NamedTuple):
     v: jax.Array  # [B, K, T, H]
     stats: Stats
 
+    @property
+    def buffers(self) -> Buffers:
+        """The layer's keys and values."""
+        return self.k, self.v
+
 
 def unread_layer(
     x: jax.Array, buffers: Buffers, *, policy: Policy | None, config: ModelConfig
@@ -262,8 +267,8 @@ def hidden_states(
     def step(carry, inputs):
         p, _, kind = inputs
         x, buffers = carry
-        x, k, v, _ = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
-        return (x, (k, v)), None
+        read = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
+        return (read.x, read.buffers), None
 
     carry = (x, layer_buffers(prompt, x.dtype, config))
     (x, _), _ = scan_layers(step, carry, params["layers"], None, layer_kinds(config))

@@ -95,7 +95,7 @@ def score_alone(
     read: ReadChunks, queries: Queries | None, layer: Layer, *, scorer: Scorer
 ) -> ScoredLayer:
     """Scores a layer, all chunks of which have been read, by its window's `queries`."""
-    return scorer.score(layer, Carry(read.x, (read.k, read.v), None), queries, read.stats)
+    return scorer.score(layer, Carry(read.x, read.buffers, None), queries, read.stats)
 
 
 def observer_beside_prompt(
@@ -121,10 +121,9 @@ def score_behind(
     read: ReadChunks, rows: Any, layer: Layer, *, scorer: Scorer, observer: Observer
 ) -> ScoredLayer:
     """Reads the observer's `rows` [B, M, D] after all chunks of a layer, and scores the layer."""
-    buffers = read.k, read.v
-    context = scorer.prompt.context(buffers)
+    context = scorer.prompt.context(read.buffers)
     rows, queries = _observe(layer, rows, observer, context, scorer.config)
-    return scorer.score(layer, Carry(read.x, buffers, rows), queries, read.stats)
+    return scorer.score(layer, Carry(read.x, read.buffers, rows), queries, read.stats)
 
 
 def sparse_prompt(

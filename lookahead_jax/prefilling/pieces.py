@@ -149,7 +149,7 @@ def prefill_in_pieces(
         else:
             read, queries = _open_layer(inputs, carry.x, carry.buffers, opened, settings=settings)
             for c, entries in enumerate(known):
-                k, v = _place((read.k, read.v), entries, i, c)
+                k, v = _place(read.buffers, entries, i, c)
                 read = read._replace(k=k, v=v)
             for c in range(len(known), chunks):
                 read = _read_chunk(

@@ -145,7 +145,7 @@ def plain_kv(params: Params, tokens: Int[Array, "B T"], *, config: ModelConfig) 
         inner = optional_norm(p, "attn_norm", x, config=config)
         k, v = (linear(p, name, inner).reshape(*x.shape[:2], -1)[:, :width] for name in "kv")
         read = prompt_layer(p, x, buffers, prompt, kind, policy=None, config=config)
-        return (read.x, (read.k, read.v)), PlainKV(k, v)
+        return (read.x, read.buffers), PlainKV(k, v)
 
     carry = (x, layer_buffers(prompt, x.dtype, config))
     return scan_layers(step, carry, params["layers"], None, layer_kinds(config))[1]
