@@ -66,13 +66,15 @@ def running(
     *,
     key: str | None = None,
     allow_special_tokens: bool = False,
+    with_page: bool = True,
     **limits: float,
 ) -> Iterator[Running]:
     """Serves `engine` until the block ends; fails if the server does not end by itself."""
     service = Service(engine, ServerLimits(**limits))
     server = Server(
-        service, model, name=NAME, api_key=key, allow_special_tokens=allow_special_tokens
-    )
+        service, model, name=NAME, api_key=key, allow_special_tokens=allow_special_tokens,
+        with_page=with_page,
+    )  # fmt: skip
     with bind("127.0.0.1", 0, has_key=True) as socket:
         thread = threading.Thread(target=lambda: server.run(sockets=[socket]), daemon=True)
         thread.start()

@@ -55,6 +55,8 @@ class Serve:
     allow_special_tokens: bool = False
     """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
+    no_page: bool = False
+    """Serve no chat page at /."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -95,14 +97,15 @@ def main(config: Serve) -> None:
         service = Service(engine, config.limits)
         server = Server(
             service, model, name=name, api_key=key,
-            allow_special_tokens=config.allow_special_tokens,
+            allow_special_tokens=config.allow_special_tokens, with_page=not config.no_page,
         )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up()
         host, port = socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         socket.listen()  # connections wait in the backlog until the server runs
-        _say(f"serving {name} at http://{host}:{port}/v1")
+        page = "" if config.no_page else f", with a chat page at http://{host}:{port}/"
+        _say(f"serving {name} at http://{host}:{port}/v1{page}")
         server.run(sockets=[socket])
     _say("stopped")
 

@@ -18,19 +18,26 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.server.endpoint import Endpoint, check_model, tokenizer_of
 from lookahead_jax.server.errors import Refused
+from lookahead_jax.server.page import page
 from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Service
 from lookahead_jax.server.tokenizing import Tokenizing
 
 
 def make_app(
-    service: Service, model: Model, *, name: str, api_key: str | None, allow_special_tokens: bool
+    service: Service,
+    model: Model,
+    *,
+    name: str,
+    api_key: str | None,
+    allow_special_tokens: bool,
+    with_page: bool,
 ) -> ASGIApp:
     """The whole server: OpenAI's endpoints for one model, /tokenize, /health, /ready and /metrics.
 
-    With `api_key`, everything but /health and /ready requires it. `allow_special_tokens` lets
-    control tokens that clients spell in texts act as such. The endpoints stand inside because they
-    share these arguments.
+    With `api_key`, everything but /health, /ready and the page requires it. `allow_special_tokens`
+    lets control tokens that clients spell in texts act as such; `with_page` adds the chat page at
+    /. The endpoints stand inside because they share these arguments.
     """
     limits = service.engine.limits
     entry = {
@@ -85,6 +92,7 @@ def make_app(
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
+        *([Route("/", page)] if with_page else []),
     ]
     handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
@@ -121,13 +129,14 @@ class _KeyCheck:
             self._service.metrics.responded(path, status)
 
     def _may_enter(self, scope: Scope) -> bool:
-        if self._key is None or scope["path"] in ("/health", "/ready"):
+        if self._key is None or scope["path"] in _OPEN:
             return True
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode(), self._key.encode())
         return same and kind.lower() == "bearer"
 
 
+_OPEN = ("/", "/health", "/ready")  # need no key
 _NO_KEY = Refused(
     401,
     "the key is missing or wrong; send it as Authorization: Bearer KEY",
