@@ -112,6 +112,7 @@ class Gate:
     def __init__(self, engine: Engine, monkeypatch):
         self._permits, self._made = threading.Semaphore(0), threading.Semaphore(0)
         self._open = False
+        self._engine = engine
         step = engine.step
 
         def gated():
@@ -139,6 +140,11 @@ class Gate:
         self._permits.release(steps)
         for _ in range(steps):
             assert self._made.acquire(timeout=30)
+
+    def allow_until_a_row_runs(self) -> None:
+        """As many as it takes to read the prompt of a waiting request."""
+        while not any(self._engine._rows):
+            self.allow(1)
 
     def open(self) -> None:
         """From now on the engine is free."""

@@ -138,7 +138,7 @@ def test_stop_and_errors_in_a_browser(model, engine, tab, monkeypatch):
         with Gate.before(engine, monkeypatch) as gate:
             tab.type("abc")
             tab.press("Enter")
-            gate.allow(2)
+            gate.allow_until_a_row_runs()
             tab.until("document.querySelectorAll('article')[1].children[1].textContent !== ''")
             assert visible(tab, "stop")
             assert not visible(tab, "send")

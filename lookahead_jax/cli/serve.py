@@ -55,6 +55,8 @@ class Serve:
     allow_special_tokens: bool = False
     """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
+    no_request_log: bool = False
+    """Write no line of JSON to stderr for every request."""
     no_page: bool = False
     """Serve no chat page at /."""
     limits: ServerLimits = field(default_factory=ServerLimits)
@@ -62,6 +64,7 @@ class Serve:
 
 def main(config: Serve) -> None:
     try:
+        from lookahead_jax.server.request_log import log_requests
         from lookahead_jax.server.run import Server, bind
         from lookahead_jax.server.service import Service
     except ImportError as error:
@@ -94,6 +97,8 @@ def main(config: Serve) -> None:
             prompt_store_bytes=config.prompt_store_mb * 10**6,
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name
+        if not config.no_request_log:
+            log_requests()
         service = Service(engine, config.limits)
         server = Server(
             service, model, name=name, api_key=key,

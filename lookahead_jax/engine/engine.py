@@ -177,6 +177,11 @@ class Engine:
         return self._queue.alive
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches of all rows, which are allocated once."""
+        return self._batch.cache_bytes
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of the prompts in the store."""
         return self._store.bytes
