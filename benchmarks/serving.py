@@ -45,7 +45,7 @@ def serving(rows: int, prompt: int, new: int, budget: int) -> Iterator[tuple[str
     """Runs a server; its address and process id."""
     command = [sys.executable, "-m", "lookahead_jax", "serve", "--port", "0", "--rows", str(rows)]
     command += ["--max-tokens", str(new), "--max-prompt-tokens", str(prompt)]
-    command += ["--budget", str(budget), "--prompt-store-mb", "0"]
+    command += ["--budget", str(budget), "--prompt-store-mb", "0", "--no-request-log"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             lines = []

@@ -66,13 +66,15 @@ def running(
     *,
     key: str | None = None,
     allow_special_tokens: bool = False,
+    with_page: bool = True,
     **limits: float,
 ) -> Iterator[Running]:
     """Serves `engine` until the block ends; fails if the server does not end by itself."""
     service = Service(engine, ServerLimits(**limits))
     server = Server(
-        service, model, name=NAME, api_key=key, allow_special_tokens=allow_special_tokens
-    )
+        service, model, name=NAME, api_key=key, allow_special_tokens=allow_special_tokens,
+        with_page=with_page,
+    )  # fmt: skip
     with bind("127.0.0.1", 0, has_key=True) as socket:
         thread = threading.Thread(target=lambda: server.run(sockets=[socket]), daemon=True)
         thread.start()
@@ -110,6 +112,7 @@ class Gate:
     def __init__(self, engine: Engine, monkeypatch):
         self._permits, self._made = threading.Semaphore(0), threading.Semaphore(0)
         self._open = False
+        self._engine = engine
         step = engine.step
 
         def gated():
@@ -137,6 +140,11 @@ class Gate:
         self._permits.release(steps)
         for _ in range(steps):
             assert self._made.acquire(timeout=30)
+
+    def allow_until_a_row_runs(self) -> None:
+        """As many as it takes to read the prompt of a waiting request."""
+        while not any(self._engine._rows):
+            self.allow(1)
 
     def open(self) -> None:
         """From now on the engine is free."""

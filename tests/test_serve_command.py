@@ -72,9 +72,9 @@ def test_misuse_is_one_line(args, message, tmp_path, monkeypatch, capsys):
     assert out.count("\n") == 1
 
 
-@pytest.mark.parametrize(("options", "allowed"), [([], False), (["--allow-special-tokens"], True)])
-def test_options_reach_the_server(options, allowed, tmp_path, monkeypatch, capsys):
-    given = {}
+@pytest.mark.parametrize("given_flags", [False, True])
+def test_options_reach_the_server(given_flags, tmp_path, monkeypatch, capsys):
+    given, logging = {}, []
 
     def server(service, model, **keywords):
         given.update(keywords, limits=service.limits)
@@ -82,12 +82,17 @@ def test_options_reach_the_server(options, allowed, tmp_path, monkeypatch, capsy
 
     tiny.save_bytes_model(tmp_path, num_hidden_layers=1)
     monkeypatch.setattr("lookahead_jax.server.run.Server", server)
-    options = [*options, "--max-connections", "7", "--idle-seconds", "2.5", "--port", "0"]
+    log = "lookahead_jax.server.request_log.log_requests"
+    monkeypatch.setattr(log, lambda: logging.append("requests"))
+    options = ["--allow-special-tokens", "--no-page", "--no-request-log"] if given_flags else []
+    options += ["--max-connections", "7", "--idle-seconds", "2.5", "--port", "0"]
     policy = ["--policy", "snapkv", "--policy-arg", "window=4"]
     sizes = ["--budget", "12", "--max-tokens", "8", "--rows", "2"]
     assert main(["serve", "--model", str(tmp_path), *policy, *sizes, *options]) == 1
     assert "enough" in capsys.readouterr().err
-    assert given["allow_special_tokens"] == allowed
+    assert given["allow_special_tokens"] == given_flags
+    assert given["with_page"] != given_flags
+    assert logging == ([] if given_flags else ["requests"])
     assert (given["limits"].max_connections, given["limits"].idle_seconds) == (7, 2.5)
 
 

@@ -114,6 +114,8 @@ def test_answers_are_those_of_generate_whatever_else_is_in_the_batch(model, serv
         assert answer.usage.prompt_tokens == expected.prompt_tokens[0]
         assert answer.usage.completion_tokens == len(expected.tokens[0])
         assert answer.usage.total_tokens == len(prompt) + NEW
+        kept = min(len(prompt), BUDGET)
+        assert answer.usage.lookahead == {"kept_entries": kept, "steps": NEW - 1}
     assert len({answer.id for answer in answers}) == len(answers)
 
 
@@ -133,6 +135,7 @@ def test_a_stream_adds_up_to_the_answer(server):
     assert counts.choices == []
     assert counts.usage.completion_tokens == whole.usage.completion_tokens == 2 * NEW
     assert counts.usage.prompt_tokens == whole.usage.prompt_tokens == len("stream me")
+    assert counts.usage.lookahead == whole.usage.lookahead
     for choice in whole.choices:
         mine = [c for chunk in pieces for c in chunk.choices if c.index == choice.index]
         assert "".join(c.text for c in mine) == choice.text
@@ -446,7 +449,8 @@ def test_bodies_that_are_no_json_or_too_large(server, body, headers, status):
     [
         ("GET", "/v1/completions", 405),
         ("POST", "/v1/models", 405),
-        ("GET", "/", 404),
+        ("GET", "/favicon.ico", 404),
+        ("POST", "/", 405),
         ("GET", "/v1/models/x", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/tokenize", 405),

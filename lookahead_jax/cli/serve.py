@@ -58,11 +58,16 @@ class Serve:
     allow_special_tokens: bool = False
     """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
+    no_request_log: bool = False
+    """Write no line of JSON to stderr for every request."""
+    no_page: bool = False
+    """Serve no chat page at /."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
 def main(config: Serve) -> None:
     try:
+        from lookahead_jax.server.request_log import log_requests
         from lookahead_jax.server.run import Server, bind
         from lookahead_jax.server.service import Service
     except ImportError as error:
@@ -96,17 +101,20 @@ def main(config: Serve) -> None:
             prefix_store_bytes=config.prefix_store_mb * 10**6,
         )
         name = "embedded" if config.source.model is None else config.source.model.resolve().name
+        if not config.no_request_log:
+            log_requests()
         service = Service(engine, config.limits)
         server = Server(
             service, model, name=name, api_key=key,
-            allow_special_tokens=config.allow_special_tokens,
+            allow_special_tokens=config.allow_special_tokens, with_page=not config.no_page,
         )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up()
         host, port = socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         socket.listen()  # connections wait in the backlog until the server runs
-        _say(f"serving {name} at http://{host}:{port}/v1")
+        page = "" if config.no_page else f", with a chat page at http://{host}:{port}/"
+        _say(f"serving {name} at http://{host}:{port}/v1{page}")
         server.run(sockets=[socket])
     _say("stopped")
 

@@ -169,6 +169,11 @@ class RunningBatch:
         self._halted: set[int] = set()
         self.clear()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the rows' caches."""
+        return self._state.cache.bytes
+
     def clear(self) -> None:
         """Empties every row, even where an error has left the state unusable."""
         self._halted.clear()

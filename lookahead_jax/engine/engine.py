@@ -193,6 +193,11 @@ class Engine:
         """Bytes of the chunks in the store, and how many of those asked for were there."""
         return self._prefixes.use
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches of all rows, which are allocated once."""
+        return self._batch.cache_bytes
+
     def submit(self, request: Request) -> int:
         """Queues a request; returns its number, which events and `cancel` use.
 

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Generator
 
+import numpy as np
+
 from lookahead_jax.engine.prompt_reader import PrefilledRequest
 from lookahead_jax.engine.requests import ActiveRequest
 
@@ -29,6 +31,7 @@ class Opening:
                 next(self._pieces)
             except StopIteration as end:
                 prefilled, self.request.reused_tokens = end.value
+                self.request.kept_entries = float(np.asarray(prefilled.cache.length).mean())
                 return prefilled
             now = time.perf_counter()
             if 2 * now - before - begin > seconds:

@@ -73,6 +73,7 @@ class Result:
     error: str | None  # why, if finish is "error"
     prompt_tokens: int
     reused_tokens: int  # prompt tokens that an earlier request had read
+    kept_entries: float | None  # of the prompt, mean over layers and KV heads; None: not read
     steps: int  # model steps after the prompt; each emits one token or more
     timing: RequestTiming
 
@@ -225,6 +226,7 @@ class ActiveRequest:
         self.row: int | None = None
         self.steps = 0
         self.reused_tokens = 0
+        self.kept_entries: float | None = None
         self._logprobs: Logprobs | None = None
         self._pieces: list[str] = []
         self._told = 0  # output tokens that were in an event
@@ -291,6 +293,7 @@ class ActiveRequest:
             error=error,
             prompt_tokens=len(self.encoded.tokens),
             reused_tokens=self.reused_tokens,
+            kept_entries=self.kept_entries,
             steps=self.steps,
             timing=RequestTiming(
                 started_s=self._started, first_token_s=self._first, ended_s=self._elapsed()

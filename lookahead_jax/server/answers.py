@@ -104,9 +104,11 @@ def usage(results: Sequence[Result], choices: int) -> dict[str, Any]:
     prompts = sum(result.prompt_tokens for result in results[::choices])
     generated = sum(len(result.tokens) for result in results)
     reused = sum(result.reused_tokens for result in results[::choices])
+    kept = sum(result.kept_entries or 0.0 for result in results[::choices])
     return {
         "prompt_tokens": prompts,
         "completion_tokens": generated,
         "total_tokens": prompts + generated,
         "prompt_tokens_details": {"cached_tokens": reused},
+        "lookahead": {"kept_entries": round(kept, 1), "steps": sum(r.steps for r in results)},
     }

@@ -1,36 +1,43 @@
-"""The routes, the check of the key, and errors outside the endpoints."""
+"""The routes, and errors outside the endpoints."""
 
 import contextlib
-import hmac
 import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.server.endpoint import Endpoint, check_model, tokenizer_of
+from lookahead_jax.server.entrance import Entrance
 from lookahead_jax.server.errors import Refused
+from lookahead_jax.server.page import page
+from lookahead_jax.server.request_log import record_of
 from lookahead_jax.server.schema import ChatBody, CompletionBody
 from lookahead_jax.server.service import Service
 from lookahead_jax.server.tokenizing import Tokenizing
 
 
 def make_app(
-    service: Service, model: Model, *, name: str, api_key: str | None, allow_special_tokens: bool
+    service: Service,
+    model: Model,
+    *,
+    name: str,
+    api_key: str | None,
+    allow_special_tokens: bool,
+    with_page: bool,
 ) -> ASGIApp:
     """The whole server: OpenAI's endpoints for one model, /tokenize, /health, /ready and /metrics.
 
-    With `api_key`, everything but /health and /ready requires it. `allow_special_tokens` lets
-    control tokens that clients spell in texts act as such. The endpoints stand inside because they
-    share these arguments.
+    With `api_key`, everything but /health, /ready and the page requires it. `allow_special_tokens`
+    lets control tokens that clients spell in texts act as such; `with_page` adds the chat page at
+    /. The endpoints stand inside because they share these arguments.
     """
     limits = service.engine.limits
     entry = {
@@ -85,58 +92,16 @@ def make_app(
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
+        *([Route("/", page)] if with_page else []),
     ]
     handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    return _KeyCheck(app, service, {route.path for route in routes}, api_key)
-
-
-class _KeyCheck:
-    """Checks the key and counts the answers."""
-
-    def __init__(self, app: ASGIApp, service: Service, paths: set[str], key: str | None):
-        self._app = app
-        self._service = service
-        self._paths = paths
-        self._key = key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 499  # the client left before there was an answer
-
-        async def counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            app = self._app if self._may_enter(scope) else _NO_KEY.response()
-            await app(scope, receive, counted)
-        finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
-            self._service.metrics.responded(path, status)
-
-    def _may_enter(self, scope: Scope) -> bool:
-        if self._key is None or scope["path"] in ("/health", "/ready"):
-            return True
-        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(), self._key.encode())
-        return same and kind.lower() == "bearer"
-
-
-_NO_KEY = Refused(
-    401,
-    "the key is missing or wrong; send it as Authorization: Bearer KEY",
-    code="invalid_api_key",
-    headers={"WWW-Authenticate": "Bearer"},
-)
+    return Entrance(app, service.metrics, {route.path for route in routes}, api_key)
 
 
 async def _refused(request: HttpRequest, refused: Refused) -> Response:
+    record_of(request.scope).error = refused.code
     return refused.response()
 
 

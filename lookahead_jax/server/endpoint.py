@@ -14,6 +14,7 @@ from lookahead_jax.server.answers import Answer
 from lookahead_jax.server.call import Call
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.prompts import make_requests
+from lookahead_jax.server.request_log import RequestRecord, record_of
 from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody, parse_body
 from lookahead_jax.server.service import Service
 from lookahead_jax.server.wire import EventStream, discard_body, read_body, watch
@@ -38,6 +39,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream, unread, answer = EventStream(send), True, None
+        record = record_of(scope)
         try:
             with self._service.call() as call:
                 seconds = self._service.limits.request_seconds
@@ -47,14 +49,15 @@ class Endpoint:
                 leaving = asyncio.create_task(watch(receive, call))
                 try:
                     body = await asyncio.to_thread(parse_body, self._kind, content)
-                    answer = await self._answer(call, body, stream)
+                    answer = await self._answer(call, body, stream, record)
                 finally:
                     leaving.cancel()
         except Gone:
+            record.error = "client_left"
             return
         except Refused as refused:
             # A copy has no traceback, which would hold body and tokens until the client has read.
-            answer = refused.copy()
+            answer, record.error = refused.copy(), refused.code
         if isinstance(answer, Refused):
             if stream.begun:
                 await stream.fail(answer)
@@ -65,7 +68,9 @@ class Endpoint:
         if answer is not None:
             await answer(scope, receive, send)
 
-    async def _answer(self, call: Call, body: AnyBody, stream: EventStream) -> JSONResponse | None:
+    async def _answer(
+        self, call: Call, body: AnyBody, stream: EventStream, record: RequestRecord
+    ) -> JSONResponse | None:
         """The answer; None if it was sent as a stream."""
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
@@ -75,7 +80,9 @@ class Endpoint:
             counted=body.include_usage,
         )  # fmt: skip
         results: dict[int, Result] = {}
+        gaps = self._service.metrics.gaps()
         async for index, event in _events(call, count, self._service.limits.queue_seconds):
+            record.take(event, index // body.n)
             if event.result is not None:
                 results[index] = event.result
             if not body.stream:
@@ -83,6 +90,7 @@ class Endpoint:
             if not stream.begun:
                 await stream.put(*answer.begin(count))
             if event.text or (event.tokens and event.logprobs is not None):
+                gaps.piece(index)
                 await stream.put(answer.piece(index, event))
             if event.result is not None:
                 await stream.put(answer.end(index, event.result))

@@ -23,14 +23,14 @@ class Refused(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self._code = code
+        self.code = code
         self._param = param
         self._headers = headers
 
     def copy(self) -> "Refused":
         """An equal error. One that is raised twice would keep the frames of both tracebacks."""
         return Refused(
-            self.status, str(self), code=self._code, param=self._param, headers=self._headers
+            self.status, str(self), code=self.code, param=self._param, headers=self._headers
         )
 
     @property
@@ -42,7 +42,7 @@ class Refused(Exception):
                 "message": str(self),
                 "type": _TYPES.get(self.status, kind),
                 "param": self._param,
-                "code": self._code,
+                "code": self.code,
             }
         }
 

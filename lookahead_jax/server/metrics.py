@@ -1,5 +1,8 @@
 """Counts and times of a server, in Prometheus's text format."""
 
+import time
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from lookahead_jax.engine.engine import Engine
@@ -31,11 +34,23 @@ class Metrics:
         self._pause = self._seconds(
             "prompt_pause_seconds", "Time that running continuations waited for prompts per burst."
         )
-        self._prompts = Histogram(
-            "lookahead_prompts_between_bursts",
+        self._gap = self._seconds(
+            "stream_gap_seconds", "Time between two pieces of a streamed continuation."
+        )
+        self._prompts = self._histogram(
+            "prompts_between_bursts",
             "Prompts read between two bursts of running continuations.",
-            registry=self._registry,
-            buckets=(1, 2, 4, 8),
+            (1, 2, 4, 8),
+        )
+        self._accepted = self._histogram(
+            "tokens_per_step",
+            "Tokens per step of a continuation; above 1, drafts were accepted.",
+            (1, 1.25, 1.5, 2, 2.5, 3, 4, 6, 8),
+        )
+        self._evicted = self._histogram(
+            "evicted_share",
+            "Share of a prompt's entries that eviction dropped.",
+            (0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99),
         )
         gauges = {
             "waiting": ("Continuations that wait for a row.", lambda: engine.waiting),
@@ -61,6 +76,7 @@ class Metrics:
                 lambda: engine.prefix_store.hits,
             ),
             "prefix_store_misses": ("Chunks that were not.", lambda: engine.prefix_store.misses),
+            "cache_bytes": ("Bytes of the rows' caches.", lambda: engine.cache_bytes),
         }
         for name, (text, read) in gauges.items():
             Gauge(f"lookahead_{name}", text, registry=self._registry).set_function(read)
@@ -74,6 +90,10 @@ class Metrics:
         self._finished.labels(result.finish).inc()
         self._generated.inc(len(result.tokens))
         self._steps.inc(result.steps)
+        if result.steps:  # the prompt brings the first token
+            self._accepted.observe((len(result.tokens) - 1) / result.steps)
+        if result.kept_entries is not None:
+            self._evicted.observe(1 - result.kept_entries / result.prompt_tokens)
         self._total.observe(result.timing.ended_s)
         if result.timing.started_s is not None:
             self._prompt.inc(result.prompt_tokens)
@@ -87,6 +107,10 @@ class Metrics:
         self._prompts.observe(prompts)
         self._pause.observe(seconds)
 
+    def gaps(self) -> "StreamGaps":
+        """What measures the gaps of one stream."""
+        return StreamGaps(self._gap)
+
     def text(self) -> bytes:
         """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
@@ -95,4 +119,22 @@ class Metrics:
         return Counter(f"lookahead_{name}", text, labels, registry=self._registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(f"lookahead_{name}", text, registry=self._registry, buckets=_SECONDS)
+        return self._histogram(name, text, _SECONDS)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[int | float]) -> Histogram:
+        return Histogram(f"lookahead_{name}", text, registry=self._registry, buckets=buckets)
+
+
+class StreamGaps:
+    """Observes the time between the pieces of each continuation of one stream."""
+
+    def __init__(self, seconds: Histogram):
+        self._seconds = seconds
+        self._last: dict[int, float] = {}
+
+    def piece(self, index: int) -> None:
+        """A piece of continuation `index` is about to be sent."""
+        now = time.perf_counter()
+        if index in self._last:
+            self._seconds.observe(now - self._last[index])
+        self._last[index] = now

@@ -59,12 +59,14 @@ class Server(uvicorn.Server):
         name: str,
         api_key: str | None = None,
         allow_special_tokens: bool = False,
+        with_page: bool = True,
     ):
         self._service = service
         patience = service.limits.shutdown_seconds + _LAST_SECONDS
         app = make_app(
-            service, model, name=name, api_key=api_key, allow_special_tokens=allow_special_tokens
-        )
+            service, model, name=name, api_key=api_key, allow_special_tokens=allow_special_tokens,
+            with_page=with_page,
+        )  # fmt: skip
         super().__init__(
             uvicorn.Config(
                 app,

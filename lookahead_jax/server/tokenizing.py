@@ -10,6 +10,7 @@ from lookahead_jax.engine.requests import TooLong
 from lookahead_jax.server.endpoint import check_model
 from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.prompts import token_ids
+from lookahead_jax.server.request_log import record_of
 from lookahead_jax.server.schema import TokenizeBody, parse_body
 from lookahead_jax.server.service import Service
 from lookahead_jax.server.wire import discard_body, read_body
@@ -32,8 +33,10 @@ class Tokenizing:
             unread = False
             answer = await asyncio.to_thread(self._answer, content)
         except Gone:
+            record_of(scope).error = "client_left"
             return
         except Refused as refused:
+            record_of(scope).error = refused.code
             if unread:
                 await discard_body(scope, receive)
             answer = refused.response()
