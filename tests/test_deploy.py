@@ -15,6 +15,7 @@ import pytest
 
 from lookahead_jax.cli.main import parse
 from lookahead_jax.cli.serve import Serve
+from lookahead_jax.engine.prompt_store import StoreUse
 from lookahead_jax.server.metrics import Metrics
 from tests.test_packages import SOURCES
 
@@ -29,7 +30,8 @@ INSTRUCTIONS = {
 @pytest.fixture(scope="module")
 def families():
     """The server's metrics by the names that a query may use; the labels of each."""
-    engine = SimpleNamespace(waiting=0, alive=0, stored_bytes=0, cache_bytes=0)
+    stores = dict(prompt_store=StoreUse(), prefix_store=StoreUse())
+    engine = SimpleNamespace(waiting=0, alive=0, cache_bytes=0, **stores)
     named = {}
     metrics = Metrics(engine)  # type: ignore[arg-type]
     metrics.responded("/", 200)
