@@ -133,6 +133,7 @@ def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
         assert ended[id].text == model.tokenizer.decode(ended[id].tokens)
         assert ended[id].finish == "length"
         assert ended[id].prompt_tokens == len(PROMPTS[i])
+        assert ended[id].kept_entries == min(len(PROMPTS[i]), BUDGET)
         mine = [event for event in events if event.id == id]
         assert [token for event in mine for token in event.tokens] == ended[id].tokens
         assert "".join(event.text for event in mine) == ended[id].text
@@ -163,6 +164,7 @@ def test_a_cancelled_request_ends_within_a_burst_and_frees_its_row(engine, alone
     assert ended[ids[1]].tokens == alone[0][: len(ended[ids[1]].tokens)] != []
     assert ended[ids[3]].tokens == []
     assert ended[ids[3]].timing.started_s is None
+    assert ended[ids[3]].kept_entries is None
     assert not engine.cancel(ids[1])
     other = engine.submit(request(2))
     ended = results(drain(engine))
