@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import openai
@@ -64,7 +64,7 @@ def running(
     model: Model,
     engine: Engine,
     *,
-    key: str | None = None,
+    keys: Sequence[str] = (),
     allow_special_tokens: bool = False,
     with_page: bool = True,
     **limits: float,
@@ -72,7 +72,7 @@ def running(
     """Serves `engine` until the block ends; fails if the server does not end by itself."""
     service = Service(engine, ServerLimits(**limits))
     server = Server(
-        service, model, name=NAME, api_key=key, allow_special_tokens=allow_special_tokens,
+        service, model, name=NAME, api_keys=keys, allow_special_tokens=allow_special_tokens,
         with_page=with_page,
     )  # fmt: skip
     with bind("127.0.0.1", 0, has_key=True) as socket:

@@ -31,7 +31,7 @@ def server(model):
         max_new_tokens=NEW, max_prompt_tokens=PROMPT, burst=4, drafter="prompt_lookup",
         draft_nodes=8,
     )  # fmt: skip
-    with running(model, engine, key=KEY) as server:
+    with running(model, engine, keys=[KEY]) as server:
         yield server
 
 
@@ -85,7 +85,8 @@ def test_a_request_has_one_line_and_its_id(server, lines):
     assert streamed["finish"] == ["length"] * 2
     for line in (whole, streamed):
         assert 0 <= line["queue_s"] <= line["first_token_s"] <= line["total_s"] < 60
-    assert set(tokenized) == {"time", "request_id", "path", "status", "total_s"}
+    assert set(tokenized) == {"time", "request_id", "key", "path", "status", "total_s"}
+    assert tokenized["key"] == 1  # its number, not the key
 
 
 def test_openais_client_knows_the_id(server):

@@ -37,7 +37,7 @@ def get(server, path):
 
 
 def test_the_page_needs_no_key_and_no_other_server(model, engine):
-    with running(model, engine, key=KEY) as server:
+    with running(model, engine, keys=[KEY]) as server:
         status, headers, text = get(server, "/")
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert text == _PAGE
@@ -51,7 +51,7 @@ def test_the_page_needs_no_key_and_no_other_server(model, engine):
 
 
 def test_the_page_can_be_switched_off(model, engine):
-    with running(model, engine, key=KEY, with_page=False) as server:
+    with running(model, engine, keys=[KEY], with_page=False) as server:
         assert get(server, "/")[0] == 404
 
 
@@ -92,7 +92,7 @@ def answer_to(server, *said):
 
 
 def test_a_conversation_in_a_browser(model, engine, tab):
-    with running(model, engine, key=KEY) as server:
+    with running(model, engine, keys=[KEY]) as server:
         tab.open(f"http://127.0.0.1:{server.port}/")
         tab.until("at('unlock').checkVisibility()")
         assert tab.run("at('error').textContent") == "This server needs an API key"

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from lookahead_jax.cli.main import main
-from lookahead_jax.cli.serve import read_key
+from lookahead_jax.cli.serve import read_keys
 from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.run import bind
 from tests import tiny
@@ -57,7 +57,7 @@ def test_it_answers_as_generate_does_and_ends_on_ctrl_c(tmp_path, capsys):
         (["--rows", "0"], "rows must be at least 1, not 0"),
         (["--max-tokens", "4000"], "max_prompt_tokens must be at least 1"),
         (["--prompt-store-mb", "-1"], "-1000000 bytes"),
-        (["--api-key-file", "empty"], "empty must hold one key"),
+        (["--api-key-file", "empty"], "empty must hold keys"),
         (["--host", "no host", "--model", "absent"], "cannot listen on no host"),
         (["--port", "99999", "--model", "absent"], "port must be 0 to 65535, not 99999"),
         (["--port", "-1", "--model", "absent"], "port must be 0 to 65535, not -1"),
@@ -104,14 +104,17 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     assert "pip install 'lookahead-jax[serve]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"two\nlines", "é".encode()])
-def test_a_key_is_one_line_of_ascii(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b" \n", b"two words", b"two\nbad lines", "é".encode()])
+def test_a_key_is_a_line_of_ascii(tmp_path, content):
     path = tmp_path / "key"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="one key of printable ASCII"):
-        read_key(path)
-    path.write_bytes(b"  sk-4471\n")
-    assert read_key(path) == "sk-4471"
+    with pytest.raises(ValueError, match="one in a line, of printable ASCII"):
+        read_keys(path)
+    path.write_bytes(b"  sk-4471\n\nsk-4472\r\n")
+    assert read_keys(path) == ["sk-4471", "sk-4472"]
+    path.write_bytes(b"sk-4471\nsk-4471\n")
+    with pytest.raises(ValueError, match="holds a key twice"):
+        read_keys(path)
 
 
 def test_others_are_let_in_without_a_key_only_with_a_warning():

@@ -575,7 +575,7 @@ def test_a_request_that_takes_too_long(model, spare, spare_gate):
 
 
 def test_the_key_is_asked_for_everywhere_but_for_health(model, spare):
-    with running(model, spare, key=KEY) as server:
+    with running(model, spare, keys=[KEY]) as server:
         assert server.client(KEY).models.list().data
         assert server.client(KEY).completions.create(**fields()).choices
         for wrong in ("", "sesam", "sesame2", "Sesame", "\u00e9"):
@@ -588,6 +588,16 @@ def test_the_key_is_asked_for_everywhere_but_for_health(model, spare):
         with pytest.raises(openai.AuthenticationError):
             server.client("wrong").completions.create(**fields())
         assert server.send("GET", "/health")[0] == 200
+
+
+def test_clients_with_different_keys_share_no_stored_prompt(model, spare):
+    with running(model, spare, keys=["sesame", "tahini"]) as server:
+        cached = []
+        for key in ("sesame", "sesame", "tahini"):
+            usage = server.client(key).completions.create(**fields(prompt="a shared start")).usage
+            cached.append(usage.prompt_tokens_details.cached_tokens > 0)
+        assert cached == [False, True, False]
+        assert server.send("GET", "/metrics", Authorization="Bearer tahini")[0] == 200
 
 
 def test_a_signal_lets_requests_finish_and_takes_no_more(model, spare, spare_gate):

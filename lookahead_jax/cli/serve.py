@@ -30,7 +30,8 @@ class Serve:
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     api_key_file: File = None
-    """File with the API key that clients must send. Default: no key."""
+    """File with the API keys of which clients must send one, one in a line. Clients with different
+    keys share no stored prompt, and share the rows fairly. Default: no key."""
     rows: int = 8
     """Requests that decode at the same time."""
     max_tokens: int = 512
@@ -76,9 +77,9 @@ def main(config: Serve) -> None:
         ) from error
     import lookahead_jax as lk
 
-    key = None if config.api_key_file is None else read_key(config.api_key_file)
+    keys = [] if config.api_key_file is None else read_keys(config.api_key_file)
     # Bound before the model is loaded, so that a port in use is reported at once.
-    with bind(config.host, config.port, has_key=key is not None) as socket:
+    with bind(config.host, config.port, has_key=bool(keys)) as socket:
         eviction = config.eviction.resolve(config.source)
         drafter = config.drafting.make(config.drafting.load(config.source.dtype))
         model = config.source.load()
@@ -105,7 +106,7 @@ def main(config: Serve) -> None:
             log_requests()
         service = Service(engine, config.limits)
         server = Server(
-            service, model, name=name, api_key=key,
+            service, model, name=name, api_keys=keys,
             allow_special_tokens=config.allow_special_tokens, with_page=not config.no_page,
         )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
@@ -119,12 +120,16 @@ def main(config: Serve) -> None:
     _say("stopped")
 
 
-def read_key(path: Path) -> str:
-    """The key in a file; ValueError unless it is one line of printable ASCII."""
-    key = path.read_bytes().strip()
-    if not key or not all(33 <= byte <= 126 for byte in key):
-        raise ValueError(f"{path} must hold one key of printable ASCII characters without spaces")
-    return key.decode()
+def read_keys(path: Path) -> list[str]:
+    """The keys in a file; ValueError unless each line is one of printable ASCII."""
+    keys = [key for line in path.read_bytes().splitlines() if (key := line.strip())]
+    if not keys or not all(33 <= byte <= 126 for key in keys for byte in key):
+        raise ValueError(
+            f"{path} must hold keys, one in a line, of printable ASCII characters without spaces"
+        )
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{path} holds a key twice")
+    return [key.decode() for key in keys]
 
 
 def _say(message: str) -> None:

@@ -15,6 +15,7 @@ from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_t
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
+from lookahead_jax.decoding.placement import placed
 from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import PLAIN, Step, decode_burst, decode_step
 from lookahead_jax.decoding.tree import NODE_BUCKETS
@@ -237,10 +238,10 @@ class Drafting:
             state = dataclasses.replace(state, draft=draft)
         result = self._call(step, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
-            return result
+            return placed(result, params)
         if self._on_step is not None:
             self._on_step(jax.tree.map(np.asarray, result[1]))
-        return result[0]
+        return placed(result[0], params)
 
     def _call(self, f: Program, *arguments: Any, **options: Any) -> Any:
         """Calls a program; the time counts as `compile_s` if the call compiled it."""

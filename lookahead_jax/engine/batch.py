@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from lookahead_jax.checkpoints.load import Model
@@ -26,6 +26,7 @@ from lookahead_jax.decoding.logprobs import (
     empty_record,
     on_host,
 )
+from lookahead_jax.decoding.placement import placed
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
 from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS
@@ -80,9 +81,9 @@ def empty_batch(
         logprobs=_logprob_record(jnp.zeros(batch, bool), width, config),
     )
     place = params["embed"].sharding
-    if isinstance(place, NamedSharding):
-        place = NamedSharding(place.mesh, PartitionSpec())
-    return jax.device_put(state, place)
+    if not isinstance(place, NamedSharding):
+        return jax.device_put(state, place)
+    return placed(state, params)
 
 
 @partial(jax.jit, static_argnames=("config", "drafter"), donate_argnames=("state",))
@@ -199,7 +200,7 @@ class RunningBatch:
         check_devices(drafter.weights, request.cache)
         # The tree of a host drafter belongs to the last step; its shape may differ in the next.
         plain = isinstance(drafter, NoDrafter)
-        self._state = insert_row(
+        state = insert_row(
             dataclasses.replace(self._state, draft=()) if plain else self._state,
             drafter.weights,
             jnp.asarray(row, jnp.int32),
@@ -207,6 +208,7 @@ class RunningBatch:
             config=self._model.config,
             drafter=drafter,
         )
+        self._state = placed(state, self._params)
         self._halted.discard(row)
 
     def advance(self, steps: int) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,15 @@ def make_app(
     model: Model,
     *,
     name: str,
-    api_key: str | None,
+    api_keys: Sequence[str],
     allow_special_tokens: bool,
     with_page: bool,
 ) -> ASGIApp:
     """The whole server: OpenAI's endpoints for one model, /tokenize, /health, /ready and /metrics.
 
-    With `api_key`, everything but /health, /ready and the page requires it. `allow_special_tokens`
-    lets control tokens that clients spell in texts act as such; `with_page` adds the chat page at
-    /. The endpoints stand inside because they share these arguments.
+    With `api_keys`, everything but /health, /ready and the page requires one.
+    `allow_special_tokens` lets control tokens that clients spell in texts act as such; `with_page`
+    adds the chat page at /. The endpoints stand inside because they share these arguments.
     """
     limits = service.engine.limits
     entry = {
@@ -97,7 +97,7 @@ def make_app(
     handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _failed}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
-    return Entrance(app, service.metrics, {route.path for route in routes}, api_key)
+    return Entrance(app, service.metrics, {route.path for route in routes}, api_keys)
 
 
 async def _refused(request: HttpRequest, refused: Refused) -> Response:

@@ -74,7 +74,7 @@ class Endpoint:
         """The answer; None if it was sent as a stream."""
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
-        await self._submit(call, body, count)
+        await self._submit(call, body, count, tenant=record.tenant)
         answer = Answer(
             chat=isinstance(body, ChatBody), model=self._name, tokenizer=self._tokenizer,
             counted=body.include_usage,
@@ -102,7 +102,7 @@ class Endpoint:
         await stream.put("[DONE]")
         await stream.close()
 
-    async def _submit(self, call: Call, body: AnyBody, count: int) -> None:
+    async def _submit(self, call: Call, body: AnyBody, count: int, *, tenant: str) -> None:
         most = self._service.engine.limits.max_new_tokens
         given = body.max_tokens
         if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
@@ -119,6 +119,7 @@ class Endpoint:
             tokenizer=self._tokenizer,
             limits=self._service.engine.limits,
             plain=self._plain,
+            tenant=tenant,
         )
         try:
             await call.submit(count, make)

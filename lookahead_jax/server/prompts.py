@@ -10,7 +10,13 @@ from lookahead_jax.server.schema import AnyBody, CompletionBody, Message, Tokeni
 
 
 def make_requests(
-    body: AnyBody, *, max_new_tokens: int, tokenizer: Tokenizer, limits: Limits, plain: bool
+    body: AnyBody,
+    *,
+    max_new_tokens: int,
+    tokenizer: Tokenizer,
+    limits: Limits,
+    plain: bool,
+    tenant: str = "",
 ) -> list[Request]:
     """One request per prompt and choice; the seeds of a prompt's choices are consecutive.
 
@@ -33,6 +39,7 @@ def make_requests(
             prompt=prompt,
             document=document,
             pin=pin,
+            tenant=tenant,
             max_new_tokens=max_new_tokens,
             sampling=body.sampling,
             seed=body.seed + choice,

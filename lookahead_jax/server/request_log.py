@@ -20,6 +20,8 @@ class RequestRecord:
 
     def __init__(self, id: str):
         self.id = id
+        self.key: int | None = None
+        """The number of the client's key among those of the server."""
         self.error: str | None = None
         """The code of the error that ended it, or client_left."""
         self._arrived = time.perf_counter()
@@ -27,6 +29,11 @@ class RequestRecord:
         self._new_tokens = 0
         self._prompt_tokens: dict[int, int] = {}  # by number of the prompt
         self._results: list[Result] = []
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is, to the engine."""
+        return "" if self.key is None else f"key {self.key}"
 
     def take(self, event: Event, prompt: int) -> None:
         """Notes an event of a continuation of its prompt number `prompt`."""
@@ -43,7 +50,7 @@ class RequestRecord:
             return
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         fields = {
-            "time": now, "request_id": self.id, "path": path, "status": status,
+            "time": now, "request_id": self.id, "key": self.key, "path": path, "status": status,
             "total_s": round(self._elapsed(), 4), "error": self.error, **self._continuations(),
         }  # fmt: skip
         _log.info(json.dumps({name: value for name, value in fields.items() if value is not None}))

@@ -5,6 +5,7 @@ import ipaddress
 import math
 import socket
 import sys
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -57,14 +58,14 @@ class Server(uvicorn.Server):
         model: Model,
         *,
         name: str,
-        api_key: str | None = None,
+        api_keys: Sequence[str] = (),
         allow_special_tokens: bool = False,
         with_page: bool = True,
     ):
         self._service = service
         patience = service.limits.shutdown_seconds + _LAST_SECONDS
         app = make_app(
-            service, model, name=name, api_key=api_key, allow_special_tokens=allow_special_tokens,
+            service, model, name=name, api_keys=api_keys, allow_special_tokens=allow_special_tokens,
             with_page=with_page,
         )  # fmt: skip
         super().__init__(
