@@ -55,6 +55,9 @@ class Serve:
     allow_special_tokens: bool = False
     """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""
+    grammars: bool = True
+    """Compile for response_format and tools as well. Without, the first requests with them wait for
+    the compiler, and others with them."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -98,7 +101,7 @@ def main(config: Serve) -> None:
             allow_special_tokens=config.allow_special_tokens,
         )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
-        engine.warm_up()
+        engine.warm_up(grammars=config.grammars)
         host, port = socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         socket.listen()  # connections wait in the backlog until the server runs

@@ -1,10 +1,14 @@
 """The grammars of a batch: their masks are made on the host between steps."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, Proposed
+from lookahead_jax.decoding.draft_programs import propose_trees
 from lookahead_jax.decoding.grammar import GrammarRow, words
 from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.state import DecodeState
@@ -48,13 +52,41 @@ class Constraints:
                 raise RowError(row, error) from error
         return running
 
-    def masks(
+    def prepare(
+        self,
+        state: DecodeState,
+        drafter: DeviceDrafter | None,
+        nodes: int,
+        *,
+        call: Callable[..., Any],
+    ) -> tuple[DecodeState, dict[str, Any]]:
+        """The state with the trees of the next step, and options of `decode_step`: their masks.
+
+        `drafter` proposes the trees; None: a host drafter has put them into the state, or they have
+        one node. `call` runs a program. Raises RowError for a row that may not be continued,
+        though its grammar is not complete.
+        """
+        if nodes == 1:
+            none = np.full((len(self._rows), 1), -1, np.int32)
+            return state, {"allowed": self._masks(state, none, none)[0]}
+        if drafter is None:
+            allowed, tokens = self._masks(state, *state.draft)
+            draft = np.stack([tokens, state.draft[1]])
+            return dataclasses.replace(state, draft=draft), {"allowed": allowed}
+        own, tree = call(
+            propose_trees, drafter.weights, state.draft, state.token, drafter=drafter, nodes=nodes
+        )
+        parents = np.asarray(tree.parents)
+        allowed, tokens = self._masks(state, np.asarray(tree.tokens), parents)
+        state = dataclasses.replace(state, draft=(own, tree.replace(tokens=tokens)))
+        return state, {"allowed": allowed, "drafter": Proposed(drafter)}
+
+    def _masks(
         self, state: DecodeState, tokens: np.ndarray, parents: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Masks of the next step's trees [B, P], as `allowed.allow_only` takes them, and their tokens.
+        """The masks of trees [B, P], uint32 [B, P, W], and their tokens, int32 [B, P].
 
-        In the tokens, int32 [B, P], nodes that must not stay are -1; the root is not read. Raises
-        RowError for a row that may not be continued, though its grammar is not complete.
+        Nodes that must not stay have the token -1; the root is not read.
         """
         allowed = everything(*tokens.shape, vocab_size=self._vocab_size)
         tokens, done = tokens.copy(), np.asarray(state.done)
@@ -67,14 +99,3 @@ class Constraints:
                 raise RowError(row, error) from error
             tokens[row] = np.where(stays, tokens[row], -1)
         return allowed, tokens
-
-
-def first_masks(grammars: Sequence[GrammarRow | None], vocab_size: int) -> np.ndarray | None:
-    """The masks of each row's first token, uint32 [B, W]; None if no row follows a grammar."""
-    if not any(grammars):
-        return None
-    masks = everything(len(grammars), vocab_size=vocab_size)
-    for row, grammar in enumerate(grammars):
-        if grammar is not None:
-            masks[row] = grammar.mask()
-    return masks

@@ -10,20 +10,9 @@ import jax
 import numpy as np
 
 from lookahead_jax.decoding.constraints import Constraints
-from lookahead_jax.decoding.device_drafter import (
-    DeviceDrafter,
-    DrawingDrafter,
-    Given,
-    NoDrafter,
-    Proposed,
-)
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, Given, NoDrafter
 from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
-from lookahead_jax.decoding.draft_programs import (
-    attach,
-    check_devices,
-    draft_trees,
-    propose_trees,
-)
+from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
@@ -31,7 +20,7 @@ from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import PLAIN, Step, decode_burst, decode_step
-from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
+from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import Program
@@ -261,7 +250,8 @@ class Drafting:
             draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
             state = dataclasses.replace(state, draft=draft)
         if constrained:
-            state, masked = self._masked(state, nodes, drafter)
+            by_device = None if self._host is not None or nodes == 1 else drafter
+            state, masked = self._constraints.prepare(state, by_device, nodes, call=self._call)
             options.update(masked)
         result = self._call(step, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
@@ -269,26 +259,6 @@ class Drafting:
         if self._on_step is not None:
             self._on_step(jax.tree.map(np.asarray, result[1]))
         return result[0]
-
-    def _masked(
-        self, state: DecodeState, nodes: int, drafter: DeviceDrafter
-    ) -> tuple[DecodeState, dict[str, Any]]:
-        """The state with the trees of the next step, and options of the step: their masks."""
-        if nodes == 1:
-            none = np.full((len(self._requests), 1), -1, np.int32)
-            return state, {"allowed": self._constraints.masks(state, none, none)[0]}
-        if self._host is not None:
-            tokens, parents = state.draft
-            allowed, tokens = self._constraints.masks(state, tokens, parents)
-            state = dataclasses.replace(state, draft=np.stack([tokens, parents]))
-            return state, {"allowed": allowed}
-        own, tree = self._call(
-            propose_trees, drafter.weights, state.draft, state.token, drafter=drafter, nodes=nodes
-        )
-        parents = np.asarray(tree.parents)
-        allowed, tokens = self._constraints.masks(state, np.asarray(tree.tokens), parents)
-        state = dataclasses.replace(state, draft=(own, TokenTree(tokens, parents)))  # type: ignore[arg-type]
-        return state, {"allowed": allowed, "drafter": Proposed(drafter)}
 
     def _call(self, f: Program, *arguments: Any, **options: Any) -> Any:
         """Calls a program; the time counts as `compile_s` if the call compiled it."""

@@ -20,7 +20,9 @@ from lookahead_jax.decoding.schema_path import path_of_error
 MAX_GRAMMAR_BYTES = 2**16
 """Largest source of a grammar; one of this size compiles within a few seconds."""
 # Written as json.dumps writes it: a model cannot spend its tokens on white space.
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_FORM = {
+    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False,
+}  # fmt: skip
 # Work for one mask, in llguidance's units: some 10 ms of its lexer and parser each.
 _LIMITS = {
     "step_lexer_fuel": 100_000, "step_max_items": 50_000, "initial_lexer_fuel": 500_000,
@@ -82,12 +84,24 @@ class Grammar:
             raise ValueError("a grammar needs a tokenizer, and this model has no tokenizer.json")
         if not (ends := tuple(i for i in end_ids if 0 <= i < vocab_size)):
             raise ValueError("a grammar needs an end token: give eos_ids")
+        return CompiledGrammar(self._checked(tokenizer), tokenizer.vocab_size, vocab_size, ends)
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises GrammarError as `compile`."""
+        self._checked(tokenizer)
+
+    def _checked(self, tokenizer: Tokenizer) -> Any:
+        """A matcher at the beginning."""
         if (size := len(self.source.encode("utf-8", "surrogatepass"))) > MAX_GRAMMAR_BYTES:
             raise GrammarError(
                 f"the grammar has {size} bytes, more than the {MAX_GRAMMAR_BYTES} allowed"
             )
-        matcher = _matcher(self, tokenizer.grammar_vocabulary)
-        return CompiledGrammar(matcher, tokenizer.vocab_size, vocab_size, ends)
+        return _matcher(self, tokenizer.grammar_vocabulary)
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON of a schema as a part of a Lark grammar, in the form of `Grammar.json_schema`."""
+    return "%json " + json.dumps({**schema, "x-guidance": _JSON_FORM}, ensure_ascii=False)
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,6 +16,7 @@ from lookahead_jax.server.errors import Gone, Refused
 from lookahead_jax.server.prompts import make_requests
 from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody, parse_body
 from lookahead_jax.server.service import Service
+from lookahead_jax.server.tools import ToolUse
 from lookahead_jax.server.wire import EventStream, discard_body, read_body, watch
 
 DEFAULT_MAX_TOKENS = 128  # as `lookahead generate`
@@ -70,9 +71,12 @@ class Endpoint:
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
         await self._submit(call, body, count)
+        tools = None
+        if isinstance(body, ChatBody):
+            tools = ToolUse.of(body.tools, body.tool_choice, self._tokenizer)
         answer = Answer(
             chat=isinstance(body, ChatBody), model=self._name, tokenizer=self._tokenizer,
-            counted=body.include_usage,
+            counted=body.include_usage, tools=tools,
         )  # fmt: skip
         results: dict[int, Result] = {}
         async for index, event in _events(call, count, self._service.limits.queue_seconds):
@@ -82,8 +86,7 @@ class Endpoint:
                 continue
             if not stream.begun:
                 await stream.put(*answer.begin(count))
-            if event.text or (event.tokens and event.logprobs is not None):
-                await stream.put(answer.piece(index, event))
+            await stream.put(*answer.piece(index, event))
             if event.result is not None:
                 await stream.put(answer.end(index, event.result))
         ordered = [results[i] for i in range(count)]
@@ -118,6 +121,8 @@ class Endpoint:
             field = error.field if isinstance(error, RequestError) else "prompt"
             if field in ("prompt", "pin") and isinstance(body, ChatBody):
                 field = "messages"
+            if field == "grammar":
+                field = "response_format" if body.grammar is not None else "tools"
             code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise Refused(400, str(error), param=field, code=code) from None
 
