@@ -295,7 +295,7 @@ REFUSED = [
     ({"tools": function(), "parallel_tool_calls": True}, "parallel_tool_calls", "one call"),
     ({"tools": function(), "response_format": {"type": "json_object"}}, "response_format",
      "exclude"),
-    ({"messages": [{"role": "user"}]}, "messages.0", "content"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
     ({"messages": [{"role": "user", "content": "a", "tool_calls": [
         {"function": {"name": "f", "arguments": "{}"}}]}]}, "messages.0", "assistant"),
     ({"messages": [{"role": "assistant", "tool_calls": [

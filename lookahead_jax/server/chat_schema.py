@@ -53,7 +53,7 @@ class ToolCall(Strict):
 
 class Message(Strict):
     role: Literal["system", "user", "assistant", "tool"]
-    content: Annotated[str, PlainValidator(_content)] = ""
+    content: Annotated[str, PlainValidator(_content)]
     pin: bool = False
     """Not OpenAI's: keep this message in the cache, whatever its score."""
     tool_calls: list[ToolCall] = []
@@ -62,15 +62,17 @@ class Message(Strict):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _left_out(cls, value: Any) -> Any:
-        """Drops null fields: clients send an answer back as it came, with a refusal of null."""
+        """Drops null fields: clients send an answer back as it came, with a refusal of null.
+
+        One with calls has no content.
+        """
         if not isinstance(value, dict):
             return value
-        return {name: given for name, given in value.items() if given is not None}
+        given = {name: given for name, given in value.items() if given is not None}
+        return {"content": "", **given} if "tool_calls" in given else given
 
     @pydantic.model_validator(mode="after")
     def _parts_of_its_role(self):
-        if "content" not in self.model_fields_set and not self.tool_calls:
-            raise ValueError("content: Field required")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only messages of the assistant have them")
         if self.tool_call_id and self.role != "tool":
