@@ -145,7 +145,7 @@ PROMPTS = ["who?", '{"name": "bob", "ok": true, "n": [1, 12]}', "x" * 15]
 
 @pytest.mark.parametrize(
     ("sampling", "names"),
-    [(GREEDY, ("trie", "recycling")), (SAMPLED, ("suffix", "prompt_lookup", "draft_model"))],
+    [(GREEDY, ("trie",)), (SAMPLED, ("suffix", "recycling"))],
     ids=["greedy", "sampled"],
 )
 def test_drafted_output_is_undrafted_output_of_the_grammar(model, sampling, names):
@@ -158,9 +158,10 @@ def test_drafted_output_is_undrafted_output_of_the_grammar(model, sampling, name
         assert drafted.tokens == plain.tokens, name
         if name in ("trie", "suffix"):
             assert drafted.drafting.mean_accepted > 1.2, name
-    made, nodes = drafter(model, names[0], plain), Controller(buckets=(1, 8))
-    chosen = run(model, PROMPTS, sampling=sampling, drafter=made, draft_nodes=nodes)
-    assert chosen.tokens == plain.tokens
+    if sampling is GREEDY:
+        made, nodes = drafter(model, names[0], plain), Controller(buckets=(1, 8))
+        chosen = run(model, PROMPTS, drafter=made, draft_nodes=nodes)
+        assert chosen.tokens == plain.tokens
 
 
 def test_a_draft_model_is_accepted_where_the_grammar_allows_what_it_says(model):
@@ -198,7 +199,7 @@ def test_mixed_batches_are_rows_alone(model, name):
     grammars = [GRAMMAR, None, Grammar.regex("[ab]{3}-[0-9]{2,4}"), None, GRAMMAR]
     requests = [
         Request(
-            prompt="ab" * (i + 1), max_new_tokens=24 + i, seed=i, grammar=grammar,
+            prompt="ab" * (i + 1), max_new_tokens=NEW - i, seed=i, grammar=grammar,
             sampling=SAMPLED if i % 2 else GREEDY, logprobs=2 if i == 2 else None,
         )
         for i, grammar in enumerate(grammars)
@@ -212,13 +213,11 @@ def test_mixed_batches_are_rows_alone(model, name):
     results = engine.run(requests)
     assert len(compilations) == before
     for request, result in zip(requests, results, strict=True):
-        alone = generate(
-            model, [request.prompt], policy=POLICY, budget=BUDGET, seeds=[request.seed],
-            max_new_tokens=request.max_new_tokens, sampling=request.sampling,
-            grammar=request.grammar,
-        )  # fmt: skip
-        assert result.tokens == alone.tokens[0]
-        assert result.finish == alone.finish[0]
+        (alone,) = engine.run([request])
+        assert result.tokens == alone.tokens
+        assert result.finish == alone.finish
+        if request.grammar is GRAMMAR:
+            assert result.text.encode() in TEXTS
 
 
 def test_a_grammar_of_a_large_vocabulary_writes_what_it_describes(model):
@@ -235,12 +234,14 @@ def test_a_grammar_of_a_large_vocabulary_writes_what_it_describes(model):
 
 
 WRONG = [
-    ({"type": "object", "properties": {"a": {"items": {"not": {}}}}}, r"^properties\.a\.items: .*not"),
+    ({"properties": {"a": {"items": {"not": {}}}}}, r"^properties\.a\.items: .*not"),
     ({"anyOf": [{"type": "string"}, {"type": "foo"}]}, r"^anyOf\.1: .*foo"),
     ({"$defs": {"x": {"if": {}}}, "properties": {"b": {"$ref": "#/$defs/x"}}}, r"^\$defs\.x: .*if"),
     ({"uniqueItems": True, "type": "array"}, "^Unimpl.*uniqueItems"),
     ({"properties": {"a": {"type": "string", "pattern": "(?=a)b"}}}, r"^properties\.a: .*look"),
     ({"type": "object", "enum": []}, "nsatisfiable"),
+    ({"$ref": "#"}, "^no text follows"),
+    ({"type": "string", "pattern": "(" * 2000}, r"^regex parse error.{10,600}$"),
 ]  # fmt: skip
 
 

@@ -136,7 +136,10 @@ def _try(kind: str, source: str, vocabulary: Any) -> Any:
 
 
 def _message(matcher: Any) -> str:
-    return " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    message = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
+    if message.startswith("NoExtension"):
+        return "no text follows this grammar"
+    return message if len(message) <= 500 else f"{message[:200]} ... {message[-300:]}"
 
 
 def words(vocab_size: int) -> int:
@@ -145,7 +148,10 @@ def words(vocab_size: int) -> int:
 
 
 class CompiledGrammar:
-    """A grammar over a model's tokens; rows begin with copies of its matcher."""
+    """A grammar over a model's tokens; rows begin with copies of its matcher.
+
+    `first_mask` is the mask of an output's first token, uint32 [W].
+    """
 
     def __init__(self, matcher: Any, tokens: int, vocab_size: int, ends: Sequence[int]):
         self._matcher = matcher
@@ -153,14 +159,11 @@ class CompiledGrammar:
         self._ends = _bits(ends, self._words)
         # Ids that are no token, and llguidance's own end of a text.
         self._texts = _bits(range(min(tokens, vocab_size)), self._words) & ~self._ends
+        self.first_mask = self.begin().mask()
 
     def begin(self) -> "GrammarRow":
         """A row that has no output yet."""
         return GrammarRow(self._matcher.deep_copy(), self._texts, self._ends)
-
-    def first_mask(self) -> np.ndarray:
-        """The mask of an output's first token, uint32 [W]."""
-        return self.begin().mask()
 
 
 def _bits(ids: Sequence[int], words: int) -> np.ndarray:

@@ -1,10 +1,11 @@
 """Where in a JSON schema an error is: llguidance says what is wrong, not where."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_MOST_TRIES = 300  # sub-schemas that are compiled to find the place
+_SECONDS = 1.0  # for compiling sub-schemas to find the place
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "additionalItems")
@@ -14,16 +15,17 @@ def path_of_error(schema: Mapping[str, Any], message: str, fails: Callable[[str]
     """The path of the smallest sub-schema that alone fails with `message`, such as properties.a.
 
     `fails` compiles the text of a schema and returns its error message, or something else. Empty
-    where the error belongs to the whole schema.
+    where the error belongs to the whole schema. The path is shorter if the search takes long.
     """
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     path: list[str] = []
-    tries = 0
+    end = time.monotonic() + _SECONDS
     again = True
-    while again and tries < _MOST_TRIES:
+    while again:
         again = False
         for name, part in _parts(schema):
-            tries += 1
+            if time.monotonic() > end:
+                break
             if fails(json.dumps({**shared, **part})) == message:
                 path, schema, again = [*path, name], part, True
                 break

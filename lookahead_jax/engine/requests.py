@@ -223,7 +223,7 @@ class ActiveRequest:
         self.encoded = encoded
         self.on_event = request.on_event
         self.grammar = None if encoded.grammar is None else encoded.grammar.begin()
-        self.first_mask = None if self.grammar is None else self.grammar.mask()
+        self.first_mask = None if encoded.grammar is None else encoded.grammar.first_mask
         self.row: int | None = None
         self.steps = 0
         self.reused_tokens = 0

@@ -112,7 +112,7 @@ def open_batch(
         # Without eviction it would only be one more argument of the decoding programs.
         pinned=None if eviction.evict_every is None else batch.pinned,
         logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
-        allowed=None if grammar is None else jnp.tile(grammar.first_mask(), (rows, 1)),
+        allowed=None if grammar is None else jnp.tile(grammar.first_mask, (rows, 1)),
     )
     return jax.block_until_ready(state)
 
