@@ -313,6 +313,14 @@ def test_what_is_wrong_or_unsupported_is_refused_by_name(server, fields, param, 
     assert caught.value.param == param
 
 
+def test_tokenize_counts_the_tools(server):
+    body = {"model": NAME, "messages": [{"role": "user", "content": "hi"}]}
+    answer = chat(server, tools=TOOLS, messages=body["messages"])
+    status, counted = server.send("POST", "/tokenize", {**body, "tools": TOOLS})
+    assert (status, counted["count"]) == (200, answer.usage.prompt_tokens)
+    assert counted["count"] > server.send("POST", "/tokenize", body)[1]["count"] + 100
+
+
 def test_completions_have_no_tools(server):
     with pytest.raises(openai.BadRequestError, match="tools is not supported"):
         server.client().completions.create(model=NAME, prompt="a", extra_body={"tools": function()})

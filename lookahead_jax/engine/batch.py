@@ -99,9 +99,8 @@ def insert_row(
 ) -> DecodeState:
     """Puts a request into row `row` with the cache of its prompt, and emits its first token.
 
-    `allowed` is the mask of that token.
-    The other rows are unchanged. The prompt's cache may have fewer slots than `state`: the other
-    slots of the row are marked as empty. `state` is donated.
+    `allowed` is the mask of that token. The other rows are unchanged. The prompt's cache may have
+    fewer slots than `state`: the other slots of the row are marked as empty. `state` is donated.
     """
     new = start(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
@@ -195,8 +194,8 @@ class RunningBatch:
     ) -> None:
         """Puts a request into a free row and emits its first token.
 
-        `allowed` is the mask of that token, uint32 [W]; None: any.
-        Raises ValueError for a draft model on other devices than the target.
+        `allowed` is the mask of that token, uint32 [W]; None: any. Raises ValueError for a draft
+        model on other devices than the target.
         """
         drafter = self._drafting.device
         check_devices(drafter.weights, request.cache)

@@ -251,6 +251,7 @@ class Engine:
                 self._deliver(events)
         except RowError as failed:
             if (request := self._rows[failed.row]) is not None:
+                _log.error("request %d ends here: %s", request.id, failed.error)
                 self._finish(request, events, failed.error)
         except Exception as error:  # no request may wait for ever
             _log.exception("decoding failed; its requests end here")

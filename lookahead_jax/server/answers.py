@@ -28,7 +28,7 @@ class Answer:
     tools: ToolUse | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
-    _readers: dict[int, CallReader] = field(default_factory=dict)  # of the choices of a stream
+    _readers: dict[int, CallReader] = field(default_factory=dict, init=False)  # of a stream
 
     def whole(self, results: Sequence[Result], choices: int) -> dict[str, Any]:
         """All choices at once; the first `choices` belong to the first prompt, and so on."""

@@ -59,7 +59,7 @@ def token_ids(
     if body.messages is not None:
         return _chat_ids(
             body.messages, tokenizer=tokenizer, limits=limits, plain=plain,
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.add_generation_prompt, tools=body.tools,
         )  # fmt: skip
     text = body.prompt or ""
     limits.check_text([text], "prompt")

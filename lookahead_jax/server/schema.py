@@ -252,6 +252,7 @@ class TokenizeBody(Strict):
     model: str
     prompt: str | None = None
     messages: Annotated[list[Message], AfterValidator(_some)] | None = None
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
 
     @pydantic.model_validator(mode="after")
