@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.checkpoints.cache_files import load_cache, save_cache
     from lookahead_jax.checkpoints.hf_config import config_from_hf
     from lookahead_jax.checkpoints.load import Model, load
+    from lookahead_jax.decoding.grammar import Grammar
     from lookahead_jax.decoding.node_choice import Controller
     from lookahead_jax.decoding.sampling import Sampling
     from lookahead_jax.decoding.step import decode
@@ -51,6 +52,7 @@ __all__ = [
     "Engine",
     "Event",
     "Generation",
+    "Grammar",
     "KVCache",
     "LookaheadModules",
     "Model",
@@ -93,6 +95,7 @@ _HOME = {
     "checkpoints.cache_files": ("load_cache", "save_cache"),
     "checkpoints.hf_config": ("config_from_hf",),
     "checkpoints.load": ("Model", "load"),
+    "decoding.grammar": ("Grammar",),
     "decoding.node_choice": ("Controller",),
     "decoding.sampling": ("Sampling",),
     "decoding.step": ("decode",),

@@ -151,6 +151,18 @@ def test_generate_streams_the_text_of_the_function(model_dir, answer, tmp_path, 
     assert set(found["timing"]) == {"ttft_s", "eviction_overhead_s", "decode_tokens_per_s"}
 
 
+def test_generate_follows_a_json_schema(tmp_path, capsys):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "array", "items": {"enum": [1, 2]}, "maxItems": 3}))
+    run("generate", "--prompt", TEXT, "--json-schema", schema, *CUT)
+    assert set(json.loads(capsys.readouterr().out)) <= {1, 2}
+    assert main(["generate", "--prompt", "a", "--json-schema", str(schema), "--strategy", "beam"])
+    assert "exclude each other" in capsys.readouterr().err
+    schema.write_text('{"not": {}}')
+    assert main(["generate", "--prompt", "a", "--json-schema", str(schema)])
+    assert "Unimplemented keys" in capsys.readouterr().err
+
+
 def test_generate_samples_by_seed_and_reads_files(model_dir, tmp_path, capsys):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(TEXT)

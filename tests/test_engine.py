@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from lookahead_jax.checkpoints.load import load
-from lookahead_jax.decoding.drafted import Drafting, RowError
+from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.node_choice import Controller, Plan
+from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     Sampling,

@@ -364,7 +364,7 @@ WRONG = [
         400,
         "messages.0.pin",
     ),
-    ("chat/completions", chat(messages=[{"role": "tool", "content": ""}]), 400, "messages.0.role"),
+    ("chat/completions", chat(messages=[{"role": "bot", "content": ""}]), 400, "messages.0.role"),
     (
         "chat/completions",
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
@@ -378,7 +378,7 @@ WRONG = [
         "messages.0.name",
     ),
     ("chat/completions", chat(messages=[{"role": "user", "content": "a" * 99}]), 400, "messages"),
-    ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools"),
+    ("chat/completions", chat(tools=[{"type": "function"}]), 400, "tools.0.function"),
     ("chat/completions", chat(response_format={"type": "json_object"}), 400, "response_format"),
     ("chat/completions", chat(max_tokens=2, max_completion_tokens=2), 400, "max_completion_tokens"),
     ("chat/completions", chat(prompt="a"), 400, "prompt"),

@@ -119,6 +119,16 @@ def literal_text(source: str) -> str:
     return "\0".join([*texts, *(value for value in constants if isinstance(value, str))])
 
 
+@functools.lru_cache(maxsize=8)
+def reads_name(source: str, name: str) -> bool:
+    """Whether a template reads a variable; no for one that is not valid Jinja."""
+    try:
+        syntax = environment().parse(source)
+    except (jinja2.TemplateError, RecursionError):
+        return False
+    return any(node.name == name for node in syntax.find_all(jinja2.nodes.Name))
+
+
 def plain_data(value: Any, depth: int = 0) -> Any:
     """The value rebuilt from JSON types: methods of other objects may do harm in a template.
 

@@ -13,6 +13,7 @@ import tokenizers
 from lookahead_jax.checkpoints import chat_template
 from lookahead_jax.checkpoints.added_tokens import add_declared_tokens
 from lookahead_jax.checkpoints.control_tokens import ControlTokens
+from lookahead_jax.checkpoints.grammar_vocabulary import grammar_vocabulary
 from lookahead_jax.checkpoints.hf_files import find, read_json
 from lookahead_jax.checkpoints.text_stream import TextStream
 from lookahead_jax.checkpoints.token_bytes import bytes_of_tokens
@@ -83,6 +84,12 @@ class Tokenizer:
     @functools.cached_property
     def _bytes_of_token(self) -> Callable[[str], bytes]:
         return bytes_of_tokens(self.backend)
+
+    @functools.cached_property
+    def grammar_vocabulary(self) -> Any:
+        """The vocabulary as llguidance wants it; ValueError without that package."""
+        tokens = [self.token_bytes(token) or b"" for token in range(self.vocab_size)]
+        return grammar_vocabulary(tokens, self.special_ids, self.encode_behind)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token given by its content, or None."""

@@ -17,6 +17,8 @@ class Generate(RunOptions):
     json: File = None
     """Also write tokens, text, sizes, timing (without compilation) and drafting to this file; with
     --strategy, candidates and work. `-` writes them to standard output instead of the text."""
+    json_schema: File = None
+    """Answer with JSON that follows the JSON schema in this file."""
 
 
 def main(config: Generate) -> None:
@@ -25,11 +27,20 @@ def main(config: Generate) -> None:
         check_output(config.json)
         silent = is_stdout(config.json)
     strategy = config.search.make(config)
+    if strategy is not None and config.json_schema is not None:
+        raise ValueError("--json-schema and --strategy exclude each other: leave out one")
+    grammar = None
+    if config.json_schema is not None:
+        import lookahead_jax as lk
+
+        grammar = lk.Grammar.json_schema(config.json_schema.read_text(encoding="utf-8"))
     run = config.prepare()
     one = len(run.prompts) == 1 and run.model.tokenizer is not None
     if strategy is None:
         stream = one and not silent
-        result = run.generate(on_text=_print if stream else None, measure=config.json is not None)
+        result = run.generate(
+            on_text=_print if stream else None, measure=config.json is not None, grammar=grammar
+        )
         report = described(result)
     else:
         stream, result = False, config.search.search(run, strategy)

@@ -63,6 +63,9 @@ class Serve:
     """Write no line of JSON to stderr for every request."""
     no_page: bool = False
     """Serve no chat page at /."""
+    grammars: bool = True
+    """Compile for response_format and tools as well. Without, the first requests with them wait for
+    the compiler, and others with them."""
     limits: ServerLimits = field(default_factory=ServerLimits)
 
 
@@ -110,7 +113,7 @@ def main(config: Serve) -> None:
             allow_special_tokens=config.allow_special_tokens, with_page=not config.no_page,
         )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
-        engine.warm_up()
+        engine.warm_up(grammars=config.grammars)
         host, port = socket.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         socket.listen()  # connections wait in the backlog until the server runs

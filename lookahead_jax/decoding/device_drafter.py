@@ -103,6 +103,32 @@ class NoDrafter:
         return state
 
 
+@dataclasses.dataclass(frozen=True)
+class Proposed:
+    """A drafter whose trees were proposed before the step: the state is (its state, the trees)."""
+
+    drafter: DeviceDrafter
+
+    @property
+    def weights(self) -> Weights:
+        return self.drafter.weights
+
+    def init(self, batch: int, room: int, config: ModelConfig) -> State:
+        raise NotImplementedError("rows begin with the drafter itself")
+
+    def begin(self, weights: Weights, state: State, rows: jax.Array, prompts: jax.Array) -> State:
+        raise NotImplementedError("rows begin with the drafter itself")
+
+    def propose(
+        self, weights: Weights, state: State, root: jax.Array, nodes: int
+    ) -> tuple[State, TokenTree]:
+        own, tree = state
+        return own, TokenTree(tree.tokens.at[:, 0].set(root), tree.parents)
+
+    def update(self, weights: Weights, state: State, verified: Verified) -> State:
+        return self.drafter.update(weights, state, verified)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(NoDrafter):
     """Trees made by a host drafter: the state is the next step's trees, from `pack`."""

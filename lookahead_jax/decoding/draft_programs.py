@@ -51,6 +51,14 @@ def attach(
 
 
 @program(static_argnames=("drafter", "nodes"))
+def propose_trees(
+    weights: Any, state: Any, root: jax.Array, *, drafter: DeviceDrafter, nodes: int
+) -> tuple[Any, TokenTree]:
+    """The state of a device drafter after proposing, and the trees of the next step."""
+    return drafter.propose(weights, state, root, nodes)
+
+
+@program(static_argnames=("drafter", "nodes"))
 def draft_trees(
     weights: Any, state: Any, root: jax.Array, *, drafter: DeviceDrafter, nodes: int
 ) -> TokenTree:

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lookahead_jax.decoding.constraints import Constraints
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, Given, NoDrafter
 from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.eviction import DecodeEviction
+from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.placement import placed
+from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import PLAIN, Step, decode_burst, decode_step
 from lookahead_jax.decoding.tree import NODE_BUCKETS
@@ -44,15 +47,6 @@ class _Watched(NamedTuple):
     drafts: Sequence[Draft]  # one per row
     nodes: int
     seconds: float | None  # the time to make them; None if that included compilation
-
-
-class RowError(Exception):
-    """The host drafter failed for one row; no row has made a step."""
-
-    def __init__(self, row: int, error: Exception):
-        super().__init__(f"row {row}: {type(error).__name__}: {error}")
-        self.row = row
-        self.error = error
 
 
 class Drafting:
@@ -95,6 +89,7 @@ class Drafting:
         self._on_step = on_step
         self._host = None if isinstance(drafter, DeviceDrafter) else drafter
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
+        self._constraints = Constraints(batch, config.vocab_size)
         self._requests: list[int | None] = [None] * batch
         self._observed = [0] * batch
         self.compile_s = 0.0  # spent on compiling so far
@@ -138,8 +133,13 @@ class Drafting:
             self._host.begin(request, prompt)
             self._requests[row], self._observed[row] = request, 0
 
+    def constrain(self, row: int, grammar: GrammarRow | None) -> None:
+        """A row that has no output yet follows a grammar until it leaves; None: it does not."""
+        self._constraints.put(row, grammar)
+
     def leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
         """One row leaves after emitting `tokens`; does nothing for a row that has not joined."""
+        self._constraints.put(row, None)
         request = self._requests[row]
         if self._host is not None and request is not None:
             try:
@@ -149,9 +149,20 @@ class Drafting:
                 self._host.end(request)
 
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
-        """Runs up to `burst` steps, or one if the host drafts for it. The state is donated."""
+        """Runs up to `burst` steps, or one if the host drafts for it. The state is donated.
+
+        While a row follows a grammar there is one step at a time, since the host makes its masks,
+        and drafters that draw their trees do not draft. Raises RowError, before any row has made a
+        step, where the drafter or the grammar of one row fails.
+        """
+        constrained = self._constraints.follow(state)
+        if constrained:
+            burst = 1
+            if self._draws:
+                return self._run(params, state, 1, 1, None, constrained=True)
         if isinstance(self._nodes, int):
-            return self._run(params, state, self._nodes, burst, self._drafts(state, self._nodes))
+            drafts = self._drafts(state, self._nodes)
+            return self._run(params, state, self._nodes, burst, drafts, constrained=constrained)
         controller = self._nodes
         # Drawn trees cannot be judged without a run.
         watchable = not self._draws and self._on_step is None
@@ -162,7 +173,8 @@ class Drafting:
         drafts = self._drafts(state, plan.most)
         longest = max((len(draft.tokens) for draft in drafts or ()), default=plan.most)
         nodes = controller.holding(min(longest + 1, plan.most))
-        state = self._run(params, state, nodes, 1 if drafts else plan.steps, drafts)
+        steps = 1 if drafts else plan.steps
+        state = self._run(params, state, nodes, steps, drafts, constrained=constrained)
         reached = np.asarray(state.reached) - before  # waits for the device
         seconds = time.perf_counter() - begin
         if (ran := int(reached[:, 0].max())) == 0:
@@ -231,11 +243,17 @@ class Drafting:
         nodes: int,
         burst: int,
         drafts: Sequence[Draft] | None,
+        *,
+        constrained: bool = False,
     ) -> DecodeState:
-        step, options, drafter = self._program(nodes, burst)
+        step, options, drafter = self._program(nodes, burst, constrained)
         if self._host is not None:
             draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
             state = dataclasses.replace(state, draft=draft)
+        if constrained:
+            by_device = None if self._host is not None or nodes == 1 else drafter
+            state, masked = self._constraints.prepare(state, by_device, nodes, call=self._call)
+            options.update(masked)
         result = self._call(step, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
             return placed(result, params)
@@ -251,10 +269,19 @@ class Drafting:
             self.compile_s += time.perf_counter() - begin
         return result
 
-    def warm_up(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
-        """Compiles every step that `advance` may take. All rows of `state` must be done."""
-        for nodes in (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets:
+    def warm_up(
+        self, params: Params, state: DecodeState, burst: int, *, grammars: bool = False
+    ) -> DecodeState:
+        """Compiles every step that `advance` may take. All rows of `state` must be done.
+
+        `grammars`: also those for rows with grammars.
+        """
+        buckets = (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets
+        for nodes in buckets:
             state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
+        for nodes in ((1,) if self._draws else buckets) if grammars else ():
+            drafts = self._drafts(state, nodes)
+            state = self._run(params, state, nodes, 1, drafts, constrained=True)
         if isinstance(self._nodes, Controller) and self._nodes.watch > 1:
             self._watch(state, self._nodes.watch)
         return state
@@ -286,12 +313,14 @@ class Drafting:
             histogram=np.trim_zeros(lengths, "b").tolist(),
         )
 
-    def _program(self, nodes: int, burst: int) -> tuple[Any, dict[str, Any], DeviceDrafter]:
+    def _program(
+        self, nodes: int, burst: int, constrained: bool
+    ) -> tuple[Any, dict[str, Any], DeviceDrafter]:
         """The program for steps of `nodes` nodes, its options, and its drafter."""
         asks_host = self._host is not None and nodes > 1
         drafter = self._device if self._host is None or asks_host else PLAIN
         options = dict(config=self._config, drafter=drafter, nodes=nodes, eviction=self._eviction)
-        if asks_host or self._on_step is not None:
+        if asks_host or constrained or self._on_step is not None:
             return decode_step, options, drafter
         return decode_burst, {**options, "steps": burst}, drafter
 

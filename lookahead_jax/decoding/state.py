@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from lookahead_jax.decoding.allowed import allow_only
 from lookahead_jax.decoding.logprobs import LogprobRecord, measure, written
 from lookahead_jax.decoding.sampling import SamplingRows, TextSoFar, choose_tokens, process_logits
 from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTree
@@ -103,6 +104,7 @@ def start(
     sums: Float[Array, "L B K S"] | None = None,
     pinned: Bool[Array, "B T"] | None = None,
     logprobs: LogprobRecord | None = None,
+    allowed: UInt32[Array, "B W"] | None = None,
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
 
@@ -110,7 +112,8 @@ def start(
     static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
     of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
     evicted during decoding, `pinned` the prompt positions that this eviction keeps, `logprobs` an
-    empty record if any row may ask for log-probabilities. The cache is donated.
+    empty record if any row may ask for log-probabilities, `allowed` the masks of the first tokens
+    (allowed.py). The cache is donated.
     """
     batch, vocab = logits.shape
     finite = jnp.isfinite(logits).all(-1)
@@ -133,7 +136,8 @@ def start(
         pinned=pinned,
         logprobs=logprobs,
     )
-    processed = process_logits(logits[:, None], TextSoFar(state.seen, state.counts), sampling)
+    permitted = allow_only(logits[:, None], None if allowed is None else allowed[:, None])
+    processed = process_logits(permitted, TextSoFar(state.seen, state.counts), sampling)
     token = choose_tokens(processed, cache.next_pos[:, None], sampling)
     first = Accepted(jnp.zeros_like(token), (~state.done).astype(jnp.int32), token)
     return emit(state, first, logits[:, None])

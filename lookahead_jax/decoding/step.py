@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from lookahead_jax.decoding.acceptance import accept_drawn
+from lookahead_jax.decoding.allowed import allow_only
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
 from lookahead_jax.decoding.eviction import DecodeEviction, evict
 from lookahead_jax.decoding.sampling import (
@@ -107,6 +108,7 @@ def _step(
     nodes: int,
     eviction: DecodeEviction | None,
     steer: Steer | None,
+    allowed: jax.Array | None = None,
 ) -> tuple[DecodeState, Entries, Step]:
     """One forward of the target: propose, verify, emit. Its entries are not committed."""
     if steer is not None and nodes > 1:
@@ -130,7 +132,8 @@ def _step(
     out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
     raw = logits(params, out.hidden, config=config)
     steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
-    processed = process_logits(steered, text_so_far(state, tree, laid), state.sampling)
+    permitted = allow_only(steered, allowed)
+    processed = process_logits(permitted, text_so_far(state, tree, laid), state.sampling)
     if drawn is None:
         accepted = accept(
             tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)
@@ -210,15 +213,17 @@ def decode_step(
     nodes: int,
     eviction: DecodeEviction | None = None,
     steer: Steer | None = None,
+    allowed: UInt32[Array, "B P W"] | None = None,
 ) -> tuple[DecodeState, Step]:
     """One model step, and its tree. The state is donated.
 
-    For trees made on the host, `drafter` is `Given()` and `state.draft` the tree. The other
+    For trees made before the step, `drafter` is `Given()` or `Proposed(...)` and `state.draft`
+    holds the tree. `allowed` are masks for its nodes (allowed.py); None: all tokens. The other
     arguments are those of `decode_burst`.
     """
     state, entries, step = _step(
         params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction,
-        steer=steer,
+        steer=steer, allowed=allowed,
     )  # fmt: skip
     return _settle(params, state, entries, modules, config=config, eviction=eviction), step
 

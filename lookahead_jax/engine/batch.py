@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.constraints import everything
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
 from lookahead_jax.decoding.draft_programs import check_devices
 from lookahead_jax.decoding.drafted import Drafting
@@ -92,20 +93,22 @@ def insert_row(
     weights: Any,
     row: Int[Array, ""],
     request: PrefilledRequest,
+    allowed: UInt32[Array, "1 W"],
     *,
     config: ModelConfig,
     drafter: DeviceDrafter,
 ) -> DecodeState:
     """Puts a request into row `row` with the cache of its prompt, and emits its first token.
 
-    The other rows are unchanged. The prompt's cache may have fewer slots than `state`: the other
-    slots of the row are marked as empty. `state` is donated.
+    `allowed` is the mask of that token. The other rows are unchanged. The prompt's cache may have
+    fewer slots than `state`: the other slots of the row are marked as empty. `state` is donated.
     """
     new = start(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
         width=state.tokens.shape[1], pinned=request.pinned,
         logprobs=_logprob_record(request.with_logprobs, state.tokens.shape[1], config),
+        allowed=allowed,
     )  # fmt: skip
 
     def pad(slots, empty):
@@ -167,6 +170,7 @@ class RunningBatch:
         self._pins = pins
         self._cache_dtype: CacheType | None = cache_dtype
         self._params = params
+        self._anything = everything(1, vocab_size=model.config.vocab_size)
         self._halted: set[int] = set()
         self.clear()
 
@@ -191,10 +195,13 @@ class RunningBatch:
             cache_dtype=self._cache_dtype,
         )
 
-    def insert(self, row: int, request: PrefilledRequest) -> None:
+    def insert(
+        self, row: int, request: PrefilledRequest, allowed: np.ndarray | None = None
+    ) -> None:
         """Puts a request into a free row and emits its first token.
 
-        Raises ValueError for a draft model on other devices than the target.
+        `allowed` is the mask of that token, uint32 [W]; None: any. Raises ValueError for a draft
+        model on other devices than the target.
         """
         drafter = self._drafting.device
         check_devices(drafter.weights, request.cache)
@@ -205,6 +212,7 @@ class RunningBatch:
             drafter.weights,
             jnp.asarray(row, jnp.int32),
             request,
+            self._anything if allowed is None else allowed[None],
             config=self._model.config,
             drafter=drafter,
         )
@@ -243,9 +251,9 @@ class RunningBatch:
             raise ValueError("the batch has no record of log-probabilities")
         return on_host(self._state.logprobs, row)
 
-    def warm_up(self, requests: Iterable[PrefilledRequest], steps: int) -> None:
+    def warm_up(self, requests: Iterable[PrefilledRequest], steps: int, *, grammars: bool) -> None:
         """Compiles what requests like these need. Only while nothing runs."""
         for request in requests:
             self.insert(0, request._replace(limit=jnp.zeros(1, jnp.int32)))
         self.logprobs(0)
-        self._state = self._drafting.warm_up(self._params, self._state, steps)
+        self._state = self._drafting.warm_up(self._params, self._state, steps, grammars=grammars)

@@ -6,8 +6,9 @@ from typing import Literal
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.decoding.grammar import CompiledGrammar
 from lookahead_jax.engine.requests import EncodedRequest, Limits, Request, RequestError
-from lookahead_jax.generation.inputs import encode_prompts, end_ids
+from lookahead_jax.generation.inputs import compiled_grammar, encode_prompts, end_ids
 from lookahead_jax.host.panics import panics_as_errors
 from lookahead_jax.prefilling.batching import pad_batch
 
@@ -45,6 +46,7 @@ def encode_request(
         pin=tuple((start, end) for start, end in request.pin),
         logprobs=request.logprobs,
         tenant=request.tenant,
+        grammar=_grammar(model, request, ends),
     )
     encoded.check(limits)
     try:
@@ -53,6 +55,13 @@ def encode_request(
         raise RequestError(str(error), "logit_bias") from None
     pad_batch([encoded.tokens], config=model.config)  # checks the ids
     return encoded
+
+
+def _grammar(model: Model, request: Request, ends: Sequence[int]) -> CompiledGrammar | None:
+    try:
+        return compiled_grammar(model, request.grammar, ends)
+    except ValueError as error:
+        raise RequestError(str(error), "grammar") from None
 
 
 def _ids(

@@ -18,10 +18,11 @@ from typing import Literal
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
-from lookahead_jax.decoding.drafted import Drafting, RowError
+from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.logprobs import Logprobs
 from lookahead_jax.decoding.node_choice import Controller
+from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.encoding import encode_request, longest_token_bytes
@@ -246,16 +247,17 @@ class Engine:
             results += [event.result for event in self.step() if event.result is not None]
         return sorted(results, key=lambda result: result.id)
 
-    def warm_up(self, lengths: Iterable[int] | None = None) -> None:
+    def warm_up(self, lengths: Iterable[int] | None = None, *, grammars: bool = False) -> None:
         """Compiles what prompts of `lengths` tokens need (None: of every length allowed).
 
-        Raises ValueError while a request runs.
+        `grammars`: also the steps of rows with a grammar. Raises ValueError while a request runs.
         """
         if any(self._rows) or self._opening is not None:
             raise ValueError("warm up before the first request, not while one runs")
         lengths = range(1, self.limits.max_prompt_tokens + 1) if lengths is None else lengths
         with mesh_in_use(self._model.params):
-            self._batch.warm_up(self._reader.samples(lengths), self._burst)
+            samples = self._reader.samples(lengths)
+            self._batch.warm_up(samples, self._burst, grammars=grammars)
 
     def _serve(self, events: list[Event]) -> None:
         try:
@@ -266,6 +268,7 @@ class Engine:
                 self._deliver(events)
         except RowError as failed:
             if (request := self._rows[failed.row]) is not None:
+                _log.error("request %d ends here: %s", request.id, failed.error)
                 self._finish(request, events, failed.error)
         except Exception as error:  # no request may wait for ever
             _log.exception("decoding failed; its requests end here")
@@ -301,6 +304,7 @@ class Engine:
             prefilled = opening.advance(self._max_stall_s)
             if prefilled is not None:
                 self._drafting.join(row, request.encoded.tokens)
+                self._drafting.constrain(row, request.grammar)
         except BaseException as error:
             _log.exception("request %d could not begin", request.id)
             self._finish(request, events, error)
@@ -311,7 +315,7 @@ class Engine:
             return
         self._opening = None
         self._rows[row], request.row = request, row
-        self._batch.insert(row, prefilled)
+        self._batch.insert(row, prefilled, request.first_mask)
         self._deliver(events)
 
     def _report_pause(self) -> None:

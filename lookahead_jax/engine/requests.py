@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.decoding.grammar import CompiledGrammar, Grammar
 from lookahead_jax.decoding.logprobs import Logprobs, check_alternatives
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.generation.output_text import FinishReason, OutputRow
@@ -47,6 +48,8 @@ class Request:
     logprobs: int | None = None
     """Return the log-probability of every token, and of so many of the likeliest tokens in its
     place (0 to 20); None: neither."""
+    grammar: Grammar | None = None
+    """What the output must be, up to its end token."""
     on_event: Callable[["Event"], None] | None = None
     """Receives the request's events in the stepping thread; an error in it ends the request."""
 
@@ -156,6 +159,7 @@ class EncodedRequest:
     logprobs: int | None = None
     pin: tuple[tuple[int, int], ...] = ()  # spans of the document's tokens, or of the prompt's
     tenant: str = ""
+    grammar: CompiledGrammar | None = None
 
     @property
     def cut(self) -> list[int]:
@@ -223,6 +227,8 @@ class ActiveRequest:
         self.id = id
         self.encoded = encoded
         self.on_event = request.on_event
+        self.grammar = None if encoded.grammar is None else encoded.grammar.begin()
+        self.first_mask = None if encoded.grammar is None else encoded.grammar.first_mask
         self.row: int | None = None
         self.steps = 0
         self.reused_tokens = 0

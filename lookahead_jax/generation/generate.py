@@ -14,6 +14,7 @@ import numpy as np
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.grammar import Grammar
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.logprobs import Logprobs, on_host
 from lookahead_jax.decoding.node_choice import Controller
@@ -26,6 +27,7 @@ from lookahead_jax.generation.inputs import (
     PromptBatch,
     announce,
     check_eviction,
+    compiled_grammar,
     default_policy,
     draft_tokens,
     encode_batch,
@@ -68,6 +70,7 @@ def generate(
     evict_every: int | None = None,
     cache_dtype: str | None = None,
     logprobs: int | None = None,
+    grammar: Grammar | None = None,
     reader: Reader | None = None,
     burst: int = 16,
     on_text: Callable[[int, str], None] | None = None,
@@ -106,6 +109,8 @@ def generate(
         A prompt is read as usual and rounded when it is cut; default: the dtype of the weights.
       logprobs: also return the log-probability of every token, and of so many (0 to 20) of the
         likeliest tokens in its place: those of the model alone, before `sampling` changes anything.
+      grammar: what every output must be up to its end token, such as JSON of a schema. The
+        host makes masks between steps, so steps come one at a time.
       reader: reads the prompts instead of the policy and evicts nothing
         (`kv_prediction.Predictor`).
       burst: steps between two looks of the host at the output.
@@ -116,7 +121,8 @@ def generate(
 
     Raises ValueError for empty prompts, ids out of range, invalid tokens and sizes, more
     pinned tokens than the budget, a policy without the modules or drafts that it needs, and one
-    that cannot evict during decoding (h2o: after questions) with `evict_every`; NonFiniteError (a
+    that cannot evict during decoding (h2o: after questions) with `evict_every`; GrammarError (a
+    ValueError) for a grammar that is not supported; NonFiniteError (a
     ValueError), naming the first layer at fault, for logits that are NaN or infinite. Warns if a
     row grows past the length at which the model's RoPE factors change (model/rope.py).
     """
@@ -128,12 +134,14 @@ def generate(
     check_eviction(eviction, by_reader=reader is not None, questions=questions is not None)
     batch = encode_batch(model, prompts, questions, pin)
     rows = len(batch.prompts)
+    ends = end_ids(model, eos_ids, stop_token_ids)
     continuation = ContinuationSettings(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         seeds=row_seeds(seeds, rows),
-        eos_ids=end_ids(model, eos_ids, stop_token_ids),
+        eos_ids=ends,
         logprobs=logprobs,
+        grammar=compiled_grammar(model, grammar, ends),
     )
     if reader is None:
         check_memory(
@@ -152,6 +160,9 @@ def generate(
         modules=lookahead,
         on_step=on_step,
     )
+    if continuation.grammar is not None:
+        for row in range(rows):
+            drafting.constrain(row, continuation.grammar.begin())
     observed = draft_tokens(
         eviction.policy, drafts, batch.prompts, eos_ids=continuation.eos_ids, drafter=draft.drafter
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
+from lookahead_jax.decoding.grammar import CompiledGrammar, Grammar
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.generation.settings import EvictionSettings
@@ -260,3 +261,12 @@ def announce(policy: Policy, budget: int, length: int, config: ModelConfig) -> N
             f"{length} tokens exceed the {config.max_position} positions this model was trained "
             "for; output beyond them is unreliable"
         )
+
+
+def compiled_grammar(
+    model: Model, grammar: Grammar | None, ends: Sequence[int]
+) -> CompiledGrammar | None:
+    """A grammar over the model's tokens, for rows that `ends` end; errors as `Grammar.compile`."""
+    if grammar is None:
+        return None
+    return grammar.compile(model.tokenizer, vocab_size=model.config.vocab_size, end_ids=ends)

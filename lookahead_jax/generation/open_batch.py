@@ -98,7 +98,7 @@ def open_batch(
         model, batch, eviction, new_tokens=new_tokens, eos_ids=continuation.eos_ids,
         drafts=drafts, reader=reader,
     )  # fmt: skip
-    rows = len(batch.prompts)
+    rows, grammar = len(batch.prompts), continuation.grammar
     packed = sampling_rows([continuation.sampling] * rows, continuation.seeds, config.vocab_size)
     state = start(
         cache,
@@ -112,6 +112,7 @@ def open_batch(
         # Without eviction it would only be one more argument of the decoding programs.
         pinned=None if eviction.evict_every is None else batch.pinned,
         logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
+        allowed=None if grammar is None else jnp.tile(grammar.first_mask, (rows, 1)),
     )
     return jax.block_until_ready(state)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.eviction import DecodeEviction
+from lookahead_jax.decoding.grammar import CompiledGrammar
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.logprobs import check_alternatives
 from lookahead_jax.decoding.node_choice import Controller
@@ -68,6 +69,8 @@ class ContinuationSettings:
     """Tokens that end a row."""
     logprobs: int | None = None
     """Record log-probabilities, and those of so many alternatives; None: neither."""
+    grammar: CompiledGrammar | None = None
+    """What every row must be; None: anything."""
 
     def __post_init__(self) -> None:
         check_alternatives(self.logprobs)

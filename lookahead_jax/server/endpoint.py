@@ -17,6 +17,7 @@ from lookahead_jax.server.prompts import make_requests
 from lookahead_jax.server.request_log import RequestRecord, record_of
 from lookahead_jax.server.schema import AnyBody, ChatBody, CompletionBody, parse_body
 from lookahead_jax.server.service import Service
+from lookahead_jax.server.tools import ToolUse
 from lookahead_jax.server.wire import EventStream, discard_body, read_body, watch
 
 DEFAULT_MAX_TOKENS = 128  # as `lookahead generate`
@@ -75,9 +76,12 @@ class Endpoint:
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
         await self._submit(call, body, count, tenant=record.tenant)
+        tools = None
+        if isinstance(body, ChatBody):
+            tools = ToolUse.of(body.tools, body.tool_choice, self._tokenizer)
         answer = Answer(
             chat=isinstance(body, ChatBody), model=self._name, tokenizer=self._tokenizer,
-            counted=body.include_usage,
+            counted=body.include_usage, tools=tools,
         )  # fmt: skip
         results: dict[int, Result] = {}
         gaps = self._service.metrics.gaps()
@@ -89,9 +93,9 @@ class Endpoint:
                 continue
             if not stream.begun:
                 await stream.put(*answer.begin(count))
-            if event.text or (event.tokens and event.logprobs is not None):
+            if pieces := answer.piece(index, event):
                 gaps.piece(index)
-                await stream.put(answer.piece(index, event))
+                await stream.put(*pieces)
             if event.result is not None:
                 await stream.put(answer.end(index, event.result))
         ordered = [results[i] for i in range(count)]
@@ -127,6 +131,8 @@ class Endpoint:
             field = error.field if isinstance(error, RequestError) else "prompt"
             if field in ("prompt", "pin") and isinstance(body, ChatBody):
                 field = "messages"
+            if field == "grammar":
+                field = "response_format" if body.grammar is not None else "tools"
             code = "context_length_exceeded" if isinstance(error, TooLong) else None
             raise Refused(400, str(error), param=field, code=code) from None
 

@@ -1,12 +1,15 @@
 """From the body of an HTTP request to requests of the engine, in token ids."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.engine.requests import Limits, Request
 from lookahead_jax.host.panics import panics_as_errors
-from lookahead_jax.server.schema import AnyBody, CompletionBody, Message, TokenizeBody
+from lookahead_jax.server.chat_schema import Message, Tool
+from lookahead_jax.server.schema import AnyBody, CompletionBody, TokenizeBody
+from lookahead_jax.server.tools import ToolUse, chat_with_tools
 
 
 def make_requests(
@@ -23,7 +26,7 @@ def make_requests(
     With `plain`, control tokens that the client's texts spell are ordinary characters. Text is
     refused by its bytes before it is tokenized: ValueError, `TooLong` where it is too long.
     """
-    document, pin = None, []
+    document, pin, grammar = None, [], body.grammar
     if isinstance(body, CompletionBody):
         document, prompts = _completion_ids(body, tokenizer, limits, plain)
     else:
@@ -31,7 +34,10 @@ def make_requests(
             _chat_ids, tokenizer=tokenizer, limits=limits, plain=plain,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
+            tools=body.offered,
         )  # fmt: skip
+        if (use := ToolUse.of(body.tools, body.tool_choice, tokenizer)) is not None:
+            grammar = use.grammar(tokenizer)
         prompts = [chat_ids(body.messages)]
         pin = _pinned_spans(body.messages, prompts[0], chat_ids)
     return [
@@ -46,6 +52,7 @@ def make_requests(
             stop=body.stop,
             stop_token_ids=body.stop_token_ids,
             logprobs=body.alternatives,
+            grammar=grammar,
         )
         for prompt in prompts
         for choice in range(body.n)
@@ -59,7 +66,7 @@ def token_ids(
     if body.messages is not None:
         return _chat_ids(
             body.messages, tokenizer=tokenizer, limits=limits, plain=plain,
-            add_generation_prompt=body.add_generation_prompt,
+            add_generation_prompt=body.add_generation_prompt, tools=body.tools,
         )  # fmt: skip
     text = body.prompt or ""
     limits.check_text([text], "prompt")
@@ -92,12 +99,17 @@ def _chat_ids(
     plain: bool,
     add_generation_prompt: bool,
     continue_final_message: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
-    """The ids of a chat, which ends as the last two arguments say."""
-    limits.check_text([message.content for message in messages], "prompt")
+    """The ids of a chat, which ends as the two arguments before the last say."""
+    chat, described = chat_with_tools(messages, tools, tokenizer)
+    texts = [message["content"] for message in chat]
+    texts += [json.dumps(message["tool_calls"]) for message in chat if "tool_calls" in message]
+    limits.check_text([*texts, *map(json.dumps, described or ())], "prompt")
     with panics_as_errors("the chat cannot be tokenized"):
         return tokenizer.encode_chat(
-            [message.model_dump(exclude={"pin"}) for message in messages],
+            chat,
+            tools=described,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             plain=plain,

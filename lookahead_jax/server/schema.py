@@ -11,14 +11,25 @@ import pydantic
 from pydantic import AfterValidator, Field, PlainValidator
 from pydantic_core import from_json
 
+from lookahead_jax.decoding.grammar import Grammar
 from lookahead_jax.decoding.logprobs import MAX_ALTERNATIVES
 from lookahead_jax.decoding.sampling import MAX_BIAS, MAX_BIASES, Sampling
 from lookahead_jax.engine.requests import MAX_EOS_IDS
+from lookahead_jax.server.chat_schema import (
+    MAX_TOOLS,
+    Message,
+    ResponseFormat,
+    Strict,
+    Tool,
+    ToolChoice,
+    chosen_tool,
+    one_call,
+)
 from lookahead_jax.server.errors import Refused
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 16, 1000, 128
 MAX_COMPLETION_LOGPROBS = 5  # as OpenAI's; chats may ask for more
-# Fields of OpenAI's API that this server does not support, and their values without effect.
+# Fields of OpenAI's API that an endpoint does not support, and their values without effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -86,41 +97,21 @@ def _bias(value: Any) -> dict[int, float]:
     return {int(token): float(bias) for token, bias in value.items()}
 
 
-def _content(value: Any) -> str:
-    """A string, or the joined texts of a list of parts."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError("must be a string or a list of text parts")
-    for part in value:
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
-            raise ValueError('parts must be {"type": "text", "text": ...}: only text is supported')
-        if not isinstance(part["text"], str):
-            raise ValueError("the text of a part must be a string")
-    return "".join(part["text"] for part in value)
-
-
 def _some(messages: list["Message"]) -> list["Message"]:
     if not messages:
         raise ValueError("must not be empty")
     return messages
 
 
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class Body(_Strict):
+class Body(Strict):
     """The fields of both endpoints."""
 
     model: str
@@ -131,13 +122,14 @@ class Body(_Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] = {}
+    logit_bias: Annotated[dict[int, float], PlainValidator(_bias)] = Field(default_factory=dict)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
-    stop: Annotated[list[str], PlainValidator(_stops)] = []
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_EOS_IDS)] = []
+    stop: Annotated[list[str], PlainValidator(_stops)] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_EOS_IDS)
     """Not OpenAI's: tokens that end a continuation, besides the model's own."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    response_format: ResponseFormat = ResponseFormat(type="text")
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str = ""
@@ -155,6 +147,13 @@ class Body(_Strict):
             frequency_penalty=self.frequency_penalty,
             logit_bias=self.logit_bias,
         )
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must be, by `response_format`."""
+        if self.response_format.json_schema is not None:
+            return Grammar.json_schema(self.response_format.json_schema.schema_)
+        return Grammar.json_object() if self.response_format.type == "json_object" else None
 
     @property
     def alternatives(self) -> int | None:
@@ -185,21 +184,6 @@ class CompletionBody(Body):
         return self.logprobs
 
 
-class Message(_Strict):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_content)]
-    pin: bool = False
-    """Not OpenAI's: keep this message in the cache, whatever its score."""
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _left_out(cls, value: Any) -> Any:
-        """Drops null fields: clients send an answer back as it came, with a refusal of null."""
-        if not isinstance(value, dict):
-            return value
-        return {name: given for name, given in value.items() if given is not None}
-
-
 class ChatBody(Body):
     messages: Annotated[list[Message], AfterValidator(_some)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -207,6 +191,9 @@ class ChatBody(Body):
     """Not OpenAI's, but vLLM's: end where a new turn of the assistant begins."""
     continue_final_message: bool = False
     """Not OpenAI's, but vLLM's: continue the last message instead of beginning a new turn."""
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Annotated[ToolChoice, PlainValidator(chosen_tool)] = ToolChoice("auto")
+    parallel_tool_calls: Annotated[bool, PlainValidator(one_call)] = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_ALTERNATIVES)] | None = None
 
@@ -214,6 +201,26 @@ class ChatBody(Body):
     def alternatives(self) -> int | None:
         """As `Body.alternatives`."""
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told about."""
+        return [] if self.tool_choice.mode == "none" else self.tools
+
+    @pydantic.model_validator(mode="after")
+    def _tools_to_choose(self):
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise _wrong("tools", "tools: two functions have the same name")
+        mode, name = self.tool_choice
+        if mode == "required" and (not names or name not in (None, *names)):
+            called = "a function" if name is None else f"function {name!r}"
+            raise _wrong("tool_choice", f"tool_choice: {called} is not among the tools")
+        if self.offered and self.response_format.type != "text":
+            raise _wrong(
+                "response_format", "response_format and tools exclude each other: leave out one"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _alternatives_of_something(self):
@@ -239,12 +246,13 @@ class ChatBody(Body):
         return self
 
 
-class TokenizeBody(_Strict):
+class TokenizeBody(Strict):
     """The fields of /tokenize, with vLLM's names: a text, or the messages of a chat."""
 
     model: str
     prompt: str | None = None
     messages: Annotated[list[Message], AfterValidator(_some)] | None = None
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     add_generation_prompt: bool = True
 
     @pydantic.model_validator(mode="after")
@@ -255,7 +263,7 @@ class TokenizeBody(_Strict):
 
 
 AnyBody = CompletionBody | ChatBody
-_Kind = TypeVar("_Kind", bound=_Strict)
+_Kind = TypeVar("_Kind", bound=Strict)
 
 
 def parse_body(kind: type[_Kind], content: bytes) -> _Kind:
@@ -267,7 +275,7 @@ def parse_body(kind: type[_Kind], content: bytes) -> _Kind:
     if not isinstance(fields, dict):
         raise Refused(400, "the body must be a JSON object", code="invalid_json")
     given = {name: value for name, value in fields.items() if value is not None}
-    for name in [name for name in given if name in _NEUTRAL]:
+    for name in [n for n in given if n in _NEUTRAL and n not in kind.model_fields]:
         value = given.pop(name)
         if not any(type(value) in _alike(type(n)) and value == n for n in _NEUTRAL[name]):
             raise _wrong(name, f"{name} is not supported here; leave it out")

@@ -79,7 +79,9 @@ class EventStream:
         self.begun = False
 
     async def put(self, *pieces: Mapping[str, Any] | str) -> None:
-        """Sends events: objects as JSON, strings unchanged."""
+        """Sends events, if any: objects as JSON, strings unchanged."""
+        if not pieces:
+            return
         if not self.begun:
             self.begun = True
             await self._send(
