@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.checkpoints.load import load
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.allowed import allow_only
 from lookahead_jax.decoding.grammar import MAX_GRAMMAR_BYTES, Grammar, GrammarError, words
 from lookahead_jax.decoding.node_choice import Controller
@@ -109,6 +111,42 @@ def test_masks_of_a_tree_are_those_of_each_path(model):
             else:
                 assert flags(masks[node]).all()
         np.testing.assert_array_equal(flags(row.mask()), expected(model, done))
+
+
+def test_masks_do_not_depend_on_the_drafts_before():
+    """With tokens of several bytes, where llguidance decides between spellings, too."""
+    tokenizer = Tokenizer.load(EMBEDDED_MODEL)
+    vocab = tokenizer.vocab_size
+    form = GRAMMAR.compile(tokenizer, vocab_size=vocab, end_ids=(0,))
+    rng = np.random.default_rng(2)
+    for _ in range(6):
+        row, done, ended = form.begin(), [], False
+        while not ended:
+            tokens, parents, paths = [-1], [-1], [done]
+            for _ in range(12):  # children that the grammar allows, and others
+                parent = int(rng.integers(len(tokens)))
+                fresh = form.begin()
+                fresh.observe(paths[parent])
+                allowed = np.flatnonzero(flags(fresh.mask(), vocab)[1:]) + 1
+                if allowed.size:
+                    tokens.append(int(rng.choice(allowed)))
+                    parents.append(parent)
+                    paths.append([*paths[parent], tokens[-1]])
+            tokens.append(int(rng.integers(1, vocab)))
+            parents.append(0)
+            masks, stays = row.masks(np.asarray(tokens), np.asarray(parents))
+            assert stays.all()
+            for mask, path in zip(masks, paths, strict=False):
+                fresh = form.begin()
+                fresh.observe(path)
+                np.testing.assert_array_equal(flags(mask, vocab), flags(fresh.mask(), vocab))
+                text = b"".join(map(tokenizer.token_bytes, path))
+                assert any(t.startswith(text) for t in TEXTS)
+                assert flags(mask, vocab)[0] == (text in TEXTS)
+            ended = len(tokens) == 2
+            if not ended:
+                row.observe([tokens[1]])
+                done = paths[1]
 
 
 def test_masked_logits_are_minus_infinity_where_the_bit_is_0():

@@ -13,6 +13,7 @@ from lookahead_jax.decoding.constraints import Constraints
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, Given, NoDrafter
 from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
+from lookahead_jax.decoding.draft_report import DraftReport, draft_report
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
@@ -29,16 +30,6 @@ from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftReport:
-    """The outcome of drafting, over all rows."""
-
-    steps: int  # forwards of the target, counted once for every row that took part
-    mean_accepted: float | None  # tokens emitted per forward and row; None without forwards
-    drafter_us: float | None  # microseconds per draft of a host drafter; None without drafts
-    histogram: list[int]  # entry i: forwards that emitted i + 1 tokens
 
 
 class _Watched(NamedTuple):
@@ -303,15 +294,7 @@ class Drafting:
 
     def report(self, state: DecodeState) -> DraftReport:
         """The report on the rows in `state` so far."""
-        lengths = np.asarray(state.lengths).sum(0)
-        steps = int(lengths.sum())
-        emitted = int(lengths @ np.arange(1, lengths.size + 1))
-        return DraftReport(
-            steps=steps,
-            mean_accepted=emitted / steps if steps else None,
-            drafter_us=self._drafting_s / self._steps * 1e6 if self._steps else None,
-            histogram=np.trim_zeros(lengths, "b").tolist(),
-        )
+        return draft_report(np.asarray(state.lengths), self._drafting_s, self._steps)
 
     def _program(
         self, nodes: int, burst: int, constrained: bool

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lookahead_jax.decoding.drafted import DraftReport
+from lookahead_jax.decoding.draft_report import DraftReport
 from lookahead_jax.decoding.logprobs import Logprobs
 from lookahead_jax.generation.output_text import FinishReason
 from lookahead_jax.model.cache import KVCache
