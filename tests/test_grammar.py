@@ -339,3 +339,33 @@ def test_a_grammar_that_gets_stuck_ends_its_own_request(model):
     assert "none of the model's tokens" in ended.error
     assert ended.tokens == ids(model, b"a")
     assert other.finish == "length"
+
+
+def test_a_draft_that_is_too_much_work_ends_the_draft_alone(model):
+    """The object has too many rules in one place; the output never goes there."""
+    optional = {f"p{i}": {"type": "string"} for i in range(1500)}
+    large = {"type": "object", "properties": optional, "additionalProperties": False}
+    schema = {"anyOf": [{"enum": ["ok", "no"]}, large]}
+    row = compiled(model, Grammar.json_schema(schema)).begin()
+    quote, brace, letter = (model.tokenizer.encode(text)[0] for text in '"{o')
+    tokens, parents = np.asarray([0, brace, quote, letter]), np.asarray([-1, 0, 0, 2])
+    allowed, stays = row.masks(tokens, parents)
+    assert stays.tolist() == [True, False, True, True]
+    assert (allowed[1] == 0xFFFFFFFF).all()
+    row.observe([quote, letter])
+    np.testing.assert_array_equal(row.mask(), allowed[3])
+    row.observe(model.tokenizer.encode('k"'))
+    assert flags(row.mask()).nonzero()[0].tolist() == [END]
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"patternProperties": {f"^x{i}$": {} for i in range(65)}}, "65 patterns"),
+        ({"anyOf": [{"type": "string", "pattern": f"a{i}"} for i in range(70)]}, "70 patterns"),
+        ({"type": "object", "x-guidance": {"lenient": True}}, "x-guidance is not supported"),
+    ],
+)
+def test_what_would_stall_or_change_the_form_is_refused(model, schema, message):
+    with pytest.raises(GrammarError, match=message):
+        Grammar.json_schema(schema).check(model.tokenizer)

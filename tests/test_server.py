@@ -486,9 +486,7 @@ def test_metrics_are_prometheus_text(server):
     assert gain("lookahead_first_token_seconds_count") == 2
     assert gain("lookahead_http_responses_total", "/v1/completions", "200") == 1
     assert gain("lookahead_http_responses_total", "/v1/completions", "400") == 1
-    assert {"lookahead_prompts_between_bursts_count", "lookahead_prompt_pause_seconds_count"} <= {
-        name for name, *_ in after
-    }
+    assert {"lookahead_prompt_pause_seconds_count"} <= {name for name, *_ in after}
     assert after[("lookahead_running",)] == after[("lookahead_waiting",)] == 0
     assert after[("lookahead_prompt_store_bytes",)] == server.engine.prompt_store.bytes
 

@@ -1,8 +1,8 @@
 """Grammars: what an output may be, and which tokens may follow at a place in it.
 
 llguidance (github.com/guidance-ai/llguidance) does the parsing. A row holds one matcher at the end
-of its output. The mask of a draft node is that of the output followed by the node's own path: the
-matcher walks there and back.
+of its output. The mask of a draft node is that of the output followed by the node's own path, where
+a copy of the matcher walks.
 """
 
 import dataclasses
@@ -18,7 +18,9 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.schema_path import path_of_error
 
 MAX_GRAMMAR_BYTES = 2**16
-"""Largest source of a grammar; one of this size compiles within a few seconds."""
+"""Largest source of a grammar."""
+MAX_PATTERNS = 64
+"""Most regular expressions in a JSON schema: the time to compile them together explodes."""
 # Written as json.dumps writes it: a model cannot spend its tokens on white space.
 _JSON_FORM = {
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False,
@@ -96,7 +98,38 @@ class Grammar:
             raise GrammarError(
                 f"the grammar has {size} bytes, more than the {MAX_GRAMMAR_BYTES} allowed"
             )
+        if self.kind == "json_schema":
+            _check_schema(self.source)
         return _matcher(self, tokenizer.grammar_vocabulary)
+
+
+def _check_schema(source: str) -> None:
+    """Raises GrammarError for a schema with settings of llguidance or too many patterns."""
+    try:
+        schema = json.loads(source)
+    except (ValueError, RecursionError):
+        return  # llguidance says what is wrong
+    if isinstance(schema, dict) and "x-guidance" in schema:
+        raise GrammarError("x-guidance is not supported: leave it out")
+    check_patterns([schema])
+
+
+def check_patterns(schemas: Sequence[Any]) -> None:
+    """Raises GrammarError if JSON schemas have more than MAX_PATTERNS patterns together."""
+    count, left = 0, list(schemas)
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            count += isinstance(part.get("pattern"), str)
+            named = part.get("patternProperties")
+            count += len(named) if isinstance(named, dict) else 0
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    if count > MAX_PATTERNS:
+        raise GrammarError(
+            f"{count} patterns (pattern, patternProperties), more than the {MAX_PATTERNS} allowed"
+        )
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
@@ -181,6 +214,10 @@ class GrammarRow:
         self._texts = texts  # uint32 [W] tokens that the grammar decides about
         self._ends = ends  # uint32 [W] tokens that end the row
 
+    def copy(self) -> "GrammarRow":
+        """Another row at the same place; what happens to it changes nothing here."""
+        return GrammarRow(self._matcher.deep_copy(), self._texts, self._ends)
+
     def observe(self, tokens: Sequence[int]) -> None:
         """The next tokens of the output, without its end token.
 
@@ -223,18 +260,22 @@ class GrammarRow:
             if 0 <= above[node] < node and ids[node] >= 0:
                 children[above[node]].append(node)
 
-        def visit(node: int) -> None:
-            allowed[node] = self.mask() if node == 0 else self._mask()
+        def visit(node: int, place: GrammarRow) -> None:
+            allowed[node] = place.mask() if node == 0 else place._mask()
             if not allowed[node].any():
                 stays[node] = False
                 return
             for child in children[node]:
-                if self._continues(allowed[node], ids[child]):
-                    self.observe([ids[child]])
-                    visit(child)
-                    self._matcher.rollback(1)
+                if not self._continues(allowed[node], ids[child]):
+                    continue
+                below = place.copy()
+                try:
+                    below.observe([ids[child]])
+                    visit(child, below)
+                except GrammarError:  # the output may never get there: only the draft ends
+                    allowed[child], stays[child] = 0xFFFFFFFF, False
 
-        visit(0)
+        visit(0, self)
         return allowed, stays
 
     def _continues(self, mask: np.ndarray, token: int) -> bool:

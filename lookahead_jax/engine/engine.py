@@ -78,8 +78,8 @@ class Engine:
         first new chunk on, with the same result. 0 keeps none. For policies that read a prompt
         once and gather nothing over its queries.
 
-    `on_pause`, if set, is called in the stepping thread before a burst that prompts have delayed,
-    with their number and the seconds that the running rows waited.
+    `on_pause`, if set, is called in the stepping thread before a burst that a prompt has delayed,
+    with the seconds that the running rows waited.
 
     Raises ValueError for sizes below 1 and settings that exclude each other.
     """
@@ -132,7 +132,7 @@ class Engine:
             new_tokens=max_new_tokens + max_question_tokens,
         )  # fmt: skip
         announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
-        self.on_pause: Callable[[int, float], None] | None = None
+        self.on_pause: Callable[[float], None] | None = None
         self._model = model
         self._eos_ids = end_ids(model, eos_ids)
         self._store = PromptStore(prompt_store_bytes)
@@ -166,7 +166,6 @@ class Engine:
         self._rows: list[ActiveRequest | None] = [None] * rows
         self._ids = itertools.count()
         self._queue = RequestQueue()
-        self._prompts_since_burst = 0
         self._paused_s = 0.0  # of rows that ran, since the last burst
 
     @property
@@ -176,7 +175,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have no row yet."""
+        """Requests whose prompts nobody has begun to read."""
         return self._queue.waiting
 
     @property
@@ -255,6 +254,8 @@ class Engine:
         if any(self._rows) or self._opening is not None:
             raise ValueError("warm up before the first request, not while one runs")
         lengths = range(1, self.limits.max_prompt_tokens + 1) if lengths is None else lengths
+        if grammars and self._model.tokenizer is not None:
+            _ = self._model.tokenizer.grammar_vocabulary  # else the first request would make it
         with mesh_in_use(self._model.params):
             samples = self._reader.samples(lengths)
             self._batch.warm_up(samples, self._burst, grammars=grammars)
@@ -277,8 +278,10 @@ class Engine:
             self._batch.clear()
 
     def _steps(self) -> int:
-        """Steps of the next burst: few while a request could begin."""
-        begins = self._opening is not None or (None in self._rows and self.waiting > 0)
+        """Steps of the next burst: one while a prompt is read, few while a request could begin."""
+        if self._opening is not None:
+            return 1
+        begins = None in self._rows and self.waiting > 0
         return max(1, self._burst // _ADMITTING) if begins else self._burst
 
     def _read_prompt(self, events: list[Event]) -> None:
@@ -287,14 +290,13 @@ class Engine:
             if None not in self._rows:
                 return
             running = [request.encoded.tenant for request in self._rows if request is not None]
-            if (request := self._queue.take(running, self.rows)) is None:
+            if (request := self._queue.take(running)) is None:
                 return
             request.start()
             self._opening = Opening(request, self._reader.read(request.encoded))
         others_run, begin = any(self._rows), time.perf_counter()
         self._read_on(self._opening, events)
         if others_run:
-            self._prompts_since_burst += 1
             self._paused_s += time.perf_counter() - begin
 
     def _read_on(self, opening: Opening, events: list[Event]) -> None:
@@ -319,9 +321,9 @@ class Engine:
         self._deliver(events)
 
     def _report_pause(self) -> None:
-        if self._prompts_since_burst and self.on_pause is not None:
-            self.on_pause(self._prompts_since_burst, self._paused_s)
-        self._prompts_since_burst, self._paused_s = 0, 0.0
+        if self._paused_s and self.on_pause is not None:
+            self.on_pause(self._paused_s)
+        self._paused_s = 0.0
 
     def _deliver(self, events: list[Event]) -> None:
         """Hands out what the running rows have emitted, and frees those that have ended."""

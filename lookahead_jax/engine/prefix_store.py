@@ -71,9 +71,9 @@ class PrefixStore:
             self._add(-_size(oldest.entries))
 
     def clear(self) -> None:
-        """Removes all chunks."""
+        """Removes all chunks, and counts from 0 again."""
         self._chunks.clear()
-        self.use = self.use._replace(bytes=0)
+        self.use = StoreUse()
 
     def _path(self, root: Hashable, chunks: Sequence[bytes]) -> list[tuple[Hashable, bytes]]:
         """The keys of the first of `chunks` that are stored."""

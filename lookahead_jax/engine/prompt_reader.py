@@ -147,6 +147,7 @@ class PromptReader:
         question = request.tokens[request.document :]
         stored, reused = yield from self._stored(request, len(question))
         asked = jnp.asarray(pad_batch([question], config=self._model.config))
+        yield  # the question is a piece of its own
         # With a row's final sizes of cache and prompt, one program inserts every question.
         cache = widened(stored.cache, slots=self.slots)
         cache, logits = extend(self._model.params, asked, cache, config=self._model.config)

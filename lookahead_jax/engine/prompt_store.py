@@ -63,9 +63,9 @@ class PromptStore:
         self.use = self.use._replace(bytes=total)
 
     def clear(self) -> None:
-        """Removes all prompts."""
+        """Removes all prompts, and counts from 0 again."""
         self._prompts.clear()
-        self.use = self.use._replace(bytes=0)
+        self.use = StoreUse()
 
 
 def _size(prompt: StoredPrompt) -> int:

@@ -15,6 +15,8 @@ class RequestQueue:
         self._waiting: dict[int, ActiveRequest] = {}  # in the order of arrival
         self._alive: dict[int, ActiveRequest] = {}
         self._cancelled: set[int] = set()
+        self._served: dict[str, int] = {}  # the last turn of each tenant
+        self._turn = 0
 
     @property
     def waiting(self) -> int:
@@ -50,19 +52,21 @@ class RequestQueue:
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._alive), timeout)
 
-    def take(self, running: Sequence[str], rows: int) -> ActiveRequest | None:
+    def take(self, running: Sequence[str]) -> ActiveRequest | None:
         """Removes the next request from the queue; None if none waits.
 
-        It is the one that has waited longest of the tenants that hold less than their share of the
-        `rows`, or of all if each holds its share. `running` are the tenants of the rows in use.
+        Its tenant holds the fewest rows of those that wait, and of several such was served longest
+        ago; of its requests, it has waited longest. `running` are the tenants of the rows in use.
         """
         with self._changed:
-            tenants = {request.encoded.tenant for request in self._alive.values()}
-            share = rows / max(len(tenants), 1)
-            held = Counter(running)
-            below = (id for id, r in self._waiting.items() if held[r.encoded.tenant] + 1 <= share)
-            id = next(below, next(iter(self._waiting), None))
-            return None if id is None else self._waiting.pop(id)
+            held, waiting = Counter(running), {r.encoded.tenant for r in self._waiting.values()}
+            if not waiting:
+                return None
+            tenant = min(waiting, key=lambda t: (held[t], self._served.get(t, 0)))
+            self._turn += 1
+            self._served[tenant] = self._turn
+            id = next(i for i, r in self._waiting.items() if r.encoded.tenant == tenant)
+            return self._waiting.pop(id)
 
     def take_cancelled(self) -> list[ActiveRequest]:
         """Returns the requests marked by `cancel`; those that wait leave the queue."""

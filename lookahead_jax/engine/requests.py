@@ -34,8 +34,8 @@ class Request:
     """Spans (start, end) of the document's tokens, or without one of the prompt's, that are kept
     whatever their score, in every layer and head and while decoding. They count in the budget."""
     tenant: str = ""
-    """Whose request it is. Stored prompts of one tenant never serve another, and while several have
-    requests, none holds more than its share of the rows as long as another waits."""
+    """Whose request it is. Stored prompts of one tenant never serve another, and a free row goes to
+    the waiting tenant that holds the fewest."""
     plain: bool = False
     """Encode control tokens that the texts spell ("<|im_end|>") as ordinary characters."""
     sampling: Sampling = GREEDY

@@ -14,10 +14,11 @@ import numpy as np
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.drafted import Drafting
-from lookahead_jax.decoding.grammar import Grammar
+from lookahead_jax.decoding.grammar import Grammar, GrammarError
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.logprobs import Logprobs, on_host
 from lookahead_jax.decoding.node_choice import Controller
+from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import Step
@@ -255,6 +256,11 @@ def decode_rows(
             state = drafting.advance(params, state, burst)
             done = _deliver(outputs, state)
             check_finite(model, state, batch.texts, outputs)
+    except RowError as failed:
+        drafting.abandon()
+        if isinstance(failed.error, GrammarError):
+            raise failed.error from None
+        raise
     except BaseException:
         drafting.abandon()
         raise

@@ -33,7 +33,7 @@ def _arguments(value: Any) -> dict[str, Any]:
     """The arguments of a call, which OpenAI's API writes as a JSON text."""
     try:
         parsed = json.loads(value) if isinstance(value, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         raise ValueError("must be the text of a JSON object")

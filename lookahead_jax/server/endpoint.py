@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.decoding.grammar import GrammarError
 from lookahead_jax.engine.requests import Event, RequestError, Result, TooLong
 from lookahead_jax.server.answers import Answer
 from lookahead_jax.server.call import Call
@@ -153,6 +154,14 @@ def check_model(given: str, name: str) -> None:
         )  # fmt: skip
 
 
+def _failure(result: Result) -> Refused:
+    """Why a continuation has no end of its own."""
+    kind, _, message = (result.error or "").partition(": ")
+    if kind == GrammarError.__name__:
+        return Refused(400, message, param="response_format", code="grammar_failed")
+    return Refused(500, "the engine failed; the server's log says why", code="engine_error")
+
+
 async def _events(call: Call, count: int, seconds: float) -> AsyncIterator[tuple[int, Event]]:
     """Events until all `count` requests have ended; the first within `seconds`."""
     waiting = call.end_after(seconds, "there was no token within", "queue_timeout")
@@ -162,6 +171,6 @@ async def _events(call: Call, count: int, seconds: float) -> AsyncIterator[tuple
         waiting.cancel()
         if event.result is not None:
             running -= 1
-            if event.result.finish not in ("eos", "stop", "length"):
-                raise Refused(500, "the engine failed; the server's log says why")
         yield index, event
+        if event.result is not None and event.result.finish not in ("eos", "stop", "length"):
+            raise _failure(event.result)

@@ -37,11 +37,6 @@ class Metrics:
         self._gap = self._seconds(
             "stream_gap_seconds", "Time between two pieces of a streamed continuation."
         )
-        self._prompts = self._histogram(
-            "prompts_between_bursts",
-            "Prompts read between two bursts of running continuations.",
-            (1, 2, 4, 8),
-        )
         self._accepted = self._histogram(
             "tokens_per_step",
             "Tokens per step of a continuation; above 1, drafts were accepted.",
@@ -55,7 +50,7 @@ class Metrics:
         gauges = {
             "waiting": ("Continuations that wait for a row.", lambda: engine.waiting),
             "running": (
-                "Continuations that have a row.",
+                "Continuations that are read or decoded.",
                 lambda: max(engine.alive - engine.waiting, 0),
             ),
             "prompt_store_bytes": ("Bytes of stored prompts.", lambda: engine.prompt_store.bytes),
@@ -102,9 +97,8 @@ class Metrics:
         if result.timing.first_token_s is not None:
             self._first.observe(result.timing.first_token_s)
 
-    def paused(self, prompts: int, seconds: float) -> None:
-        """One pause of the running continuations, for `prompts` to be read."""
-        self._prompts.observe(prompts)
+    def paused(self, seconds: float) -> None:
+        """One pause of the running continuations, for a prompt to be read."""
         self._pause.observe(seconds)
 
     def gaps(self) -> "StreamGaps":

@@ -1,4 +1,7 @@
-"""One line of JSON for every request; none holds a text, a token, a key or a name from a client."""
+"""One line of JSON for every request. None holds a prompt, an output or a key.
+
+The id of a request is the only text of a client in it.
+"""
 
 import datetime
 import json

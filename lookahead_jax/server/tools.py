@@ -13,7 +13,13 @@ from typing import Any
 
 from lookahead_jax.checkpoints.chat_template import reads_name
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
-from lookahead_jax.decoding.grammar import Grammar, GrammarError, json_rule
+from lookahead_jax.decoding.grammar import (
+    MAX_GRAMMAR_BYTES,
+    Grammar,
+    GrammarError,
+    check_patterns,
+    json_rule,
+)
 from lookahead_jax.engine.requests import RequestError
 from lookahead_jax.server.chat_schema import Message, Tool, ToolChoice
 
@@ -57,6 +63,15 @@ class ToolUse:
 
     def grammar(self, tokenizer: Tokenizer) -> Grammar:
         """What an answer may be. RequestError for parameters that are no supported JSON schema."""
+        schemas = [tool.function.parameters for tool in self.tools]
+        try:
+            check_patterns(schemas)
+        except GrammarError as error:
+            raise RequestError(str(error), "tools") from None
+        if len(json.dumps(schemas)) > MAX_GRAMMAR_BYTES:
+            raise RequestError(
+                f"the parameters of all functions have more than {MAX_GRAMMAR_BYTES} bytes", "tools"
+            )
         names, rules = [], []
         for i, tool in enumerate(self.tools):
             parameters = tool.function.parameters
@@ -157,7 +172,7 @@ def _object_end(text: str) -> int:
     """Where the JSON object at the beginning of a text ends; at its end if it was cut short."""
     try:
         return json.JSONDecoder().raw_decode(text)[1]
-    except ValueError:
+    except (ValueError, RecursionError):
         return len(text)
 
 
