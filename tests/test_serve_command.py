@@ -58,6 +58,7 @@ def test_it_answers_as_generate_does_and_ends_on_ctrl_c(tmp_path, capsys):
         (["--max-tokens", "4000"], "max_prompt_tokens must be at least 1"),
         (["--prompt-store-mb", "-1"], "-1000000 bytes"),
         (["--api-key-file", "empty"], "empty must hold keys"),
+        (["--max-stall-ms", "0"], "--max-stall-ms must be above 0, not 0"),
         (["--host", "no host", "--model", "absent"], "cannot listen on no host"),
         (["--port", "99999", "--model", "absent"], "port must be 0 to 65535, not 99999"),
         (["--port", "-1", "--model", "absent"], "port must be 0 to 65535, not -1"),

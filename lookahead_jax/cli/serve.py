@@ -80,6 +80,8 @@ def main(config: Serve) -> None:
         ) from error
     import lookahead_jax as lk
 
+    if not config.max_stall_ms > 0:
+        raise ValueError(f"--max-stall-ms must be above 0, not {config.max_stall_ms}")
     keys = [] if config.api_key_file is None else read_keys(config.api_key_file)
     # Bound before the model is loaded, so that a port in use is reported at once.
     with bind(config.host, config.port, has_key=bool(keys)) as socket:
