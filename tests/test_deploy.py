@@ -127,7 +127,7 @@ def test_the_image_runs_the_server_as_a_user_who_is_not_root():
     config = parse([*args, *shown.split()])
     assert (program, type(config)) == ("lookahead", Serve)
     assert str(config.port) == last["EXPOSE"]
-    assert f"http://127.0.0.1:{config.port}/ready" in last["HEALTHCHECK"]
+    assert f"http://127.0.0.1:{config.port}/health" in last["HEALTHCHECK"]
     assert f":{config.api_key_file}:" in text  # mounted where it is read
     order = [name for name, _ in instructions]
     assert order.index("USER") > max(i for i, name in enumerate(order) if name == "RUN")

@@ -15,8 +15,8 @@ from tests import tiny
 from tests.compilations import compilations
 
 PREFIX, *ENDS = tiny.prompts((512, 80, 30, 9))
-PROMPTS = [PREFIX + ENDS[0], ENDS[1], PREFIX + ENDS[2], ENDS[0]]
-SETTINGS = [GREEDY, Sampling(temperature=0.8, top_k=20), GREEDY, GREEDY]
+PROMPTS = [PREFIX + ENDS[0], ENDS[2], PREFIX + ENDS[1]]
+SETTINGS = [GREEDY, Sampling(temperature=0.8, top_k=20), GREEDY]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def serve(model, drafter):
+def serve(model):
     engine = Engine(
         model, policy=SnapKV(window=8), budget=24, rows=2, max_new_tokens=12,
-        max_prompt_tokens=700, eos_ids=(), drafter=drafter, prefix_store_bytes=10**8,
-        draft_nodes=None if drafter == "none" else 8,
+        max_prompt_tokens=700, eos_ids=(), drafter="prompt_lookup", draft_nodes=8,
+        prefix_store_bytes=10**8,
     )  # fmt: skip
-    engine.warm_up([9, 30, 80, 600])
+    engine.warm_up([9, 600])
     compiled = len(compilations)
     results = engine.run(
         [
@@ -41,15 +41,14 @@ def serve(model, drafter):
         ]
     )
     assert len(compilations) == compiled
-    assert [result.reused_tokens for result in results] == [0, 0, 512, 0]
+    assert [result.reused_tokens for result in results] == [0, 0, 512]
     return [result.tokens for result in results], engine._batch._state.cache.k.sharding
 
 
-@pytest.mark.parametrize("drafter", ["none", "prompt_lookup"])
-def test_tensor_and_data_parallel_rows_equal_those_of_one_device(folder, drafter):
-    expected, _ = serve(load(folder, dtype=jnp.float32), drafter)
+def test_tensor_and_data_parallel_rows_equal_those_of_one_device(folder):
+    expected, _ = serve(load(folder, dtype=jnp.float32))
     spread = load(folder, dtype=jnp.float32, mesh=make_mesh(data=2, tensor=2))
     assert len(spread.params["layers"]["q"].sharding.device_set) == len(jax.devices()) == 4
-    tokens, place = serve(spread, drafter)
+    tokens, place = serve(spread)
     assert tokens == expected
     assert place.spec == PartitionSpec(None, ("data", "fsdp"), "tensor")
