@@ -147,7 +147,9 @@ def main() -> None:
     report: dict[str, Any] = ran_on() | {
         "processor": machine(),
         "load_average": os.getloadavg(),
-        "settings": {k: str(v) for k, v in settings(options, "out", "peer", "folder", "questions").items()},
+        "settings": {
+            k: str(v) for k, v in settings(options, "out", "peer", "folder", "questions").items()
+        },
         "step_cost": step_costs(runner, first, options.nodes),
         "kinds": {},
     }
