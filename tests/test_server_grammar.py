@@ -101,7 +101,8 @@ def test_a_json_object_is_the_beginning_of_one_at_least(server):
     assert choice.message.content.startswith("{")
     if choice.finish_reason == "stop":
         assert isinstance(json.loads(choice.message.content), dict)
-    assert chat(server, response_format={"type": "text"}) is not None
+    plain, text = chat(server), chat(server, response_format={"type": "text"})
+    assert text.choices[0].message.content == plain.choices[0].message.content
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -165,15 +166,17 @@ def test_tools_may_be_left_alone(server):
 def test_calls_and_results_are_read_in_the_next_turn(server):
     (choice,) = chat(server, tools=TOOLS, tool_choice="required").choices
     call = choice.message.tool_calls[0]
-    answer = chat(
-        server, tools=TOOLS,
-        messages=[
+
+    def prompt_tokens(result):
+        """Of the chat with this result of the call; the tiny tokenizer has a token per byte."""
+        messages = [
             {"role": "user", "content": "hi"},
             choice.message.model_dump(),
-            {"role": "tool", "tool_call_id": call.id, "content": "rain"},
-        ],
-    )  # fmt: skip
-    assert answer.choices[0].message.content is not None
+            {"role": "tool", "tool_call_id": call.id, "content": result},
+        ]
+        return chat(server, tools=TOOLS, messages=messages).usage.prompt_tokens
+
+    assert prompt_tokens("rain") == prompt_tokens("") + len("rain")
 
 
 def use(model, choice="auto", name=None):

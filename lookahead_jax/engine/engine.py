@@ -2,11 +2,11 @@
 
 A waiting request is read alone: its prompt is padded to a bucket and its cache cut to the budget.
 Then it takes a free row of the batch while the other rows stay in place. All rows decode together
-in bursts of steps, and a finished row is free for the next request. A prompt is read in pieces, so
-many between two bursts as the running rows may wait for, and of one prompt at a time: neither a
-long prompt nor a stream of short ones can stop them. A request compiles
-only what its prompt's bucket has not compiled before, and does not depend on its neighbours: the
-tokens are those of `generate` for the same prompt, settings and seed.
+in bursts of steps, and a finished row is free for the next request. Prompts are read in pieces, one
+prompt at a time: between two bursts as many pieces as the running rows may wait for. So neither a
+long prompt nor many short ones can stop them. A request compiles only what its prompt's bucket has
+not compiled before, and does not depend on its neighbours: the tokens are those of `generate` for
+the same prompt, settings and seed.
 """
 
 import itertools
@@ -285,7 +285,7 @@ class Engine:
         return max(1, self._burst // _ADMITTING) if begins else self._burst
 
     def _read_prompt(self, events: list[Event]) -> None:
-        """Reads on, or begins with the request that has waited longest, if a row is free."""
+        """Reads on, or begins with the next request of the queue, if a row is free."""
         if self._opening is None:
             if None not in self._rows:
                 return

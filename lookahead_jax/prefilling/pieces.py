@@ -142,8 +142,9 @@ def prefill_in_pieces(
     lora = None if opened.observer is None else opened.observer.block.lora
     parts: list[tuple[LayerEntries, jax.Array | None]] = []
     fresh: list[list[Buffers]] = [[] for _ in range(len(known), returned)]
+    per_layer = lora, layer_kinds(config), budgets
     for i in range(config.num_layers):
-        inputs = _layer_inputs(params["layers"], lora, budgets, i, config)
+        inputs = _layer_inputs(params["layers"], per_layer, i)
         if whole:
             cut_layer = _read_layer(inputs, carry, opened, settings=settings)
         else:
@@ -155,7 +156,8 @@ def prefill_in_pieces(
                 read = _read_chunk(
                     inputs, jnp.asarray(c, jnp.int32), read, opened, settings=settings
                 )
-                yield _computed(read)
+                jax.block_until_ready(read)
+                yield
             stats, read = read.stats, read._replace(stats=None)
             cut_layer = _close_layer(
                 inputs, read, carry.rows, (queries, stats), opened, settings=settings
@@ -164,7 +166,8 @@ def prefill_in_pieces(
         for c, layers in enumerate(fresh, len(known)):
             layers.append(_chunk_of(carry.buffers, c, size=opened.prompt.chunk))
         parts.append((cut_layer.entries, cut_layer.scores))
-        yield _computed(parts[-1])
+        jax.block_until_ready(parts[-1])
+        yield
     ends = {name: params[name] for name in params if name != "layers"}
     return InPieces(
         _close(ends, carry.x, opened, tuple(parts), tokens.shape[1], settings=settings),
@@ -183,16 +186,11 @@ def reusable_chunks(policy: Policy, length: int, budget: int, config: ModelConfi
     return max(0, length - max(1, policy.window_rows(budget))) // CHUNK
 
 
-def _computed(piece: Any) -> None:
-    jax.block_until_ready(piece)
-
-
-def _layer_inputs(
-    layers: Any, lora: Params | None, budgets: jax.Array, i: int, config: ModelConfig
-) -> _Inputs:
+def _layer_inputs(layers: Any, per_layer: Any, i: int) -> _Inputs:
+    """Layer `i`; `per_layer` has the LoRA, the kinds and the budgets of all layers."""
     apart = isinstance(layers, tuple)
-    rest = (None if apart else layers, lora, layer_kinds(config), budgets)
-    p, lora, kind, budget = _slice(rest, jnp.asarray(i, jnp.int32))
+    stacks = None if apart else layers, *per_layer
+    p, lora, kind, budget = _slice(stacks, jnp.asarray(i, jnp.int32))
     return _Inputs(Layer(layers[i] if apart else p, lora, kind), budget)
 
 
