@@ -61,13 +61,14 @@ def composed(model, document, question, pin=()):
 
 def prefilled(config, slots):
     cache = empty_cache(config, 1, slots, jnp.float32, jnp.zeros(1, jnp.int32))
-    return StoredPrompt(cache, jnp.zeros((1, config.vocab_size)), None)
+    prompt = jnp.zeros((1, 16), jnp.int32)
+    return StoredPrompt(prompt, cache, jnp.zeros((1, config.vocab_size)), None)
 
 
 def test_the_least_recently_used_make_room_within_the_bound():
     config = tiny.config()
     one = prefilled(config, 128)
-    size = one.cache.bytes + one.logits.nbytes
+    size = one.prompt.nbytes + one.cache.bytes + one.logits.nbytes
     store = PromptStore(2 * size)
     for name in "ab":
         store.put(name, one)

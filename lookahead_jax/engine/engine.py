@@ -1,12 +1,12 @@
 """Continuous batching: one model, a fixed number of rows, a queue of requests.
 
-A waiting request is read alone: its prompt is padded to a bucket and its cache cut to the budget.
-Then it takes a free row of the batch while the other rows stay in place. All rows decode together
-in bursts of steps, and a finished row is free for the next request. Prompts are read in pieces, one
-prompt at a time: between two bursts as many pieces as the running rows may wait for. So neither a
-long prompt nor many short ones can stop them. A request compiles only what its prompt's bucket has
-not compiled before, and does not depend on its neighbours: the tokens are those of `generate` for
-the same prompt, settings and seed.
+The prompt of a waiting request is padded to a bucket, read, and its cache cut to the budget. Then
+the request takes a free row of the batch while the other rows stay in place. All rows decode
+together in bursts of steps, and a finished row is free for the next request. Prompts are read in
+pieces, a long one alone and several short ones together: between two bursts as many pieces as the
+running rows may wait for. So neither a long prompt nor many short ones can stop them. A request
+compiles only what its prompt's bucket has not compiled before, and does not depend on its
+neighbours: the tokens are those of `generate` for the same prompt, settings and seed.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from lookahead_jax.engine.batch import RunningBatch
 from lookahead_jax.engine.encoding import encode_request, longest_token_bytes
 from lookahead_jax.engine.opening import Opening
 from lookahead_jax.engine.prefix_store import PrefixStore
-from lookahead_jax.engine.prompt_reader import PromptReader
+from lookahead_jax.engine.prompt_reader import PrefilledRequest, PromptReader
 from lookahead_jax.engine.prompt_store import PromptStore, StoreUse
 from lookahead_jax.engine.queue import RequestQueue
 from lookahead_jax.engine.requests import ActiveRequest, Event, Limits, Request, Result
@@ -141,8 +141,8 @@ class Engine:
         decode_eviction = eviction.while_decoding()
         params = for_decoding(model.params)
         self._reader = PromptReader(
-            model, params, limits=self.limits, store=self._store, prefixes=self._prefixes,
-            settings=eviction, decode_eviction=decode_eviction,
+            model, params, rows=rows, limits=self.limits, store=self._store,
+            prefixes=self._prefixes, settings=eviction, decode_eviction=decode_eviction,
         )  # fmt: skip
         self._drafting = Drafting(
             drafts.drafter,
@@ -285,40 +285,62 @@ class Engine:
         return max(1, self._burst // _ADMITTING) if begins else self._burst
 
     def _read_prompt(self, events: list[Event]) -> None:
-        """Reads on, or begins with the next request of the queue, if a row is free."""
+        """Reads on, or begins with the next requests of the queue, if rows are free."""
+        self._opening = self._opening or self._open()
         if self._opening is None:
-            if None not in self._rows:
-                return
-            running = [request.encoded.tenant for request in self._rows if request is not None]
-            if (request := self._queue.take(running)) is None:
-                return
-            request.start()
-            self._opening = Opening(request, self._reader.read(request.encoded))
+            return
         others_run, begin = any(self._rows), time.perf_counter()
         self._read_on(self._opening, events)
         if others_run:
             self._paused_s += time.perf_counter() - begin
 
+    def _open(self) -> Opening | None:
+        """Begins with the next requests of the queue; None without any, or without a free row."""
+        running = [request.encoded.tenant for request in self._rows if request is not None]
+        requests = self._queue.take(
+            running, self.rows - len(running),
+            lambda order: self._reader.together([request.encoded for request in order]),
+        )  # fmt: skip
+        if not requests:
+            return None
+        for request in requests:
+            request.start()
+        return Opening(requests, self._reader.read([request.encoded for request in requests]))
+
     def _read_on(self, opening: Opening, events: list[Event]) -> None:
-        """Reads pieces of a prompt; after the last the request takes a free row."""
-        request, row = opening.request, self._rows.index(None)
+        """Reads pieces of prompts; after the last their requests take free rows."""
+        admitted: list[tuple[int, ActiveRequest, PrefilledRequest]] = []
         try:
             prefilled = opening.advance(self._max_stall_s)
-            if prefilled is not None:
-                self._drafting.join(row, request.encoded.tokens)
-                self._drafting.constrain(row, request.grammar)
+            if prefilled is None:
+                return
+            for request, read in prefilled:
+                if (row := self._admit(request, events)) is not None:
+                    admitted.append((row, request, read))
         except BaseException as error:
-            _log.exception("request %d could not begin", request.id)
-            self._finish(request, events, error)
+            for request in list(opening.requests):
+                _log.exception("request %d could not begin", request.id)
+                self._finish(request, events, error)
             if not isinstance(error, Exception):  # an interrupt of `run`
                 raise
             return
-        if prefilled is None:
-            return
         self._opening = None
-        self._rows[row], request.row = request, row
-        self._batch.insert(row, prefilled, request.first_mask)
+        for row, request, read in admitted:
+            self._batch.insert(row, read, request.first_mask)
         self._deliver(events)
+
+    def _admit(self, request: ActiveRequest, events: list[Event]) -> int | None:
+        """Gives a request a free row; None if the drafter fails, which ends the request."""
+        request.row = row = self._rows.index(None)
+        self._rows[row] = request
+        try:
+            self._drafting.join(row, request.encoded.tokens)
+            self._drafting.constrain(row, request.grammar)
+        except Exception as error:
+            _log.exception("request %d could not begin", request.id)
+            self._finish(request, events, error)
+            return None
+        return row
 
     def _report_pause(self) -> None:
         if self._paused_s and self.on_pause is not None:
@@ -383,9 +405,10 @@ class Engine:
         why: Literal["cancelled"] | BaseException | None = None,
     ) -> None:
         """Frees the row of a request, if it has one, and says how it ended."""
-        if self._opening is not None and self._opening.request is request:
-            self._opening.close()
-            self._opening = None
+        if self._opening is not None and request in self._opening.requests:
+            self._opening.drop(request)
+            if not self._opening.requests:
+                self._opening = None
         if (row := request.row) is not None:
             self._rows[row] = None
             self._batch.halt(row)

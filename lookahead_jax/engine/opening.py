@@ -1,7 +1,7 @@
-"""A request whose prompt is being read, a few pieces at a time."""
+"""Requests whose prompts are being read, a few pieces at a time."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 
@@ -10,19 +10,23 @@ from lookahead_jax.engine.requests import ActiveRequest
 
 
 class Opening:
-    """A request on its way from the queue to its row."""
+    """Requests on their way from the queue to their rows; one reading serves them all."""
 
     def __init__(
-        self, request: ActiveRequest, pieces: Generator[None, None, tuple[PrefilledRequest, int]]
+        self,
+        requests: Sequence[ActiveRequest],
+        pieces: Generator[None, None, list[tuple[PrefilledRequest, int]]],
     ):
-        self.request = request
+        self.requests = list(requests)
+        """Those that have not ended."""
+        self._read = tuple(requests)
         self._pieces = pieces
 
-    def advance(self, seconds: float) -> PrefilledRequest | None:
+    def advance(self, seconds: float) -> list[tuple[ActiveRequest, PrefilledRequest]] | None:
         """Reads at least one piece, and more while they fit into `seconds`.
 
-        Returns the request once its prompt has been read. A piece is expected to take as long as
-        the one before it.
+        Returns the requests once their prompts have been read, without those dropped. A piece is
+        expected to take as long as the one before it.
         """
         begin = now = time.perf_counter()
         while True:
@@ -30,13 +34,24 @@ class Opening:
             try:
                 next(self._pieces)
             except StopIteration as end:
-                prefilled, self.request.reused_tokens = end.value
-                self.request.kept_entries = float(np.asarray(prefilled.cache.length).mean())
-                return prefilled
+                return self._results(end.value)
             now = time.perf_counter()
             if 2 * now - before - begin > seconds:
                 return None
 
-    def close(self) -> None:
-        """Stops reading."""
-        self._pieces.close()
+    def drop(self, request: ActiveRequest) -> None:
+        """Forgets a request that has ended; without the last, stops reading."""
+        self.requests.remove(request)
+        if not self.requests:
+            self._pieces.close()
+
+    def _results(
+        self, results: list[tuple[PrefilledRequest, int]]
+    ) -> list[tuple[ActiveRequest, PrefilledRequest]]:
+        read = []
+        for request, (prefilled, reused) in zip(self._read, results, strict=True):
+            if request in self.requests:
+                request.reused_tokens = reused
+                request.kept_entries = float(np.asarray(prefilled.cache.length).mean())
+                read.append((request, prefilled))
+        return read

@@ -1,9 +1,13 @@
-"""Reads the prompts of requests, or takes them from the store of earlier readings."""
+"""Reads the prompts of requests, or takes them from the store of earlier readings.
+
+A prompt is read alone, or together with other short ones: the weights are then read from memory
+once for all of them.
+"""
 
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +30,14 @@ from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import span_class
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
 from lookahead_jax.prefilling.layer_pass import CHUNK
-from lookahead_jax.prefilling.pieces import reusable_chunks
+from lookahead_jax.prefilling.pieces import ChunkEntries, reusable_chunks
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import has_pieces, read_prompt, read_prompt_in_pieces
 
-R = TypeVar("R")
+TOGETHER = 4
+"""Prompts of one reading, at most."""
+_FEWEST_TOGETHER = 3  # two readings take no longer than one of four rows, where rows are arithmetic
 
 
 class PrefilledRequest(NamedTuple):
@@ -49,9 +55,10 @@ class PrefilledRequest(NamedTuple):
 
 
 class PromptReader:
-    """Reads the prompts of an engine, each alone, and stores some of them for later requests.
+    """Reads the prompts of an engine, and stores some of them for later requests.
 
-    `params` are the model's as decoding reads them (`for_decoding`): pieces need no copy then.
+    `rows` are those of the engine: with fewer than `TOGETHER`, each prompt is read alone. `params`
+    are the model's as decoding reads them (`for_decoding`): pieces need no copy then.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class PromptReader:
         model: Model,
         params: Params,
         *,
+        rows: int,
         limits: Limits,
         store: PromptStore,
         prefixes: PrefixStore,
@@ -74,7 +82,9 @@ class PromptReader:
         self._eviction = decode_eviction
         entry = 2 * model.config.num_kv_heads * model.config.head_dim * model.config.num_layers
         chunk_bytes = CHUNK * entry * params["embed"].dtype.itemsize
-        self._most_chunks = prefixes.limit // chunk_bytes if has_pieces(settings.policy) else 0
+        in_pieces = has_pieces(settings.policy)
+        self._most_chunks = prefixes.limit // chunk_bytes if in_pieces else 0
+        self._together = TOGETHER if rows >= TOGETHER and in_pieces else 1
         width, room = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
         if decode_eviction is not None:
             room = decode_eviction.room(width, room, model.config)
@@ -96,30 +106,51 @@ class PromptReader:
         tokens = jax.ShapeDtypeStruct((1, width), jnp.int32)
         return jax.eval_shape(read, self._model.params, tokens).cache.slots
 
-    def read(self, request: EncodedRequest) -> Generator[None, None, tuple[PrefilledRequest, int]]:
-        """The request with its prompt read and cut, and how many tokens the store had of it.
+    def together(self, requests: Sequence[EncodedRequest]) -> int:
+        """How many of these requests, from the first on, `read` should be given next.
 
-        It yields between pieces of the prompt. A document is read and cut on its own; the rest of
-        the prompt is read after it.
+        Several if their prompts are short, and neither equal nor stored; else one.
         """
-        config = self._model.config
-        if request.document:
-            stored, reused, prompt = yield from self._read_behind_document(request)
+        keys = set[Hashable]()
+        for request in requests[: self._together]:
+            key = self._key(request, 0)
+            if request.document or not _short(len(request.tokens)):
+                break
+            if key in keys or key in self._store:
+                break
+            keys.add(key)
+        return len(keys) if len(keys) >= _FEWEST_TOGETHER else 1
+
+    def read(
+        self, requests: Sequence[EncodedRequest]
+    ) -> Generator[None, None, list[tuple[PrefilledRequest, int]]]:
+        """Requests with their prompts read and cut, and how many tokens the store had of each.
+
+        It yields between pieces of the prompts. A document is read and cut on its own; the rest of
+        the prompt is read after it. Several requests have to be such as `together` allows.
+        """
+        if len(requests) > 1:
+            reused = [0] * len(requests)
+            stored = yield from self._read_several(requests)
         else:
-            stored, reused = yield from self._stored(request, 0)
-            prompt = pad_batch([request.tokens], config=config)
-        rows = sampling_rows([request.sampling], [request.seed], config.vocab_size)
-        prefilled = PrefilledRequest(
-            prompt=jnp.asarray(prompt),
-            # Waits, so that an error belongs to this request; no room, the batch has it.
-            **jax.block_until_ready(stored)._asdict(),
+            behind = self._read_behind_document if requests[0].document else self._stored
+            one, known = yield from behind(requests[0])
+            stored, reused = [one], [known]
+        # Waits, so that an error belongs to these requests.
+        jax.block_until_ready(stored)
+        ready = map(self._prefilled, requests, stored)
+        return list(zip(ready, reused, strict=True))
+
+    def _prefilled(self, request: EncodedRequest, stored: StoredPrompt) -> PrefilledRequest:
+        rows = sampling_rows([request.sampling], [request.seed], self._model.config.vocab_size)
+        return PrefilledRequest(
+            **stored._asdict(),
             pinned=self._pinned_while_decoding(request),
             sampling=with_everything(rows),
             limit=jnp.asarray([request.max_new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),
             with_logprobs=jnp.asarray([request.logprobs is not None]),
         )
-        return prefilled, reused
 
     def samples(self, lengths: Iterable[int]) -> Iterator[PrefilledRequest]:
         """One request for every program that prompts of `lengths` tokens use; none is stored."""
@@ -133,17 +164,31 @@ class PromptReader:
                 tokens=[0] * (first + behind), document=first if behind else 0, max_new_tokens=1,
                 sampling=GREEDY, seed=0, eos_ids=(),
             )  # fmt: skip
-            yield _result(self.read(request))[0]
+            another = dataclasses.replace(request, tokens=[*request.tokens[:-1], 1])
+            yield self._sample([request])
             if self._most_chunks:
-                another = dataclasses.replace(request, tokens=[*request.tokens[:-1], 1])
-                _result(self.read(another))  # finds the first chunks
-            self._store.clear()
-            self._prefixes.clear()
+                self._sample([another])  # finds the first chunks
+            self._forget()
+            if self._together > 1 and not behind and _short(first):
+                yield self._sample([request, another])
+                self._forget()
+
+    def _sample(self, requests: Sequence[EncodedRequest]) -> PrefilledRequest:
+        pieces = self.read(requests)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                return end.value[0][0]
+
+    def _forget(self) -> None:
+        self._store.clear()
+        self._prefixes.clear()
 
     def _read_behind_document(
         self, request: EncodedRequest
-    ) -> Generator[None, None, tuple[StoredPrompt, int, np.ndarray]]:
-        """The whole prompt read, the tokens that the store had, and the prompt int32 [1, T]."""
+    ) -> Generator[None, None, tuple[StoredPrompt, int]]:
+        """The whole prompt read, and the tokens that the store had."""
         question = request.tokens[request.document :]
         stored, reused = yield from self._stored(request, len(question))
         asked = jnp.asarray(pad_batch([question], config=self._model.config))
@@ -153,44 +198,86 @@ class PromptReader:
         cache, logits = extend(self._model.params, asked, cache, config=self._model.config)
         prompt = np.full((1, bucket_length(self._limits.longest)), -1, np.int32)
         prompt[0, : len(request.tokens)] = request.tokens
-        return StoredPrompt(cache, logits, stored.sums), reused, prompt
+        return StoredPrompt(jnp.asarray(prompt), cache, logits, stored.sums), reused
 
     def _stored(
-        self, request: EncodedRequest, known_tokens: int
+        self, request: EncodedRequest, known_tokens: int = 0
     ) -> Generator[None, None, tuple[StoredPrompt, int]]:
         """What is cut, from the store, or read now; and how many of its tokens the store had.
 
         `known_tokens` of a question will be read after it.
         """
-        # The reading depends on all of this: RoPE on the known length, two-pass policies on end
-        # tokens.
-        tokens, eos_ids = request.cut, request.eos_ids
-        span = span_class(self._model.config, len(tokens) + known_tokens)
-        prompt = pad_batch([tokens], config=self._model.config)
-        # Always given, so that a request with pins compiles nothing.
-        pinned = pin_mask([request.pin], prompt)
-        root = (request.tenant, span)
-        key = (*root, np.asarray(tokens, np.int32).tobytes(), pinned.tobytes(), tuple(eos_ids))
+        tokens, key = request.cut, self._key(request, known_tokens)
         if (stored := self._store.get(key)) is not None:
             return stored, len(tokens)
-        chunks = _chunks(tokens)[: self._most_chunks]
-        settings, config = self._settings, self._model.config
-        most = reusable_chunks(settings.policy, len(tokens), settings.budget, config)
+        root, chunks = key[:2], _chunks(tokens)[: self._most_chunks]
+        most = reusable_chunks(
+            self._settings.policy, len(tokens), self._settings.budget, self._model.config
+        )
         known = self._prefixes.find(root, chunks[:most])
-        read = yield from read_prompt_in_pieces(
-            self._params, jnp.asarray(prompt), config=config, policy=settings.policy,
-            budget=settings.budget, new_tokens=0, known_tokens=known_tokens,
-            modules=settings.modules, eos_ids=_padded(eos_ids),
-            with_scores=self._eviction is not None and self._eviction.adds_up,
-            repeat_template=repeat_template(settings.policy, self._model.tokenizer),
-            cache_dtype=settings.cache_dtype, pinned=jnp.asarray(pinned),
+        read, fresh = yield from self._read(
+            [tokens], [request.pin], request.eos_ids, known_tokens=known_tokens,
             known=known, returned=len(chunks),
         )  # fmt: skip
-        full = jax.block_until_ready(read.prefilled)
-        self._prefixes.put(root, chunks, read.chunks)
-        result = StoredPrompt(full.cache, full.logits, opening_sums(self._eviction, full))
-        self._store.put(key, result)
-        return result, len(known) * CHUNK
+        jax.block_until_ready(read)
+        self._prefixes.put(root, chunks, fresh)
+        self._store.put(key, read)
+        return read, len(known) * CHUNK
+
+    def _read_several(
+        self, requests: Sequence[EncodedRequest]
+    ) -> Generator[None, None, list[StoredPrompt]]:
+        """What is kept of each prompt, all read as one batch."""
+        # Rows without a request repeat the last one: there is one program for every number.
+        batch = [*requests, *[requests[-1]] * (self._together - len(requests))]
+        read, _ = yield from self._read(
+            [request.tokens for request in batch], [request.pin for request in batch], ()
+        )
+        rows = [_row(read, i) for i in range(len(requests))]
+        for request, stored in zip(requests, rows, strict=True):
+            key = self._key(request, 0)
+            self._store.get(key)  # counts the miss
+            self._store.put(key, stored)
+        return rows
+
+    def _read(
+        self,
+        prompts: Sequence[Sequence[int]],
+        pins: Sequence[Sequence[tuple[int, int]]],
+        eos_ids: Sequence[int],
+        *,
+        known_tokens: int = 0,
+        known: Sequence[ChunkEntries] = (),
+        returned: int = 0,
+    ) -> Generator[None, None, tuple[StoredPrompt, Sequence[ChunkEntries]]]:
+        """What is kept of a batch of prompts, and the `returned` first chunks that are new."""
+        settings, config = self._settings, self._model.config
+        tokens = pad_batch(prompts, config=config)
+        prompt = jnp.asarray(tokens)
+        read = yield from read_prompt_in_pieces(
+            self._params, prompt, config=config, policy=settings.policy, budget=settings.budget,
+            new_tokens=0, known_tokens=known_tokens, modules=settings.modules,
+            eos_ids=_padded(eos_ids),
+            with_scores=self._eviction is not None and self._eviction.adds_up,
+            repeat_template=repeat_template(settings.policy, self._model.tokenizer),
+            cache_dtype=settings.cache_dtype,
+            # Always given, so that a request with pins compiles nothing.
+            pinned=jnp.asarray(pin_mask(pins, tokens)),
+            known=known, returned=returned,
+        )  # fmt: skip
+        full = read.prefilled
+        sums = opening_sums(self._eviction, full)
+        return StoredPrompt(prompt, full.cache, full.logits, sums), read.chunks
+
+    def _key(self, request: EncodedRequest, known_tokens: int) -> tuple[Hashable, ...]:
+        """All that the reading of what is cut depends on, with `known_tokens` read after it.
+
+        The first two are the tenant, and what keys and values depend on besides the tokens.
+        """
+        # RoPE depends on the known length, and policies that decode an answer on end tokens.
+        tokens = np.asarray(request.cut, np.int32)
+        span = span_class(self._model.config, len(tokens) + known_tokens)
+        return request.tenant, span, tokens.tobytes(), tuple(request.pin), tuple(request.eos_ids)
 
     def _pinned_while_decoding(self, request: EncodedRequest) -> jax.Array | None:
         if not self.pins:
@@ -201,13 +288,22 @@ class PromptReader:
         return jnp.asarray(pinned)
 
 
-def _result(pieces: Generator[None, None, R]) -> R:
-    """What a generator returns."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            return end.value
+@jax.jit
+def _row(prompts: StoredPrompt, row: int | jax.Array) -> StoredPrompt:
+    """One row of a batch of prompts."""
+
+    def taken(a: jax.Array, axis: int = 0) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(a, row, 1, axis)
+
+    sums = None if prompts.sums is None else taken(prompts.sums, 1)
+    return StoredPrompt(
+        taken(prompts.prompt), prompts.cache.map_rows(taken), taken(prompts.logits), sums
+    )
+
+
+def _short(tokens: int) -> bool:
+    """Whether several prompts of so many tokens are read together: the batch is one chunk."""
+    return bucket_length(tokens) * TOGETHER <= CHUNK
 
 
 def _chunks(tokens: Sequence[int]) -> list[bytes]:

@@ -12,6 +12,7 @@ from lookahead_jax.model.cache import KVCache
 class StoredPrompt(NamedTuple):
     """A prompt's cut cache, and what else continuing it needs."""
 
+    prompt: jax.Array  # [1, T] int32, padded as it was read
     cache: KVCache
     logits: jax.Array  # [1, V] float32
     sums: jax.Array | None  # [L, 1, K, S] float32, see decoding.eviction.opening_sums
@@ -50,6 +51,9 @@ class PromptStore:
             self._prompts.move_to_end(key)
         return prompt
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._prompts
+
     def put(self, key: Hashable, prompt: StoredPrompt) -> None:
         """Stores a prompt unless it alone exceeds the bound; others may have to make room."""
         size = _size(prompt)
@@ -70,4 +74,4 @@ class PromptStore:
 
 def _size(prompt: StoredPrompt) -> int:
     sums = 0 if prompt.sums is None else prompt.sums.nbytes
-    return prompt.cache.bytes + prompt.logits.nbytes + sums
+    return prompt.prompt.nbytes + prompt.cache.bytes + prompt.logits.nbytes + sums

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lookahead_jax.engine.requests import ActiveRequest
 
@@ -52,21 +52,41 @@ class RequestQueue:
         with self._changed:
             return self._changed.wait_for(lambda: bool(self._alive), timeout)
 
-    def take(self, running: Sequence[str]) -> ActiveRequest | None:
-        """Removes the next request from the queue; None if none waits.
+    def take(
+        self,
+        running: Sequence[str],
+        rows: int,
+        together: Callable[[Sequence[ActiveRequest]], int],
+    ) -> list[ActiveRequest]:
+        """Removes the next requests for `rows` free rows from the queue; none if none waits.
 
-        Its tenant holds the fewest rows of those that wait, and of several such was served longest
-        ago; of its requests, it has waited longest. `running` are the tenants of the rows in use.
+        Each is of the tenant that holds the fewest rows of those that wait, and of several such was
+        served longest ago; of its requests, it has waited longest. `running` are the tenants of the
+        rows in use. Of the requests in this order, `together` says how many to remove.
         """
         with self._changed:
-            held, waiting = Counter(running), {r.encoded.tenant for r in self._waiting.values()}
-            if not waiting:
-                return None
-            tenant = min(waiting, key=lambda t: (held[t], self._served.get(t, 0)))
-            self._turn += 1
-            self._served[tenant] = self._turn
-            id = next(i for i, r in self._waiting.items() if r.encoded.tenant == tenant)
-            return self._waiting.pop(id)
+            order = self._order(Counter(running), rows)
+            taken = order[: together(order)] if order else []
+            for request in taken:
+                self._turn += 1
+                self._served[request.encoded.tenant] = self._turn
+                del self._waiting[request.id]
+            return taken
+
+    def _order(self, held: Counter[str], most: int) -> list[ActiveRequest]:
+        """The requests of the next turns; `held` are the rows of each tenant."""
+        waiting: dict[str, list[ActiveRequest]] = {}
+        for request in reversed(self._waiting.values()):
+            waiting.setdefault(request.encoded.tenant, []).append(request)
+        served, order = dict(self._served), list[ActiveRequest]()
+        while waiting and len(order) < most:
+            tenant = min(waiting, key=lambda t: (held[t], served.get(t, 0)))
+            held[tenant] += 1
+            served[tenant] = self._turn + len(order) + 1
+            order.append(waiting[tenant].pop())
+            if not waiting[tenant]:
+                del waiting[tenant]
+        return order
 
     def take_cancelled(self) -> list[ActiveRequest]:
         """Returns the requests marked by `cancel`; those that wait leave the queue."""
