@@ -321,6 +321,12 @@ def test_rows_are_shared_between_tenants():
         running.append(taken[-1].encoded.tenant)
     # The tenant with fewer rows is next; with as many, the one that was served longer ago.
     assert [request.id for request in taken] == [10, 11, 12, 3, 13, 4]
+    # Several free rows at once: the same order.
+    queue = RequestQueue()
+    queue.add([waiting(i, "a") for i in range(3, 6)])
+    queue.add([waiting(i, "b") for i in (10, 11, 12, 13)])
+    assert [request.id for request in queue.take(["a"] * 3, 6, lambda order: 4)] == [10, 11, 12, 3]
+    assert [request.id for request in queue.take(["a"] * 4 + ["b"] * 3, 2, len)] == [13, 4]
     # One row: three tenants have it by turns.
     queue = RequestQueue()
     queue.add([waiting(i, "a") for i in range(3)])
