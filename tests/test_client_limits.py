@@ -200,6 +200,7 @@ def test_connections_of_one_address_beyond_its_cap_are_refused(model, engine):
             open_.enter_context(connect(f"127.0.0.{3 + i}"))
         until(lambda: len(connections) == 4)  # the cap of all
         assert everything(open_.enter_context(connect(THERE))).startswith("HTTP/1.1 503 ")
+    assert not server.server.config.http_protocol_class.addresses  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import logging
+from collections import Counter
 from http import HTTPStatus
 from typing import Any
 
@@ -54,6 +55,7 @@ class LimitedProtocol(H11Protocol):
 
     max_connections: int
     max_connections_per_client: int | None
+    addresses: Counter[str]  # of the open connections
     idle_seconds: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -62,13 +64,13 @@ class LimitedProtocol(H11Protocol):
         self._probe_timer: asyncio.TimerHandle | None = None
         self._head_begun = False
         self._restart_timer()
-        self.address = client_address(self.client)
+        self._address = client_address(self.client)
+        self.addresses[self._address] += 1
+        own, most_own = self.addresses[self._address], self.max_connections_per_client
         if len(self.connections) > self.max_connections:
             self._refuse(_BUSY)
-        elif self.max_connections_per_client is not None:
-            own = sum(other.address == self.address for other in self.connections)
-            if own > self.max_connections_per_client:
-                self._refuse(_BUSY_CLIENT)
+        elif most_own is not None and own > most_own:
+            self._refuse(_BUSY_CLIENT)
 
     def _refuse(self, answer: bytes) -> None:
         self.transport.write(answer)
@@ -78,6 +80,9 @@ class LimitedProtocol(H11Protocol):
         for timer in (self._timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
+        self.addresses[self._address] -= 1
+        if not self.addresses[self._address]:
+            del self.addresses[self._address]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -146,6 +151,7 @@ def limited_protocol(limits: ServerLimits) -> type[LimitedProtocol]:
     values = {
         "max_connections": most,
         "max_connections_per_client": limits.max_connections_per_client,
+        "addresses": Counter(),
         "idle_seconds": limits.idle_seconds,
     }
     return type("Protocol", (LimitedProtocol,), values)
