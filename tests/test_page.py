@@ -99,7 +99,12 @@ def test_a_conversation_in_a_browser(model, engine, tab):
         tab.type("wrong")  # the field has the focus
         tab.press("Enter")
         tab.until("at('error').textContent === 'This key is wrong'")
-        for unsendable in ("schl\u00fcssel", "\u043a\u043b\u044e\u0447", "sesame\u2026", "two words"):
+        for unsendable in (
+            "schl\u00fcssel",
+            "\u043a\u043b\u044e\u0447",
+            "sesame\u2026",
+            "two words",
+        ):
             tab.run("at('key').select()")
             tab.type(unsendable)
             tab.press("Enter")
