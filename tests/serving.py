@@ -37,12 +37,17 @@ class Running:
         url = f"http://127.0.0.1:{self.port}/v1"
         return openai.OpenAI(base_url=url, api_key=key, max_retries=0)
 
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+    def connect(self, source: str = "127.0.0.1") -> http.client.HTTPConnection:
+        """A client at the address `source`, which is any of 127.0.0.0/8 on Linux."""
+        return http.client.HTTPConnection(
+            "127.0.0.1", self.port, timeout=60, source_address=(source, 0)
+        )
 
-    def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    def send(
+        self, method: str, path: str, body: Any = None, source: str = "127.0.0.1", **headers: str
+    ) -> tuple[int, Any]:
         """Status and content of one request; objects go out, and come back, as JSON."""
-        with contextlib.closing(self.connect()) as connection:
+        with contextlib.closing(self.connect(source)) as connection:
             if not isinstance(body, bytes | None):
                 body = json.dumps(body).encode()
             given = {"Content-Type": "application/json"} | {
@@ -70,7 +75,7 @@ def running(
     **limits: float,
 ) -> Iterator[Running]:
     """Serves `engine` until the block ends; fails if the server does not end by itself."""
-    service = Service(engine, ServerLimits(**limits))
+    service = Service(engine, ServerLimits(**limits), keys=len(keys))
     server = Server(
         service, model, name=NAME, api_keys=keys, allow_special_tokens=allow_special_tokens,
         with_page=with_page,

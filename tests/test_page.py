@@ -99,6 +99,18 @@ def test_a_conversation_in_a_browser(model, engine, tab):
         tab.type("wrong")  # the field has the focus
         tab.press("Enter")
         tab.until("at('error').textContent === 'This key is wrong'")
+        for unsendable in (
+            "schl\u00fcssel",
+            "\u043a\u043b\u044e\u0447",
+            "sesame\u2026",
+            "two words",
+        ):
+            tab.run("at('key').select()")
+            tab.type(unsendable)
+            tab.press("Enter")
+            tab.until("at('error').textContent.startsWith('A key has only ASCII characters')")
+            assert visible(tab, "unlock")
+            tab.run("at('error').textContent = ''")
         tab.run("at('key').select()")
         tab.type(KEY)
         tab.press("Enter")

@@ -54,6 +54,11 @@ def test_it_answers_as_generate_does_and_ends_on_ctrl_c(tmp_path, capsys):
     ("args", "message"),
     [
         (["--max-queue", "-1"], "max_queue must be at least 0, not -1"),
+        (
+            ["--max-queue", "8", "--max-queue-per-client", "9"],
+            "max_queue_per_client must be at most max_queue = 8, not 9: lower it, or raise",
+        ),
+        (["--max-connections-per-client", "0"], "max_connections_per_client must be at least 1"),
         (["--rows", "0"], "rows must be at least 1, not 0"),
         (["--max-tokens", "4000"], "max_prompt_tokens must be at least 1"),
         (["--prompt-store-mb", "-1"], "-1000000 bytes"),

@@ -109,7 +109,7 @@ def main(config: Serve) -> None:
         name = "embedded" if config.source.model is None else config.source.model.resolve().name
         if not config.no_request_log:
             log_requests()
-        service = Service(engine, config.limits)
+        service = Service(engine, config.limits, keys=len(keys))
         server = Server(
             service, model, name=name, api_keys=keys,
             allow_special_tokens=config.allow_special_tokens, with_page=not config.no_page,

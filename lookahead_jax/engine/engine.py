@@ -130,6 +130,7 @@ class Engine:
         check_memory(
             model, eviction, rows=rows, prompt_tokens=max_prompt_tokens,
             new_tokens=max_new_tokens + max_question_tokens,
+            prompt_store_bytes=prompt_store_bytes, prefix_store_bytes=prefix_store_bytes,
         )  # fmt: skip
         announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
         self.on_pause: Callable[[float], None] | None = None

@@ -19,21 +19,23 @@ class CallOwner(Protocol):
     engine: Engine
     metrics: Metrics
     places: int
+    client_places: int
 
-    def take(self, places: int) -> None: ...
+    def take(self, client: str, places: int) -> None: ...
 
-    def give_back(self, places: int) -> None: ...
+    def give_back(self, client: str, places: int) -> None: ...
 
 
 class Call:
-    """What one HTTP request has asked of the engine, and how it may be ended from outside."""
+    """What one HTTP request of `client` has asked of the engine, and how others may end it."""
 
-    def __init__(self, service: CallOwner):
+    def __init__(self, service: CallOwner, client: str):
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call belongs to a task")
         self.task = task
         self._service = service
+        self._client = client
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._timers: list[asyncio.TimerHandle] = []
@@ -67,11 +69,11 @@ class Call:
         Raises `Refused` if there are too few places, ValueError for requests that the engine
         cannot serve.
         """
-        if count > self._service.places:
-            raise ValueError(
-                f"{count} continuations are more than the {self._service.places} there is room for"
-            )
-        self._service.take(count)
+        most = self._service.client_places
+        if count > most:
+            whose = "one client may have" if most < self._service.places else "there is room for"
+            raise ValueError(f"{count} continuations are more than the {most} {whose}")
+        self._service.take(self._client, count)
         # Shielded, so that the thread sees to the places even if this task is cancelled. No local
         # variable holds the future: with an error in it, that would be a cycle.
         await asyncio.shield(self._begin(count, make))
@@ -93,7 +95,7 @@ class Call:
         try:
             return self._loop.run_in_executor(None, self._submit, count, make)
         except BaseException:  # no thread will give the places back
-            self._service.give_back(count)
+            self._service.give_back(self._client, count)
             raise
 
     def _submit(self, count: int, make: Callable[[], Sequence[Request]]) -> None:
@@ -111,7 +113,7 @@ class Call:
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
         finally:
             if not ids:
-                self._service.give_back(count)
+                self._service.give_back(self._client, count)
         with self._lock:
             self._ids = ids
             late = self._closed
@@ -125,6 +127,6 @@ class Call:
     def _hear(self, index: int, event: Event) -> None:
         """In the engine's thread."""
         if event.result is not None:
-            self._service.give_back(1)
+            self._service.give_back(self._client, 1)
             self._service.metrics.ended(event.result)
         self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))

@@ -4,11 +4,14 @@ import asyncio
 import errno
 import json
 import logging
+from collections import Counter
+from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from lookahead_jax.server.clients import client_address
 from lookahead_jax.server.errors import Refused
 from lookahead_jax.server.limits import ServerLimits
 
@@ -20,10 +23,24 @@ _LOG_SECONDS = 60.0
 _PROBE_SECONDS, _MOST_PROBE_SECONDS = 0.1, 5.0
 _log = logging.getLogger(__name__)
 
-_BODY = json.dumps(Refused(503, "too many connections").body).encode()
-_BUSY = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
-    b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(_BODY), _BODY)
+
+def _answer(refused: Refused) -> bytes:
+    """A whole answer to a connection that has sent no request yet."""
+    phrase, body = HTTPStatus(refused.status).phrase, json.dumps(refused.body)
+    return (
+        f"HTTP/1.1 {refused.status} {phrase}\r\ncontent-type: application/json\r\n"
+        f"retry-after: 1\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+_BUSY = _answer(Refused(503, "too many connections", code="connections_full"))
+_BUSY_CLIENT = _answer(
+    Refused(
+        429,
+        "too many connections from your address (max_connections_per_client): close some, or "
+        "send several requests over one",
+        code="client_connections_full",
+    )
 )
 
 
@@ -37,6 +54,8 @@ class LimitedProtocol(H11Protocol):
     """
 
     max_connections: int
+    max_connections_per_client: int | None
+    addresses: Counter[str]  # of the open connections
     idle_seconds: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -45,14 +64,25 @@ class LimitedProtocol(H11Protocol):
         self._probe_timer: asyncio.TimerHandle | None = None
         self._head_begun = False
         self._restart_timer()
+        self._address = client_address(self.client)
+        self.addresses[self._address] += 1
+        own, most_own = self.addresses[self._address], self.max_connections_per_client
         if len(self.connections) > self.max_connections:
-            transport.write(_BUSY)
-            transport.close()
+            self._refuse(_BUSY)
+        elif most_own is not None and own > most_own:
+            self._refuse(_BUSY_CLIENT)
+
+    def _refuse(self, answer: bytes) -> None:
+        self.transport.write(answer)
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
+        self.addresses[self._address] -= 1
+        if not self.addresses[self._address]:
+            del self.addresses[self._address]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -118,7 +148,12 @@ def limited_protocol(limits: ServerLimits) -> type[LimitedProtocol]:
             f"the process may open {descriptors} files, and a server needs more than "
             f"{BACKLOG + _RESERVE}: raise the limit (ulimit -n)"
         )
-    values = {"max_connections": most, "idle_seconds": limits.idle_seconds}
+    values = {
+        "max_connections": most,
+        "max_connections_per_client": limits.max_connections_per_client,
+        "addresses": Counter(),
+        "idle_seconds": limits.idle_seconds,
+    }
     return type("Protocol", (LimitedProtocol,), values)
 
 

@@ -43,7 +43,7 @@ class Endpoint:
         stream, unread, answer = EventStream(send), True, None
         record = record_of(scope)
         try:
-            with self._service.call() as call:
+            with self._service.call(record.client) as call:
                 seconds = self._service.limits.request_seconds
                 call.end_after(seconds, "the request was not done in", "timeout")
                 content = await read_body(scope, receive, self._service)

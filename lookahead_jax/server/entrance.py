@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lookahead_jax.server.clients import client_address
 from lookahead_jax.server.errors import Refused
 from lookahead_jax.server.metrics import Metrics
 from lookahead_jax.server.request_log import RequestRecord, add_record
@@ -36,7 +37,7 @@ class Entrance:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(_request_id(scope))
+        record = RequestRecord(_request_id(scope), client_address(scope.get("client")))
         add_record(scope, record)
         status = 499  # the client left before there was an answer
 

@@ -21,8 +21,9 @@ _log = logging.getLogger(__name__)
 class RequestRecord:
     """What is known of one request, from its arrival to its end."""
 
-    def __init__(self, id: str):
+    def __init__(self, id: str, address: str = ""):
         self.id = id
+        self._address = address
         self.key: int | None = None
         """The number of the client's key among those of the server."""
         self.error: str | None = None
@@ -37,6 +38,11 @@ class RequestRecord:
     def tenant(self) -> str:
         """Whose request it is, to the engine."""
         return "" if self.key is None else f"key {self.key}"
+
+    @property
+    def client(self) -> str:
+        """Whose request it is, to the limits per client: its key, or else its address."""
+        return self.tenant or self._address
 
     def take(self, event: Event, prompt: int) -> None:
         """Notes an event of a continuation of its prompt number `prompt`."""

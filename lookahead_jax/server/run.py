@@ -72,6 +72,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=limited_protocol(service.limits),
+                proxy_headers=False,  # any client could name another as its address
                 ws="none",
                 loop="asyncio",
                 lifespan="on",

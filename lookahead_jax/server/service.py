@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 from lookahead_jax.engine.engine import Engine
@@ -20,14 +21,18 @@ _BODIES = 64  # of the largest size, that may be in memory while they are receiv
 
 
 class Service:
-    """An engine shared by several HTTP requests; the methods belong to the event loop."""
+    """An engine shared by several HTTP requests; the methods belong to the event loop.
 
-    def __init__(self, engine: Engine, limits: ServerLimits):
+    `keys` is how many API keys the server has.
+    """
+
+    def __init__(self, engine: Engine, limits: ServerLimits, *, keys: int = 0):
         self.engine = engine
         self.limits = limits
         self.metrics = Metrics(engine)
         engine.on_pause = self.metrics.paused
         self.places = engine.rows + limits.max_queue
+        self.client_places = engine.rows + limits.client_queue(keys)
         self._calls: set[Call] = set()
         self._closed: Refused | None = None  # why new requests are refused
         self._stop = threading.Event()
@@ -35,7 +40,7 @@ class Service:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._body_bytes = 0
         self._lock = threading.Lock()  # of what follows
-        self._taken = 0
+        self._taken: Counter[str] = Counter()  # by client
 
     def start(self) -> None:
         """Begins to step the engine."""
@@ -66,15 +71,15 @@ class Service:
             raise Refused(503, "the queue is full", code="queue_full", headers=RETRY)
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[Call]:
-        """A new HTTP request; `Refused` with status 429 at once if the queue is full.
+    def call(self, client: str) -> Iterator[Call]:
+        """A new HTTP request; `Refused` with status 429 at once if there is no place for it.
 
         `Call.abort` cancels the body of the `with` block, and its reason is raised from here.
         """
         self.check()
-        if self.taken >= self.places:
-            raise _full()
-        call = Call(self)
+        with self._lock:
+            self._check_places(client, 1)
+        call = Call(self, client)
         self._calls.add(call)
         try:
             yield call
@@ -105,23 +110,38 @@ class Service:
             raise Refused(503, "too many bodies are being received", headers=RETRY)
         self._body_bytes += size
 
-    def take(self, places: int) -> None:
+    def take(self, client: str, places: int) -> None:
         """Takes places in the queue; `Refused` with status 429 if there are too few."""
         with self._lock:
-            if self._taken + places > self.places:
-                raise _full()
-            self._taken += places
+            self._check_places(client, places)
+            self._taken[client] += places
 
-    def give_back(self, places: int) -> None:
+    def give_back(self, client: str, places: int) -> None:
         """From any thread: gives back places of continuations that have ended or never begin."""
         with self._lock:
-            self._taken -= places
+            self._taken[client] -= places
+            if not self._taken[client]:
+                del self._taken[client]
 
     @property
     def taken(self) -> int:
         """Places that are taken at the moment."""
         with self._lock:
-            return self._taken
+            return self._taken.total()
+
+    def _check_places(self, client: str, places: int) -> None:
+        """Raises `Refused` if a client cannot have more places; the caller holds the lock."""
+        if self._taken.total() + places > self.places:
+            raise Refused(429, "the queue is full", code="queue_full", headers=RETRY)
+        if self._taken[client] + places > self.client_places:
+            raise Refused(
+                429,
+                f"one client may have {self.client_places} continuations that run or wait "
+                "(max_queue_per_client and the rows): send the request again when some of yours "
+                "have ended",
+                code="client_queue_full",
+                headers=RETRY,
+            )
 
     def _abort_all(self, why: Refused) -> None:
         for call in list(self._calls):
@@ -159,7 +179,3 @@ class BodyBuffer:
 def too_large(limit: int) -> Refused:
     """The answer to a body beyond its limit."""
     return Refused(413, f"the body has more than {limit} bytes", code="body_too_large")
-
-
-def _full() -> Refused:
-    return Refused(429, "the queue is full", code="queue_full", headers=RETRY)
