@@ -71,6 +71,7 @@ def running(
     *,
     keys: Sequence[str] = (),
     allow_special_tokens: bool = False,
+    drafter: str = "none",
     with_page: bool = True,
     **limits: float,
 ) -> Iterator[Running]:
@@ -78,7 +79,7 @@ def running(
     service = Service(engine, ServerLimits(**limits), keys=len(keys))
     server = Server(
         service, model, name=NAME, api_keys=keys, allow_special_tokens=allow_special_tokens,
-        with_page=with_page,
+        drafter=drafter, with_page=with_page,
     )  # fmt: skip
     with bind("127.0.0.1", 0, has_key=True) as socket:
         thread = threading.Thread(target=lambda: server.run(sockets=[socket]), daemon=True)

@@ -83,7 +83,7 @@ def test_options_reach_the_server(given_flags, tmp_path, monkeypatch, capsys):
     given, logging = {}, []
 
     def server(service, model, **keywords):
-        given.update(keywords, limits=service.limits)
+        given.update(keywords, limits=service.limits, policies=service.engine.policies)
         raise ValueError("enough")
 
     tiny.save_bytes_model(tmp_path, num_hidden_layers=1)
@@ -92,12 +92,15 @@ def test_options_reach_the_server(given_flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(log, lambda: logging.append("requests"))
     options = ["--allow-special-tokens", "--no-page", "--no-request-log"] if given_flags else []
     options += ["--max-connections", "7", "--idle-seconds", "2.5", "--port", "0"]
-    policy = ["--policy", "snapkv", "--policy-arg", "window=4"]
+    policy = ["--policy", "snapkv", "--policy-arg", "window=4", "--drafter", "trie"]
+    policy += ["--request-policy", "full"]
     sizes = ["--budget", "12", "--max-tokens", "8", "--rows", "2"]
     assert main(["serve", "--model", str(tmp_path), *policy, *sizes, *options]) == 1
     assert "enough" in capsys.readouterr().err
     assert given["allow_special_tokens"] == given_flags
     assert given["with_page"] != given_flags
+    assert given["policies"] == ("full", "snapkv")
+    assert given["drafter"] == "trie"
     assert logging == ([] if given_flags else ["requests"])
     assert (given["limits"].max_connections, given["limits"].idle_seconds) == (7, 2.5)
 

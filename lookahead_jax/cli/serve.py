@@ -1,7 +1,7 @@
 """`lookahead serve`: an OpenAI-style endpoint on the continuous-batching engine."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from lookahead_jax.cli.options import (
     EvictionOptions,
     File,
     ModelOptions,
+    Repeated,
     Tokens,
     end_tokens,
     option,
@@ -25,6 +26,9 @@ class Serve:
     source: ModelOptions = field(default_factory=ModelOptions)
     eviction: EvictionOptions = field(default_factory=EvictionOptions)
     drafting: DraftingOptions = field(default_factory=DraftingOptions)
+    request_policy: Annotated[Repeated, option("NAME")] = ()
+    """A further policy, with its defaults, that requests may name in their field `policy`; --policy
+    is for those that name none. May be repeated; each takes time to compile."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -86,13 +90,18 @@ def main(config: Serve) -> None:
     # Bound before the model is loaded, so that a port in use is reported at once.
     with bind(config.host, config.port, has_key=bool(keys)) as socket:
         eviction = config.eviction.resolve(config.source)
+        others = [
+            replace(config.eviction, policy=name, policy_arg=()).resolve(config.source)
+            for name in config.request_policy
+        ]
         drafter = config.drafting.make(config.drafting.load(config.source.dtype))
         model = config.source.load()
         engine = lk.Engine(
             model,
             policy=eviction.policy,
+            policies={each.name: each.policy for each in (*others, eviction)},
             budget=config.eviction.budget,
-            lookahead=eviction.modules(model),
+            lookahead=next((e for e in (eviction, *others) if e.folder), eviction).modules(model),
             eos_ids=end_tokens(model, config.eos),
             rows=config.rows,
             max_new_tokens=config.max_tokens,
@@ -113,6 +122,7 @@ def main(config: Serve) -> None:
         server = Server(
             service, model, name=name, api_keys=keys,
             allow_special_tokens=config.allow_special_tokens, with_page=not config.no_page,
+            drafter=config.drafting.drafter,
         )  # fmt: skip
         _say(f"compiling for prompts of up to {engine.limits.max_prompt_tokens} tokens")
         engine.warm_up(grammars=config.grammars)

@@ -37,6 +37,7 @@ class DecodeState:
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
     pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
     logprobs: LogprobRecord | None = None
+    drafted: jax.Array | None = None  # [B] bool, whether a row takes drafts; None: all do
     steering: Any = ()  # the state of the `Steer` that decoding uses, a pytree with a leading B
 
 
@@ -104,6 +105,7 @@ def start(
     sums: Float[Array, "L B K S"] | None = None,
     pinned: Bool[Array, "B T"] | None = None,
     logprobs: LogprobRecord | None = None,
+    drafted: Bool[Array, " B"] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
 ) -> DecodeState:
     """Opens decoding: chooses each row's first token from the logits after its prompt.
@@ -112,8 +114,8 @@ def start(
     static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
     of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
     evicted during decoding, `pinned` the prompt positions that this eviction keeps, `logprobs` an
-    empty record if any row may ask for log-probabilities, `allowed` the masks of the first tokens
-    (allowed.py). The cache is donated.
+    empty record if any row may ask for log-probabilities, `drafted` the rows that take drafts
+    (None: all), `allowed` the masks of the first tokens (allowed.py). The cache is donated.
     """
     batch, vocab = logits.shape
     finite = jnp.isfinite(logits).all(-1)
@@ -135,6 +137,7 @@ def start(
         sums=sums,
         pinned=pinned,
         logprobs=logprobs,
+        drafted=drafted,
     )
     permitted = allow_only(logits[:, None], None if allowed is None else allowed[:, None])
     processed = process_logits(permitted, TextSoFar(state.seen, state.counts), sampling)

@@ -125,6 +125,8 @@ def _step(
     room = jnp.where(state.done, 0, state.limit - state.count)
     if eviction is not None:
         room = jnp.minimum(room, eviction.until_cut(cache.next_pos))
+    if state.drafted is not None:
+        room = jnp.where(state.drafted, room, jnp.minimum(room, 1))
     laid = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos)
     positions = jnp.where(laid.valid, base + laid.depth, -1)
     x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)

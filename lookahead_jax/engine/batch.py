@@ -80,6 +80,7 @@ def empty_batch(
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
         pinned=jnp.zeros((batch, pins), bool) if pins else None,
         logprobs=_logprob_record(jnp.zeros(batch, bool), width, config),
+        drafted=jnp.ones(batch, bool),
     )
     place = params["embed"].sharding
     if not isinstance(place, NamedSharding):
@@ -106,7 +107,7 @@ def insert_row(
     new = start(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
-        width=state.tokens.shape[1], pinned=request.pinned,
+        width=state.tokens.shape[1], pinned=request.pinned, drafted=request.drafted,
         logprobs=_logprob_record(request.with_logprobs, state.tokens.shape[1], config),
         allowed=allowed,
     )  # fmt: skip

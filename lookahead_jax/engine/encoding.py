@@ -1,6 +1,6 @@
 """From requests in text to checked token ids."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Literal
 
@@ -23,12 +23,20 @@ def longest_token_bytes(tokenizer: Tokenizer | None) -> int:
 
 
 def encode_request(
-    model: Model, request: Request, *, limits: Limits, eos_ids: Sequence[int]
+    model: Model,
+    request: Request,
+    *,
+    limits: Limits,
+    eos_ids: Sequence[int],
+    policies: Collection[str],
 ) -> EncodedRequest:
-    """The request in token ids; `eos_ids` are those of the engine.
+    """The request in token ids; `eos_ids` and the names of `policies` are those of the engine.
 
     Raises ValueError (`TooLong`) for a request that the engine cannot serve.
     """
+    if request.policy is not None and request.policy not in policies:
+        known = f"the engine's are {', '.join(policies)}" if policies else "the engine has one only"
+        raise RequestError(f"there is no policy {request.policy!r} here: {known}", "policy")
     texts = partial(_ids, model, request=request, limits=limits)
     document = []
     if request.document is not None:
@@ -47,6 +55,8 @@ def encode_request(
         logprobs=request.logprobs,
         tenant=request.tenant,
         grammar=_grammar(model, request, ends),
+        policy=request.policy,
+        draft=request.draft,
     )
     encoded.check(limits)
     try:

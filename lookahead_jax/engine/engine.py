@@ -9,10 +9,11 @@ compiles only what its prompt's bucket has not compiled before, and does not dep
 neighbours: the tokens are those of `generate` for the same prompt, settings and seed.
 """
 
+import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -31,6 +32,7 @@ from lookahead_jax.engine.prefix_store import PrefixStore
 from lookahead_jax.engine.prompt_reader import PrefilledRequest, PromptReader
 from lookahead_jax.engine.prompt_store import PromptStore, StoreUse
 from lookahead_jax.engine.queue import RequestQueue
+from lookahead_jax.engine.readers import PromptReaders
 from lookahead_jax.engine.requests import ActiveRequest, Event, Limits, Request, Result
 from lookahead_jax.generation.inputs import announce, end_ids
 from lookahead_jax.generation.memory import check_memory
@@ -56,6 +58,9 @@ class Engine:
     `warm_up` from one at a time. A request's callback runs in the thread that calls `step`.
 
     Args:
+      policy: the policy of requests that name none.
+      policies: those that requests may name. Every one compiles its own reading of prompts.
+        Excludes evict_every, which cuts all rows with one policy.
       rows: requests that decode at the same time.
       budget: entries kept per layer and KV head of every prompt.
       max_new_tokens: the most tokens a request may ask for.
@@ -89,6 +94,7 @@ class Engine:
         model: Model,
         *,
         policy: Policy,
+        policies: Mapping[str, Policy] | None = None,
         budget: int,
         rows: int,
         max_new_tokens: int,
@@ -114,6 +120,10 @@ class Engine:
             raise ValueError(
                 "documents (max_question_tokens) and evict_every exclude each other: leave out one"
             )
+        policies = dict(policies or {})
+        used = {policy, *policies.values()}
+        if evict_every is not None and len(used) > 1:
+            raise ValueError("several policies and evict_every exclude each other: leave out one")
         if max_prompt_tokens is None:
             max_prompt_tokens = model.config.max_position - max_new_tokens - max_question_tokens
         self.limits = Limits(
@@ -121,18 +131,19 @@ class Engine:
             max_new_tokens=max_new_tokens,
             max_question_tokens=max_question_tokens,
             token_bytes=longest_token_bytes(model.tokenizer),
-            max_pinned_tokens=None if isinstance(policy, Full) else budget,
+            max_pinned_tokens=None if all(isinstance(p, Full) for p in used) else budget,
         )
         eviction = EvictionSettings(
             policy=policy, budget=budget, modules=lookahead, evict_every=evict_every,
             cache_dtype=cache_type(cache_dtype),
         )  # fmt: skip
-        check_memory(
-            model, eviction, rows=rows, prompt_tokens=max_prompt_tokens,
-            new_tokens=max_new_tokens + max_question_tokens,
-            prompt_store_bytes=prompt_store_bytes, prefix_store_bytes=prefix_store_bytes,
-        )  # fmt: skip
-        announce(policy, budget, self.limits.longest + max_new_tokens, model.config)
+        for each in used:
+            check_memory(
+                model, dataclasses.replace(eviction, policy=each), rows=rows,
+                prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens + max_question_tokens,
+                prompt_store_bytes=prompt_store_bytes, prefix_store_bytes=prefix_store_bytes,
+            )  # fmt: skip
+            announce(each, budget, self.limits.longest + max_new_tokens, model.config)
         self.on_pause: Callable[[float], None] | None = None
         self._model = model
         self._eos_ids = end_ids(model, eos_ids)
@@ -141,10 +152,12 @@ class Engine:
         drafts = DraftSettings.of(drafter, draft_nodes)
         decode_eviction = eviction.while_decoding()
         params = for_decoding(model.params)
-        self._reader = PromptReader(
-            model, params, rows=rows, limits=self.limits, store=self._store,
-            prefixes=self._prefixes, settings=eviction, decode_eviction=decode_eviction,
+        make_reader = partial(
+            PromptReader, model, params, rows=rows, limits=self.limits, store=self._store,
+            prefixes=self._prefixes, decode_eviction=decode_eviction,
         )  # fmt: skip
+        self._reader = PromptReaders(make_reader, eviction, policies)
+        self._policies = tuple(policies)
         self._drafting = Drafting(
             drafts.drafter,
             drafts.nodes,
@@ -173,6 +186,11 @@ class Engine:
     def rows(self) -> int:
         """Requests that may decode at the same time."""
         return len(self._rows)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies that requests may name."""
+        return self._policies
 
     @property
     def waiting(self) -> int:
@@ -208,7 +226,10 @@ class Engine:
 
     def submit_all(self, requests: Sequence[Request]) -> list[int]:
         """Queues requests next to each other, or, with `submit`'s ValueError, none of them."""
-        encode = partial(encode_request, self._model, limits=self.limits, eos_ids=self._eos_ids)
+        encode = partial(
+            encode_request, self._model, limits=self.limits, eos_ids=self._eos_ids,
+            policies=self._policies,
+        )  # fmt: skip
         active = [
             ActiveRequest(next(self._ids), request, encode(request), self._model.tokenizer)
             for request in requests
@@ -335,7 +356,8 @@ class Engine:
         request.row = row = self._rows.index(None)
         self._rows[row] = request
         try:
-            self._drafting.join(row, request.encoded.tokens)
+            if request.encoded.draft:
+                self._drafting.join(row, request.encoded.tokens)
             self._drafting.constrain(row, request.grammar)
         except Exception as error:
             _log.exception("request %d could not begin", request.id)

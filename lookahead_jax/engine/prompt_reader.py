@@ -51,11 +51,12 @@ class PrefilledRequest(NamedTuple):
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
+    drafted: jax.Array  # [1] bool
     with_logprobs: jax.Array  # [1] bool
 
 
 class PromptReader:
-    """Reads the prompts of an engine, and stores some of them for later requests.
+    """Reads the prompts of an engine with one policy, and stores some of them for later requests.
 
     `rows` are those of the engine: with fewer than `TOGETHER`, each prompt is read alone. `params`
     are the model's as decoding reads them (`for_decoding`): pieces need no copy then.
@@ -65,12 +66,12 @@ class PromptReader:
         self,
         model: Model,
         params: Params,
+        settings: EvictionSettings,
         *,
         rows: int,
         limits: Limits,
         store: PromptStore,
         prefixes: PrefixStore,
-        settings: EvictionSettings,
         decode_eviction: DecodeEviction | None,
     ):
         self._model = model
@@ -149,6 +150,7 @@ class PromptReader:
             sampling=with_everything(rows),
             limit=jnp.asarray([request.max_new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),
+            drafted=jnp.asarray([request.draft]),
             with_logprobs=jnp.asarray([request.logprobs is not None]),
         )
 
@@ -277,7 +279,8 @@ class PromptReader:
         # RoPE depends on the known length, and policies that decode an answer on end tokens.
         tokens = np.asarray(request.cut, np.int32)
         span = span_class(self._model.config, len(tokens) + known_tokens)
-        return request.tenant, span, tokens.tobytes(), tuple(request.pin), tuple(request.eos_ids)
+        rest = self._settings.policy, tokens.tobytes(), request.pin, request.eos_ids
+        return request.tenant, span, *rest
 
     def _pinned_while_decoding(self, request: EncodedRequest) -> jax.Array | None:
         if not self.pins:

@@ -38,6 +38,10 @@ class Request:
     the waiting tenant that holds the fewest."""
     plain: bool = False
     """Encode control tokens that the texts spell ("<|im_end|>") as ordinary characters."""
+    policy: str | None = None
+    """The policy that cuts the prompt, one of the engine's `policies`; None: the engine's own."""
+    draft: bool = True
+    """Whether the engine's drafter may draft for it. The tokens are the same without."""
     sampling: Sampling = GREEDY
     seed: int = 0
     stop: Sequence[str] = ()
@@ -160,6 +164,8 @@ class EncodedRequest:
     pin: tuple[tuple[int, int], ...] = ()  # spans of the document's tokens, or of the prompt's
     tenant: str = ""
     grammar: CompiledGrammar | None = None
+    policy: str | None = None
+    draft: bool = True
 
     @property
     def cut(self) -> list[int]:

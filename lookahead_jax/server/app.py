@@ -31,19 +31,22 @@ def make_app(
     name: str,
     api_keys: Sequence[str],
     allow_special_tokens: bool,
+    drafter: str,
     with_page: bool,
 ) -> ASGIApp:
     """The whole server: OpenAI's endpoints for one model, /tokenize, /health, /ready and /metrics.
 
     With `api_keys`, everything but /health, /ready and the page requires one.
-    `allow_special_tokens` lets control tokens that clients spell in texts act as such; `with_page`
-    adds the chat page at /. The endpoints stand inside because they share these arguments.
+    `allow_special_tokens` lets control tokens that clients spell in texts act as such; `drafter` is
+    the name of the engine's; `with_page` adds the chat page at /. The endpoints stand inside
+    because they share these arguments.
     """
     limits = service.engine.limits
     entry = {
         "id": name, "object": "model", "created": int(time.time()), "owned_by": "lookahead_jax",
         "max_model_len": limits.longest + limits.max_new_tokens,
         "max_prompt_tokens": limits.max_prompt_tokens, "max_new_tokens": limits.max_new_tokens,
+        "policies": list(service.engine.policies), "drafters": sorted({"none", drafter}),
     }  # fmt: skip
 
     async def models(request: HttpRequest) -> Response:
@@ -79,7 +82,7 @@ def make_app(
             await service.stop()
 
     plain = not allow_special_tokens
-    endpoint = partial(Endpoint, service, model, name=name, plain=plain)
+    endpoint = partial(Endpoint, service, model, name=name, plain=plain, drafter=drafter)
     tokenizer = tokenizer_of(model)
     tokenizing = Tokenizing(service, tokenizer, name=name, plain=plain)
     routes = [

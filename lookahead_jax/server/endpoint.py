@@ -27,17 +27,26 @@ DEFAULT_MAX_TOKENS = 128  # as `lookahead generate`
 class Endpoint:
     """An ASGI application that continues prompts; `kind` is the type of its bodies.
 
-    `plain` says that control tokens which clients spell in texts are ordinary characters.
+    `plain` says that control tokens which clients spell in texts are ordinary characters; `drafter`
+    is the name of the engine's.
     """
 
     def __init__(
-        self, service: Service, model: Model, *, name: str, kind: type[AnyBody], plain: bool
+        self,
+        service: Service,
+        model: Model,
+        *,
+        name: str,
+        kind: type[AnyBody],
+        plain: bool,
+        drafter: str,
     ):
         self._service = service
         self._tokenizer = tokenizer_of(model)
         self._name = name
         self._kind = kind
         self._plain = plain
+        self._drafter = drafter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream, unread, answer = EventStream(send), True, None
@@ -124,6 +133,7 @@ class Endpoint:
             tokenizer=self._tokenizer,
             limits=self._service.engine.limits,
             plain=self._plain,
+            drafter=self._drafter,
             tenant=tenant,
         )
         try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
-from lookahead_jax.engine.requests import Limits, Request
+from lookahead_jax.engine.requests import Limits, Request, RequestError
 from lookahead_jax.host.panics import panics_as_errors
 from lookahead_jax.server.chat_schema import Message, Tool
 from lookahead_jax.server.schema import AnyBody, CompletionBody, TokenizeBody
@@ -19,13 +19,21 @@ def make_requests(
     tokenizer: Tokenizer,
     limits: Limits,
     plain: bool,
+    drafter: str,
     tenant: str = "",
 ) -> list[Request]:
     """One request per prompt and choice; the seeds of a prompt's choices are consecutive.
 
+    `drafter` is the name of the server's; ValueError for a body that names another.
     With `plain`, control tokens that the client's texts spell are ordinary characters. Text is
     refused by its bytes before it is tokenized: ValueError, `TooLong` where it is too long.
     """
+    if body.drafter not in (None, "none", drafter):
+        raise RequestError(
+            f'the server was started with --drafter {drafter}: "{drafter}" or "none", not '
+            f"{body.drafter!r}",
+            "drafter",
+        )
     document, pin, grammar = None, [], body.grammar
     if isinstance(body, CompletionBody):
         document, prompts = _completion_ids(body, tokenizer, limits, plain)
@@ -46,6 +54,8 @@ def make_requests(
             document=document,
             pin=pin,
             tenant=tenant,
+            policy=body.policy,
+            draft=body.drafter != "none",
             max_new_tokens=max_new_tokens,
             sampling=body.sampling,
             seed=body.seed + choice,

@@ -60,13 +60,14 @@ class Server(uvicorn.Server):
         name: str,
         api_keys: Sequence[str] = (),
         allow_special_tokens: bool = False,
+        drafter: str = "none",
         with_page: bool = True,
     ):
         self._service = service
         patience = service.limits.shutdown_seconds + _LAST_SECONDS
         app = make_app(
             service, model, name=name, api_keys=api_keys, allow_special_tokens=allow_special_tokens,
-            with_page=with_page,
+            drafter=drafter, with_page=with_page,
         )  # fmt: skip
         super().__init__(
             uvicorn.Config(

@@ -129,6 +129,10 @@ class Body(Strict):
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_EOS_IDS)
     """Not OpenAI's: tokens that end a continuation, besides the model's own."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    policy: str | None = None
+    """Not OpenAI's: the policy that cuts the prompt, one of those the server was started with."""
+    drafter: str | None = None
+    """Not OpenAI's: "none", or the drafter that the server was started with."""
     response_format: ResponseFormat = ResponseFormat(type="text")
     stream: bool = False
     stream_options: StreamOptions | None = None
