@@ -1,5 +1,6 @@
 """Drafters by themselves: what they propose, against restatements."""
 
+import itertools
 import subprocess
 import sys
 
@@ -8,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lookahead_jax.decoding.device_drafter import Verified
 from lookahead_jax.decoding.draft_packing import pack
 from lookahead_jax.decoding.host_drafter import Draft
-from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree
+from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree, accept, layout
 from lookahead_jax.drafters.combine import Combine, CombineOnDevice, merge_drafts, merge_trees
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.recycling import CANDIDATES, Recycling
 from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.drafters.stand import Stand
 from tests import tiny
 from tests.drafted import draft_model
 
@@ -167,3 +170,68 @@ def test_a_request_joins_both_drafters_or_neither():
     assert first.open == second.open == [0]
     both.end(0)
     assert first.open == second.open == []
+
+
+def test_stand_keeps_the_mean_probabilities_after_each_context():
+    """Against a dictionary, over random trees that the target has read, accepted in part."""
+    rng, vocab, batch, nodes = np.random.default_rng(1), 12, 3, 8
+    drafter = Stand(context=3, lines=2**16)
+    prompts = rng.integers(0, vocab, (batch, 5)).astype(np.int32)
+    prompts[1, 1:] = -1  # shorter than a context
+    state = drafter.init(batch, 40, tiny.config())
+    state = drafter.begin(None, state, jnp.arange(batch, dtype=jnp.int32), jnp.asarray(prompts))
+    texts = [row[row >= 0].tolist() for row in prompts]
+    lines: dict[tuple[int, ...], tuple[int, dict[int, float]]] = {}
+    update = jax.jit(drafter.update)
+    for _ in range(12):
+        tokens = rng.integers(0, vocab, (batch, nodes)).astype(np.int32)
+        parents = np.array([[-1, *(rng.integers(0, i) for i in range(1, nodes))]] * batch, np.int32)
+        tree = TokenTree(jnp.asarray(tokens), jnp.asarray(parents))
+        most = jnp.asarray([nodes, nodes, 0 if rng.random() < 0.3 else nodes], jnp.int32)
+        laid = layout(tree, vocab_size=vocab, most=most, ends=jnp.full((1, 1), -1))
+        logits = rng.normal(size=(batch, nodes, vocab)).astype(np.float32)
+        accepted = accept(tree, laid, jnp.asarray(rng.integers(0, vocab, (batch, nodes))))
+        state = update(None, state, Verified(tree, laid, jnp.asarray(logits), accepted))
+        valid, path, count = (np.asarray(a) for a in (laid.valid, accepted.path, accepted.count))
+        read: dict[tuple[int, ...], np.ndarray] = {}  # the last node with a context wins
+        for b, i in itertools.product(range(batch), range(nodes)):
+            if valid[b, i]:
+                branch, node = [], i
+                while node >= 0:
+                    branch.insert(0, int(tokens[b, node]))
+                    node = parents[b, node]
+                text = texts[b] + branch
+                for n in range(1, min(3, len(text)) + 1):
+                    read[tuple(text[-n:])] = logits[b, i]
+        for context, row in read.items():
+            share = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+            new = {int(t): float(share[t]) for t in np.argsort(-share)[:10]}
+            times, old = lines.get(context, (0, {}))
+            mean = {t: (times * old.get(t, 0.0) + new.get(t, 0.0)) / (times + 1) for t in old | new}
+            best = sorted(mean, key=mean.__getitem__, reverse=True)[:10]
+            lines[context] = times + 1, {t: mean[t] for t in best}
+        for b in range(batch):
+            texts[b] += tokens[b, path[b, : count[b]]].tolist()
+    padded = np.array([[-1] * (3 - len(context)) + list(context) for context in lines], np.int32)
+    for i, (context, (times, expected)) in enumerate(lines.items()):
+        mark, line = drafter._place(jnp.asarray(padded[None, i : i + 1]), len(context) - 1)
+        assert int(state.mark[len(context) - 1, line[0, 0]]) == int(mark[0, 0])
+        table = [a[len(context) - 1, line[0, 0]] for a in (state.tokens, state.share, state.times)]
+        assert np.asarray(table[0]).tolist() == list(expected)
+        np.testing.assert_allclose(table[1], list(expected.values()), atol=1e-6)
+        assert int(table[2]) == times
+    # A tree is filled from the longest context that is known.
+    root = jnp.asarray([0, 1, 2], jnp.int32)
+    _, drawn = jax.jit(drafter.propose, static_argnums=3)(None, state, root, 16)
+    tokens, parents = np.asarray(drawn.tokens), np.asarray(drawn.parents)
+    for b in range(batch):
+        for i in range(1, 16):
+            branch, node = [], int(parents[b, i])
+            while node >= 0:
+                branch.insert(0, int(tokens[b, node]))
+                node = int(parents[b, node])
+            text = [*texts[b], *branch]
+            known = next((lines[c] for n in (3, 2, 1) if (c := tuple(text[-n:])) in lines), None)
+            rank = sum(int(p) == int(parents[b, i]) for p in parents[b, 1:i])
+            expected = -1 if known is None or -1 in branch else list(known[1])[rank]
+            assert tokens[b, i] == expected

@@ -4,56 +4,16 @@ Token Recycling (Luo et al. 2024, arXiv:2408.08696). V vocabulary, B batch, P no
 """
 
 import dataclasses
-import heapq
-import itertools
-from functools import cache
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lookahead_jax.decoding.device_drafter import Verified, Weights
 from lookahead_jax.decoding.tree import TokenTree
+from lookahead_jax.drafters._template import template
 from lookahead_jax.model.config import ModelConfig
 
 CANDIDATES = 8  # per token, as in the paper
-_DEEPER = 1.5  # cost factor per level; reproduces the depths of the authors' 80 nodes
-
-
-class Template(NamedTuple):
-    """A fixed tree of P nodes, best first."""
-
-    parents: np.ndarray  # int32 [P]
-    levels: tuple[tuple[np.ndarray, np.ndarray], ...]  # below the root: parents, ranks of siblings
-    place: np.ndarray  # int32 [P] index of a node in the order of levels, as parents are given
-
-
-@cache
-def template(nodes: int) -> Template:
-    """The cheapest paths of candidate ranks; each level costs (rank + 1) times a constant.
-
-    80 nodes have 8, 21, 24, 19, 6, 1, 1 per level, against 8, 21, 25, 15, 8, 3 in the authors'
-    hand-picked tree. A smaller tree consists of the first nodes of a larger one.
-    """
-    heap: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
-    paths = []
-    while len(paths) < nodes:
-        cost, path = heapq.heappop(heap)
-        paths.append(path)
-        for rank in range(CANDIDATES):
-            heapq.heappush(heap, (cost * (rank + 1) * _DEEPER, (*path, rank)))
-    best = {path: i for i, path in enumerate(paths)}
-    place = {path: i for i, path in enumerate(sorted(paths, key=len))}
-    levels = [list(level) for _, level in itertools.groupby(list(place)[1:], key=len)]
-    return Template(
-        np.array([best[path[:-1]] if path else -1 for path in paths], np.int32),
-        tuple(
-            (np.array([place[path[:-1]] for path in level]), np.array([path[-1] for path in level]))
-            for level in levels
-        ),
-        np.array([place[path] for path in paths]),
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +40,7 @@ class Recycling:
     def propose(
         self, weights: Weights, state: jax.Array, root: jax.Array, nodes: int
     ) -> tuple[jax.Array, TokenTree]:
-        tree, tokens = template(nodes), root[:, None]
+        tree, tokens = template(nodes, CANDIDATES), root[:, None]
         for parents, ranks in tree.levels:
             above = tokens[:, parents]
             child = state[jnp.maximum(above, 0), ranks[None]]

@@ -34,6 +34,10 @@ DRAFTERS = {
         "drafters.recycling.Recycling",
         "The target's own candidates from the last time it saw a token (Token Recycling).",
     ),
+    "stand": Entry(
+        "drafters.stand.Stand",
+        "The target's own candidates whenever it read the last few tokens before (STAND).",
+    ),
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
         "The likeliest continuations by a smaller model with the same tokenizer.",
