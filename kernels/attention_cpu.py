@@ -44,6 +44,7 @@ from lookahead_jax.kernels.cpu_code import (
     load_floats,
     loop,
     max_lanes,
+    prefetch,
     splat,
     store,
     tanh,
@@ -51,8 +52,8 @@ from lookahead_jax.kernels.cpu_code import (
 )
 from lookahead_jax.kernels.dispatch import target_platform
 
-MAX_ROWS = 64  # P; with more, XLA's products are as fast
-MAX_GROUPED_ROWS = 1024  # R; their statistics lie on the stack
+MAX_ROWS = 256  # P; with more, XLA's products are as fast
+MAX_GROUPED_ROWS = 2048  # R; their statistics lie on the stack
 MAX_HEAD_DIM = 256
 SUMS = 16  # vectors that the products keep in registers
 RANGE = 256  # slots of a part, at least
@@ -302,7 +303,7 @@ class Part:
         own_to = _smallest(b, own, b.add(own_from, I64(self.block)))
         count, next_slot = self._gather((own_from, own_to), (slot, last), reach)
         with b.if_then(b.icmp_signed(">", count, I64(0))):
-            self._transpose(count)
+            self._transpose(count, next_slot)
             self._masks(own_from, own_to)
             with loop(b, I64(0), self.rows, self.tile) as row:
                 self._attend(row, count)
@@ -399,7 +400,8 @@ class Part:
         b.position_at_end(after)
         # The rest up to a whole vector repeats the first entry, and no row sees it.
         with loop(b, count, I64(self.block)) as i:
-            self._put(self._get(self.key_at, I64(0)), self.key_at, i)
+            for place in (self.key_at, self.value_at):
+                self._put(self._get(place, I64(0)), place, i)
             self._put(I32(NEVER), self.pos, i)
             if self.quantized:
                 self._put(ir.Constant(FLOAT, 0.0), self.key_scale, i)
@@ -414,15 +416,30 @@ class Part:
             for name, scale in zip(names, (self.key_scale, self.value_scale), strict=True):
                 self._put(self._get(a[f"{name}_scale"], at), scale, i)
 
-    def _transpose(self, count: Any) -> None:
-        """The block's keys as [H, block]; of int8 the values as floats, too."""
-        b = self.b
-        stored = self.a["k"].type
+    def _transpose(self, count: Any, next_slot: Any) -> None:
+        """The block's keys as [H, block]; of int8 the values as floats, too.
+
+        Meanwhile the block's values arrive, and the keys of the slots after it.
+        """
+        b, a = self.b, self.a
+        stored = a["k"].type
+        line = 64 // (4 if stored.pointee is FLOAT else 1)
+        after = b.mul(b.add(b.mul(self.unit, a["S"]), next_slot), I64(self.dim))
+        after = b.gep(a["k"], [b.add(a["layer_start"], after)])
         with loop(b, I64(0), count, LANES) as first:
             rows = [
                 b.inttoptr(self._get(self.key_at, b.add(first, I64(i))), stored)
                 for i in range(LANES)
             ]
+            values = [
+                b.inttoptr(self._get(self.value_at, b.add(first, I64(i))), stored)
+                for i in range(LANES)
+            ]
+            coming = b.gep(after, [b.mul(first, I64(self.dim))])
+            with loop(b, I64(0), I64(self.dim), line) as h:
+                for i, value in enumerate(values):
+                    prefetch(b, b.gep(value, [h]))
+                    prefetch(b, b.gep(coming, [b.add(h, I64(i * self.dim))]))
             with loop(b, I64(0), I64(self.dim), LANES) as h:
                 columns = transposed(b, [load_floats(b, row, h) for row in rows])
                 for i, column in enumerate(columns):

@@ -88,7 +88,7 @@ def test_windows_and_softcap(window, softcap):
 
 
 def test_rows_see_the_nodes_above_them_only():
-    a = list(arguments(MAX_ROWS, 200, 2, 32, per_head=False))
+    a = list(arguments(64, 200, 2, 32, per_head=False))
     rng = np.random.default_rng(1)
     a[5] = jnp.asarray(rng.random(a[5].shape) < 0.3)
     assert_close(llvm(a, None), expected(a, None))
@@ -220,7 +220,7 @@ def test_what_it_does_not_take():
     with jax.set_mesh(make_mesh(tensor=2)):
         assert "mesh" in reason()
     a = arguments(MAX_ROWS + 1, 40, 2, 32)
-    with pytest.raises(NotImplementedError, match="llvm_cpu: 65 rows"):
+    with pytest.raises(NotImplementedError, match=f"llvm_cpu: {MAX_ROWS + 1} rows"):
         llvm(a, None)
     np.testing.assert_array_equal(  # XLA's form runs by itself
         attention(a, None, implementation=None)[0], attention(a, None, implementation="xla")[0]
