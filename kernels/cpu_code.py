@@ -124,6 +124,14 @@ def larger(b: ir.IRBuilder, x: Any, y: Any) -> Any:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
+def larger_int(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+def smaller_int(b: ir.IRBuilder, x: Any, y: Any) -> Any:
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
 def floats(number: float) -> Any:
     """A constant vector, of a number rounded to float32."""
     return ir.Constant(VECTOR, [number] * LANES)

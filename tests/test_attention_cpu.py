@@ -11,7 +11,8 @@ from llvmlite import ir
 
 from lookahead_jax.kernels import attention_cpu, cpu_calls, cpu_code
 from lookahead_jax.kernels.attention import block_attention
-from lookahead_jax.kernels.attention_cpu import MAX_ROWS, RANGE, unsupported
+from lookahead_jax.kernels.attention_cpu import RANGE, unsupported
+from lookahead_jax.kernels.attention_cpu_part import MAX_ROWS
 from lookahead_jax.kernels.common import Own
 from lookahead_jax.model.sharding import make_mesh
 from tests import reference
