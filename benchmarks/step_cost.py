@@ -2,7 +2,8 @@
 
 A step of P rows verifies a draft of P nodes. It reads every weight once, whatever P is; the floor
 is that read, at the speed at which this machine sums an array of the size of the weights. Each step
-is timed with the products of a few rows (kernels/few_rows_cpu.py) and with XLA's alone, by turns.
+is timed with the products and attention of few rows (kernels/few_rows_cpu.py, attention_cpu.py) and
+with XLA's alone, by turns.
 
     python benchmarks/step_cost.py --model smollm2
     python benchmarks/step_cost.py --model smollm2 --weights int8 --out \\
@@ -43,6 +44,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
     import lookahead_jax as lk
     from lookahead_jax.decoding.weights import for_decoding
+    from lookahead_jax.kernels import dispatch
     from lookahead_jax.model import layers
     from lookahead_jax.model.cache import empty_cache
 
@@ -73,7 +75,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
     for rows in options.rows:
         tokens = jnp.arange(rows, dtype=jnp.int32)[None]
         few = jax.jit(step).lower(params, cache, tokens).compile()
-        with mock.patch.object(layers, "takes", return_value=False):
+        with (
+            mock.patch.object(layers, "takes", return_value=False),
+            mock.patch.object(dispatch, "preferred", return_value="xla"),
+        ):
             plain = jax.jit(lambda *args: step(*args)).lower(params, cache, tokens).compile()
         times = {"few_rows": [], "xla": []}
         for _ in range(options.repetitions + 1):

@@ -9,7 +9,8 @@ Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H h
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,15 +94,17 @@ def block_attention(
     value is turned back into floats beyond the block of slots at hand. The GPU kernel does not
     read int8.
 
-    `implementation` None selects the platform's own (Pallas on TPU, XLA elsewhere), or XLA if that
-    one does not support the arguments. A named implementation runs or raises NotImplementedError.
+    `implementation` None selects the platform's own (Pallas on TPU, on CPUs LLVM's code for few
+    rows, XLA elsewhere), or XLA if that one does not support the arguments. A named implementation
+    runs or raises NotImplementedError.
     On several devices call it under `jax.set_mesh`: kernels then run on each device's rows and
     heads.
     """
     if (scales is None) != (own.scales is None) and context is not None:
         raise ValueError("int8 keys and values need the scales of the context and of the block")
-    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, context))
-    run = _xla if name == "xla" or context is None else functools.partial(_pallas, name)
+    name = choose(implementation, q.shape[-1], lambda name: _unsupported(name, q, own, context))
+    forms = {"xla": _xla, "llvm_cpu": _llvm}
+    run = forms[name] if name in forms else functools.partial(_pallas, name)
     out, lse = run(
         q, own, q_pos, context,
         scale=scale, softcap=softcap, window=window, slots=slots, layer=layer, scales=scales,
@@ -110,10 +113,14 @@ def block_attention(
     return with_sinks(out, lse, sinks)
 
 
-def _unsupported(name: Implementation, q: jax.Array, context: Any) -> str | None:
+def _unsupported(name: Implementation, q: jax.Array, own: Own, context: Any) -> str | None:
     """Why a kernel does not support these arguments, or None."""
     if context is None:
         return "attention without a context is left to XLA"
+    if name == "llvm_cpu":
+        from lookahead_jax.kernels.attention_cpu import unsupported
+
+        return unsupported(q, own, context)
     if name == "pallas_gpu":
         from lookahead_jax.kernels.gpu_blocks import unsupported
 
@@ -155,6 +162,39 @@ def _pallas(
         ("BPNH", "BKPH", "BKPH", keys, keys, "BP", "BKS", "BPP", "BKE", "", "", *["BKS"] * 4),
         ("BPNH", "BNP"),
     )
+
+
+def _llvm(*arguments, **settings):
+    """The kernel for CPUs; same arguments and results as `_xla`, which gives its derivatives."""
+    leaves, tree = jax.tree.flatten((arguments, settings))
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    fixed = tuple(None if isinstance(leaf, jax.Array) else leaf for leaf in leaves)
+    return _attend_llvm(_Call(tree, fixed), arrays)
+
+
+class _Call(NamedTuple):
+    """Arguments without their arrays, hashable."""
+
+    tree: Any
+    leaves: tuple[Any, ...]  # None where an array belongs
+
+    def of(self, function: Callable[..., Any], arrays: list[jax.Array]) -> Any:
+        rest = iter(arrays)
+        leaves = [next(rest) if leaf is None else leaf for leaf in self.leaves]
+        arguments, settings = jax.tree.unflatten(self.tree, leaves)
+        return function(*arguments, **settings)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_llvm(call: _Call, arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    from lookahead_jax.kernels.attention_cpu import attend
+
+    return call.of(attend, arrays)
+
+
+@_attend_llvm.defjvp
+def _derivative(call: _Call, primals: Any, tangents: Any) -> Any:
+    return jax.jvp(functools.partial(call.of, _xla), primals, tangents)
 
 
 def _xla(q, own, q_pos, context, *, scale, softcap, window, slots, layer, scales, key_block):

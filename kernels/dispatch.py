@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "llvm_cpu"]
 _AXES = {
     "B": ("data", "fsdp"),
     "K": ("tensor",),
@@ -37,11 +37,13 @@ def placed() -> bool:
 
 
 def preferred(head_dim: int) -> Implementation:
-    """The default implementation: the kernels on TPU, XLA elsewhere.
+    """The default implementation: the kernels on TPU and CPU, XLA elsewhere.
 
     It is XLA, too, on several TPU devices without a mesh in use (see `placed`), and for head dims
     whose keys XLA stores in another layout than the kernels read: these would be copied first.
     """
+    if target_platform() == "cpu":
+        return "llvm_cpu"
     fits = target_platform() == "tpu" and (head_dim == 64 or head_dim % 128 == 0)
     return "pallas_tpu" if fits and placed() else "xla"
 

@@ -9,31 +9,39 @@ chain over the inputs that does not depend on the number of rows.
 Letters: P rows, K inputs, N outputs.
 """
 
-import contextlib
 import functools
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from lookahead_jax.kernels.cpu_calls import layout_is_known, register_product
+from lookahead_jax.kernels.cpu_calls import cores_to_use, layout_is_known, register_product
+from lookahead_jax.kernels.cpu_code import (
+    BYTES,
+    FLOAT,
+    I64,
+    LANES,
+    ZEROS,
+    add_lanes,
+    carried,
+    fma,
+    load,
+    load_floats,
+    loop,
+    prefetch,
+    splat,
+    store,
+)
 from lookahead_jax.kernels.dispatch import target_platform
 
 MAX_ROWS = {"float32": 8, "int8": 16}  # with more, arithmetic takes the time, and XLA is as fast
-LANES = 16  # float32 numbers of a vector; LLVM splits it where registers are shorter
 INPUTS_PER_PASS = 8  # rows of a [K, N] matrix that one pass over the results reads
 OUTPUTS_PER_PASS = 2  # rows of an [N, K] matrix that one pass over the inputs reads
 ROWS_PER_PASS = 8  # of the P rows, where each has sums in registers
 WAKING_US = 200.0  # a product that takes less is done before other threads have woken up
 
-_I32, _I64, _FLOAT, _BYTES = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(8)
-_POINTER = _BYTES.as_pointer()
-_VECTOR = ir.VectorType(_FLOAT, LANES)
-_ZEROS = ir.Constant(_VECTOR, [0.0] * LANES)
-_STORED = {jnp.dtype("float32"): _FLOAT, jnp.dtype("int8"): _BYTES}
+_STORED = {jnp.dtype("float32"): FLOAT, jnp.dtype("int8"): BYTES}
 
 
 def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = False) -> bool:
@@ -63,7 +71,7 @@ def multiply_few_rows(x: jax.Array, matrix: jax.Array, transposed: bool = False)
 
     For CPUs, and for shapes that `takes` accepts. Differentiable in both.
     """
-    cores = _cores() if _microseconds(x.shape[0], matrix) > WAKING_US else 1
+    cores = cores_to_use() if _microseconds(x.shape[0], matrix) > WAKING_US else 1
     name = _register(x.shape[0], matrix.dtype, transposed, cores)
     shape = jax.ShapeDtypeStruct((x.shape[0], matrix.shape[0 if transposed else 1]), jnp.float32)
     return jax.ffi.ffi_call(name, shape, vmap_method="sequential")(x, matrix)
@@ -86,11 +94,6 @@ def _microseconds(rows: int, matrix: jax.Array) -> float:
     return max(matrix.nbytes / 1e4, 2 * rows * matrix.size / 6e4)
 
 
-def _cores() -> int:
-    """Threads of a product: more than eight are no faster, since all read the same memory."""
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
-
-
 @functools.cache
 def _register(rows: int, dtype: Any, transposed: bool, cores: int) -> str:
     """Compiles a product and makes it known to XLA; the name of the target."""
@@ -109,8 +112,8 @@ def _product_function(module: ir.Module, stored: ir.Type) -> tuple[ir.Function, 
 
     x is [P, K] and y is [P, N].
     """
-    pointers = [_FLOAT.as_pointer(), stored.as_pointer(), _FLOAT.as_pointer()]
-    kind = ir.FunctionType(ir.VoidType(), [*pointers, _I64, _I64, _I64, _I64])
+    pointers = [FLOAT.as_pointer(), stored.as_pointer(), FLOAT.as_pointer()]
+    kind = ir.FunctionType(ir.VoidType(), [*pointers, I64, I64, I64, I64])
     function = ir.Function(module, kind, "product")
     function.linkage = "internal"
     for pointer in function.args[:3]:
@@ -122,29 +125,27 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
     """x [P, K] times [K, N]: results stay in the first caches, the matrix streams past them."""
     function, b = _product_function(module, stored)
     x, matrix, y, inputs, outputs, first, last = function.args
-    fma, prefetch = _fma(module), _prefetch(module)
-    with _loop(b, first, last, LANES) as n:
+    with loop(b, first, last, LANES) as n:
         for p in range(rows):
-            _store(b, _ZEROS, y, _index(b, p, outputs, n))
+            store(b, ZEROS, y, _index(b, p, outputs, n))
     passed = range(INPUTS_PER_PASS)
-    with _loop(b, _I64(0), inputs, INPUTS_PER_PASS) as k:
+    with loop(b, I64(0), inputs, INPUTS_PER_PASS) as k:
         factors = [
-            [_splat(b, b.load(b.gep(x, [_index(b, p, inputs, b.add(k, _I64(i)))]))) for i in passed]
+            [splat(b, b.load(b.gep(x, [_index(b, p, inputs, b.add(k, I64(i)))]))) for i in passed]
             for p in range(rows)
         ]
-        starts = [b.mul(b.add(k, _I64(i)), outputs) for i in passed]
-        ahead = b.mul(_I64(INPUTS_PER_PASS), outputs)
-        with _loop(b, first, last, LANES) as n:
+        starts = [b.mul(b.add(k, I64(i)), outputs) for i in passed]
+        ahead = b.mul(I64(INPUTS_PER_PASS), outputs)
+        with loop(b, first, last, LANES) as n:
             places = [_index(b, p, outputs, n) for p in range(rows)]
-            sums = [_load(b, y, place) for place in places]
+            sums = [load(b, y, place) for place in places]
             for start in starts:  # those of the next pass
-                place = b.gep(matrix, [b.add(b.add(start, n), ahead)])
-                b.call(prefetch, [b.bitcast(place, _POINTER), _I32(0), _I32(1), _I32(1)])
+                prefetch(b, b.gep(matrix, [b.add(b.add(start, n), ahead)]))
             for i in passed:
-                weights = _load_weights(b, matrix, b.add(starts[i], n))
-                sums = [b.call(fma, [factors[p][i], weights, sums[p]]) for p in range(rows)]
+                weights = load_floats(b, matrix, b.add(starts[i], n))
+                sums = [fma(b, factors[p][i], weights, sums[p]) for p in range(rows)]
             for place, total in zip(places, sums, strict=True):
-                _store(b, total, y, place)
+                store(b, total, y, place)
     b.ret_void()
     return function
 
@@ -153,99 +154,28 @@ def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Funct
     """x [P, K] times [N, K] transposed: dot products with a few outputs' weights at a time."""
     function, b = _product_function(module, stored)
     x, matrix, y, inputs, outputs, first, last = function.args
-    fma = _fma(module)
     some = range(OUTPUTS_PER_PASS)
-    with _loop(b, first, last, OUTPUTS_PER_PASS) as n:
+    with loop(b, first, last, OUTPUTS_PER_PASS) as n:
         for lowest in range(0, rows, ROWS_PER_PASS):
             chosen = range(lowest, min(rows, lowest + ROWS_PER_PASS))
-            before, body = b.block, b.append_basic_block()
-            after = b.append_basic_block()
-            b.branch(body)
-            b.position_at_end(body)
-            k = b.phi(_I64)
-            k.add_incoming(_I64(0), before)
-            sums = {(p, u): b.phi(_VECTOR) for p in chosen for u in some}
-            for total in sums.values():
-                total.add_incoming(_ZEROS, before)
-            weights = [
-                _load_weights(b, matrix, b.add(b.mul(b.add(n, _I64(u)), inputs), k)) for u in some
-            ]
-            values = {p: _load(b, x, _index(b, p, inputs, k)) for p in chosen}
-            new = {(p, u): b.call(fma, [values[p], weights[u], sums[p, u]]) for p, u in sums}
-            following = b.add(k, _I64(LANES))
-            k.add_incoming(following, body)
-            for key, total in sums.items():
-                total.add_incoming(new[key], body)
-            b.cbranch(b.icmp_signed("<", following, inputs), body, after)
-            b.position_at_end(after)
-            for (p, u), total in new.items():
-                result = _add_lanes(b, total)
-                place = _index(b, p, outputs, b.add(n, _I64(u)))
+            pairs = [(p, u) for p in chosen for u in some]
+            zeros = [ZEROS] * len(pairs)
+            with carried(b, I64(0), inputs, LANES, zeros) as (k, sums, totals):
+                weights = [
+                    load_floats(b, matrix, b.add(b.mul(b.add(n, I64(u)), inputs), k)) for u in some
+                ]
+                values = {p: load(b, x, _index(b, p, inputs, k)) for p in chosen}
+                totals += [
+                    fma(b, values[p], weights[u], total)
+                    for (p, u), total in zip(pairs, sums, strict=True)
+                ]
+            for (p, u), total in zip(pairs, totals, strict=True):
+                result = add_lanes(b, total)
+                place = _index(b, p, outputs, b.add(n, I64(u)))
                 b.store(result, b.gep(y, [place]))
     b.ret_void()
     return function
 
 
-@contextlib.contextmanager
-def _loop(b: ir.IRBuilder, start: Any, stop: Any, step: int) -> Iterator[Any]:
-    """`for (i = start; i < stop; i += step)`."""
-    before, body, after = b.block, b.append_basic_block(), b.append_basic_block()
-    b.cbranch(b.icmp_signed("<", start, stop), body, after)
-    b.position_at_end(body)
-    index = b.phi(_I64)
-    index.add_incoming(start, before)
-    yield index
-    following = b.add(index, _I64(step))
-    index.add_incoming(following, b.block)
-    b.cbranch(b.icmp_signed("<", following, stop), body, after)
-    b.position_at_end(after)
-
-
 def _index(b: ir.IRBuilder, row: int, width: Any, column: Any) -> Any:
-    return b.add(b.mul(_I64(row), width), column)
-
-
-def _load(b: ir.IRBuilder, base: Any, index: Any) -> Any:
-    return b.load(b.bitcast(b.gep(base, [index]), _VECTOR.as_pointer()), align=4)
-
-
-def _store(b: ir.IRBuilder, value: Any, base: Any, index: Any) -> None:
-    b.store(value, b.bitcast(b.gep(base, [index]), _VECTOR.as_pointer()), align=4)
-
-
-def _load_weights(b: ir.IRBuilder, matrix: Any, index: Any) -> Any:
-    """A vector of float32 weights, converted if they are int8."""
-    stored = matrix.type.pointee
-    vector = b.bitcast(b.gep(matrix, [index]), ir.VectorType(stored, LANES).as_pointer())
-    if stored is _FLOAT:
-        return b.load(vector, align=4)
-    return b.sitofp(b.sext(b.load(vector, align=1), ir.VectorType(_I32, LANES)), _VECTOR)
-
-
-def _splat(b: ir.IRBuilder, number: Any) -> Any:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    first = b.insert_element(undefined, number, _I32(0))
-    everywhere = ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    return b.shuffle_vector(first, undefined, everywhere)
-
-
-def _fma(module: ir.Module) -> ir.Function:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    return ir.Function(module, kind, f"llvm.fma.v{LANES}f32")
-
-
-def _add_lanes(b: ir.IRBuilder, vector: Any) -> Any:
-    """The sum of a vector's numbers: its halves are added until one is left, in this order."""
-    half = LANES // 2
-    while half:
-        low, high = (
-            b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(_I32, half), places))
-            for places in (list(range(half)), list(range(half, 2 * half)))
-        )
-        vector, half = b.fadd(low, high), half // 2
-    return b.extract_element(vector, _I32(0))
-
-
-def _prefetch(module: ir.Module) -> ir.Function:
-    kind = ir.FunctionType(ir.VoidType(), [_POINTER, _I32, _I32, _I32])
-    return ir.Function(module, kind, "llvm.prefetch.p0")
+    return b.add(b.mul(I64(row), width), column)

@@ -115,6 +115,8 @@ def _backend(name: Implementation) -> Any:
 
 def _unsupported(name: Implementation, q: jax.Array, k: jax.Array) -> str | None:
     """Why a kernel does not support these arguments, or None."""
+    if name == "llvm_cpu":
+        return "scores on CPUs are left to XLA"
     if name == "pallas_gpu":
         from lookahead_jax.kernels.importance_gpu import unsupported
     else:

@@ -43,7 +43,7 @@ def test_products_are_exact_and_rows_do_not_depend_on_others(
 
 @pytest.mark.parametrize("cores", [1, 3, 8])
 def test_any_number_of_parts(cores, monkeypatch):
-    monkeypatch.setattr(few_rows_cpu, "_cores", lambda: cores)
+    monkeypatch.setattr(few_rows_cpu, "cores_to_use", lambda: cores)
     for transposed in (False, True):
         x, matrix = drawn(2, 32, 80, "float32", transposed)
         found = jax.jit(lambda x, matrix, t=transposed: multiply_few_rows(x, matrix, t))(x, matrix)
