@@ -39,14 +39,14 @@ from typing import Annotated, Any
 
 from common import ROOT, Help, parse, save, settings
 from load_client import Outcome, converse
-from load_exchanges import NEW_TOKENS, plan
+from load_exchanges import NEW_TOKENS, REFUSED, plan
 from load_figures import checks, figures, ratios
 from servers import Launch, Served, lookahead, serving, stop, usage, versions
 from turns import CORES, ran
 
 PEERS = ("transformers", "transformers-batching", "llama.cpp")
 SAMPLE_S, QUIET_S, PATIENCE_S = 1.0, 3.0, 300.0
-PAUSE_S = 1.0  # after a refusal for lack of room, as its Retry-After says
+PAUSE_S = 1.0  # after a refusal for lack of room, as its Retry-After says, and a failure
 LOG_MARKS = ("Traceback", "Error", "exception was never retrieved")
 
 
@@ -103,7 +103,8 @@ def others(options: Options, python: str, scratch: Path) -> list[Launch]:
     llama_cpp = [
         python, "-m", "llama_cpp.server", "--model", file.name, "--model_alias", "smollm2",
         "--n_ctx", str(options.max_prompt + NEW_TOKENS[1]), "--n_threads", str(CORES),
-        "--n_threads_batch", str(CORES), "--interrupt_requests", "False", "--port", "{port}",
+        "--n_threads_batch", str(CORES), "--interrupt_requests", "False", "--host", "127.0.0.1",
+        "--port", "{port}",
     ]  # fmt: skip
     torch, llama = ["torch", "transformers"], ["llama_cpp_python"]
     made = [
@@ -149,10 +150,13 @@ async def load(
     async def client(number: int) -> None:
         dice = random.Random(f"{seed} {number}")
         while time.perf_counter() < began + seconds:
+            if served.process.poll() is not None:
+                end = served.log.read_text("utf-8", "replace")[-2000:]
+                raise RuntimeError(f"{served.launch.name} ended by itself: {end}")
             exchange = plan(dice, text=text, model=served.model, well_behaved=options.well_behaved)
             outcome = await converse(served.port, exchange, patience=PATIENCE_S)
             outcomes.append(outcome)
-            if outcome.status in (429, 503):
+            if outcome.status in REFUSED or outcome.problem is not None:
                 await asyncio.sleep(PAUSE_S)
 
     async def sample() -> None:
