@@ -50,7 +50,7 @@ def test_a_server_answers_every_kind_as_expected(short, monkeypatch, tmp_path):
     with running(model, engine, idle_seconds=1.0) as server:
 
         async def all_at_once():
-            asked = [converse(server.port, each, patience=20) for each in by_kind.values()]
+            asked = [converse(server.port, each, patience=120) for each in by_kind.values()]
             return await asyncio.gather(*asked)
 
         outcomes = {each.kind: each for each in asyncio.run(all_at_once())}
