@@ -54,7 +54,7 @@ LOG_MARKS = ("Traceback", "Error", "exception was never retrieved")
 class Options:
     clients: Annotated[int, Help("clients at a time")] = 64
     seconds: Annotated[float, Help("of load, in each turn")] = 600.0
-    warm_up: Annotated[float, Help("seconds of the same load before anything counts")] = 60.0
+    warm_up: Annotated[float, Help("seconds of the same load before anything counts")] = 120.0
     seed: Annotated[int, Help("of what clients send")] = 0
     model: Annotated[str, Help("model of this server, as --model of the commands names it")] = (
         "smollm2"
