@@ -44,6 +44,7 @@ from load_figures import checks, figures, ratios
 from servers import Launch, Served, lookahead, serving, stop, usage, versions
 from turns import CORES, ran
 
+MODEL = "smollm2"
 PEERS = ("transformers", "transformers-batching", "llama.cpp")
 SAMPLE_S, QUIET_S, PATIENCE_S = 1.0, 3.0, 300.0
 PAUSE_S = 1.0  # after a refusal for lack of room, as its Retry-After says, and a failure
@@ -56,13 +57,9 @@ class Options:
     seconds: Annotated[float, Help("of load, in each turn")] = 600.0
     warm_up: Annotated[float, Help("seconds of the same load before anything counts")] = 120.0
     seed: Annotated[int, Help("of what clients send")] = 0
-    model: Annotated[str, Help("model of this server, as --model of the commands names it")] = (
-        "smollm2"
-    )
     rows: Annotated[int, Help("rows of this server")] = 8
     budget: Annotated[int, Help("prompt entries kept per layer and KV head")] = 256
     max_prompt: Annotated[int, Help("tokens of a prompt, at most")] = 1024
-    max_queue: Annotated[int | None, Help("places in the queue (default: half the clients)")] = None
     well_behaved: Annotated[bool, Help("only streams that are read, on all servers")] = False
     peer: Annotated[str | None, Help("Python of the environment with the other servers")] = None
     peers: Annotated[tuple[str, ...], Help("other servers", choices=PEERS)] = PEERS
@@ -71,13 +68,11 @@ class Options:
 
 
 def own(options: Options) -> Launch:
-    """This server; where others are compared, its queue has room for all clients."""
+    """This server; where others are compared, its queue has room for all clients, else for half."""
     queue = options.clients if options.well_behaved else options.clients // 2
-    if options.max_queue is not None:
-        queue = options.max_queue
     stores = "0" if options.well_behaved else "64"
     named: dict[str, Any] = {
-        "model": options.model, "dtype": "float32", "rows": options.rows,
+        "model": MODEL, "dtype": "float32", "rows": options.rows,
         "budget": options.budget, "max-prompt-tokens": options.max_prompt,
         "max-tokens": NEW_TOKENS[1], "max-queue": queue, "queue-seconds": 120,
         "request-seconds": 240, "idle-seconds": 10, "prompt-store-mb": stores,
@@ -92,7 +87,7 @@ def others(options: Options, python: str, scratch: Path) -> list[Launch]:
     from lookahead_jax.checkpoints.packaged import packaged_file
 
     python = os.path.abspath(python)  # the servers run in other folders
-    file, folder = packaged_file("smollm2"), scratch / "smollm2"
+    file, folder = packaged_file(MODEL), scratch / MODEL
     if any(name.startswith("transformers") for name in options.peers):
         _folder_for_transformers(folder)
     hugging_face = [
@@ -101,7 +96,7 @@ def others(options: Options, python: str, scratch: Path) -> list[Launch]:
     ]  # fmt: skip
     batching = ["--continuous-batching", "--cb-max-memory-percent", "0.2"]
     llama_cpp = [
-        python, "-m", "llama_cpp.server", "--model", file.name, "--model_alias", "smollm2",
+        python, "-m", "llama_cpp.server", "--model", file.name, "--model_alias", MODEL,
         "--n_ctx", str(options.max_prompt + NEW_TOKENS[1]), "--n_threads", str(CORES),
         "--n_threads_batch", str(CORES), "--interrupt_requests", "False", "--host", "127.0.0.1",
         "--port", "{port}",
