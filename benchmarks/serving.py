@@ -7,23 +7,18 @@ order. All prompts differ, no prompt is stored, and all continuations have the s
     python benchmarks/serving.py --out benchmarks/results/serving.json
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import random
-import re
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
-from common import ROOT, Help, parse, publish, ran_on, settings
+from common import Help, parse, publish, ran_on, settings
+from servers import Launch, lookahead, serving, usage
 
 import lookahead_jax as lk
 
@@ -40,24 +35,11 @@ class Options:
     out: Annotated[Path | None, Help("file of the report, which is always printed")] = None
 
 
-@contextlib.contextmanager
-def serving(rows: int, prompt: int, new: int, budget: int) -> Iterator[tuple[str, int]]:
-    """Runs a server; its address and process id."""
-    command = [sys.executable, "-m", "lookahead_jax", "serve", "--port", "0", "--rows", str(rows)]
-    command += ["--max-tokens", str(new), "--max-prompt-tokens", str(prompt)]
-    command += ["--budget", str(budget), "--prompt-store-mb", "0", "--no-request-log"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        try:
-            lines = []
-            for line in process.stderr or ():
-                lines.append(line)
-                if found := re.search(r"at (http://\S+)", line):
-                    yield found[1], process.pid
-                    break
-            else:
-                raise RuntimeError(f"the server did not start: {''.join(lines)}")
-        finally:
-            process.terminate()
+def rows_of(rows: int, prompt: int, new: int, budget: int) -> Launch:
+    """A server with that many rows."""
+    options = ["--rows", rows, "--max-tokens", new, "--max-prompt-tokens", prompt]
+    options += ["--budget", budget, "--prompt-store-mb", 0]
+    return lookahead(*map(str, options), "--no-request-log")
 
 
 def ask(url: str, prompt: list[int], new: int) -> int:
@@ -78,14 +60,6 @@ def tokens_per_s(url: str, prompts: list[list[int]], new: int, concurrent: int) 
         return count / (time.perf_counter() - began)
 
 
-def resident_mb(pid: int) -> float | None:
-    """Resident memory of a process; None without /proc."""
-    path = Path(f"/proc/{pid}/statm")
-    if not path.exists():
-        return None
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def measure(options: Options) -> dict:
     """The rates of all repetitions, their ratios, and the memory of the server with 8 rows."""
     tokenizer = lk.load(lk.EMBEDDED_MODEL).tokenizer
@@ -94,21 +68,22 @@ def measure(options: Options) -> dict:
     begins = [dice.randrange(len(ids) - options.prompt) for _ in range(options.requests)]
     prompts = [ids[begin : begin + options.prompt] for begin in begins]
     sizes = (options.prompt, options.new, options.budget)
-    with serving(CONCURRENT, *sizes) as (many, pid), serving(1, *sizes) as (single, _):
+    launches = rows_of(CONCURRENT, *sizes), rows_of(1, *sizes)
+    with serving(launches[0]) as many, serving(launches[1]) as single:
         cases = {
-            "concurrent": (many, CONCURRENT),
-            "one_at_a_time": (many, 1),
-            "one_at_a_time_one_row": (single, 1),
+            "concurrent": (many.url, CONCURRENT),
+            "one_at_a_time": (many.url, 1),
+            "one_at_a_time_one_row": (single.url, 1),
         }
         for url, concurrent in cases.values():
             tokens_per_s(url, prompts, options.new, concurrent)
-        before = resident_mb(pid)
+        before = usage(many.process.pid).resident_mb
         rates: dict[str, list[float]] = {name: [] for name in cases}
         for _ in range(options.repetitions):
             for name in dice.sample(list(cases), len(cases)):
                 url, concurrent = cases[name]
                 rates[name].append(tokens_per_s(url, prompts, options.new, concurrent))
-        after = resident_mb(pid)
+        after = usage(many.process.pid).resident_mb
     return {
         "tokens_per_s": rates,
         "ratio": compare(rates["concurrent"], rates["one_at_a_time"]),
