@@ -1,11 +1,16 @@
 """The files of deploy/ fit the server: flags, paths, metrics, and what their own tools accept."""
 
+import contextlib
+import http.client
+import http.server
 import json
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,7 +21,9 @@ import pytest
 from lookahead_jax.cli.main import parse
 from lookahead_jax.cli.serve import Serve
 from lookahead_jax.engine.prompt_store import StoreUse
+from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.metrics import Metrics
+from tests.serving import until
 from tests.test_packages import SOURCES
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +142,113 @@ def test_the_image_runs_the_server_as_a_user_who_is_not_root():
     compile(check[2], "healthcheck", "exec")
 
 
-@pytest.mark.parametrize("name", ["lookahead.service", "Dockerfile", "grafana.json"])
+def site(**places):
+    """The site for nginx with other addresses, within a configuration that needs no rights."""
+    text = (DEPLOY / "nginx.conf").read_text()
+    for old, new in places.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def test_the_site_fits_the_limits_of_the_server():
+    (body,) = re.findall(r"client_max_body_size (\d+)m;", text := site())
+    assert int(body) * 2**20 == ServerLimits().max_body_bytes
+    (seconds,) = re.findall(r"proxy_read_timeout (\d+)s;", text)
+    assert int(seconds) > ServerLimits().request_seconds
+    shown = (
+        (ROOT / "docs" / "serving.md").read_text().partition("```nginx\n")[2].partition("```")[0]
+    )
+    lines = [line.strip() for line in text.splitlines()]
+    assert [line for line in shown.splitlines() if line.strip() not in lines] == []
+
+
+class Replica(http.server.BaseHTTPRequestHandler):
+    """Answers as a server whose queue is full to the key `greedy`, and tells its port to others."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        greedy = self.headers["Authorization"] == "Bearer greedy"
+        answer = f"{self.server.server_address[1]} {len(body)}".encode()
+        self.send_response(429 if greedy else 200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def replica():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Replica)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def nginx(folder, servers):
+    """nginx with the site, in front of two servers; what posts to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{name}_temp_path {folder}/{name};" for name in names)
+    places = {"10.0.0.1:8000": servers[0], "10.0.0.2:8000": servers[1]}
+    (folder / "site.conf").write_text(site(**places, **{"listen 8080": f"listen 127.0.0.1:{port}"}))
+    (folder / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {folder}/pid; events {{}}\n"
+        f"http {{ access_log off; {folders} include {folder}/site.conf; }}"
+    )
+    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    command += ["-e", str(folder / "errors")]
+    tested = subprocess.run([*command, "-t"], capture_output=True, text=True)
+    assert tested.returncode == 0, tested.stderr
+
+    def post(key, size=10):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, 20)) as connection:
+            connection.request("POST", "/v1/x", b"x" * size, {"Authorization": f"Bearer {key}"})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+    def listens():
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+
+    with subprocess.Popen(command) as process:
+        try:
+            until(listens)
+            yield post
+        finally:
+            process.terminate()
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+def test_nginx_brings_clients_back_and_lets_none_take_the_servers_from_others(tmp_path):
+    keys = [f"key-{i}" for i in range(24)]
+    with replica() as first, contextlib.ExitStack() as stack:
+        second = stack.enter_context(replica())
+        with nginx(tmp_path, [first, second]) as post:
+            homes = {key: post(key) for key in keys}
+            assert {status for status, _ in homes.values()} == {200}
+            ports = {answer.partition(" ")[0] for _, answer in homes.values()}
+            assert ports == {first.partition(":")[2], second.partition(":")[2]}
+            assert post("key-0", 3 * 2**20)[1].endswith(f" {3 * 2**20}")
+            assert post("key-0", 5 * 2**20)[0] == 413
+            assert [post("greedy")[0] for _ in range(5)] == [429] * 5
+            assert {key: post(key) for key in keys} == homes
+            stack.close()  # the second server ends
+            answers = {post(key)[1].partition(" ")[0] for key in keys}
+            assert answers == {first.partition(":")[2]}
+
+
+@pytest.mark.parametrize("name", ["lookahead.service", "Dockerfile", "grafana.json", "nginx.conf"])
 def test_docs_name_the_file(name):
     assert f"deploy/{name}" in (ROOT / "docs" / "serving.md").read_text()

@@ -405,6 +405,27 @@ def test_what_asks_for_nothing_is_taken(server):
     assert server.send("POST", "/v1/chat/completions", chat(max_tokens=2, **neutral))[0] == 200
 
 
+# What the routers of SGLang (0.3.2) and vLLM (0.1.17) write into every body.
+ROUTED = dict(
+    echo=False, ignore_eos=False, no_stop_trim=False, return_hidden_states=False,
+    skip_special_tokens=True, stream=False,
+)  # fmt: skip
+ROUTED_CHAT = dict(
+    ignore_eos=False, include_reasoning=True, logprobs=False, no_stop_trim=False,
+    return_hidden_states=False, separate_reasoning=True, skip_special_tokens=True, stream=False,
+    stream_reasoning=True,
+)  # fmt: skip
+
+
+def test_what_routers_add_is_taken(server):
+    assert server.send("POST", "/v1/completions", fields(**ROUTED))[0] == 200
+    assert server.send("POST", "/v1/chat/completions", chat(max_tokens=2, **ROUTED_CHAT))[0] == 200
+    for name in set(ROUTED_CHAT) - {"logprobs", "stream"}:
+        other = fields(**{name: not ROUTED_CHAT[name]})
+        status, content = server.send("POST", "/v1/completions", other)
+        assert (status, content["error"]["param"]) == (400, name)
+
+
 def test_openais_client_raises_its_own_errors(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError) as caught:

@@ -29,7 +29,8 @@ from lookahead_jax.server.errors import Refused
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_CHOICES = 16, 1000, 128
 MAX_COMPLETION_LOGPROBS = 5  # as OpenAI's; chats may ask for more
-# Fields of OpenAI's API that an endpoint does not support, and their values without effect.
+# Fields that an endpoint does not support, and their values without effect: those of OpenAI's API,
+# and at the end those that the routers of SGLang and vLLM add to every request.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -49,6 +50,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
+    "ignore_eos": (False,),
+    "include_reasoning": (True,),
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True,),
+    "skip_special_tokens": (True,),
+    "stream_reasoning": (True,),
 }
 _TEMPLATES = ("chat_template", "chat_template_kwargs")
 
