@@ -136,12 +136,13 @@ def check_cost(schemas: Sequence[Any]) -> None:
             left += part
         if multiple > MAX_MULTIPLE:
             raise GrammarError(
-                f"multipleOf: the least common multiple of all values is more than the {MAX_MULTIPLE} "
-                "allowed (without decimal point and zeros at the end)"
+                "multipleOf: the least common multiple of all values is more than the "
+                f"{MAX_MULTIPLE} allowed (without decimal point and zeros at the end)"
             )
     if patterns > MAX_PATTERNS:
         raise GrammarError(
-            f"{patterns} patterns (pattern, patternProperties), more than the {MAX_PATTERNS} allowed"
+            f"{patterns} patterns (pattern, patternProperties), more than the {MAX_PATTERNS} "
+            "allowed"
         )
 
 
