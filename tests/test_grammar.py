@@ -362,6 +362,9 @@ def test_a_draft_that_is_too_much_work_ends_the_draft_alone(model):
     ("schema", "message"),
     [
         ({"patternProperties": {f"^x{i}$": {} for i in range(65)}}, "65 patterns"),
+        ({"type": "integer", "multipleOf": 1_000_003}, "multipleOf: the least common multiple"),
+        ({"allOf": [{"multipleOf": p} for p in (7, 11, 13, 17)]}, "multipleOf: the least common"),
+        ({"multipleOf": 10**40 + 1}, "multipleOf: the least common multiple"),
         ({"anyOf": [{"type": "string", "pattern": f"a{i}"} for i in range(70)]}, "70 patterns"),
         ({"type": "object", "x-guidance": {"lenient": True}}, "x-guidance is not supported"),
     ],
@@ -369,3 +372,10 @@ def test_a_draft_that_is_too_much_work_ends_the_draft_alone(model):
 def test_what_would_stall_or_change_the_form_is_refused(model, schema, message):
     with pytest.raises(GrammarError, match=message):
         Grammar.json_schema(schema).check(model.tokenizer)
+
+
+def test_usual_multiples_are_allowed(model):
+    for multiple in (0.01, 5, 10**6, 360, 86_400, 2.5):
+        Grammar.json_schema({"type": "number", "multipleOf": multiple}).check(model.tokenizer)
+    both = {"allOf": [{"type": "number", "multipleOf": m} for m in (0.01, 7, 1000)]}
+    Grammar.json_schema(both).check(model.tokenizer)

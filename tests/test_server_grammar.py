@@ -1,6 +1,9 @@
 """The server's response_format and tools, as OpenAI's client sees them."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -17,7 +20,7 @@ from lookahead_jax.server.prompts import make_requests
 from lookahead_jax.server.schema import ChatBody, parse_body
 from lookahead_jax.server.tools import ToolUse, chat_with_tools, takes_tools
 from tests import tiny
-from tests.serving import NAME, running
+from tests.serving import NAME, running, until
 
 POLICY, BUDGET, NEW, PROMPT = SnapKV(window=4, pool="avg", kernel=3), 16, 128, 1200
 SCHEMA = {
@@ -338,3 +341,36 @@ def test_choices_share_one_grammar(model):
     )  # fmt: skip
     assert len({request.grammar for request in requests}) == 1
     assert requests[0].grammar is not None
+
+
+def test_grammars_that_compile_slowly_hold_up_only_each_other(model, monkeypatch):
+    """There are more of them than a pool of the event loop has threads."""
+    engine = Engine(
+        model, policy=POLICY, budget=BUDGET, rows=2, max_new_tokens=4, max_prompt_tokens=32
+    )
+    engine.warm_up([1])
+    compiling, go_on, compile_ = [], threading.Event(), Grammar.compile
+
+    def slow(self, *args, **keywords):
+        compiling.append(self)
+        assert go_on.wait(20)
+        return compile_(self, *args, **keywords)
+
+    body = {"model": NAME, "prompt": "a", "max_tokens": 1}
+    posing = body | {"response_format": {"type": "json_object"}}
+    with running(model, engine, queue_seconds=4.0) as server, ThreadPoolExecutor(40) as pool:
+        monkeypatch.setattr(Grammar, "compile", slow)
+        begun = time.monotonic()
+        slow_ones = [pool.submit(server.send, "POST", "/v1/completions", posing) for _ in range(40)]
+        until(lambda: server.service.taken == 40)
+        assert server.send("POST", "/v1/completions", body)[0] == 200
+        assert time.monotonic() - begun < 4
+        ends = [answer.result(30) for answer in slow_ones]
+        assert {(status, content["error"]["code"]) for status, content in ends} == {
+            (503, "queue_timeout")
+        }
+        assert server.send("POST", "/v1/completions", body)[0] == 200
+        assert server.service.taken == 40  # until the threads have seen to them
+        go_on.set()
+        until(lambda: server.service.taken == 0)
+        assert len(compiling) == 2  # the others had ended before they began

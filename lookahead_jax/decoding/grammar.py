@@ -8,7 +8,9 @@ a copy of the matcher walks.
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +23,8 @@ MAX_GRAMMAR_BYTES = 2**16
 """Largest source of a grammar."""
 MAX_PATTERNS = 64
 """Most regular expressions in a JSON schema: the time to compile them together explodes."""
+MAX_MULTIPLE = 10_000
+"""Largest common multiple of the multipleOf of a JSON schema: time and memory grow with it."""
 # Written as json.dumps writes it: a model cannot spend its tokens on white space.
 _JSON_FORM = {
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False,
@@ -104,32 +108,51 @@ class Grammar:
 
 
 def _check_schema(source: str) -> None:
-    """Raises GrammarError for a schema with settings of llguidance or too many patterns."""
+    """Raises GrammarError for a schema with settings of llguidance, or that costs too much."""
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError):
         return  # llguidance says what is wrong
     if isinstance(schema, dict) and "x-guidance" in schema:
         raise GrammarError("x-guidance is not supported: leave it out")
-    check_patterns([schema])
+    check_cost([schema])
 
 
-def check_patterns(schemas: Sequence[Any]) -> None:
-    """Raises GrammarError if JSON schemas have more than MAX_PATTERNS patterns together."""
-    count, left = 0, list(schemas)
+def check_cost(schemas: Sequence[Any]) -> None:
+    """Raises GrammarError for JSON schemas that would take too long to compile together.
+
+    That is: more than MAX_PATTERNS patterns, or multiples that have MAX_MULTIPLE states together.
+    """
+    patterns, multiple, left = 0, 1, list(schemas)
     while left:
         part = left.pop()
         if isinstance(part, dict):
-            count += isinstance(part.get("pattern"), str)
+            patterns += isinstance(part.get("pattern"), str)
             named = part.get("patternProperties")
-            count += len(named) if isinstance(named, dict) else 0
+            patterns += len(named) if isinstance(named, dict) else 0
+            multiple = math.lcm(multiple, _states(part.get("multipleOf")))
             left += part.values()
         elif isinstance(part, list):
             left += part
-    if count > MAX_PATTERNS:
+        if multiple > MAX_MULTIPLE:
+            raise GrammarError(
+                "multipleOf: the least common multiple of all values is more than the "
+                f"{MAX_MULTIPLE} allowed (without decimal point and zeros at the end)"
+            )
+    if patterns > MAX_PATTERNS:
         raise GrammarError(
-            f"{count} patterns (pattern, patternProperties), more than the {MAX_PATTERNS} allowed"
+            f"{patterns} patterns (pattern, patternProperties), more than the {MAX_PATTERNS} "
+            "allowed"
         )
+
+
+def _states(multiple: Any) -> int:
+    """How many remainders tell multiples of a number from others; 1 for what is no number."""
+    if type(multiple) not in (int, float) or not 0 < multiple < math.inf:
+        return 1  # llguidance says what is wrong
+    if multiple > MAX_MULTIPLE**4:  # no zeros are looked for: Python writes no huge integers
+        return int(multiple)
+    return int("".join(map(str, Decimal(str(multiple)).as_tuple().digits)).rstrip("0"))
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:

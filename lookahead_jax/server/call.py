@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import Protocol
 
@@ -63,8 +64,14 @@ class Call:
         self._timers.append(timer)
         return timer
 
-    async def submit(self, count: int, make: Callable[[], Sequence[Request]]) -> None:
-        """Gives the engine the `count` requests that `make` returns, from another thread.
+    async def submit(
+        self,
+        count: int,
+        make: Callable[[], Sequence[Request]],
+        *,
+        threads: Executor | None = None,
+    ) -> None:
+        """Gives the engine the `count` requests that `make` returns, from one of `threads`.
 
         Raises `Refused` if there are too few places, ValueError for requests that the engine
         cannot serve.
@@ -76,7 +83,7 @@ class Call:
         self._service.take(self._client, count)
         # Shielded, so that the thread sees to the places even if this task is cancelled. No local
         # variable holds the future: with an error in it, that would be a cycle.
-        await asyncio.shield(self._begin(count, make))
+        await asyncio.shield(self._begin(count, make, threads))
 
     async def next(self) -> tuple[int, Event]:
         """The next event, and the index of its request."""
@@ -91,9 +98,11 @@ class Call:
             self._closed = True
         self._cancel()
 
-    def _begin(self, count: int, make: Callable[[], Sequence[Request]]) -> asyncio.Future[None]:
+    def _begin(
+        self, count: int, make: Callable[[], Sequence[Request]], threads: Executor | None
+    ) -> asyncio.Future[None]:
         try:
-            return self._loop.run_in_executor(None, self._submit, count, make)
+            return self._loop.run_in_executor(threads, self._submit, count, make)
         except BaseException:  # no thread will give the places back
             self._service.give_back(self._client, count)
             raise
@@ -102,6 +111,8 @@ class Call:
         """In another thread."""
         ids: list[int] = []
         try:
+            if self._closed:  # while it waited for a thread
+                return
             requests = [
                 dataclasses.replace(request, on_event=partial(self._hear, i))
                 for i, request in enumerate(make())

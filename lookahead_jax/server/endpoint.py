@@ -85,6 +85,8 @@ class Endpoint:
         """The answer; None if it was sent as a stream."""
         check_model(body.model, self._name)
         count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
+        seconds = self._service.limits.queue_seconds
+        waiting = call.end_after(seconds, "there was no token within", "queue_timeout")
         await self._submit(call, body, count, tenant=record.tenant)
         tools = None
         if isinstance(body, ChatBody):
@@ -95,7 +97,7 @@ class Endpoint:
         )  # fmt: skip
         results: dict[int, Result] = {}
         gaps = self._service.metrics.gaps()
-        async for index, event in _events(call, count, self._service.limits.queue_seconds):
+        async for index, event in _events(call, count, waiting):
             record.take(event, index // body.n)
             if event.result is not None:
                 results[index] = event.result
@@ -136,8 +138,11 @@ class Endpoint:
             drafter=self._drafter,
             tenant=tenant,
         )
+        has_tools = isinstance(body, ChatBody) and bool(body.offered)
+        compiles = has_tools or body.response_format.type != "text"
+        threads = self._service.grammar_threads if compiles else None
         try:
-            await call.submit(count, make)
+            await call.submit(count, make, threads=threads)
         except ValueError as error:
             field = error.field if isinstance(error, RequestError) else "prompt"
             if field in ("prompt", "pin") and isinstance(body, ChatBody):
@@ -172,9 +177,10 @@ def _failure(result: Result) -> Refused:
     return Refused(500, "the engine failed; the server's log says why", code="engine_error")
 
 
-async def _events(call: Call, count: int, seconds: float) -> AsyncIterator[tuple[int, Event]]:
-    """Events until all `count` requests have ended; the first within `seconds`."""
-    waiting = call.end_after(seconds, "there was no token within", "queue_timeout")
+async def _events(
+    call: Call, count: int, waiting: asyncio.TimerHandle
+) -> AsyncIterator[tuple[int, Event]]:
+    """Events until all `count` requests have ended; the first one cancels `waiting`."""
     running = count
     while running:
         index, event = await call.next()

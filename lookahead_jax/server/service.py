@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.server.call import Call
@@ -17,6 +18,7 @@ from lookahead_jax.server.limits import ServerLimits
 from lookahead_jax.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+_GRAMMAR_THREADS = 2
 _BODIES = 64  # of the largest size, that may be in memory while they are received
 
 
@@ -33,6 +35,8 @@ class Service:
         engine.on_pause = self.metrics.paused
         self.places = engine.rows + limits.max_queue
         self.client_places = engine.rows + limits.client_queue(keys)
+        # Compiling a grammar cannot be interrupted: other requests have threads of their own.
+        self.grammar_threads = ThreadPoolExecutor(_GRAMMAR_THREADS, "grammar")
         self._calls: set[Call] = set()
         self._closed: Refused | None = None  # why new requests are refused
         self._stop = threading.Event()
@@ -50,6 +54,7 @@ class Service:
     async def stop(self) -> None:
         """Ends the thread; to be called when every request has been answered."""
         self._stop.set()
+        self.grammar_threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join)
 
     def drain(self, seconds: float) -> None:

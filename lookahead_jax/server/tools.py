@@ -17,7 +17,7 @@ from lookahead_jax.decoding.grammar import (
     MAX_GRAMMAR_BYTES,
     Grammar,
     GrammarError,
-    check_patterns,
+    check_cost,
     json_rule,
 )
 from lookahead_jax.engine.requests import RequestError
@@ -65,7 +65,7 @@ class ToolUse:
         """What an answer may be. RequestError for parameters that are no supported JSON schema."""
         schemas = [tool.function.parameters for tool in self.tools]
         try:
-            check_patterns(schemas)
+            check_cost(schemas)
         except GrammarError as error:
             raise RequestError(str(error), "tools") from None
         if len(json.dumps(schemas)) > MAX_GRAMMAR_BYTES:
