@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.generation.generate import generate
 from lookahead_jax.kernels import attention_cpu, cpu_calls, cpu_code
 from lookahead_jax.kernels.attention import block_attention
 from lookahead_jax.kernels.attention_cpu import RANGE, unsupported
 from lookahead_jax.kernels.attention_cpu_part import MAX_ROWS
 from lookahead_jax.kernels.common import Own
 from lookahead_jax.model.sharding import make_mesh
-from tests import reference
+from lookahead_jax.policies.snapkv import SnapKV
+from tests import reference, tiny
 from tests.kernel_cases import K, arguments, attention
 
 # Logits below 10 and sums of up to 1,000 terms of size 1 that the softmax weighs: some ulps.
@@ -256,3 +259,34 @@ def test_the_exponential_and_tanh_are_those_of_numpy():
     tanh = elementwise("tanh", cpu_code.tanh)
     np.testing.assert_allclose(tanh(x), np.tanh(x.astype(np.float64)), rtol=1e-6)
     assert np.isnan(np.asarray(tanh(np.full(16, np.nan, np.float32)))).all()
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_decoding_with_it_emits_the_tokens_of_xlas_form(tmp_path, monkeypatch, cache_dtype):
+    """Ragged rows of a cut cache, one token and whole trees at a time, in a stack of layers."""
+    tiny.model_folder(tmp_path / "model", head_dim=16, vocab_size=98)
+    model = load(tmp_path / "model", dtype=jnp.float32)
+    prompts = tiny.prompts((40, 9, 23), vocab=98)
+    rows, attend = [], attention_cpu.attend
+
+    def noted(q, *arguments, **options):
+        rows.append(q.shape[1])
+        return attend(q, *arguments, **options)
+
+    def tokens(drafter, nodes):
+        return generate(
+            model, prompts, policy=SnapKV(window=4), budget=12, max_new_tokens=24, eos_ids=(),
+            drafter=drafter, draft_nodes=nodes, cache_dtype=cache_dtype,
+        ).tokens  # fmt: skip
+
+    monkeypatch.setattr(attention_cpu, "attend", noted)
+    plain = tokens("none", None)
+    if cache_dtype is None:  # with int8, trees have rounding of their own
+        assert tokens("recycling", 8) == plain
+        assert 8 in rows
+    assert 1 in rows
+    rows.clear()
+    monkeypatch.setattr(attention_cpu, "unsupported", lambda *_: "not now")
+    jax.clear_caches()
+    assert tokens("none", None) == plain
+    assert not rows

@@ -84,7 +84,9 @@ class PromptReader:
         entry = 2 * model.config.num_kv_heads * model.config.head_dim * model.config.num_layers
         chunk_bytes = CHUNK * entry * params["embed"].dtype.itemsize
         in_pieces = has_pieces(settings.policy)
-        self._most_chunks = prefixes.limit // chunk_bytes if in_pieces else 0
+        # Of a prompt over which a policy gathers statistics, no chunk can be taken over.
+        shares = in_pieces and settings.policy.init_stats(1, CHUNK, model.config) is None
+        self._most_chunks = prefixes.limit // chunk_bytes if shares else 0
         self._together = TOGETHER if rows >= TOGETHER and in_pieces else 1
         width, room = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
         if decode_eviction is not None:
