@@ -86,6 +86,7 @@ def test_tenants_and_statistics_share_nothing(model):
         (result,) = summing.run([asked(prompt)])
         assert result.reused_tokens == 0
         assert result.tokens == alone(model, prompt, H2O(window=8))
+    assert summing.prefix_store.bytes == 0
 
 
 def entries(value):
