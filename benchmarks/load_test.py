@@ -29,6 +29,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -250,10 +251,11 @@ def tell(text: str) -> None:
 
 def main() -> None:
     options = parse(Options, __doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the servers too
     text = (ROOT / "lookahead_jax" / "assets" / "example.txt").read_text("utf-8")
     work = compare_all if options.well_behaved else alone
     given = settings(options, "peer", "out")
-    arguments = []
+    arguments = ["--peer", "PEER/bin/python"] if options.peer else []
     for name, value in given.items():
         if value != getattr(Options(), name):
             shown = (
