@@ -128,7 +128,9 @@ class Answer:
             return f"no JSON: {self._content[:80]!r}"
         if self.status == 200:
             self.tokens = content["usage"]["completion_tokens"]
-            return None if content["choices"] else "an answer without choices"
+            found = len(content["choices"])
+            wrong = f"{found} choices instead of {self._exchange.choices}"
+            return None if found == self._exchange.choices else wrong
         return None if _is_error(content) else f"a refusal without a message: {content}"
 
     def _stream_problem(self) -> str | None:

@@ -36,6 +36,8 @@ class Exchange:
     """The server may end the connection without an answer: no request has arrived."""
     json_error: bool = True
     """A refusal has OpenAI's form; what is no HTTP is refused as text."""
+    choices: int = 1
+    """That the answer has."""
     needs_done: bool = True
     """A stream ends with [DONE], as OpenAI's do."""
 
@@ -86,7 +88,9 @@ def _ordinary(dice: random.Random, text: str, model: str, **fields: Any) -> byte
 
 
 def _whole(kind: str, dice: random.Random, text: str, model: str) -> Exchange:
-    return Exchange(kind=kind, sent=_ordinary(dice, text, model))
+    sent = _ordinary(dice, text, model)
+    asked = json.loads(sent.partition(b"\r\n\r\n")[2]).get("n", 1)
+    return Exchange(kind=kind, sent=sent, choices=asked)
 
 
 def _stream(kind: str, dice: random.Random, text: str, model: str) -> Exchange:

@@ -74,7 +74,14 @@ def resident_change(samples: Sequence[dict]) -> float:
 
 
 def checks(
-    *, before: dict, after: dict, samples: Sequence[dict], problems: int, marks: int, status: int
+    *,
+    before: dict,
+    after: dict,
+    samples: Sequence[dict],
+    problems: int,
+    marks: int,
+    status: int,
+    answers: int,
 ) -> dict[str, dict]:
     """Each with its figures and whether it holds; `before` and `after` are without clients."""
 
@@ -88,8 +95,10 @@ def checks(
     left = after["resident_mb"] / before["resident_mb"] - 1
     return {
         "exchanges without a right answer": zero(problems),
+        "answers": {"count": answers, "ok": answers > 0},
         "rows in use afterwards": zero(after["running"]),
         "requests in the queue afterwards": zero(after["waiting"]),
+        "places taken afterwards": zero(after["places"]),
         "threads": at_most("threads"),
         "descriptors": at_most("descriptors"),
         "resident memory under load": {"change": change, "ok": abs(change) <= RESIDENT_CHANGE},

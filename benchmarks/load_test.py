@@ -122,11 +122,11 @@ def _folder_for_transformers(folder: Path) -> None:
 
 
 def metrics(served: Served) -> dict[str, float]:
-    """Rows in use and requests in the queue of this library's server."""
+    """Rows in use, requests in the queue and places taken of this library's server."""
     with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    return {name: float(values[f"lookahead_{name}"]) for name in ("running", "waiting")}
+    return {name: float(values[f"lookahead_{name}"]) for name in ("running", "waiting", "places")}
 
 
 def held(served: Served) -> dict[str, float]:
@@ -205,7 +205,7 @@ def alone(options: Options, text: str) -> dict[str, Any]:
         "held": {"at the start": first, "before": before, "after": after},
         "checks": checks(
             before=before, after=after, samples=samples, problems=len(failed), marks=len(marked),
-            status=status,
+            status=status, answers=sum(each.status == 200 for each in outcomes),
         ),
         "problems": [f"{each.kind}: {each.problem}" for each in failed][:50],
         "samples": samples,

@@ -40,7 +40,7 @@ def families():
     stores = dict(prompt_store=StoreUse(), prefix_store=StoreUse())
     engine = SimpleNamespace(waiting=0, alive=0, cache_bytes=0, **stores)
     named = {}
-    metrics = Metrics(engine)  # type: ignore[arg-type]
+    metrics = Metrics(engine, lambda: 0)  # type: ignore[arg-type]
     metrics.responded("/", 200)
     metrics._finished.labels("eos")
     for family in metrics._registry.collect():

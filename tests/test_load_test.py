@@ -183,7 +183,14 @@ def test_ratios_above_one_are_in_favour_of_the_first():
     assert ratios([fast, fast], [slow, nothing]) == {}
 
 
-HELD = {"resident_mb": 1000.0, "threads": 20, "descriptors": 9, "running": 0.0, "waiting": 0.0}
+HELD = {
+    "resident_mb": 1000.0,
+    "threads": 20,
+    "descriptors": 9,
+    "running": 0.0,
+    "waiting": 0.0,
+    "places": 0.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +202,8 @@ HELD = {"resident_mb": 1000.0, "threads": 20, "descriptors": 9, "running": 0.0, 
         ({"after": HELD | {"descriptors": 10}}, "descriptors"),
         ({"after": HELD | {"running": 1.0}}, "rows in use afterwards"),
         ({"after": HELD | {"waiting": 1.0}}, "requests in the queue afterwards"),
+        ({"after": HELD | {"places": 1.0}}, "places taken afterwards"),
+        ({"answers": 0}, "answers"),
         ({"after": HELD | {"resident_mb": 900.0}}, None),
         ({"after": HELD | {"resident_mb": 1021.0}}, "resident memory without clients"),
         ({"samples": [{"resident_mb": 1000 + 3 * i} for i in range(10)]}, None),
@@ -208,7 +217,7 @@ HELD = {"resident_mb": 1000.0, "threads": 20, "descriptors": 9, "running": 0.0, 
 def test_checks_find_what_is_left_behind(changed, failing):
     given = {
         "before": HELD, "after": HELD, "samples": [{"resident_mb": 1000.0}] * 10, "problems": 0,
-        "marks": 0, "status": 0,
+        "marks": 0, "status": 0, "answers": 5,
     }  # fmt: skip
     found = checks(**{**given, **changed})
     assert [name for name, check in found.items() if not check["ok"]] == (

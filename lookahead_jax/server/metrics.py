@@ -1,7 +1,7 @@
 """Counts and times of a server, in Prometheus's text format."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -12,9 +12,12 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Metrics:
-    """The counts of one server, even if a process has several."""
+    """The counts of one server, even if a process has several.
 
-    def __init__(self, engine: Engine):
+    `places` tells how many places of rows and queue are taken.
+    """
+
+    def __init__(self, engine: Engine, places: Callable[[], int]):
         self._registry = CollectorRegistry()
         self._responses = self._counter(
             "http_responses", "Answers by path and status.", "path", "status"
@@ -48,6 +51,10 @@ class Metrics:
             (0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99),
         )
         gauges = {
+            "places": (
+                "Places of rows and queue that continuations have taken, from their arrival on.",
+                places,
+            ),
             "waiting": ("Continuations that wait for a row.", lambda: engine.waiting),
             "running": (
                 "Continuations that are read or decoded.",

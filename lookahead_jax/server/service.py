@@ -31,7 +31,7 @@ class Service:
     def __init__(self, engine: Engine, limits: ServerLimits, *, keys: int = 0):
         self.engine = engine
         self.limits = limits
-        self.metrics = Metrics(engine)
+        self.metrics = Metrics(engine, lambda: self.taken)
         engine.on_pause = self.metrics.paused
         self.places = engine.rows + limits.max_queue
         self.client_places = engine.rows + limits.client_queue(keys)
