@@ -19,7 +19,9 @@ and gaps as ratios; above 1, this library is better. The others refuse nothing: 
         --out benchmarks/results/load_test_peers.json
 
 Clients and server share the machine's cores. SmolLM2-135M-Instruct is served: here and by
-transformers in float32, by llama.cpp with the four bits of the file.
+transformers in float32, by llama.cpp with the four bits of the file. The others keep every
+prompt whole; here --budget entries of it are kept. While one server is measured, the others are
+stopped.
 """
 
 import asyncio
@@ -35,6 +37,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -226,9 +229,10 @@ def compare_all(options: Options, text: str) -> dict[str, Any]:
             # Every other turn in reverse, so that a drift of the machine cancels.
             for served in servers if turn % 2 else servers[::-1]:
                 began = time.perf_counter()
-                outcomes, samples = asyncio.run(
-                    load(served, options, text, seed=options.seed + turn, seconds=seconds)
-                )
+                with only(served, servers):
+                    outcomes, samples = asyncio.run(
+                        load(served, options, text, seed=options.seed + turn, seconds=seconds)
+                    )
                 measured = figures(outcomes, began=began, seconds=seconds)
                 tell(f"turn {turn}, {served.launch.name}: {json.dumps(measured)}")
                 if turn >= 0:
@@ -243,6 +247,19 @@ def compare_all(options: Options, text: str) -> dict[str, Any]:
         "ratios": {launch.name: ratios(mine, runs[launch.name]) for launch in launches[1:]},
         "turns_of": runs,
     }
+
+
+@contextlib.contextmanager
+def only(served: Served, servers: Sequence[Served]) -> Iterator[None]:
+    """Stops the other servers meanwhile: an idle one that polls would take time."""
+    others = [each.process.pid for each in servers if each is not served]
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
 
 
 def tell(text: str) -> None:

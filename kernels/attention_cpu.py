@@ -3,8 +3,9 @@
 Decoding and verification read a whole layer of the cache for a few rows, so their time should be
 that of reading it. XLA on CPU sweeps all slots, dead ones too, in several passes. Here threads
 take ranges of slots of one row of the batch and one KV head. Each gathers the entries that some row
-may see, a block at a time, and keeps a running softmax. The ranges do not depend on the number of
-rows or threads, and neither do the sums of a row.
+may see, a block at a time, and keeps a running softmax. Results do not depend on the number of
+threads; on the other rows of the block they depend by rounding, because these decide which entries
+share a block.
 
 Letters: B batch, P rows of the block, N query heads, K KV heads, G = N / K, H head dim, S slots,
 L layers, R = P * G rows that read the same keys.
@@ -31,6 +32,7 @@ from lookahead_jax.kernels.cpu_calls import (
     data_of,
     dimension_of,
     layout_is_known,
+    made_once,
     register_parallel,
 )
 from lookahead_jax.kernels.cpu_code import (
@@ -82,9 +84,11 @@ def unsupported(q: jax.Array, own: Own, context: tuple[jax.Array, ...]) -> str |
         return "a mesh is in use"
     if not layout_is_known():
         return "the interface of XLA is of another version"
-    stored = {array.dtype for array in (k, v, own.k, own.v)}
+    stored = sorted({str(array.dtype) for array in (k, v, own.k, own.v)})
     if q.dtype != jnp.float32 or len(stored) > 1 or k.dtype not in _STORED:
-        return f"queries of {q.dtype}, and keys and values of {', '.join(map(str, stored))}"
+        return f"queries of {q.dtype}, and keys and values of {', '.join(stored)}"
+    if (k.dtype == jnp.int8) == (own.scales is None):
+        return f"keys of {k.dtype} {'without' if own.scales is None else 'with'} scales"
     if rows > MAX_ROWS or rows * heads // own.k.shape[1] > MAX_GROUPED_ROWS:
         return f"{rows} rows of {heads} heads"
     if dim % LANES or dim > MAX_HEAD_DIM or v.shape != k.shape:
@@ -131,7 +135,7 @@ def attend(
     return out, lse.swapaxes(1, 2)
 
 
-@functools.cache
+@made_once
 def _register(dim: int, dtype: Any, capped: bool, cores: int) -> str:
     """Compiles the kernel and makes it known to XLA; the name of the target."""
     module = ir.Module(f"lookahead_attention_{dim}_{dtype}_{'capped' * capped}_{cores}")

@@ -8,10 +8,11 @@ import ctypes
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from llvmlite import binding, ir
@@ -27,6 +28,25 @@ def layout_is_known() -> bool:
         return False
     found = re.search(r"#define XLA_FFI_API_MAJOR (\d+)", header.read_text("utf-8"))
     return found is not None and found[1] == "0"
+
+
+T = TypeVar("T")
+_making = threading.Lock()
+
+
+def made_once(make: Callable[..., T]) -> Callable[..., T]:
+    """Caches what a function makes; of several threads, one makes it.
+
+    XLA refuses a second target of the same name.
+    """
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def locked(*arguments: Any) -> T:
+        with _making:
+            return cached(*arguments)
+
+    return locked
 
 
 _compiled: list[Any] = []  # machine code that XLA may call as long as the process lives
@@ -156,6 +176,22 @@ def _work(module: ir.Module, run: Callable[[ir.IRBuilder, Any, Any], Any]) -> ir
     return work
 
 
+def _no_memory(b: ir.IRBuilder, module: ir.Module, api: Any) -> Any:
+    """An error of XLA's interface: there is no memory for a call."""
+    text = bytearray(b"a kernel on the CPU found no memory for its sums: use smaller batches\0")
+    kind = ir.ArrayType(BYTES, len(text))
+    message = ir.GlobalVariable(module, kind, "no_memory")
+    message.linkage, message.global_constant = "internal", True
+    message.initializer = ir.Constant(kind, text)
+    create = _read(b, api, 48, ir.FunctionType(POINTER, [POINTER]).as_pointer())
+    request = b.bitcast(b.alloca(I64, I64(4)), POINTER)  # XLA_FFI_Error_Create_Args
+    b.store(I64(32), _place(b, request, 0, I64))
+    b.store(ir.Constant(POINTER, None), _place(b, request, 8, POINTER))
+    b.store(b.bitcast(message, POINTER), _place(b, request, 16, POINTER))
+    b.store(I32(8), _place(b, request, 24, I32))  # RESOURCE_EXHAUSTED
+    return b.call(create, [request])
+
+
 def begin_handler(module: ir.Module) -> tuple[ir.IRBuilder, Any, Any, Any]:
     """`XLA_FFI_Error* handler(XLA_FFI_CallFrame*)`, named as the module, up to where it is called.
 
@@ -216,6 +252,8 @@ def _handler(
     planned = plan(b, arguments, results)
     header = 8 * (_VALUES + len(planned.values) + 1)
     shared = b.call(malloc, [b.add(planned.scratch, I64(header))])
+    with b.if_then(b.icmp_unsigned("==", shared, null)):
+        b.ret(_no_memory(b, module, api))
     scratch = b.ptrtoint(b.gep(shared, [I64(header)]), I64)
     numbers = [I64(0), I64(0), b.add(planned.threads, I64(1)), planned.parts]
     for i, value in enumerate([*numbers, *planned.values, scratch]):

@@ -3,8 +3,8 @@
 A decoding step multiplies one row, or the few of a draft, with every weight of the model, so its
 time is that of reading the weights. XLA's product on CPU packs or converts the matrix first, which
 costs as much again. Here LLVM compiles a loop for a fixed number of rows, and XLA calls it
-(cpu_calls.py). The sum of a result is one
-chain over the inputs that does not depend on the number of rows.
+(cpu_calls.py). The sum of a result is one chain over the inputs that does not depend on the number
+of rows.
 
 Letters: P rows, K inputs, N outputs.
 """
@@ -16,7 +16,12 @@ import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from lookahead_jax.kernels.cpu_calls import cores_to_use, layout_is_known, register_product
+from lookahead_jax.kernels.cpu_calls import (
+    cores_to_use,
+    layout_is_known,
+    made_once,
+    register_product,
+)
 from lookahead_jax.kernels.cpu_code import (
     BYTES,
     FLOAT,
@@ -94,7 +99,7 @@ def _microseconds(rows: int, matrix: jax.Array) -> float:
     return max(matrix.nbytes / 1e4, 2 * rows * matrix.size / 6e4)
 
 
-@functools.cache
+@made_once
 def _register(rows: int, dtype: Any, transposed: bool, cores: int) -> str:
     """Compiles a product and makes it known to XLA; the name of the target."""
     kind = "transposed" if transposed else "plain"

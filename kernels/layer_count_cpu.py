@@ -6,7 +6,6 @@ programs with callbacks are not kept in JAX's compilation cache.
 
 import contextlib
 import ctypes
-import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -18,6 +17,7 @@ from lookahead_jax.kernels.cpu_calls import (
     begin_handler,
     data_of,
     layout_is_known,
+    made_once,
     register_handler,
 )
 from lookahead_jax.kernels.dispatch import target_platform
@@ -48,7 +48,7 @@ def noted(layer: jax.Array) -> jax.Array:
     return jax.ffi.ffi_call(_NAME, jax.ShapeDtypeStruct((), jnp.int32), has_side_effect=True)(layer)
 
 
-@functools.cache
+@made_once
 def _register() -> None:
     """Compiles the function, which copies its argument to `_layer` and to its result."""
     module = ir.Module(_NAME)

@@ -1,6 +1,7 @@
 """kernels/attention_cpu.py against float64: masks, ranges, dead entries, int8; where it runs."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -163,7 +164,7 @@ def test_int8_entries_are_read_with_their_scales():
 
 
 @pytest.mark.parametrize("cores", [11, 13])  # more than any machine uses
-def test_results_depend_neither_on_threads_nor_on_other_rows(cores, monkeypatch):
+def test_results_do_not_depend_on_threads_and_on_other_rows_by_rounding_only(cores, monkeypatch):
     a = arguments(4, 1500, 2, 32)
     whole = llvm(a, None)
     monkeypatch.setattr(attention_cpu, "cores_to_use", lambda: cores)
@@ -290,3 +291,27 @@ def test_decoding_with_it_emits_the_tokens_of_xlas_form(tmp_path, monkeypatch, c
     jax.clear_caches()
     assert tokens("none", None) == plain
     assert not rows
+
+
+def test_two_threads_may_need_a_kernel_at_the_same_time():
+    """Both compile it, if nothing holds one back, and XLA refuses a target's second address."""
+    a = arguments(5, 60, 2, 48)  # a head dim that no other test has
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: llvm(a, None)[0], range(8)))
+    for out in found:
+        np.testing.assert_array_equal(out, found[0])
+
+
+def test_without_memory_a_call_fails_and_the_process_goes_on():
+    module, one = ir.Module("lookahead_test_no_memory"), cpu_code.I64(1)
+
+    def nothing(b, values, number=None):
+        """No part runs."""
+
+    cpu_calls.register_parallel(
+        module,
+        plan=lambda *_: cpu_calls.Plan([], one, one, cpu_code.I64(2**62)),
+        run=nothing, finish=nothing, helped=False,
+    )  # fmt: skip
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED.*no memory"):
+        jax.ffi.ffi_call(module.name, jax.ShapeDtypeStruct((1,), jnp.float32))(jnp.zeros(1))

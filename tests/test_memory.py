@@ -1,51 +1,72 @@
-"""What cannot fit into memory is refused before it is allocated."""
+"""What prefill holds while it reads: the residual stream and one layer's keys and values.
 
+XLA says before running how much a program allocates (`memory_analysis`). Two prompts that differ
+only in length show what a prompt token costs; two models that differ only in depth, that it does
+not depend on the layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from lookahead_jax.checkpoints.load import load
-from lookahead_jax.engine.engine import Engine
-from lookahead_jax.generation import memory
-from lookahead_jax.policies.laq import LAQ
+from lookahead_jax.model.params import abstract_params
+from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.prefilling.batching import slots_for
+from lookahead_jax.prefilling.prefill import prefill
 from tests import tiny
 
-SNAPKV = SnapKV(window=4, pool="avg", kernel=3)
+D, N, K, H = 64, 4, 4, 32
+SHAPE = dict(hidden_size=D, num_attention_heads=N, num_key_value_heads=K, head_dim=H)
+SNAPKV = SnapKV(window=16, pool="avg", kernel=5)
+SHORT, LONG = 1024, 2048
+# Per prompt token, in float32 numbers: the residual stream; the keys and values of one layer,
+# twice because XLA on CPU keeps what enters a loop beside what the loop carries; cos and sin;
+# positions and scores. A second layer's keys and values (256 numbers) would exceed it.
+NUMBERS_PER_TOKEN = D + 2 * (2 * K * H) + H + 4 * N
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny.save_bytes_model(folder, num_hidden_layers=1)
-    return load(folder)
+@functools.cache
+def allocated(layers: int, tokens: int, policy: Policy) -> tuple[int, int]:
+    """Bytes of temporaries, and of the cache with the logits, for one prompt."""
+    model = tiny.config(num_hidden_layers=layers, **SHAPE)
+    slots = slots_for(policy, tokens, 64, 16, config=model)
+    program = prefill.lower(
+        abstract_params(model, jnp.float32),
+        jax.ShapeDtypeStruct((1, tokens), jnp.int32),
+        config=model,
+        policy=policy,
+        budget=64,
+        slots=slots,
+        new_tokens=16,
+        chunk=128,
+    ).compile()
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes, memory.output_size_in_bytes
 
 
-def make_engine(model, policy=SNAPKV, **stores):
-    return Engine(
-        model, policy=policy, budget=16, rows=2, max_new_tokens=8, max_prompt_tokens=32, **stores
+def bytes_per_token(layers: int, policy: Policy) -> float:
+    """Growth of everything allocated with one more prompt token."""
+    return (sum(allocated(layers, LONG, policy)) - sum(allocated(layers, SHORT, policy))) / (
+        LONG - SHORT
     )
 
 
-def test_the_stores_of_an_engine_count(model, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
-    make_engine(model, prompt_store_bytes=3 * 10**8, prefix_store_bytes=5 * 10**8)
-    message = (
-        r"stores of prompts and prefixes up to 1.1 GB and 1.0 GB are free: lower max_new_tokens "
-        r"\(8\), the budget \(16\), --prompt-store-mb \(prompt_store_bytes, 600 MB\), "
-        r"--prefix-store-mb \(prefix_store_bytes, 500 MB\) or the number of rows"
-    )
-    with pytest.raises(ValueError, match=message):
-        make_engine(model, prompt_store_bytes=6 * 10**8, prefix_store_bytes=5 * 10**8)
+@pytest.mark.parametrize("layers", [2, 5])
+def test_a_prompt_token_costs_its_residual_and_one_layer(layers):
+    assert bytes_per_token(layers, SNAPKV) <= 4 * NUMBERS_PER_TOKEN
 
 
-def test_a_store_that_stays_empty_does_not_count(model, monkeypatch):
-    """LAQ reads every prompt more than once."""
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
-    make_engine(model, LAQ(), prefix_store_bytes=5 * 10**9)
+def test_depth_adds_only_the_budgeted_cache():
+    shallow, deep = allocated(2, LONG, SNAPKV), allocated(5, LONG, SNAPKV)
+    assert deep[0] - shallow[0] <= 1024  # temporaries: nothing per layer
+    slots = slots_for(SNAPKV, LONG, 64, 16, config=tiny.config(num_hidden_layers=2, **SHAPE))
+    per_layer = 4 * (K * slots * (2 * H + 1) + K)  # keys, values, positions; lengths
+    assert deep[1] - shallow[1] == 3 * per_layer
 
 
-def test_without_stores_the_cache_alone_is_named(model, monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
-    with pytest.raises(ValueError, match="the cache needs") as caught:
-        make_engine(model)
-    assert "store" not in str(caught.value)
-    assert str(caught.value).endswith("the budget (16) or the number of rows")
+def test_keeping_everything_breaks_the_bound():
+    assert bytes_per_token(5, Full()) > 4 * NUMBERS_PER_TOKEN

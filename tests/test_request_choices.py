@@ -66,7 +66,7 @@ def test_one_policy_evicts_while_decoding(model):
 
 
 @pytest.mark.parametrize("drafter", ["trie", "prompt_lookup"])
-def test_a_request_may_do_without_drafts(model, drafter):
+def test_a_request_may_do_without_drafts(model, drafter, monkeypatch):
     engine = Engine(model, **SIZES, eos_ids=(), drafter=drafter, draft_nodes=8)
     prompt = [7, 8, 9] * 8
     requests = [Request(prompt=prompt, max_new_tokens=NEW, draft=d) for d in (True, False, True)]
@@ -75,6 +75,18 @@ def test_a_request_may_do_without_drafts(model, drafter):
     assert drafted.tokens == plain.tokens == again.tokens
     assert plain.steps == NEW - 1
     assert max(drafted.steps, again.steps) < NEW - 1
+    # Steps have as many nodes as drafts need: one where nobody takes any.
+    nodes, run = [], engine._drafting._run
+
+    def noted(params, state, count, *rest, **options):
+        nodes.append(count)
+        return run(params, state, count, *rest, **options)
+
+    monkeypatch.setattr(engine._drafting, "_run", noted)
+    assert engine.run(requests[1:2])[0].tokens == plain.tokens
+    assert set(nodes) == {1}
+    engine.run(requests[:2])
+    assert 8 in nodes
 
 
 def test_the_server_takes_what_it_was_started_for(tmp_path):
@@ -85,7 +97,8 @@ def test_the_server_takes_what_it_was_started_for(tmp_path):
     with running(model, engine, drafter="trie") as server:
         for choice in ({"policy": "full"}, {"drafter": "none"}, {"drafter": "trie"}):
             assert server.send("POST", "/v1/completions", body | choice)[0] == 200
-        for field, message in (("policy", "knorm, full, snapkv"), ("drafter", '"trie" or "none"')):
+        messages = {"policy": "knorm, full, snapkv", "drafter": 'give "trie" or "none"'}
+        for field, message in messages.items():
             wrong = body | {field: "h2o"}
             status, answer = server.send("POST", "/v1/completions", wrong)
             assert status == 400

@@ -82,6 +82,7 @@ class Drafting:
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
         self._constraints = Constraints(batch, config.vocab_size)
         self._requests: list[int | None] = [None] * batch
+        self._drafted, self._undrafted = set[int](), set[int]()  # rows that have joined
         self._observed = [0] * batch
         self.compile_s = 0.0  # spent on compiling so far
         self._drafting_s = 0.0
@@ -117,9 +118,13 @@ class Drafting:
         """The state of `device` for a batch in which no row has begun."""
         return self.device.init(len(self._requests), self._room, self._config)
 
-    def join(self, row: int, prompt: Sequence[int]) -> None:
-        """One row joins a host drafter; a device drafter begins it in the batch's program."""
-        if self._host is not None:
+    def join(self, row: int, prompt: Sequence[int], *, draft: bool = True) -> None:
+        """One row joins a host drafter; a device drafter begins it in the batch's program.
+
+        Without `draft` it is decoded plainly: `DecodeState.drafted` has to say so, too.
+        """
+        (self._drafted if draft else self._undrafted).add(row)
+        if self._host is not None and draft:
             request = next(_request)
             self._host.begin(request, prompt)
             self._requests[row], self._observed[row] = request, 0
@@ -131,6 +136,8 @@ class Drafting:
     def leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
         """One row leaves after emitting `tokens`; does nothing for a row that has not joined."""
         self._constraints.put(row, None)
+        self._drafted.discard(row)
+        self._undrafted.discard(row)
         request = self._requests[row]
         if self._host is not None and request is not None:
             try:
@@ -151,6 +158,8 @@ class Drafting:
             burst = 1
             if self._draws:
                 return self._run(params, state, 1, 1, None, constrained=True)
+        if self._undrafted and not self._drafted:
+            return self._run(params, state, 1, burst, None, constrained=constrained)
         if isinstance(self._nodes, int):
             drafts = self._drafts(state, self._nodes)
             return self._run(params, state, self._nodes, burst, drafts, constrained=constrained)
@@ -170,15 +179,17 @@ class Drafting:
         seconds = time.perf_counter() - begin
         if (ran := int(reached[:, 0].max())) == 0:
             return state
-        gains = self._gains(reached, plan.most, longest) if plan.most > 1 else {}
+        reached[list(self._undrafted)] = 0  # what drafts gain is not seen in rows without
+        gains = {}
+        if plan.most > 1 and reached.any():
+            gains = self._gains(reached, plan.most, longest)
         measured = self.compile_s == compiled
         controller.record(plan.most, nodes, gains, ran, seconds / ran if measured else None)
         if watched is not None:
+            ends = np.array(state.count)
+            ends[list(self._undrafted)] = 0
             texts = [
-                row[a:b]
-                for row, a, b in zip(
-                    np.asarray(state.tokens), count, np.asarray(state.count), strict=True
-                )
+                row[a:b] for row, a, b in zip(np.asarray(state.tokens), count, ends, strict=True)
             ]
             self._judge(controller, watched, texts)
         return state
@@ -218,6 +229,8 @@ class Drafting:
     ) -> None:
         """Tells the controller how many of the watched nodes the emitted texts agree with."""
         went = [(d, text) for d, text in zip(watched.drafts, texts, strict=True) if text.size]
+        if not went:
+            return
         paths = [path_of(draft, text[:-1].tolist()) for draft, text in went]
         longest = max(len(draft.tokens) for draft, _ in went)
         gains, sizes = {}, {}
@@ -268,6 +281,7 @@ class Drafting:
         `grammars`: also those for rows with grammars.
         """
         buckets = (self._nodes,) if isinstance(self._nodes, int) else self._nodes.buckets
+        buckets = sorted({1, *buckets})  # rows may do without drafts
         for nodes in buckets:
             state = self._run(params, state, nodes, burst, self._drafts(state, nodes))
         for nodes in ((1,) if self._draws else buckets) if grammars else ():

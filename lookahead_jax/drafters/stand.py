@@ -38,9 +38,9 @@ class Stand:
 
     Every node that the target has read, accepted or not, adds its ten likeliest successors to the
     lines of its last 1 to `context` tokens: a line holds the mean probabilities over all readings,
-    of the ten tokens for which they are highest. If a step holds a context several times, the last
-    node wins. Contexts that fall on one line displace each other. All rows share the tables, which
-    outlive their requests.
+    of the ten tokens for which they are highest. A token that leaves the ten begins again at 0. If
+    a step holds a context several times, the last node wins. Contexts that fall on one line
+    displace each other. All rows share the tables, which outlive their requests.
     """
 
     context: int = 4
@@ -97,6 +97,7 @@ class Stand:
         logits = jnp.where(valid[..., None], verified.logits, 0.0)
         top, best = jax.lax.top_k(logits, CANDIDATES)
         top = jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
+        valid &= jnp.isfinite(top).all(-1)  # all rows share the tables
         for i in range(self.context):
             mark, line = self._place(contexts, i)
             at = jnp.where(valid & (mark > 0), line, self.lines)

@@ -5,8 +5,9 @@ the request takes a free row of the batch while the other rows stay in place. Al
 together in bursts of steps, and a finished row is free for the next request. Prompts are read in
 pieces, a long one alone and several short ones together: between two bursts as many pieces as the
 running rows may wait for. So neither a long prompt nor many short ones can stop them. A request
-compiles only what its prompt's bucket has not compiled before, and does not depend on its
-neighbours: the tokens are those of `generate` for the same prompt, settings and seed.
+compiles only what its prompt's bucket has not compiled before. Its tokens are those of `generate`
+for the same prompt, settings and seed, whoever its neighbours are, up to near-ties: batches of
+other shapes round differently.
 """
 
 import dataclasses
@@ -249,8 +250,8 @@ class Engine:
         """Ends cancelled requests, reads pieces of a prompt, runs a burst; returns the events.
 
         A caller in a loop thus regains control after `max_stall_s` of reading and one burst, and
-        running rows get a burst between any two prompts. An error while a prompt is read, or of
-        the drafter at one row, ends that request; an error of the model's steps ends all that
+        running rows get a burst between any two readings. An error of a reading ends its requests,
+        one of the drafter at one row that request; an error of the model's steps ends all that
         take part. The events say so, and the engine goes on.
         """
         events: list[Event] = []
@@ -347,8 +348,13 @@ class Engine:
                 raise
             return
         self._opening = None
-        for row, request, read in admitted:
-            self._batch.insert(row, read, request.first_mask)
+        try:
+            for row, request, read in admitted:
+                self._batch.insert(row, read, request.first_mask)
+        except KeyboardInterrupt as error:  # of `run`: no row may be left without its request
+            for _, request, _ in admitted:
+                self._finish(request, events, error)
+            raise
         self._deliver(events)
 
     def _admit(self, request: ActiveRequest, events: list[Event]) -> int | None:
@@ -356,8 +362,7 @@ class Engine:
         request.row = row = self._rows.index(None)
         self._rows[row] = request
         try:
-            if request.encoded.draft:
-                self._drafting.join(row, request.encoded.tokens)
+            self._drafting.join(row, request.encoded.tokens, draft=request.encoded.draft)
             self._drafting.constrain(row, request.grammar)
         except Exception as error:
             _log.exception("request %d could not begin", request.id)

@@ -33,7 +33,12 @@ from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.prefilling.pieces import ChunkEntries, reusable_chunks
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
-from lookahead_jax.prompts.read import has_pieces, read_prompt, read_prompt_in_pieces
+from lookahead_jax.prompts.read import (
+    has_pieces,
+    read_prompt,
+    read_prompt_in_pieces,
+    shares_prefixes,
+)
 
 TOGETHER = 4
 """Prompts of one reading, at most."""
@@ -84,8 +89,7 @@ class PromptReader:
         entry = 2 * model.config.num_kv_heads * model.config.head_dim * model.config.num_layers
         chunk_bytes = CHUNK * entry * params["embed"].dtype.itemsize
         in_pieces = has_pieces(settings.policy)
-        # Of a prompt over which a policy gathers statistics, no chunk can be taken over.
-        shares = in_pieces and settings.policy.init_stats(1, CHUNK, model.config) is None
+        shares = shares_prefixes(settings.policy, model.config)
         self._most_chunks = prefixes.limit // chunk_bytes if shares else 0
         self._together = TOGETHER if rows >= TOGETHER and in_pieces else 1
         width, room = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
@@ -116,9 +120,9 @@ class PromptReader:
         """
         keys = set[Hashable]()
         for request in requests[: self._together]:
-            key = self._key(request, 0)
             if request.document or not _short(len(request.tokens)):
                 break
+            key = self._key(request, 0)
             if key in keys or key in self._store:
                 break
             keys.add(key)

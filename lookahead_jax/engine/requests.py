@@ -41,7 +41,8 @@ class Request:
     policy: str | None = None
     """The policy that cuts the prompt, one of the engine's `policies`; None: the engine's own."""
     draft: bool = True
-    """Whether the engine's drafter may draft for it. The tokens are the same without."""
+    """Whether the engine's drafter may draft for it. The tokens are the same without, except with
+    drawn_model, which emits other tokens of the same distribution."""
     sampling: Sampling = GREEDY
     seed: int = 0
     stop: Sequence[str] = ()

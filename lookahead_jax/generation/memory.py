@@ -4,7 +4,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.memory import free_bytes
 from lookahead_jax.prefilling.batching import slots_for
-from lookahead_jax.prompts.read import has_pieces
+from lookahead_jax.prompts.read import shares_prefixes
 
 _POSITION_BYTES = 4
 _SCALE_BYTES = 4
@@ -34,7 +34,7 @@ def check_memory(
         vector = config.head_dim + _SCALE_BYTES
     entry = 2 * vector + _POSITION_BYTES
     cache = rows * slots * config.num_layers * config.num_kv_heads * entry
-    if not has_pieces(eviction.policy):
+    if not shares_prefixes(eviction.policy, config):
         prefix_store_bytes = 0  # nothing is stored
     stores = prompt_store_bytes + prefix_store_bytes
     devices = list(weights.sharding.device_set)
@@ -45,11 +45,11 @@ def check_memory(
         return
     also, smaller = "", [f"max_new_tokens ({new_tokens:,})", f"the budget ({eviction.budget:,})"]
     if stores:
-        also = f", the stores of prompts and prefixes up to {stores / 1e9:,.1f} GB"
+        also = f" and the stores of prompts and prefixes up to {stores / 1e9:,.1f} GB"
         for name, size in dict(prompt=prompt_store_bytes, prefix=prefix_store_bytes).items():
             smaller.append(f"--{name}-store-mb ({name}_store_bytes, {size / 1e6:,.0f} MB)")
     raise ValueError(
         f"the cache needs {cache / 1e9:,.1f} GB ({rows} rows of {slots:,} entries per layer and "
-        f"head){also} and {free / 1e9:,.1f} GB are free: lower {', '.join(smaller)} or the number "
+        f"head){also}, but {free / 1e9:,.1f} GB are free: lower {', '.join(smaller)} or the number "
         "of rows"
     )

@@ -26,6 +26,7 @@ from lookahead_jax.policies.base import (
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import check_pinned, slots_for
+from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.prefilling.pieces import ChunkEntries, InPieces, prefill_in_pieces
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
@@ -136,6 +137,11 @@ def read_prompt_in_pieces(
     settings = _once(inputs, _observer(inputs, modules, None))
     pieces = prefill_in_pieces(params, tokens, **settings, known=known, returned=returned)
     return (yield from pieces)
+
+
+def shares_prefixes(policy: Policy, config: ModelConfig) -> bool:
+    """Whether prompts that begin alike can share chunks: none gathers statistics over them all."""
+    return has_pieces(policy) and policy.init_stats(1, CHUNK, config) is None
 
 
 def has_pieces(policy: Policy) -> bool:

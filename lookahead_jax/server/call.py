@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import partial
 from typing import Protocol
 
@@ -40,6 +40,7 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._timers: list[asyncio.TimerHandle] = []
+        self._queued: tuple[Future[None], int] | None = None
         self._aborted = False
         self._reason: Exception | None = None
         self._lock = threading.Lock()
@@ -79,7 +80,10 @@ class Call:
         most = self._service.client_places
         if count > most:
             whose = "one client may have" if most < self._service.places else "there is room for"
-            raise ValueError(f"{count} continuations are more than the {most} {whose}")
+            raise ValueError(
+                f"{count} continuations are more than the {most} {whose}: ask for fewer prompts or "
+                "choices (n) at a time"
+            )
         self._service.take(self._client, count)
         # Shielded, so that the thread sees to the places even if this task is cancelled. No local
         # variable holds the future: with an error in it, that would be a cycle.
@@ -96,16 +100,25 @@ class Call:
         self._timers.clear()
         with self._lock:
             self._closed = True
+        if self._queued is not None:
+            work, count = self._queued
+            self._queued = None
+            if work.cancel():  # no thread has taken it, and none will give the places back
+                self._service.give_back(self._client, count)
         self._cancel()
 
     def _begin(
         self, count: int, make: Callable[[], Sequence[Request]], threads: Executor | None
     ) -> asyncio.Future[None]:
         try:
-            return self._loop.run_in_executor(threads, self._submit, count, make)
+            if threads is None:
+                return self._loop.run_in_executor(None, self._submit, count, make)
+            work = threads.submit(self._submit, count, make)
         except BaseException:  # no thread will give the places back
             self._service.give_back(self._client, count)
             raise
+        self._queued = work, count
+        return asyncio.wrap_future(work)
 
     def _submit(self, count: int, make: Callable[[], Sequence[Request]]) -> None:
         """In another thread."""

@@ -29,8 +29,9 @@ def make_requests(
     refused by its bytes before it is tokenized: ValueError, `TooLong` where it is too long.
     """
     if body.drafter not in (None, "none", drafter):
+        may = "leave it out" if drafter == "none" else f'give "{drafter}" or "none"'
         raise RequestError(
-            f'the server was started with --drafter {drafter}: "{drafter}" or "none", not '
+            f"drafter: the server was started with --drafter {drafter}, so {may}, not "
             f"{body.drafter!r}",
             "drafter",
         )
