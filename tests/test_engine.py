@@ -23,6 +23,7 @@ from lookahead_jax.decoding.sampling import (
     sampling_rows,
 )
 from lookahead_jax.engine.engine import Engine
+from lookahead_jax.engine.opening import Opening
 from lookahead_jax.engine.queue import RequestQueue
 from lookahead_jax.engine.requests import MAX_EOS_IDS, ActiveRequest, EncodedRequest, Request
 from lookahead_jax.generation.generate import generate
@@ -250,6 +251,25 @@ def test_running_rows_decode_between_the_pieces_of_a_prompt(engine, alone, monke
     # Two layers are two pieces, and then the cache is put together. Bursts are short while a prompt
     # is read, or another waits.
     assert diary.entries == ["read", 4, "read", 1, 1, 1, "read", 1, 1, *[4] * 4]
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0.5, 1.0), (3.0, 3.0), (50.0, 10.0)])
+def test_prompts_are_read_as_long_as_a_step_takes(engine, monkeypatch, step, expected):
+    given = []
+    monkeypatch.setattr(Opening, "advance", lambda self, seconds: given.append(seconds))
+    monkeypatch.setattr(engine, "_max_stall_s", 1.0)
+    monkeypatch.setattr(engine, "_step_s", step)
+    id = engine.submit(request(0))
+    engine.step()
+    engine.cancel(id)
+    engine.step()
+    assert given == [expected]
+    assert engine._opening is None
+
+
+def test_the_time_of_a_step_is_measured(engine):
+    engine.run([request(0)])
+    assert 0 < engine._step_s < 60
 
 
 @pytest.mark.parametrize("why", ["cancelled", "error"])

@@ -50,8 +50,9 @@ class Serve:
     """A token that ends the text, besides those of the checkpoint: its id, or the token itself,
     such as <|im_end|>. May be repeated."""
     max_stall_ms: float = 100.0
-    """Milliseconds that running requests may wait for a prompt before they decode again. Shorter
-    makes their streams smoother, and the first token of a new request later."""
+    """Milliseconds that running requests may wait for a prompt before they decode again, or as long
+    as a step of decoding takes (up to ten times as long). Shorter makes their streams smoother, and
+    the first token of a new request later."""
     max_question_tokens: int = 0
     """Most tokens of a prompt sent with a `document`; every row reserves slots for them. 0: no
     documents."""

@@ -74,9 +74,10 @@ class Engine:
         all requests.
       burst: the most steps before the host frees finished and cancelled rows and reads a waiting
         request.
-      max_stall_s: seconds that running rows may wait between two bursts for a prompt to be read. A
-        piece of the prompt (prefilling/pieces.py) is read whole, however long it takes, and so are
-        the parts of policies that read a prompt more than once.
+      max_stall_s: seconds that running rows may wait between two bursts for a prompt to be read; as
+        long as a decoding step takes where that is longer, up to ten times as long, so that prompts
+        get half of the time. A piece of the prompt (prefilling/pieces.py) is read whole, however
+        long it takes, and so are the parts of policies that read a prompt more than once.
       prompt_store_bytes: memory for prompts that have been read: an equal prompt is not read
         again. The least recently used make room. 0 keeps none.
       prefix_store_bytes: memory for the keys and values of prompts before they are cut, in chunks
@@ -177,6 +178,7 @@ class Engine:
         )  # fmt: skip
         self._burst = burst
         self._max_stall_s = max_stall_s
+        self._step_s = 0.0  # of the last burst, per step
         self._opening: Opening | None = None
         self._rows: list[ActiveRequest | None] = [None] * rows
         self._ids = itertools.count()
@@ -249,7 +251,7 @@ class Engine:
     def step(self) -> list[Event]:
         """Ends cancelled requests, reads pieces of a prompt, runs a burst; returns the events.
 
-        A caller in a loop thus regains control after `max_stall_s` of reading and one burst, and
+        A caller in a loop thus regains control after some reading and one burst, and
         running rows get a burst between any two readings. An error of a reading ends its requests,
         one of the drafter at one row that request; an error of the model's steps ends all that
         take part. The events say so, and the engine goes on.
@@ -288,8 +290,10 @@ class Engine:
             self._read_prompt(events)
             if any(self._rows):
                 self._report_pause()
-                self._batch.advance(self._steps())
+                steps, begin = self._steps(), time.perf_counter()
+                self._batch.advance(steps)
                 self._deliver(events)
+                self._step_s = (time.perf_counter() - begin) / steps
         except RowError as failed:
             if (request := self._rows[failed.row]) is not None:
                 _log.error("request %d ends here: %s", request.id, failed.error)
@@ -334,7 +338,8 @@ class Engine:
         """Reads pieces of prompts; after the last their requests take free rows."""
         admitted: list[tuple[int, ActiveRequest, PrefilledRequest]] = []
         try:
-            prefilled = opening.advance(self._max_stall_s)
+            most = 10 * self._max_stall_s
+            prefilled = opening.advance(max(self._max_stall_s, min(self._step_s, most)))
             if prefilled is None:
                 return
             for request, read in prefilled:
