@@ -123,7 +123,8 @@ def test_more_choices_than_a_client_may_have_cannot_wait(model, engine):
         status, content = ask(server, n=ROWS + 1)
         assert status == 400
         assert content["error"]["message"] == (
-            "3 continuations are more than the 2 one client may have"
+            "3 continuations are more than the 2 one client may have: ask for fewer prompts or "
+            "choices (n) at a time"
         )
         assert ask(server, n=ROWS)[0] == 200
 

@@ -29,7 +29,7 @@ def test_the_stores_of_an_engine_count(model, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
     make_engine(model, prompt_store_bytes=3 * 10**8, prefix_store_bytes=5 * 10**8)
     message = (
-        r"stores of prompts and prefixes up to 1.1 GB and 1.0 GB are free: lower max_new_tokens "
+        r"stores of prompts and prefixes up to 1.1 GB, but 1.0 GB are free: lower max_new_tokens "
         r"\(8\), the budget \(16\), --prompt-store-mb \(prompt_store_bytes, 600 MB\), "
         r"--prefix-store-mb \(prefix_store_bytes, 500 MB\) or the number of rows"
     )

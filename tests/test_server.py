@@ -706,10 +706,10 @@ def test_an_error_of_one_request_is_its_own(model, server, monkeypatch, caplog):
     engine = server.engine
     read, (bang,) = engine._reader.read, model.tokenizer.encode("!")
 
-    def moody(encoded):
-        if encoded.tokens[0] == bang:
+    def moody(requests):
+        if requests[0].tokens[0] == bang:
             raise RuntimeError("secret detail")
-        return (yield from read(encoded))
+        return (yield from read(requests))
 
     monkeypatch.setattr(engine._reader, "read", moody)
     status, content = server.send("POST", "/v1/completions", fields(prompt="!a"))

@@ -19,7 +19,7 @@ def make_requests(
     tokenizer: Tokenizer,
     limits: Limits,
     plain: bool,
-    drafter: str,
+    drafter: str = "none",
     tenant: str = "",
 ) -> list[Request]:
     """One request per prompt and choice; the seeds of a prompt's choices are consecutive.
