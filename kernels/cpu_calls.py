@@ -180,7 +180,7 @@ def _no_memory(b: ir.IRBuilder, module: ir.Module, api: Any) -> Any:
     """An error of XLA's interface: there is no memory for a call."""
     text = bytearray(b"a kernel on the CPU found no memory for its sums: use smaller batches\0")
     kind = ir.ArrayType(BYTES, len(text))
-    message = ir.GlobalVariable(module, kind, "no_memory")
+    message: Any = ir.GlobalVariable(module, kind, "no_memory")
     message.linkage, message.global_constant = "internal", True
     message.initializer = ir.Constant(kind, text)
     create = _read(b, api, 48, ir.FunctionType(POINTER, [POINTER]).as_pointer())
