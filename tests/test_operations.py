@@ -89,18 +89,20 @@ def test_a_request_has_one_line_and_its_id(server, lines):
     assert tokenized["key"] == 1  # its number, not the key
 
 
-def test_openais_client_knows_the_id(server):
+def test_openais_client_knows_the_id(server, lines):
     completions = server.client(KEY).completions
     given = dict(model=NAME, prompt="a", max_tokens=1)
     assert completions.create(**given, extra_headers={"X-Request-Id": "b"})._request_id == "b"
+    assert lines(1)[0]["request_id"] == "b"
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "tab\there", "\u00e9"])
-def test_an_id_that_is_not_short_and_printable_is_replaced(server, given):
+def test_an_id_that_is_not_short_and_printable_is_replaced(server, lines, given):
     sent = {"X-Request-Id": given.encode("latin-1")}
     made = post(server, {}, **sent)[1].get_all("X-Request-Id")
     assert len(made) == 1
     assert re.fullmatch("[0-9a-f]{32}", made[0])
+    assert lines(1)[0]["request_id"] == made[0]
 
 
 def test_errors_are_logged_by_code_and_nothing_is_repeated(server, lines):
