@@ -178,6 +178,7 @@ def test_stand_keeps_the_mean_probabilities_after_each_context():
     drafter = Stand(context=3, lines=2**16)
     prompts = rng.integers(0, vocab, (batch, 5)).astype(np.int32)
     prompts[1, 1:] = -1  # shorter than a context
+    hidden = jnp.zeros((batch, nodes, 1))  # not read
     state = drafter.init(batch, 40, tiny.config())
     state = drafter.begin(None, state, jnp.arange(batch, dtype=jnp.int32), jnp.asarray(prompts))
     texts = [row[row >= 0].tolist() for row in prompts]
@@ -191,7 +192,7 @@ def test_stand_keeps_the_mean_probabilities_after_each_context():
         laid = layout(tree, vocab_size=vocab, most=most, ends=jnp.full((1, 1), -1))
         logits = rng.normal(size=(batch, nodes, vocab)).astype(np.float32)
         accepted = accept(tree, laid, jnp.asarray(rng.integers(0, vocab, (batch, nodes))))
-        state = update(None, state, Verified(tree, laid, jnp.asarray(logits), accepted))
+        state = update(None, state, Verified(tree, laid, jnp.asarray(logits), accepted, hidden))
         valid, path, count = (np.asarray(a) for a in (laid.valid, accepted.path, accepted.count))
         read: dict[tuple[int, ...], np.ndarray] = {}  # the last node with a context wins
         for b, i in itertools.product(range(batch), range(nodes)):

@@ -3,7 +3,7 @@
 A device drafter is a frozen dataclass, a static argument of the jitted step. Its methods are pure
 functions: what it learns is a state that travels with the batch, and what it only reads (a draft
 model's weights) is a separate argument. Rows join with `begin` and do not have to leave. B batch,
-P nodes, T prompt tokens, V vocabulary.
+P nodes, T prompt tokens, D model dim, V vocabulary.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ class Verified(NamedTuple):
     layout: Layout
     logits: jax.Array  # [B, P, V] float32, unprocessed; undefined for nodes that are not valid
     accepted: Accepted
+    hidden: jax.Array  # [B, P, D] float, after the final norm
 
 
 @runtime_checkable

@@ -149,7 +149,7 @@ def _step(
     count = _finite_count(raw, accepted)
     finite = count == accepted.count
     accepted = accepted._replace(count=count)
-    draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted))
+    draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted, out.hidden))
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
         state,
