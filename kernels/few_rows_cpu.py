@@ -10,7 +10,7 @@ Letters: P rows, K inputs, N outputs.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,14 @@ from lookahead_jax.kernels.cpu_code import (
 )
 from lookahead_jax.kernels.dispatch import target_platform
 
-MAX_ROWS = {"float32": 8, "int8": 16}  # with more, arithmetic takes the time, and XLA is as fast
-INPUTS_PER_PASS = 8  # rows of a [K, N] matrix that one pass over the results reads
+# With more rows arithmetic takes the time, and XLA is as fast.
+MAX_ROWS = {"float32": 64, "int8": 64}
+MAX_ROWS_TRANSPOSED = {"float32": 32, "int8": 64}
 OUTPUTS_PER_PASS = 2  # rows of an [N, K] matrix that one pass over the inputs reads
 ROWS_PER_PASS = 8  # of the P rows, where each has sums in registers
+SUMS = 24  # vectors of sums in registers, of 32
+WIDEST = 6  # vectors of outputs of a tile
+TILE_INPUTS = 64  # inputs of a tile: it fits into the first cache
 WAKING_US = 200.0  # a product that takes less is done before other threads have woken up
 
 _STORED = {jnp.dtype("float32"): FLOAT, jnp.dtype("int8"): BYTES}
@@ -54,17 +58,16 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
 
     It cannot be split over devices, so under a mesh XLA's product runs.
     """
-    inputs, outputs = matrix.shape[::-1] if transposed else matrix.shape
-    whole = (
-        inputs % LANES == 0 == outputs % OUTPUTS_PER_PASS
-        if transposed
-        else inputs % INPUTS_PER_PASS == 0 == outputs % LANES
-    )
+    most = MAX_ROWS_TRANSPOSED if transposed else MAX_ROWS
+    # Whole vectors of an [N, K] matrix are of inputs, of a [K, N] matrix of outputs.
+    whole = matrix.shape[1] % LANES == 0
+    if transposed:
+        whole &= matrix.shape[0] % OUTPUTS_PER_PASS == 0
     return (
         target_platform() == "cpu"
         and whole
         and x.dtype == jnp.float32
-        and 1 <= rows <= MAX_ROWS.get(matrix.dtype.name, 0)
+        and 1 <= rows <= most.get(matrix.dtype.name, 0)
         and jax.sharding.get_abstract_mesh().empty
         and layout_is_known()
     )
@@ -95,8 +98,8 @@ def _derivative(transposed: bool, primals: Any, tangents: Any) -> tuple[jax.Arra
 
 
 def _microseconds(rows: int, matrix: jax.Array) -> float:
-    """About what a product takes on one core of 10 GB/s and 60 GFLOP/s."""
-    return max(matrix.nbytes / 1e4, 2 * rows * matrix.size / 6e4)
+    """About what a product takes on one core of 10 GB/s and 100 GFLOP/s."""
+    return max(matrix.nbytes / 1e4, 2 * rows * matrix.size / 1e5)
 
 
 @made_once
@@ -127,32 +130,70 @@ def _product_function(module: ir.Module, stored: ir.Type) -> tuple[ir.Function, 
 
 
 def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
-    """x [P, K] times [K, N]: results stay in the first caches, the matrix streams past them."""
+    """x [P, K] times [K, N], tile by tile of the matrix.
+
+    While a tile is multiplied, with sums in registers, the next one comes into the second cache. A
+    tile stays in the first cache for the groups of rows, which take turns.
+    """
     function, b = _product_function(module, stored)
-    x, matrix, y, inputs, outputs, first, last = function.args
-    with loop(b, first, last, LANES) as n:
-        for p in range(rows):
-            store(b, ZEROS, y, _index(b, p, outputs, n))
-    passed = range(INPUTS_PER_PASS)
-    with loop(b, I64(0), inputs, INPUTS_PER_PASS) as k:
-        factors = [
-            [splat(b, b.load(b.gep(x, [_index(b, p, inputs, b.add(k, I64(i)))]))) for i in passed]
-            for p in range(rows)
-        ]
-        starts = [b.mul(b.add(k, I64(i)), outputs) for i in passed]
-        ahead = b.mul(I64(INPUTS_PER_PASS), outputs)
-        with loop(b, first, last, LANES) as n:
-            places = [_index(b, p, outputs, n) for p in range(rows)]
-            sums = [load(b, y, place) for place in places]
-            for start in starts:  # those of the next pass
-                prefetch(b, b.gep(matrix, [b.add(b.add(start, n), ahead)]))
-            for i in passed:
-                weights = load_floats(b, matrix, b.add(starts[i], n))
-                sums = [fma(b, factors[p][i], weights, sums[p]) for p in range(rows)]
-            for place, total in zip(places, sums, strict=True):
-                store(b, total, y, place)
+    inputs, outputs, first, last = function.args[3:]
+    groups = _groups(rows)
+    most = min(SUMS // max(map(len, groups)), WIDEST) * LANES
+    wide = b.sub(last, b.srem(b.sub(last, first), I64(most)))
+    with loop(b, I64(0), inputs, TILE_INPUTS) as k:
+        below = b.add(k, I64(TILE_INPUTS))
+        end = b.select(b.icmp_signed("<", below, inputs), below, inputs)
+        to_below = b.mul(I64(TILE_INPUTS), outputs)
+        for start, stop, width in ((first, wide, most), (wide, last, LANES)):
+            with loop(b, start, stop, width) as n:
+                is_last = b.icmp_signed(">=", b.add(n, I64(width)), last)
+                to_next = b.select(is_last, b.sub(b.add(to_below, first), n), I64(width))
+                for g, group in enumerate(groups):
+                    vectors = width // LANES
+                    asked = range(g, vectors, len(groups))  # a share for each group
+                    tile = _Tile(k, end, n, vectors, to_next, asked)
+                    _multiply_tile(b, function, group, tile)
     b.ret_void()
     return function
+
+
+class _Tile(NamedTuple):
+    """Some inputs and outputs of a [K, N] matrix."""
+
+    first: Any  # input
+    last: Any  # input, not included
+    output: Any  # the first
+    vectors: int  # of outputs
+    to_next: Any  # numbers from here to the next tile
+    asked: range  # its vectors to fetch meanwhile
+
+
+def _multiply_tile(b: ir.IRBuilder, function: ir.Function, group: range, tile: _Tile) -> None:
+    """Adds to the results of a group of rows what a tile gives."""
+    x, matrix, y, inputs, outputs = function.args[:5]
+    some = range(tile.vectors)
+    pairs = [(p, u) for p in group for u in some]
+    places = [b.add(_index(b, p, outputs, tile.output), I64(u * LANES)) for p, u in pairs]
+    begun = b.icmp_signed(">", tile.first, I64(0))
+    sums = [b.select(begun, load(b, y, place), ZEROS) for place in places]
+    with carried(b, tile.first, tile.last, 1, sums) as (k, sums, totals):
+        start = b.add(b.mul(k, outputs), tile.output)
+        starts = [b.add(start, I64(u * LANES)) for u in some]
+        weights = [load_floats(b, matrix, start) for start in starts]
+        for u in tile.asked:
+            prefetch(b, b.gep(matrix, [b.add(starts[u], tile.to_next)]))
+        factors = {p: splat(b, b.load(b.gep(x, [_index(b, p, inputs, k)]))) for p in group}
+        totals += [
+            fma(b, factors[p], weights[u], total) for (p, u), total in zip(pairs, sums, strict=True)
+        ]
+    for place, total in zip(places, totals, strict=True):
+        store(b, total, y, place)
+
+
+def _groups(rows: int) -> list[range]:
+    """The rows in groups of nearly equal size, whose sums fit into registers."""
+    count = -(-rows // ROWS_PER_PASS)
+    return [range(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
 def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
@@ -160,15 +201,17 @@ def _transposed_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Funct
     function, b = _product_function(module, stored)
     x, matrix, y, inputs, outputs, first, last = function.args
     some = range(OUTPUTS_PER_PASS)
+    ahead = b.mul(inputs, I64(OUTPUTS_PER_PASS))
     with loop(b, first, last, OUTPUTS_PER_PASS) as n:
-        for lowest in range(0, rows, ROWS_PER_PASS):
-            chosen = range(lowest, min(rows, lowest + ROWS_PER_PASS))
+        for chosen in _groups(rows):
             pairs = [(p, u) for p in chosen for u in some]
             zeros = [ZEROS] * len(pairs)
             with carried(b, I64(0), inputs, LANES, zeros) as (k, sums, totals):
-                weights = [
-                    load_floats(b, matrix, b.add(b.mul(b.add(n, I64(u)), inputs), k)) for u in some
-                ]
+                starts = [b.add(b.mul(b.add(n, I64(u)), inputs), k) for u in some]
+                weights = [load_floats(b, matrix, start) for start in starts]
+                if chosen.start == 0:  # those of the next outputs
+                    for start in starts:
+                        prefetch(b, b.gep(matrix, [b.add(start, ahead)]))
                 values = {p: load(b, x, _index(b, p, inputs, k)) for p in chosen}
                 totals += [
                     fma(b, values[p], weights[u], total)
