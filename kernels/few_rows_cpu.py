@@ -27,6 +27,7 @@ from lookahead_jax.kernels.cpu_code import (
     FLOAT,
     I64,
     LANES,
+    VECTOR,
     ZEROS,
     add_lanes,
     carried,
@@ -140,6 +141,7 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
     groups = _groups(rows)
     most = min(SUMS // max(map(len, groups)), WIDEST) * LANES
     wide = b.sub(last, b.srem(b.sub(last, first), I64(most)))
+    copy = b.alloca(VECTOR, I64(TILE_INPUTS * most // LANES)) if len(groups) > 1 else None
     with loop(b, I64(0), inputs, TILE_INPUTS) as k:
         below = b.add(k, I64(TILE_INPUTS))
         end = b.select(b.icmp_signed("<", below, inputs), below, inputs)
@@ -151,7 +153,7 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
                 for g, group in enumerate(groups):
                     vectors = width // LANES
                     asked = range(g, vectors, len(groups))  # a share for each group
-                    tile = _Tile(k, end, n, vectors, to_next, asked)
+                    tile = _Tile(k, end, n, vectors, to_next, asked, copy, written=g == 0)
                     _multiply_tile(b, function, group, tile)
     b.ret_void()
     return function
@@ -166,6 +168,8 @@ class _Tile(NamedTuple):
     vectors: int  # of outputs
     to_next: Any  # numbers from here to the next tile
     asked: range  # its vectors to fetch meanwhile
+    copy: Any  # where all its vectors stand together; None: nowhere
+    written: bool  # now, instead of read
 
 
 def _multiply_tile(b: ir.IRBuilder, function: ir.Function, group: range, tile: _Tile) -> None:
@@ -179,7 +183,14 @@ def _multiply_tile(b: ir.IRBuilder, function: ir.Function, group: range, tile: _
     with carried(b, tile.first, tile.last, 1, sums) as (k, sums, totals):
         start = b.add(b.mul(k, outputs), tile.output)
         starts = [b.add(start, I64(u * LANES)) for u in some]
-        weights = [load_floats(b, matrix, start) for start in starts]
+        copies = b.mul(b.sub(k, tile.first), I64(tile.vectors))
+        if tile.copy is None or tile.written:
+            weights = [load_floats(b, matrix, start) for start in starts]
+        else:
+            weights = [b.load(b.gep(tile.copy, [b.add(copies, I64(u))])) for u in some]
+        if tile.copy is not None and tile.written:
+            for u in some:
+                b.store(weights[u], b.gep(tile.copy, [b.add(copies, I64(u))]))
         for u in tile.asked:
             prefetch(b, b.gep(matrix, [b.add(starts[u], tile.to_next)]))
         factors = {p: splat(b, b.load(b.gep(x, [_index(b, p, inputs, k)]))) for p in group}

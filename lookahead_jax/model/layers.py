@@ -109,7 +109,7 @@ def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
             return multiply(x, weight, axes).astype(x.dtype)
         return jnp.tensordot(x, weight, axes=inputs)
 
-    cpu = _halves(x, weight, inputs) or few_rows_form(x, weight, inputs=inputs)
+    cpu = few_rows_form(x, weight, inputs=inputs) or _halves(x, weight, inputs)
     return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
 
 
