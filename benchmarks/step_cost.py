@@ -3,7 +3,7 @@
 A step of P rows verifies a draft of P nodes. It reads every weight once, whatever P is; the floor
 is that read, at the speed at which this machine sums an array of the size of the weights. Each step
 is timed with the products and attention of few rows (kernels/few_rows_cpu.py, attention_cpu.py) and
-with XLA's alone, by turns.
+with XLA's alone. All steps take turns, and ratios are medians of those within a turn.
 
     python benchmarks/step_cost.py --model smollm2
     python benchmarks/step_cost.py --model smollm2 --weights int8 --out \\
@@ -71,7 +71,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     array = jnp.ones(size // 8 * 2, jnp.float32)
     jax.block_until_ready(summed(array))
     read = min(seconds(lambda: summed(array)) for _ in range(options.repetitions))
-    found = []
+    programs = {}
     for rows in options.rows:
         tokens = jnp.arange(rows, dtype=jnp.int32)[None]
         few = jax.jit(step).lower(params, cache, tokens).compile()
@@ -80,28 +80,40 @@ def measure(options: Options) -> list[dict[str, Any]]:
             mock.patch.object(dispatch, "preferred", return_value="xla"),
         ):
             plain = jax.jit(lambda *args: step(*args)).lower(params, cache, tokens).compile()
-        times = {"few_rows": [], "xla": []}
-        for _ in range(options.repetitions + 1):
-            times["few_rows"].append(seconds(lambda few=few, t=tokens: few(params, cache, t)))
-            times["xla"].append(seconds(lambda plain=plain, t=tokens: plain(params, cache, t)))
-        median = {name: statistics.median(part[1:]) for name, part in times.items()}
-        found.append({
+        programs[rows] = tokens, {"few_rows": few, "xla": plain}
+    times = {(rows, form): [] for rows in options.rows for form in ("few_rows", "xla")}
+    # All of them by turns: another machine's work on these cores then slows every one.
+    for turn in range(options.repetitions + 1):
+        for rows, (tokens, forms) in programs.items():
+            for form, run in forms.items():
+                took = seconds(lambda run=run, tokens=tokens: run(params, cache, tokens))
+                if turn:
+                    times[rows, form].append(took)
+    return [
+        {
             "rows": rows,
-            "ms": {name: 1e3 * value for name, value in median.items()},
-            "ratio": statistics.median(
-                x / f for x, f in zip(times["xla"][1:], times["few_rows"][1:], strict=True)
-            ),
-            "c": {name: value / found[0]["ms"][name] * 1e3 if found else 1.0
-                  for name, value in median.items()},
+            "ms": {form: 1e3 * statistics.median(times[rows, form]) for form in forms},
+            "ratio": median_ratio(times[rows, "xla"], times[rows, "few_rows"]),
+            "c": {
+                form: median_ratio(times[rows, form], times[options.rows[0], form])
+                for form in forms
+            },
             "floor_ms": 1e3 * read,
-        })  # fmt: skip
-        print(found[-1], flush=True)
-    return found
+        }
+        for rows, (_, forms) in programs.items()
+    ]
+
+
+def median_ratio(these: list[float], those: list[float]) -> float:
+    """The median of the ratios of times that were taken in the same turns."""
+    return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
 def main() -> None:
     options = parse(Options, __doc__)
     rows = measure(options)
+    for row in rows:
+        print(row, flush=True)
     report = ran_on() | {
         "processor": machine(),
         "settings": settings(options, "out"),
