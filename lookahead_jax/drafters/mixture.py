@@ -128,11 +128,12 @@ class MixtureOnDevice:
 
     def init(self, batch: int, room: int, config: ModelConfig) -> Mixed:
         count = len(self.drafters)
-        nowhere = jnp.full((batch, count, NODE_BUCKETS[-1]), -1, jnp.int32)
+        shape = batch, count, NODE_BUCKETS[-1]
         return Mixed(
             tuple(drafter.init(batch, room, config) for drafter in self.drafters),
             jnp.full((batch, count), FIRST, jnp.float32),
-            TokenTree(nowhere, nowhere),
+            # Two arrays, since both are donated.
+            TokenTree(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32)),
         )
 
     def begin(self, weights: Weights, state: Mixed, rows: jax.Array, prompts: jax.Array) -> Mixed:
