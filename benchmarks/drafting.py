@@ -140,13 +140,14 @@ class Runner:
     ) -> Run:
         """Decodes a prompt; programs that are new are compiled before."""
         drafter = NoDrafter() if drafter is None else drafter
+        on_device = dataclasses.is_dataclass(drafter)
         fixed = nodes if isinstance(nodes, int) else None
         buckets = nodes.buckets if isinstance(nodes, lk.Controller) else NODE_BUCKETS
         for each in buckets if fixed is None else [fixed]:
-            key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), each)
+            key = (drafter if on_device else None, each)  # host drafters share their programs
             if key not in self._ready:
                 self._ready.add(key)
-                fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
+                fresh = drafter if on_device else HostStar()
                 lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=each, **self._settings)
         out = lk.generate(
             self.model, [prompt], drafter=drafter, draft_nodes=nodes, **self._settings

@@ -46,7 +46,7 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
-    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters, as for --drafter")] = DRAFTERS
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
@@ -137,6 +137,11 @@ def main() -> None:
     options = parse(Options, __doc__)
     if options.peer is not None and (options.folder is None or options.temperature > 0):
         raise SystemExit("--peer needs --folder, and is greedy: leave --temperature out")
+    try:
+        for name in options.drafters:
+            make_drafter(name)
+    except ValueError as error:
+        raise SystemExit(f"--drafters: {error}") from None
     model = lk.load(options.model, dtype="float32")
     if model.tokenizer is None or not model.tokenizer.chat_templates:
         raise SystemExit(f"--model {options.model} has no chat template")

@@ -224,13 +224,17 @@ class SamplingOptions:
 @dataclass(frozen=True, kw_only=True)
 class DraftingOptions:
     drafter: Annotated[str, option("NAME")] = "none"
-    """The drafter, which proposes several tokens per step. Two that run on the host, or two on the
-    device, combine: trie+suffix, prompt_lookup+recycling."""
+    """The drafter, which proposes several tokens per step. Several that run on the host, or several
+    on the device, share the nodes: trie+suffix, prompt_lookup+recycling."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
     """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
     drawn_model, and for the policy speckv of generate and inspect."""
+
+    @property
+    def _reads_model(self) -> bool:
+        return any(name in _READS_MODEL for name in self.drafter.split("+"))
 
     def load(self, dtype: str | None, policy: Any = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
@@ -239,7 +243,7 @@ class DraftingOptions:
         """
         import lookahead_jax as lk
 
-        users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
+        users = [f"--drafter {self.drafter}"] if self._reads_model else []
         if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
         if users and self.draft_model is None:
@@ -255,7 +259,7 @@ class DraftingOptions:
         """The drafter these options name; `small` is the model that `load` returned."""
         from lookahead_jax.drafters.registry import make_drafter
 
-        if self.drafter in _READS_MODEL:
+        if self._reads_model:
             return make_drafter(self.drafter, model=small)
         return make_drafter(self.drafter)
 

@@ -60,45 +60,54 @@ def drafter_summaries() -> dict[str, str]:
 def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
-    "trie+suffix" merges the trees of two drafters with default settings (combine.py). Both must
-    run on the host or both on the device; draft models and "none" cannot be combined. Raises
-    ValueError for other combinations, for unknown names and arguments, listing the known ones, and
-    for a draft model without `model=`.
+    "trie+suffix" is a mixture of two or more drafters (mixture.py), each with those of the settings
+    that it has. All must run on the host or all on the device; "none" and drawn_model cannot be
+    combined. Raises ValueError for other combinations, for unknown names and arguments, listing the
+    known ones, and for a draft model without `model=`.
     """
-    names = name.split("+")
-    if len(names) > 1:
-        return _combined(name, [make_drafter(part) for part in names])
-    if name not in DRAFTERS:
-        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}, {COMBINED}")
-    module, _, kind = DRAFTERS[name].path.rpartition(".")
-    # Imported on demand: the trie compiles its code at import.
-    make = getattr(import_module(f"lookahead_jax.{module}"), kind)
-    parameters = inspect.signature(make).parameters
+    kinds = [(part, _kind(part)) for part in name.split("+")]
+    known = dict.fromkeys(p for _, kind in kinds for p in inspect.signature(kind).parameters)
     for argument in arguments:
-        if argument not in parameters:
-            known = f"known: {', '.join(parameters)}" if parameters else "it takes none"
-            raise ValueError(f"drafter {name}: unknown argument {argument!r}; {known}")
-    if "model" in parameters and "model" not in arguments:
+        if argument not in known:
+            listed = f"known: {', '.join(known)}" if known else "it takes none"
+            raise ValueError(f"drafter {name}: unknown argument {argument!r}; {listed}")
+    if "model" in known and "model" not in arguments:
         raise ValueError(
             f"drafter {name} needs a smaller model with the same tokenizer: give "
             f"make_drafter({name!r}, model=lk.load(DIR)) (--draft-model DIR)"
         )
+    drafters = [_made(part, kind, arguments) for part, kind in kinds]
+    return drafters[0] if len(drafters) == 1 else _mixture(name, drafters)
+
+
+def _kind(name: str) -> Any:
+    """The class of the drafter `name`."""
+    if name not in DRAFTERS:
+        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}, {COMBINED}")
+    module, _, kind = DRAFTERS[name].path.rpartition(".")
+    # Imported on demand: the trie compiles its code at import.
+    return getattr(import_module(f"lookahead_jax.{module}"), kind)
+
+
+def _made(name: str, kind: Any, arguments: dict[str, Any]) -> Any:
+    """A drafter with those of the arguments that it knows."""
+    known = inspect.signature(kind).parameters
     try:
-        return make(**arguments)
+        return kind(**{key: value for key, value in arguments.items() if key in known})
     except (TypeError, ValueError) as error:
         raise ValueError(f"drafter {name}: {error}") from error
 
 
-def _combined(name: str, drafters: list[Any]) -> Any:
+def _mixture(name: str, drafters: list[Any]) -> Any:
     from lookahead_jax.decoding.host_drafter import HostDrafter
-    from lookahead_jax.drafters.combine import Combine, CombineOnDevice
+    from lookahead_jax.drafters.mixture import Mixture, MixtureOnDevice
 
-    if len(drafters) == 2:
-        if all(isinstance(drafter, HostDrafter) for drafter in drafters):
-            return Combine(*drafters)
-        if not any(isinstance(drafter, HostDrafter) for drafter in drafters):
-            return CombineOnDevice(*drafters)
+    on_host = [isinstance(drafter, HostDrafter) for drafter in drafters]
+    if all(on_host):
+        return Mixture(drafters)
+    if not any(on_host):
+        return MixtureOnDevice(tuple(drafters))
     raise ValueError(
-        f"{name!r} cannot be combined: join two drafters that both run on the host or both on the "
+        f"{name!r} cannot be combined: join drafters that all run on the host or all on the "
         f"device, such as {COMBINED}"
     )
