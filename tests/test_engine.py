@@ -110,6 +110,7 @@ DRAFTERS = [
     ("suffix", 8),
     ("trie+suffix", Controller([1, 8])),
     ("recycling", Controller([1, 8])),
+    ("early_exit", Controller([1, 8])),
 ]
 
 

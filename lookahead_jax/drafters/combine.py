@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter, State, Verified, Weights
+from lookahead_jax.decoding.device_drafter import (
+    DeviceDrafter,
+    NoDrafter,
+    SelfDrafter,
+    State,
+    Verified,
+    Weights,
+)
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
 from lookahead_jax.decoding.tree import TokenTree, layout, root_only
 from lookahead_jax.drafters.draft_model import DraftModel
@@ -47,7 +54,7 @@ class Combine:
 
 @dataclasses.dataclass(frozen=True)
 class CombineOnDevice:
-    """Two device drafters as one. Raises ValueError for draft models and for `none`."""
+    """Two device drafters as one. Raises ValueError for draft models, early_exit, `none`."""
 
     first: DeviceDrafter
     second: DeviceDrafter
@@ -56,6 +63,8 @@ class CombineOnDevice:
         for drafter in (self.first, self.second):
             if isinstance(drafter, NoDrafter):
                 raise ValueError("nothing to combine: leave out `none`")
+            if isinstance(drafter, SelfDrafter):  # only it reads the target
+                raise ValueError("early_exit cannot be combined: use it alone")
             if isinstance(drafter, DraftModel):  # its cache takes only paths of its own tree
                 raise ValueError(
                     "a draft model cannot be combined, since its cache takes only its own drafts: "

@@ -38,6 +38,10 @@ DRAFTERS = {
         "drafters.stand.Stand",
         "The target's own candidates whenever it read the last few tokens before (STAND).",
     ),
+    "early_exit": Entry(
+        "drafters.early_exit.EarlyExit",
+        "A chain by the target's own first layers, as many as pay (LayerSkip, DEL).",
+    ),
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
         "The likeliest continuations by a smaller model with the same tokenizer.",
@@ -61,9 +65,9 @@ def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
     "trie+suffix" merges the trees of two drafters with default settings (combine.py). Both must
-    run on the host or both on the device; draft models and "none" cannot be combined. Raises
-    ValueError for other combinations, for unknown names and arguments, listing the known ones, and
-    for a draft model without `model=`.
+    run on the host or both on the device; draft models, early_exit and "none" cannot be combined.
+    Raises ValueError for other combinations, for unknown names and arguments, listing the known
+    ones, and for a draft model without `model=`.
     """
     names = name.split("+")
     if len(names) > 1:
