@@ -39,6 +39,7 @@ from lookahead_jax.drafters.registry import make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+CHOICES = (*DRAFTERS, "stand", "early_exit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
-    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters", CHOICES)] = DRAFTERS
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8

@@ -81,7 +81,7 @@ def test_exit_and_length_have_the_most_tokens_per_layer():
 
 
 def test_agreement_is_that_of_the_first_layers_with_the_emitted_tokens():
-    """After every step, drafted ones among them; a row's earlier steps fade at its own steps only."""
+    """After drafted and plain steps; a row's earlier steps fade at its own steps only."""
     model, rows = tiny.config(), BATCHES[8]
     state, tokens = opened("full", rows)
     drafting = Drafting(EarlyExit(), 8, config=model, batch=len(rows), room=64 + NEW)

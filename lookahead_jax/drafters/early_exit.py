@@ -2,9 +2,8 @@
 
 LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710) drafts with the first layers and verifies with
 all of them; DEL (Zarch et al. 2025, arXiv:2504.05598) chooses how many layers and tokens. Only
-models that were trained to exit early gain much by it. Here every draft token reads the whole
-draft again and the target's cache of those layers, so that there is no second cache, and a draft
-does not end early where the head is unsure. B batch, P nodes, C exits, D model dim, V vocabulary.
+models that were trained to exit early gain much by it. Unlike there, verification runs the first
+layers again, and a draft does not end where the head is unsure. B batch, P nodes, C exits.
 """
 
 import dataclasses
@@ -17,6 +16,7 @@ from flax import struct
 from lookahead_jax.decoding.device_drafter import Target, Verified, Weights
 from lookahead_jax.decoding.tree import TokenTree, chain, root_only
 from lookahead_jax.host.integers import check_integer
+from lookahead_jax.model.cache import Entries, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 
@@ -136,20 +136,26 @@ def _draft(
 ) -> jax.Array:
     """The next tokens [B, most] after each root by the first `layers` layers, -1 past `length`."""
     params, cache, config = target.params, target.cache, target.config
-    place = jnp.arange(most, dtype=jnp.int32)[None]
+    whole = jnp.zeros((len(root), 1), jnp.int32)  # the path of a block of one row
 
     def longer(carry):
-        i, tokens = carry
-        positions = jnp.where(place <= i, cache.next_pos[:, None] + place, -1)
-        block = Block(embed(params, tokens[:, :most], config=config), positions, cache.rope_span)
-        hidden = forward(params, block, cache, config=config, layers=layers).hidden
-        newest = jax.lax.dynamic_slice_in_dim(hidden, i, 1, axis=1)
-        token = jnp.argmax(logits(params, newest, config=config), axis=-1).astype(jnp.int32)
-        return i + 1, jax.lax.dynamic_update_slice_in_dim(tokens, token, i + 1, axis=1)
+        i, token, tokens, own = carry
+        x = embed(params, token[:, None], config=config)
+        block = Block(x, own.next_pos[:, None], cache.rope_span)
+        before = dataclasses.replace(own, shared=cache)
+        out = forward(params, block, before, config=config, layers=layers)
+        entries = Entries(
+            out.k, out.v, block.positions, whole, jnp.ones_like(token), out.k_scale, out.v_scale
+        )
+        token = jnp.argmax(logits(params, out.hidden, config=config)[:, 0], axis=-1)
+        token = token.astype(jnp.int32)
+        return i + 1, token, tokens.at[:, i].set(token), commit(own, entries)
 
-    tokens = jnp.full((len(root), most + 1), -1, jnp.int32).at[:, 0].set(root)
-    _, tokens = jax.lax.while_loop(lambda carry: carry[0] < length, longer, (jnp.int32(0), tokens))
-    return tokens[:, 1:]
+    tokens = jnp.full((len(root), most), -1, jnp.int32)
+    # Only the entries of the draft itself are new, and they end with it.
+    own = dataclasses.replace(cache.branch(1, slots=most, layers=layers), shared=None)
+    start = jnp.int32(0), root, tokens, own
+    return jax.lax.while_loop(lambda carry: carry[0] < length, longer, start)[2]
 
 
 def _shadow_tokens(target: Target, exits: list[jax.Array]) -> jax.Array:
