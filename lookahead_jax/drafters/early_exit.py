@@ -126,8 +126,8 @@ def choose(
     powers = jnp.cumprod(jnp.broadcast_to(share[..., None], (*share.shape, most)), axis=-1)
     tokens = 1.0 + jnp.concatenate([jnp.zeros_like(share)[..., None], powers.cumsum(-1)], axis=-1)
     tokens = jnp.where(state.running[:, None, None], tokens, 0.0).sum(0)
-    run = whole + jnp.arange(most + 1)[None] * jnp.asarray(exits)[:, None]
-    which, length = jnp.divmod(jnp.argmax(tokens / run), most + 1)
+    run = whole + jnp.arange(most + 1)[None] * jnp.asarray(exits, jnp.int32)[:, None]
+    which, length = jnp.divmod(jnp.argmax(tokens / run.astype(jnp.float32)), most + 1)
     return which.astype(jnp.int32), length.astype(jnp.int32)
 
 
