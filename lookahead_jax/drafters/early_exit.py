@@ -46,7 +46,7 @@ class EarlyExit:
     depth: int = 7
     """Longest draft; it fills the smallest step that verifies one."""
     memory: float = 0.95
-    """Weight of earlier steps in the agreement, per step."""
+    """Weight of earlier steps in the agreement, per step; a value of our own."""
 
     weights = None
 
