@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from lookahead_jax.checkpoints.load import first_layers
-from lookahead_jax.decoding.allowed import everything
+from lookahead_jax.decoding.constraints import everything
 from lookahead_jax.decoding.device_drafter import Target
 from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.drafters.early_exit import Agreement, EarlyExit, choose
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.model.params import unstack
@@ -47,11 +48,11 @@ def test_a_chain_is_greedy_decoding_of_the_first_layers(stacked):
         _, tree = propose(target, Agreement(agreed, ones, ones > 0), state.token, 16)
         np.testing.assert_array_equal(tree.parents, [range(-1, 15)] * len(rows))
         for i, row in enumerate(rows):
-            text = [*PROMPTS[row], int(state.token[i])]
-            for _ in range(length):
-                text.append(said(layers, text)[-1])
-            drafted = text[len(PROMPTS[row]) :]
-            assert np.asarray(tree.tokens[i]).tolist() == drafted + [-1] * (15 - length)
+            chain, begin = np.asarray(tree.tokens[i]).tolist(), len(PROMPTS[row])
+            assert chain[0] == state.token[i]
+            assert chain[length + 1 :] == [-1] * (15 - length)
+            # Each token is what the layers say after the text up to it.
+            assert chain[1 : length + 1] == said(layers, PROMPTS[row] + chain[:length])[begin:]
 
 
 def test_exit_and_length_have_the_most_tokens_per_layer():
@@ -107,8 +108,11 @@ def test_agreement_is_that_of_the_first_layers_with_the_emitted_tokens():
         np.testing.assert_allclose(state.draft.read[i], read, rtol=1e-5)
 
 
-class Anything:
+class Anything(GrammarRow):
     """A grammar that allows everything."""
+
+    def __init__(self):
+        pass
 
     def observe(self, tokens):
         pass
