@@ -291,4 +291,4 @@ def forward(
         step, (block.x, left), params["layers"], block.lora, layer_kinds(config), count=layers
     )
     x, left = jax.tree.map(lambda a: rms_norm(a, params["final_norm"], config=config), (x, left))
-    return BlockOutput(x, *entries, left)
+    return BlockOutput(x, *entries, exits=left)
