@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lookahead_jax.decoding.constraints import everything
 from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.node_choice import Controller, Plan
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.drafters.registry import make_drafter
@@ -36,6 +38,7 @@ from tests.drafted import (
     opened,
     perfect,
     run,
+    said,
     taught,
     undrafted,
 )
@@ -96,9 +99,16 @@ def learned_stand(state, rows):
 
 
 def learned_agreement(state, rows):
-    """All of a row's tokens but the first, by the start, and at least one was drafted."""
+    """The steps' tokens on which one or two layers agreed with all three; some were drafted."""
     np.testing.assert_array_equal(state.draft.read, np.asarray(state.count) - 1)
     assert np.asarray(state.lengths)[:, 1:].sum() > 0
+    for i, row in enumerate(rows):
+        first, *emitted = np.asarray(state.tokens[i, : int(state.count[i])]).tolist()
+        text = [*PROMPTS[row], first, *emitted]
+        for exit, layers in enumerate((1, 2)):
+            shadow = said(layers, text)[len(PROMPTS[row]) : -1]
+            same = sum(a == b for a, b in zip(shadow, emitted, strict=True))
+            assert int(state.draft.agreed[i, exit]) == same
 
 
 DEVICE = {
@@ -244,6 +254,34 @@ def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter):
     assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in compared}
     assert ran[2] > 1
     assert sizes[WATCHED] == WATCHED
+
+
+class Anything(GrammarRow):
+    """A grammar that allows everything."""
+
+    def __init__(self):
+        pass
+
+    def observe(self, tokens):
+        pass
+
+    def masks(self, tokens, parents):
+        return everything(1, len(tokens), vocab_size=97)[0], np.ones(len(tokens), bool)
+
+
+def test_drafts_are_proposed_before_a_step_that_follows_a_grammar():
+    model, (row,) = tiny.config(), BATCHES[1]
+    state, tokens = opened("full", [row])
+    drafting = Drafting(make_drafter("early_exit"), 8, config=model, batch=1, room=64 + NEW)
+    state = drafting.begin(state, [PROMPTS[row]], tokens)
+    drafting.constrain(0, Anything())
+    full = jnp.ones_like(state.draft.agreed)
+    while not np.asarray(state.done).all():
+        draft = dataclasses.replace(state.draft, agreed=full, read=full[:, 0])
+        state = drafting.advance(tiny.params(model), dataclasses.replace(state, draft=draft), 1)
+    emitted = np.asarray(state.tokens[0, : int(state.count[0])]).tolist()
+    tiny.same_tokens(emitted, undrafted("full")[0][row], partial(decision, "full", row))
+    assert len(emitted) - 1 > int(state.lengths.sum())
 
 
 @pytest.mark.parametrize(("drafter", "watchable"), [("draft_model", True), ("drawn_model", False)])

@@ -1,7 +1,5 @@
 """Drafts by the target's first layers, against restatements: what is drafted, chosen, learned."""
 
-import dataclasses
-import itertools
 from functools import partial
 
 import jax
@@ -9,25 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lookahead_jax.checkpoints.load import first_layers
-from lookahead_jax.decoding.constraints import everything
-from lookahead_jax.decoding.device_drafter import Target
-from lookahead_jax.decoding.drafted import Drafting
-from lookahead_jax.decoding.grammar import GrammarRow
+from lookahead_jax.decoding.device_drafter import Target, Verified
+from lookahead_jax.decoding.tree import accept, layout, root_only
 from lookahead_jax.drafters.early_exit import Agreement, EarlyExit, choose
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.model.params import unstack
-from tests import reference, tiny
-from tests.drafted import BATCHES, NEW, PROMPTS, decision, draft_model, opened, undrafted
-
-EXITS = (1, 2)  # of the three layers
-
-
-def said(layers, text):
-    """What a model of the first layers says after every token of a text."""
-    model = first_layers(draft_model().model, layers)
-    _, hidden = reference.run(model.params, model.config, text)
-    return (hidden @ np.asarray(model.params["embed"], np.float64).T).argmax(-1).tolist()
+from tests import tiny
+from tests.drafted import BATCHES, PROMPTS, opened, said
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "per layer"])
@@ -81,58 +67,21 @@ def test_exit_and_length_have_the_most_tokens_per_layer():
     assert {which for which, _ in found} == {0, 1, 2}
 
 
-def test_agreement_is_that_of_the_first_layers_with_the_emitted_tokens():
-    """After drafted and plain steps; a row's earlier steps fade at its own steps only."""
-    model, rows = tiny.config(), BATCHES[8]
-    state, tokens = opened("full", rows)
-    drafting = Drafting(EarlyExit(), 8, config=model, batch=len(rows), room=64 + NEW)
-    state = drafting.begin(state, [PROMPTS[r] for r in rows], tokens)
-    counts = [np.array(state.count)]
-    while not np.asarray(state.done).all():
-        state = drafting.advance(tiny.params(model), state, 1)
-        counts.append(np.array(state.count))
-    for i, row in enumerate(rows):
-        count = counts[-1][i]
-        emitted = np.asarray(state.tokens[i, :count]).tolist()
-        text = PROMPTS[row] + emitted
-        same = [
-            [a == b for a, b in zip(said(layers, text)[-count - 1 : -1], emitted, strict=True)]
-            for layers in EXITS
-        ]
-        agreed, read = np.zeros(2), 0.0
-        for before, after in itertools.pairwise(counts):
-            if after[i] > before[i]:
-                agreed = 0.95 * agreed + [sum(s[before[i] : after[i]]) for s in same]
-                read = 0.95 * read + after[i] - before[i]
-        np.testing.assert_allclose(state.draft.agreed[i], agreed, rtol=1e-5)
-        np.testing.assert_allclose(state.draft.read[i], read, rtol=1e-5)
-
-
-class Anything(GrammarRow):
-    """A grammar that allows everything."""
-
-    def __init__(self):
-        pass
-
-    def observe(self, tokens):
-        pass
-
-    def masks(self, tokens, parents):
-        return everything(1, len(tokens), vocab_size=97)[0], np.ones(len(tokens), bool)
-
-
-def test_drafts_are_proposed_before_a_step_that_follows_a_grammar():
-    model, (row,) = tiny.config(), BATCHES[1]
-    state, tokens = opened("full", [row])
-    drafting = Drafting(EarlyExit(), 8, config=model, batch=1, room=64 + NEW)
-    state = drafting.begin(state, [PROMPTS[row]], tokens)
-    drafting.constrain(0, Anything())
-    full = jnp.ones_like(state.draft.agreed)
-    while not np.asarray(state.done).all():
-        draft = dataclasses.replace(state.draft, agreed=full, read=full[:, 0])
-        state = drafting.advance(tiny.params(model), dataclasses.replace(state, draft=draft), 1)
-    emitted = np.asarray(state.tokens[0, : int(state.count[0])]).tolist()
-    tiny.same_tokens(emitted, undrafted("full")[0][row], partial(decision, "full", row))
+def test_agreement_is_a_moving_average_over_a_rows_own_steps():
+    """Of two rows, the second takes no part in the step."""
+    model, drafter = tiny.config(), EarlyExit(memory=0.5)
+    target = Target(tiny.params(model), opened("full", BATCHES[3])[0].cache, model)
+    tree = root_only(jnp.asarray([5, 6], jnp.int32))
+    laid = layout(tree, vocab_size=97, most=jnp.asarray([1, 0]), ends=jnp.full((1, 1), -1))
+    accepted = accept(tree, laid, jnp.asarray([[8], [9]], jnp.int32))
+    # The first exit says 8, the second 7: a token's own embedding is the likeliest after it.
+    exits = tuple(target.params["embed"][jnp.asarray([[t], [t]])] for t in (8, 7))
+    state = Agreement(jnp.full((2, 2), 4.0), jnp.full(2, 6.0), jnp.ones(2, bool))
+    verified = Verified(tree, laid, jnp.zeros((2, 1, 97)), accepted, exits[0], exits)
+    state = jax.jit(drafter.update)(target, state, verified)
+    np.testing.assert_array_equal(state.agreed, [[3.0, 2.0], [4.0, 4.0]])
+    np.testing.assert_array_equal(state.read, [4.0, 6.0])
+    np.testing.assert_array_equal(state.running, [True, False])
 
 
 def test_what_cannot_be_is_refused():
