@@ -102,9 +102,13 @@ def learned_agreement(state, rows):
     """The steps' tokens on which one or two layers agreed with all three; some were drafted."""
     np.testing.assert_array_equal(state.draft.read, np.asarray(state.count) - 1)
     assert np.asarray(state.lengths)[:, 1:].sum() > 0
+    whole = np.asarray(state.cache.length[0, :, 0] == state.cache.next_pos)  # nothing was evicted
+    assert whole.any()
     for i, row in enumerate(rows):
         first, *emitted = np.asarray(state.tokens[i, : int(state.count[i])]).tolist()
         text = [*PROMPTS[row], first, *emitted]
+        if not whole[i]:
+            continue
         for exit, layers in enumerate((1, 2)):
             shadow = said(layers, text)[len(PROMPTS[row]) : -1]
             same = sum(a == b for a, b in zip(shadow, emitted, strict=True))
