@@ -39,6 +39,7 @@ from lookahead_jax.drafters.registry import make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+CHOICES = (*DRAFTERS, "stand", "early_exit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.checkpoints.load import GenerationDefaults, Model
+from lookahead_jax.checkpoints.load import GenerationDefaults, Model, first_layers
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.logprobs import empty_record
@@ -25,7 +25,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling import batching
 from lookahead_jax.prefilling.prefill import prefill
-from tests import tiny
+from tests import reference, tiny
 
 NEW = 24
 LENGTHS = (60, 33, 17, 61, 5, 42, 60, 28)
@@ -309,6 +309,13 @@ def draft_model(name="draft_model", **options):
         ),
         **options,
     )  # fmt: skip
+
+
+def said(layers, text):
+    """What the tiny model's first layers say after every token of a text, in NumPy."""
+    model = first_layers(draft_model().model, layers)
+    _, hidden = reference.run(model.params, model.config, text)
+    return (hidden @ np.asarray(model.params["embed"], np.float64).T).argmax(-1).tolist()
 
 
 NO_DEFAULTS = GenerationDefaults(

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lookahead_jax.decoding.constraints import everything
 from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.node_choice import Controller, Plan
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.drafters.registry import make_drafter
@@ -36,6 +38,7 @@ from tests.drafted import (
     opened,
     perfect,
     run,
+    said,
     taught,
     undrafted,
 )
@@ -101,6 +104,21 @@ def learned_mixture(state, rows):
         learned(dataclasses.replace(state, draft=own), rows)
     means = np.asarray(state.draft.means)
     assert (means != 1.0).any(0).all()
+def learned_agreement(state, rows):
+    """The steps' tokens on which one or two layers agreed with all three; some were drafted."""
+    np.testing.assert_array_equal(state.draft.read, np.asarray(state.count) - 1)
+    assert np.asarray(state.lengths)[:, 1:].sum() > 0
+    whole = np.asarray(state.cache.length[0, :, 0] == state.cache.next_pos)  # nothing was evicted
+    assert whole.any()
+    for i, row in enumerate(rows):
+        first, *emitted = np.asarray(state.tokens[i, : int(state.count[i])]).tolist()
+        text = [*PROMPTS[row], first, *emitted]
+        if not whole[i]:
+            continue
+        for exit, layers in enumerate((1, 2)):
+            shadow = said(layers, text)[len(PROMPTS[row]) : -1]
+            same = sum(a == b for a, b in zip(shadow, emitted, strict=True))
+            assert int(state.draft.agreed[i, exit]) == same
 
 
 DEVICE = {
@@ -109,6 +127,7 @@ DEVICE = {
     "draft_model": partial(draft_model, depth=2),
     "stand": partial(make_drafter, "stand"),
     "recycling+draft_model": partial(draft_model, "recycling+draft_model", depth=2),
+    "early_exit": partial(make_drafter, "early_exit", memory=1.0),
 }
 LEARNED = {
     "prompt_lookup": learned_lookup,
@@ -116,7 +135,9 @@ LEARNED = {
     "draft_model": learned_model,
     "stand": learned_stand,
     "recycling+draft_model": learned_mixture,
+    "early_exit": learned_agreement,
 }
+SHORT = ("draft_model", "recycling+draft_model", "early_exit")  # no draft of theirs fills WATCHED nodes
 HOST = ("trie", "suffix", "trie+suffix")
 WATCHED = 32  # nodes of the drafts that are watched; programs that other tests use, too
 
@@ -139,7 +160,7 @@ def cases():
     runs = [(shift, 8, 8) for shift in range(7)] + [(3, 8, 32), (6, 8, 32)]
     runs += [(shift, 3, 16) for shift in (0, 2, 5)] + [(shift, 1, 64) for shift in range(7)]
     runs += [(name, *program) for name in HOST for program in ((8, 8), (8, 32), (3, 16), (1, 64))]
-    runs += 2 * [(name, 8, 8 if "draft_model" in name else WATCHED) for name in DEVICE]
+    runs += 2 * [(name, 8, 8 if name in SHORT else WATCHED) for name in DEVICE]
     settings = list(itertools.product(POLICIES, (True, False), (True, False)))
     for (drafter, batch, nodes), setting in zip(runs, map(int, CHOSEN), strict=True):
         yield Case(drafter, batch, nodes, *settings[setting])
@@ -245,6 +266,34 @@ def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter):
     assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in compared}
     assert ran[2] > 1
     assert sizes[WATCHED] == WATCHED
+
+
+class Anything(GrammarRow):
+    """A grammar that allows everything."""
+
+    def __init__(self):
+        pass
+
+    def observe(self, tokens):
+        pass
+
+    def masks(self, tokens, parents):
+        return everything(1, len(tokens), vocab_size=97)[0], np.ones(len(tokens), bool)
+
+
+def test_drafts_are_proposed_before_a_step_that_follows_a_grammar():
+    model, (row,) = tiny.config(), BATCHES[1]
+    state, tokens = opened("full", [row])
+    drafting = Drafting(make_drafter("early_exit"), 8, config=model, batch=1, room=64 + NEW)
+    state = drafting.begin(state, [PROMPTS[row]], tokens)
+    drafting.constrain(0, Anything())
+    full = jnp.ones_like(state.draft.agreed)
+    while not np.asarray(state.done).all():
+        draft = dataclasses.replace(state.draft, agreed=full, read=full[:, 0])
+        state = drafting.advance(tiny.params(model), dataclasses.replace(state, draft=draft), 1)
+    emitted = np.asarray(state.tokens[0, : int(state.count[0])]).tolist()
+    tiny.same_tokens(emitted, undrafted("full")[0][row], partial(decision, "full", row))
+    assert len(emitted) - 1 > int(state.lengths.sum())
 
 
 @pytest.mark.parametrize(("drafter", "watchable"), [("draft_model", True), ("drawn_model", False)])

@@ -109,7 +109,7 @@ DRAFTERS = [
     ("trie", 8),
     ("suffix", 8),
     ("trie+suffix", Controller([1, 8])),
-    ("recycling", Controller([1, 8])),
+    ("early_exit", Controller([1, 8])),
 ]
 
 

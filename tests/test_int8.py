@@ -470,7 +470,7 @@ def test_rows_of_a_block_see_each_other_as_the_cache_will_hold_them():
     ("drafter", "options"),
     [
         ("trie", {"policy": "snapkv", "sampling": lk.Sampling(temperature=0.8, top_k=20)}),
-        ("recycling", {"policy": "h2o", "evict_every": 4}),
+        ("early_exit", {"policy": "h2o", "evict_every": 4}),
     ],
     ids=["sampled", "greedy and evicted"],
 )

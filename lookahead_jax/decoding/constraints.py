@@ -56,15 +56,16 @@ class Constraints:
         self,
         state: DecodeState,
         drafter: DeviceDrafter | None,
+        weights: Any,
         nodes: int,
         *,
         call: Callable[..., Any],
     ) -> tuple[DecodeState, dict[str, Any]]:
         """The state with the trees of the next step, and options of `decode_step`: their masks.
 
-        `drafter` proposes the trees; None: a host drafter has put them into the state, or they have
-        one node. `call` runs a program. Raises RowError for a row that may not be continued,
-        though its grammar is not complete.
+        `drafter` proposes the trees from `weights`; None: a host drafter has put them into the
+        state, or they have one node. `call` runs a program. Raises RowError for a row that may not
+        be continued, though its grammar is not complete.
         """
         if nodes == 1:
             none = np.full((len(self._rows), 1), -1, np.int32)
@@ -74,7 +75,7 @@ class Constraints:
             draft = np.stack([tokens, state.draft[1]])
             return dataclasses.replace(state, draft=draft), {"allowed": allowed}
         own, tree = call(
-            propose_trees, drafter.weights, state.draft, state.token, drafter=drafter, nodes=nodes
+            propose_trees, weights, state.draft, state.token, drafter=drafter, nodes=nodes
         )
         parents = np.asarray(tree.parents)
         allowed, tokens = self._masks(state, np.asarray(tree.tokens), parents)

@@ -10,10 +10,13 @@ import dataclasses
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+from flax import struct
 
 from lookahead_jax.decoding.sampling import SamplingRows
 from lookahead_jax.decoding.tree import Accepted, Layout, TokenTree, root_only
+from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.params import Params
 
 State = Any  # the drafter's pytree
 Weights = Any  # arrays a drafter only reads
@@ -27,6 +30,7 @@ class Verified(NamedTuple):
     logits: jax.Array  # [B, P, V] float32, unprocessed; undefined for nodes that are not valid
     accepted: Accepted
     hidden: jax.Array  # [B, P, D] float, after the final norm
+    exits: tuple[jax.Array, ...] = ()  # [B, P, D] each, likewise, for a `SelfDrafter`
 
 
 @runtime_checkable
@@ -80,6 +84,24 @@ class DrawingDrafter(DeviceDrafter, Protocol):
         from, without replacement and in the order of their indices. Whether a node exists may
         depend on the nodes drawn before it, never on its own token.
         """
+        ...
+
+
+@struct.dataclass
+class Target:
+    """The model that verifies, as a `SelfDrafter` reads it."""
+
+    params: Params
+    cache: KVCache  # of all tokens but the root
+    config: ModelConfig = struct.field(pytree_node=False)
+
+
+@runtime_checkable
+class SelfDrafter(DeviceDrafter, Protocol):
+    """Drafts with the target itself: the weights of `propose` and `update` are a `Target`."""
+
+    def exits(self, config: ModelConfig) -> tuple[int, ...]:
+        """Numbers of layers after which `Verified.exits` has the hidden states."""
         ...
 
 
@@ -139,3 +161,16 @@ class Given(NoDrafter):
     ) -> tuple[State, TokenTree]:
         tokens, parents = state
         return state, TokenTree(tokens.at[:, 0].set(root), parents)
+
+
+def self_drafter(drafter: DeviceDrafter) -> SelfDrafter | None:
+    """The drafter if it drafts with the target, also where its trees were proposed before."""
+    own = drafter.drafter if isinstance(drafter, Proposed) else drafter
+    return own if isinstance(own, SelfDrafter) else None
+
+
+def readable(
+    drafter: DeviceDrafter, weights: Weights, params: Params, cache: KVCache, config: ModelConfig
+) -> Weights:
+    """What `propose` and `update` read: the drafter's own `weights`, or the target."""
+    return weights if self_drafter(drafter) is None else Target(params, cache, config)

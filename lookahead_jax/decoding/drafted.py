@@ -10,7 +10,14 @@ import jax
 import numpy as np
 
 from lookahead_jax.decoding.constraints import Constraints
-from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, Given, NoDrafter
+from lookahead_jax.decoding.device_drafter import (
+    DeviceDrafter,
+    DrawingDrafter,
+    Given,
+    NoDrafter,
+    Weights,
+    readable,
+)
 from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.draft_report import DraftReport, draft_report
@@ -167,7 +174,7 @@ class Drafting:
         # Drawn trees cannot be judged without a run.
         watchable = not self._draws and self._on_step is None
         plan = controller.choose(burst, watchable=watchable)
-        watched = self._watch(state, plan.watch) if plan.watch else None
+        watched = self._watch(params, state, plan.watch) if plan.watch else None
         before, count, compiled = np.array(state.reached), np.array(state.count), self.compile_s
         begin = time.perf_counter()
         drafts = self._drafts(state, plan.most)
@@ -211,13 +218,17 @@ class Drafting:
             return {n: gain for n, gain in gains.items() if n <= most}
         return gains
 
-    def _watch(self, state: DecodeState, nodes: int) -> _Watched:
+    def _readable(self, params: Params, state: DecodeState) -> Weights:
+        """What the device drafter reads to propose trees."""
+        return readable(self._device, self._device.weights, params, state.cache, self._config)
+
+    def _watch(self, params: Params, state: DecodeState, nodes: int) -> _Watched:
         """Drafts for every row, which will not be run."""
         begin, compiled = time.perf_counter(), self.compile_s
         drafts = self._drafts(state, nodes)
         if drafts is None:
             tree = self._call(
-                draft_trees, self._device.weights, state.draft, state.token,
+                draft_trees, self._readable(params, state), state.draft, state.token,
                 drafter=self._device, nodes=nodes,
             )  # fmt: skip
             drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
@@ -256,7 +267,9 @@ class Drafting:
             state = dataclasses.replace(state, draft=draft)
         if constrained:
             by_device = None if self._host is not None or nodes == 1 else drafter
-            state, masked = self._constraints.prepare(state, by_device, nodes, call=self._call)
+            state, masked = self._constraints.prepare(
+                state, by_device, self._readable(params, state), nodes, call=self._call
+            )
             options.update(masked)
         result = self._call(step, params, state, drafter.weights, self._modules, **options)
         if isinstance(result, DecodeState):
@@ -288,7 +301,7 @@ class Drafting:
             drafts = self._drafts(state, nodes)
             state = self._run(params, state, nodes, 1, drafts, constrained=True)
         if isinstance(self._nodes, Controller) and self._nodes.watch > 1:
-            self._watch(state, self._nodes.watch)
+            self._watch(params, state, self._nodes.watch)
         return state
 
     def end(self, state: DecodeState) -> None:

@@ -19,7 +19,14 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from lookahead_jax.decoding.acceptance import accept_drawn
 from lookahead_jax.decoding.allowed import allow_only
-from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, NoDrafter, Verified
+from lookahead_jax.decoding.device_drafter import (
+    DeviceDrafter,
+    DrawingDrafter,
+    NoDrafter,
+    Verified,
+    readable,
+    self_drafter,
+)
 from lookahead_jax.decoding.eviction import DecodeEviction, evict
 from lookahead_jax.decoding.sampling import (
     GREEDY,
@@ -115,6 +122,7 @@ def _step(
         raise ValueError(f"steering sees one token at a time: decode with 1 node, not {nodes}")
     cache, base = state.cache, state.cache.next_pos[:, None]
     drawn = None
+    weights = readable(drafter, weights, params, cache, config)
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
         draft, tree, drawn = drafter.draw(
             weights, state.draft, state.token, nodes,
@@ -131,7 +139,11 @@ def _step(
     positions = jnp.where(laid.valid, base + laid.depth, -1)
     x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)
     visible = None if nodes == 1 else laid.ancestors
-    out = forward(params, Block(x, positions, cache.rope_span, visible), cache, config=config)
+    reader = self_drafter(drafter)
+    out = forward(
+        params, Block(x, positions, cache.rope_span, visible), cache, config=config,
+        exits=() if reader is None else reader.exits(config),
+    )  # fmt: skip
     raw = logits(params, out.hidden, config=config)
     steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
     permitted = allow_only(steered, allowed)
@@ -149,7 +161,8 @@ def _step(
     count = _finite_count(raw, accepted)
     finite = count == accepted.count
     accepted = accepted._replace(count=count)
-    draft = drafter.update(weights, draft, Verified(tree, laid, raw, accepted, out.hidden))
+    verified = Verified(tree, laid, raw, accepted, out.hidden, out.exits)
+    draft = drafter.update(weights, draft, verified)
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
         state,

@@ -19,6 +19,7 @@ from lookahead_jax.decoding.device_drafter import (
     DeviceDrafter,
     DrawingDrafter,
     NoDrafter,
+    SelfDrafter,
     State,
     Verified,
     Weights,
@@ -100,8 +101,8 @@ class MixtureOnDevice:
     """Device drafters as one. Each row has weights of its own.
 
     A tree without nodes says nothing about its drafter and leaves its weight as it is. The merged
-    tree is no deeper than the caches of draft models allow. Raises ValueError for `none` and for
-    drafters that draw their trees, since a merged tree is not drawn.
+    tree is no deeper than the caches of draft models allow. Raises ValueError for `none`, for
+    early_exit, and for drafters that draw their trees, since a merged tree is not drawn.
     """
 
     drafters: tuple[DeviceDrafter, ...]
@@ -110,6 +111,8 @@ class MixtureOnDevice:
         for drafter in self.drafters:
             if isinstance(drafter, NoDrafter):
                 raise ValueError("nothing to combine: leave out `none`")
+            if isinstance(drafter, SelfDrafter):  # only it reads the target
+                raise ValueError("early_exit cannot be combined: use it alone")
             if isinstance(drafter, DrawingDrafter):
                 raise ValueError(
                     "drawn_model cannot be combined, since a merged tree is not drawn: take "

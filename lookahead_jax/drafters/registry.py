@@ -38,6 +38,10 @@ DRAFTERS = {
         "drafters.stand.Stand",
         "The target's own candidates whenever it read the last few tokens before (STAND).",
     ),
+    "early_exit": Entry(
+        "drafters.early_exit.EarlyExit",
+        "A chain by the target's own first layers, as many as pay (LayerSkip, DEL).",
+    ),
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
         "The likeliest continuations by a smaller model with the same tokenizer.",
@@ -61,9 +65,9 @@ def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
     "trie+suffix" is a mixture of two or more drafters (mixture.py), each with those of the settings
-    that it has. All must run on the host or all on the device; "none" and drawn_model cannot be
-    combined. Raises ValueError for other combinations, for unknown names and arguments, listing the
-    known ones, and for a draft model without `model=`.
+    that it has. All must run on the host or all on the device; "none", early_exit and drawn_model
+    cannot be combined. Raises ValueError for other combinations, for unknown names and arguments,
+    listing the known ones, and for a draft model without `model=`.
     """
     kinds = [(part, _kind(part)) for part in name.split("+")]
     known = dict.fromkeys(p for _, kind in kinds for p in inspect.signature(kind).parameters)

@@ -90,13 +90,14 @@ class KVCache:
             rope_span=change(self.rope_span, 0),
         )
 
-    def branch(self, copies: int, *, slots: int) -> "KVCache":
+    def branch(self, copies: int, *, slots: int, layers: int | None = None) -> "KVCache":
         """A new cache of `copies` rows for each row, all of which read the entries of that row.
 
         Nothing is copied: this cache becomes the `shared` part of the new one, and what the new
         rows write goes into `slots` of their own (rounded up to a multiple of SLOT_MULTIPLE). The
-        memory is that of this cache, once, and of the slots of each row. A call that donates the
-        new cache donates this one with it. Raises ValueError for fewer than one copy, for a cache
+        memory is that of this cache, once, and of the slots of each row; with `layers`, these are
+        slots of the first so many layers only. A call that donates the new cache donates this one
+        with it. Raises ValueError for fewer than one copy, for a cache
         that branches already, and for one that was donated.
         """
         if copies < 1:
@@ -104,9 +105,9 @@ class KVCache:
         if self.shared is not None:
             raise ValueError("this cache branches from another one: fork it instead")
         check_not_donated("branch", self)
-        layers, batch, heads, _, dim = self.k.shape
+        whole, batch, heads, _, dim = self.k.shape
         return _empty(
-            (layers, batch * copies, heads, round_up(slots, SLOT_MULTIPLE)),
+            (layers or whole, batch * copies, heads, round_up(slots, SLOT_MULTIPLE)),
             dim,
             self.k.dtype,
             jnp.repeat(self.next_pos, copies),

@@ -65,6 +65,7 @@ class BlockOutput(NamedTuple):
     v: jax.Array  # [L, B, K, P, H]
     k_scale: jax.Array | None  # [L, B, K, P] float32, behind an int8 cache
     v_scale: jax.Array | None  # [L, B, K, P]
+    exits: tuple[jax.Array, ...] = ()  # [B, P, D] each, after the final norm, see `forward`
 
 
 def _with_index(per_layer: Any, i: jax.Array) -> Any:
@@ -86,29 +87,38 @@ def scan_layers(
     layers: Any,
     lora: Any,
     per_layer: Any,
+    *,
+    count: int | None = None,
 ) -> tuple[Any, Any]:
     """Runs `step(carry, (parameters, LoRA, per_layer slice))` over the layers, first to last.
 
-    `lora` is one LoRA, None, or a list of LoRAs, one for each observer.
+    `lora` is one LoRA, None, or a list of LoRAs, one for each observer. `count` stops after so many
+    layers.
 
     Stacked parameters go through `lax.scan`, which compiles one layer and is fast on accelerators.
     A tuple of per-layer parameters (params.unstack) is unrolled: XLA on CPU copies a layer's
     weights out of a stack before it multiplies with them, which halves decoding speed.
     """
     if not isinstance(layers, tuple):
+        inputs = layers, lora, per_layer
 
-        def numbered(carry, inputs):
+        def numbered(carry, here):
             i, carry = carry
             i = noted(i)
-            p, lora, at = inputs
+            # Scanning over the first part of each stack would copy that part.
+            if count is not None:
+                at_layer = partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+                here = jax.tree.map(at_layer, inputs)
+            p, lora, at = here
             carry, y = step(carry, (p, lora, _with_index(at, i)))
             return (i + 1, carry), y
 
         first = (jnp.zeros((), jnp.int32), carry)
-        (_, carry), outputs = jax.lax.scan(numbered, first, (layers, lora, per_layer))
+        scanned = inputs if count is None else None
+        (_, carry), outputs = jax.lax.scan(numbered, first, scanned, length=count)
         return carry, outputs
     outputs = []
-    for i, p in enumerate(layers):
+    for i, p in enumerate(layers[:count]):
         at = partial(jax.tree.map, lambda a, i=i: a[i])
         carry, y = step(carry, (p, at(lora), at(per_layer)))
         outputs.append(y)
@@ -239,26 +249,46 @@ def block_visible(block: Block) -> jax.Array:
 
 
 def forward(
-    params: Params, block: Block, cache: KVCache | None, *, config: ModelConfig
+    params: Params,
+    block: Block,
+    cache: KVCache | None,
+    *,
+    config: ModelConfig,
+    layers: int | None = None,
+    exits: tuple[int, ...] = (),
 ) -> BlockOutput:
     """Runs a block that attends to everything in the cache, and to itself.
 
     The cache is only read: `cache.commit` stores the rows that the caller keeps, so rejected rows
     of a draft never enter it. Differentiable if `cache` is None.
+
+    With `layers`, only the first so many layers run, followed by the final norm: an early exit
+    (Elhoushi et al. 2024, arXiv:2404.16710). The keys and values returned are those of these
+    layers. `exits` are numbers of layers: the result also has the hidden states that early exits
+    after them would return.
     Raises ValueError for a cache that an earlier call has consumed.
     """
     check_not_donated("forward", cache)
     cos, sin = rope_tables(config, block.positions, block.rope_span)
     visible = block_visible(block)
 
-    def step(x, inputs):
+    def step(carry, inputs):
+        x, left = carry
         p, lora, kind = inputs
         context = None if cache is None else cache_in_place(cache, kind.index)
         x, proj = layer_step(
             p, Stream(x, cos, sin, lora), kind,
             positions=block.positions, visible=visible, context=context, config=config,
         )  # fmt: skip
-        return x, (proj.k, proj.v, proj.k_scale, proj.v_scale)
+        left = tuple(
+            jnp.where(kind.index + 1 == number, x, other)
+            for number, other in zip(exits, left, strict=True)
+        )
+        return (x, left), (proj.k, proj.v, proj.k_scale, proj.v_scale)
 
-    x, entries = scan_layers(step, block.x, params["layers"], block.lora, layer_kinds(config))
-    return BlockOutput(rms_norm(x, params["final_norm"], config=config), *entries)
+    left = tuple(jnp.zeros_like(block.x) for _ in exits)
+    (x, left), entries = scan_layers(
+        step, (block.x, left), params["layers"], block.lora, layer_kinds(config), count=layers
+    )
+    x, left = jax.tree.map(lambda a: rms_norm(a, params["final_norm"], config=config), (x, left))
+    return BlockOutput(x, *entries, exits=left)
