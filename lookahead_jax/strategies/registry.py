@@ -48,15 +48,15 @@ STRATEGIES = {
         "Several samples, resampled after each step by the reward of their text so far "
         "(particle filtering).",
     ),
-    "arbitrage": Entry(
-        "arbitrage.Arbitrage",
-        "Steps of a draft model, but the model's where a reward or a router says that these are "
-        "better (Arbitrage).",
-    ),
     "entropic_particles": Entry(
         "particles.EntropicParticleFilter",
         "The same with flatter weights while few particles hold most of them early on (Entropic "
         "Particle Filtering).",
+    ),
+    "arbitrage": Entry(
+        "arbitrage.Arbitrage",
+        "Steps of a draft model, but the model's where a reward or a router says that these are "
+        "better; lossy (Arbitrage).",
     ),
 }
 
