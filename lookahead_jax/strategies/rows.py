@@ -213,7 +213,7 @@ class Rows:
         outputs, scores = self.outputs, []
         for row in rows:
             prompt = tokenizer.decode(self.texts[row // self.copies])
-            scores.append(_finite("reward", self._reward(prompt, outputs[row].text)))
+            scores.append(_finite("reward", float(self._reward(prompt, outputs[row].text))))
         return scores
 
     def predict(self, row: int, begin: int) -> float:
@@ -223,7 +223,7 @@ class Rows:
             raise ValueError("predictions need a function router= and a model with a tokenizer")
         text = self.outputs[row].text
         before = tokenizer.decode(self.texts[row // self.copies]) + text[:begin]
-        return _finite("router", self.router(before, text[begin:]))
+        return _finite("router", float(self.router(before, text[begin:])))
 
     def rng(self, group: int, turn: int) -> np.random.Generator:
         """The random numbers of a prompt's `turn`-th choice on the host."""
@@ -280,6 +280,6 @@ class Rows:
 
 
 def _finite(name: str, value: float) -> float:
-    if not np.isfinite(value := float(value)):
+    if not np.isfinite(value):
         raise ValueError(f"the {name} returned {value}: it must return a finite number")
     return value
