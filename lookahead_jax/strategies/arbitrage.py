@@ -17,8 +17,7 @@ from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
 from lookahead_jax.strategies.primitives import replace_text
 from lookahead_jax.strategies.rows import Rows
 
-Texts = list[list[int]]
-"""For each prompt the tokens of its continuation so far."""
+Texts = list[list[int]]  # for each prompt the tokens of its continuation so far
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +27,9 @@ class Arbitrage(Strategy):
     A step ends with the string `step`, after `step_tokens` tokens, or with the text. With a reward
     both models write each step, and the advantage is the difference of their rewards (the oracle of
     the paper). A router predicts it from the draft's step, and the model reads and writes only
-    where it is asked. The text is neither model's own: lossy by design. Where the limits on work
-    leave no step of the model, the draft's stays. (Maheswaran et al. 2025, arXiv:2512.05033;
-    defaults of their code, which has no default threshold: 0 keeps the better step.)
+    where it is asked. Lossy by design: the text is neither model's own. Where the limits on work
+    leave no step of the model, the draft's stays. (Maheswaran et al. 2025, arXiv:2512.05033; `step`
+    and `step_tokens` of their code, whose runs have thresholds from 0 to 1.)
     """
 
     draws: ClassVar[bool | None] = None
