@@ -18,7 +18,11 @@ from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 
-POLICIES = ("snapkv:window=4,kernel=3", "streaming_llm")
+POLICIES = (
+    "snapkv:window=4,kernel=3",
+    "streaming_llm",
+    "laq:draft=prompt,draft_tokens=4,draft_window=4,kernel=3",
+)
 BUDGETS = (8, 20)
 NEW = 6
 TEXTS = ["a bat sat on a mat; " * 2, "the cat ran after it and then ran home"]

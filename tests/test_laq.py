@@ -51,10 +51,10 @@ def drafted(row, eos):
     return tokens, reference.greedy_draft(weights(RICH), RICH, tokens, kept, 6, eos)
 
 
-def read(policy, eos=NEVER, budget=BUDGET):
+def read(policy, eos=NEVER, budget=BUDGET, draft=None):
     return read_prompt(
         weights(RICH), tiny.batch(LENGTHS, RICH), config=RICH, policy=policy, budget=budget,
-        new_tokens=8, eos_ids=eos, with_scores=True,
+        new_tokens=8, eos_ids=eos, with_scores=True, draft=draft,
     )  # fmt: skip
 
 
@@ -88,6 +88,21 @@ def test_the_draft_ends_with_its_first_end_of_sequence():
     assert cut[0] <= 3
     assert max(cut) == 6  # another row goes on
     check(LAQ, "max", 5, eos)
+
+
+def test_a_draft_from_outside_that_equals_the_decoded_one_gives_its_scores():
+    """One pass over prompt and draft scores and keeps what two passes do."""
+    drafts = [drafted(row, NEVER)[1] for row in range(len(LENGTHS))]
+    given = make_policy("laq", draft="trie", **DRAFT, pool="max", kernel=5)
+    once = read(given, draft=jnp.asarray(np.array(drafts, np.int32)))
+    twice = read(LAQ)
+    expected = np.asarray(twice.scores)
+    np.testing.assert_allclose(
+        np.asarray(once.scores), expected, rtol=0, atol=TOLERANCE * expected.max()
+    )
+    kept, wanted = kept_sets(once.cache), kept_sets(twice.cache)
+    for at in np.ndindex(kept.shape):
+        np.testing.assert_array_equal(kept[at], wanted[at])
 
 
 LOOKED_UP = make_policy(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lookahead_jax.eval.grid.config import EMBEDDED, method_of, modules_folder_of
-from lookahead_jax.policies.base import OnePass, WithModules, WithResponse
+from lookahead_jax.policies.base import OnePass, WithLookup, WithModules, WithResponse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class AgreementConfig:
         for spec in self.policies:
             method = method_of(spec)
             reading = method.policy.reading
-            masked = isinstance(reading, (OnePass, WithModules, WithResponse))
+            masked = isinstance(reading, (OnePass, WithLookup, WithModules, WithResponse))
             if not method.budgeted or method.prune is not None or method.predicts or not masked:
                 raise ValueError(
                     f"--policies {spec}: only policies that cut a cache, without a small model, a "

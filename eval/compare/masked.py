@@ -25,13 +25,13 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.params import Params, of_all_layers
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import OnePass, Policy, WithModules, WithResponse
+from lookahead_jax.policies.base import OnePass, Policy, WithLookup, WithModules, WithResponse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.selection import select
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import slots_for
 from lookahead_jax.prefilling.prefill import compress, prefill
-from lookahead_jax.prompts.read import read_again
+from lookahead_jax.prompts.read import look_up, read_again
 
 RESPONSE = 32  # tokens of the model's own response, if no other number is given
 
@@ -169,6 +169,10 @@ def _scores(
                 raise ValueError(f"policy {type(policy).__name__} needs modules")
             observer = observer_block(
                 modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype
+            )
+        case WithLookup() as reading:
+            observer = read_again(
+                params, tokens, cache, rows=rows, response=look_up(tokens, reading), config=config
             )
         case WithResponse() as reading:
             response = reference.response[:, : reading.tokens]

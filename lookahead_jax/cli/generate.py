@@ -34,7 +34,8 @@ def main(config: Generate) -> None:
         import lookahead_jax as lk
 
         grammar = lk.Grammar.json_schema(config.json_schema.read_text(encoding="utf-8"))
-    run = config.prepare()
+    routed = strategy is not None and strategy.rule.routes
+    run = config.prepare(strategy=config.search.strategy if routed else None)
     one = len(run.prompts) == 1 and run.model.tokenizer is not None
     if strategy is None:
         stream = one and not silent

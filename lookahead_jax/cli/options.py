@@ -230,22 +230,25 @@ class DraftingOptions:
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
     """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
-    drawn_model, and for the policy speckv of generate and inspect."""
+    drawn_model, for the policy speckv of generate and inspect, and for the strategy arbitrage."""
 
     @property
     def _reads_model(self) -> bool:
         return any(name in _READS_MODEL for name in self.drafter.split("+"))
 
-    def load(self, dtype: str | None, policy: Any = None):
+    def load(self, dtype: str | None, policy: Any = None, strategy: str | None = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
 
-        `policy` is the eviction policy of a command that makes drafts for one that reads them.
+        `policy` is the eviction policy of a command that makes drafts for one that reads them, and
+        `strategy` the name of a strategy that has a smaller model write.
         """
         import lookahead_jax as lk
 
         users = [f"--drafter {self.drafter}"] if self._reads_model else []
         if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
+        if strategy is not None:
+            users.append(f"--strategy {strategy}")
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
         if not users and self.draft_model is not None:
@@ -290,11 +293,11 @@ class RunOptions:
     seed: int = 0
     """Seed of the sampling, the same for every row."""
 
-    def prepare(self) -> "Run":
-        """Loads what these options name."""
+    def prepare(self, strategy: str | None = None) -> "Run":
+        """Loads what these options name; `strategy` as in `DraftingOptions.load`."""
         self.input.check()
         eviction = self.eviction.resolve(self.source, with_drafts=True)
-        small = self.drafting.load(self.source.dtype, eviction.policy)
+        small = self.drafting.load(self.source.dtype, eviction.policy, strategy)
         drafter = self.drafting.make(small)
         model = self.source.load()
         return Run(self, eviction, small, drafter, model, self.input.read(model))

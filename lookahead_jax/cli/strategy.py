@@ -27,6 +27,9 @@ class StrategyOptions:
     reward: Annotated[Text, option("FILE.py:NAME")] = None
     """The reward that some strategies compare by: a function of a Python file, from the prompt and
     a continuation to a number."""
+    router: Annotated[Text, option("FILE.py:NAME")] = None
+    """What the strategy arbitrage may have instead: a function of a Python file, from the text so
+    far and a step of the draft model to the advantage of the model's step."""
     most_tokens: Annotated[int | None, option("INT")] = None
     """Most tokens that all rows of a prompt may emit together. Default: no limit."""
     most_forwards: Annotated[int | None, option("INT")] = None
@@ -40,15 +43,21 @@ class StrategyOptions:
         from lookahead_jax.strategies.registry import make_strategy
 
         if self.strategy is None:
-            for name in ("strategy_arg", "reward", "most_tokens", "most_forwards"):
+            for name in ("strategy_arg", "reward", "router", "most_tokens", "most_forwards"):
                 if getattr(self, name) not in (None, ()):
                     raise UsageError(f"--{name.replace('_', '-')} needs --strategy NAME")
             return None
         settings = settings_of("--strategy-arg", self.strategy_arg)
         strategy = make_strategy(self.strategy, **settings)
-        reward = None if self.reward is None else load_reward(self.reward)
-        if strategy.reads_reward and reward is None:
-            raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME")
+        reward = None if self.reward is None else load_function("--reward", self.reward)
+        router = None if self.router is None else load_function("--router", self.router)
+        if router is not None and not strategy.routes:
+            raise UsageError(f"--strategy {self.strategy} asks no router: leave --router out")
+        if router is not None and reward is not None:
+            raise UsageError("--router and --reward exclude each other: leave out one")
+        if strategy.reads_reward and reward is None and router is None:
+            also = " or --router FILE.py:NAME" if strategy.routes else ""
+            raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME{also}")
         if reward is not None and not strategy.reads_reward:
             raise UsageError(f"--strategy {self.strategy} compares no rewards: leave --reward out")
         if options.drafting.drafter != "none":
@@ -57,7 +66,7 @@ class StrategyOptions:
             raise UsageError("--strategy decodes without a drafter: leave --draft-nodes out")
         if options.evict_every is not None:
             raise UsageError("--strategy evicts from the prompt only: leave --evict-every out")
-        return Chosen(strategy, reward)
+        return Chosen(strategy, reward, router)
 
     def search(self, run: Run, chosen: "Chosen"):
         """Continues the prompts of a run with `lk.search`."""
@@ -68,8 +77,10 @@ class StrategyOptions:
         shared = run.arguments()
         shared.update(
             sampling=None if default else options.sampling.make(),
-            strategy=chosen.strategy,
+            strategy=chosen.rule,
             reward=chosen.reward,
+            router=chosen.router,
+            draft_model=run.small if chosen.rule.routes else None,
             most_tokens=self.most_tokens,
             most_forwards=self.most_forwards,
         )
@@ -77,23 +88,24 @@ class StrategyOptions:
 
 
 class Chosen(NamedTuple):
-    """A strategy, and the reward that it compares by."""
+    """A strategy, and the functions that guide it."""
 
-    strategy: Any
+    rule: Any
     reward: Callable[[str, str], float] | None
+    router: Callable[[str, str], float] | None
 
 
-def load_reward(place: str) -> Callable[[str, str], float]:
-    """The function that FILE.py:NAME names; runs the file."""
-    path, _, name = place.rpartition(":")
-    if not path or not name:
-        raise UsageError(f"--reward takes FILE.py:NAME, not {place!r}")
-    spec = importlib.util.spec_from_file_location("reward", path)
+def load_function(name: str, place: str) -> Callable[[str, str], float]:
+    """The function that the option `name` gives as FILE.py:NAME; runs the file."""
+    path, _, function = place.rpartition(":")
+    if not path or not function:
+        raise UsageError(f"{name} takes FILE.py:NAME, not {place!r}")
+    spec = importlib.util.spec_from_file_location(name[2:], path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"--reward {place}: {path} is not a Python file")
+        raise UsageError(f"{name} {place}: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    reward = vars(module).get(name)
-    if not callable(reward):
-        raise UsageError(f"--reward {place}: {path} has no function {name}")
-    return cast(Callable[[str, str], float], reward)
+    found = vars(module).get(function)
+    if not callable(found):
+        raise UsageError(f"{name} {place}: {path} has no function {function}")
+    return cast(Callable[[str, str], float], found)

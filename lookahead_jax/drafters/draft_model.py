@@ -62,11 +62,7 @@ class DraftModel:
 
     def init(self, batch: int, room: int, config: ModelConfig) -> DraftCache:
         own = self.config
-        if own.vocab_size != config.vocab_size:
-            raise ValueError(
-                f"the draft model has {own.vocab_size} tokens and the target {config.vocab_size}: "
-                "they must share a tokenizer"
-            )
+        check_vocabulary(own, config)
         dtype = self.model.params["embed"].dtype
         rows = (own.num_layers, batch, own.num_kv_heads, self.depth + 1, own.head_dim)
         return DraftCache(
@@ -147,6 +143,15 @@ class DraftModel:
         hidden = forward(weights, block, cache, config=self.config).hidden[:, size - newest :]
         chances = jax.nn.log_softmax(logits(weights, hidden, config=self.config), axis=-1)
         return jnp.where(laid.valid[:, size - newest :, None], chances, -jnp.inf)
+
+
+def check_vocabulary(draft: ModelConfig, target: ModelConfig) -> None:
+    """Raises ValueError unless both models have the same number of tokens."""
+    if draft.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"the draft model has {draft.vocab_size} tokens and the target {target.vocab_size}: "
+            "they must share a tokenizer"
+        )
 
 
 def _best_first(tree: TokenTree, value: jax.Array) -> TokenTree:

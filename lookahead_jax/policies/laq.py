@@ -49,7 +49,7 @@ class LAQ(Policy):
     draft: Literal["model", "prompt", "trie"] = "model"
     """Where the draft comes from: decoded by the model, looked up in the prompt, or in a trie."""
     draft_tokens: int = 8
-    """Tokens that are drafted and observe, at most; those after an end of sequence do not."""
+    """Tokens that are drafted and observe, at most; decoding stops at an end of sequence."""
     pool: PoolName = "max"
     """Smoothing of the scores along the prompt."""
     kernel: int = 7

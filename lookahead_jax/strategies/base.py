@@ -25,10 +25,12 @@ class Strategy:
 
     default_sampling: ClassVar[Sampling] = GREEDY
     """How tokens are chosen unless the caller says."""
-    draws: ClassVar[bool] = False
-    """Whether rows must be sampled; the others must be greedy."""
+    draws: ClassVar[bool | None] = False
+    """Whether rows must be sampled; the others must be greedy. None: they may be either."""
     reads_reward: ClassVar[bool] = False
     """Whether it compares texts by the caller's reward."""
+    routes: ClassVar[bool] = False
+    """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
 
     @property
     def rows(self) -> int:

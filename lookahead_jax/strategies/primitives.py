@@ -64,3 +64,31 @@ def replace_last(
     )
     tokens = tokens[:, None]
     return emit(state, Accepted(jnp.zeros_like(tokens), rows.astype(jnp.int32), tokens), None)
+
+
+@program()
+def replace_text(
+    state: DecodeState,
+    tokens: Int[Array, "B W"],
+    count: Int[Array, " B"],
+    next_pos: Int[Array, " B"],
+) -> DecodeState:
+    """Puts the first `count` (at least 1) of `tokens` in the place of all that was emitted.
+
+    Entries from position `next_pos` on leave the cache. `extend` has to read what is missing from
+    there to the last token, exclusive, before the rows decode; what they have `seen` is not
+    changed. A row goes on unless its new last token ends it.
+    """
+    cache = state.cache
+    kept = (cache.pos >= 0) & (cache.pos < next_pos[None, :, None, None])
+    cache = dataclasses.replace(
+        cache,
+        pos=jnp.where(kept, cache.pos, -1),
+        length=kept.sum(-1, dtype=jnp.int32),
+        next_pos=next_pos,
+    )
+    last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)
+    done = (last == state.eos).any(1) | (count >= state.limit)
+    return dataclasses.replace(
+        state, cache=cache, token=last[:, 0], tokens=tokens, count=count, done=done
+    )

@@ -53,6 +53,11 @@ STRATEGIES = {
         "The same with flatter weights while few particles hold most of them early on (Entropic "
         "Particle Filtering).",
     ),
+    "arbitrage": Entry(
+        "arbitrage.Arbitrage",
+        "Steps of a draft model, but the model's where a reward or a router says that these are "
+        "better; lossy (Arbitrage).",
+    ),
 }
 
 

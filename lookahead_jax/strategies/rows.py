@@ -23,6 +23,8 @@ from lookahead_jax.strategies.primitives import gather_rows
 
 Reward = Callable[[str, str], float]
 """(prompt, its continuation so far) -> how good it is; larger is better."""
+Router = Callable[[str, str], float]
+"""(text so far, a step that a draft model has added) -> by how much the model's would be better."""
 BURST = 16  # steps between two looks of the host
 
 
@@ -51,6 +53,8 @@ class Rows:
       stop: strings that end a row.
       limits: on the work for one prompt; its rows end where the next step would exceed them.
       reward: what `score` asks, with the texts of the prompts.
+      router: what `predict` asks.
+      beside: rows in which a draft model continues the same prompts, on the same account of work.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Rows:
         limits: Work = ANY_WORK,
         steer: Steer | None = None,
         reward: Reward | None = None,
+        router: Router | None = None,
+        beside: "Rows | None" = None,
     ):
         self.model = model
         self.params: Params = for_decoding(model.params)
@@ -80,7 +86,10 @@ class Rows:
         self._limits = limits
         self._steer = steer
         self._reward = reward
-        self._spent = np.zeros((len(texts), 2), np.int64)  # tokens, forwards
+        self.router = router
+        self.beside = beside
+        account = np.zeros((len(texts), 2), np.int64)  # tokens, forwards
+        self._spent = account if beside is None else beside._spent
         self.finished = np.zeros(len(texts) * copies, bool)
         """[R] rows that have come to an end of their own, or to that of their prompt's work."""
         self._paused = np.zeros_like(self.finished)
@@ -204,11 +213,17 @@ class Rows:
         outputs, scores = self.outputs, []
         for row in rows:
             prompt = tokenizer.decode(self.texts[row // self.copies])
-            score = float(self._reward(prompt, outputs[row].text))
-            if not np.isfinite(score):
-                raise ValueError(f"the reward returned {score}: it must return a finite number")
-            scores.append(score)
+            scores.append(_finite("reward", float(self._reward(prompt, outputs[row].text))))
         return scores
+
+    def predict(self, row: int, begin: int) -> float:
+        """What the router says about the text of a row from character `begin` on, its last step."""
+        tokenizer: Any = self.model.tokenizer
+        if self.router is None or tokenizer is None:
+            raise ValueError("predictions need a function router= and a model with a tokenizer")
+        text = self.outputs[row].text
+        before = tokenizer.decode(self.texts[row // self.copies]) + text[:begin]
+        return _finite("router", float(self.router(before, text[begin:])))
 
     def rng(self, group: int, turn: int) -> np.random.Generator:
         """The random numbers of a prompt's `turn`-th choice on the host."""
@@ -262,3 +277,9 @@ class Rows:
         left, active = self._left(), self._active()
         some = running.reshape(self.groups.shape).any(1)
         return int(np.minimum(left[:, 0] // np.maximum(active, 1), left[:, 1])[some].min())
+
+
+def _finite(name: str, value: float) -> float:
+    if not np.isfinite(value):
+        raise ValueError(f"the {name} returned {value}: it must return a finite number")
+    return value

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.decoding.state import seen_tokens, start
+from lookahead_jax.drafters.draft_model import check_vocabulary
 from lookahead_jax.generation.inputs import (
     DEFAULT_BUDGET,
     PromptBatch,
@@ -31,9 +33,10 @@ from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.base import Ranked, Strategy
 from lookahead_jax.strategies.registry import make_strategy
-from lookahead_jax.strategies.rows import Reward, Rows, Work
+from lookahead_jax.strategies.rows import Reward, Router, Rows, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class SearchResult:
     candidates: list[list[Candidate]]
     work: list[Work]
     prompt_tokens: list[int]
-    cache_bytes: int  # allocated: the prompts once, and what each row may write
+    cache_bytes: int  # allocated: the prompts once for each model, and what each row may write
 
 
 @on_its_mesh
@@ -67,6 +70,8 @@ def search(
     *,
     strategy: str | Strategy,
     reward: Reward | None = None,
+    router: Router | None = None,
+    draft_model: Model | None = None,
     questions: Sequence[str | Sequence[int]] | None = None,
     pin: Sequence[Sequence[tuple[int, int]]] | None = None,
     policy: Policy | None = None,
@@ -92,10 +97,15 @@ def search(
       strategy: a name, or `lk.make_strategy(name, ...)` with settings.
       reward: `reward(prompt, text)`, a number for a continuation as far as it has come; larger is
         better. For the strategies that compare by it.
+      router: `router(text, step)`, by how much the model's step would be better than `step`, which
+        the draft model has added to `text`. Arbitrage takes it instead of a reward.
+      draft_model: a smaller model with the same tokens, which Arbitrage needs. It keeps all of its
+        prompts.
       max_new_tokens: of each row.
       most_tokens: of all rows of a prompt together, those that are given up included. A prompt ends
-        where a step of all its rows would exceed it.
-      most_forwards: steps of the model for a prompt, whatever the number of its rows.
+        where a step of all its rows would exceed it. Those of a draft model count as well.
+      most_forwards: steps of the model, and of a draft model, for a prompt, whatever the number of
+        its rows.
       sampling: default: the strategy's own.
       seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
         `lk.generate` with that seed.
@@ -107,8 +117,8 @@ def search(
     """
     strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
     sampling = _checked_sampling(strategy, sampling)
-    _check_reward(strategy, reward, model)
-    limits = _limits(most_tokens, most_forwards, strategy.rows)
+    _check_guides(strategy, reward, router, draft_model, model)
+    limits = _limits(most_tokens, most_forwards, strategy.rows * (2 if strategy.routes else 1))
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
         cache_dtype=cache_type(cache_dtype),
@@ -121,16 +131,16 @@ def search(
         seeds=row_seeds(seeds, len(batch.prompts)),
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
-    # A row's slots are those of the prompt it shares, and its own.
-    check_memory(
-        model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
-        new_tokens=strategy.rows * max_new_tokens,
-    )  # fmt: skip
-    announce(eviction.policy, budget, batch.longest + max_new_tokens, config)
     drafted = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids)
-    rows = _opened(model, batch, settings, eviction, strategy, drafts=drafted, stop=stop,
-                   limits=limits, reward=reward)  # fmt: skip
-    cache_bytes = rows.state.cache.bytes
+    shared: dict[str, Any] = dict(stop=stop, limits=limits, reward=reward, router=router)
+    beside = None
+    if draft_model is not None:
+        whole = EvictionSettings(policy=Full(), budget=budget)
+        beside = _opened(draft_model, batch, settings, whole, strategy, **shared)
+    rows = _opened(
+        model, batch, settings, eviction, strategy, drafts=drafted, beside=beside, **shared
+    )
+    cache_bytes = rows.state.cache.bytes + (0 if beside is None else beside.state.cache.bytes)
     ranked = strategy.run(rows)
     longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows).max(1)
     lengths = [len(text) for text in batch.texts]
@@ -145,13 +155,21 @@ def _opened(
     eviction: EvictionSettings,
     strategy: Strategy,
     *,
-    drafts: jax.Array | None,
     stop: Sequence[str],
     limits: Work,
     reward: Reward | None,
+    router: Router | None,
+    drafts: jax.Array | None = None,
+    beside: Rows | None = None,
 ) -> Rows:
     """The prompts read and branched, with the first token of every row."""
     copies, config, new_tokens = strategy.rows, model.config, settings.max_new_tokens
+    # A row's slots are those of the prompt it shares, and its own.
+    check_memory(
+        model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
+        new_tokens=copies * new_tokens,
+    )  # fmt: skip
+    announce(eviction.policy, eviction.budget, batch.longest + new_tokens, config)
     with reading(sum(map(len, batch.texts)), config):
         opened = read_batch(
             model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts
@@ -180,6 +198,7 @@ def _opened(
     return Rows(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
         ends=settings.eos_ids, stop=stop, limits=limits, steer=steer, reward=reward,
+        router=router, beside=beside,
     )  # fmt: skip
 
 
@@ -236,19 +255,35 @@ def _checked_sampling(strategy: Strategy, sampling: Sampling | None) -> Sampling
             "lk.search takes back tokens, which presence_penalty and frequency_penalty would still "
             "count: leave them at 0"
         )
-    if not strategy.draws and sampling != GREEDY:
+    if strategy.draws is False and sampling != GREEDY:
         raise ValueError(f"{name} chooses tokens by its own rule: leave sampling out")
     return sampling
 
 
-def _check_reward(strategy: Strategy, reward: Reward | None, model: Model) -> None:
+def _check_guides(
+    strategy: Strategy,
+    reward: Reward | None,
+    router: Router | None,
+    draft_model: Model | None,
+    model: Model,
+) -> None:
     name = type(strategy).__name__
-    if strategy.reads_reward and reward is None:
-        raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text)")
+    if strategy.routes and draft_model is None:
+        raise ValueError(f"{name} needs a smaller model: give draft_model=")
+    if not strategy.routes and (draft_model is not None or router is not None):
+        raise ValueError(f"{name} asks no other model: leave draft_model and router out")
+    if draft_model is not None:
+        check_vocabulary(draft_model.config, model.config)
+    if router is not None and reward is not None:
+        raise ValueError("a router predicts what rewards would say: give router= or reward=")
+    if strategy.reads_reward and reward is None and router is None:
+        also = ", or router=, a function of (text, step)" if strategy.routes else ""
+        raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text){also}")
     if not strategy.reads_reward and reward is not None:
         raise ValueError(f"{name} compares no rewards: leave reward out")
-    if reward is not None and model.tokenizer is None:
-        raise ValueError("a reward reads texts, and this model has no tokenizer.json")
+    if (reward is not None or router is not None) and model.tokenizer is None:
+        given = "router" if reward is None else "reward"
+        raise ValueError(f"a {given} reads texts, and this model has no tokenizer.json")
 
 
 def _limits(tokens: int | None, forwards: int | None, rows: int) -> Work:

@@ -1,0 +1,150 @@
+"""Arbitrage: a draft model writes the steps; those that the model would improve are its own."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.decoding.state import DecodeState
+from lookahead_jax.decoding.step import Steer
+from lookahead_jax.model.params import Params
+from lookahead_jax.prefilling.batching import bucket_length
+from lookahead_jax.prefilling.prefill import extend
+from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
+from lookahead_jax.strategies.primitives import replace_text
+from lookahead_jax.strategies.rows import Rows
+
+Texts = list[list[int]]  # for each prompt the tokens of its continuation so far
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arbitrage(Strategy):
+    """Each step is the draft model's, or the model's where its advantage exceeds `threshold`.
+
+    A step ends with the string `step`, after `step_tokens` tokens, or with the text. With a reward
+    both models write each step, and the advantage is the difference of their rewards (the oracle of
+    the paper). A router predicts it from the draft's step, and the model reads and writes only
+    where it is asked. Lossy by design: the text is neither model's own. Where the limits on work
+    leave no step of the model, the draft's stays. (Maheswaran et al. 2025, arXiv:2512.05033; `step`
+    and `step_tokens` of their code, whose runs have thresholds from 0 to 1.)
+    """
+
+    draws: ClassVar[bool | None] = None
+    reads_reward: ClassVar[bool] = True
+    routes: ClassVar[bool] = True
+    threshold: float = 0.0
+    step: str = "\n\n"
+    step_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        check_at_least("step_tokens", self.step_tokens, 1)
+        if not np.isfinite(self.threshold):
+            raise ValueError(f"threshold={self.threshold} must be a finite number")
+        if not self.step:
+            raise ValueError("step is empty: give the string that ends a step")
+
+    def steering(
+        self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int
+    ) -> tuple[Steer | None, Any]:
+        """None; ValueError for a repetition penalty."""
+        if sampling.repetition_penalty != 1.0:
+            raise ValueError(
+                "Arbitrage takes back steps, which repetition_penalty would still count: leave it 1"
+            )
+        return None, ()
+
+    def run(self, rows: Rows) -> list[Ranked]:
+        """Moves the rows to their ends; one answer for each prompt."""
+        draft = rows.beside
+        if draft is None:
+            raise ValueError("Arbitrage needs a draft model: give draft_model=")
+        texts: Texts = [[] for _ in rows.texts]
+        going = np.ones(len(texts), bool)
+        while going.any():
+            begin = self._write(draft, texts, going)
+            going &= _longer(draft, texts)  # not where the work is spent
+            asked = going.copy()
+            if draft.router is not None:
+                for row in np.flatnonzero(going).tolist():
+                    asked[row] = draft.predict(row, begin[row]) > self.threshold
+            better = np.zeros_like(asked)
+            if asked.any():
+                self._write(rows, texts, asked)
+                better = asked & _longer(rows, texts)
+            for row in np.flatnonzero(going).tolist():
+                if better[row] and draft.router is None:
+                    (ours,), (theirs,) = rows.score([row]), draft.score([row])
+                    better[row] = ours - theirs > self.threshold
+                side = rows if better[row] else draft
+                texts[row] = list(side.outputs[row].tokens)
+                going[row] = not side.finished[row]
+        _put(rows, texts)
+        return [Ranked(0, [None]) for _ in texts]
+
+    def _write(self, side: Rows, texts: Texts, asked: np.ndarray) -> list[int]:
+        """Adds a step of `side` to the texts of the rows `asked`; where it begins in each text."""
+        begin = [0] * len(texts)
+        if texts[0]:  # then all prompts have a step; before, each model has its own first token
+            _put(side, texts)
+            _read(side, texts, asked)
+            begin = [len(output.text) for output in side.outputs]
+        side.hold(~asked)
+
+        def ends(row: int) -> bool:
+            output = side.outputs[row]
+            there = self.step in output.text[begin[row] :]
+            return there or len(output.tokens) - len(texts[row]) >= self.step_tokens
+
+        side.pause(ends)
+        side.advance(until=ends)
+        return begin
+
+
+def _longer(side: Rows, texts: Texts) -> np.ndarray:
+    """[R] rows in which `side` has written something after `texts`."""
+    return np.array([len(o.tokens) > len(t) for o, t in zip(side.outputs, texts, strict=True)])
+
+
+def _prompt_lengths(side: Rows) -> np.ndarray:
+    return np.array([len(prompt) for prompt in side.texts], np.int32)
+
+
+def _put(side: Rows, texts: Texts) -> None:
+    """The rows go on after `texts`; their caches keep what they know of them."""
+    before = np.asarray(side.state.tokens)
+    tokens = np.full(before.shape, -1, np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    count = np.array([len(text) for text in texts], np.int32)
+    same = np.cumprod(tokens == before, axis=1, dtype=np.int32).sum(1, dtype=np.int32)
+    known = _prompt_lengths(side) + np.minimum(same, count - 1)
+    next_pos = np.minimum(np.asarray(side.state.cache.next_pos), known)
+    side.restore(replace_text(side.state, *map(jnp.asarray, (tokens, count, next_pos))))
+
+
+def _read(side: Rows, texts: Texts, asked: np.ndarray) -> None:
+    """Reads what the caches of the rows `asked` lack, all but each text's last token, at once."""
+    known = np.asarray(side.state.cache.next_pos) - _prompt_lengths(side)
+    lacks = asked & side.running & (known < [len(text) - 1 for text in texts])
+    if not lacks.any():
+        return
+    missing = [
+        text[n:-1] if lack else [] for text, n, lack in zip(texts, known, lacks, strict=True)
+    ]
+    tokens = np.full((len(texts), bucket_length(max(map(len, missing)))), -1, np.int32)
+    for row, new in zip(tokens, missing, strict=True):
+        row[: len(new)] = new
+
+    def move(params: Params, state: DecodeState) -> DecodeState:
+        # Like a prompt, it is read from the stack of all layers.
+        model = side.model
+        cache, _ = extend(model.params, jnp.asarray(tokens), state.cache, config=model.config)
+        return dataclasses.replace(state, cache=cache)
+
+    side.hold(~lacks)
+    side.refund(lacks)  # the step counts a token for each
+    side.step(move)
+    side.resume()
