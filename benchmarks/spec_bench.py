@@ -35,7 +35,7 @@ from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 from drafting import Run, Runner, Star, peer_side
 
 import lookahead_jax as lk
-from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.drafters.registry import drafter_summaries, make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
@@ -46,7 +46,7 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
-    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters", tuple(drafter_summaries()))] = DRAFTERS
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8

@@ -107,7 +107,7 @@ LEARNED = {
     "draft_model": learned_model,
     "stand": learned_stand,
 }
-HOST = ("trie", "suffix", "trie+suffix")
+HOST = ("trie", "suffix", "trie+suffix", "sam", "aded")
 WATCHED = 32  # nodes of the drafts that are watched; programs that other tests use, too
 
 
@@ -121,7 +121,7 @@ class Case(NamedTuple):
 
 
 # Settings of the runs below, found by trying; test_the_cases_cover_every_pair holds them.
-CHOSEN = "574171773111660722530600035034043303447"
+CHOSEN = "57417177311166072253060003503400743074343303447"
 
 
 def cases():
