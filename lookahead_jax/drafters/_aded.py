@@ -119,7 +119,13 @@ def successors(prompt, outputs, a, b, tokens, shares):
     """
     n = 0
     context = (a << 31) | b
-    line = np.searchsorted(prompt.contexts, context)
+    line, end = 0, prompt.contexts.size
+    while line < end:
+        middle = (line + end) // 2
+        if prompt.contexts[middle] < context:
+            line = middle + 1
+        else:
+            end = middle
     if line < prompt.contexts.size and prompt.contexts[line] == context:
         for i in range(prompt.begins[line], prompt.begins[line + 1]):
             tokens[n], shares[n] = prompt.tokens[i], prompt.shares[i]

@@ -23,7 +23,7 @@ PATH = np.dtype(
         ("first", np.int64),  # of its children, which follow each other; NONE: not looked up yet
         ("size", np.int64),
         ("share", np.float64),
-        ("visits", np.int64),
+        ("visits", np.float64),
         ("value", np.float64),  # sum over the visits
     ]
 )
@@ -49,12 +49,18 @@ def most_promising(paths, node):
 
 @compiled
 @no_type_check
+def total(shares, found):
+    result = 0.0
+    for i in range(found):
+        result += shares[i]
+    return result
+
+
+@compiled
+@no_type_check
 def draw(shares, found, chance):
     """An index drawn in proportion to the first `found` shares."""
-    total = 0.0
-    for i in range(found):
-        total += shares[i]
-    left = chance * total
+    left = chance * total(shares, found)
     for i in range(found - 1):
         if left <= shares[i]:
             return i
@@ -72,7 +78,7 @@ def search(prompt, outputs, a, b, chances):
     paths[0].token, paths[0].parent, paths[0].first = b, NONE, NONE
     n = 1
     for k in range(searches):
-        node, before, value = 0, a, 1.0
+        node, before, value = np.int64(0), a, 1.0  # a literal would be compiled for, too
         grown = False
         while paths[node].depth < longest and not grown:
             if paths[node].first == NONE:
@@ -106,6 +112,24 @@ def search(prompt, outputs, a, b, chances):
 
 @compiled
 @no_type_check
+def largest(values, most):
+    """Where the largest values are, at most `most`, the first of equal ones first."""
+    kept = np.empty(min(most, values.size), np.int64)
+    n = 0
+    for i in range(values.size):
+        if n == kept.size and values[kept[n - 1]] >= values[i]:
+            continue
+        n = min(n + 1, kept.size)
+        j = n - 1
+        while j > 0 and values[kept[j - 1]] < values[i]:
+            kept[j] = kept[j - 1]
+            j -= 1
+        kept[j] = i
+    return kept
+
+
+@compiled
+@no_type_check
 def best_tree(prompt, outputs, a, b, chances, limit, depth):
     """The most visited paths and the likeliest token behind each: (tokens, parents), int32 [n].
 
@@ -113,7 +137,9 @@ def best_tree(prompt, outputs, a, b, chances, limit, depth):
     """
     paths = search(prompt, outputs, a, b, chances)
     tokens, shares = np.empty(2 * SUCCESSORS, np.int64), np.empty(2 * SUCCESSORS)
-    chosen = np.argsort(-paths["visits"], kind="mergesort")[:PREFIXES]
+    visits = np.empty(paths.size)
+    visits[:] = paths["visits"]
+    chosen = largest(visits, min(PREFIXES, visits.size))
     token = np.empty(2 * chosen.size, np.int32)
     parent = np.empty(2 * chosen.size, np.int32)
     level = np.empty(2 * chosen.size, np.int32)
@@ -133,9 +159,9 @@ def best_tree(prompt, outputs, a, b, chances, limit, depth):
         found = successors(prompt, outputs, before, path.token, tokens, shares)
         if found > 0:
             token[n], parent[n], level[n] = tokens[0], i, path.depth + 1
-            visits[n] = path.visits * shares[0] / shares[:found].sum()
+            visits[n] = path.visits * shares[0] / total(shares, found)
             n += 1
-    order = np.argsort(-visits[:n], kind="mergesort")[1:]
+    order = largest(visits[:n], n)[1:]
     drafted, parents = np.empty(order.size, np.int32), np.empty(order.size, np.int32)
     place = np.full(n, NONE, np.int32)
     n = 0

@@ -93,12 +93,10 @@ def repeated(automaton: Automaton) -> tuple[int, int]:
 
 @compiled
 @no_type_check
-def add_state(a, length, link, end):
+def add_state(a, length):
     state = a.sizes[0].states
     a.sizes[0].states += 1
     a.states[state].length = length
-    a.states[state].link = link
-    a.states[state].end = end
     a.states[state].first = NONE
     return state
 
@@ -127,10 +125,12 @@ def reach(a, parent, token, edge):
     child = edges[edge].child
     if states[child].length == states[parent].length + 1:
         return child
-    clone = add_state(a, states[parent].length + 1, states[child].link, states[child].end)
+    clone = add_state(a, states[parent].length + 1)
+    states[clone].link, states[clone].end = states[child].link, states[child].end
     copied = states[child].first
     while copied != NONE:
-        add_edge(a, clone, edges[copied].token, edges[copied].child)
+        # One type, so that `add_edge` is compiled once.
+        add_edge(a, clone, np.int64(edges[copied].token), np.int64(edges[copied].child))
         copied = edges[copied].next
     while edge != NONE and edges[edge].child == child:
         edges[edge].child = clone
@@ -153,7 +153,8 @@ def append(a, tokens):
         if edge != NONE:  # an earlier text began like this one
             sizes.last = reach(a, parent, token, edge)
             continue
-        sizes.last = add_state(a, a.states[parent].length + 1, ROOT, sizes.tokens)
+        sizes.last = add_state(a, a.states[parent].length + 1)
+        a.states[sizes.last].link, a.states[sizes.last].end = ROOT, sizes.tokens
         while parent != NONE and edge == NONE:
             add_edge(a, parent, token, sizes.last)
             parent = a.states[parent].link

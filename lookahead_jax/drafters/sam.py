@@ -110,8 +110,8 @@ class Sam:
             state = self._requests[request]
             del self._requests[request]
             self._drop(state)
-            if state.output:
-                self._keep(np.concatenate(state.output))
+            if (output := np.concatenate([state.recent[:0], *state.output])).size:
+                self._keep(output)
 
     @property
     def nbytes(self) -> int:
