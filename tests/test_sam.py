@@ -71,7 +71,7 @@ class Play:
         length, rest = 0, []
         if self.sam._requests[request].learns:
             length, _ = longest(text[1:], [text[:-1]])
-            rest = occurrence(text[len(text) - length :], [text]) or []
+            rest = (occurrence(text[len(text) - length :], [text]) or []) * 8
         for texts in (self.newer, self.older):
             found, after = longest(text[-64:], texts)
             if found - self.penalty > length:
@@ -143,6 +143,14 @@ def test_lengths_are_those_of_the_paper():
         sam.begin(0, [99, *text[:matched]])
         assert sam.propose(0, 64, 64).tokens.tolist() == text[matched : matched + drafted]
         sam.end(0)
+
+
+def test_a_loop_goes_on():
+    sam, loop = Sam(capacity=200), [5, 6, 7]
+    sam.begin(0, [1, 2, 3, *loop * 3])
+    assert sam.propose(0, 64, 64).tokens.tolist() == loop * 8  # 6 tokens occur earlier
+    sam.observe(0, [5])
+    assert sam.propose(0, 8, 8).tokens.tolist() == [6, 7, 5, 6, 7, 5, 6, 7]
 
 
 def test_a_text_outgrows_its_automaton():

@@ -185,8 +185,14 @@ def longest_suffix(a, tokens):
 @compiled
 @no_type_check
 def continuation(a, begin, limit):
-    """At most `limit` tokens of one text from `begin` on, int32."""
-    end = begin
-    while end < min(begin + limit, a.sizes[0].tokens) and a.text[end] != NONE:
-        end += 1
-    return a.text[begin:end].copy()
+    """At most `limit` tokens of one text from `begin` on, int32.
+
+    At the end of a text that has not been closed, they begin again: the text is a loop there.
+    """
+    tokens = np.empty(limit, np.int32)
+    n, place = 0, begin
+    while n < limit and a.text[place] != NONE:
+        tokens[n] = a.text[place]
+        n += 1
+        place = place + 1 if place + 1 < a.sizes[0].tokens else begin
+    return tokens[:n]

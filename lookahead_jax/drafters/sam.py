@@ -2,7 +2,8 @@
 
 Each request has a suffix automaton of its prompt and output. Outputs of ended requests enter a
 shared automaton, the source's static one. Where no repeat is long enough there is no draft: the
-source then asks another drafter, as "sam+trie" does.
+source then asks another drafter, as "sam+trie" does. Unlike the source's, a draft that reaches the
+end of the request's own text goes on where it began, as a text that loops does.
 """
 
 import threading
