@@ -35,7 +35,7 @@ from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 from drafting import Run, Runner, Star, peer_side
 
 import lookahead_jax as lk
-from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.drafters.registry import drafter_summaries, make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")

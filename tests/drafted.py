@@ -43,6 +43,7 @@ SETTINGS = [
 ]
 ASKED = [True, False, True, True, True, True, True, False]  # rows with log-probabilities
 LIMITS = [24, 24, 5, 24, 24, 17, 1, 24]
+SHORT = {"sam": {"least": 1, "penalty": 0}}  # settings of drafters that wait for longer repeats
 BATCHES = {8: range(8), 3: (3, 1, 2), 1: (5,)}  # rows of the tables above
 TOLERANCE = 2e-5  # float32 sums in another order, see tests/test_prefill.py
 
@@ -220,7 +221,7 @@ def kind(row: int, shift: int):
 
 def taught(name: str, texts):
     """A host drafter that has seen the outputs to come, among others: it drafts something."""
-    drafter = make_drafter(name)
+    drafter = make_drafter(name, **SHORT.get(name, {}))
     for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
         drafter.begin(row, prompt)
         drafter.observe(row, text)

@@ -138,7 +138,7 @@ LEARNED = {
     "early_exit": learned_agreement,
 }
 SHORT = ("draft_model", "recycling+draft_model", "early_exit")  # no draft of theirs fills WATCHED nodes
-HOST = ("trie", "suffix", "trie+suffix")
+HOST = ("trie", "suffix", "trie+suffix", "sam", "aded")
 WATCHED = 32  # nodes of the drafts that are watched; programs that other tests use, too
 
 

@@ -11,3 +11,8 @@ class OpenRequests(dict[Hashable, State]):
 
     def __missing__(self, request: Hashable) -> State:
         raise ValueError(f"request {request} has not begun, or has ended")
+
+    def __delitem__(self, request: Hashable) -> None:
+        if request not in self:
+            self.__missing__(request)
+        super().__delitem__(request)

@@ -26,6 +26,14 @@ DRAFTERS = {
         "drafters.suffix.Suffix",
         "Long repeats of the prompt and of earlier outputs, from suffix trees (SuffixDecoding).",
     ),
+    "sam": Entry(
+        "drafters.sam.Sam",
+        "What followed the longest repeat of the text's end, from suffix automata (SAM-Decoding).",
+    ),
+    "aded": Entry(
+        "drafters.aded.Aded",
+        "What follows the last two tokens in prompt and outputs, found by a tree search (ADED).",
+    ),
     "prompt_lookup": Entry(
         "drafters.prompt_lookup.PromptLookup",
         "The text that followed the last few tokens where they occurred before in the row.",
