@@ -33,7 +33,6 @@ OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
 CacheDtype = Annotated[Literal["int8"] | None, option("TYPE")]
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
-_READS_MODEL = ("draft_model", "drawn_model")  # drafters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,25 +225,27 @@ class DraftingOptions:
     drafter: Annotated[str, option("NAME")] = "none"
     """The drafter, which proposes several tokens per step. Several that run on the host, or several
     on the device, share the nodes: trie+suffix, prompt_lookup+recycling."""
+    drafter_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
+    """A setting of the drafter, such as head=FILE of denoiser. May be repeated."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
-    """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
-    drawn_model, for the policy speckv of generate and inspect, and for the strategy arbitrage."""
-
-    @property
-    def _reads_model(self) -> bool:
-        return any(name in _READS_MODEL for name in self.drafter.split("+"))
+    """Folder of a smaller checkpoint, or `embedded` for the embedded model: for the drafters
+    draft_model, drawn_model, specdec, cascade and other_vocabulary, for the policy speckv of
+    generate and inspect, and for the strategy arbitrage. It must have the same tokens as the model,
+    but for other_vocabulary."""
 
     def load(self, dtype: str | None, policy: Any = None, strategy: str | None = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
 
-        `policy` is the eviction policy of a command that makes drafts for one that reads them, and
-        `strategy` the name of a strategy that has a smaller model write.
+        Also raises ValueError for an unknown drafter, before any model is loaded. `policy` is the
+        eviction policy of a command that makes drafts for one that reads them, and `strategy` the
+        name of a strategy that has a smaller model write.
         """
         import lookahead_jax as lk
+        from lookahead_jax.drafters.registry import DRAFTERS, needs
 
-        users = [f"--drafter {self.drafter}"] if self._reads_model else []
+        users = [f"--drafter {self.drafter}"] if "model" in needs(self.drafter) else []
         if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
         if strategy is not None:
@@ -253,18 +254,25 @@ class DraftingOptions:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
         if not users and self.draft_model is not None:
             reader = "" if policy is None else ", or --policy speckv"
-            raise UsageError(
-                f"--draft-model needs --drafter draft_model or --drafter drawn_model{reader}"
-            )
-        return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)
+            drafters = ", ".join(name for name in DRAFTERS if "model" in needs(name))
+            raise UsageError(f"--draft-model needs --drafter with one of {drafters}{reader}")
+        if self.draft_model is None:
+            return None
+        embedded = self.draft_model == Path("embedded") and not self.draft_model.exists()
+        return lk.load(lk.EMBEDDED_MODEL if embedded else self.draft_model, dtype=dtype)
 
-    def make(self, small):
-        """The drafter these options name; `small` is the model that `load` returned."""
-        from lookahead_jax.drafters.registry import make_drafter
+    def make(self, small: Any, model: Any):
+        """The drafter these options name, for `model`; `small` is what `load` returned."""
+        from lookahead_jax.drafters.registry import make_drafter, needs
 
-        if self._reads_model:
-            return make_drafter(self.drafter, model=small)
-        return make_drafter(self.drafter)
+        settings = settings_of("--drafter-arg", self.drafter_arg)
+        for given in {"model", "target", "tokenizer"} & settings.keys():
+            raise UsageError(f"--drafter-arg {given}: that is no setting; give --draft-model DIR")
+        own = {"model": small, "target": model, "tokenizer": model.tokenizer}
+        needed = needs(self.drafter)
+        return make_drafter(
+            self.drafter, **settings, **{name: own[name] for name in own if name in needed}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +306,8 @@ class RunOptions:
         self.input.check()
         eviction = self.eviction.resolve(self.source, with_drafts=True)
         small = self.drafting.load(self.source.dtype, eviction.policy, strategy)
-        drafter = self.drafting.make(small)
         model = self.source.load()
+        drafter = self.drafting.make(small, model)
         return Run(self, eviction, small, drafter, model, self.input.read(model))
 
 

@@ -14,6 +14,7 @@ class Entry(NamedTuple):
 
     path: str  # of its class, below lookahead_jax
     summary: str  # one sentence, for help texts
+    needs: tuple[str, ...] = ()  # arguments that it cannot do without, of _NEEDED
 
 
 DRAFTERS = {
@@ -50,15 +51,46 @@ DRAFTERS = {
         "drafters.early_exit.EarlyExit",
         "A chain by the target's own first layers, as many as pay (LayerSkip, DEL).",
     ),
+    "denoiser": Entry(
+        "drafters.denoiser.Denoiser",
+        "A block at once from a small head trained on the target, by masked denoising (DEER).",
+        needs=("target", "head"),
+    ),
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
         "The likeliest continuations by a smaller model with the same tokenizer.",
+        needs=("model",),
+    ),
+    "specdec": Entry(
+        "drafters.specdec.SpecDec",
+        "A chain by a smaller model that ends where a trained head expects a rejection "
+        "(SpecDec++).",
+        needs=("model", "head"),
+    ),
+    "cascade": Entry(
+        "drafters.cascade.Cascade",
+        "Branches by a smaller model while they are likely, by a threshold that adapts (LLMCad).",
+        needs=("model",),
+    ),
+    "other_vocabulary": Entry(
+        "drafters.other_vocabulary.OtherVocabulary",
+        "The likeliest continuation by a smaller model with another tokenizer (OmniDraft).",
+        needs=("model", "tokenizer"),
     ),
     "drawn_model": Entry(
         "drafters.drawn_model.DrawnModel",
         "Continuations sampled from a smaller model with the same tokenizer; accepts more of them "
         "when sampling, but emits other tokens than plain decoding would.",
+        needs=("model",),
     ),
+}
+_NEEDED = {
+    "model": "a smaller model: give make_drafter({name!r}, model=lk.load(DIR)) (--draft-model DIR)",
+    "target": "the model that it drafts for: give make_drafter({name!r}, target=MODEL)",
+    "tokenizer": "the tokenizer of the model that it drafts for: give make_drafter({name!r}, "
+    "tokenizer=MODEL.tokenizer)",
+    "head": "a trained head: give make_drafter({name!r}, head=FILE) (--drafter-arg head=FILE); "
+    "lookahead train {name} writes one",
 }
 
 COMBINED = "trie+suffix, prompt_lookup+recycling"  # examples, see `make_drafter`
@@ -69,35 +101,44 @@ def drafter_summaries() -> dict[str, str]:
     return {name: entry.summary for name, entry in DRAFTERS.items()}
 
 
+def needs(name: str) -> set[str]:
+    """Arguments that a drafter cannot do without; ValueError for an unknown name."""
+    return {needed for part in name.split("+") for needed in _entry(part).needs}
+
+
 def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
-    "trie+suffix" is a mixture of two or more drafters (mixture.py), each with those of the settings
-    that it has. All must run on the host or all on the device; "none", early_exit and drawn_model
-    cannot be combined. Raises ValueError for other combinations, for unknown names and arguments,
-    listing the known ones, and for a draft model without `model=`.
+    Numbers may be text, as on a command line. "trie+suffix" is a mixture of two or more drafters
+    (mixture.py), each with those of the settings that it has. All must run on the host or all on
+    the device; "none", early_exit and drawn_model cannot be combined. Raises ValueError for other
+    combinations, for unknown names and arguments, listing the known ones, and for a drafter without
+    what it needs, such as `model=`.
     """
-    kinds = [(part, _kind(part)) for part in name.split("+")]
+    # Imported on demand: the trie compiles its code at import.
+    kinds = [(part, _kind(_entry(part))) for part in name.split("+")]
     known = dict.fromkeys(p for _, kind in kinds for p in inspect.signature(kind).parameters)
     for argument in arguments:
         if argument not in known:
             listed = f"known: {', '.join(known)}" if known else "it takes none"
             raise ValueError(f"drafter {name}: unknown argument {argument!r}; {listed}")
-    if "model" in known and "model" not in arguments:
-        raise ValueError(
-            f"drafter {name} needs a smaller model with the same tokenizer: give "
-            f"make_drafter({name!r}, model=lk.load(DIR)) (--draft-model DIR)"
-        )
+    for part, _ in kinds:
+        for needed in DRAFTERS[part].needs:
+            if needed not in arguments:
+                raise ValueError(f"drafter {part} needs {_NEEDED[needed].format(name=part)}")
     drafters = [_made(part, kind, arguments) for part, kind in kinds]
     return drafters[0] if len(drafters) == 1 else _mixture(name, drafters)
 
 
-def _kind(name: str) -> Any:
-    """The class of the drafter `name`."""
+def _entry(name: str) -> Entry:
     if name not in DRAFTERS:
         raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}, {COMBINED}")
-    module, _, kind = DRAFTERS[name].path.rpartition(".")
-    # Imported on demand: the trie compiles its code at import.
+    return DRAFTERS[name]
+
+
+def _kind(entry: Entry) -> Any:
+    """The class of a drafter."""
+    module, _, kind = entry.path.rpartition(".")
     return getattr(import_module(f"lookahead_jax.{module}"), kind)
 
 
@@ -105,9 +146,24 @@ def _made(name: str, kind: Any, arguments: dict[str, Any]) -> Any:
     """A drafter with those of the arguments that it knows."""
     known = inspect.signature(kind).parameters
     try:
-        return kind(**{key: value for key, value in arguments.items() if key in known})
+        return kind(**{
+            key: _parsed(key, value, known[key].annotation)
+            for key, value in arguments.items()
+            if key in known
+        })  # fmt: skip
     except (TypeError, ValueError) as error:
         raise ValueError(f"drafter {name}: {error}") from error
+
+
+def _parsed(name: str, value: Any, kind: Any) -> Any:
+    """The value of an argument; of a text, the number if the argument is one."""
+    if not isinstance(value, str) or kind not in (int, float):
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        wanted = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}={value} is not {wanted}") from None
 
 
 def _mixture(name: str, drafters: list[Any]) -> Any:
