@@ -81,7 +81,7 @@ class _Session:
         source = config.source
         if source.model is None:
             source = replace(source, model=Path(DEFAULT_MODEL))
-        self._config = config
+        self._config, self._source = config, source
         self._eviction = config.eviction.resolve(source)
         self._small = config.drafting.load(source.dtype, self._eviction.policy)
         self._model = source.load()
@@ -139,7 +139,8 @@ class _Session:
                 eos_ids=end_ids(model, end_tokens(model, config.eos)),
             ),
             draft=DraftSettings(
-                drafter=config.drafting.make(self._small), nodes=config.drafting.draft_nodes
+                drafter=config.drafting.make(self._small, self._source),
+                nodes=config.drafting.draft_nodes,
             ),
             messages=self._first("")[:-1],
             pin=pin if pins.pin or pins.pin_system else None,

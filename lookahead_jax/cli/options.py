@@ -33,7 +33,7 @@ OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
 CacheDtype = Annotated[Literal["int8"] | None, option("TYPE")]
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
-_READS_MODEL = ("draft_model", "drawn_model")  # drafters
+_READS_MODEL = ("draft_model", "drawn_model", "other_vocabulary")  # drafters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,13 @@ class ModelOptions:
         with activity(f"loading {self.model or 'the embedded model'}"):
             folder = self.model or lk.EMBEDDED_MODEL
             return lk.load(folder, dtype=self.dtype, weights=self.weights)
+
+    def tokenizer(self):
+        """The tokenizer of the model these options name, or None; no weights are read."""
+        import lookahead_jax as lk
+        from lookahead_jax.checkpoints.load import locate, open_checkpoint
+
+        return open_checkpoint(locate(self.model or lk.EMBEDDED_MODEL)).tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,8 +236,9 @@ class DraftingOptions:
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
-    """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
-    drawn_model, and for the policy speckv of generate and inspect."""
+    """Folder of a smaller checkpoint, or `embedded` for the embedded model: with the same tokens for
+    the drafters draft_model and drawn_model, and for the policy speckv of generate and inspect;
+    with any tokenizer for the drafter other_vocabulary."""
 
     def load(self, dtype: str | None, policy: Any = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
@@ -247,14 +255,20 @@ class DraftingOptions:
         if not users and self.draft_model is not None:
             reader = "" if policy is None else ", or --policy speckv"
             raise UsageError(
-                f"--draft-model needs --drafter draft_model or --drafter drawn_model{reader}"
+                "--draft-model needs --drafter draft_model, --drafter drawn_model or --drafter "
+                f"other_vocabulary{reader}"
             )
-        return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)
+        if self.draft_model is None:
+            return None
+        embedded = self.draft_model == Path("embedded") and not self.draft_model.exists()
+        return lk.load(lk.EMBEDDED_MODEL if embedded else self.draft_model, dtype=dtype)
 
-    def make(self, small):
-        """The drafter these options name; `small` is the model that `load` returned."""
+    def make(self, small, source: ModelOptions):
+        """The drafter for the model of `source`; `small` is the model that `load` returned."""
         from lookahead_jax.drafters.registry import make_drafter
 
+        if self.drafter == "other_vocabulary":
+            return make_drafter(self.drafter, model=small, tokenizer=source.tokenizer())
         if self.drafter in _READS_MODEL:
             return make_drafter(self.drafter, model=small)
         return make_drafter(self.drafter)
@@ -291,7 +305,7 @@ class RunOptions:
         self.input.check()
         eviction = self.eviction.resolve(self.source, with_drafts=True)
         small = self.drafting.load(self.source.dtype, eviction.policy)
-        drafter = self.drafting.make(small)
+        drafter = self.drafting.make(small, self.source)
         model = self.source.load()
         return Run(self, eviction, small, drafter, model, self.input.read(model))
 

@@ -95,7 +95,8 @@ def main(config: Serve) -> None:
             replace(config.eviction, policy=name, policy_arg=()).resolve(config.source)
             for name in config.request_policy
         ]
-        drafter = config.drafting.make(config.drafting.load(config.source.dtype))
+        small = config.drafting.load(config.source.dtype)
+        drafter = config.drafting.make(small, config.source)
         model = config.source.load()
         engine = lk.Engine(
             model,

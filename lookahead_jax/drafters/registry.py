@@ -47,6 +47,10 @@ DRAFTERS = {
         "Continuations sampled from a smaller model with the same tokenizer; accepts more of them "
         "when sampling, but emits other tokens than plain decoding would.",
     ),
+    "other_vocabulary": Entry(
+        "drafters.other_vocabulary.OtherVocabulary",
+        "The likeliest continuation by a smaller model with another tokenizer (OmniDraft).",
+    ),
 }
 
 COMBINED = "trie+suffix, prompt_lookup+recycling"  # examples, see `make_drafter`
@@ -78,10 +82,14 @@ def make_drafter(name: str, **arguments: Any) -> Any:
         if argument not in parameters:
             known = f"known: {', '.join(parameters)}" if parameters else "it takes none"
             raise ValueError(f"drafter {name}: unknown argument {argument!r}; {known}")
-    if "model" in parameters and "model" not in arguments:
+    if missing := {"model", "tokenizer"} & parameters.keys() - arguments.keys():
+        same = "tokenizer" not in parameters
+        needs = "with the same tokenizer" if same else "and the target's tokenizer"
+        given = "" if same else ", tokenizer=target.tokenizer"
         raise ValueError(
-            f"drafter {name} needs a smaller model with the same tokenizer: give "
-            f"make_drafter({name!r}, model=lk.load(DIR)) (--draft-model DIR)"
+            f"drafter {name} needs a smaller model {needs}, and got no "
+            f"{' and no '.join(sorted(missing))}: give make_drafter({name!r}, model=lk.load(DIR)"
+            f"{given}) (--draft-model DIR)"
         )
     try:
         return make(**arguments)

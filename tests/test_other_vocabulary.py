@@ -1,0 +1,229 @@
+"""The drafter with another tokenizer, against restatements in plain Python."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
+from lookahead_jax.drafters._draft_text import DraftText
+from lookahead_jax.drafters._vocabulary_map import LONGEST, VocabularyMap
+from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.model.decoder import Block, embed, forward, logits
+from tests import tiny
+from tests.drafted import NO_DEFAULTS
+
+LEVEL = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+BYTES = sorted(LEVEL.alphabet())
+
+
+def byte_pair(*merged: str, ids=BYTES, special=()) -> Tokenizer:
+    """A byte-level tokenizer of `ids`, in this order, that also has these words and characters."""
+    merges = []
+    vocabulary = list(ids)
+    for text in merged:
+        pieces = "".join(piece for piece, _ in LEVEL.pre_tokenize_str(text))
+        for end in range(2, len(pieces) + 1):
+            if pieces[:end] not in vocabulary:
+                vocabulary.append(pieces[:end])
+                merges.append((pieces[: end - 1], pieces[end - 1]))
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={v: i for i, v in enumerate(vocabulary)}, merges=merges)
+    )
+    backend.pre_tokenizer = LEVEL
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return Tokenizer(backend=backend, special_tokens={}, chat_templates={})
+
+
+TEXT = (
+    "def total(values):\n    return sum(values)  # Größe in €, 中文 🙂🙂\n"
+    "print(total([123, 4567]))\n"
+)
+# Few tokens in common; the euro sign is two tokens of the one and one of the other.
+DRAFT = byte_pair("return", " va", "lues", "Gr", "€", "1234", "中", " su", special=["<end>"])
+TARGET = byte_pair(" return", " values", "def", "pr", "öß", "中文", "12", "🙂", special=["<end>"])
+
+
+def vocabularies(capacity: int = 100) -> VocabularyMap:
+    return VocabularyMap(DRAFT, TARGET, DRAFT.vocab_size, capacity=capacity)
+
+
+def test_a_text_comes_back_when_its_draft_tokens_are_translated():
+    """Each split of the text, inside characters too: what is said to begin is what is missing."""
+    mapped, ids = vocabularies(), DRAFT.encode(TEXT)
+    data, ends = TEXT.encode(), list(itertools.accumulate(len(mapped.texts[i]) for i in ids))
+    for at, begun in itertools.product(range(len(ids)), range(3)):
+        begin = (ends[at - 1] if at else 0) + begun
+        if begin > ends[at]:
+            continue
+        spelled = b"".join(mapped.target_texts[t] for t in mapped.translate(ids[at:], begun))
+        # What begins inside a character is no text: it ends where no token has just these bytes.
+        assert data[begin:].startswith(spelled)
+        assert spelled == data[begin:] or 0x80 <= data[begin + len(spelled)] < 0xC0
+
+
+def test_tokens_of_equal_text_map_directly():
+    mapped = vocabularies()
+    of_text = {TARGET.token_bytes(i): i for i in range(TARGET.vocab_size)}
+    for token in range(DRAFT.vocab_size):
+        assert mapped.direct[token] == of_text.get(DRAFT.token_bytes(token), -1)
+    end, hidden = DRAFT.token_id("<end>"), DRAFT.token_id("return")
+    assert mapped.translate([end]) == [TARGET.token_id("<end>")]
+    assert mapped.translate([hidden]) == TARGET.encode("return")
+    euro = DRAFT.encode("€")
+    assert len(euro) == 1
+    assert mapped.translate(DRAFT.encode("🙂")) == [TARGET.token_id("ðŁĻĤ")]
+    assert mapped.translate(DRAFT.encode("🙂")[:-1]) == []
+
+
+def runs(draft: list[int], target: list[int]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """All pairs of token sequences of equal text between common boundaries, the shortest ones."""
+
+    def cuts(tokenizer, ids):
+        return [0, *itertools.accumulate(len(tokenizer.token_bytes(i)) for i in ids)]
+
+    a, b = cuts(DRAFT, draft), cuts(TARGET, target)
+    common = sorted(set(a) & set(b))
+    return {
+        (
+            tuple(draft[a.index(begin) : a.index(end)]),
+            tuple(target[b.index(begin) : b.index(end)]),
+        )
+        for begin, end in itertools.pairwise(common)
+    }
+
+
+def test_ngrams_are_learned_where_the_tokenizers_differ():
+    """Token by token: what was learned and the draft tokens are those of the whole text."""
+    mapped, target = vocabularies(), TARGET.encode(TEXT)
+    text = DraftText(DRAFT, mapped)
+    for end, token in enumerate(target, 1):
+        text.append([token])
+        text.read()
+        read = b"".join(TARGET.token_bytes(i) for i in target[:end])
+        whole = read.decode(errors="ignore")
+        assert text.ids == DRAFT.encode(whole)
+        assert whole.encode() + text.unread == read
+    *settled, _ = text.ids
+    settled_bytes = sum(len(DRAFT.token_bytes(i)) for i in settled)
+    expected = {
+        (d, t) for d, t in runs(text.ids, target)
+        if len(d) <= LONGEST and not (len(d) == 1 and t == (mapped.direct[d[0]],))
+    }  # fmt: skip
+    learned = dict(mapped._ngrams)
+    assert expected and len(settled_bytes * "x") < len(TEXT.encode())
+    for draft, spelled in expected:
+        assert learned.get(draft) == spelled or mapped.translate(draft) == list(spelled)
+    assert mapped.translate(settled) == target[: len(mapped.translate(settled))]
+    assert len(mapped.translate(settled)) >= len(target) - 2
+    assert vocabularies().translate(settled) != mapped.translate(settled)  # it had to learn
+
+
+def test_the_ngram_seen_least_recently_is_dropped():
+    mapped = vocabularies(capacity=2)
+    for draft in ((5, 6), (6, 7), (5, 6), (7, 8), (1,) * (LONGEST + 1)):
+        mapped.learn(draft, (300,))
+    assert len(mapped) == 2
+    assert mapped.translate([5, 6, 7, 8]) == [300, 300]
+    assert mapped.translate([6, 7]) == [6, 7]
+    mapped.learn((5,), (301,))  # seen to be spelled otherwise, then as usual
+    assert mapped.translate([5]) == [301]
+    mapped.learn((5,), (5,))
+    assert mapped.translate([5]) == [5]
+
+
+def model_of(tokenizer: Tokenizer, seed: int = 0, **overrides) -> Model:
+    config = tiny.config(vocab_size=tokenizer.vocab_size, num_hidden_layers=1, **overrides)
+    return Model(
+        params=tiny.params(config, seed), config=config, tokenizer=tokenizer,
+        generation=NO_DEFAULTS, path=Path("draft"),
+    )  # fmt: skip
+
+
+MODEL = model_of(DRAFT)
+
+
+def likeliest(ids: list[int], begun: bytes, steps: int) -> list[int]:
+    """Greedy continuation without a cache; its first token begins with some bytes."""
+    size, chain = len(ids) + steps, []
+    while len(chain) < steps:
+        row = np.full((1, size), -1, np.int32)
+        row[0, : len(ids)] = ids
+        positions = jnp.where(jnp.asarray(row) >= 0, jnp.arange(size, dtype=jnp.int32)[None], -1)
+        x = embed(MODEL.params, jnp.asarray(row), config=MODEL.config)
+        out = forward(
+            MODEL.params, Block(x, positions, jnp.full(1, size, jnp.int32)), None,
+            config=MODEL.config,
+        )  # fmt: skip
+        scores = np.asarray(logits(MODEL.params, out.hidden, config=MODEL.config))[0, len(ids) - 1]
+        if begun:
+            mine = [DRAFT.token_bytes(i) or b"" for i in range(DRAFT.vocab_size)]
+            shared = {TARGET.token_bytes(i) for i in range(TARGET.vocab_size)}
+            allowed = [t == begun or (t.startswith(begun) and t not in shared) for t in mine]
+            scores, begun = np.where(allowed, scores, -np.inf), b""
+        chain.append(int(scores.argmax()))
+        ids = [*ids, chain[-1]]
+    return chain
+
+
+def test_proposals_are_those_of_a_new_drafter_and_of_no_cache():
+    """After any accepted part of a draft, and where the text ends inside tokens and characters."""
+    made = dict(model=MODEL, tokenizer=TARGET, tokens=4, least=1e-30, window=300)
+    drafter, target = make_drafter("other_vocabulary", **made), TARGET.encode(TEXT * 3)
+    fresh = make_drafter("other_vocabulary", **made)
+    drafter.begin(0, target[:7])
+    at, drafted = 7, 0
+    for size in [1, 1, 2, 1, 3, 1, 1, 40, 2, 1, 1, 5] * 2:
+        drafter.observe(0, target[at : at + size])
+        at += size
+        fresh.begin(at, target[:at])
+        draft = drafter.propose(0, 16, 16)
+        text, new = drafter._requests[0].text, fresh._requests[at].text
+        assert text.ids == new.ids
+        ids, begun = drafter._opening(text)
+        chain = likeliest(ids, begun, 4)
+        assert draft.tokens.tolist() == drafter._map.translate(chain, len(begun))
+        assert draft.parents.tolist() == list(range(-1, len(draft.tokens) - 1))
+        assert fresh.propose(at, 16, 16).tokens.tolist() == fresh._map.translate(chain, len(begun))
+        fresh.end(at)
+        drafted += len(draft.tokens)
+        if len(draft.tokens):  # a draft of which something else was accepted than the text says
+            drafter.propose(0, 2, 1)
+    assert drafted > 20
+    drafter.end(0)
+    with pytest.raises(ValueError, match="has not begun"):
+        drafter.propose(0, 4, 4)
+
+
+def test_a_text_beyond_the_window_goes_on_with_its_end():
+    drafter = make_drafter("other_vocabulary", model=MODEL, tokenizer=TARGET, tokens=4, window=140)
+    target = TARGET.encode(TEXT * 4)
+    drafter.begin(0, target)
+    state = drafter._requests[0]
+    for _ in range(3):
+        ids, _ = drafter._opening(state.text)
+        drafter.propose(0, 4, 4)
+        seen = ids[state.first :]
+        assert 70 <= len(seen) <= 140 - 4
+        assert state.cached[: len(seen)] == seen
+        assert np.asarray(state.cache.next_pos)[0] <= 140
+        drafter.observe(0, target[:30])
+
+
+def test_what_it_needs_is_named():
+    with pytest.raises(ValueError, match=r"and the target's tokenizer, and got no tokenizer: give"):
+        make_drafter("other_vocabulary", model=MODEL)
+    with pytest.raises(ValueError, match=r"the draft model draft has no tokenizer.json"):
+        without = dataclasses.replace(MODEL, tokenizer=None)
+        make_drafter("other_vocabulary", model=without, tokenizer=TARGET)
+    with pytest.raises(ValueError, match="the target has no tokenizer.json.*draft_model"):
+        make_drafter("other_vocabulary", model=MODEL, tokenizer=None)
+    for wrong in ({"tokens": 0}, {"least": 0.0}, {"window": 100}, {"capacity": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            make_drafter("other_vocabulary", model=MODEL, tokenizer=TARGET, **wrong)
