@@ -34,6 +34,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -136,9 +137,16 @@ class Runner:
         self._ready: set[tuple[Any, int | None]] = set()
 
     def run(
-        self, prompt: list[int], drafter: Any = None, nodes: int | lk.Controller | None = 1
+        self,
+        prompt: list[int],
+        drafter: Any = None,
+        nodes: int | lk.Controller | None = 1,
+        make: Callable[[], Any] | None = None,
     ) -> Run:
-        """Decodes a prompt; programs that are new are compiled before."""
+        """Decodes a prompt; programs that are new are compiled before.
+
+        `make` makes a drafter like this one that has learned nothing, if its class alone cannot.
+        """
         drafter = NoDrafter() if drafter is None else drafter
         fixed = nodes if isinstance(nodes, int) else None
         buckets = nodes.buckets if isinstance(nodes, lk.Controller) else NODE_BUCKETS
@@ -146,7 +154,7 @@ class Runner:
             key = (drafter if isinstance(drafter, NoDrafter) else type(drafter), each)
             if key not in self._ready:
                 self._ready.add(key)
-                fresh = drafter if dataclasses.is_dataclass(drafter) else type(drafter)()
+                fresh = drafter if dataclasses.is_dataclass(drafter) else (make or type(drafter))()
                 lk.generate(self.model, [prompt], drafter=fresh, draft_nodes=each, **self._settings)
         out = lk.generate(
             self.model, [prompt], drafter=drafter, draft_nodes=nodes, **self._settings

@@ -26,7 +26,8 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,10 +36,16 @@ from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 from drafting import Run, Runner, Star, peer_side
 
 import lookahead_jax as lk
+from lookahead_jax.drafters.registry import DRAFTERS as KNOWN
 from lookahead_jax.drafters.registry import make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+READ = {  # arguments of the drafters that need some
+    "draft_model": ("model",),
+    "drawn_model": ("model",),
+    "other_vocabulary": ("model", "tokenizer"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,10 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
-    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters", tuple(KNOWN))] = DRAFTERS
+    draft_model: Annotated[
+        str | None, Help("draft model, for the drafters that need one; embedded, or as for --model")
+    ] = None
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
@@ -81,12 +91,29 @@ def step_costs(runner: Runner, prompt: list[int], nodes: int) -> dict[str, float
     return {str(count): round(s / medians[1], 3) for count, s in medians.items()}
 
 
+def makers(options: Options, model: lk.Model) -> dict[str, Callable[[], Any]]:
+    """Name -> makes the drafter, which has learned nothing."""
+    given: dict[str, Any] = {}
+    if options.draft_model is not None:
+        name = lk.EMBEDDED_MODEL if options.draft_model == "embedded" else options.draft_model
+        given = {"model": lk.load(name, dtype="float32"), "tokenizer": model.tokenizer}
+    return {
+        name: partial(
+            make_drafter, name, **{key: given[key] for key in READ.get(name, ()) if given}
+        )
+        for name in options.drafters
+    }
+
+
 def of_kind(
-    runner: Runner, options: Options, prompts: list[list[int]]
+    runner: Runner,
+    options: Options,
+    prompts: list[list[int]],
+    make: dict[str, Callable[[], Any]],
 ) -> Iterator[tuple[str, str, list[Run], list[float], list[bool]]]:
     """(drafter, "fixed" or "chosen", drafted runs, plain seconds, whether the tokens are equal)."""
     ways = [(name, how) for name in options.drafters for how in ("fixed", "chosen")]
-    drafters = {way: make_drafter(way[0]) for way in ways}
+    drafters = {way: make[way[0]]() for way in ways}
     controllers = {way: lk.Controller((1, options.nodes, 2 * options.nodes)) for way in ways}
     drafted: dict[tuple[str, str], list[Run]] = {way: [] for way in ways}
     seconds, tokens = [], []
@@ -94,7 +121,7 @@ def of_kind(
         before = runner.run(prompt)
         for way in ways:
             nodes = options.nodes if way[1] == "fixed" else controllers[way]
-            drafted[way].append(runner.run(prompt, drafters[way], nodes))
+            drafted[way].append(runner.run(prompt, drafters[way], nodes, make[way[0]]))
         after = runner.run(prompt)
         seconds.append((before.seconds + after.seconds) / 2)
         tokens.append(before.tokens)
@@ -143,6 +170,7 @@ def main() -> None:
     sampling = lk.Sampling(temperature=options.temperature)
     runner = Runner(model, options.new_tokens, sampling)
     prompts = read_prompts(options, model.tokenizer)
+    make = makers(options, model)
     first = next(iter(prompts.values()))[0]
     report: dict[str, Any] = ran_on() | {
         "processor": machine(),
@@ -156,7 +184,7 @@ def main() -> None:
     for kind, rows in prompts.items():
         of: dict[str, Any] = {"prompts": len(rows), "prompt_tokens": [len(row) for row in rows]}
         report["kinds"][kind] = of
-        for name, how, runs, plain, same in of_kind(runner, options, rows):
+        for name, how, runs, plain, same in of_kind(runner, options, rows, make):
             of["plain_tokens_per_s"] = round(
                 sum(len(run.tokens) - 1 for run in runs) / sum(plain), 1
             )

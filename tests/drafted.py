@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
 from lookahead_jax.decoding.drafted import Drafting
@@ -308,6 +309,22 @@ def draft_model(name="draft_model", **options):
             path=Path(),
         ),
         **options,
+    )  # fmt: skip
+
+
+def other_vocabulary():
+    """A model that drafts for itself with other token ids; each token is one byte."""
+    model, order = tiny.config(), np.random.default_rng(0).permutation(97)
+    params = tiny.params(model)
+    theirs = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:97]
+    return make_drafter(
+        "other_vocabulary",
+        model=Model(
+            params={**params, "embed": params["embed"][order]}, config=model,
+            tokenizer=tiny.byte_pair([theirs[i] for i in order]), generation=NO_DEFAULTS,
+            path=Path(),
+        ),
+        tokenizer=tiny.byte_pair(theirs),
     )  # fmt: skip
 
 

@@ -104,9 +104,7 @@ class VocabularyMap:
                 return size, found
         return 0, ()
 
-    def _spelled(
-        self, drafted: Sequence[int], at: int, skip: int
-    ) -> tuple[int, tuple[int, ...]]:
+    def _spelled(self, drafted: Sequence[int], at: int, skip: int) -> tuple[int, tuple[int, ...]]:
         """As `_known`, for the fewest tokens that do not end inside a character."""
         if drafted[at] in self._special:
             mapped = int(self.direct[drafted[at]])
