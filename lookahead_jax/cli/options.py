@@ -236,9 +236,9 @@ class DraftingOptions:
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
-    """Folder of a smaller checkpoint, or `embedded` for the embedded model. It needs the same tokens
-    for the drafters draft_model and drawn_model, and for the policy speckv of generate and inspect,
-    and may have any tokenizer for the drafter other_vocabulary."""
+    """Folder of a smaller checkpoint, or `embedded` for the embedded model. For the drafters
+    draft_model and drawn_model, and for the policy speckv of generate and inspect, it needs the
+    same tokens; for the drafter other_vocabulary any tokenizer will do."""
 
     def load(self, dtype: str | None, policy: Any = None):
         """The smaller model, or None; UsageError if it is missing or has no use.

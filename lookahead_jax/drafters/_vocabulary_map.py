@@ -111,24 +111,36 @@ class VocabularyMap:
             return (1, (mapped,)) if mapped >= 0 else (0, ())
         text = b""
         for size, token in enumerate(drafted[at : at + _BYTES_OF_A_CHARACTER], 1):
-            if token in self._special or not self.texts[token]:
+            if token in self._special:
                 break
             text += self.texts[token]
             if len(text) == skip:
                 return size, ()
             if found := self._spell(text[skip:]):
                 return size, found
-        return 0, ()
+        found = self._spelling_of_bytes(self.texts[drafted[at]][skip:])
+        return (1 if found else 0), found
 
     def _spelling(self, text: bytes) -> tuple[int, ...]:
         """Target tokens that spell a text; none if it is not whole characters."""
-        token = self._of_text.get(text)
-        if token is not None:
-            return (token,)
         try:
-            return tuple(self._target.encode_behind(text.decode()))
+            whole = text.decode()
         except UnicodeDecodeError:
             return ()
+        token = self._of_text.get(text)
+        return tuple(self._target.encode_behind(whole)) if token is None else (token,)
+
+    def _spelling_of_bytes(self, text: bytes) -> tuple[int, ...]:
+        """Target tokens that spell any bytes, the longest first; none if there are no such."""
+        tokens = list[int]()
+        while text:
+            sizes = range(min(len(text), _BYTES_OF_A_CHARACTER), 0, -1)
+            size = next((n for n in sizes if text[:n] in self._of_text), 0)
+            if not size:
+                return ()
+            tokens.append(self._of_text[text[:size]])
+            text = text[size:]
+        return tuple(tokens)
 
 
 def align(draft: Sequence[Piece], target: Sequence[Piece]) -> Iterator[tuple[tuple[int, ...], ...]]:
