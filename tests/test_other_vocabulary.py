@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,53 +118,61 @@ def model_of(tokenizer: Tokenizer, seed: int = 0, **overrides) -> Model:
 MODEL = model_of(DRAFT)
 
 
-def likeliest(ids: list[int], begun: bytes, steps: int) -> list[int]:
-    """Greedy continuation without a cache; its first token begins with some bytes."""
-    size, chain = len(ids) + steps, []
-    while len(chain) < steps:
-        row = np.full((1, size), -1, np.int32)
-        row[0, : len(ids)] = ids
-        positions = jnp.where(jnp.asarray(row) >= 0, jnp.arange(size, dtype=jnp.int32)[None], -1)
-        x = embed(MODEL.params, jnp.asarray(row), config=MODEL.config)
-        out = forward(
-            MODEL.params, Block(x, positions, jnp.full(1, size, jnp.int32)), None,
-            config=MODEL.config,
-        )  # fmt: skip
-        scores = np.asarray(logits(MODEL.params, out.hidden, config=MODEL.config))[0, len(ids) - 1]
-        if begun:
-            mine = [DRAFT.token_bytes(i) or b"" for i in range(DRAFT.vocab_size)]
-            shared = {TARGET.token_bytes(i) for i in range(TARGET.vocab_size)}
-            allowed = [t == begun or (t.startswith(begun) and t not in shared) for t in mine]
-            scores, begun = np.where(allowed, scores, -np.inf), b""
+SIZE = 512  # of the texts below
+
+
+@jax.jit
+def scores_after(ids: jax.Array, size: jax.Array) -> jax.Array:
+    """The logits behind the first `size` of the ids [SIZE], without a cache."""
+    at = jnp.arange(SIZE, dtype=jnp.int32)
+    positions = jnp.where(at < size, at, -1)[None]
+    x = embed(MODEL.params, ids[None], config=MODEL.config)
+    block = Block(x, positions, jnp.full(1, SIZE, jnp.int32))
+    hidden = forward(MODEL.params, block, None, config=MODEL.config).hidden[:, size - 1][:, None]
+    return logits(MODEL.params, hidden, config=MODEL.config)[0, 0]
+
+
+def expected(drafter, request, steps: int) -> list[int]:
+    """The greedy continuation of what it has read, in target tokens."""
+    ids, begun = drafter._opening(drafter._requests[request].text)
+    texts = [DRAFT.token_bytes(i) for i in range(DRAFT.vocab_size)]
+    shared = {TARGET.token_bytes(i) for i in range(TARGET.vocab_size)}
+    chain = []
+    for _ in range(steps):
+        padded = np.zeros(SIZE, np.int32)
+        padded[: len(ids) + len(chain)] = ids + chain
+        scores = np.asarray(scores_after(jnp.asarray(padded), jnp.int32(len(ids) + len(chain))))
+        if begun and not chain:
+            allowed = [t == begun or (t.startswith(begun) and t not in shared) for t in texts]
+            scores = np.where(allowed, scores, -np.inf)
         chain.append(int(scores.argmax()))
-        ids = [*ids, chain[-1]]
-    return chain
+    return drafter._map.translate(chain, len(begun))
 
 
-def test_proposals_are_those_of_a_new_drafter_and_of_no_cache():
-    """After any accepted part of a draft, and where the text ends inside tokens and characters."""
-    made = dict(model=MODEL, tokenizer=TARGET, tokens=4, least=1e-30, window=300)
-    drafter, target = make_drafter("other_vocabulary", **made), TARGET.encode(TEXT * 3)
+def test_proposals_are_the_greedy_continuation_whatever_was_accepted():
+    """Of one drafter that goes back again and again, and of new ones that read the text at once."""
+    made = dict(model=MODEL, tokenizer=TARGET, tokens=4, least=1e-30, window=SIZE)
+    drafter, rest = make_drafter("other_vocabulary", **made), iter(TARGET.encode(TEXT * 4))
     fresh = make_drafter("other_vocabulary", **made)
-    drafter.begin(0, target[:7])
-    at, drafted = 7, 0
-    for size in [1, 1, 2, 1, 3, 1, 1, 40, 2, 1, 1, 5] * 2:
-        drafter.observe(0, target[at : at + size])
-        at += size
-        fresh.begin(at, target[:at])
+    text = list(itertools.islice(rest, 7))
+    drafter.begin(0, text)
+    lagging = kept = 0
+    for turn, size in enumerate([1, 1, 2, 1, 3, 1, 40, 1, 2, 1, 1, 5] * 2):
         draft = drafter.propose(0, 16, 16)
-        text, new = drafter._requests[0].text, fresh._requests[at].text
-        assert text.ids == new.ids
-        ids, begun = drafter._opening(text)
-        chain = likeliest(ids, begun, 4)
-        assert draft.tokens.tolist() == drafter._map.translate(chain, len(begun))
+        assert draft.tokens.tolist() == expected(drafter, 0, 4)
         assert draft.parents.tolist() == list(range(-1, len(draft.tokens) - 1))
-        assert fresh.propose(at, 16, 16).tokens.tolist() == fresh._map.translate(chain, len(begun))
-        fresh.end(at)
-        drafted += len(draft.tokens)
-        if len(draft.tokens):  # a draft of which something else was accepted than the text says
-            drafter.propose(0, 2, 1)
-    assert drafted > 20
+        fresh.begin(turn, text)
+        assert fresh.propose(turn, 16, 16).tokens.tolist() == expected(fresh, turn, 4)
+        fresh.end(turn)
+        ids, begun = drafter._opening(drafter._requests[0].text)
+        lagging += bool(begun)
+        accepted = draft.tokens.tolist()[: size % 4] if turn % 3 else []
+        kept += len(accepted)
+        new = [*accepted, *itertools.islice(rest, size)]
+        drafter.observe(0, new)
+        text += new
+    assert lagging > 3
+    assert kept > 5
     drafter.end(0)
     with pytest.raises(ValueError, match="has not begun"):
         drafter.propose(0, 4, 4)
