@@ -14,6 +14,8 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.prefilling.prefill import extend
 
+_CHUNK = 64  # rows per step of reading, computed in full, for texts of any length
+
 
 @struct.dataclass
 class FirstTokens:
@@ -44,7 +46,7 @@ def read(
     *, config: ModelConfig,
 ) -> KVCache:  # fmt: skip
     """The cache of the first `keep` tokens and of `tokens`, padded with -1, behind them."""
-    return extend(params, tokens, rewound(cache, keep), config=config)[0]
+    return extend(params, tokens, rewound(cache, keep), config=config, chunk=_CHUNK)[0]
 
 
 @program(static_argnames=("config", "steps"), donate_argnames=("cache",))
