@@ -260,8 +260,7 @@ def test_a_draft_model_with_other_tokens_drafts_for_itself(policy, ended, poison
     """The target with its ids in another order; some of its tokens are no text."""
     state, _ = run(other_vocabulary(), policy, 8, 8, ended, poison)
     lengths = np.asarray(state.lengths).sum(0)
-    print(lengths[:9], np.asarray(state.lengths)[:, :9])
-    assert (lengths @ np.arange(1, lengths.size + 1)) / lengths.sum() > 1.5
+    assert (lengths @ np.arange(1, lengths.size + 1)) / lengths.sum() > 2
 
 
 def test_a_draft_model_must_be_where_the_target_is():

@@ -189,8 +189,8 @@ def test_a_text_beyond_the_window_goes_on_with_its_end():
     drafter.begin(0, target)
     state = drafter._requests[0]
     for _ in range(3):
-        ids, _ = drafter._opening(state.text)
         drafter.propose(0, 4, 4)
+        ids, _ = drafter._opening(state.text)
         seen = ids[state.first :]
         assert SIZE // 2 <= len(seen) <= SIZE - 4
         assert state.cached[: len(seen)] == seen

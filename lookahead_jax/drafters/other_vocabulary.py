@@ -78,7 +78,8 @@ class OtherVocabulary:
                 f"draft model have as many positions; got {window}"
             )
         self._model, self._draft = model, model.tokenizer
-        self._tokens, self._least, self._window = tokens, least, window
+        self._tokens, self._window = tokens, window
+        self._least = jnp.float32(least)
         self._lead = self._draft.encode("")  # what begins every text, such as <s>
         self._map = VocabularyMap(
             self._draft, tokenizer, model.config.vocab_size, capacity=capacity
@@ -128,10 +129,12 @@ class OtherVocabulary:
             new = self._catch_up(state, ids)
             block = np.full((1, _BLOCK), -1, np.int32)
             block[0, : len(new)] = new
-            keep = np.array([len(state.cached)], np.int32)
-            first = FirstTokens(self._rank, self._shared, np.int32(low), np.int32(high))
+            keep, block, low, high = jax.device_put(
+                (np.array([len(state.cached)], np.int32), block, np.int32(low), np.int32(high))
+            )
             state.cache, drafted = draft_chain(
-                self._model.params, state.cache, keep, block, first, np.float32(self._least),
+                self._model.params, state.cache, keep, block,
+                FirstTokens(self._rank, self._shared, low, high), self._least,
                 config=self._model.config, steps=self._tokens,
             )  # fmt: skip
             chain = [token for token in np.asarray(drafted[0]).tolist() if token >= 0]
@@ -175,7 +178,7 @@ class OtherVocabulary:
             tokens = np.full((1, self._window), -1, np.int32)
             tokens[0, : len(old)] = old
             state.cache = read(
-                self._model.params, state.cache, np.array([keep], np.int32), tokens,
+                self._model.params, state.cache, *jax.device_put((np.array([keep], np.int32), tokens)),
                 config=self._model.config,
             )  # fmt: skip
             keep += len(old)
