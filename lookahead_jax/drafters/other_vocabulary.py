@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from lookahead_jax.drafters._vocabulary_map import VocabularyMap
 from lookahead_jax.drafters.open_requests import OpenRequests
 from lookahead_jax.model.cache import KVCache, empty_cache
 
-_BLOCK = 16  # new draft tokens that are read in the program that drafts
+_BLOCK = 8  # new draft tokens that are read in the program that drafts
 _SMALLEST_WINDOW = 128  # many times what is encoded again as a text grows
 
 
@@ -85,6 +86,9 @@ class OtherVocabulary:
             self._draft, tokenizer, model.config.vocab_size, capacity=capacity
         )
         self._rank, self._shared = jnp.asarray(self._map.rank), jnp.asarray(self._map.direct >= 0)
+        place = model.params["embed"].sharding
+        whole = NamedSharding(place.mesh, PartitionSpec()) if hasattr(place, "mesh") else place
+        self._place = whole
         self._requests = OpenRequests[_Request]()
         self._lock = threading.Lock()
         self._compiled = False
@@ -101,8 +105,9 @@ class OtherVocabulary:
             span = jnp.full(1, self._window, jnp.int32)
             dtype = self._model.params["embed"].dtype
             cache = empty_cache(self._model.config, 1, self._window, dtype, span)
-            state = _Request(text, cache)
-            self._catch_up(state, text.ids)
+            # On the devices of the weights from the start: else programs are compiled twice.
+            state = _Request(text, jax.device_put(cache, self._place))
+            self._catch_up(state, text.ids, most=1)
             jax.block_until_ready(state.cache)  # else the first step would seem to take so long
             self._requests[request] = state
         if not self._compiled:
@@ -137,7 +142,7 @@ class OtherVocabulary:
                 FirstTokens(self._rank, self._shared, low, high), self._least,
                 config=self._model.config, steps=self._tokens,
             )  # fmt: skip
-            chain = [token for token in np.asarray(drafted[0]).tolist() if token >= 0]
+            chain = [token for token in np.asarray(drafted)[0].tolist() if token >= 0]
             state.cached += new + chain[:-1]
             tokens = self._map.translate(chain, len(begun))[: min(nodes, depth)]
         return Draft(np.array(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32))
@@ -161,8 +166,8 @@ class OtherVocabulary:
             return text.ids[:-1], last
         return text.ids, b""
 
-    def _catch_up(self, state: _Request, ids: list[int]) -> list[int]:
-        """Reads all of `ids` but the last few, which are returned.
+    def _catch_up(self, state: _Request, ids: list[int], most: int = _BLOCK) -> list[int]:
+        """Reads `ids` up to at most so many, which are returned.
 
         Entries beyond `state.cached`, such as those of rejected drafts, are dropped by the next
         program that reads.
@@ -171,16 +176,16 @@ class OtherVocabulary:
             state.first, state.cached = len(ids) - self._window // 2, []
         wanted = self._lead + ids[state.first :]
         both = enumerate(zip(state.cached, wanted[:-1], strict=False))
-        most = min(len(state.cached), max(len(wanted) - 1, 0))  # the last is read for its scores
-        keep = next((i for i, (old, new) in both if old != new), most)
-        if len(wanted) - keep > _BLOCK:
-            old = wanted[keep:-_BLOCK]
+        last = min(len(state.cached), max(len(wanted) - 1, 0))  # the last is read for its scores
+        keep = next((i for i, (old, new) in both if old != new), last)
+        if len(wanted) - keep > most:
+            old = wanted[keep:-1]
             tokens = np.full((1, self._window), -1, np.int32)
             tokens[0, : len(old)] = old
+            at, padded = jax.device_put((np.array([keep], np.int32), tokens))
             state.cache = read(
-                self._model.params, state.cache, *jax.device_put((np.array([keep], np.int32), tokens)),
-                config=self._model.config,
-            )  # fmt: skip
+                self._model.params, state.cache, at, padded, config=self._model.config
+            )
             keep += len(old)
         state.cached = wanted[:keep]
         return wanted[keep:]
