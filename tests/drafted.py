@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model, first_layers
 from lookahead_jax.decoding.drafted import Drafting
@@ -317,6 +318,20 @@ def said(layers, text):
     model = first_layers(draft_model().model, layers)
     _, hidden = reference.run(model.params, model.config, text)
     return (hidden @ np.asarray(model.params["embed"], np.float64).T).argmax(-1).tolist()
+def other_vocabulary():
+    """A model that drafts for itself with other token ids; each token is one byte."""
+    model, order = tiny.config(), np.random.default_rng(0).permutation(97)
+    params = tiny.params(model)
+    theirs = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())[:97]
+    return make_drafter(
+        "other_vocabulary",
+        model=Model(
+            params={**params, "embed": params["embed"][order]}, config=model,
+            tokenizer=tiny.byte_pair([theirs[i] for i in order]), generation=NO_DEFAULTS,
+            path=Path(),
+        ),
+        tokenizer=tiny.byte_pair(theirs),
+    )  # fmt: skip
 
 
 NO_DEFAULTS = GenerationDefaults(

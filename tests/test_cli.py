@@ -16,6 +16,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.cli.main import GROUPS, main
 from lookahead_jax.cli.options import (
+    DraftingOptions,
     EvictionOptions,
     ModelOptions,
     PromptOptions,
@@ -475,6 +476,16 @@ def test_speckv_observes_with_the_answer_of_a_draft_model(model_dir, model, caps
     )
     status, line = fault(capsys, *args, "--draft-model", model_dir)
     assert (status, line.startswith("--draft-model needs --drafter")) == (2, True)
+
+
+def test_a_draft_model_with_another_tokenizer(model_dir, answer, capsys):
+    named = DraftingOptions(drafter="other_vocabulary", draft_model=Path("embedded"))
+    assert named.load(None).path == lk.EMBEDDED_MODEL
+    run(
+        "generate", "--model", model_dir, "--prompt", TEXT, "--max-new-tokens", 8, *CUT,
+        "--drafter", "other_vocabulary", "--draft-model", model_dir, "--draft-nodes", 8,
+    )  # fmt: skip
+    assert capsys.readouterr().out == answer.text[0] + "\n"
 
 
 @pytest.mark.skipif(

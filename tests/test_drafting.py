@@ -36,6 +36,7 @@ from tests.drafted import (
     ends,
     kind,
     opened,
+    other_vocabulary,
     perfect,
     run,
     said,
@@ -309,6 +310,16 @@ def test_drawn_trees_are_not_watched(drafter, watchable):
     with pytest.raises(InterruptedError):
         drafting.advance(tiny.params(tiny.config()), opened("full", BATCHES[8])[0], 16)
     assert asked == [watchable]
+
+
+@pytest.mark.parametrize(
+    ("policy", "ended", "poison"), [("full", False, True), ("snapkv", True, False)]
+)
+def test_a_draft_model_with_other_tokens_drafts_for_itself(policy, ended, poison):
+    """The target with its ids in another order; some of its tokens are no text."""
+    state, _ = run(other_vocabulary(), policy, 8, 8, ended, poison)
+    lengths = np.asarray(state.lengths).sum(0)
+    assert (lengths @ np.arange(1, lengths.size + 1)) / lengths.sum() > 2
 
 
 def test_a_draft_model_must_be_where_the_target_is():

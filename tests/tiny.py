@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ import tokenizers
 
 from lookahead_jax.checkpoints.hf_config import config_from_hf
 from lookahead_jax.checkpoints.load import save_params
+from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.sampling import Sampling, TextSoFar, process_logits, sampling_rows
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params, init_params
@@ -74,6 +75,27 @@ def save_bytes_model(folder: Path, **overrides) -> None:
     tokenizer.pre_tokenizer = level
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def byte_pair(
+    pieces: list[str], merged: Sequence[str] = (), special: Sequence[str] = ()
+) -> Tokenizer:
+    """A byte-level tokenizer of these characters of its alphabet, ids in their order.
+
+    It has further tokens for the texts `merged` and for all their beginnings.
+    """
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    vocabulary, merges = {piece: i for i, piece in enumerate(pieces)}, []
+    for text in merged:
+        whole = "".join(piece for piece, _ in level.pre_tokenize_str(text))
+        for end in range(2, len(whole) + 1):
+            if whole[:end] not in vocabulary:
+                vocabulary[whole[:end]] = len(vocabulary)
+                merges.append((whole[: end - 1], whole[end - 1]))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer, backend.decoder = level, tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    return Tokenizer(backend=backend, special_tokens={}, chat_templates={})
 
 
 CHAT = (
