@@ -35,10 +35,11 @@ from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 from drafting import Run, Runner, Star, peer_side
 
 import lookahead_jax as lk
+from lookahead_jax.drafters.registry import DRAFTERS as KNOWN
 from lookahead_jax.drafters.registry import make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
-DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")  # by default
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,9 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
-    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters", tuple(KNOWN))] = DRAFTERS
+    draft_model: Annotated[str | None, Help("small model, for drafters that need one")] = None
+    head: Annotated[Path | None, Help("acceptance head, for specdec")] = None
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
@@ -81,12 +84,22 @@ def step_costs(runner: Runner, prompt: list[int], nodes: int) -> dict[str, float
     return {str(count): round(s / medians[1], 3) for count, s in medians.items()}
 
 
+def needed(options: Options) -> dict[str, Any]:
+    """What drafters may need, by argument of `make_drafter`."""
+    small = options.draft_model
+    given = {"model": small and lk.load(small, dtype="float32"), "head": options.head}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def of_kind(
-    runner: Runner, options: Options, prompts: list[list[int]]
+    runner: Runner, options: Options, prompts: list[list[int]], given: dict[str, Any]
 ) -> Iterator[tuple[str, str, list[Run], list[float], list[bool]]]:
     """(drafter, "fixed" or "chosen", drafted runs, plain seconds, whether the tokens are equal)."""
     ways = [(name, how) for name in options.drafters for how in ("fixed", "chosen")]
-    drafters = {way: make_drafter(way[0]) for way in ways}
+    drafters = {}
+    for way in ways:
+        needs = KNOWN[way[0]].needs
+        drafters[way] = make_drafter(way[0], **{n: given[n] for n in needs if n in given})
     controllers = {way: lk.Controller((1, options.nodes, 2 * options.nodes)) for way in ways}
     drafted: dict[tuple[str, str], list[Run]] = {way: [] for way in ways}
     seconds, tokens = [], []
@@ -143,7 +156,7 @@ def main() -> None:
     sampling = lk.Sampling(temperature=options.temperature)
     runner = Runner(model, options.new_tokens, sampling)
     prompts = read_prompts(options, model.tokenizer)
-    first = next(iter(prompts.values()))[0]
+    first, given = next(iter(prompts.values()))[0], needed(options)
     report: dict[str, Any] = ran_on() | {
         "processor": machine(),
         "load_average": os.getloadavg(),
@@ -156,7 +169,7 @@ def main() -> None:
     for kind, rows in prompts.items():
         of: dict[str, Any] = {"prompts": len(rows), "prompt_tokens": [len(row) for row in rows]}
         report["kinds"][kind] = of
-        for name, how, runs, plain, same in of_kind(runner, options, rows):
+        for name, how, runs, plain, same in of_kind(runner, options, rows, given):
             of["plain_tokens_per_s"] = round(
                 sum(len(run.tokens) - 1 for run in runs) / sum(plain), 1
             )

@@ -117,7 +117,7 @@ def test_what_cannot_be_combined():
 
 
 def test_what_a_drafter_lacks_or_does_not_know_is_named():
-    for name in ("draft_model", "drawn_model", "draft_model+recycling"):
+    for name in ("draft_model", "drawn_model", "draft_model+recycling", "specdec", "cascade"):
         with pytest.raises(ValueError, match=r"needs a smaller model.*model=lk.load.*--draft-mod"):
             make_drafter(name)
     with pytest.raises(

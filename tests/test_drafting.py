@@ -37,6 +37,7 @@ from tests.drafted import (
     perfect,
     run,
     taught,
+    trusting_head,
     undrafted,
 )
 
@@ -100,12 +101,16 @@ DEVICE = {
     "recycling": partial(make_drafter, "recycling"),
     "draft_model": partial(draft_model, depth=2),
     "stand": partial(make_drafter, "stand"),
+    "specdec": lambda: draft_model("specdec", head=trusting_head()),
+    "cascade": partial(draft_model, "cascade"),
 }
 LEARNED = {
     "prompt_lookup": learned_lookup,
     "recycling": learned_recycling,
     "draft_model": learned_model,
     "stand": learned_stand,
+    "specdec": learned_model,
+    "cascade": learned_model,
 }
 HOST = ("trie", "suffix", "trie+suffix")
 WATCHED = 32  # nodes of the drafts that are watched; programs that other tests use, too
@@ -121,7 +126,7 @@ class Case(NamedTuple):
 
 
 # Settings of the runs below, found by trying; test_the_cases_cover_every_pair holds them.
-CHOSEN = "574171773111660722530600035034043303447"
+CHOSEN = "5741717731116607225306000350340433025344752"
 
 
 def cases():
@@ -129,7 +134,8 @@ def cases():
     runs = [(shift, 8, 8) for shift in range(7)] + [(3, 8, 32), (6, 8, 32)]
     runs += [(shift, 3, 16) for shift in (0, 2, 5)] + [(shift, 1, 64) for shift in range(7)]
     runs += [(name, *program) for name in HOST for program in ((8, 8), (8, 32), (3, 16), (1, 64))]
-    runs += 2 * [(name, 8, 8 if name == "draft_model" else WATCHED) for name in DEVICE]
+    small = ("draft_model", "specdec", "cascade")
+    runs += 2 * [(name, 8, 8 if name in small else WATCHED) for name in DEVICE]
     settings = list(itertools.product(POLICIES, (True, False), (True, False)))
     for (drafter, batch, nodes), setting in zip(runs, map(int, CHOSEN), strict=True):
         yield Case(drafter, batch, nodes, *settings[setting])

@@ -33,7 +33,6 @@ OneSource = tyro.conf.create_mutex_group(required=True, title="prompt")
 CacheDtype = Annotated[Literal["int8"] | None, option("TYPE")]
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
-_READS_MODEL = ("draft_model", "drawn_model")  # drafters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +227,11 @@ class DraftingOptions:
     device, combine: trie+suffix, prompt_lookup+recycling."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
+    drafter_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
+    """A setting of the drafter. May be repeated."""
     draft_model: Folder = None
-    """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model and
-    drawn_model, and for the policy speckv of generate and inspect."""
+    """Folder of a smaller checkpoint with the same tokens, for the drafters draft_model,
+    drawn_model, specdec and cascade, and for the policy speckv of generate and inspect."""
 
     def load(self, dtype: str | None, policy: Any = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
@@ -238,26 +239,30 @@ class DraftingOptions:
         `policy` is the eviction policy of a command that makes drafts for one that reads them.
         """
         import lookahead_jax as lk
+        from lookahead_jax.drafters.registry import DRAFTERS
 
-        users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
+        users = [f"--drafter {self.drafter}"] if _drafts_with_model(self.drafter) else []
         if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
         if not users and self.draft_model is not None:
             reader = "" if policy is None else ", or --policy speckv"
-            raise UsageError(
-                f"--draft-model needs --drafter draft_model or --drafter drawn_model{reader}"
-            )
+            drafters = ", ".join(name for name in DRAFTERS if _drafts_with_model(name))
+            raise UsageError(f"--draft-model needs --drafter with one of {drafters}{reader}")
         return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)
 
     def make(self, small):
         """The drafter these options name; `small` is the model that `load` returned."""
         from lookahead_jax.drafters.registry import make_drafter
 
-        if self.drafter in _READS_MODEL:
-            return make_drafter(self.drafter, model=small)
-        return make_drafter(self.drafter)
+        settings = {
+            name: _number(value)
+            for name, value in settings_of("--drafter-arg", self.drafter_arg).items()
+        }
+        if _drafts_with_model(self.drafter):
+            settings["model"] = small
+        return make_drafter(self.drafter, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +342,23 @@ class Run(NamedTuple):
             drafts=self.small if _reads_small_model(self.eviction.policy) else None,
             cache_dtype=options.cache_dtype,
         )
+
+
+def _drafts_with_model(drafter: str) -> bool:
+    """Whether a small model drafts for the drafter of this name."""
+    from lookahead_jax.drafters.registry import DRAFTERS
+
+    return drafter in DRAFTERS and "model" in DRAFTERS[drafter].needs
+
+
+def _number(text: str) -> int | float | str:
+    """The number that `text` is, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def _reads_small_model(policy) -> bool:

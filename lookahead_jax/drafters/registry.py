@@ -14,6 +14,7 @@ class Entry(NamedTuple):
 
     path: str  # of its class, below lookahead_jax
     summary: str  # one sentence, for help texts
+    needs: tuple[str, ...] = ()  # arguments that it cannot be made without, see _NEEDED
 
 
 DRAFTERS = {
@@ -41,14 +42,33 @@ DRAFTERS = {
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
         "The likeliest continuations by a smaller model with the same tokenizer.",
+        needs=("model",),
     ),
     "drawn_model": Entry(
         "drafters.drawn_model.DrawnModel",
         "Continuations sampled from a smaller model with the same tokenizer; accepts more of them "
         "when sampling, but emits other tokens than plain decoding would.",
+        needs=("model",),
+    ),
+    "specdec": Entry(
+        "drafters.specdec.SpecDec",
+        "A chain by a smaller model that ends where a trained head expects a rejection "
+        "(SpecDec++).",
+        needs=("model", "head"),
+    ),
+    "cascade": Entry(
+        "drafters.cascade.Cascade",
+        "Branches by a smaller model while they are likely, by a threshold that adapts (LLMCad).",
+        needs=("model",),
     ),
 }
 
+_NEEDED = {
+    "model": "a smaller model with the same tokenizer: give make_drafter({name!r}, "
+    "model=lk.load(DIR)) (--draft-model DIR)",
+    "head": "an acceptance head for its draft model, from lookahead train specdec: give "
+    "make_drafter({name!r}, model=..., head=FILE) (--drafter-arg head=FILE)",
+}
 COMBINED = "trie+suffix, prompt_lookup+recycling"  # examples, see `make_drafter`
 
 
@@ -63,7 +83,7 @@ def make_drafter(name: str, **arguments: Any) -> Any:
     "trie+suffix" merges the trees of two drafters with default settings (combine.py). Both must
     run on the host or both on the device; draft models and "none" cannot be combined. Raises
     ValueError for other combinations, for unknown names and arguments, listing the known ones, and
-    for a draft model without `model=`.
+    for a drafter without what it needs, such as `model=`.
     """
     names = name.split("+")
     if len(names) > 1:
@@ -78,11 +98,9 @@ def make_drafter(name: str, **arguments: Any) -> Any:
         if argument not in parameters:
             known = f"known: {', '.join(parameters)}" if parameters else "it takes none"
             raise ValueError(f"drafter {name}: unknown argument {argument!r}; {known}")
-    if "model" in parameters and "model" not in arguments:
-        raise ValueError(
-            f"drafter {name} needs a smaller model with the same tokenizer: give "
-            f"make_drafter({name!r}, model=lk.load(DIR)) (--draft-model DIR)"
-        )
+    for needed in DRAFTERS[name].needs:
+        if needed not in arguments:
+            raise ValueError(f"drafter {name} needs {_NEEDED[needed].format(name=name)}")
     try:
         return make(**arguments)
     except (TypeError, ValueError) as error:
