@@ -14,14 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
-from lookahead_jax.decoding.device_drafter import Verified
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.logprobs import empty_record
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
 from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.decoding.step import PLAIN, decode_step
-from lookahead_jax.decoding.tree import accept, layout
 from lookahead_jax.drafters.acceptance_head import init_head
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.policies.full import Full
@@ -240,13 +238,13 @@ def spoil(cache):
     return dataclasses.replace(cache, k=k, v=v)
 
 
-def run(drafter, policy, batch, nodes, ended=False, poison=False):
+def run(drafter, policy, batch, nodes, ended=False, poison=False, on_step=None):
     """Decodes with a drafter, checked after every step; the state and the rows without a tie."""
     model, rows = tiny.config(), BATCHES[batch]
     eos = ends(policy) if ended else ()
     texts, snapshots, expected = undrafted_with_logprobs(policy, eos)
     state, tokens = opened(policy, rows, eos)
-    drafting = Drafting(drafter, nodes, config=model, batch=batch, room=64 + NEW)
+    drafting = Drafting(drafter, nodes, config=model, batch=batch, room=64 + NEW, on_step=on_step)
     state = drafting.begin(state, [PROMPTS[r] for r in rows], tokens)
     same = set(rows)
     for _ in range(NEW):
@@ -318,54 +316,6 @@ def trusting_head():
     """An acceptance head for the tiny model that mostly expects tokens to be accepted."""
     head = init_head(jax.random.key(0), tiny.config().hidden_size, 3)
     return dataclasses.replace(head, out_bias=head.out_bias + jnp.asarray([0.0, 2.0]))
-
-
-def two_steps(drafter, prompts, roots, agreed, nodes):
-    """Yields what a device drafter proposes behind its prompts, and behind what is then emitted.
-
-    The target agrees with the first child of a node down to depth `agreed`, and then chooses a
-    token that was not drafted; rows of -1 sit out. Yields the texts with their roots, the tree, and
-    the states before the proposal and after the update.
-    """
-    config, weights = tiny.config(), drafter.weights
-    vocab = config.vocab_size
-    state = jax.jit(drafter.begin)(
-        weights, drafter.init(len(prompts), 64 + NEW, config),
-        jnp.arange(len(prompts), dtype=jnp.int32),
-        jnp.asarray(batching.pad_batch(prompts, config=config)),
-    )  # fmt: skip
-    propose = jax.jit(drafter.propose, static_argnums=3)
-
-    @jax.jit
-    def update(state, tree, choice, most):
-        laid = layout(tree, vocab_size=vocab, most=most, ends=jnp.zeros((1, 0), jnp.int32))
-        accepted = accept(tree, laid, choice)
-        scores = jnp.zeros((*choice.shape, vocab))
-        return drafter.update(weights, state, Verified(tree, laid, scores, accepted, scores))
-
-    texts = [[*prompt, root] for prompt, root in zip(prompts, roots, strict=True)]
-    for _ in range(2):
-        before = state
-        state, tree = propose(
-            weights, before, jnp.asarray([text[-1] for text in texts], jnp.int32), nodes
-        )
-        tokens, parents = np.asarray(tree.tokens), np.asarray(tree.parents)
-        choice, emitted = np.zeros_like(tokens), [[] for _ in texts]
-        for row, most in enumerate(agreed):
-            node = 0
-            for depth in range(most + 1):
-                below = np.flatnonzero((parents[row] == node) & (tokens[row] >= 0))
-                other = next(t for t in range(vocab) if t not in tokens[row, below])
-                right = depth < most and len(below)
-                choice[row, node] = tokens[row, below[0]] if right else other
-                emitted[row].append(int(choice[row, node]))
-                if not right:
-                    break
-                node = below[0]
-        most = np.where(np.asarray(agreed) < 0, 0, nodes).astype(np.int32)
-        state = update(state, tree, jnp.asarray(choice), jnp.asarray(most))
-        yield texts, (tokens, parents), before, state
-        texts = [text + new for text, new in zip(texts, emitted, strict=True)]
 
 
 NO_DEFAULTS = GenerationDefaults(

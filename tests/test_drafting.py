@@ -40,6 +40,7 @@ from tests.drafted import (
     trusting_head,
     undrafted,
 )
+from tests.small_model_drafts import ROWS, assert_branches, assert_chains
 
 
 def check(case):
@@ -57,8 +58,12 @@ def check(case):
                     state.reached[i], [np.minimum(emitted, n).sum() for n in NODE_BUCKETS]
                 )
     elif case.drafter in DEVICE:
-        state, _ = run(DEVICE[case.drafter](), *given)
-        LEARNED[case.drafter](state, BATCHES[case.batch])
+        drafter, steps, rows = DEVICE[case.drafter](), [], BATCHES[case.batch]
+        restated = RESTATED.get(case.drafter)
+        state, _ = run(drafter, *given, on_step=steps.append if restated else None)
+        LEARNED[case.drafter](state, rows)
+        if restated and set(ROWS) <= set(rows):
+            restated(steps, rows, drafter)
     else:
         state, _ = run(taught(case.drafter, texts), *given)
         lengths = np.asarray(state.lengths).sum(0)
@@ -112,6 +117,7 @@ LEARNED = {
     "specdec": learned_model,
     "cascade": learned_model,
 }
+RESTATED = {"specdec": assert_chains, "cascade": assert_branches}
 HOST = ("trie", "suffix", "trie+suffix")
 WATCHED = 32  # nodes of the drafts that are watched; programs that other tests use, too
 

@@ -1,6 +1,7 @@
-"""specdec: when its chains end, what its head learns, and the head's files; against NumPy."""
+"""The acceptance head of specdec: what it learns, against NumPy, and its files."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,102 +10,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from lookahead_jax.checkpoints.load import load
 from lookahead_jax.cli.options import DraftingOptions
 from lookahead_jax.drafters.acceptance_head import init_head, load_head, save_head
 from lookahead_jax.train import specdec
 from lookahead_jax.train.data import DataConfig, prepare
+from lookahead_jax.train.optimizer import make_optimizer
 from tests import reference, tiny
-from tests.drafted import draft_model, trusting_head, two_steps
-
-PROMPTS = tiny.prompts((17, 9, 12, 6))
-ROOTS = [3, 50, 7, 90]
-AGREED = [2, 0, -1, 5]
-
-
-def judged(head, hidden):
-    """The probabilities of the two classes."""
-    head = jax.tree.map(lambda a: np.asarray(a, np.float64), head)
-    for weight, bias in zip(head.blocks, head.block_biases, strict=True):
-        z = hidden @ weight + bias
-        hidden = hidden + z / (1 + np.exp(-z))
-    return reference.softmax(hidden @ head.out + head.out_bias)
-
-
-def test_a_chain_ends_where_a_rejection_is_likely():
-    head, least, depth = trusting_head(), 2, 6
-    drafter = draft_model("specdec", head=head, depth=depth)
-    config, lengths = tiny.config(), set()
-    params = tiny.params(config)
-    for step, (texts, (tokens, parents), *_) in enumerate(
-        two_steps(drafter, PROMPTS, ROOTS, AGREED, 8)
-    ):
-        for row, text in enumerate(texts):
-            drafts = [int(token) for token in tokens[row, 1:] if token >= 0]
-            np.testing.assert_array_equal(parents[row], np.arange(-1, 7))
-            if AGREED[row] < 0 and step:  # it sat out the last step
-                assert not drafts
-                continue
-            chances, hidden = reference.next_tokens(params, config, text + drafts)
-            first = len(text) - 1  # the root's place
-            assert drafts == chances[first:-1].argmax(-1).tolist()
-            accepted = judged(head, hidden[first + 1 :])[:, 1]
-            length = least  # the newest token is not judged
-            while length < depth and 1 - np.prod(accepted[: length - 1]) <= 0.3:
-                length += 1
-            assert len(drafts) == length
-            lengths.add(length)
-    assert len(lengths) > 2
-
-
-def test_drafts_are_judged_as_the_target_would():
-    """Two models, rows of several lengths: what is read, its hidden states and its chances."""
-    config = tiny.config(num_hidden_layers=1)
-    target, draft = tiny.params(config, 1), tiny.params(config, 2)
-    prompts = np.array([[5, 9, 2, 8], [7, -1, -1, -1], [4, 4, 1, -1]], np.int32)
-    responses = np.array([[3, 1, 6, 2, 9], [8, 8, 8, 8, 8], [2, 5, -1, -1, -1]], np.int32)
-    key = jax.random.key(3)
-    found = jax.jit(
-        specdec.judged_drafts, static_argnames=("config", "draft_config", "mixed")
-    )(
-        target, draft, prompts, responses, key, config=config, draft_config=config, mixed=0.4
-    )  # fmt: skip
-    draw, mix = jax.random.split(key)
-    own = np.asarray(jax.random.bernoulli(mix, 0.4, responses.shape))
-    assert own.any()
-    np.testing.assert_array_equal(found.counted, (responses >= 0) & ~own)
-    texts = [
-        [*prompt[prompt >= 0], *response[response >= 0]]
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    q = np.full((*responses.shape, config.vocab_size), -1.0)
-    p = q.copy()
-    for row, text in enumerate(texts):
-        n = int((responses[row] >= 0).sum())
-        q[row, :n], p[row, :n] = (
-            reference.next_tokens(params, config, text)[0][-n - 1 : -1]
-            for params in (draft, target)
-        )
-    drafted = np.asarray(jax.random.categorical(draw, jnp.asarray(q, jnp.float32)))
-    for row, text in enumerate(texts):
-        n = int((responses[row] >= 0).sum())
-        tokens = drafted[row, :n]
-        at = np.arange(n), tokens
-        np.testing.assert_allclose(
-            found.chance[row, :n], np.minimum(1, np.exp(p[row][at] - q[row][at])), rtol=1e-3
-        )
-        text = [*text[:-n], *np.where(own[row, :n], responses[row, :n], tokens)]
-        np.testing.assert_allclose(
-            found.hidden[row, :n], reference.next_tokens(draft, config, text)[1][-n:], atol=1e-3
-        )
-
-    head = trusting_head()
-    chances = judged(head, np.asarray(found.hidden, np.float64))
-    chance, total, loss = np.asarray(found.chance), 0.0, 0.0
-    for place in zip(*np.nonzero(found.counted), strict=True):
-        accepted, rejected = chance[place], 6 * (1 - chance[place])
-        total += accepted + rejected
-        loss -= accepted * np.log(chances[place][1]) + rejected * np.log(chances[place][0])
-    assert float(specdec.head_loss(head, found, 6.0)) == pytest.approx(loss / total, rel=1e-4)
+from tests.drafted import draft_model, trusting_head
+from tests.small_model_drafts import judged
 
 
 @pytest.fixture(scope="module")
@@ -127,38 +41,79 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_run_goes_on_where_it_was_killed(folder, monkeypatch, capsys):
-    """Its head is that of a run without a break, and has learned."""
+def restated_loss(head, batch, key, models, mixed, weight):
+    """The loss of one micro-batch: drafts along the responses, which the draft model then reads."""
+    (target, draft), (prompts, responses) = models, (np.asarray(a[0]) for a in batch)
+    draw, mix = jax.random.split(jax.random.split(key, 1)[0])
+    own = np.asarray(jax.random.bernoulli(mix, mixed, responses.shape))
+    q = np.full((*responses.shape, target.config.vocab_size), -1.0, np.float32)
+    p, texts = q.copy(), []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        texts.append([*prompt[prompt >= 0], *response[response >= 0]])
+        first, n = int((prompt >= 0).sum()), int((response >= 0).sum())
+        for found, model in ((q, draft), (p, target)):
+            chances = reference.next_tokens(model.params, model.config, texts[row])[0]
+            found[row, :n] = chances[first - 1 : -1]
+    drafted = np.asarray(jax.random.categorical(draw, jnp.asarray(q)))
+    loss = total = 0.0
+    for row, text in enumerate(texts):
+        n = int((responses[row] >= 0).sum())
+        mine, tokens = own[row, :n], drafted[row, :n]
+        text = [*text[:-n], *np.where(mine, responses[row, :n], tokens)]
+        hidden = reference.next_tokens(draft.params, draft.config, text)[1][-n:]
+        at = np.arange(n), tokens
+        chance = np.minimum(1, np.exp(p[row][:n][at] - q[row][:n][at]))
+        accepted, rejected = (chance * ~mine, weight * (1 - chance) * ~mine)
+        judgement = np.log(judged(head, hidden))
+        loss -= (accepted * judgement[:, 1] + rejected * judgement[:, 0]).sum()
+        total += accepted.sum() + rejected.sum()
+    assert own.any()
+    return loss / total
+
+
+def test_a_run_goes_on_where_it_was_killed(folder, monkeypatch):
+    """Its head is that of a run without a break, and learns from the loss as restated."""
     config = specdec.HeadConfig(
         model=folder / "target", draft_model=folder / "draft", data=(folder / "data",),
-        run=folder / "straight", layers=2, epochs=8, batch=4, micro_batches=1, rate=3e-3,
-        save_every=4,
+        run=folder / "straight", layers=2, epochs=6, batch=4, micro_batches=1, rate=3e-3,
+        mixed=0.4, save_every=4,
     )  # fmt: skip
-    losses, step = [], specdec.head_step
+    losses, first, step = [], [], specdec.head_step
 
-    def watched(*args, **settings):
+    def watched(state, target, draft, batch, key, **settings):
         if len(losses) == killed:
             raise KeyboardInterrupt
-        state, loss = step(*args, **settings)
+        if not losses:
+            first.extend((jax.tree.map(np.asarray, state[0]), batch, key))
+        state, loss = step(state, target, draft, batch, key, **settings)
         losses.append(float(loss))
         return state, loss
 
     monkeypatch.setattr(specdec, "head_step", watched)
+    # An optimizer is a static argument: the same one, or every run would compile its own step.
+    monkeypatch.setattr(specdec, "make_optimizer", functools.cache(make_optimizer))
     killed = 99
     specdec.train_head(config)
-    assert len(losses) == 16
-    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.02
-    other, killed = dataclasses.replace(config, run=folder / "killed"), 16 + 6
+    models = load(folder / "target"), load(folder / "draft")
+    head, batch, key = first
+    expected = restated_loss(
+        head, (batch.prompts, batch.responses), key, models, config.mixed, config.weight
+    )
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+    assert len(losses) == 12
+    other, killed = dataclasses.replace(config, run=folder / "killed"), 12 + 6
     with pytest.raises(KeyboardInterrupt):
         specdec.train_head(other)
     assert not (folder / "killed" / "head.safetensors").exists()
     killed = 99
     specdec.train_head(other)
-    assert len(losses) == 16 + 6 + 12  # it went on after step 4
+    assert len(losses) == 12 + 6 + 8  # it went on after step 4
     straight, resumed = (
-        (folder / run / "head.safetensors").read_bytes() for run in ("straight", "killed")
+        load_head(folder / run / "head.safetensors", params=models[1].params)
+        for run in ("straight", "killed")
     )
-    assert straight == resumed
+    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
+    assert np.abs(straight.blocks - head.blocks).max() > 1e-3
 
 
 def test_a_head_is_read_as_it_was_written_and_by_its_model_only(tmp_path):
