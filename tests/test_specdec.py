@@ -72,10 +72,10 @@ def restated_loss(head, batch, key, models, mixed, weight):
 
 
 def test_a_run_goes_on_where_it_was_killed(folder, monkeypatch):
-    """Its head is that of a run without a break, and learns from the loss as restated."""
+    """The loss is as restated, and after a break the same as without one."""
     config = specdec.HeadConfig(
         model=folder / "target", draft_model=folder / "draft", data=(folder / "data",),
-        run=folder / "straight", layers=2, epochs=6, batch=4, micro_batches=1, rate=3e-3,
+        run=folder / "run", layers=2, epochs=4, batch=4, micro_batches=1, rate=3e-3,
         mixed=0.4, save_every=4,
     )  # fmt: skip
     losses, first, step = [], [], specdec.head_step
@@ -90,30 +90,24 @@ def test_a_run_goes_on_where_it_was_killed(folder, monkeypatch):
         return state, loss
 
     monkeypatch.setattr(specdec, "head_step", watched)
-    # An optimizer is a static argument: the same one, or every run would compile its own step.
+    # An optimizer is a static argument: the same one, or each part would compile its own step.
     monkeypatch.setattr(specdec, "make_optimizer", functools.cache(make_optimizer))
-    killed = 99
-    specdec.train_head(config)
+    killed = 6
+    with pytest.raises(KeyboardInterrupt):
+        specdec.train_head(config)
+    assert not (folder / "run" / "head.safetensors").exists()
     models = load(folder / "target"), load(folder / "draft")
     head, batch, key = first
     expected = restated_loss(
         head, (batch.prompts, batch.responses), key, models, config.mixed, config.weight
     )
     assert losses[0] == pytest.approx(expected, rel=1e-4)
-    assert len(losses) == 12
-    other, killed = dataclasses.replace(config, run=folder / "killed"), 12 + 6
-    with pytest.raises(KeyboardInterrupt):
-        specdec.train_head(other)
-    assert not (folder / "killed" / "head.safetensors").exists()
-    killed = 99
-    specdec.train_head(other)
-    assert len(losses) == 12 + 6 + 8  # it went on after step 4
-    straight, resumed = (
-        load_head(folder / run / "head.safetensors", params=models[1].params)
-        for run in ("straight", "killed")
-    )
-    jax.tree.map(np.testing.assert_array_equal, straight, resumed)
-    assert np.abs(straight.blocks - head.blocks).max() > 1e-3
+    killed = None
+    specdec.train_head(config)
+    assert len(losses) == 6 + 4  # it went on after step 4 of 8
+    assert losses[6:8] == losses[4:6]
+    trained = load_head(folder / "run" / "head.safetensors", params=models[1].params)
+    assert np.abs(trained.blocks - head.blocks).max() > 1e-3
 
 
 def test_a_head_is_read_as_it_was_written_and_by_its_model_only(tmp_path):
