@@ -21,6 +21,7 @@ from lookahead_jax.decoding.logprobs import empty_record
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
 from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.decoding.step import PLAIN, decode_step
+from lookahead_jax.drafters.acceptance_head import init_head
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
@@ -239,13 +240,13 @@ def spoil(cache):
     return dataclasses.replace(cache, k=k, v=v)
 
 
-def run(drafter, policy, batch, nodes, ended=False, poison=False):
+def run(drafter, policy, batch, nodes, ended=False, poison=False, on_step=None):
     """Decodes with a drafter, checked after every step; the state and the rows without a tie."""
     model, rows = tiny.config(), BATCHES[batch]
     eos = ends(policy) if ended else ()
     texts, snapshots, expected = undrafted_with_logprobs(policy, eos)
     state, tokens = opened(policy, rows, eos)
-    drafting = Drafting(drafter, nodes, config=model, batch=batch, room=64 + NEW)
+    drafting = Drafting(drafter, nodes, config=model, batch=batch, room=64 + NEW, on_step=on_step)
     state = drafting.begin(state, [PROMPTS[r] for r in rows], tokens)
     same = set(rows)
     for _ in range(NEW):
@@ -318,6 +319,8 @@ def said(layers, text):
     model = first_layers(draft_model().model, layers)
     _, hidden = reference.run(model.params, model.config, text)
     return (hidden @ np.asarray(model.params["embed"], np.float64).T).argmax(-1).tolist()
+
+
 def other_vocabulary():
     """A model that drafts for itself with other token ids; each token is one byte."""
     model, order = tiny.config(), np.random.default_rng(0).permutation(97)
@@ -332,6 +335,12 @@ def other_vocabulary():
         ),
         tokenizer=tiny.byte_pair(theirs),
     )  # fmt: skip
+
+
+def trusting_head():
+    """An acceptance head for the tiny model that mostly expects tokens to be accepted."""
+    head = init_head(jax.random.key(0), tiny.config().hidden_size, 3)
+    return dataclasses.replace(head, out_bias=head.out_bias + jnp.asarray([0.0, 2.0]))
 
 
 NO_DEFAULTS = GenerationDefaults(

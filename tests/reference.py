@@ -147,6 +147,17 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
     return records, norm(x, params["final_norm"], config)
 
 
+def next_tokens(params, config, tokens):
+    """Log probabilities [T, V] of the token after each of `tokens` [T], and hidden states [T, D].
+
+    For models with tied embeddings and plain logits.
+    """
+    hidden = run(params, config, tokens)[1]
+    scores = hidden @ np.asarray(params["embed"], np.float64).T
+    scores -= scores.max(-1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True)), hidden
+
+
 def pool(scores, kind, kernel):
     """Pools a list of scores: a centred window; zeros (avg) or nothing (max) past the ends."""
     half, n = kernel // 2, len(scores)

@@ -61,7 +61,7 @@ def test_recycling_fills_the_first_nodes_of_one_tree(nodes):
 
 
 def test_what_a_drafter_lacks_or_does_not_know_is_named():
-    for name in ("draft_model", "drawn_model", "draft_model+recycling"):
+    for name in ("draft_model", "drawn_model", "draft_model+recycling", "specdec", "cascade"):
         with pytest.raises(ValueError, match=r"needs a smaller model.*model=lk.load.*--draft-mod"):
             make_drafter(name)
     with pytest.raises(
@@ -74,6 +74,9 @@ def test_what_a_drafter_lacks_or_does_not_know_is_named():
         make_drafter("trie", capacity="much")
     with pytest.raises(ValueError, match="drafter suffix: depth must be at least 2"):
         make_drafter("suffix", depth=1)
+    for setting, value in (("branches", 0), ("alpha", 0.0), ("depth", 0)):
+        with pytest.raises(ValueError, match=f"drafter cascade: {setting}={value} must be"):
+            draft_model("cascade", **{setting: value})
 
 
 def test_every_drafter_has_a_sentence_without_being_imported():

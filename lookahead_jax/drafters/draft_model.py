@@ -29,6 +29,7 @@ class DraftCache:
     k: jax.Array  # [L, B, K, depth + 1, H]
     v: jax.Array  # [L, B, K, depth + 1, H]
     count: jax.Array  # [B] int32 valid entries of k and v
+    running: jax.Array  # [B] bool rows that have joined and did not sit out the last step
 
     def whole(self) -> KVCache:
         """The cache with the pending path; written before it is read, see step.decode_burst."""
@@ -36,6 +37,10 @@ class DraftCache:
         path = jnp.broadcast_to(steps, (self.count.shape[0], steps.shape[1]))
         positions = self.cache.next_pos[:, None] + path
         return commit(self.cache, Entries(self.k, self.v, positions, path, self.count))
+
+    def settled(self) -> "DraftCache":
+        """The state with the pending path in the cache."""
+        return dataclasses.replace(self, cache=self.whole(), count=jnp.zeros_like(self.count))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,7 @@ class DraftModel:
         return DraftCache(
             empty_cache(own, batch, room, dtype, jnp.zeros(batch, jnp.int32)),
             jnp.zeros(rows, dtype), jnp.zeros(rows, dtype), jnp.zeros(batch, jnp.int32),
+            jnp.zeros(batch, bool),
         )  # fmt: skip
 
     def begin(
@@ -85,14 +91,16 @@ class DraftModel:
             ),
             *put((cache.next_pos, cache.rope_span), (new.next_pos, new.rope_span)),
         )
-        return dataclasses.replace(state, cache=cache, count=state.count.at[rows].set(0))
+        return dataclasses.replace(
+            state, cache=cache, count=state.count.at[rows].set(0),
+            running=state.running.at[rows].set(True),
+        )  # fmt: skip
 
     def propose(
         self, weights: Weights, state: DraftCache, root: jax.Array, nodes: int
     ) -> tuple[DraftCache, TokenTree]:
-        cache = state.whole()
-        state = dataclasses.replace(state, cache=cache, count=jnp.zeros_like(state.count))
-        tree = root_only(root)
+        state = state.settled()
+        cache, tree = state.cache, root_only(root)
         if nodes == 1:
             return state, tree
         depth = min(self.depth, nodes - 1)
@@ -112,7 +120,7 @@ class DraftModel:
                 jnp.concatenate([tree.tokens, jnp.where(likely, token, -1)], axis=1),
                 jnp.concatenate([tree.parents, above.astype(jnp.int32)], axis=1),
             )
-        tree = _best_first(tree, jnp.concatenate(values, axis=1))
+        tree = best_first(tree, jnp.concatenate(values, axis=1))
         pad = [(0, 0), (0, nodes - tree.tokens.shape[1])]
         return state, jax.tree.map(lambda a: jnp.pad(a, pad, constant_values=-1), tree)
 
@@ -126,7 +134,9 @@ class DraftModel:
         block = Block(embed(weights, tokens, config=self.config), positions, cache.rope_span)
         out = forward(weights, block, cache, config=self.config)
         pad = [(0, 0), (0, 0), (0, 0), (0, self.depth + 1 - width), (0, 0)]
-        return DraftCache(cache, jnp.pad(out.k, pad), jnp.pad(out.v, pad), count)
+        return dataclasses.replace(
+            state, k=jnp.pad(out.k, pad), v=jnp.pad(out.v, pad), count=count, running=count > 0
+        )
 
     def _successors(
         self, weights: Weights, cache: KVCache, tree: TokenTree, newest: int
@@ -154,7 +164,7 @@ def check_vocabulary(draft: ModelConfig, target: ModelConfig) -> None:
         )
 
 
-def _best_first(tree: TokenTree, value: jax.Array) -> TokenTree:
+def best_first(tree: TokenTree, value: jax.Array) -> TokenTree:
     """The nodes sorted by value [B, n]; a parent's is never below its child's."""
     order = jnp.argsort(-value, axis=1, stable=True)
     place = jnp.argsort(order, axis=1).astype(jnp.int32)

@@ -39,9 +39,8 @@ class DrawnModel(DraftModel):
 
         Also returns the probabilities [B, P, V] that the children of each node were drawn from.
         """
-        cache = state.whole()
-        state = dataclasses.replace(state, cache=cache, count=jnp.zeros_like(state.count))
-        tree, batch = root_only(root), len(root)
+        state = state.settled()
+        cache, tree, batch = state.cache, root_only(root), len(root)
         depth = min(self.depth, nodes - 1)
         width = (nodes - 1) // depth
         warmth = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None, None]
