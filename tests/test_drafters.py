@@ -16,6 +16,7 @@ from lookahead_jax.drafters.recycling import CANDIDATES, Recycling
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.drafters.stand import Stand
 from tests import tiny
+from tests.drafted import draft_model
 
 
 def test_prompt_lookup_takes_the_leftmost_match_of_the_longest_ngram():
