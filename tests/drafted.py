@@ -204,6 +204,9 @@ class Shared(Controller):
     def choose(self, burst, *, watchable=True):
         return Plan(self.nodes, burst, 0)
 
+    def record(self, *known):
+        pass
+
 
 class Scripted:
     """A host drafter that knows what will be emitted: row r gets KINDS[r + shift]."""

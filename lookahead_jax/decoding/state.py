@@ -109,6 +109,7 @@ def choose(
     tree: TokenTree,
     laid: Layout,
     raw: Float[Array, "A Q V"],
+    *,
     allowed: UInt32[Array, "B P W"] | None,
     packing: Packing | None,
 ) -> Int[Array, "B P"]:

@@ -149,7 +149,8 @@ def _step(
     raw = logits(params, hidden, config=config)
     steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
     if drawn is None:
-        accepted = accept(tree, laid, choose(state, tree, laid, steered, allowed, packing))
+        choice = choose(state, tree, laid, steered, allowed=allowed, packing=packing)
+        accepted = accept(tree, laid, choice)
     else:
         processed = process(state, tree, laid, steered, allowed)
         with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
