@@ -11,7 +11,7 @@ import numpy as np
 
 from lookahead_jax.decoding.constraints import Constraints
 from lookahead_jax.decoding.device_drafter import DeviceDrafter, DrawingDrafter, Given, NoDrafter
-from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
+from lookahead_jax.decoding.draft_packing import NOTHING, followed, pack, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.draft_report import DraftReport, draft_report
 from lookahead_jax.decoding.eviction import DecodeEviction
@@ -264,13 +264,7 @@ class Drafting:
         went = [row for row, text in enumerate(texts) if text.size]
         if not went:
             return
-        valid, taken = np.zeros((2, len(texts), watched.nodes), bool)
-        for row in went:
-            tokens = np.asarray(watched.drafts[row].tokens[: watched.nodes - 1])
-            path = path_of(watched.drafts[row], texts[row][:-1].tolist())
-            valid[row, 0] = taken[row, 0] = True
-            valid[row, 1 : len(tokens) + 1] = tokens >= 0
-            taken[row, [node + 1 for node in path if node + 1 < watched.nodes]] = True
+        valid, taken = followed(watched.drafts, texts, watched.nodes)
         reached = (taken[..., None] & affordable(watched.worth, valid)).sum((0, 1)) / len(went)
         drafts = [watched.drafts[row] for row in went]
         sizes = [n for n in controller.buckets if n <= watched.nodes]
