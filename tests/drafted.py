@@ -18,6 +18,7 @@ from lookahead_jax.checkpoints.load import GenerationDefaults, Model, first_laye
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.logprobs import empty_record
+from lookahead_jax.decoding.node_choice import Controller, Plan
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
 from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.decoding.step import PLAIN, decode_step
@@ -194,6 +195,20 @@ def nothing(rng, truth, nodes):
 
 
 KINDS = [wrong, perfect, zeros, twins, bush, noise, nothing]
+
+
+class Shared(Controller):
+    """Always the same size; rows then share their nodes."""
+
+    def __init__(self, nodes):
+        super().__init__((1, nodes))
+        self.nodes = nodes
+
+    def choose(self, burst, *, watchable=True):
+        return Plan(self.nodes, burst, 0)
+
+    def record(self, *known):
+        pass
 
 
 class Scripted:

@@ -31,6 +31,7 @@ from tests.drafted import (
     POLICIES,
     PROMPTS,
     Scripted,
+    Shared,
     decision,
     draft_model,
     ends,
@@ -50,8 +51,13 @@ from tests.small_model_drafts import ROWS, assert_branches, assert_chains
 def check(case):
     """Runs a case; drafters that know or have learned the text must have gained by it."""
     texts, _ = undrafted(case.policy, ends(case.policy) if case.ended else ())
-    given = (case.policy, case.batch, case.nodes, case.ended, case.poison)
-    if isinstance(case.drafter, int):
+    nodes = Shared(case.nodes) if case.shared else case.nodes
+    given = (case.policy, case.batch, nodes, case.ended, case.poison)
+    if case.shared and isinstance(case.drafter, int):
+        state, _ = run(Scripted(texts, case.drafter), *given)
+        emitted = np.asarray(state.lengths) @ np.arange(1, 129)
+        np.testing.assert_array_equal(state.reached[:, NODE_BUCKETS.index(case.nodes)], emitted)
+    elif isinstance(case.drafter, int):
         state, same = run(Scripted(texts, case.drafter), *given)
         for i, r in enumerate(BATCHES[case.batch]):
             if kind(r, case.drafter) is perfect and r in same:
@@ -165,6 +171,11 @@ class Case(NamedTuple):
     ended: bool
     poison: bool
 
+    @property
+    def shared(self):
+        """Whether the rows share their nodes."""
+        return (self.batch, self.nodes) in ((8, 32), (3, 16))
+
 
 # Settings of the runs below, found by trying; test_the_cases_cover_every_pair holds them.
 CHOSEN = "57417177311166072253060003503404330134476"
@@ -243,8 +254,12 @@ class Watcher(Controller):
 
     told = None
 
+    def __init__(self, nodes):
+        super().__init__()
+        self.nodes = nodes
+
     def choose(self, burst, *, watchable=True):
-        return Plan(1, burst, WATCHED if watchable else 0)
+        return Plan(1, burst, self.nodes if watchable else 0)
 
     def record_watched(self, gains, sizes, seconds):
         self.told = gains, sizes
@@ -266,21 +281,25 @@ def decoded(drafter, nodes, steps):
 
 
 @pytest.mark.parametrize("drafter", [*range(len(KINDS)), "prompt_lookup", "recycling"])
-def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter):
+def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter, monkeypatch):
+    """Scripted drafts without a common budget, on which nodes that are not valid are spent here."""
     texts, _ = undrafted("full", ())
+    nodes = 8 if isinstance(drafter, int) else WATCHED
+    if isinstance(drafter, int):
+        monkeypatch.setattr(Drafting, "_shares", False)
 
     def make():
         return Scripted(texts, drafter) if isinstance(drafter, int) else make_drafter(drafter)
 
-    watcher = Watcher()
+    watcher = Watcher(nodes)
     decoded(make(), watcher, 6)
-    ran = decoded(make(), WATCHED, 6)
+    ran = decoded(make(), Shared(nodes), 6)
     ran = ran[ran[:, 0] > 0].mean(0)
     gains, sizes = watcher.told
-    compared = [n for n in NODE_BUCKETS if n <= WATCHED]
+    compared = [n for n in NODE_BUCKETS if n <= nodes]
     assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in compared}
-    assert ran[2] > 1
-    assert sizes[WATCHED] == WATCHED
+    assert ran[1] > 1
+    assert sizes[nodes] == nodes
 
 
 class Anything(GrammarRow):

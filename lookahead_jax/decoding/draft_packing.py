@@ -35,6 +35,24 @@ def unpack(tokens: np.ndarray, parents: np.ndarray) -> list[Draft]:
     return [Draft(t[1:], p[1:] - 1) for t, p in zip(tokens, parents, strict=True)]
 
 
+def followed(
+    drafts: Sequence[Draft], texts: Sequence[np.ndarray], nodes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes of trees that would have been run, and those of them that agree with `texts`.
+
+    Both are bool [B, P], the root included; rows that have emitted nothing have none.
+    """
+    there, taken = np.zeros((2, len(drafts), nodes), bool)
+    for row, (draft, text) in enumerate(zip(drafts, texts, strict=True)):
+        if text.size:
+            tokens = np.asarray(draft.tokens[: nodes - 1])
+            there[row, 0] = taken[row, 0] = True
+            there[row, 1 : len(tokens) + 1] = tokens >= 0
+            path = path_of(draft, text[:-1].tolist())
+            taken[row, [node + 1 for node in path if node + 1 < nodes]] = True
+    return there, taken
+
+
 def path_of(draft: Draft, text: Sequence[int]) -> list[int]:
     """The nodes that a step would accept, from the root down, if the target chose `text`."""
     children: dict[tuple[int, int], int] = {}

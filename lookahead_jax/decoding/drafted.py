@@ -18,12 +18,13 @@ from lookahead_jax.decoding.device_drafter import (
     Weights,
     readable,
 )
-from lookahead_jax.decoding.draft_packing import NOTHING, pack, path_of, unpack
+from lookahead_jax.decoding.draft_packing import NOTHING, followed, pack, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.draft_report import DraftReport, draft_report
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
+from lookahead_jax.decoding.node_budget import RowChances, affordable, place_groups, total_nodes
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.placement import placed
 from lookahead_jax.decoding.row_error import RowError
@@ -44,6 +45,7 @@ class _Watched(NamedTuple):
 
     drafts: Sequence[Draft]  # one per row
     nodes: int
+    worth: np.ndarray | None  # [B, P] as steps would have had it
     seconds: float | None  # the time to make them; None if that included compilation
 
 
@@ -51,8 +53,9 @@ class Drafting:
     """Decoding steps of a batch, with a host drafter or a device drafter.
 
     All rows join with `begin` and leave with `end`, single rows with `join` and `leave`; `advance`
-    runs the model. `nodes` is the number of nodes per step, or the controller that chooses it
-    (None: a new one). `room` is the most tokens of a row, prompt included.
+    runs the model. `nodes` is the number of nodes per step and row, or the controller that chooses
+    it (None: a new one); rows then share their nodes (node_budget.py). `room` is the most tokens of
+    a row, prompt included.
 
     Raises ValueError for a number of nodes that this drafter cannot have.
     """
@@ -91,6 +94,7 @@ class Drafting:
         self._requests: list[int | None] = [None] * batch
         self._drafted, self._undrafted = set[int](), set[int]()  # rows that have joined
         self._observed = [0] * batch
+        self._chances = RowChances(batch)
         self.compile_s = 0.0  # spent on compiling so far
         self._drafting_s = 0.0
         self._steps = 0
@@ -131,6 +135,7 @@ class Drafting:
         Without `draft` it is decoded plainly: `DecodeState.drafted` has to say so, too.
         """
         (self._drafted if draft else self._undrafted).add(row)
+        self._chances.begin(row)
         if self._host is not None and draft:
             request = next(_request)
             self._host.begin(request, prompt)
@@ -176,10 +181,12 @@ class Drafting:
         plan = controller.choose(burst, watchable=watchable)
         watched = self._watch(params, state, plan.watch) if plan.watch else None
         before, count, compiled = np.array(state.reached), np.array(state.count), self.compile_s
+        places = np.array(state.places)
         begin = time.perf_counter()
         drafts = self._drafts(state, plan.most)
-        longest = max((len(draft.tokens) for draft in drafts or ()), default=plan.most)
-        nodes = controller.holding(min(longest + 1, plan.most))
+        nodes, cut = plan.most, True
+        if drafts:
+            nodes, cut = self._needed(drafts, plan.most, controller.buckets)
         steps = 1 if drafts else plan.steps
         state = self._run(params, state, nodes, steps, drafts, constrained=constrained)
         reached = np.asarray(state.reached) - before  # waits for the device
@@ -189,7 +196,8 @@ class Drafting:
         reached[list(self._undrafted)] = 0  # what drafts gain is not seen in rows without
         gains = {}
         if plan.most > 1 and reached.any():
-            gains = self._gains(reached, plan.most, longest)
+            gains = self._gains(reached, plan.most, cut)
+        self._chances.learn(np.asarray(state.places) - places, ran)
         measured = self.compile_s == compiled
         controller.record(plan.most, nodes, gains, ran, seconds / ran if measured else None)
         if watched is not None:
@@ -205,16 +213,40 @@ class Drafting:
     def _draws(self) -> bool:
         return isinstance(self._device, DrawingDrafter)
 
-    def _gains(self, reached: np.ndarray, most: int, longest: int) -> dict[int, float]:
-        """Nodes -> tokens per step and row of trees of that size, from accepted nodes [B, 6].
+    @property
+    def _shares(self) -> bool:
+        """Whether rows share a budget; not over several devices, where it would cost transfers."""
+        several = len(self._requests) > 1 and jax.sharding.get_abstract_mesh().empty
+        return several and isinstance(self._nodes, Controller) and not self._draws
 
-        The drafts had at most `longest` nodes, of the `most` that were asked for.
+    def _needed(
+        self, drafts: Sequence[Draft], most: int, buckets: Sequence[int]
+    ) -> tuple[int, bool]:
+        """The smallest size up to `most` that reads as many nodes as `most`, and if that cuts them.
+
+        If it does, larger sizes might have read more.
+        """
+        sizes = [len(draft.tokens) + 1 for draft in drafts]
+
+        def read(nodes: int) -> tuple[int, int]:
+            total = sum(sizes)
+            if self._shares:
+                total = min(total, total_nodes(len(self._requests), nodes))
+            return min(max(sizes), nodes), total
+
+        enough = next(nodes for nodes in buckets if read(nodes) == read(most))
+        return enough, max(sizes) >= most or read(most)[1] < sum(sizes)
+
+    def _gains(self, reached: np.ndarray, most: int, cut: bool) -> dict[int, float]:
+        """Nodes -> tokens per step and row of steps of that size, from accepted nodes [B, 6].
+
+        `cut` says that larger trees than `most` might have had more nodes.
         """
         means = (reached.sum(0) / reached[:, 0].sum()).tolist()
         gains: dict[int, float] = dict(zip(NODE_BUCKETS, means, strict=True))
         if self._draws:  # the first nodes of a drawn tree are not drawn as a smaller tree's
             return {most: gains[most]}
-        if longest + 1 >= most:  # larger trees might have had more nodes
+        if cut:
             return {n: gain for n, gain in gains.items() if n <= most}
         return gains
 
@@ -233,23 +265,27 @@ class Drafting:
             )  # fmt: skip
             drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
         seconds = time.perf_counter() - begin
-        return _Watched(drafts, nodes, seconds if self.compile_s == compiled else None)
+        worth = self._chances.worth(nodes) if self._shares else None
+        return _Watched(drafts, nodes, worth, seconds if self.compile_s == compiled else None)
 
     def _judge(
         self, controller: Controller, watched: _Watched, texts: Sequence[np.ndarray]
     ) -> None:
         """Tells the controller how many of the watched nodes the emitted texts agree with."""
-        went = [(d, text) for d, text in zip(watched.drafts, texts, strict=True) if text.size]
+        went = [row for row, text in enumerate(texts) if text.size]
         if not went:
             return
-        paths = [path_of(draft, text[:-1].tolist()) for draft, text in went]
-        longest = max(len(draft.tokens) for draft, _ in went)
-        gains, sizes = {}, {}
-        for n in controller.buckets:
-            if n <= watched.nodes:
-                gains[n] = 1 + sum(node + 1 < n for path in paths for node in path) / len(paths)
-                sizes[n] = controller.holding(min(longest + 1, n))
-        controller.record_watched(gains, sizes, watched.seconds)
+        valid, taken = followed(watched.drafts, texts, watched.nodes)
+        reached = (taken[..., None] & affordable(watched.worth, valid)).sum((0, 1)) / len(went)
+        drafts = [watched.drafts[row] for row in went]
+        sizes = [n for n in controller.buckets if n <= watched.nodes]
+        controller.record_watched(
+            {n: float(reached[NODE_BUCKETS.index(n)]) for n in sizes},
+            {n: self._needed(drafts, n, sizes)[0] for n in sizes},
+            watched.seconds,
+        )
+        groups = place_groups(watched.nodes)
+        self._chances.learn(np.stack([valid @ groups, taken @ groups], axis=1), 1)
 
     def _run(
         self,
@@ -262,6 +298,8 @@ class Drafting:
         constrained: bool = False,
     ) -> DecodeState:
         step, options, drafter = self._program(nodes, burst, constrained)
+        if self._shares and nodes > 1:
+            options["worth"] = self._chances.worth(nodes)
         if self._host is not None:
             draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
             state = dataclasses.replace(state, draft=draft)

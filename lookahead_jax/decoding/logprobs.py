@@ -75,14 +75,20 @@ def empty_record(asked: Bool[Array, " B"], *, width: int, alternatives: int) -> 
     )
 
 
-def measure(record: LogprobRecord, raw: Float[Array, "B P V"], accepted: Accepted) -> Measured:
+def measure(
+    record: LogprobRecord,
+    raw: Float[Array, "A Q V"],
+    accepted: Accepted,
+    places: Int[Array, "B P"] | None = None,
+) -> Measured:
     """Log-probabilities of the tokens that a step emits; computed only if some row asks.
 
-    `raw` are the model's logits at each node of the step. Each emitted token was chosen at its node
-    of the accepted path.
+    `raw` are the model's logits at each node of the step [B, P, V], or, where `places` says which
+    is each node's, those of some nodes [1, N, V]. Each emitted token was chosen at its node of the
+    accepted path.
     """
     width = accepted.emitted.shape[1]
-    batch, alternatives = raw.shape[0], record.top.shape[2]
+    batch, alternatives = accepted.path.shape[0], record.top.shape[2]
 
     def nothing(raw):
         shape = (batch, width, alternatives)
@@ -95,13 +101,12 @@ def measure(record: LogprobRecord, raw: Float[Array, "B P V"], accepted: Accepte
     def of_tokens(raw):
         total = jax.nn.logsumexp(raw, axis=-1)
         top, ids = jax.lax.top_k(raw, alternatives)
-        rows, path = jnp.arange(batch)[:, None], accepted.path
-        chosen = raw[rows, path, jnp.maximum(accepted.emitted, 0)]
-        return Measured(
-            chosen - total[rows, path],
-            top[rows, path] - total[rows, path][..., None],
-            ids[rows, path],
-        )
+        if places is None:
+            at = jnp.arange(batch)[:, None], accepted.path
+        else:
+            at = 0, jnp.take_along_axis(places, accepted.path, axis=1)
+        chosen = raw[*at, jnp.maximum(accepted.emitted, 0)]
+        return Measured(chosen - total[at], top[at] - total[at][..., None], ids[at])
 
     return jax.lax.cond(record.asked.any(), of_tokens, nothing, raw)
 

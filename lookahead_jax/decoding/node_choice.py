@@ -1,4 +1,6 @@
-"""The number of draft nodes per step, chosen to emit the most tokens per second.
+"""The most draft nodes of a row in a step, chosen to emit the most tokens per second.
+
+How many nodes a batch may have in all, and which rows get them, is said in node_budget.py.
 
 The rate of a number of nodes is the tokens that its steps emit divided by their time, both moving
 averages. A large tree also tells what smaller ones would have emitted, since drafts list their best
@@ -24,7 +26,7 @@ from lookahead_jax.decoding.tree import NODE_BUCKETS
 class Plan(NamedTuple):
     """The next steps."""
 
-    most: int  # the most nodes that a step may have; one of the buckets
+    most: int  # the most nodes that a row may have in a step; one of the buckets
     steps: int
     watch: int  # nodes of a draft to make before them without running it; 0: none
 

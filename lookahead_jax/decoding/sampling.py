@@ -174,6 +174,8 @@ class TextSoFar(NamedTuple):
     path: jax.Array | None = None
     """[B, P, A] int32, -1 = none: tokens from the root to each node, without the root, which is
     in the text already. None: there is only the root."""
+    rows: jax.Array | None = None
+    """[R] int32: row r of the logits goes on in row rows[r] of the tables. None: in row r."""
 
 
 def process_logits(
@@ -225,21 +227,22 @@ def _bias(logits: jax.Array, text: TextSoFar, rows: SamplingRows) -> jax.Array:
 
 def _penalize_seen(logits: jax.Array, text: TextSoFar, rows: SamplingRows) -> jax.Array:
     """The repetition penalty (Keskar et al. 2019, CTRL, arXiv:1909.05858)."""
-    seen = _on_paths(text.seen, text.path, lambda at: at.set(True, mode="drop"))
+    seen = _on_paths(text.seen, text, lambda at: at.set(True, mode="drop"))
     penalty = rows.penalty[:, None, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _penalize_counts(logits: jax.Array, text: TextSoFar, rows: SamplingRows) -> jax.Array:
     """OpenAI's formula: logit - count * frequency - [count > 0] * presence."""
-    counts = _on_paths(text.counts, text.path, lambda at: at.add(1, mode="drop"))
+    counts = _on_paths(text.counts, text, lambda at: at.add(1, mode="drop"))
     frequency, presence = rows.frequency[:, None, None], rows.presence[:, None, None]
     logits = logits - counts.astype(logits.dtype) * frequency
     return logits - jnp.where(counts > 0, presence, 0.0)
 
 
-def _on_paths(table: Any, path: jax.Array | None, update: Callable[[Any], jax.Array]) -> jax.Array:
+def _on_paths(table: Any, text: TextSoFar, update: Callable[[Any], jax.Array]) -> jax.Array:
     """A row's `table` [B, V] at each of its nodes [B, P, V], updated at the tokens of its path."""
+    path, table = text.path, table if text.rows is None else table[text.rows]
     if path is None:
         return table[:, None]
     batch, nodes, _ = path.shape

@@ -11,9 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lookahead_jax.decoding.allowed import allow_only
 from lookahead_jax.decoding.logprobs import LogprobRecord, measure, written
+from lookahead_jax.decoding.node_budget import PLACES
 from lookahead_jax.decoding.sampling import SamplingRows, TextSoFar, choose_tokens, process_logits
 from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, Layout, TokenTree
 from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.packing import Packing
 
 
 @struct.dataclass
@@ -31,7 +33,8 @@ class DecodeState:
     counts: jax.Array | None  # [B, V] int32 how often the output has each token, likewise
     sampling: SamplingRows
     lengths: jax.Array  # [B, 128] int32 entry i: steps that emitted i + 1 tokens
-    reached: jax.Array  # [B, 6] int32 accepted nodes among the first NODE_BUCKETS[i] of their tree
+    reached: jax.Array  # [B, 6] int32 accepted nodes that steps of NODE_BUCKETS[i] would have had
+    places: jax.Array  # [B, 2, 7] int32 nodes read, and accepted, by their place in the tree
     finite: jax.Array  # [B] bool; a row ends, without a token, at logits that are NaN or infinite
     draft: Any  # the drafter's state
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
@@ -48,10 +51,16 @@ def seen_tokens(tokens: Int[Array, "B T"], vocab_size: int) -> Bool[Array, "B V"
     return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, ids].set(True, mode="drop")
 
 
-def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> DecodeState:
+def emit(
+    state: DecodeState,
+    accepted: Accepted,
+    raw: jax.Array | None,
+    packing: Packing | None = None,
+) -> DecodeState:
     """Appends the accepted tokens to each row; only the last may end it.
 
-    Log-probabilities are recorded from the `raw` logits [B, P, V], if these are given.
+    Log-probabilities are recorded from the `raw` logits, if these are given: [B, P, V], or
+    [1, N, V] with a `packing`.
     """
     emitted, count = accepted.emitted, accepted.count
     rows = jnp.arange(emitted.shape[0])[:, None]
@@ -66,7 +75,8 @@ def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> Decod
         counts = counts.at[rows, ids].add(1, mode="drop")
     logprobs = state.logprobs
     if logprobs is not None and raw is not None:
-        logprobs = written(logprobs, measure(logprobs, raw, accepted), at)
+        places = None if packing is None else packing.places
+        logprobs = written(logprobs, measure(logprobs, raw, accepted, places), at)
     last = jnp.take_along_axis(emitted, jnp.maximum(count - 1, 0)[:, None], axis=1)
     total = state.count + count
     ended = (last == state.eos).any(1) | (total >= state.limit)
@@ -82,13 +92,53 @@ def emit(state: DecodeState, accepted: Accepted, raw: jax.Array | None) -> Decod
     )
 
 
-def text_so_far(state: DecodeState, tree: TokenTree, laid: Layout) -> TextSoFar:
-    """What the penalties of a tree's nodes look at."""
+def process(
+    state: DecodeState,
+    tree: TokenTree,
+    laid: Layout,
+    raw: Float[Array, "A Q V"],
+    allowed: UInt32[Array, "B P W"] | None,
+) -> Float[Array, "B P V"]:
+    """The logits at each node of a step, with masks, penalties and filters."""
+    text = TextSoFar(state.seen, state.counts, _paths(tree, laid))
+    return process_logits(allow_only(raw, allowed), text, state.sampling)
+
+
+def choose(
+    state: DecodeState,
+    tree: TokenTree,
+    laid: Layout,
+    raw: Float[Array, "A Q V"],
+    *,
+    allowed: UInt32[Array, "B P W"] | None,
+    packing: Packing | None,
+) -> Int[Array, "B P"]:
+    """The target's choice at each node of a step; 0 at those that a `packing` leaves out.
+
+    `raw` are the logits [B, P, V], or [1, N, V] with a packing.
+    """
+    positions = state.cache.next_pos[:, None] + laid.depth + 1
+    if packing is None:
+        return choose_tokens(process(state, tree, laid, raw, allowed), positions, state.sampling)
+
+    def one_by_one(block: Any) -> Any:  # [B, P, ...] -> [N, 1, ...]
+        return None if block is None else packing.pack(block).swapaxes(0, 1)
+
+    row = packing.rows // laid.depth.shape[1]
+    sampling = jax.tree.map(lambda setting: setting[row], state.sampling)
+    text = TextSoFar(state.seen, state.counts, one_by_one(_paths(tree, laid)), row)
+    permitted = allow_only(raw.swapaxes(0, 1), one_by_one(allowed))
+    processed = process_logits(permitted, text, sampling)
+    choice = choose_tokens(processed, one_by_one(positions), sampling)
+    return packing.unpack(choice.swapaxes(0, 1))
+
+
+def _paths(tree: TokenTree, laid: Layout) -> Int[Array, "B P A"] | None:
+    """The tokens on the way to each node, as `TextSoFar` has them."""
     if tree.tokens.shape[1] == 1:
-        return TextSoFar(state.seen, state.counts)
+        return None
     on_path = laid.ancestors & laid.valid[:, None]
-    path = jnp.where(on_path, tree.tokens[:, None], -1)[..., 1:]
-    return TextSoFar(state.seen, state.counts, path)
+    return jnp.where(on_path, tree.tokens[:, None], -1)[..., 1:]
 
 
 @partial(jax.jit, static_argnames=("width",), donate_argnames=("cache", "draft"))
@@ -132,6 +182,7 @@ def start(
         sampling=sampling,
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        places=jnp.zeros((batch, 2, PLACES), jnp.int32),
         finite=finite,
         draft=draft,
         sums=sums,

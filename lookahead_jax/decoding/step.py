@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from lookahead_jax.decoding.acceptance import accept_drawn
-from lookahead_jax.decoding.allowed import allow_only
 from lookahead_jax.decoding.device_drafter import (
     DeviceDrafter,
     DrawingDrafter,
@@ -28,20 +27,16 @@ from lookahead_jax.decoding.device_drafter import (
     self_drafter,
 )
 from lookahead_jax.decoding.eviction import DecodeEviction, evict
-from lookahead_jax.decoding.sampling import (
-    GREEDY,
-    Sampling,
-    choose_tokens,
-    process_logits,
-    sampling_rows,
-)
-from lookahead_jax.decoding.state import DecodeState, emit, start, text_so_far
+from lookahead_jax.decoding.node_budget import affordable, place_groups, total_nodes
+from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.state import DecodeState, choose, emit, process, start
 from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, TokenTree, accept, layout
 from lookahead_jax.model.cache import Entries, KVCache, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
+from lookahead_jax.model.packing import packing_of
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
@@ -79,20 +74,29 @@ class Decoded(NamedTuple):
     finite: jax.Array  # [B] bool
 
 
-def _reached(accepted: Accepted) -> jax.Array:
-    """How many accepted nodes [B, 6] are among the first NODE_BUCKETS[i] of each tree [B, P]."""
-    on_path = jnp.arange(accepted.path.shape[1])[None] < accepted.count[:, None]
-    first = accepted.path[..., None] < jnp.asarray(NODE_BUCKETS)[None, None]
-    return (on_path[..., None] & first).sum(1, dtype=jnp.int32)
+def _observed(
+    valid: jax.Array, accepted: Accepted, of_sizes: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What a step adds to `DecodeState.reached` [B, 6] and `DecodeState.places` [B, 2, 7].
+
+    `valid` [B, P] are the nodes that it has read, `of_sizes` [B, P, 6] those of all sizes.
+    """
+    index = jnp.arange(valid.shape[1], dtype=jnp.int32)
+    on_path = index[None] < accepted.count[:, None]
+    taken = ((accepted.path[..., None] == index[None, None]) & on_path[..., None]).any(1)
+    groups = jnp.asarray(place_groups(valid.shape[1]))
+    nodes = jnp.stack([valid, taken], axis=1).astype(jnp.float32)
+    places = jnp.einsum("bip,pg->big", nodes, groups).astype(jnp.int32)
+    return (taken[..., None] & of_sizes).sum(1, dtype=jnp.int32), places
 
 
-def _finite_count(raw: jax.Array, accepted: Accepted) -> jax.Array:
-    """How many accepted nodes [B] come before the first with a logit [B, P, V] that is not finite.
+def _finite_count(finite: jax.Array, accepted: Accepted) -> jax.Array:
+    """How many accepted nodes [B] come before the first whose logits are not `finite` [B, P].
 
     The others emit nothing, so a row ends at the same token whatever the tree.
     """
-    on_path = jnp.arange(raw.shape[1])[None] < accepted.count[:, None]
-    finite = jnp.take_along_axis(jnp.isfinite(raw).all(-1), accepted.path, axis=1)
+    on_path = jnp.arange(finite.shape[1])[None] < accepted.count[:, None]
+    finite = jnp.take_along_axis(finite, accepted.path, axis=1)
     return jnp.cumprod(finite & on_path, axis=1, dtype=jnp.int32).sum(1, dtype=jnp.int32)
 
 
@@ -115,6 +119,7 @@ def _step(
     nodes: int,
     eviction: DecodeEviction | None,
     steer: Steer | None,
+    worth: jax.Array | None,
     allowed: jax.Array | None = None,
 ) -> tuple[DecodeState, Entries, Step]:
     """One forward of the target: propose, verify, emit. Its entries are not committed."""
@@ -124,6 +129,8 @@ def _step(
     drawn = None
     weights = readable(drafter, weights, params, cache, config)
     if isinstance(drafter, DrawingDrafter) and nodes > 1:
+        if worth is not None:
+            raise ValueError("drafters that draw share no budget of nodes: leave out `worth`")
         draft, tree, drawn = drafter.draw(
             weights, state.draft, state.token, nodes,
             positions=cache.next_pos, sampling=state.sampling,
@@ -136,44 +143,51 @@ def _step(
     if state.drafted is not None:
         room = jnp.where(state.drafted, room, jnp.minimum(room, 1))
     laid = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos)
+    of_sizes, packing = affordable(worth, laid.valid), None
+    if worth is not None:
+        laid = laid._replace(valid=of_sizes[..., NODE_BUCKETS.index(nodes)])
+        total = total_nodes(laid.valid.shape[0], nodes)
+        packing = packing_of(laid.valid, total) if total < laid.valid.size else None
     positions = jnp.where(laid.valid, base + laid.depth, -1)
     x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)
     visible = None if nodes == 1 else laid.ancestors
     reader = self_drafter(drafter)
-    out = forward(
-        params, Block(x, positions, cache.rope_span, visible), cache, config=config,
-        exits=() if reader is None else reader.exits(config),
-    )  # fmt: skip
-    raw = logits(params, out.hidden, config=config)
+    block = Block(x, positions, cache.rope_span, visible, packing=packing)
+    exits = () if reader is None else reader.exits(config)
+    out = forward(params, block, cache, config=config, exits=exits)
+    hidden = out.hidden if packing is None else packing.pack(out.hidden)
+    raw = logits(params, hidden, config=config)
     steering, steered = _steered(steer, state, raw, laid.valid[:, 0])
-    permitted = allow_only(steered, allowed)
-    processed = process_logits(permitted, text_so_far(state, tree, laid), state.sampling)
     if drawn is None:
-        accepted = accept(
-            tree, laid, choose_tokens(processed, base + laid.depth + 1, state.sampling)
-        )
+        choice = choose(state, tree, laid, steered, allowed=allowed, packing=packing)
+        accepted = accept(tree, laid, choice)
     else:
+        processed = process(state, tree, laid, steered, allowed)
         with_ends = layout(tree, vocab_size=config.vocab_size, most=room, ends=state.eos[:, :0])
         accepted = accept_drawn(
             tree, laid, drawn=drawn, processed=processed, positions=base + laid.depth,
             ending=with_ends.valid & ~laid.valid, sampling=state.sampling,
         )  # fmt: skip
-    count = _finite_count(raw, accepted)
+    finite = jnp.isfinite(raw).all(-1)
+    count = _finite_count(finite if packing is None else packing.unpack(finite), accepted)
     finite = count == accepted.count
     accepted = accepted._replace(count=count)
-    verified = Verified(tree, laid, raw, accepted, out.hidden, out.exits)
+    by_node = raw if packing is None else packing.unpack(raw)
+    verified = Verified(tree, laid, by_node, accepted, out.hidden, out.exits)
     draft = drafter.update(weights, draft, verified)
+    reached, places = _observed(laid.valid, accepted, of_sizes)
     counts = jnp.arange(1, state.lengths.shape[1] + 1)[None] == accepted.count[:, None]
     state = dataclasses.replace(
         state,
         draft=draft,
         steering=steering,
         lengths=state.lengths + counts.astype(jnp.int32),
-        reached=state.reached + _reached(accepted),
+        reached=state.reached + reached,
+        places=state.places + places,
         finite=state.finite & finite,
         done=state.done | ~finite,
     )
-    state = emit(state, accepted, raw)
+    state = emit(state, accepted, raw, packing)
     entries = Entries(
         out.k, out.v, positions, accepted.path, accepted.count, out.k_scale, out.v_scale
     )
@@ -228,6 +242,7 @@ def decode_step(
     nodes: int,
     eviction: DecodeEviction | None = None,
     steer: Steer | None = None,
+    worth: Float[Array, "B P"] | None = None,
     allowed: UInt32[Array, "B P W"] | None = None,
 ) -> tuple[DecodeState, Step]:
     """One model step, and its tree. The state is donated.
@@ -238,7 +253,7 @@ def decode_step(
     """
     state, entries, step = _step(
         params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction,
-        steer=steer, allowed=allowed,
+        steer=steer, worth=worth, allowed=allowed,
     )  # fmt: skip
     return _settle(params, state, entries, modules, config=config, eviction=eviction), step
 
@@ -256,6 +271,7 @@ def decode_burst(
     nodes: int = 1,
     eviction: DecodeEviction | None = None,
     steer: Steer | None = None,
+    worth: Float[Array, "B P"] | None = None,
 ) -> DecodeState:
     """Up to `steps` model steps, fewer if every row finishes. The state is donated.
 
@@ -264,7 +280,8 @@ def decode_burst(
     on them; without a drafter, with one node per step, this is plain decoding. With `eviction`,
     every row is evicted down to its budget at multiples of the interval (`modules` are for policies
     that read them); the cache must have room for the budget and one interval. `steer` changes the
-    logits; its state is `state.steering`.
+    logits; its state is `state.steering`. `worth`, how likely each node is to be accepted, has the
+    rows share one budget of nodes (node_budget.py); not with drafters that draw.
     """
     settle = partial(_settle, config=config, eviction=eviction)
 
@@ -279,7 +296,7 @@ def decode_burst(
         state = settle(params, state, entries, modules)
         state, entries, _ = _step(
             params, state, weights, config=config, drafter=drafter, nodes=nodes, eviction=eviction,
-            steer=steer,
+            steer=steer, worth=worth,
         )  # fmt: skip
         return i + 1, state, entries
 

@@ -27,6 +27,7 @@ from lookahead_jax.decoding.logprobs import (
     empty_record,
     on_host,
 )
+from lookahead_jax.decoding.node_budget import PLACES
 from lookahead_jax.decoding.placement import placed
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows, with_everything
 from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
@@ -75,6 +76,7 @@ def empty_batch(
         sampling=with_everything(sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size)),
         lengths=jnp.zeros((batch, NODE_BUCKETS[-1]), jnp.int32),
         reached=jnp.zeros((batch, len(NODE_BUCKETS)), jnp.int32),
+        places=jnp.zeros((batch, 2, PLACES), jnp.int32),
         finite=jnp.ones(batch, bool),
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,

@@ -41,6 +41,7 @@ from lookahead_jax.model.layers import (
     product_of_rows,
     rms_norm,
 )
+from lookahead_jax.model.packing import Packing
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.quantization import QuantizedWeight, Weight, multiply_table, rows_of
 from lookahead_jax.model.rope import apply_rope, rope_tables
@@ -55,6 +56,7 @@ class Block:
     rope_span: jax.Array  # [B] int32 known length of each row's text, see rope.py
     visible: jax.Array | None = None  # [B, P, P] bool row i sees column j; None: by position
     lora: Params | None = None  # {name: {"a": [L, in, R], "b": [L, R, out]}}, for these rows only
+    packing: Packing | None = None  # the rows to compute, the others being padding; None: all
 
 
 class BlockOutput(NamedTuple):
@@ -228,9 +230,14 @@ def layer_step(
     visible: jax.Array | None,  # [B, P, P]; None: a text from its start, row i sees 0 .. i
     context: Context | None,
     config: ModelConfig,
+    packing: Packing | None = None,
 ) -> tuple[jax.Array, Projections]:
-    """One decoder layer over a block: the next residual stream and the block's projections."""
+    """One decoder layer over a block: the next residual stream and the block's projections.
+
+    With a `packing` the stream has the packed rows [1, N, D], the projections those of the block.
+    """
     (proj,) = project_qkv(p, [stream], kind, config=config)
+    proj = proj if packing is None else packing.unpacked(proj)
     if context is not None and context.scales is not None:
         proj = as_stored(proj)
     if visible is None:
@@ -239,6 +246,7 @@ def layer_step(
         out, lse = attend_block(
             proj, kind, positions=positions, visible=visible, context=context, config=config
         )
+    out = out if packing is None else packing.pack(out)
     return feed_forward(p, [stream], [out], config=config)[0], proj._replace(lse=lse)
 
 
@@ -270,7 +278,9 @@ def forward(
     """
     check_not_donated("forward", cache)
     cos, sin = rope_tables(config, block.positions, block.rope_span)
-    visible = block_visible(block)
+    visible, packing, x = block_visible(block), block.packing, block.x
+    if packing is not None:
+        x, cos, sin = packing.pack(x), packing.pack(cos, axis=1), packing.pack(sin, axis=1)
 
     def step(carry, inputs):
         x, left = carry
@@ -279,6 +289,7 @@ def forward(
         x, proj = layer_step(
             p, Stream(x, cos, sin, lora), kind,
             positions=block.positions, visible=visible, context=context, config=config,
+            packing=packing,
         )  # fmt: skip
         left = tuple(
             jnp.where(kind.index + 1 == number, x, other)
@@ -286,9 +297,12 @@ def forward(
         )
         return (x, left), (proj.k, proj.v, proj.k_scale, proj.v_scale)
 
-    left = tuple(jnp.zeros_like(block.x) for _ in exits)
+    def result(x):
+        hidden = rms_norm(x, params["final_norm"], config=config)
+        return hidden if packing is None else packing.unpack(hidden)
+
+    left = tuple(jnp.zeros_like(x) for _ in exits)
     (x, left), entries = scan_layers(
-        step, (block.x, left), params["layers"], block.lora, layer_kinds(config), count=layers
+        step, (x, left), params["layers"], block.lora, layer_kinds(config), count=layers
     )
-    x, left = jax.tree.map(lambda a: rms_norm(a, params["final_norm"], config=config), (x, left))
-    return BlockOutput(x, *entries, exits=left)
+    return BlockOutput(result(x), *entries, exits=tuple(map(result, left)))
