@@ -39,6 +39,7 @@ from lookahead_jax.drafters.registry import make_drafter
 
 KINDS = ("multi_turn", "translation", "summarization", "qa", "math_reasoning", "rag")
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+WITH_HEAD = ("denoiser",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = KINDS
-    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS)] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters", DRAFTERS + WITH_HEAD)] = DRAFTERS
+    head: Annotated[Path | None, Help("head of the drafter denoiser")] = None
     prompts: Annotated[int, Help("prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
@@ -86,7 +88,8 @@ def of_kind(
 ) -> Iterator[tuple[str, str, list[Run], list[float], list[bool]]]:
     """(drafter, "fixed" or "chosen", drafted runs, plain seconds, whether the tokens are equal)."""
     ways = [(name, how) for name in options.drafters for how in ("fixed", "chosen")]
-    drafters = {way: make_drafter(way[0]) for way in ways}
+    head = dict(model=runner.model, head=options.head)
+    drafters = {w: make_drafter(w[0], **(head if w[0] in WITH_HEAD else {})) for w in ways}
     controllers = {way: lk.Controller((1, options.nodes, 2 * options.nodes)) for way in ways}
     drafted: dict[tuple[str, str], list[Run]] = {way: [] for way in ways}
     seconds, tokens = [], []
@@ -137,6 +140,8 @@ def main() -> None:
     options = parse(Options, __doc__)
     if options.peer is not None and (options.folder is None or options.temperature > 0):
         raise SystemExit("--peer needs --folder, and is greedy: leave --temperature out")
+    if options.head is None and set(options.drafters) & set(WITH_HEAD):
+        raise SystemExit("--drafters denoiser needs --head FILE, from lookahead train denoiser")
     model = lk.load(options.model, dtype="float32")
     if model.tokenizer is None or not model.tokenizer.chat_templates:
         raise SystemExit(f"--model {options.model} has no chat template")
@@ -148,7 +153,8 @@ def main() -> None:
         "processor": machine(),
         "load_average": os.getloadavg(),
         "settings": {
-            k: str(v) for k, v in settings(options, "out", "peer", "folder", "questions").items()
+            k: str(v)
+            for k, v in settings(options, "out", "peer", "folder", "questions", "head").items()
         },
         "step_cost": step_costs(runner, first, options.nodes),
         "kinds": {},

@@ -139,7 +139,8 @@ class _Session:
                 eos_ids=end_ids(model, end_tokens(model, config.eos)),
             ),
             draft=DraftSettings(
-                drafter=config.drafting.make(self._small), nodes=config.drafting.draft_nodes
+                drafter=config.drafting.make(self._small, model),
+                nodes=config.drafting.draft_nodes,
             ),
             messages=self._first("")[:-1],
             pin=pin if pins.pin or pins.pin_system else None,

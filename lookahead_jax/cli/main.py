@@ -53,6 +53,7 @@ GROUPS = {
         "study": ("train.study", "Train several sets of modules at once, for comparisons."),
         "compile": ("train.compile", "Compile the training step for TPUs and report its needs."),
         "qfilters": ("train.qfilters", "Compute the filters of the policy qfilter from texts."),
+        "denoiser": ("train.denoiser", "Train the head of the drafter denoiser."),
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),
     },
     "eval": {

@@ -34,6 +34,7 @@ CacheDtype = Annotated[Literal["int8"] | None, option("TYPE")]
 Repeated = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TEXT")]
 Tokens = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], option("TOKEN")]
 _READS_MODEL = ("draft_model", "drawn_model")  # drafters
+_READS_TARGET = ("denoiser",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +227,8 @@ class DraftingOptions:
     drafter: Annotated[str, option("NAME")] = "none"
     """The drafter, which proposes several tokens per step. Two that run on the host, or two on the
     device, combine: trie+suffix, prompt_lookup+recycling."""
+    drafter_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
+    """A setting of the drafter, such as head=FILE of denoiser. May be repeated."""
     draft_nodes: Annotated[int | None, option("INT")] = None
     """Draft nodes per step: 1, 8, 16, 32, 64 or 128. Default: chosen automatically."""
     draft_model: Folder = None
@@ -235,10 +238,13 @@ class DraftingOptions:
     def load(self, dtype: str | None, policy: Any = None):
         """The smaller model, or None; UsageError if it is missing or has no use.
 
+        Also raises ValueError for an unknown drafter, before any model is loaded.
         `policy` is the eviction policy of a command that makes drafts for one that reads them.
         """
         import lookahead_jax as lk
+        from lookahead_jax.drafters.registry import check_name
 
+        check_name(self.drafter)
         users = [f"--drafter {self.drafter}"] if self.drafter in _READS_MODEL else []
         if policy is not None and _reads_small_model(policy):
             users.append("--policy speckv")
@@ -251,13 +257,18 @@ class DraftingOptions:
             )
         return None if self.draft_model is None else lk.load(self.draft_model, dtype=dtype)
 
-    def make(self, small):
-        """The drafter these options name; `small` is the model that `load` returned."""
+    def make(self, small, model):
+        """The drafter these options name, for `model`; `small` is what `load` returned."""
         from lookahead_jax.drafters.registry import make_drafter
 
+        settings: dict[str, Any] = settings_of("--drafter-arg", self.drafter_arg)
+        if "+" in self.drafter and settings:
+            raise UsageError("--drafter-arg is for one drafter: those of a combination take none")
         if self.drafter in _READS_MODEL:
-            return make_drafter(self.drafter, model=small)
-        return make_drafter(self.drafter)
+            settings["model"] = small
+        elif self.drafter in _READS_TARGET:
+            settings["model"] = model
+        return make_drafter(self.drafter, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,8 +302,8 @@ class RunOptions:
         self.input.check()
         eviction = self.eviction.resolve(self.source, with_drafts=True)
         small = self.drafting.load(self.source.dtype, eviction.policy)
-        drafter = self.drafting.make(small)
         model = self.source.load()
+        drafter = self.drafting.make(small, model)
         return Run(self, eviction, small, drafter, model, self.input.read(model))
 
 

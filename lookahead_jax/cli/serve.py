@@ -95,8 +95,9 @@ def main(config: Serve) -> None:
             replace(config.eviction, policy=name, policy_arg=()).resolve(config.source)
             for name in config.request_policy
         ]
-        drafter = config.drafting.make(config.drafting.load(config.source.dtype))
+        small = config.drafting.load(config.source.dtype)
         model = config.source.load()
+        drafter = config.drafting.make(small, model)
         engine = lk.Engine(
             model,
             policy=eviction.policy,

@@ -116,7 +116,7 @@ class DraftModel:
                 jnp.concatenate([tree.tokens, jnp.where(likely, token, -1)], axis=1),
                 jnp.concatenate([tree.parents, above.astype(jnp.int32)], axis=1),
             )
-        tree = _best_first(tree, jnp.concatenate(values, axis=1))
+        tree = best_first(tree, jnp.concatenate(values, axis=1))
         pad = [(0, 0), (0, nodes - tree.tokens.shape[1])]
         return state, jax.tree.map(lambda a: jnp.pad(a, pad, constant_values=-1), tree)
 
@@ -149,7 +149,7 @@ class DraftModel:
         return jnp.where(laid.valid[:, size - newest :, None], chances, -jnp.inf)
 
 
-def _best_first(tree: TokenTree, value: jax.Array) -> TokenTree:
+def best_first(tree: TokenTree, value: jax.Array) -> TokenTree:
     """The nodes sorted by value [B, n]; a parent's is never below its child's."""
     order = jnp.argsort(-value, axis=1, stable=True)
     place = jnp.argsort(order, axis=1).astype(jnp.int32)

@@ -14,8 +14,13 @@ class Entry(NamedTuple):
 
     path: str  # of its class, below lookahead_jax
     summary: str  # one sentence, for help texts
+    needs: str = ""  # what it cannot do without, and how to give it
 
 
+_SMALLER = (
+    "a smaller model with the same tokenizer: give make_drafter({name!r}, model=lk.load(DIR)) "
+    "(--draft-model DIR)"
+)
 DRAFTERS = {
     "none": Entry("decoding.device_drafter.NoDrafter", "Plain decoding, one token per step."),
     "trie": Entry(
@@ -41,11 +46,19 @@ DRAFTERS = {
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
         "The likeliest continuations by a smaller model with the same tokenizer.",
+        needs=_SMALLER,
     ),
     "drawn_model": Entry(
         "drafters.drawn_model.DrawnModel",
         "Continuations sampled from a smaller model with the same tokenizer; accepts more of them "
         "when sampling, but emits other tokens than plain decoding would.",
+        needs=_SMALLER,
+    ),
+    "denoiser": Entry(
+        "drafters.denoiser.Denoiser",
+        "A block at once from a small head trained on the model, by masked denoising (DEER).",
+        needs="a head that was trained for the model: give make_drafter({name!r}, model=MODEL, "
+        "head=FILE) (--drafter-arg head=FILE); lookahead train denoiser writes one",
     ),
 }
 
@@ -57,19 +70,26 @@ def drafter_summaries() -> dict[str, str]:
     return {name: entry.summary for name, entry in DRAFTERS.items()}
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError, listing the known ones, for the name of no drafter."""
+    for part in name.split("+"):
+        if part not in DRAFTERS:
+            raise ValueError(f"unknown drafter {part!r}; known: {', '.join(DRAFTERS)}, {COMBINED}")
+
+
 def make_drafter(name: str, **arguments: Any) -> Any:
     """The drafter called `name` with its settings; a HostDrafter or a DeviceDrafter.
 
-    "trie+suffix" merges the trees of two drafters with default settings (combine.py). Both must
-    run on the host or both on the device; draft models and "none" cannot be combined. Raises
-    ValueError for other combinations, for unknown names and arguments, listing the known ones, and
-    for a draft model without `model=`.
+    Numbers may be text, as on a command line. "trie+suffix" merges the trees of two drafters with
+    default settings (combine.py). Both must run on the host or both on the device; draft models and
+    "none" cannot be combined. Raises ValueError for other combinations, for unknown names and
+    arguments, listing the known ones, and for a draft model without `model=` or a denoiser without
+    `model=` and `head=`.
     """
     names = name.split("+")
     if len(names) > 1:
         return _combined(name, [make_drafter(part) for part in names])
-    if name not in DRAFTERS:
-        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}, {COMBINED}")
+    check_name(name)
     module, _, kind = DRAFTERS[name].path.rpartition(".")
     # Imported on demand: the trie compiles its code at import.
     make = getattr(import_module(f"lookahead_jax.{module}"), kind)
@@ -78,15 +98,24 @@ def make_drafter(name: str, **arguments: Any) -> Any:
         if argument not in parameters:
             known = f"known: {', '.join(parameters)}" if parameters else "it takes none"
             raise ValueError(f"drafter {name}: unknown argument {argument!r}; {known}")
-    if "model" in parameters and "model" not in arguments:
-        raise ValueError(
-            f"drafter {name} needs a smaller model with the same tokenizer: give "
-            f"make_drafter({name!r}, model=lk.load(DIR)) (--draft-model DIR)"
-        )
+    if any(p.default is p.empty and n not in arguments for n, p in parameters.items()):
+        raise ValueError(f"drafter {name} needs {DRAFTERS[name].needs.format(name=name)}")
     try:
-        return make(**arguments)
+        return make(**{n: _parsed(n, value, parameters[n]) for n, value in arguments.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"drafter {name}: {error}") from error
+
+
+def _parsed(name: str, value: Any, parameter: inspect.Parameter) -> Any:
+    """The value of an argument; a number for a text, if the parameter is one."""
+    kind = parameter.annotation
+    if not isinstance(value, str) or kind not in (int, float):
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        wanted = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}={value} is not {wanted}") from None
 
 
 def _combined(name: str, drafters: list[Any]) -> Any:

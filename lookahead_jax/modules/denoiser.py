@@ -1,0 +1,142 @@
+"""The head of the drafter `denoiser`: it fills a block of masked tokens in one parallel pass.
+
+DEER (arXiv 2512.15176) and DiffuSpec (arXiv 2510.02358) draft a block with a diffusion language
+model that reads the text. This head is far smaller and reads the target's last hidden state
+instead. Its tokens are projected from the target's embedding, and its outputs go through the
+target's own head. Letters: B rows, T tokens of the block, D model, W width of the head,
+V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from lookahead_jax.checkpoints.hf_config import config_from_hf
+from lookahead_jax.host.integers import check_integer
+from lookahead_jax.model.config import ModelConfig
+from lookahead_jax.model.decoder import Stream, embed, layer_step, logits, scan_layers
+from lookahead_jax.model.layer_attention import layer_kinds
+from lookahead_jax.model.layers import linear, rms_norm
+from lookahead_jax.model.params import Params, init_params
+from lookahead_jax.model.rope import rope_tables
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Sizes of the head."""
+
+    tokens: int
+    """T, the tokens of a block."""
+    width: int
+    """W, the width of its layers. Their MLP is four times as wide."""
+    heads: int
+    """Attention heads of a layer; width / heads must be even, for RoPE."""
+    layers: int
+    """Number of layers."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_integer(f"head {field.name}", getattr(self, field.name), least=1)
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"head width {self.width} must be an even multiple of its {self.heads} heads"
+            )
+
+    def decoder(self) -> ModelConfig:
+        """The layers: those of a Llama, whose attention is not causal here."""
+        return config_from_hf(
+            {
+                "model_type": "llama", "vocab_size": 1, "hidden_size": self.width,
+                "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.heads, "intermediate_size": 4 * self.width,
+                "max_position_embeddings": self.tokens, "hidden_act": "silu",
+                "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True,
+            }
+        )  # fmt: skip
+
+
+@struct.dataclass
+class DenoiserHead:
+    """The trained parameters."""
+
+    params: Params
+    """hidden_norm, token_norm [D], projections hidden, root, given [D, W], mask [T, W], layers,
+    final_norm [W], out [W, D]."""
+    config: HeadConfig = struct.field(pytree_node=False)
+
+
+def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> DenoiserHead:
+    """A float32 head to start training from, for a target of D = `hidden_size`."""
+    inner, *keys = jax.random.split(key, 6)
+    layers = init_params(inner, config.decoder(), jnp.float32)
+    ones = jnp.ones(hidden_size, jnp.float32)
+
+    def normal(key: jax.Array, rows: int, columns: int, scale: float) -> jax.Array:
+        return scale * jax.random.normal(key, (rows, columns), jnp.float32)
+
+    width, gain = config.width, hidden_size**-0.5
+    params = {
+        "hidden_norm": ones,
+        "token_norm": jnp.copy(ones),  # two buffers: training donates both
+        "hidden": normal(keys[0], hidden_size, width, gain),
+        "root": normal(keys[1], hidden_size, width, gain),
+        "given": normal(keys[2], hidden_size, width, gain),
+        "mask": normal(keys[3], config.tokens, width, 1.0),
+        "layers": layers["layers"],
+        "final_norm": layers["final_norm"],
+        "out": normal(keys[4], width, hidden_size, width**-0.5),
+    }
+    return DenoiserHead(params, config)
+
+
+def block_logits(
+    head: DenoiserHead,
+    tables: Params,
+    hidden: Float[Array, "B D"],
+    root: Int[Array, " B"],
+    given: Int[Array, "B T"],
+    *,
+    config: ModelConfig,
+) -> Float[Array, "B T V"]:
+    """Float32 logits of the T tokens that follow each row's `root`.
+
+    `hidden` is the target's final-normed state that chose the root. `given` are known tokens of
+    the block, -1 where one is masked. `tables` are the target's embedding and, if it is not tied,
+    its output head; `config` is the target's.
+
+    A row of the block is the sum of the projected state, the projected root, and either its
+    projected token or the mask embedding of its place. The rows see one another in both directions.
+    """
+    p, own = head.params, head.config.decoder()
+    batch, width = given.shape
+    tokens = jnp.concatenate([root[:, None], given], axis=1)
+    known = embed(tables, tokens, config=config).astype(p["out"].dtype)
+    known = rms_norm(known, p["token_norm"], config=own)
+    state = rms_norm(hidden[:, None].astype(known.dtype), p["hidden_norm"], config=own)
+    shared = linear(p, "hidden", state) + linear(p, "root", known[:, :1])
+    projected = linear(p, "given", known[:, 1:])
+    x = shared + jnp.where(given[..., None] >= 0, projected, p["mask"][None])
+    steps = jnp.arange(width, dtype=jnp.int32)[None]
+    positions = jnp.broadcast_to(steps, (batch, width))
+    cos, sin = rope_tables(own, positions, jnp.full(batch, width, jnp.int32))
+    visible = jnp.ones((batch, width, width), bool)
+
+    def step(x, inputs):
+        layer, _, kind = inputs
+        x, _ = layer_step(
+            layer, Stream(x, cos, sin), kind,
+            positions=positions, visible=visible, context=None, config=own,
+        )  # fmt: skip
+        return x, None
+
+    x, _ = scan_layers(step, x, p["layers"], None, layer_kinds(own))
+    out = linear(p, "out", rms_norm(x, p["final_norm"], config=own))
+    return logits(tables, out.astype(hidden.dtype), config=config)
+
+
+def target_tables(params: Params) -> Params:
+    """The `tables` of a target: its embedding and, if it is not tied, its output head."""
+    return {name: params[name] for name in ("embed", "lm_head") if name in params}

@@ -1,0 +1,219 @@
+"""The denoiser: its head and its trees against restatements, its files, and its training."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import lookahead_jax as lk
+from lookahead_jax.drafters.denoiser import Denoiser, LastHidden, likeliest_paths
+from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.modules.denoiser import HeadConfig, block_logits, init_head, target_tables
+from lookahead_jax.modules.denoiser_files import load_head, save_head
+from lookahead_jax.train import denoiser
+from lookahead_jax.train.data import DataConfig, prepare
+from lookahead_jax.train.optimizer import OptimizerConfig
+from tests import tiny
+from tests.drafted import draft_model
+
+SIZES = HeadConfig(tokens=4, width=16, heads=2, layers=2)
+TARGET = draft_model().model
+
+
+def head_of():
+    """A random head whose norms are not the identity."""
+    head = init_head(jax.random.key(0), SIZES, TARGET.config.hidden_size)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda a: a + jnp.asarray(0.1 * rng.standard_normal(a.shape), a.dtype), head
+    )
+
+
+def norm(x, weight):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def turned(x):
+    """Rotary positions of [places, heads, H], halves paired."""
+    half = x.shape[-1] // 2
+    angle = np.arange(len(x))[:, None] * 1e4 ** (-np.arange(half) / half)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def restated(head, table, hidden, root, given):
+    """`block_logits` of one row, in NumPy."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), head.params)
+    x = (
+        norm(hidden, p["hidden_norm"]) @ p["hidden"]
+        + norm(table[root], p["token_norm"]) @ p["root"]
+    )
+    x = np.stack([
+        x + (norm(table[t], p["token_norm"]) @ p["given"] if t >= 0 else p["mask"][i])
+        for i, t in enumerate(given)
+    ])  # fmt: skip
+    for i in range(head.config.layers):
+        layer = {name: a[i] for name, a in p["layers"].items()}
+        h = norm(x, layer["attn_norm"])
+        q, k, v = (np.einsum("td,dnh->tnh", h, layer[name]) for name in "qkv")
+        scores = np.einsum("tnh,snh->nts", turned(q), turned(k)) / np.sqrt(q.shape[-1])
+        share = np.exp(scores - scores.max(-1, keepdims=True))
+        share /= share.sum(-1, keepdims=True)  # over all places, later ones too
+        x = x + np.einsum("nts,snh,nhd->td", share, v, layer["o"])
+        h = norm(x, layer["mlp_norm"])
+        gate = h @ layer["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["up"])) @ layer["down"]
+    return norm(x, p["final_norm"]) @ p["out"] @ table.T
+
+
+def test_the_head_is_its_restatement():
+    head, rng = head_of(), np.random.default_rng(1)
+    hidden = rng.standard_normal((3, 32)).astype(np.float32)
+    root = np.asarray([5, 0, 96], np.int32)
+    given = np.asarray([[-1] * 4, [3, -1, 0, -1], [1, 2, 3, 4]], np.int32)
+    found = jax.jit(block_logits, static_argnames="config")(
+        head, target_tables(TARGET.params), hidden, root, given, config=TARGET.config
+    )
+    table = np.asarray(TARGET.params["embed"], np.float64)
+    for row in range(3):
+        expected = restated(head, table, hidden[row], root[row], given[row])
+        np.testing.assert_allclose(found[row], expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("nodes", [8, 32])
+def test_the_tree_holds_the_likeliest_paths(nodes):
+    rng = np.random.default_rng(nodes)
+    chances = -np.sort(rng.exponential(1.0, (2, 3, 4)).astype(np.float32), axis=-1)
+    token = np.stack([[rng.permutation(97)[:4] for _ in range(3)] for _ in range(2)])
+    root = jnp.asarray([7, 8], jnp.int32)
+    tree = likeliest_paths(root, jnp.asarray(chances), jnp.asarray(token, jnp.int32), nodes)
+    for row in range(2):
+        paths = {}
+        for depth in (1, 2, 3):
+            for ranks in itertools.product(range(4), repeat=depth):
+                value = sum(float(chances[row, i, r]) for i, r in enumerate(ranks))
+                paths[tuple(int(token[row, i, r]) for i, r in enumerate(ranks))] = value
+        expected = sorted(paths, key=lambda path: -paths[path])[: nodes - 1]
+        found = [()]
+        for t, parent in zip(tree.tokens[row, 1:], tree.parents[row, 1:], strict=True):
+            found.append((*found[int(parent)], int(t)))
+        assert found[1:] == expected
+        assert (tree.tokens[row, 0], tree.parents[row, 0]) == (root[row], -1)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_the_surest_places_are_filled_in_first(passes):
+    drafter = Denoiser(model=TARGET, head=head_of(), passes=passes)
+    rng = np.random.default_rng(2)
+    hidden = jnp.asarray(rng.standard_normal((2, 32)), jnp.float32)
+    root = jnp.asarray([9, 20], jnp.int32)
+    state = LastHidden(hidden, jnp.asarray([True, False]))
+    _, tree = jax.jit(drafter.propose, static_argnums=3)(drafter.weights, state, root, 8)
+    assert (np.asarray(tree.tokens[1]) == [20] + [-1] * 7).all()  # nothing is known of this row
+    table = np.asarray(TARGET.params["embed"], np.float64)
+    given, kept = [-1] * 4, {}
+    for done in range(1, passes + 1):
+        raw = restated(head_of(), table, np.asarray(hidden[0]), 9, given)
+        chances = raw - np.log(np.exp(raw - raw.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        chances = chances - raw.max(-1, keepdims=True)
+        kept |= {i: chances[i] for i in range(4) if given[i] < 0}
+        order = sorted(range(4), key=lambda i: (given[i] < 0, -kept[i].max()))
+        chosen = order[: done * 4 // passes] if done < passes else []
+        given = [int(kept[i].argmax()) if i in chosen else -1 for i in range(4)]
+    best = [np.argsort(-kept[i])[:8] for i in range(4)]
+    expected = likeliest_paths(
+        root[:1],
+        jnp.asarray([[kept[i][best[i]] for i in range(4)]], jnp.float32),
+        jnp.asarray(best, jnp.int32)[None], 8,
+    )  # fmt: skip
+    np.testing.assert_array_equal(tree.tokens[0], expected.tokens[0])
+    np.testing.assert_array_equal(tree.parents[0], expected.parents[0])
+
+
+def test_a_file_holds_the_head_of_one_model(tmp_path):
+    head, path = head_of(), tmp_path / "head.safetensors"
+    save_head(path, head, params=TARGET.params)
+    found = load_head(path, params=TARGET.params)
+    assert found.config == SIZES
+    jax.tree.map(np.testing.assert_array_equal, found, head)
+    assert make_drafter("denoiser", model=TARGET, head=str(path), passes="2").passes == 2
+    other = tiny.params(TARGET.config, 1)
+    with pytest.raises(ValueError, match="trained for another base model"):
+        load_head(path, params=other)
+    with pytest.raises(FileNotFoundError, match="lookahead train denoiser"):
+        load_head(tmp_path / "none", params=other)
+    for content, message in (
+        (b"text", "not a readable safetensors file"),
+        (safetensors.numpy.save({"a": np.zeros(1)}), "does not describe the head"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_head(path, params=TARGET.params)
+    broken = jax.tree.map(lambda a: a * np.nan, head)
+    save_head(path, broken, params=TARGET.params)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        load_head(path, params=TARGET.params)
+
+
+def test_what_a_denoiser_lacks_is_named():
+    for given in ({}, {"model": TARGET}):
+        with pytest.raises(ValueError, match=r"needs a head.*head=FILE.*--drafter-arg head=FILE"):
+            make_drafter("denoiser", **given)
+    given = {"model": TARGET, "head": head_of()}
+    with pytest.raises(ValueError, match="denoiser: passes=5 must be 1 to 4"):
+        make_drafter("denoiser", passes="5", **given)
+    with pytest.raises(ValueError, match="denoiser: passes=few is not an integer"):
+        make_drafter("denoiser", passes="few", **given)
+    with pytest.raises(ValueError, match="made for another model"):
+        make_drafter("denoiser", **given).init(1, 8, tiny.config(vocab_size=98))
+
+
+def test_a_run_learns_a_text_and_resumes(tmp_path):
+    """Loss falls, drafts are longer than a random head's, and an interrupted run ends the same."""
+    folder = tmp_path / "model"
+    tiny.model_folder(folder, num_hidden_layers=1)
+    model = lk.load(folder)
+    prompts = tiny.prompts((12, 12, 12, 12))
+    settings = dict(policy=lk.make_policy("full"), max_new_tokens=24, eos_ids=())
+    texts = lk.generate(model, prompts, **settings).tokens
+    rows = [{"prompt": p, "response": r} for p, r in zip(prompts, texts, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "data"
+    prepare(DataConfig(model=folder, source=(str(tmp_path / "rows.jsonl"),), out=data))
+
+    def config(name):
+        return denoiser.DenoiserConfig(
+            model=folder, data=(data,), run=tmp_path / name, head=SIZES, batch=4, places=16,
+            steps=60, optimizer=OptimizerConfig(rate=1e-2, warmup=5, clip=1.0),
+            save_every=30, log_every=30,
+        )  # fmt: skip
+
+    lines = []
+    head = denoiser.train(config("straight"), on_metrics=lines.append)
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["accepted"] > lines[0]["accepted"]
+
+    def crash(line):
+        if line["step"] == 40:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        denoiser.train(config("crashed"), on_metrics=crash)
+    denoiser.train(config("crashed"))
+    ends = [(tmp_path / run / denoiser.HEAD).read_bytes() for run in ("straight", "crashed")]
+    assert ends[0] == ends[1]
+
+    def accepted(head):
+        drafter = make_drafter("denoiser", model=model, head=head)
+        drafted = lk.generate(model, prompts, drafter=drafter, draft_nodes=8, **settings)
+        assert drafted.tokens == texts
+        return drafted.drafting.mean_accepted
+
+    fresh = init_head(jax.random.key(0), SIZES, model.config.hidden_size)
+    assert accepted(tmp_path / "straight" / denoiser.HEAD) > 1.5 * accepted(fresh)
+    assert head is not None
