@@ -21,7 +21,7 @@ from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, wit
 from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.decoding.step import PLAIN, decode_step
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.modules.denoiser import HeadConfig, init_head
+from lookahead_jax.modules.denoiser import DenoiserHead, HeadConfig, init_head
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling import batching
@@ -314,8 +314,9 @@ def draft_model(name="draft_model", **options):
 
 def denoiser():
     """A denoiser whose head has learned nothing."""
-    sizes = HeadConfig(tokens=4, width=16, heads=2, layers=1)
-    head = init_head(jax.random.key(0), sizes, tiny.config().hidden_size)
+    sizes = HeadConfig(tokens=4, width=16, heads=2, layers=1, vocabulary=None)
+    params = init_head(jax.random.key(0), sizes, tiny.config().hidden_size)
+    head = DenoiserHead(params, None, sizes)
     return make_drafter("denoiser", model=draft_model().model, head=head, passes=2)
 
 

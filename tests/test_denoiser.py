@@ -1,5 +1,6 @@
 """The denoiser: its head and its trees against restatements, its files, and its training."""
 
+import dataclasses
 import itertools
 import json
 
@@ -12,7 +13,14 @@ import safetensors.numpy
 import lookahead_jax as lk
 from lookahead_jax.drafters.denoiser import Denoiser, LastHidden, likeliest_paths
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.modules.denoiser import HeadConfig, block_logits, init_head, target_tables
+from lookahead_jax.modules.denoiser import (
+    DenoiserHead,
+    HeadConfig,
+    block_logits,
+    init_head,
+    place_in,
+    target_tables,
+)
 from lookahead_jax.modules.denoiser_files import load_head, save_head
 from lookahead_jax.train import denoiser
 from lookahead_jax.train.data import DataConfig, prepare
@@ -20,17 +28,21 @@ from lookahead_jax.train.optimizer import OptimizerConfig
 from tests import tiny
 from tests.drafted import draft_model
 
-SIZES = HeadConfig(tokens=4, width=16, heads=2, layers=2)
+SIZES = HeadConfig(tokens=4, width=16, heads=2, layers=2, vocabulary=None)
 TARGET = draft_model().model
 
 
-def head_of():
+def head_of(vocabulary=None):
     """A random head whose norms are not the identity."""
-    head = init_head(jax.random.key(0), SIZES, TARGET.config.hidden_size)
     rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda a: a + jnp.asarray(0.1 * rng.standard_normal(a.shape), a.dtype), head
+    params = jax.tree.map(
+        lambda a: a + jnp.asarray(0.1 * rng.standard_normal(a.shape), a.dtype),
+        init_head(jax.random.key(0), SIZES, TARGET.config.hidden_size),
     )
+    if vocabulary is None:
+        return DenoiserHead(params, None, SIZES)
+    sizes = dataclasses.replace(SIZES, vocabulary=len(vocabulary))
+    return DenoiserHead(params, jnp.asarray(vocabulary, jnp.int32), sizes)
 
 
 def norm(x, weight):
@@ -47,7 +59,7 @@ def turned(x):
 
 
 def restated(head, table, hidden, root, given):
-    """`block_logits` of one row, in NumPy."""
+    """`block_logits` of one row over all tokens, in NumPy."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), head.params)
     x = (
         norm(hidden, p["hidden_norm"]) @ p["hidden"]
@@ -71,17 +83,20 @@ def restated(head, table, hidden, root, given):
     return norm(x, p["final_norm"]) @ p["out"] @ table.T
 
 
-def test_the_head_is_its_restatement():
-    head, rng = head_of(), np.random.default_rng(1)
+@pytest.mark.parametrize("vocabulary", [None, [3, 8, 50, 51, 96]])
+def test_the_head_is_its_restatement(vocabulary):
+    head, rng = head_of(vocabulary), np.random.default_rng(1)
     hidden = rng.standard_normal((3, 32)).astype(np.float32)
     root = np.asarray([5, 0, 96], np.int32)
     given = np.asarray([[-1] * 4, [3, -1, 0, -1], [1, 2, 3, 4]], np.int32)
     found = jax.jit(block_logits, static_argnames="config")(
-        head, target_tables(TARGET.params), hidden, root, given, config=TARGET.config
-    )
+        head, target_tables(TARGET.params, head.vocabulary, config=TARGET.config), hidden, root,
+        given, config=TARGET.config,
+    )  # fmt: skip
     table = np.asarray(TARGET.params["embed"], np.float64)
     for row in range(3):
         expected = restated(head, table, hidden[row], root[row], given[row])
+        expected = expected if vocabulary is None else expected[:, vocabulary]
         np.testing.assert_allclose(found[row], expected, atol=1e-4 * np.abs(expected).max())
 
 
@@ -108,7 +123,8 @@ def test_the_tree_holds_the_likeliest_paths(nodes):
 
 @pytest.mark.parametrize("passes", [1, 2, 4])
 def test_the_surest_places_are_filled_in_first(passes):
-    drafter = Denoiser(model=TARGET, head=head_of(), passes=passes)
+    vocabulary = np.arange(0, 97, 3)
+    drafter = Denoiser(model=TARGET, head=head_of(vocabulary), passes=passes)
     rng = np.random.default_rng(2)
     hidden = jnp.asarray(rng.standard_normal((2, 32)), jnp.float32)
     root = jnp.asarray([9, 20], jnp.int32)
@@ -118,28 +134,28 @@ def test_the_surest_places_are_filled_in_first(passes):
     table = np.asarray(TARGET.params["embed"], np.float64)
     given, kept = [-1] * 4, {}
     for done in range(1, passes + 1):
-        raw = restated(head_of(), table, np.asarray(hidden[0]), 9, given)
-        chances = raw - np.log(np.exp(raw - raw.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        chances = chances - raw.max(-1, keepdims=True)
+        raw = restated(head_of(), table, np.asarray(hidden[0]), 9, given)[:, vocabulary]
+        chances = raw - np.log(np.exp(raw).sum(-1, keepdims=True))
         kept |= {i: chances[i] for i in range(4) if given[i] < 0}
         order = sorted(range(4), key=lambda i: (given[i] < 0, -kept[i].max()))
         chosen = order[: done * 4 // passes] if done < passes else []
-        given = [int(kept[i].argmax()) if i in chosen else -1 for i in range(4)]
+        given = [int(vocabulary[kept[i].argmax()]) if i in chosen else -1 for i in range(4)]
     best = [np.argsort(-kept[i])[:8] for i in range(4)]
     expected = likeliest_paths(
         root[:1],
         jnp.asarray([[kept[i][best[i]] for i in range(4)]], jnp.float32),
-        jnp.asarray(best, jnp.int32)[None], 8,
+        jnp.asarray(vocabulary[best], jnp.int32)[None], 8,
     )  # fmt: skip
     np.testing.assert_array_equal(tree.tokens[0], expected.tokens[0])
     np.testing.assert_array_equal(tree.parents[0], expected.parents[0])
 
 
-def test_a_file_holds_the_head_of_one_model(tmp_path):
-    head, path = head_of(), tmp_path / "head.safetensors"
+@pytest.mark.parametrize("vocabulary", [None, [1, 5, 90]])
+def test_a_file_holds_the_head_of_one_model(tmp_path, vocabulary):
+    head, path = head_of(vocabulary), tmp_path / "head.safetensors"
     save_head(path, head, params=TARGET.params)
     found = load_head(path, params=TARGET.params)
-    assert found.config == SIZES
+    assert found.config == head.config
     jax.tree.map(np.testing.assert_array_equal, found, head)
     assert make_drafter("denoiser", model=TARGET, head=str(path), passes="2").passes == 2
     other = tiny.params(TARGET.config, 1)
@@ -154,10 +170,16 @@ def test_a_file_holds_the_head_of_one_model(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_head(path, params=TARGET.params)
-    broken = jax.tree.map(lambda a: a * np.nan, head)
-    save_head(path, broken, params=TARGET.params)
+    broken = jax.tree.map(lambda a: a * np.nan, head.params)
+    save_head(path, head.replace(params=broken), params=TARGET.params)
     with pytest.raises(ValueError, match="NaN or infinite"):
         load_head(path, params=TARGET.params)
+
+
+def test_tokens_have_places_in_a_vocabulary():
+    tokens = jnp.asarray([-1, 0, 2, 5, 6, 9, 10], jnp.int32)
+    assert place_in(jnp.asarray([2, 5, 9], jnp.int32), tokens).tolist() == [-1, -1, 0, 1, -1, 2, -1]
+    assert place_in(None, tokens) is tokens
 
 
 def test_what_a_denoiser_lacks_is_named():
@@ -186,9 +208,11 @@ def test_a_run_learns_a_text_and_resumes(tmp_path):
     data = tmp_path / "data"
     prepare(DataConfig(model=folder, source=(str(tmp_path / "rows.jsonl"),), out=data))
 
+    sizes = dataclasses.replace(SIZES, vocabulary=80, layers=1)
+
     def config(name):
         return denoiser.DenoiserConfig(
-            model=folder, data=(data,), run=tmp_path / name, head=SIZES, batch=4, places=16,
+            model=folder, data=(data,), run=tmp_path / name, head=sizes, batch=4, places=16,
             steps=60, optimizer=OptimizerConfig(rate=1e-2, warmup=5, clip=1.0),
             save_every=30, log_every=30,
         )  # fmt: skip
@@ -214,6 +238,6 @@ def test_a_run_learns_a_text_and_resumes(tmp_path):
         assert drafted.tokens == texts
         return drafted.drafting.mean_accepted
 
-    fresh = init_head(jax.random.key(0), SIZES, model.config.hidden_size)
+    fresh = init_head(jax.random.key(0), sizes, model.config.hidden_size)
+    fresh = DenoiserHead(fresh, head.vocabulary, sizes)
     assert accepted(tmp_path / "straight" / denoiser.HEAD) > 1.5 * accepted(fresh)
-    assert head is not None

@@ -18,6 +18,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.compute
 import tyro
 
 from lookahead_jax.checkpoints.load import Model, load
@@ -29,17 +30,17 @@ from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.modules.denoiser import DenoiserHead, HeadConfig, init_head
 from lookahead_jax.modules.denoiser_files import save_head
 from lookahead_jax.prefilling.batching import bucket_length
-from lookahead_jax.train.checkpoints import Checkpoints
+from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.denoising import Texts, denoiser_step
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import TrainState, init_state
 from lookahead_jax.train.stopping import stop_requests
-from lookahead_jax.train.training_data import TrainingData, open_data
+from lookahead_jax.train.training_data import FEATURES, TrainingData, open_data
 
 HEAD = "head.safetensors"
-SIZES = HeadConfig(tokens=8, width=512, heads=8, layers=1)
+SIZES = HeadConfig(tokens=8, width=512, heads=8, layers=1, vocabulary=None)
 ADAM = OptimizerConfig(rate=1e-3, warmup=50, clip=1.0)
 _PATIENCE = 50  # steps in a row without a finite loss
 _NOT_IDENTITY = ("model", "data", "run", "save_every", "log_every", "dtype")  # free to differ
@@ -95,6 +96,23 @@ def texts_of_step(data: TrainingData, step: int) -> Texts:
     return Texts(jnp.asarray(tokens), jnp.asarray(prompt))
 
 
+def frequent_tokens(data: TrainingData, count: int, vocab_size: int) -> np.ndarray:
+    """The `count` most frequent tokens of prompts and responses, ascending int32 [count].
+
+    Of equally frequent ones the lower ids, so that those of a byte-pair encoding that do not occur
+    are short pieces. Raises ValueError for more tokens than the model has.
+    """
+    if count > vocab_size:
+        raise ValueError(f"head.vocabulary {count} exceeds the model's {vocab_size} tokens")
+    table = data.dataset.data
+    columns = [
+        pyarrow.compute.call_function("list_flatten", [table.column(name)]).to_numpy()
+        for name in FEATURES
+    ]
+    often = np.bincount(np.concatenate(columns), minlength=vocab_size)
+    return np.sort(np.argsort(-often, kind="stable")[:count]).astype(np.int32)
+
+
 def train(config: DenoiserConfig, *, on_metrics: OnMetrics | None = None) -> DenoiserHead | None:
     """Trains to the end; None if a signal ended the run before.
 
@@ -112,15 +130,20 @@ def train(config: DenoiserConfig, *, on_metrics: OnMetrics | None = None) -> Den
         config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
         max_prompt=config.max_prompt,
     )  # fmt: skip
+    vocabulary = None
+    if config.head.vocabulary is not None:
+        ids = frequent_tokens(data, config.head.vocabulary, model.config.vocab_size)
+        vocabulary = jnp.asarray(ids)
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    identity = {n: v for n, v in described.items() if n not in _NOT_IDENTITY} | {"base": base}
+    identity = {n: v for n, v in described.items() if n not in _NOT_IDENTITY} | {
+        "base": base, "vocabulary": digests(vocabulary),
+    }  # fmt: skip
     with (
         folder_lock(config.run),
         Checkpoints(config.run / "checkpoints", keep=2, identity=identity) as checkpoints,
     ):
-        state = init_state(
-            init_head(jax.random.key(config.seed), config.head, model.config.hidden_size), optimizer
-        )
+        key = jax.random.key(config.seed)
+        state = init_state(init_head(key, config.head, model.config.hidden_size), optimizer)
         first, state = checkpoints.restore(state) or (0, state)
         metrics = MetricsLog(
             config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE,
@@ -128,7 +151,7 @@ def train(config: DenoiserConfig, *, on_metrics: OnMetrics | None = None) -> Den
         )  # fmt: skip
         return _run_steps(
             config, model, data, state,
-            first=first, metrics=metrics, checkpoints=checkpoints,
+            first=first, vocabulary=vocabulary, metrics=metrics, checkpoints=checkpoints,
         )  # fmt: skip
 
 
@@ -139,23 +162,28 @@ def _run_steps(
     state: TrainState,
     *,
     first: int,
+    vocabulary: jax.Array | None,
     metrics: MetricsLog,
     checkpoints: Checkpoints,
 ) -> DenoiserHead | None:
     """Trains from step `first` on; None if a signal came before the last one."""
     path, root = config.run / HEAD, jax.random.key(config.seed)
 
+    def trained() -> DenoiserHead:
+        return DenoiserHead(state.modules, vocabulary, config.head)
+
     def save(done: int) -> None:
         metrics.flush()
         checkpoints.save(done, state)
-        save_head(path, state.modules, params=model.params)
+        save_head(path, trained(), params=model.params)
 
     with stop_requests() as stop_requested:
         for step in steps(first, config.steps):
             state, values = denoiser_step(
-                model.params, state, texts_of_step(data, step), jax.random.fold_in(root, step),
-                config=model.config, optimizer=config.optimizer, total=config.steps,
-                places=config.places, decay=config.decay,
+                model.params, state, vocabulary, texts_of_step(data, step),
+                jax.random.fold_in(root, step), sizes=config.head, config=model.config,
+                optimizer=config.optimizer, total=config.steps, places=config.places,
+                decay=config.decay,
             )  # fmt: skip
             metrics.add(step, values)
             done, stop = step + 1, stop_requested(step)
@@ -167,7 +195,7 @@ def _run_steps(
                     "and the same command goes on"
                 )
                 return None
-    return state.modules
+    return trained()
 
 
 def main(args: Sequence[str] | None = None) -> int:

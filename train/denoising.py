@@ -5,7 +5,6 @@ block in one pass or in several. Tokens near the root weigh more, as in the seco
 (arXiv 2512.15176). B rows, T tokens of a row, A places of a row, K tokens of a block, D model.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,13 @@ from jaxtyping import Array, Float
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
-from lookahead_jax.modules.denoiser import DenoiserHead, block_logits, target_tables
+from lookahead_jax.modules.denoiser import (
+    DenoiserHead,
+    HeadConfig,
+    block_logits,
+    place_in,
+    target_tables,
+)
 from lookahead_jax.prefilling.layer_pass import hidden_states
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import StepMetrics, TrainState, next_state
@@ -75,26 +80,29 @@ def denoising_loss(
     given = jnp.where(masked, -1, block)
     out = block_logits(head, tables, states, jnp.maximum(root, 0), given, config=config)
     there = (block >= 0) & (chance.reshape(-1, 1) >= 0)
-    wanted = jnp.take_along_axis(out, jnp.maximum(block, 0)[..., None], axis=2)[..., 0]
+    target = place_in(head.vocabulary, block)
+    wanted = jnp.take_along_axis(out, jnp.maximum(target, 0)[..., None], axis=2)[..., 0]
     losses = jax.nn.logsumexp(out, axis=-1) - wanted
     importance = decay ** jnp.arange(size, dtype=jnp.float32)[None]
-    weights = jnp.where(there & masked, importance, 0.0)
+    weights = jnp.where(there & masked & (target >= 0), importance, 0.0)
     loss = (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-6)
-    right = jnp.cumprod(there & (out.argmax(-1) == block), axis=1, dtype=jnp.float32).sum(1)
+    right = jnp.cumprod(there & (out.argmax(-1) == target), axis=1, dtype=jnp.float32).sum(1)
     counted = (all_masked & there)[:, 0].astype(jnp.float32)
     return loss, (right * counted).sum() / jnp.maximum(counted.sum(), 1.0)
 
 
-_STATIC = ("config", "optimizer", "total", "places", "decay")
+_STATIC = ("sizes", "config", "optimizer", "total", "places", "decay")
 
 
 @program(static_argnames=_STATIC, donate_argnames=("state",))
 def denoiser_step(
     params: Params,
     state: TrainState,
+    vocabulary: jax.Array | None,
     texts: Texts,
     key: jax.Array,
     *,
+    sizes: HeadConfig,
     config: ModelConfig,
     optimizer: OptimizerConfig,
     total: int,
@@ -103,13 +111,19 @@ def denoiser_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One update of `total`; skipped where loss or gradient is not finite. The state is donated.
 
-    The other arguments are those of `denoising_loss`.
+    `state.modules` are the parameters of a head with this `vocabulary` and these `sizes`. The other
+    arguments are those of `denoising_loss`.
     """
     hidden = hidden_states(params, texts.tokens, config=config)
-    loss_of = partial(denoising_loss, config=config, places=places, decay=decay)
-    (loss, accepted), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-        state.modules, target_tables(params), hidden, texts, key
-    )
+    tables = target_tables(params, vocabulary, config=config)
+
+    def loss_of(trained: Params) -> tuple[jax.Array, jax.Array]:
+        head = DenoiserHead(trained, vocabulary, sizes)
+        return denoising_loss(
+            head, tables, hidden, texts, key, config=config, places=places, decay=decay
+        )
+
+    (loss, accepted), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.modules)
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     state = next_state(state, make_optimizer(optimizer, total), gradient, finite)

@@ -62,7 +62,8 @@ class Denoiser:
                 f"the head was made for a model of width {size}, and this one has "
                 f"{self.model.config.hidden_size}"
             )
-        object.__setattr__(self, "weights", (head, target_tables(params)))
+        tables = target_tables(params, head.vocabulary, config=self.model.config)
+        object.__setattr__(self, "weights", (head, tables))
         object.__setattr__(self, "sizes", head.config)
         object.__setattr__(self, "config", self.model.config)
 
@@ -104,7 +105,8 @@ class Denoiser:
         def fill(given: jax.Array) -> tuple[jax.Array, jax.Array]:
             raw = block_logits(head, tables, hidden, root, given, config=self.config)
             best, token = jax.lax.top_k(raw, min(CANDIDATES, raw.shape[-1]))
-            return best - jax.nn.logsumexp(raw, axis=-1, keepdims=True), token
+            best = best - jax.nn.logsumexp(raw, axis=-1, keepdims=True)
+            return best, token if head.vocabulary is None else head.vocabulary[token]
 
         fixed = jnp.zeros((batch, places), bool)
         chances, token = fill(jnp.full((batch, places), -1, jnp.int32))

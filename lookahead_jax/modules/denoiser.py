@@ -3,8 +3,9 @@
 DEER (arXiv 2512.15176) and DiffuSpec (arXiv 2510.02358) draft a block with a diffusion language
 model that reads the text. This head is far smaller and reads the target's last hidden state
 instead. Its tokens are projected from the target's embedding, and its outputs go through the
-target's own head. Letters: B rows, T tokens of the block, D model, W width of the head,
-V vocabulary.
+target's own head, or only its rows for frequent tokens (FR-Spec, arXiv 2502.14856), which is where most of
+the work is. Letters: B rows, T tokens of the block, D model, W width of the head, U tokens that the
+head can predict, V vocabulary.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from lookahead_jax.model.decoder import Stream, embed, layer_step, logits, scan_
 from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.layers import linear, rms_norm
 from lookahead_jax.model.params import Params, init_params
+from lookahead_jax.model.quantization import rows_of
 from lookahead_jax.model.rope import rope_tables
 
 
@@ -36,10 +38,13 @@ class HeadConfig:
     """Attention heads of a layer; width / heads must be even, for RoPE."""
     layers: int
     """Number of layers."""
+    vocabulary: int | None
+    """U, the tokens that it can predict; None: all of the target's."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            check_integer(f"head {field.name}", getattr(self, field.name), least=1)
+            if (size := getattr(self, field.name)) is not None or field.name != "vocabulary":
+                check_integer(f"head {field.name}", size, least=1)
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"head width {self.width} must be an even multiple of its {self.heads} heads"
@@ -60,16 +65,18 @@ class HeadConfig:
 
 @struct.dataclass
 class DenoiserHead:
-    """The trained parameters."""
+    """The trained parameters, and the tokens that they predict."""
 
     params: Params
     """hidden_norm, token_norm [D], projections hidden, root, given [D, W], mask [T, W], layers,
     final_norm [W], out [W, D]."""
+    vocabulary: jax.Array | None
+    """[U] int32, ascending; None: all tokens."""
     config: HeadConfig = struct.field(pytree_node=False)
 
 
-def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> DenoiserHead:
-    """A float32 head to start training from, for a target of D = `hidden_size`."""
+def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> Params:
+    """Float32 parameters to start training from, for a target of D = `hidden_size`."""
     inner, *keys = jax.random.split(key, 6)
     layers = init_params(inner, config.decoder(), jnp.float32)
     ones = jnp.ones(hidden_size, jnp.float32)
@@ -78,7 +85,7 @@ def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> DenoiserH
         return scale * jax.random.normal(key, (rows, columns), jnp.float32)
 
     width, gain = config.width, hidden_size**-0.5
-    params = {
+    return {
         "hidden_norm": ones,
         "token_norm": jnp.copy(ones),  # two buffers: training donates both
         "hidden": normal(keys[0], hidden_size, width, gain),
@@ -89,7 +96,6 @@ def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> DenoiserH
         "final_norm": layers["final_norm"],
         "out": normal(keys[4], width, hidden_size, width**-0.5),
     }
-    return DenoiserHead(params, config)
 
 
 def block_logits(
@@ -100,12 +106,12 @@ def block_logits(
     given: Int[Array, "B T"],
     *,
     config: ModelConfig,
-) -> Float[Array, "B T V"]:
-    """Float32 logits of the T tokens that follow each row's `root`.
+) -> Float[Array, "B T U"]:
+    """Float32 logits of the T tokens that follow each row's `root`, over the head's vocabulary.
 
     `hidden` is the target's final-normed state that chose the root. `given` are known tokens of
-    the block, -1 where one is masked. `tables` are the target's embedding and, if it is not tied,
-    its output head; `config` is the target's.
+    the block, -1 where one is masked. `tables` are those of `target_tables`; `config` is the
+    target's.
 
     A row of the block is the sum of the projected state, the projected root, and either its
     projected token or the mask embedding of its place. The rows see one another in both directions.
@@ -134,9 +140,21 @@ def block_logits(
 
     x, _ = scan_layers(step, x, p["layers"], None, layer_kinds(own))
     out = linear(p, "out", rms_norm(x, p["final_norm"], config=own))
-    return logits(tables, out.astype(hidden.dtype), config=config)
+    rows = tables["predicted"]
+    return logits({"embed": rows, "lm_head": rows}, out.astype(hidden.dtype), config=config)
 
 
-def target_tables(params: Params) -> Params:
-    """The `tables` of a target: its embedding and, if it is not tied, its output head."""
-    return {name: params[name] for name in ("embed", "lm_head") if name in params}
+def target_tables(params: Params, vocabulary: jax.Array | None, *, config: ModelConfig) -> Params:
+    """What a head reads of its target: the embedding, and the output rows of its vocabulary."""
+    rows = params["embed" if config.tie_embeddings else "lm_head"]
+    if vocabulary is not None:
+        rows = rows_of(rows, vocabulary)
+    return {"embed": params["embed"], "predicted": rows}
+
+
+def place_in(vocabulary: jax.Array | None, tokens: jax.Array) -> jax.Array:
+    """The index of each token in the vocabulary; -1 for tokens that it lacks, and for -1."""
+    if vocabulary is None:
+        return tokens
+    at = jnp.minimum(jnp.searchsorted(vocabulary, tokens), len(vocabulary) - 1).astype(jnp.int32)
+    return jnp.where(vocabulary[at] == tokens, at, -1)

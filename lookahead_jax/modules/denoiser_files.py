@@ -20,6 +20,7 @@ from lookahead_jax.model.sharding import mesh_of
 from lookahead_jax.modules.denoiser import DenoiserHead, HeadConfig, init_head
 
 _KEY = "denoiser"  # of the metadata
+_VOCABULARY = "vocabulary"
 _FORMAT = 1
 _WRITE = "write one with lookahead train denoiser"
 
@@ -35,7 +36,9 @@ def save_head(path: str | os.PathLike, head: DenoiserHead, *, params: Params) ->
         "base_fingerprint": fingerprint(params),
         "base_fingerprint_float16": fingerprint(params, through=np.float16),
     }
-    tensors = {name: np.asarray(a, np.float32) for name, a in _named(head).items()}
+    tensors = {name: np.asarray(a, np.float32) for name, a in _named(head.params).items()}
+    if head.vocabulary is not None:
+        tensors[_VOCABULARY] = np.asarray(head.vocabulary)
     content = safetensors.numpy.save(tensors, {"format": "pt", _KEY: json.dumps(about)})
     atomic_write(path, content)
 
@@ -62,25 +65,34 @@ def load_head(path: str | os.PathLike, *, params: Params) -> DenoiserHead:
             f"{path}: this head was trained for another base model ({base[:12]}, this one is "
             f"{fingerprint(params)[:12]}); {_WRITE}"
         )
-    size = params["final_norm"].shape[0]
-    like = jax.eval_shape(lambda: init_head(jax.random.key(0), config, size))
+    like = jax.eval_shape(
+        lambda: init_head(jax.random.key(0), config, params["final_norm"].shape[0])
+    )
     expected = _named(like)
-    if {name: a.shape for name, a in tensors.items()} != {n: a.shape for n, a in expected.items()}:
+    shapes = {name: a.shape for name, a in expected.items()}
+    if config.vocabulary is not None:
+        shapes[_VOCABULARY] = (config.vocabulary,)
+    if {name: a.shape for name, a in tensors.items()} != shapes:
         raise ValueError(f"{path}: its tensors are not those of a head of {config}")
     for name, values in tensors.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{path}: {name} holds values that are NaN or infinite; {_WRITE}")
     leaves = [jnp.asarray(tensors[name], dtype) for name in expected]
-    head = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    ids = tensors.get(_VOCABULARY)
+    head = DenoiserHead(
+        params=jax.tree.unflatten(jax.tree.structure(like), leaves),
+        vocabulary=None if ids is None else jnp.asarray(ids, jnp.int32),
+        config=config,
+    )
     mesh = mesh_of(params)
     return head if mesh is None else jax.device_put(head, NamedSharding(mesh, PartitionSpec()))
 
 
-def _named(head: DenoiserHead) -> dict[str, Any]:
+def _named(params: Params) -> dict[str, Any]:
     """The leaves by name, such as layers.q, in the order of the tree."""
     return {
         ".".join(entry.key for entry in path): leaf
-        for path, leaf in jax.tree.leaves_with_path(head.params)
+        for path, leaf in jax.tree.leaves_with_path(params)
     }
 
 
