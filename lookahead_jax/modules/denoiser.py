@@ -3,9 +3,9 @@
 DEER (arXiv 2512.15176) and DiffuSpec (arXiv 2510.02358) draft a block with a diffusion language
 model that reads the text. This head is far smaller and reads the target's last hidden state
 instead. Its tokens are projected from the target's embedding, and its outputs go through the
-target's own head, or only its rows for frequent tokens (FR-Spec, arXiv 2502.14856), which is where most of
-the work is. Letters: B rows, T tokens of the block, D model, W width of the head, U tokens that the
-head can predict, V vocabulary.
+target's output table, or only through the rows of frequent tokens (FR-Spec, arXiv 2502.14856),
+since the table is most of the work. Letters: B rows, T tokens of the block, D model, W width of the
+head, U tokens that the head can predict.
 """
 
 import dataclasses
