@@ -317,7 +317,7 @@ def denoiser():
     sizes = HeadConfig(tokens=4, width=16, heads=2, layers=1, vocabulary=None)
     params = init_head(jax.random.key(0), sizes, tiny.config().hidden_size)
     head = DenoiserHead(params, None, sizes)
-    return make_drafter("denoiser", model=draft_model().model, head=head, passes=2)
+    return make_drafter("denoiser", model=draft_model().model, head=head)
 
 
 NO_DEFAULTS = GenerationDefaults(

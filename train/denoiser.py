@@ -138,12 +138,15 @@ def train(config: DenoiserConfig, *, on_metrics: OnMetrics | None = None) -> Den
     identity = {n: v for n, v in described.items() if n not in _NOT_IDENTITY} | {
         "base": base, "vocabulary": digests(vocabulary),
     }  # fmt: skip
+
+    def start(key: jax.Array) -> TrainState:
+        return init_state(init_head(key, config.head, model.config.hidden_size), optimizer)
+
     with (
         folder_lock(config.run),
         Checkpoints(config.run / "checkpoints", keep=2, identity=identity) as checkpoints,
     ):
-        key = jax.random.key(config.seed)
-        state = init_state(init_head(key, config.head, model.config.hidden_size), optimizer)
+        state = jax.jit(start)(jax.random.key(config.seed))
         first, state = checkpoints.restore(state) or (0, state)
         metrics = MetricsLog(
             config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE,

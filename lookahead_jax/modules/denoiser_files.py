@@ -39,8 +39,8 @@ def save_head(path: str | os.PathLike, head: DenoiserHead, *, params: Params) ->
     tensors = {name: np.asarray(a, np.float32) for name, a in _named(head.params).items()}
     if head.vocabulary is not None:
         tensors[_VOCABULARY] = np.asarray(head.vocabulary)
-    content = safetensors.numpy.save(tensors, {"format": "pt", _KEY: json.dumps(about)})
-    atomic_write(path, content)
+    # One entry: those of several are written in a random order, and the file should not differ.
+    atomic_write(path, safetensors.numpy.save(tensors, {_KEY: json.dumps(about)}))
 
 
 def load_head(path: str | os.PathLike, *, params: Params) -> DenoiserHead:
