@@ -104,7 +104,8 @@ def _config(path: str | os.PathLike, about: Any) -> HeadConfig:
         raise ValueError(f"{path} does not describe the head of a denoiser: {_WRITE}")
     if about.get("format") != _FORMAT:
         raise ValueError(f"{path}: format {about.get('format')!r} is unknown; known: {_FORMAT}")
+    sizes: dict[str, Any] = {name: about.get(name) for name in names}
     try:
-        return HeadConfig(**{name: about.get(name) for name in names})
+        return HeadConfig(**sizes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
