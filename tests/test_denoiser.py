@@ -118,21 +118,15 @@ def test_the_tree_holds_the_likeliest_paths():
 
 
 def test_a_block_is_filled_surest_places_first():
-    """Candidates of three passes against the restatement; a row without a state drafts nothing."""
+    """Trees of three passes against the restatement; a row without a state drafts nothing."""
     vocabulary, passes = np.arange(0, 97, 3), 3
     drafter = Denoiser(model=TARGET, head=head_of(vocabulary), passes=passes)
     rng = np.random.default_rng(2)
     hidden = rng.standard_normal((3, 32)).astype(np.float32)
     root = jnp.asarray([9, 0, 20], jnp.int32)
 
-    @jax.jit
-    def run(weights, state):
-        return drafter._candidates(weights, state.hidden, root), drafter.propose(
-            weights, state, root, 8
-        )
-
     state = LastHidden(jnp.asarray(hidden), jnp.asarray([True, True, False]))
-    (chances, token), (_, tree) = run(drafter.weights, state)
+    _, tree = jax.jit(drafter.propose, static_argnums=3)(drafter.weights, state, root, 8)
     assert tree.tokens[2].tolist() == [20] + [-1] * 7
     table = np.asarray(TARGET.params["embed"], np.float64)
     for row in range(2):
@@ -145,10 +139,8 @@ def test_a_block_is_filled_surest_places_first():
             chosen = order[: done * 4 // passes]
             given = [int(vocabulary[kept[i].argmax()]) if i in chosen else -1 for i in range(4)]
         best = [np.argsort(-kept[i])[:8] for i in range(4)]
-        expected = np.stack([kept[i][best[i]] for i in range(4)])
-        np.testing.assert_allclose(chances[row], expected, atol=1e-4 * np.abs(expected).max())
-        np.testing.assert_array_equal(token[row], vocabulary[np.stack(best)])
-        assert paths_of(tree, row) == likeliest(expected, np.asarray(token[row]), 7)
+        chances = np.stack([kept[i][best[i]] for i in range(4)])
+        assert paths_of(tree, row) == likeliest(chances, vocabulary[np.stack(best)], 7)
 
 
 def test_a_file_holds_the_head_of_one_model(tmp_path):

@@ -94,7 +94,8 @@ def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> Params:
         "mask": normal(keys[3], config.tokens, width, 1.0),
         "layers": layers["layers"],
         "final_norm": layers["final_norm"],
-        "out": normal(keys[4], width, hidden_size, width**-0.5),
+        # Small, so that the first loss is that of a guess: the target's table is not normalised.
+        "out": normal(keys[4], width, hidden_size, 0.1 * width**-0.5),
     }
 
 
