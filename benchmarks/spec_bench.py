@@ -63,17 +63,19 @@ class Options:
     out: Annotated[Path, Help("file of the report")] = RESULTS / "spec_bench.json"
 
 
-def makers(options: Options, model: lk.Model) -> dict[str, Callable[[], Any]]:
-    """Drafter -> a function that makes one that has learned nothing."""
+def makers(
+    options: Options, model: lk.Model, needed: dict[str, set[str]]
+) -> dict[str, Callable[[], Any]]:
+    """Drafter -> a function that makes one that has learned nothing, from what it needs."""
     small = options.draft_model and lk.load(
         lk.EMBEDDED_MODEL if options.draft_model == "embedded" else options.draft_model,
         dtype="float32",
     )
     own = {"model": small, "target": model, "tokenizer": model.tokenizer, "head": options.head}
     made = {}
-    for name in options.drafters:
-        given = {needed: own[needed] for needed in needs(name)}
-        if missing := [needed for needed, value in given.items() if value is None]:
+    for name, arguments in needed.items():
+        given = {argument: own[argument] for argument in arguments}
+        if missing := [argument for argument, value in given.items() if value is None]:
             flag = "--draft-model" if missing[0] == "model" else f"--{missing[0]}"
             raise SystemExit(f"the drafter {name} needs {flag}")
         made[name] = partial(make_drafter, name, **given)
@@ -166,8 +168,7 @@ def main() -> None:
     if options.peer is not None and (options.folder is None or options.temperature > 0):
         raise SystemExit("--peer needs --folder, and is greedy: leave --temperature out")
     try:
-        for name in options.drafters:
-            make_drafter(name)
+        needed = {name: needs(name) for name in options.drafters}
     except ValueError as error:
         raise SystemExit(f"--drafters: {error}") from None
     model = lk.load(options.model, dtype="float32")
@@ -177,7 +178,7 @@ def main() -> None:
     runner = Runner(model, options.new_tokens, sampling)
     prompts = read_prompts(options, model.tokenizer)
     first = next(iter(prompts.values()))[0]
-    made = makers(options, model)
+    made = makers(options, model, needed)
     for make in made.values():  # what a drafter compiles itself belongs to no prompt
         runner.run(first, make(), options.nodes)
     report: dict[str, Any] = ran_on() | {

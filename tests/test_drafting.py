@@ -19,6 +19,7 @@ from lookahead_jax.decoding.constraints import everything
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.node_choice import Controller, Plan
+from lookahead_jax.decoding.sampling import GREEDY
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.model.cache import Entries, commit
@@ -30,9 +31,11 @@ from tests.drafted import (
     NEW,
     POLICIES,
     PROMPTS,
+    SETTINGS,
     Scripted,
     Shared,
     decision,
+    denoiser,
     draft_model,
     ends,
     kind,
@@ -136,6 +139,17 @@ def learned_agreement(state, rows):
             assert int(state.draft.agreed[i, exit]) == same
 
 
+def learned_hidden(state, rows):
+    """The state that chose the last token: what greedy rows took of it is known."""
+    table = np.asarray(tiny.params(tiny.config())["embed"])
+    for i, r in enumerate(rows):
+        count = int(state.count[i])
+        assert bool(state.draft.known[i]) == (count > 1)
+        if count > 1 and SETTINGS[r] == GREEDY:
+            choice = np.argmax(table @ np.asarray(state.draft.hidden[i]))
+            assert choice == state.tokens[i, count - 1]
+
+
 DEVICE = {
     "prompt_lookup": partial(make_drafter, "prompt_lookup"),
     "recycling": partial(make_drafter, "recycling"),
@@ -145,6 +159,7 @@ DEVICE = {
     "early_exit": partial(make_drafter, "early_exit", memory=1.0),
     "specdec": lambda: draft_model("specdec", head=trusting_head()),
     "cascade": partial(draft_model, "cascade"),
+    "denoiser": denoiser,
 }
 LEARNED = {
     "prompt_lookup": learned_lookup,
@@ -155,6 +170,7 @@ LEARNED = {
     "early_exit": learned_agreement,
     "specdec": learned_model,
     "cascade": learned_model,
+    "denoiser": learned_hidden,
 }
 RESTATED = {"specdec": assert_chains, "cascade": assert_branches}
 # Their drafts have too few nodes for WATCHED.

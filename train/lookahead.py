@@ -15,20 +15,17 @@ import importlib.util
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.hf_files import read_json
 from lookahead_jax.checkpoints.load import Model, load
-from lookahead_jax.host.command import end_process, run_command, stopped_by_interrupt
+from lookahead_jax.host.command import end_process, run_command
 from lookahead_jax.host.config_files import cli_with_file
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
@@ -48,6 +45,7 @@ from lookahead_jax.train.objective import PAPER, LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import TrainState, check_batch, compile_step, init_state
+from lookahead_jax.train.stopping import stop_requests
 from lookahead_jax.train.training_data import TrainingData, open_data
 
 _PRESETS = Path(__file__).parent / "configs"
@@ -239,7 +237,7 @@ def _run_steps(
 
     if first:  # a run that was killed may have a checkpoint and not its modules
         export()
-    with _stop_requests() as stop_requested, contextlib.ExitStack() as trace:
+    with stop_requests() as stop_requested, contextlib.ExitStack() as trace:
         for step in steps(first, config.steps):
             if not data.has(step):
                 if step > first:
@@ -276,24 +274,6 @@ def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> Tra
         return init_state(modules, optimizer)
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(model.params)
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields `requested(step)`: whether to stop after this step, the same on every process."""
-    if jax.process_count() > 1:  # JAX has its own handler, and agrees on a step for all hosts
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
-    try:
-        with stopped_by_interrupt() as interrupted:
-            yield lambda step: requested.is_set() or interrupted()
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def join_cluster() -> None:

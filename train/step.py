@@ -29,17 +29,16 @@ StepMetrics = dict[str, jax.Array]
 class TrainState:
     """The state that a step updates; the base model is not part of it."""
 
-    modules: LookaheadModules  # float32
+    modules: Any  # float32: LookaheadModules, or another pytree that is trained in their way
     optimizer: optax.OptState
     skipped: jax.Array  # [] int32 steps without an update so far: loss or gradient not finite
     skipped_in_a_row: jax.Array  # [] int32
 
 
-def init_state(modules: LookaheadModules, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(modules: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     zero = jnp.zeros((), jnp.int32)
-    tree: Any = modules  # optax declares arrays, and takes any tree of them
-    return TrainState(modules, optimizer.init(tree), zero, jnp.zeros_like(zero))
+    return TrainState(modules, optimizer.init(modules), zero, jnp.zeros_like(zero))
 
 
 def train_step(
@@ -109,7 +108,7 @@ def variants_step(
         states, optimizers, values, gradients, rows, strict=True
     ):
         norm = optax.tree.norm(gradient)
-        state = _update(state, optimizer, gradient, jnp.isfinite(loss) & jnp.isfinite(norm))
+        state = next_state(state, optimizer, gradient, jnp.isfinite(loss) & jnp.isfinite(norm))
         updated.append(state)
         metrics.append(
             {"loss": loss, "grad_norm": norm, "rows": count}
@@ -119,11 +118,11 @@ def variants_step(
     return tuple(updated), tuple(metrics)
 
 
-def _update(
+def next_state(
     state: TrainState, optimizer: optax.GradientTransformation, gradient: Any, finite: jax.Array
 ) -> TrainState:
     """The state after an update, or after a skipped one."""
-    trained: Any = state.modules
+    trained = state.modules
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
     updated = (optax.apply_updates(trained, updates), moments)

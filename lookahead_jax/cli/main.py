@@ -54,6 +54,7 @@ GROUPS = {
         "compile": ("train.compile", "Compile the training step for TPUs and report its needs."),
         "qfilters": ("train.qfilters", "Compute the filters of the policy qfilter from texts."),
         "specdec": ("train.specdec", "Train the acceptance head of the drafter specdec."),
+        "denoiser": ("train.denoiser", "Train the head of the drafter denoiser."),
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),
     },
     "eval": {
