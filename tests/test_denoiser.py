@@ -120,7 +120,7 @@ def test_the_tree_holds_the_likeliest_paths():
 def test_a_block_is_filled_surest_places_first():
     """Trees of three passes against the restatement; a row without a state drafts nothing."""
     vocabulary, passes = np.arange(0, 97, 3), 3
-    drafter = Denoiser(model=TARGET, head=head_of(vocabulary), passes=passes)
+    drafter = Denoiser(target=TARGET, head=head_of(vocabulary), passes=passes)
     rng = np.random.default_rng(2)
     hidden = rng.standard_normal((3, 32)).astype(np.float32)
     root = jnp.asarray([9, 0, 20], jnp.int32)
@@ -149,7 +149,7 @@ def test_a_file_holds_the_head_of_one_model(tmp_path):
     found = load_head(path, params=TARGET.params)
     assert found.config == head.config
     jax.tree.map(np.testing.assert_array_equal, found, head)
-    assert make_drafter("denoiser", model=TARGET, head=str(path), passes="2").passes == 2
+    assert make_drafter("denoiser", target=TARGET, head=str(path), passes="2").passes == 2
     other = tiny.params(TARGET.config, 1)
     with pytest.raises(ValueError, match="trained for another base model"):
         load_head(path, params=other)
@@ -198,7 +198,7 @@ def test_a_run_learns_a_text_and_resumes(tmp_path):
     def decoded(head):
         return lk.generate(
             model, prompts, policy=lk.make_policy("full"), max_new_tokens=24, eos_ids=(),
-            drafter=make_drafter("denoiser", model=model, head=head), draft_nodes=8,
+            drafter=make_drafter("denoiser", target=model, head=head), draft_nodes=8,
         )  # fmt: skip
 
     fresh = DenoiserHead(random_params(sizes), jnp.arange(80, dtype=jnp.int32), sizes)

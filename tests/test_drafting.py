@@ -194,7 +194,7 @@ class Case(NamedTuple):
 
 
 # Settings of the runs below, found by trying; test_the_cases_cover_every_pair holds them.
-CHOSEN = "57417177311166072253060003503404330134476"
+CHOSEN = "663732641654544600740122515632500074763733271527044506250"
 
 
 def cases():
