@@ -39,20 +39,19 @@ def prompt_table(ids: np.ndarray) -> PromptTable:
     before, token = (ids[:-2] << 31) | ids[1:-1], ids[2:]
     order = np.lexsort((token, before))
     before, token = before[order], token[order]
-    fresh = np.ones(before.size, bool)
-    fresh[1:] = (before[1:] != before[:-1]) | (token[1:] != token[:-1])
-    begin = np.flatnonzero(fresh)
+    begin = np.flatnonzero(np.diff(before, prepend=-1) | np.diff(token, prepend=-1))
     count = np.diff(begin, append=before.size)
     before, token = before[begin], token[begin]
     order = np.lexsort((token, -count, before))
     before, token, count = before[order], token[order], count[order]
-    contexts, begins, sizes = np.unique(before, return_index=True, return_counts=True)
+    begins = np.flatnonzero(np.diff(before, prepend=-1))
+    sizes = np.diff(begins, append=before.size)
     total = np.add.reduceat(count, begins) if begins.size else count
     share = (count / np.repeat(total, sizes)).astype(np.float32)
     kept = np.arange(before.size) - np.repeat(begins, sizes) < SUCCESSORS
     ends = np.cumsum(np.minimum(sizes, SUCCESSORS))
     return PromptTable(
-        contexts, np.concatenate([[0], ends]), token[kept].astype(np.int32), share[kept]
+        before[begins], np.concatenate([[0], ends]), token[kept].astype(np.int32), share[kept]
     )
 
 
