@@ -43,8 +43,8 @@ class OtherVocabulary:
 
     model: the draft model, with its tokenizer.
     tokenizer: that of the target.
-    tokens: draft tokens of a proposal.
-    least: smallest probability of a drafted path.
+    tokens: most draft tokens of a proposal.
+    least: smallest probability of a drafted path, which ends the proposal (as for `suffix`).
     capacity: n-grams kept, about 250 bytes each (the paper keeps all, 1 to 5 MB).
     window: draft tokens that the model sees at most, so that memory does not grow with the text;
         when they are used up, it goes on with the last half of them.
@@ -87,8 +87,8 @@ class OtherVocabulary:
         )
         self._rank, self._shared = jnp.asarray(self._map.rank), jnp.asarray(self._map.direct >= 0)
         place = model.params["embed"].sharding
-        whole = NamedSharding(place.mesh, PartitionSpec()) if hasattr(place, "mesh") else place
-        self._place = whole
+        on_mesh = isinstance(place, NamedSharding)
+        self._place = NamedSharding(place.mesh, PartitionSpec()) if on_mesh else place
         self._requests = OpenRequests[_Request]()
         self._lock = threading.Lock()
         self._compiled = False
