@@ -38,6 +38,11 @@ class _Growth(NamedTuple):
     values: jax.Array  # [B, P] float32
     used: jax.Array  # [B] int32 nodes
 
+    def continued(self, floor: jax.Array) -> jax.Array:
+        """Branches [B, W] that are at least as likely as `floor` [B] and have room for a node."""
+        likely = (self.value >= floor[:, None]) & (self.value > -jnp.inf)
+        return likely & (self.used < self.tokens.shape[1])[:, None]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cascade(DraftModel):
@@ -78,68 +83,66 @@ class Cascade(DraftModel):
     def propose(
         self, weights: Weights, state: CascadeCache, root: jax.Array, nodes: int
     ) -> tuple[DraftCache, TokenTree]:
-        settled, alpha = state.settled(), state.alpha
+        settled, floor = state.settled(), jnp.log(state.alpha)
         if nodes == 1:
             return settled, root_only(root)
-        cache, batch = settled.cache, len(root)
-        width, depth = min(self.branches, nodes - 1), min(self.depth, nodes - 1)
-        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-
-        def continued(at: _Growth) -> jax.Array:
-            likely = (at.value >= jnp.log(alpha)[:, None]) & (at.value > -jnp.inf)
-            return likely & (at.used < nodes)[:, None]
-
-        def unfinished(at: _Growth) -> jax.Array:
-            return (at.level < depth) & continued(at).any()
-
-        def grow(at: _Growth) -> _Growth:
-            going = continued(at)
-            newest = jnp.where(going, jnp.take_along_axis(at.tokens, at.tip, axis=1), -1)
-            branches, hidden = read_newest(
-                weights, cache, at.branches, newest.reshape(-1), config=self.config
-            )
-            chances = logits(weights, hidden.reshape(batch, width, -1), config=self.config)
-            chances = jax.nn.log_softmax(chances, axis=-1) + at.value[..., None]
-            best, token = jax.lax.top_k(jnp.where(going[..., None], chances, -jnp.inf), width)
-            value, which = jax.lax.top_k(best.reshape(batch, -1), width)
-            token = jnp.take_along_axis(token.reshape(batch, -1), which, axis=1)
-            source = (which // width).astype(jnp.int32)
-            place = at.used[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-            there = (value > -jnp.inf) & (place < nodes)
-            value = jnp.where(there, value, -jnp.inf)
-            put = jnp.where(there, place, nodes)  # dropped
-            moved = (rows * width + source).reshape(-1)
-            return _Growth(
-                level=at.level + 1,
-                branches=branches.map_rows(lambda a, axis: jnp.take(a, moved, axis=axis)),
-                tip=jnp.minimum(place, nodes - 1),
-                value=value,
-                tokens=at.tokens.at[rows, put].set(token, mode="drop"),
-                parents=at.parents.at[rows, put].set(
-                    jnp.take_along_axis(at.tip, source, axis=1), mode="drop"
-                ),
-                values=at.values.at[rows, put].set(value, mode="drop"),
-                used=at.used + there.sum(1, dtype=jnp.int32),
-            )
-
+        batch, width, depth = len(root), min(self.branches, nodes - 1), min(self.depth, nodes - 1)
         nowhere = jnp.full((batch, nodes), -1, jnp.int32)
-        started = jnp.where(settled.running, 0.0, -jnp.inf).astype(jnp.float32)[:, None]
-        first = _Growth(
+        first = jnp.where(settled.running, 0.0, -jnp.inf).astype(jnp.float32)[:, None]
+        growth = _Growth(
             level=jnp.int32(0),
-            branches=open_branches(cache, width, depth=depth),
+            branches=open_branches(settled.cache, width, depth=depth),
             tip=jnp.zeros((batch, width), jnp.int32),
-            value=jnp.where(jnp.arange(width)[None] == 0, started, -jnp.inf),
+            value=jnp.where(jnp.arange(width)[None] == 0, first, -jnp.inf),
             tokens=nowhere.at[:, 0].set(root),
             parents=nowhere,
             values=jnp.full((batch, nodes), -jnp.inf, jnp.float32).at[:, 0].set(0.0),
             used=jnp.ones(batch, jnp.int32),
         )
-        last = jax.lax.while_loop(unfinished, grow, first)
-        return settled, best_first(TokenTree(last.tokens, last.parents), last.values)
+        growth = jax.lax.while_loop(
+            lambda at: (at.level < depth) & at.continued(floor).any(),
+            lambda at: self._next_level(weights, settled.cache, floor, at),
+            growth,
+        )
+        return settled, best_first(TokenTree(growth.tokens, growth.parents), growth.values)
 
     def update(self, weights: Weights, state: CascadeCache, verified: Verified) -> DraftCache:
         alpha = next_alpha(state.alpha, verified)
         return super().update(weights, dataclasses.replace(state, alpha=alpha), verified)
+
+    def _next_level(
+        self, weights: Weights, cache: KVCache, floor: jax.Array, at: _Growth
+    ) -> _Growth:
+        """Reads the ends of the branches that continue, and hands out the next nodes."""
+        (batch, width), nodes = at.tip.shape, at.tokens.shape[1]
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        going = at.continued(floor)
+        newest = jnp.where(going, jnp.take_along_axis(at.tokens, at.tip, axis=1), -1)
+        branches, hidden = read_newest(
+            weights, cache, at.branches, newest.reshape(-1), config=self.config
+        )
+        chances = logits(weights, hidden.reshape(batch, width, -1), config=self.config)
+        chances = jax.nn.log_softmax(chances, axis=-1) + at.value[..., None]
+        best, token = jax.lax.top_k(jnp.where(going[..., None], chances, -jnp.inf), width)
+        value, which = jax.lax.top_k(best.reshape(batch, -1), width)
+        token = jnp.take_along_axis(token.reshape(batch, -1), which, axis=1)
+        source = (which // width).astype(jnp.int32)
+        above = jnp.take_along_axis(at.tip, source, axis=1)
+        place = at.used[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
+        there = (value > -jnp.inf) & (place < nodes)
+        value = jnp.where(there, value, -jnp.inf)
+        put = rows, jnp.where(there, place, nodes)  # the others are dropped
+        moved = (rows * width + source).reshape(-1)
+        return _Growth(
+            level=at.level + 1,
+            branches=branches.map_rows(lambda a, axis: jnp.take(a, moved, axis=axis)),
+            tip=jnp.minimum(place, nodes - 1),
+            value=value,
+            tokens=at.tokens.at[put].set(token, mode="drop"),
+            parents=at.parents.at[put].set(above, mode="drop"),
+            values=at.values.at[put].set(value, mode="drop"),
+            used=at.used + there.sum(1, dtype=jnp.int32),
+        )
 
 
 def next_alpha(alpha: jax.Array, verified: Verified) -> jax.Array:
