@@ -12,8 +12,10 @@ import pytest
 import safetensors.numpy
 
 import lookahead_jax as lk
+from lookahead_jax.cli.options import DraftingOptions
 from lookahead_jax.drafters.denoiser import Denoiser, LastHidden, likeliest_paths
 from lookahead_jax.drafters.registry import make_drafter
+from lookahead_jax.host.config_files import UsageError
 from lookahead_jax.modules.denoiser import (
     DenoiserHead,
     HeadConfig,
@@ -149,7 +151,8 @@ def test_a_file_holds_the_head_of_one_model(tmp_path):
     found = load_head(path, params=TARGET.params)
     assert found.config == head.config
     jax.tree.map(np.testing.assert_array_equal, found, head)
-    assert make_drafter("denoiser", target=TARGET, head=str(path), passes="2").passes == 2
+    options = DraftingOptions(drafter="denoiser", drafter_arg=(f"head={path}", "passes=2"))
+    assert options.make(None, TARGET).passes == 2
     other = tiny.params(TARGET.config, 1)
     with pytest.raises(ValueError, match="trained for another base model"):
         load_head(path, params=other)
@@ -183,6 +186,10 @@ def test_what_a_denoiser_lacks_is_named():
         make_drafter("denoiser", passes="5", **given)
     with pytest.raises(ValueError, match="denoiser: passes=few is not an integer"):
         make_drafter("denoiser", passes="few", **given)
+    with pytest.raises(UsageError, match="those of a combination take none"):
+        DraftingOptions(drafter="trie+suffix", drafter_arg=("branch=2",)).make(None, TARGET)
+    with pytest.raises(ValueError, match="unknown drafter 'nothing'; known: none, trie"):
+        DraftingOptions(drafter="nothing").load(None)
     with pytest.raises(ValueError, match="made for another model"):
         make_drafter("denoiser", **given).init(1, 8, tiny.config(vocab_size=98))
 
