@@ -68,20 +68,26 @@ def test_exit_and_length_have_the_most_tokens_per_layer():
 
 
 def test_agreement_is_a_moving_average_over_a_rows_own_steps():
-    """Of two rows, the second takes no part in the step."""
+    """Of two rows, the second takes no part in the step. Every eighth plain step counts."""
     model, drafter = tiny.config(), EarlyExit(memory=0.5)
-    target = Target(tiny.params(model), opened("full", BATCHES[3])[0].cache, model)
+    cache = opened("full", BATCHES[3])[0].cache
     tree = root_only(jnp.asarray([5, 6], jnp.int32))
     laid = layout(tree, vocab_size=97, most=jnp.asarray([1, 0]), ends=jnp.full((1, 1), -1))
     accepted = accept(tree, laid, jnp.asarray([[8], [9]], jnp.int32))
     # The first exit says 8, the second 7: a token's own embedding is the likeliest after it.
-    exits = tuple(target.params["embed"][jnp.asarray([[t], [t]])] for t in (8, 7))
-    state = Agreement(jnp.full((2, 2), 4.0), jnp.full(2, 6.0), jnp.ones(2, bool))
+    exits = tuple(tiny.params(model)["embed"][jnp.asarray([[t], [t]])] for t in (8, 7))
+    before = Agreement(jnp.full((2, 2), 4.0), jnp.full(2, 6.0), jnp.ones(2, bool))
     verified = Verified(tree, laid, jnp.zeros((2, 1, 97)), accepted, exits[0], exits)
-    state = jax.jit(drafter.update)(target, state, verified)
-    np.testing.assert_array_equal(state.agreed, [[3.0, 2.0], [4.0, 4.0]])
-    np.testing.assert_array_equal(state.read, [4.0, 6.0])
-    np.testing.assert_array_equal(state.running, [True, False])
+    update = jax.jit(drafter.update)
+    for position in (40, 41):
+        target = Target(
+            tiny.params(model), cache.replace(next_pos=jnp.asarray([position, 7])), model
+        )
+        state = update(target, before, verified)
+        due = position == 40
+        np.testing.assert_array_equal(state.agreed, [[3.0, 2.0] if due else [4.0, 4.0], [4.0, 4.0]])
+        np.testing.assert_array_equal(state.read, [4.0 if due else 6.0, 6.0])
+        np.testing.assert_array_equal(state.running, [True, False])
 
 
 def test_what_cannot_be_is_refused():

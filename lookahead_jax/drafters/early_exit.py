@@ -20,6 +20,8 @@ from lookahead_jax.model.cache import Entries, commit
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed, forward, logits
 
+PLAIN_EVERY = 8  # plain steps per one that learns; each would cost a product with the head more
+
 
 @struct.dataclass
 class Agreement:
@@ -37,7 +39,7 @@ class EarlyExit:
     One exit and one length serve all rows of a step: those that promise the most tokens per layer
     run. The agreement of an exit comes from its shadow tokens: what the head says after its layers
     at each node that the target accepted. It is known without drafting, so a draft is made only
-    where it pays, at first none.
+    where it pays, at first none. Of plain steps every eighth is compared.
     """
 
     layers: tuple[int, ...] | None = None
@@ -100,16 +102,25 @@ class EarlyExit:
         return state, chain(root, jax.lax.switch(which, drafts, root, length), nodes)
 
     def update(self, weights: Target, state: Agreement, verified: Verified) -> Agreement:
+        state = dataclasses.replace(state, running=verified.layout.valid[:, 0])
+        learned = partial(self._learned, weights, state, verified)
+        if verified.tree.tokens.shape[1] > 1:
+            return learned()
+        due = weights.cache.next_pos.max() % PLAIN_EVERY == 0
+        return jax.lax.cond(due, learned, lambda: state)
+
+    def _learned(self, weights: Target, state: Agreement, verified: Verified) -> Agreement:
+        """The agreement after a step whose shadow tokens are compared."""
         shadow = _shadow_tokens(weights, [hidden[:, : self.depth + 1] for hidden in verified.exits])
         width, accepted = shadow.shape[2], verified.accepted
         said = jnp.take_along_axis(shadow, accepted.path[:, None, :width], axis=2)
         on_path = jnp.arange(width, dtype=jnp.int32)[None] < accepted.count[:, None]
         same = (said == accepted.emitted[:, None, :width]) & on_path[:, None]
         memory = jnp.where(accepted.count > 0, jnp.float32(self.memory), 1.0)
-        return Agreement(
-            state.agreed * memory[:, None] + same.sum(2, dtype=jnp.float32),
-            state.read * memory + accepted.count.astype(jnp.float32),
-            verified.layout.valid[:, 0],
+        return dataclasses.replace(
+            state,
+            agreed=state.agreed * memory[:, None] + same.sum(2, dtype=jnp.float32),
+            read=state.read * memory + accepted.count.astype(jnp.float32),
         )
 
 
