@@ -8,6 +8,7 @@ tree.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +50,15 @@ def affordable(
     it, so that no node is read without those above it. `worth` None: there is no common budget, and
     a step reads the first nodes of each tree. Arrays of NumPy give one of NumPy.
     """
-    xp = jnp if isinstance(valid, jax.Array) else np
+    on_device = isinstance(valid, jax.Array)
+    xp: Any = jnp if on_device else np
+    running_minimum: Any = jax.lax.cummin if on_device else np.minimum.accumulate
     batch, nodes = valid.shape
     index = np.arange(nodes, dtype=np.int32)[:, None]
     first = index < np.asarray(NODE_BUCKETS, np.int32)[None]  # [P, 6]
     if worth is None:
         return xp.asarray(first[None])
-    falling = jax.lax.cummin(worth, axis=1) if xp is jnp else np.minimum.accumulate(worth, axis=1)
-    scores = xp.where(index.T == 0, np.float32(np.inf), falling)
+    scores = xp.where(index.T == 0, np.float32(np.inf), running_minimum(worth, axis=1))
     order = xp.argsort(xp.where(valid, -scores, np.float32(np.inf)).reshape(-1), stable=True)
     wanted = (valid[..., None] & first[None]).reshape(batch * nodes, -1)[order]
     budgets = np.asarray([total_nodes(batch, n) for n in NODE_BUCKETS], np.int32)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from lookahead_jax.decoding.acceptance import accept_drawn
@@ -75,7 +76,7 @@ class Decoded(NamedTuple):
 
 
 def _observed(
-    valid: jax.Array, accepted: Accepted, of_sizes: jax.Array
+    valid: jax.Array, accepted: Accepted, of_sizes: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """What a step adds to `DecodeState.reached` [B, 6] and `DecodeState.places` [B, 2, 7].
 
