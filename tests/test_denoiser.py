@@ -178,16 +178,19 @@ def test_tokens_have_places_in_a_vocabulary():
 
 
 def test_what_a_denoiser_lacks_is_named():
-    for given in ({}, {"model": TARGET}):
-        with pytest.raises(ValueError, match=r"needs a head.*head=FILE.*--drafter-arg head=FILE"):
+    lacks_head = r"needs a trained head.*head=FILE.*--drafter-arg head=FILE.*train denoiser"
+    for given in ({}, {"target": TARGET}):
+        with pytest.raises(ValueError, match=lacks_head):
             make_drafter("denoiser", **given)
-    given = {"model": TARGET, "head": head_of()}
+    with pytest.raises(ValueError, match=r"needs the model that it drafts for.*target=MODEL"):
+        make_drafter("denoiser", head=head_of())
+    given = {"target": TARGET, "head": head_of()}
     with pytest.raises(ValueError, match="denoiser: passes=5 must be 1 to 4"):
         make_drafter("denoiser", passes="5", **given)
     with pytest.raises(ValueError, match="denoiser: passes=few is not an integer"):
         make_drafter("denoiser", passes="few", **given)
-    with pytest.raises(UsageError, match="those of a combination take none"):
-        DraftingOptions(drafter="trie+suffix", drafter_arg=("branch=2",)).make(None, TARGET)
+    with pytest.raises(UsageError, match="--drafter-arg target: that is no setting"):
+        DraftingOptions(drafter="denoiser", drafter_arg=("target=DIR",)).make(None, TARGET)
     with pytest.raises(ValueError, match="unknown drafter 'nothing'; known: none, trie"):
         DraftingOptions(drafter="nothing").load(None)
     with pytest.raises(ValueError, match="made for another model"):

@@ -121,7 +121,7 @@ def test_a_head_is_read_as_it_was_written_and_by_its_model_only(tmp_path):
     options = DraftingOptions(
         drafter="specdec", draft_model=tmp_path, drafter_arg=(f"head={path}", "depth=4")
     )
-    made = options.make(draft_model().model)
+    made = options.make(draft_model().model, draft_model().model)
     assert made.depth == 4
     jax.tree.map(np.testing.assert_array_equal, made.head, head)
     with pytest.raises(
@@ -142,7 +142,9 @@ def test_a_head_is_read_as_it_was_written_and_by_its_model_only(tmp_path):
 
 
 def test_what_specdec_lacks_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"needs an acceptance head.*train specdec.*drafter-arg h"):
+    with pytest.raises(
+        ValueError, match=r"needs a trained head.*drafter-arg head=FILE.*train specdec"
+    ):
         draft_model("specdec")
     with pytest.raises(FileNotFoundError, match="does not exist: write it with lookahead train sp"):
         draft_model("specdec", head=tmp_path / "none")

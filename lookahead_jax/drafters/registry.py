@@ -54,7 +54,7 @@ DRAFTERS = {
     "denoiser": Entry(
         "drafters.denoiser.Denoiser",
         "A block at once from a small head trained on the target, by masked denoising (DEER).",
-        needs=("target", "head"),
+        needs=("head", "target"),
     ),
     "draft_model": Entry(
         "drafters.draft_model.DraftModel",
