@@ -268,8 +268,8 @@ class DraftingOptions:
         settings = settings_of("--drafter-arg", self.drafter_arg)
         for given in {"model", "target", "tokenizer"} & settings.keys():
             raise UsageError(
-                f"--drafter-arg {given}: that is no setting, it is the model's own; a smaller model "
-                "is given as --draft-model DIR"
+                f"--drafter-arg {given}: that is no setting, it is the model's own; a smaller "
+                "model is given as --draft-model DIR"
             )
         own = {"model": small, "target": model, "tokenizer": model.tokenizer}
         needed = needs(self.drafter)
