@@ -92,7 +92,7 @@ def read_prompts(options: Options, tokenizer: Any) -> dict[str, list[list[int]]]
         for kind in options.kinds
     }
     if empty := [kind for kind, prompts in found.items() if not prompts]:
-        raise SystemExit(f"{options.questions} has no prompts of the kind {empty[0]}")
+        raise SystemExit(f"there are no prompts of the kind {empty[0]}: see --questions")
     return found
 
 

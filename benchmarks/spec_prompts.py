@@ -2,8 +2,9 @@
 
 Six kinds are Spec-Bench's (Xia et al. 2024, arXiv:2401.07851), first turns only. The others are
 what drafting meets in daily use: `code` are the functions of HumanEval (Chen et al. 2021,
-arXiv:2107.03374), to be completed; `documents` are several questions about one long text;
-`agent` are calls of one tool under one long instruction, each a little different from the last.
+arXiv:2107.03374), to be completed; `documents` are several questions about each of some long
+texts, the pages of docs/, so that they change with these; `agent` are calls of one tool under one
+long instruction, each a little different from the last.
 """
 
 import gzip
@@ -65,7 +66,8 @@ def _functions() -> Iterator[list[Message]]:
 def _documents() -> Iterator[list[Message]]:
     for name in DOCUMENTS:
         text = (ROOT / "docs" / f"{name}.md").read_text("utf-8")[:DOCUMENT_CHARACTERS]
-        for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE)[:QUESTIONS]:
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        for heading in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)[:QUESTIONS]:
             question = f"Quote what the text says about: {heading}"
             yield [{"role": "user", "content": f"{text}\n\n{question}"}]
 

@@ -57,6 +57,12 @@ def cores_to_use() -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
 
 
+@functools.cache
+def vector_registers() -> int:
+    """Registers for vectors of 16 floats: AVX-512 has 32; AVX's and NEON's hold 8 in pieces."""
+    return 32 if binding.get_host_cpu_features().get("avx512f") else 8
+
+
 class Plan(NamedTuple):
     """What the threads of a call need to know, as i64 of LLVM's code."""
 

@@ -3,8 +3,7 @@
 A decoding step multiplies one row, or the few of a draft, with every weight of the model, so its
 time is that of reading the weights. XLA's product on CPU packs or converts the matrix first, which
 costs as much again. Here LLVM compiles a loop for a fixed number of rows, and XLA calls it
-(cpu_calls.py). The sum of a result is one chain over the inputs that does not depend on the number
-of rows.
+(cpu_calls.py). The order in which a result is summed does not depend on the number of rows.
 
 Letters: P rows, K inputs, N outputs.
 """
@@ -21,6 +20,7 @@ from lookahead_jax.kernels.cpu_calls import (
     layout_is_known,
     made_once,
     register_product,
+    vector_registers,
 )
 from lookahead_jax.kernels.cpu_code import (
     BYTES,
@@ -41,15 +41,29 @@ from lookahead_jax.kernels.cpu_code import (
 )
 from lookahead_jax.kernels.dispatch import target_platform
 
-# With more rows arithmetic takes the time, and XLA is as fast.
-MAX_ROWS = {"float32": 64, "int8": 64}
-MAX_ROWS_TRANSPOSED = {"float32": 32, "int8": 64}
 OUTPUTS_PER_PASS = 2  # rows of an [N, K] matrix that one pass over the inputs reads
 ROWS_PER_PASS = 8  # of the P rows, where each has sums in registers
-SUMS = 24  # vectors of sums in registers, of 32
 WIDEST = 6  # vectors of outputs of a tile
 TILE_INPUTS = 64  # inputs of a tile: it fits into the first cache
 WAKING_US = 200.0  # a product that takes less is done before other threads have woken up
+
+
+class _Limits(NamedTuple):
+    """What pays on a processor."""
+
+    sums: int  # vectors of sums in registers
+    plain: dict[str, int]  # most rows by the type of a [K, N] matrix: with more, XLA is as fast
+    transposed: dict[str, int]  # the same for [N, K]
+
+
+@functools.cache
+def limits() -> _Limits:
+    """Those of this machine: of AVX-512 they were measured, others have fewer registers."""
+    if vector_registers() >= 32:
+        return _Limits(24, {"float32": 64, "int8": 64}, {"float32": 32, "int8": 64})
+    few = {"float32": 8, "int8": 16}
+    return _Limits(6, few, few)
+
 
 _STORED = {jnp.dtype("float32"): FLOAT, jnp.dtype("int8"): BYTES}
 
@@ -59,7 +73,7 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
 
     It cannot be split over devices, so under a mesh XLA's product runs.
     """
-    most = MAX_ROWS_TRANSPOSED if transposed else MAX_ROWS
+    most = limits().transposed if transposed else limits().plain
     # Whole vectors of an [N, K] matrix are of inputs, of a [K, N] matrix of outputs.
     whole = matrix.shape[1] % LANES == 0
     if transposed:
@@ -67,6 +81,7 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
     return (
         target_platform() == "cpu"
         and whole
+        and matrix.size > 0
         and x.dtype == jnp.float32
         and 1 <= rows <= most.get(matrix.dtype.name, 0)
         and jax.sharding.get_abstract_mesh().empty
@@ -139,7 +154,7 @@ def _plain_loops(module: ir.Module, rows: int, stored: ir.Type) -> ir.Function:
     function, b = _product_function(module, stored)
     inputs, outputs, first, last = function.args[3:]
     groups = _groups(rows)
-    most = min(SUMS // max(map(len, groups)), WIDEST) * LANES
+    most = min(limits().sums // max(map(len, groups)), WIDEST) * LANES
     wide = b.sub(last, b.srem(b.sub(last, first), I64(most)))
     copy = b.alloca(VECTOR, I64(TILE_INPUTS * most // LANES)) if len(groups) > 1 else None
     with loop(b, I64(0), inputs, TILE_INPUTS) as k:
@@ -203,7 +218,7 @@ def _multiply_tile(b: ir.IRBuilder, function: ir.Function, group: range, tile: _
 
 def _groups(rows: int) -> list[range]:
     """The rows in groups of nearly equal size, whose sums fit into registers."""
-    count = -(-rows // ROWS_PER_PASS)
+    count = -(-rows // min(ROWS_PER_PASS, limits().sums))
     return [range(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 

@@ -20,7 +20,7 @@ from lookahead_jax.decoding.step import decode_burst, decode_step
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prompts.read import read_prompt
 from tests import reference, tiny
-from tests.drafted import bush, perfect, spoil
+from tests.drafted import Shared, bush, perfect, spoil
 from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weights
 
 BUDGET, INTERVAL, NEW = 12, 8, 30
@@ -250,7 +250,7 @@ def test_engine_and_generate_cut_alike(name, every):
     prompts = tiny.prompts((60, 58, 63), seed=4)
     setting = dict(
         policy=eviction(name).policy, budget=BUDGET, lookahead=lookahead_modules(SHORT),
-        evict_every=every, drafter="prompt_lookup", draft_nodes=8,
+        evict_every=every, drafter="prompt_lookup", draft_nodes=Shared(8),
     )  # fmt: skip
     alone = [lk.generate(model(), [p], max_new_tokens=230, **setting) for p in prompts]
     engine = lk.Engine(model(), rows=2, max_new_tokens=230, max_prompt_tokens=64, **setting)

@@ -11,6 +11,7 @@ import pytest
 
 from lookahead_jax.decoding.device_drafter import Verified
 from lookahead_jax.decoding.tree import NODE_BUCKETS, TokenTree, accept, layout
+from lookahead_jax.drafters.early_exit import EarlyExit
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.recycling import CANDIDATES, Recycling
 from lookahead_jax.drafters.registry import make_drafter
@@ -73,6 +74,14 @@ def test_what_a_drafter_lacks_or_does_not_know_is_named():
         make_drafter("none", depth=3)
     with pytest.raises(ValueError, match="drafter trie: "):
         make_drafter("trie", capacity="much")
+    with pytest.raises(ValueError, match="early_exit: layers=1,x is not integers with commas"):
+        make_drafter("early_exit", layers="1,x")
+    assert make_drafter("early_exit", layers="1,2", memory="0.5") == EarlyExit(
+        layers=(1, 2), memory=0.5
+    )
+    make_drafter("trie", half_life="100")
+    with pytest.raises(ValueError, match="several of these need a head of their own"):
+        make_drafter("specdec+denoiser", model=None, head="a", target=None)
     with pytest.raises(ValueError, match="drafter suffix: depth must be at least 2"):
         make_drafter("suffix", depth=1)
     for setting, value in (("branches", 0), ("alpha", 0.0), ("depth", 0)):

@@ -81,7 +81,7 @@ def test_agreement_is_a_moving_average_over_a_rows_own_steps():
     update = jax.jit(drafter.update)
     for position in (40, 41):
         target = Target(
-            tiny.params(model), cache.replace(next_pos=jnp.asarray([position, 7])), model
+            tiny.params(model), cache.replace(next_pos=jnp.asarray([position, 43])), model
         )
         state = update(target, before, verified)
         due = position == 40

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.kernels import cpu_calls, few_rows_cpu
-from lookahead_jax.kernels.few_rows_cpu import MAX_ROWS, multiply_few_rows, takes
+from lookahead_jax.kernels.few_rows_cpu import limits, multiply_few_rows, takes
 from lookahead_jax.model.layers import few_rows_form
 from lookahead_jax.model.sharding import make_mesh
 
@@ -24,14 +24,15 @@ def drawn(rows, inputs, outputs, dtype, transposed):
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize(
     ("dtype", "rows"),
-    [("float32", 1), ("float32", 5), ("float32", 17), ("float32", 32), ("int8", 1), ("int8", 16)],
+    [("float32", 1), ("float32", 5), ("float32", 8), ("float32", 32), ("int8", 1), ("int8", 16)],
 )
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (208, 112), (64, 1200)])
 def test_products_are_exact_and_rows_do_not_depend_on_others(
     rows, inputs, outputs, dtype, transposed
 ):
     x, matrix = drawn(rows, inputs, outputs, dtype, transposed)
-    assert takes(rows, jnp.asarray(x), jnp.asarray(matrix), transposed=transposed)
+    if rows <= (8 if dtype == "float32" else 16):
+        assert takes(rows, jnp.asarray(x), jnp.asarray(matrix), transposed=transposed)
     found = np.asarray(product(x, matrix, transposed))
     wide = matrix.astype(np.float64)
     terms = wide.T if transposed else wide
@@ -40,6 +41,17 @@ def test_products_are_exact_and_rows_do_not_depend_on_others(
     assert (np.abs(found - x.astype(np.float64) @ terms) <= bound).all()
     alone = np.asarray(product(x[-1:], matrix, transposed))
     np.testing.assert_array_equal(alone, found[-1:])
+
+
+@pytest.mark.parametrize(("registers", "rows"), [(8, 7), (8, 15), (32, 61)])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_processors_with_few_and_many_registers(registers, rows, dtype, monkeypatch):
+    """Rows of several groups, and more vectors than a tile is wide."""
+    monkeypatch.setattr(few_rows_cpu, "vector_registers", lambda: registers)
+    monkeypatch.setattr(few_rows_cpu, "limits", limits.__wrapped__)
+    x, matrix = drawn(rows, 72, 112, dtype, False)
+    found = jax.jit(lambda x, matrix: multiply_few_rows(x, matrix))(x, matrix)
+    np.testing.assert_allclose(found, x @ matrix.astype(np.float32), rtol=1e-3, atol=0.05)
 
 
 @pytest.mark.parametrize("cores", [1, 3, 8])
@@ -86,7 +98,11 @@ def test_derivatives_and_vmap(transposed):
 def test_what_it_does_not_take():
     x, matrix = jnp.zeros((1, 32)), jnp.zeros((32, 48))
     assert takes(1, x, matrix)
-    assert not takes(MAX_ROWS["float32"] + 1, x, matrix)
+    most = limits()
+    assert takes(most.plain["float32"], x, matrix)
+    assert not takes(most.plain["float32"] + 1, x, matrix)
+    assert not takes(most.transposed["float32"] + 1, x, matrix, transposed=True)
+    assert not takes(1, x[:, :0], matrix[:0])
     assert not takes(1, x, matrix[:, :40])
     assert not takes(1, x[:, :28], matrix[:, :28], transposed=True)
     assert not takes(1, x.astype(jnp.bfloat16), matrix)

@@ -39,6 +39,7 @@ from lookahead_jax.prefilling.prefill import compress
 from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.step import compile_step, init_state
 from tests import kernel_cases, tiny
+from tests.drafted import Shared
 from tests.test_attention import case, causal, expected
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
@@ -482,7 +483,7 @@ def test_drafting_changes_nothing(drafter, options):
         lk.generate, model, prompts, budget=24, max_new_tokens=12, seeds=[7, 8, 9],
         cache_dtype="int8", **options,
     )  # fmt: skip
-    plain, drafted = run(), run(drafter=drafter, draft_nodes=8)
+    plain, drafted = run(), run(drafter=drafter, draft_nodes=Shared(8))
     assert drafted.cache.bytes == plain.cache.bytes
     for row, (mine, theirs) in enumerate(zip(drafted.tokens, plain.tokens, strict=True)):
         if "evict_every" in options:

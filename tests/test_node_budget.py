@@ -54,6 +54,14 @@ def test_the_budget_is_spent_as_well_as_possible(seed):
     np.testing.assert_array_equal(on_device[..., SIZE], chosen)
 
 
+def test_a_step_has_about_a_quarter_of_all_nodes_and_the_roots():
+    for batch, nodes in itertools.product(range(2, 13), NODE_BUCKETS[1:]):
+        total = total_nodes(batch, nodes)
+        assert batch <= total <= batch * nodes
+        assert total == max(nodes * batch // 4, nodes, batch)
+    assert [total_nodes(batch, 1) for batch in (1, 7)] == [1, 7]
+
+
 def test_no_node_is_read_without_those_before_it():
     """Even where the estimates say that later places are better, or nothing at all."""
     rng = np.random.default_rng(0)

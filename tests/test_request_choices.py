@@ -15,6 +15,7 @@ from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.snapkv import SnapKV
 from tests import tiny
 from tests.compilations import compilations
+from tests.drafted import Shared
 from tests.serving import chat_model, running
 
 CHECKPOINT = Path(__file__).parent / "fixtures" / "models" / "llama3"
@@ -67,7 +68,7 @@ def test_one_policy_evicts_while_decoding(model):
 
 @pytest.mark.parametrize("drafter", ["trie", "prompt_lookup"])
 def test_a_request_may_do_without_drafts(model, drafter, monkeypatch):
-    engine = Engine(model, **SIZES, eos_ids=(), drafter=drafter, draft_nodes=8)
+    engine = Engine(model, **SIZES, eos_ids=(), drafter=drafter, draft_nodes=Shared(8))
     prompt = [7, 8, 9] * 8
     requests = [Request(prompt=prompt, max_new_tokens=NEW, draft=d) for d in (True, False, True)]
     engine.run(requests[:1])  # the trie learns the answer

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from lookahead_jax import EMBEDDED_MODEL
+from lookahead_jax.drafters.registry import needs
 from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
@@ -42,7 +43,7 @@ class RunConfig:
     lengths: tuple[int, ...] = (512,)
     """Tokens of a prompt. Longer prompts from files lose their middle."""
     drafters: tuple[str, ...] = ("none",)
-    """Drafters: none, trie, suffix, prompt_lookup, recycling."""
+    """Drafters that need no other model and no head, such as trie, suffix or prompt_lookup."""
     protocols: tuple[Protocol, ...] = ("seen",)
     """seen: the question is part of the compressed prompt; hidden: it is read afterwards."""
     count: int = 32
@@ -94,6 +95,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
             raise ValueError(f"part {self.part} of {self.parts}: parts are counted from 0")
+        for name in self.drafters:
+            if lacking := needs(name):
+                raise ValueError(
+                    f"drafters={name}: it needs {' and '.join(sorted(lacking))}, which no option of "
+                    "an evaluation gives: take drafters without"
+                )
 
     def find_tasks(self) -> list[Task]:
         """All tasks; ValueError for unknown names and for programs that are not allowed."""

@@ -252,8 +252,13 @@ class DraftingOptions:
             users.append(f"--strategy {strategy}")
         if users and self.draft_model is None:
             raise UsageError(f"{users[0]} needs --draft-model DIR, a smaller checkpoint")
+        if len(users) > 1 and "tokenizer" in needs(self.drafter):
+            raise UsageError(
+                f"{users[1]} reads drafts in the model's own tokens, and {users[0]} is for a model "
+                "with others: leave one of them out"
+            )
         if not users and self.draft_model is not None:
-            reader = "" if policy is None else ", or --policy speckv"
+            reader = "" if policy is None else ", --policy speckv or --strategy arbitrage"
             drafters = ", ".join(name for name in DRAFTERS if "model" in needs(name))
             raise UsageError(f"--draft-model needs --drafter with one of {drafters}{reader}")
         if self.draft_model is None:

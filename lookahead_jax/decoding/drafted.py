@@ -180,16 +180,21 @@ class Drafting:
         watchable = not self._draws and self._on_step is None
         plan = controller.choose(burst, watchable=watchable)
         watched = self._watch(params, state, plan.watch) if plan.watch else None
-        before, count, compiled = np.array(state.reached), np.array(state.count), self.compile_s
-        places = np.array(state.places)
+        known = jax.device_get((state.reached, state.count, state.places))
+        before, count, places = map(np.array, known)  # copies: the state is donated
+        compiled = self.compile_s
         begin = time.perf_counter()
         drafts = self._drafts(state, plan.most)
         nodes, cut = plan.most, True
         if drafts:
-            nodes, cut = self._needed(drafts, plan.most, controller.buckets)
+            running = [
+                d for d, done in zip(drafts, np.asarray(state.done), strict=True) if not done
+            ]
+            nodes, cut = self._needed(running, plan.most, controller.buckets)
         steps = 1 if drafts else plan.steps
         state = self._run(params, state, nodes, steps, drafts, constrained=constrained)
-        reached = np.asarray(state.reached) - before  # waits for the device
+        reached, after = jax.device_get((state.reached, state.places))  # waits for the device
+        reached = reached - before
         seconds = time.perf_counter() - begin
         if (ran := int(reached[:, 0].max())) == 0:
             return state
@@ -197,7 +202,7 @@ class Drafting:
         gains = {}
         if plan.most > 1 and reached.any():
             gains = self._gains(reached, plan.most, cut)
-        self._chances.learn(np.asarray(state.places) - places, ran)
+        self._chances.learn(after - places, ran)
         measured = self.compile_s == compiled
         controller.record(plan.most, nodes, gains, ran, seconds / ran if measured else None)
         if watched is not None:
@@ -226,7 +231,7 @@ class Drafting:
 
         If it does, larger sizes might have read more.
         """
-        sizes = [len(draft.tokens) + 1 for draft in drafts]
+        sizes = [len(draft.tokens) + 1 for draft in drafts] or [1]
 
         def read(nodes: int) -> tuple[int, int]:
             total = sum(sizes)

@@ -29,7 +29,9 @@ FIRST_CHANCES = 0.5 * 0.75 ** np.arange(PLACES)  # before any evidence; they cou
 def total_nodes(batch: int, nodes: int) -> int:
     """Nodes of a step of `batch` rows that have up to `nodes` nodes each; at least one per row."""
     least = 0 if target_platform() == "cpu" else CHEAP_NODES
-    return batch if nodes == 1 else min(max(nodes * max(batch // SHARE, 1), least), batch * nodes)
+    if nodes == 1:
+        return batch
+    return min(max(nodes * batch // SHARE, nodes, batch, least), batch * nodes)
 
 
 @functools.cache
@@ -63,7 +65,11 @@ def affordable(
     wanted = (valid[..., None] & first[None]).reshape(batch * nodes, -1)[order]
     budgets = np.asarray([total_nodes(batch, n) for n in NODE_BUCKETS], np.int32)
     taken = wanted & (xp.cumsum(wanted, axis=0, dtype=np.int32) <= budgets[None])
-    return taken[xp.argsort(order, stable=True)].reshape(batch, nodes, -1)
+    if on_device:
+        taken = jnp.zeros_like(taken).at[order].set(taken, unique_indices=True)
+    else:
+        taken[order] = taken.copy()
+    return taken.reshape(batch, nodes, -1)
 
 
 class RowChances:
@@ -97,8 +103,16 @@ class RowChances:
         common /= self._all_read + PRIOR_NODES
         rates = (self._accepted + PRIOR_NODES * common) / (self._read + PRIOR_NODES)
         rates = np.minimum.accumulate(rates, axis=1)
-        place = np.log2(np.maximum(np.arange(nodes), 1))
-        middle = np.arange(PLACES) + np.where(np.arange(PLACES) > 0, 0.5, 0.0)
-        smooth = np.stack([np.interp(place, middle, row) for row in rates])
-        # Of equal chances the earlier places come first, whatever their row.
-        return (smooth * (1.0 - 1e-3 * np.arange(nodes) / NODE_BUCKETS[-1])).astype(np.float32)
+        return (rates @ _shares_of_places(nodes)).astype(np.float32)
+
+
+@functools.cache
+def _shares_of_places(nodes: int) -> np.ndarray:
+    """[PLACES, P] how much each group's chance counts for each node: interpolated between groups.
+
+    Of equal chances the earlier places come first, whatever their row.
+    """
+    place = np.log2(np.maximum(np.arange(nodes), 1))
+    middle = np.arange(PLACES) + np.where(np.arange(PLACES) > 0, 0.5, 0.0)
+    smooth = np.stack([np.interp(place, middle, group) for group in np.eye(PLACES)])
+    return smooth * (1.0 - 1e-3 * np.arange(nodes) / NODE_BUCKETS[-1])

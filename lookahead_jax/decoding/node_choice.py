@@ -66,10 +66,6 @@ class Controller:
         """The numbers of nodes to choose among, ascending."""
         return tuple(self._nodes)
 
-    def holding(self, nodes: int) -> int:
-        """The smallest bucket for a tree of so many nodes."""
-        return next(n for n in self._nodes if n >= nodes)
-
     @property
     def watch(self) -> int:
         """Nodes of a watched draft."""

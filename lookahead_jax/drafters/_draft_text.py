@@ -14,10 +14,11 @@ _FARTHER = 3 * _BEHIND  # further ones, to begin at white space if there is any
 class DraftText:
     """Target tokens come in with `append`, and `read` encodes their text.
 
-    It reads up to the last whole character, and teaches the map how the two tokenizers differ.
+    It reads up to the last whole character. What follows the `prompt` teaches the map, which all
+    requests share, how the two tokenizers differ.
     """
 
-    def __init__(self, draft: Tokenizer, vocabularies: VocabularyMap):
+    def __init__(self, draft: Tokenizer, vocabularies: VocabularyMap, prompt: Sequence[int]):
         self._draft, self._map = draft, vocabularies
         self._text = bytearray()
         self._tokens: list[int] = []  # of the target
@@ -26,6 +27,9 @@ class DraftText:
         """Draft tokens of the text that has been read."""
         self._starts: list[int | None] = []  # where their bytes begin; None: unknown
         self._read = 0  # bytes
+        self.append(prompt)
+        self._private = len(self._text)  # bytes that teach nothing
+        self.read()
 
     def append(self, tokens: Sequence[int]) -> None:
         """The target's next tokens."""
@@ -39,11 +43,7 @@ class DraftText:
         end = _whole_characters(self._text)
         if end <= self._read:
             return
-        kept = self._place_to_begin()
-        begin = self._read
-        if kept < len(self.ids):
-            begin = self._starts[kept]
-            assert begin is not None
+        kept, begin = self._place_to_begin()
         window = bytes(self._text[begin:end])
         ids = self._draft.encode_behind(window.decode(errors="replace"))
         texts = [text_of(self._map.texts, token) for token in ids]
@@ -67,8 +67,8 @@ class DraftText:
         start = self._starts[-1] if self._starts else None
         return b"" if start is None else bytes(self._text[start : self._read])
 
-    def _place_to_begin(self) -> int:
-        """The draft token from which to encode: one at white space, if there is any nearby.
+    def _place_to_begin(self) -> tuple[int, int]:
+        """The draft token from which to encode, and its byte: at white space, if any is nearby.
 
         Tokenizers split a text there, whatever stands before it.
         """
@@ -77,19 +77,17 @@ class DraftText:
         for at in range(last, max(last - _FARTHER, 0) - 1, -1) if size else ():
             start = self._starts[at]
             if start == 0 or (start is not None and self._text[start] in b" \n\t"):
-                return at
-        while last < size and not self._begins_a_character(last):
-            last += 1
-        return last
-
-    def _begins_a_character(self, at: int) -> bool:
-        start = self._starts[at]
-        return start is not None and not 0x80 <= self._text[start] < 0xC0
+                return at, start
+        for at in range(last, size):
+            start = self._starts[at]
+            if start is not None and not 0x80 <= self._text[start] < 0xC0:  # begins a character
+                return at, start
+        return size, self._read
 
     def _teach(self, draft: list[Piece], begin: int) -> None:
         """What both tokenizers spell from `begin` on; the last draft token, which may change, is
         not among `draft`."""
-        first = bisect_right(self._ends, begin)
+        first = bisect_right(self._ends, max(begin, self._private))
         boundaries = {begin, *(end for _, end in draft)}
         while first < len(self._ends) and self._begin_of(first) not in boundaries:
             first += 1

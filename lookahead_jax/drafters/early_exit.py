@@ -106,7 +106,8 @@ class EarlyExit:
         learned = partial(self._learned, weights, state, verified)
         if verified.tree.tokens.shape[1] > 1:
             return learned()
-        due = weights.cache.next_pos.max() % PLAIN_EVERY == 0
+        position = jnp.where(state.running, weights.cache.next_pos, 0).max()
+        due = position % PLAIN_EVERY == 0
         return jax.lax.cond(due, learned, lambda: state)
 
     def _learned(self, weights: Target, state: Agreement, verified: Verified) -> Agreement:

@@ -109,7 +109,7 @@ class MixtureOnDevice:
 
     def __post_init__(self) -> None:
         for drafter in self.drafters:
-            if isinstance(drafter, NoDrafter):
+            if type(drafter) is NoDrafter:
                 raise ValueError("nothing to combine: leave out `none`")
             if isinstance(drafter, SelfDrafter):  # only it reads the target
                 raise ValueError("early_exit cannot be combined: use it alone")

@@ -47,7 +47,8 @@ class OtherVocabulary:
     least: smallest probability of a drafted path, which ends the proposal (as for `suffix`).
     capacity: n-grams kept, about 250 bytes each (the paper keeps all, 1 to 5 MB).
     window: draft tokens that the model sees at most, so that memory does not grow with the text;
-        when they are used up, it goes on with the last half of them.
+        when they are used up, it goes on with the last half of them. Each open request has a
+        cache for so many.
 
     Requests are drafted one after the other. Raises ValueError without both tokenizers.
     """
@@ -73,15 +74,17 @@ class OtherVocabulary:
         if not 0 < least <= 1:
             raise ValueError(f"least is a probability above 0, not {least}")
         window = min(window, model.config.max_position)
-        if window < _SMALLEST_WINDOW + tokens:
+        self._lead = model.tokenizer.encode("")  # what begins every text, such as <s>
+        # Half of a full window and a draft must fit.
+        smallest = max(_SMALLEST_WINDOW + tokens, 2 * (tokens + len(self._lead)))
+        if window < smallest:
             raise ValueError(
-                f"window must be at least {_SMALLEST_WINDOW} more than {tokens} tokens, and the "
-                f"draft model have as many positions; got {window}"
+                f"window must be at least {smallest} for drafts of {tokens} tokens, and the draft "
+                f"model have as many positions; got {window}"
             )
         self._model, self._draft = model, model.tokenizer
         self._tokens, self._window = tokens, window
         self._least = jnp.float32(least)
-        self._lead = self._draft.encode("")  # what begins every text, such as <s>
         self._map = VocabularyMap(
             self._draft, tokenizer, model.config.vocab_size, capacity=capacity
         )
@@ -91,7 +94,7 @@ class OtherVocabulary:
         self._place = NamedSharding(place.mesh, PartitionSpec()) if on_mesh else place
         self._requests = OpenRequests[_Request]()
         self._lock = threading.Lock()
-        self._compiled = False
+        self._compile()
 
     def begin(self, request: Hashable, prompt: Sequence[int] | np.ndarray) -> None:
         """A request begins; the draft model reads its prompt."""
@@ -99,20 +102,11 @@ class OtherVocabulary:
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
-            text = DraftText(self._draft, self._map)
-            text.append(ids)
-            text.read()
-            span = jnp.full(1, self._window, jnp.int32)
-            dtype = self._model.params["embed"].dtype
-            cache = empty_cache(self._model.config, 1, self._window, dtype, span)
-            # On the devices of the weights from the start: else programs are compiled twice.
-            state = _Request(text, jax.device_put(cache, self._place))
+            text = DraftText(self._draft, self._map, ids)
+            state = _Request(text, self._empty_cache())
             self._catch_up(state, text.ids, most=1)
             jax.block_until_ready(state.cache)  # else the first step would seem to take so long
             self._requests[request] = state
-        if not self._compiled:
-            self._compiled = True
-            self.propose(request, 1, 1)
 
     def observe(self, request: Hashable, tokens: Sequence[int] | np.ndarray) -> None:
         """Tokens of the target; they are read at the next proposal."""
@@ -129,19 +123,12 @@ class OtherVocabulary:
             state.text.read()
             ids, begun = self._opening(state.text)
             low, high = self._map.beginning_with(begun) if begun else (0, -1)
-            if low == high or not self._lead + ids:
+            if low == high or not (self._lead or ids):
                 return NOTHING
             new = self._catch_up(state, ids)
             block = np.full((1, _BLOCK), -1, np.int32)
             block[0, : len(new)] = new
-            keep, block, low, high = jax.device_put(
-                (np.array([len(state.cached)], np.int32), block, np.int32(low), np.int32(high))
-            )
-            state.cache, drafted = draft_chain(
-                self._model.params, state.cache, keep, block,
-                FirstTokens(self._rank, self._shared, low, high), self._least,
-                config=self._model.config, steps=self._tokens,
-            )  # fmt: skip
+            state.cache, drafted = self._continue(state.cache, len(state.cached), block, low, high)
             chain = [token for token in np.asarray(drafted)[0].tolist() if token >= 0]
             state.cached += new + chain[:-1]
             tokens = self._map.translate(chain, len(begun))[: min(nodes, depth)]
@@ -151,6 +138,41 @@ class OtherVocabulary:
         """The request ends; what it taught about the vocabularies is kept."""
         with self._lock:
             del self._requests[request]
+
+    def _empty_cache(self) -> KVCache:
+        span = jnp.full(1, self._window, jnp.int32)
+        dtype = self._model.params["embed"].dtype
+        cache = empty_cache(self._model.config, 1, self._window, dtype, span)
+        # On the devices of the weights from the start: else programs are compiled twice.
+        return jax.device_put(cache, self._place)
+
+    def _compile(self) -> None:
+        """Compiles both programs, so that no request has to wait for it."""
+        cache = self._read(self._empty_cache(), 0, np.full((1, self._window), -1, np.int32))
+        block = np.full((1, _BLOCK), -1, np.int32)
+        block[0, 0] = 0
+        jax.block_until_ready(self._continue(cache, 0, block, 0, -1))
+
+    def _read(self, cache: KVCache, keep: int, tokens: np.ndarray) -> KVCache:
+        """The cache with its first `keep` entries and those of `tokens`, padded with -1."""
+        at, padded = jax.device_put((np.array([keep], np.int32), tokens))
+        return read(self._model.params, cache, at, padded, config=self._model.config)
+
+    def _continue(
+        self, cache: KVCache, keep: int, block: np.ndarray, low: int, high: int
+    ) -> tuple[KVCache, jax.Array]:
+        """Likewise for the tokens of `block`, and what the draft model writes behind them.
+
+        The first token's rank is from `low` to `high`; any if low is above high.
+        """
+        at, padded, lowest, highest = jax.device_put(
+            (np.array([keep], np.int32), block, np.int32(low), np.int32(high))
+        )
+        return draft_chain(
+            self._model.params, cache, at, padded,
+            FirstTokens(self._rank, self._shared, lowest, highest), self._least,
+            config=self._model.config, steps=self._tokens,
+        )  # fmt: skip
 
     def _opening(self, text: DraftText) -> tuple[list[int], bytes]:
         """The draft tokens to read, and the bytes with which the first drafted one begins.
@@ -182,10 +204,7 @@ class OtherVocabulary:
             old = wanted[keep:-1]
             tokens = np.full((1, self._window), -1, np.int32)
             tokens[0, : len(old)] = old
-            at, padded = jax.device_put((np.array([keep], np.int32), tokens))
-            state.cache = read(
-                self._model.params, state.cache, at, padded, config=self._model.config
-            )
+            state.cache = self._read(state.cache, keep, tokens)
             keep += len(old)
         state.cached = wanted[:keep]
         return wanted[keep:]

@@ -5,6 +5,8 @@ Host drafters (decoding.host_drafter) run in Python between steps; device drafte
 """
 
 import inspect
+import types
+import typing
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -126,6 +128,8 @@ def make_drafter(name: str, **arguments: Any) -> Any:
         for needed in DRAFTERS[part].needs:
             if needed not in arguments:
                 raise ValueError(f"drafter {part} needs {_NEEDED[needed].format(name=part)}")
+    if sum("head" in DRAFTERS[part].needs for part, _ in kinds) > 1:
+        raise ValueError(f"drafter {name}: several of these need a head of their own: give one")
     drafters = [_made(part, kind, arguments) for part, kind in kinds]
     return drafters[0] if len(drafters) == 1 else _mixture(name, drafters)
 
@@ -156,13 +160,17 @@ def _made(name: str, kind: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _parsed(name: str, value: Any, kind: Any) -> Any:
-    """The value of an argument; of a text, the number if the argument is one."""
-    if not isinstance(value, str) or kind not in (int, float):
+    """The value of an argument; of a text, the number or numbers if the argument is that."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) is types.UnionType else (kind,)
+    several = any(typing.get_origin(each) is tuple for each in kinds)
+    number = int if several or int in kinds else float if float in kinds else None
+    if not isinstance(value, str) or number is None:
         return value
     try:
-        return kind(value)
+        return tuple(map(number, value.split(","))) if several else number(value)
     except ValueError:
-        wanted = "an integer" if kind is int else "a number"
+        wanted = "an integer" if number is int else "a number"
+        wanted = "integers with commas between" if several else wanted
         raise ValueError(f"{name}={value} is not {wanted}") from None
 
 

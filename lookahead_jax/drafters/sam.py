@@ -74,7 +74,7 @@ class Sam:
         with self._lock:
             if request in self._requests:
                 raise ValueError(f"request {request} has already begun: end it first")
-            self._requests[request] = _Request(ids[-_COMPARED:], [ids])
+            self._requests[request] = _Request(np.array(ids[-_COMPARED:]), [ids])
         if not Sam._loaded:
             Sam._loaded = True
             self.propose(request, 1, 1)  # loads the compiled code
@@ -128,8 +128,8 @@ class Sam:
             if state.own is None or text.size + ids.size > state.own.text.size:
                 ids = np.concatenate([text, ids])
                 self._drop(state)
-                room = max(_ROOM, 3 * ids.size // 2)
-                state.learns = self._taken + room <= self._capacity
+                room = min(max(_ROOM, 3 * ids.size // 2), self._capacity - self._taken)
+                state.learns = room >= ids.size
                 if state.learns:
                     state.own = _sam.empty(room)
                     self._taken += room

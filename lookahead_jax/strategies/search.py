@@ -274,6 +274,10 @@ def _check_guides(
         raise ValueError(f"{name} asks no other model: leave draft_model and router out")
     if draft_model is not None:
         check_vocabulary(draft_model.config, model.config)
+        if model.tokenizer is not None and draft_model.tokenizer is None:
+            raise ValueError(
+                f"the draft model {draft_model.path} has no tokenizer.json: put the model's there"
+            )
     if router is not None and reward is not None:
         raise ValueError("a router predicts what rewards would say: give router= or reward=")
     if strategy.reads_reward and reward is None and router is None:
