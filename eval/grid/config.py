@@ -98,8 +98,8 @@ class RunConfig:
         for name in self.drafters:
             if lacking := needs(name):
                 raise ValueError(
-                    f"drafters={name}: it needs {' and '.join(sorted(lacking))}, which no option of "
-                    "an evaluation gives: take drafters without"
+                    f"drafters={name}: it needs {' and '.join(sorted(lacking))}, which no option "
+                    "of an evaluation gives: take drafters without"
                 )
 
     def find_tasks(self) -> list[Task]:
