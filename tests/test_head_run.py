@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def test_steps_that_are_not_finite_are_skipped(config, monkeypatch):
     with pytest.raises(FloatingPointError, match="2 steps in a row"):
         run(config, step=spoilt, on_metrics=lines.append)
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3]
-    changed = [not np.array_equal(a, b) for a, b in zip(heads, heads[1:], strict=False)]
+    changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(heads)]
     assert changed == [True, False, True, False]
 
 

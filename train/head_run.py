@@ -107,10 +107,8 @@ def train_head(
             max_prompt=config.max_prompt,
         )  # fmt: skip
         training = prepare(model, data)
-        described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-        identity = {name: value for name, value in described.items() if name not in _FREE}
+        identity = _settings(config) | training.identity
         identity |= {"base": base, "data": digests(data.lengths), "total": training.total}
-        identity |= training.identity
         with Checkpoints(config.run / "checkpoints", keep=2, identity=identity) as checkpoints:
 
             def batch_of(step: int) -> Batch:
@@ -119,6 +117,22 @@ def train_head(
             return _run_steps(
                 config, training, batch_of, checkpoints, mesh=mesh, on_metrics=on_metrics
             )
+
+
+def _settings(config: HeadRunConfig) -> dict[str, Any]:
+    """The settings that may not change when the run goes on, as JSON."""
+    described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {name: value for name, value in described.items() if name not in _FREE}
+
+
+def _start(training: HeadTraining, key: jax.Array, mesh: Mesh) -> TrainState:
+    """The state before the first step, on every device."""
+    optimizer = make_optimizer(training.optimizer, training.total)
+
+    def init(key: jax.Array) -> TrainState:
+        return init_state(training.start(key), optimizer)
+
+    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(key)
 
 
 def _run_steps(
@@ -132,12 +146,7 @@ def _run_steps(
 ) -> Any:
     """`train_head` in an open run."""
     path, total, root = config.run / HEAD_FILE, training.total, jax.random.key(config.seed)
-    optimizer = make_optimizer(training.optimizer, total)
-
-    def start(key: jax.Array) -> TrainState:
-        return init_state(training.start(key), optimizer)
-
-    state = jax.jit(start, out_shardings=NamedSharding(mesh, PartitionSpec()))(root)
+    state = _start(training, root, mesh)
     first, state = checkpoints.restore(state) or (0, state)
     metrics = MetricsLog(
         config.run / "metrics.jsonl", first, every=config.log_every, patience=_PATIENCE,
