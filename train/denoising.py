@@ -43,9 +43,9 @@ def denoising_loss(
 
     `hidden` is what the base model makes of the texts `tokens`, padded with -1, whose responses
     begin at `first`. A place is the position of a last accepted token; the token after it, of the
-    response, is the root. Half of the blocks are masked as a
-    whole, in the others each token with a probability drawn for the block. The second result is the
-    mean number of leading tokens that the head predicts in the blocks masked as a whole.
+    response, is the root. Half of the blocks are masked as a whole, in the others each token with
+    a probability drawn for the block. The second result is the mean number of leading tokens that
+    the head predicts in the blocks masked as a whole.
     """
     size, width = head.config.tokens, tokens.shape[1]
     where, whole, some, each = jax.random.split(key, 4)
