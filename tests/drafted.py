@@ -22,9 +22,13 @@ from lookahead_jax.decoding.node_choice import Controller, Plan
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows, with_everything
 from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.decoding.step import PLAIN, decode_step
-from lookahead_jax.drafters.acceptance_head import init_head
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.modules import denoiser as denoiser_module
+from lookahead_jax.modules.acceptance_head import init_acceptance_head
+from lookahead_jax.modules.denoiser import (
+    DenoiserHead,
+    DenoiserHeadConfig,
+    init_denoiser_head,
+)
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.prefilling import batching
@@ -355,15 +359,15 @@ def other_vocabulary():
 
 def trusting_head():
     """An acceptance head for the tiny model that mostly expects tokens to be accepted."""
-    head = init_head(jax.random.key(0), tiny.config().hidden_size, 3)
+    head = init_acceptance_head(jax.random.key(0), tiny.config().hidden_size, 3)
     return dataclasses.replace(head, out_bias=head.out_bias + jnp.asarray([0.0, 2.0]))
 
 
 def denoiser():
     """A denoiser whose head has learned nothing."""
-    sizes = denoiser_module.HeadConfig(tokens=4, width=16, heads=2, layers=1, vocabulary=None)
-    params = denoiser_module.init_head(jax.random.key(0), sizes, tiny.config().hidden_size)
-    head = denoiser_module.DenoiserHead(params, None, sizes)
+    sizes = DenoiserHeadConfig(tokens=4, width=16, heads=2, layers=1, vocabulary=None)
+    params = init_denoiser_head(jax.random.key(0), sizes, tiny.config().hidden_size)
+    head = DenoiserHead(params, None, sizes)
     return make_drafter("denoiser", target=draft_model().model, head=head)
 
 

@@ -1,8 +1,9 @@
 """The acceptance head of specdec: what it learns, against NumPy, and its files."""
 
+import contextlib
 import dataclasses
-import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,13 @@ import safetensors.numpy
 
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.cli.options import DraftingOptions
-from lookahead_jax.drafters.acceptance_head import init_head, load_head, save_head
-from lookahead_jax.train import specdec
+from lookahead_jax.modules.acceptance_head import (
+    init_acceptance_head,
+    load_acceptance_head,
+    save_acceptance_head,
+)
+from lookahead_jax.train import head_run, specdec
 from lookahead_jax.train.data import DataConfig, prepare
-from lookahead_jax.train.optimizer import make_optimizer
 from tests import reference, tiny
 from tests.drafted import draft_model, trusting_head
 from tests.small_model_drafts import judged
@@ -71,50 +75,61 @@ def restated_loss(head, batch, key, models, mixed, weight):
     return loss / total
 
 
-def test_a_run_goes_on_where_it_was_killed(folder, monkeypatch):
-    """The loss is as restated, and after a break the same as without one."""
-    config = specdec.HeadConfig(
+def test_a_run_is_stopped_and_goes_on(folder, monkeypatch):
+    """The loss is as restated, and a head that was stopped early can be used."""
+    config = specdec.AcceptanceConfig(
         model=folder / "target", draft_model=folder / "draft", data=(folder / "data",),
-        run=folder / "run", layers=2, epochs=4, batch=4, micro_batches=1, rate=3e-3,
-        mixed=0.4, save_every=4,
+        run=folder / "run", layers=2, epochs=2, batch=4, micro_batches=1, rate=3e-3, mixed=0.4,
     )  # fmt: skip
-    losses, first, step = [], [], specdec.head_step
+    losses, first, step = [], [], specdec.acceptance_step
 
-    def watched(state, target, draft, batch, key, **settings):
-        if len(losses) == killed:
-            raise KeyboardInterrupt
-        if not losses:
-            first.extend((jax.tree.map(np.asarray, state[0]), batch, key))
-        state, loss = step(state, target, draft, batch, key, **settings)
-        losses.append(float(loss))
-        return state, loss
+    def watched(target, draft, state, batch, key, **settings):
+        if not first:
+            first.extend((jax.tree.map(np.asarray, state.modules), batch, key))
+        return step(target, draft, state, batch, key, **settings)
 
-    monkeypatch.setattr(specdec, "head_step", watched)
-    # An optimizer is a static argument: the same one, or each part would compile its own step.
-    monkeypatch.setattr(specdec, "make_optimizer", functools.cache(make_optimizer))
-    killed = 6
-    with pytest.raises(KeyboardInterrupt):
-        specdec.train_head(config)
-    assert not (folder / "run" / "head.safetensors").exists()
+    @contextlib.contextmanager
+    def stop_requests():
+        yield lambda step: step == 1
+
+    monkeypatch.setattr(specdec, "acceptance_step", watched)
+    monkeypatch.setattr(head_run, "stop_requests", stop_requests)
+    assert specdec.train(config, on_metrics=losses.append) is None
     models = load(folder / "target"), load(folder / "draft")
     head, batch, key = first
     expected = restated_loss(
         head, (batch.prompts, batch.responses), key, models, config.mixed, config.weight
     )
-    assert losses[0] == pytest.approx(expected, rel=1e-4)
-    killed = None
-    specdec.train_head(config)
-    assert len(losses) == 6 + 4  # it went on after step 4 of 8
-    assert losses[6:8] == losses[4:6]
-    trained = load_head(folder / "run" / "head.safetensors", params=models[1].params)
-    assert np.abs(trained.blocks - head.blocks).max() > 1e-3
+    assert losses[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    early = load_acceptance_head(config.run / head_run.HEAD_FILE, params=models[1].params)
+    assert np.abs(early.blocks - head.blocks).max() > 1e-3
+    trained = specdec.train(config, on_metrics=losses.append)
+    assert [line["step"] for line in losses] == [0, 1, 2, 3]
+    written = load_acceptance_head(config.run / head_run.HEAD_FILE, params=models[1].params)
+    jax.tree.map(np.testing.assert_array_equal, written, trained)
+    assert np.abs(written.blocks - early.blocks).max() > 1e-4
+
+
+def test_settings_that_cannot_train_are_refused():
+    paths = {"data": (Path("d"),), "run": Path("r"), "draft_model": Path("s")}
+    for wrong, message in (
+        ({"weight": -1.0}, "weight=-1.0 must be a positive number"),
+        ({"mixed": 1.0}, "mixed=1.0 must be from 0 to below 1"),
+        ({"layers": 0}, "layers must be at least 1, not 0"),
+        ({"save_every": 0}, "save_every must be at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            specdec.AcceptanceConfig(**paths, **wrong)
 
 
 def test_a_head_is_read_as_it_was_written_and_by_its_model_only(tmp_path):
     params, path = tiny.params(tiny.config()), tmp_path / "head.safetensors"
     head = trusting_head()
-    save_head(path, head, params=params)
-    jax.tree.map(np.testing.assert_array_equal, load_head(path, params=params), head)
+    save_acceptance_head(path, head, params=params)
+    jax.tree.map(np.testing.assert_array_equal, load_acceptance_head(path, params=params), head)
+    content = path.read_bytes()
+    save_acceptance_head(path, head, params=params)
+    assert path.read_bytes() == content
     names = safetensors.numpy.load_file(path)
     np.testing.assert_array_equal(names["model.1.linear.weight"], head.blocks[1].T)
     assert names["model.3.weight"].shape == (2, 32)
@@ -127,14 +142,14 @@ def test_a_head_is_read_as_it_was_written_and_by_its_model_only(tmp_path):
     with pytest.raises(
         ValueError, match=r"head\.safetensors: this acceptance head was trained for a"
     ):
-        load_head(path, params=tiny.params(tiny.config(), 1))
+        load_acceptance_head(path, params=tiny.params(tiny.config(), 1))
     broken = dataclasses.replace(head, out=head.out.at[0, 0].set(jnp.nan))
-    save_head(path, broken, params=params)
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    save_acceptance_head(path, broken, params=params)
+    with pytest.raises(ValueError, match="NaN, infinite or"):
         draft_model("specdec", head=path)
     for content, complaint in (
-        (b"{}", "is not a safetensors file"),
-        (safetensors.numpy.save({"a": np.zeros(3)}), "is no acceptance head"),
+        (b"{}", "is not a readable safetensors file"),
+        (safetensors.numpy.save({"a": np.zeros(3)}), "describes no acceptance head"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=complaint):
@@ -146,10 +161,12 @@ def test_what_specdec_lacks_is_named(tmp_path):
         ValueError, match=r"needs a trained head.*drafter-arg head=FILE.*train specdec"
     ):
         draft_model("specdec")
-    with pytest.raises(FileNotFoundError, match="does not exist: write it with lookahead train sp"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist: write one with lookahead train sp"
+    ):
         draft_model("specdec", head=tmp_path / "none")
     with pytest.raises(ValueError, match="reads 16 values and the draft model has 32"):
-        draft_model("specdec", head=init_head(jax.random.key(0), 16, 1))
+        draft_model("specdec", head=init_acceptance_head(jax.random.key(0), 16, 1))
     with pytest.raises(ValueError, match="least=3 must be from 1 to depth=2"):
         draft_model("specdec", head=trusting_head(), least=3, depth=2)
     with pytest.raises(ValueError, match=r"threshold=1\.5 must be"):

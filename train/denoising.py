@@ -2,64 +2,56 @@
 
 A random part of each block is given and the head predicts the rest, so that drafting can fill a
 block in one pass or in several. Tokens near the root weigh more, as in the second stage of DEER
-(arXiv 2512.15176). B rows, T tokens of a row, A places of a row, K tokens of a block, D model.
+(arXiv 2512.15176). B rows, T tokens of a text, A places of a text, K tokens of a block, D model.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.denoiser import (
     DenoiserHead,
-    HeadConfig,
+    DenoiserHeadConfig,
     block_logits,
     place_in,
     target_tables,
 )
 from lookahead_jax.prefilling.layer_pass import hidden_states
+from lookahead_jax.train.batches import Batch, whole_texts
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import StepMetrics, TrainState, next_state
 
 _ALL_MASKED = 0.5  # of the blocks; the first pass of drafting sees no other
 
 
-class Texts(NamedTuple):
-    """Prompts with their responses."""
-
-    tokens: jax.Array  # [B, T] int32, padded with -1
-    prompt: jax.Array  # [B] int32 tokens of the prompt
-
-
 def denoising_loss(
     head: DenoiserHead,
     tables: Params,
     hidden: Float[Array, "B T D"],
-    texts: Texts,
+    tokens: Int[Array, "B T"],
     key: jax.Array,
     *,
+    first: Int[Array, " B"],
     config: ModelConfig,
     places: int,
     decay: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross entropy of the masked tokens at random places, and the mean draft accepted there.
 
-    `hidden` is what the base model makes of the texts. A place is the position of a last accepted
-    token; the token after it, of the response, is the root. Half of the blocks are masked as a
-    whole, in the others each token with a probability drawn for the block. The second result is the
-    mean number of leading tokens that the head predicts in the blocks masked as a whole.
+    `hidden` is what the base model makes of the texts `tokens`, padded with -1, whose responses
+    begin at `first`. A place is the position of a last accepted token; the token after it, of the
+    response, is the root. Half of the blocks are masked as a whole, in the others each token with
+    a probability drawn for the block. The second result is the mean number of leading tokens that
+    the head predicts in the blocks masked as a whole.
     """
-    tokens, prompt = texts
     size, width = head.config.tokens, tokens.shape[1]
     where, whole, some, each = jax.random.split(key, 4)
     index = jnp.arange(width, dtype=jnp.int32)[None]
     length = (tokens >= 0).sum(1, dtype=jnp.int32)[:, None]
-    possible = (index >= prompt[:, None] - 1) & (index + 2 < length)
+    possible = (index >= first[:, None] - 1) & (index + 2 < length)
     # Impossible places come last.
     drawn = jnp.where(possible, jax.random.uniform(where, tokens.shape), -1.0)
     chance, at = jax.lax.top_k(drawn, min(places, width))
@@ -97,12 +89,12 @@ _STATIC = ("sizes", "config", "optimizer", "total", "places", "decay")
 @program(static_argnames=_STATIC, donate_argnames=("state",))
 def denoiser_step(
     params: Params,
-    state: TrainState,
     vocabulary: jax.Array | None,
-    texts: Texts,
+    state: TrainState,
+    batch: Batch,
     key: jax.Array,
     *,
-    sizes: HeadConfig,
+    sizes: DenoiserHeadConfig,
     config: ModelConfig,
     optimizer: OptimizerConfig,
     total: int,
@@ -111,21 +103,27 @@ def denoiser_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One update of `total`; skipped where loss or gradient is not finite. The state is donated.
 
-    `state.modules` are the parameters of a head with this `vocabulary` and these `sizes`. The other
-    arguments are those of `denoising_loss`.
+    `state.modules` are the parameters of a head with this `vocabulary` and these `sizes`. The batch
+    is one micro-batch. The other arguments are those of `denoising_loss`.
     """
-    hidden = hidden_states(params, texts.tokens, config=config)
+    tokens, at = whole_texts(batch.prompts[0], batch.responses[0])
+    hidden = hidden_states(params, tokens, config=config)
     tables = target_tables(params, vocabulary, config=config)
 
     def loss_of(trained: Params) -> tuple[jax.Array, jax.Array]:
         head = DenoiserHead(trained, vocabulary, sizes)
         return denoising_loss(
-            head, tables, hidden, texts, key, config=config, places=places, decay=decay
+            head,
+            tables,
+            hidden,
+            tokens,
+            key,
+            first=at[:, 0],
+            config=config,
+            places=places,
+            decay=decay,
         )
 
     (loss, accepted), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.modules)
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    state = next_state(state, make_optimizer(optimizer, total), gradient, finite)
-    skipped = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-    return state, {"loss": loss, "accepted": accepted, "grad_norm": norm} | skipped
+    state, metrics = next_state(state, make_optimizer(optimizer, total), loss, gradient)
+    return state, metrics | {"accepted": accepted}

@@ -107,22 +107,18 @@ def variants_step(
     for state, optimizer, loss, gradient, count in zip(
         states, optimizers, values, gradients, rows, strict=True
     ):
-        norm = optax.tree.norm(gradient)
-        state = next_state(state, optimizer, gradient, jnp.isfinite(loss) & jnp.isfinite(norm))
+        state, values = next_state(state, optimizer, loss, gradient)
         updated.append(state)
-        metrics.append(
-            {"loss": loss, "grad_norm": norm, "rows": count}
-            | sizes
-            | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
-        )
+        metrics.append(values | {"rows": count} | sizes)
     return tuple(updated), tuple(metrics)
 
 
 def next_state(
-    state: TrainState, optimizer: optax.GradientTransformation, gradient: Any, finite: jax.Array
-) -> TrainState:
-    """The state after an update, or after a skipped one."""
-    trained = state.modules
+    state: TrainState, optimizer: optax.GradientTransformation, loss: jax.Array, gradient: Any
+) -> tuple[TrainState, StepMetrics]:
+    """The state after an update, or after a skipped one: loss or gradient not finite."""
+    norm, trained = optax.tree.norm(gradient), state.modules
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, moments = optimizer.update(gradient, state.optimizer, trained)
     updated = (optax.apply_updates(trained, updates), moments)
@@ -130,12 +126,14 @@ def next_state(
         lambda new, old: jnp.where(finite, new, old), updated, (state.modules, state.optimizer)
     )
     bad = (~finite).astype(jnp.int32)
-    return TrainState(
+    state = TrainState(
         modules=modules,
         optimizer=moments,
         skipped=state.skipped + bad,
         skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
     )
+    skipped = {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+    return state, {"loss": loss, "grad_norm": norm} | skipped
 
 
 def check_batch(batch: int, micro_batches: int, mesh: Mesh) -> None:

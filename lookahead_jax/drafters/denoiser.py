@@ -18,8 +18,14 @@ from lookahead_jax.decoding.device_drafter import Verified, Weights
 from lookahead_jax.decoding.tree import TokenTree, root_only
 from lookahead_jax.drafters.draft_model import best_first
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.modules.denoiser import DenoiserHead, HeadConfig, block_logits, target_tables
-from lookahead_jax.modules.denoiser_files import load_head
+from lookahead_jax.modules.denoiser import (
+    DenoiserHead,
+    DenoiserHeadConfig,
+    block_logits,
+    target_tables,
+)
+from lookahead_jax.modules.denoiser_files import load_denoiser_head
+from lookahead_jax.modules.head_files import beside
 
 CANDIDATES = 8  # of a place, as many as the second level of the smallest tree could use
 
@@ -34,7 +40,7 @@ class LastHidden:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """The P - 1 likeliest paths if the places of a block were independent.
+    """The P - 1 likeliest paths among 8 candidates a place, if places were independent.
 
     They are independent given the hidden state and what earlier passes have filled in. Nothing is
     proposed in a row's first step, in which its hidden state is not known yet.
@@ -47,14 +53,14 @@ class Denoiser:
     passes: int = 1
     """Passes over the block. Each but the last fills in the places it is surest of."""
     weights: Weights = dataclasses.field(init=False, compare=False, repr=False)
-    sizes: HeadConfig = dataclasses.field(init=False, repr=False)
+    sizes: DenoiserHeadConfig = dataclasses.field(init=False, repr=False)
     config: ModelConfig = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = self.target.params
         head = self.head
         if not isinstance(head, DenoiserHead):
-            head = load_head(head, params=params)
+            head = load_denoiser_head(head, params=params)
         if not 1 <= self.passes <= head.config.tokens:
             raise ValueError(f"passes={self.passes} must be 1 to {head.config.tokens}")
         if (size := head.params["out"].shape[1]) != self.target.config.hidden_size:
@@ -62,6 +68,7 @@ class Denoiser:
                 f"the head was made for a model of width {size}, and this one has "
                 f"{self.target.config.hidden_size}"
             )
+        head = beside(head, params)
         tables = target_tables(params, head.vocabulary, config=self.target.config)
         object.__setattr__(self, "weights", (head, tables))
         object.__setattr__(self, "sizes", head.config)

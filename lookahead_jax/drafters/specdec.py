@@ -8,15 +8,18 @@ import os
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from lookahead_jax.decoding.device_drafter import Weights
 from lookahead_jax.decoding.tree import TokenTree, chain, root_only
 from lookahead_jax.drafters._branches import open_branches, read_newest
-from lookahead_jax.drafters.acceptance_head import AcceptanceHead, acceptance_logits, load_head
 from lookahead_jax.drafters.draft_model import DraftCache, DraftModel
 from lookahead_jax.model.decoder import logits
-from lookahead_jax.model.sharding import mesh_of
+from lookahead_jax.modules.acceptance_head import (
+    AcceptanceHead,
+    acceptance_logits,
+    load_acceptance_head,
+)
+from lookahead_jax.modules.head_files import beside
 
 _HEAD = "acceptance_head"  # beside the draft model's own parameters
 
@@ -49,15 +52,13 @@ class SpecDec(DraftModel):
             raise ValueError(f"threshold={self.threshold} must be from 0 to 1")
         head, params = self.head, self.model.params
         if not isinstance(head, AcceptanceHead):
-            head = load_head(head, params=params)
+            head = load_acceptance_head(head, params=params)
         if head.out.shape[0] != self.config.hidden_size:
             raise ValueError(
                 f"the acceptance head reads {head.out.shape[0]} values and the draft model has "
                 f"{self.config.hidden_size}: train one for this model with lookahead train specdec"
             )
-        if (mesh := mesh_of(params)) is not None:
-            head = jax.device_put(head, NamedSharding(mesh, PartitionSpec()))
-        object.__setattr__(self, "head", head)
+        object.__setattr__(self, "head", beside(head, params))
 
     @property
     def weights(self) -> Weights:

@@ -27,7 +27,7 @@ from lookahead_jax.model.rope import rope_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class DenoiserHeadConfig:
     """Sizes of the head."""
 
     tokens: int
@@ -72,10 +72,10 @@ class DenoiserHead:
     final_norm [W], out [W, D]."""
     vocabulary: jax.Array | None
     """[U] int32, ascending; None: all tokens."""
-    config: HeadConfig = struct.field(pytree_node=False)
+    config: DenoiserHeadConfig = struct.field(pytree_node=False)
 
 
-def init_head(key: jax.Array, config: HeadConfig, hidden_size: int) -> Params:
+def init_denoiser_head(key: jax.Array, config: DenoiserHeadConfig, hidden_size: int) -> Params:
     """Float32 parameters to start training from, for a target of D = `hidden_size`."""
     inner, *keys = jax.random.split(key, 6)
     layers = init_params(inner, config.decoder(), jnp.float32)
