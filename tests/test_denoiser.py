@@ -181,7 +181,7 @@ def test_a_file_holds_the_head_of_one_model(tmp_path):
 
 
 def test_a_head_in_memory_goes_where_its_target_is():
-    placed = param_shardings(TARGET.config, make_mesh(tensor=2))
+    placed = param_shardings(TARGET.config, make_mesh())
     target = dataclasses.replace(TARGET, params=jax.device_put(TARGET.params, placed))
     head, _ = Denoiser(target=target, head=head_of()).weights
     assert all(len(a.devices()) == 4 for a in jax.tree.leaves(head))

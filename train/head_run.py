@@ -77,9 +77,10 @@ class HeadTraining(NamedTuple):
 
 def load_model(folder: Path | None, *, dtype: str | None, mesh: Mesh) -> Model:
     """The model in a folder; the embedded one for None, and for `embedded` unless that exists."""
-    embedded = folder is None or (folder == Path("embedded") and not folder.exists())
-    say(f"loading {'the embedded model' if folder is None else folder}")
-    return load(EMBEDDED_MODEL if embedded else folder, dtype=dtype, mesh=mesh)
+    say(f"loading {folder or 'the embedded model'}")
+    if folder is None or (folder == Path("embedded") and not folder.exists()):
+        folder = EMBEDDED_MODEL
+    return load(folder, dtype=dtype, mesh=mesh)
 
 
 def train_head(
