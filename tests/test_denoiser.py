@@ -1,6 +1,7 @@
 """The denoiser: its head and its trees against restatements, its files, and its training."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from functools import partial
@@ -35,8 +36,10 @@ SIZES = DenoiserHeadConfig(tokens=4, width=16, heads=2, layers=2, vocabulary=Non
 TARGET = draft_model().model
 
 
-def random_params(sizes=SIZES, width=TARGET.config.hidden_size):
-    return jax.jit(partial(init_denoiser_head, config=sizes, hidden_size=width))(jax.random.key(0))
+@functools.cache
+def random_params():
+    init = partial(init_denoiser_head, config=SIZES, hidden_size=TARGET.config.hidden_size)
+    return jax.jit(init)(jax.random.key(0))
 
 
 def head_of(vocabulary=None):
@@ -219,7 +222,7 @@ def test_a_run_learns_a_text(tmp_path):
     tiny.model_folder(folder, num_hidden_layers=1)
     model = lk.load(folder)
     prompts = tiny.prompts((12, 12, 12, 12))
-    sizes = dataclasses.replace(SIZES, vocabulary=80, layers=1)
+    sizes = dataclasses.replace(SIZES, vocabulary=80)
 
     def decoded(head):
         return lk.generate(
@@ -227,7 +230,7 @@ def test_a_run_learns_a_text(tmp_path):
             drafter=make_drafter("denoiser", target=model, head=head), draft_nodes=8,
         )  # fmt: skip
 
-    fresh = DenoiserHead(random_params(sizes), jnp.arange(80, dtype=jnp.int32), sizes)
+    fresh = DenoiserHead(random_params(), jnp.arange(80, dtype=jnp.int32), sizes)
     before = decoded(fresh)
     rows = [{"prompt": p, "response": r} for p, r in zip(prompts, before.tokens, strict=True)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,7 +239,7 @@ def test_a_run_learns_a_text(tmp_path):
 
     config = denoiser.DenoiserConfig(
         model=folder, data=(data,), run=tmp_path / "run", head=sizes, batch=4, places=16,
-        steps=40, optimizer=OptimizerConfig(rate=1e-2, warmup=5, clip=1.0), log_every=20,
+        steps=20, optimizer=OptimizerConfig(rate=2e-2, warmup=2, clip=1.0), log_every=20,
     )  # fmt: skip
     lines = []
     denoiser.train(config, on_metrics=lines.append)
