@@ -88,18 +88,6 @@ class ForwardBatch:
 AnyBatch = Batch | ForwardBatch
 
 
-def whole_texts(prompts: jax.Array, responses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The responses [B, Y] right behind the prompts [B, T], and where their tokens are.
-
-    Returns int32 [B, T + Y], padded on the right with -1, and int32 [B, Y].
-    """
-    (batch, width), (_, more) = prompts.shape, responses.shape
-    length = (prompts >= 0).sum(1, dtype=jnp.int32)
-    places = length[:, None] + jnp.arange(more, dtype=jnp.int32)[None]
-    text = jnp.full((batch, width + more), -1, jnp.int32).at[:, :width].set(prompts)
-    return text.at[jnp.arange(batch)[:, None], places].set(responses), places
-
-
 def microbatch_sharding(mesh: Mesh) -> NamedSharding:
     """Token rows of each micro-batch are split over the data axes."""
     return sharding((None, "batch"), mesh)

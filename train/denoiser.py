@@ -29,11 +29,13 @@ from lookahead_jax.modules.denoiser import (
     init_denoiser_head,
 )
 from lookahead_jax.modules.denoiser_files import save_denoiser_head
+from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.checkpoints import digests
-from lookahead_jax.train.denoising import denoiser_step
+from lookahead_jax.train.denoising import denoiser_step, texts_of
 from lookahead_jax.train.head_run import HeadRunConfig, HeadTraining, train_head
 from lookahead_jax.train.metrics import OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig
+from lookahead_jax.train.step import StepMetrics, TrainState
 from lookahead_jax.train.training_data import FEATURES, TrainingData
 
 SIZES = DenoiserHeadConfig(tokens=8, width=512, heads=8, layers=1, vocabulary=None)
@@ -94,11 +96,13 @@ def train(config: DenoiserConfig, *, on_metrics: OnMetrics | None = None) -> Den
         def head(weights: Params) -> DenoiserHead:
             return DenoiserHead(weights, vocabulary, config.head)
 
-        step = partial(
-            denoiser_step, model.params, vocabulary, sizes=config.head, config=model.config,
-            optimizer=config.optimizer, total=config.steps, places=config.places,
-            decay=config.decay,
-        )  # fmt: skip
+        def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, StepMetrics]:
+            return denoiser_step(
+                model.params, vocabulary, state, texts_of(batch), key, sizes=config.head,
+                config=model.config, optimizer=config.optimizer, total=config.steps,
+                places=config.places, decay=config.decay,
+            )  # fmt: skip
+
         return HeadTraining(
             total=config.steps, optimizer=config.optimizer,
             identity={"vocabulary": digests(vocabulary)}, start=start, step=step, head=head,

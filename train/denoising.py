@@ -5,9 +5,12 @@ block in one pass or in several. Tokens near the root weigh more, as in the seco
 (arXiv 2512.15176). B rows, T tokens of a text, A places of a text, K tokens of a block, D model.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float
 
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
@@ -19,34 +22,56 @@ from lookahead_jax.modules.denoiser import (
     place_in,
     target_tables,
 )
+from lookahead_jax.prefilling.batching import bucket_length
 from lookahead_jax.prefilling.layer_pass import hidden_states
-from lookahead_jax.train.batches import Batch, whole_texts
+from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import StepMetrics, TrainState, next_state
 
 _ALL_MASKED = 0.5  # of the blocks; the first pass of drafting sees no other
 
 
+class Texts(NamedTuple):
+    """Prompts with their responses."""
+
+    tokens: jax.Array  # [B, T] int32, padded with -1
+    first: jax.Array  # [B] int32 where the response begins
+
+
+def texts_of(batch: Batch) -> Texts:
+    """The rows of a batch that is one micro-batch.
+
+    Their width has a bucket of its own: those of prompt and response make too many pairs to compile
+    a step for each.
+    """
+    prompts, responses = np.asarray(batch.prompts)[0], np.asarray(batch.responses)[0]
+    first, more = (prompts >= 0).sum(1), (responses >= 0).sum(1)
+    tokens = np.full((len(prompts), bucket_length(int((first + more).max()))), -1, np.int32)
+    for i, text in enumerate(tokens):
+        text[: first[i]] = prompts[i, : first[i]]
+        text[first[i] : first[i] + more[i]] = responses[i, : more[i]]
+    return Texts(jnp.asarray(tokens), jnp.asarray(first, jnp.int32))
+
+
 def denoising_loss(
     head: DenoiserHead,
     tables: Params,
     hidden: Float[Array, "B T D"],
-    tokens: Int[Array, "B T"],
+    texts: Texts,
     key: jax.Array,
     *,
-    first: Int[Array, " B"],
     config: ModelConfig,
     places: int,
     decay: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross entropy of the masked tokens at random places, and the mean draft accepted there.
 
-    `hidden` is what the base model makes of the texts `tokens`, padded with -1, whose responses
-    begin at `first`. A place is the position of a last accepted token; the token after it, of the
-    response, is the root. Half of the blocks are masked as a whole, in the others each token with
-    a probability drawn for the block. The second result is the mean number of leading tokens that
-    the head predicts in the blocks masked as a whole.
+    `hidden` is what the base model makes of the texts. A place is the position of a last accepted
+    token; the token after it, of the response, is the root. Half of the blocks are masked as a
+    whole, in the others each token with a probability drawn for the block. The second result is the
+    mean number of leading tokens that the head predicts in the blocks masked as a whole.
     """
+    tokens, first = texts
     size, width = head.config.tokens, tokens.shape[1]
     where, whole, some, each = jax.random.split(key, 4)
     index = jnp.arange(width, dtype=jnp.int32)[None]
@@ -91,7 +116,7 @@ def denoiser_step(
     params: Params,
     vocabulary: jax.Array | None,
     state: TrainState,
-    batch: Batch,
+    texts: Texts,
     key: jax.Array,
     *,
     sizes: DenoiserHeadConfig,
@@ -103,25 +128,16 @@ def denoiser_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One update of `total`; skipped where loss or gradient is not finite. The state is donated.
 
-    `state.modules` are the parameters of a head with this `vocabulary` and these `sizes`. The batch
-    is one micro-batch. The other arguments are those of `denoising_loss`.
+    `state.modules` are the parameters of a head with this `vocabulary` and these `sizes`. The other
+    arguments are those of `denoising_loss`.
     """
-    tokens, at = whole_texts(batch.prompts[0], batch.responses[0])
-    hidden = hidden_states(params, tokens, config=config)
+    hidden = hidden_states(params, texts.tokens, config=config)
     tables = target_tables(params, vocabulary, config=config)
 
     def loss_of(trained: Params) -> tuple[jax.Array, jax.Array]:
         head = DenoiserHead(trained, vocabulary, sizes)
         return denoising_loss(
-            head,
-            tables,
-            hidden,
-            tokens,
-            key,
-            first=at[:, 0],
-            config=config,
-            places=places,
-            decay=decay,
+            head, tables, hidden, texts, key, config=config, places=places, decay=decay
         )
 
     (loss, accepted), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.modules)

@@ -40,7 +40,7 @@ from lookahead_jax.modules.acceptance_head import (
     save_acceptance_head,
 )
 from lookahead_jax.prefilling.layer_pass import hidden_states
-from lookahead_jax.train.batches import Batch, whole_texts
+from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.head_run import HeadRunConfig, HeadTraining, load_model, train_head
 from lookahead_jax.train.metrics import OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -105,8 +105,10 @@ def judged_drafts(
     Each is sampled behind the response as the target wrote it, and accepted with min(1, p / q).
     The draft model then reads them in a row, the target's token in a part `mixed` of the places.
     """
-    text, places = whole_texts(prompts, responses)
-    rows = jnp.arange(len(responses))[:, None]
+    (batch, width), rows = responses.shape, jnp.arange(len(responses))[:, None]
+    places = (prompts >= 0).sum(1, dtype=jnp.int32)[:, None] + jnp.arange(width)[None]
+    text = jnp.full((batch, prompts.shape[1] + width), -1, jnp.int32)
+    text = text.at[:, : prompts.shape[1]].set(prompts).at[rows, places].set(responses)
 
     def next_tokens(params: Params, config: ModelConfig) -> jax.Array:
         hidden = hidden_states(params, text, config=config)[rows, places - 1]
