@@ -81,7 +81,7 @@ def runs(draft: list[int], target: list[int]) -> list[tuple[list[int], list[int]
 def test_ngrams_are_learned_where_the_tokenizers_differ():
     """Token by token: the draft tokens are those of the whole text, and it is then translated."""
     mapped, target = vocabularies(), TARGET.encode(TEXT)
-    text = DraftText(DRAFT, mapped)
+    text = DraftText(DRAFT, mapped, [])
     for end, token in enumerate(target, 1):
         text.append([token])
         text.read()
@@ -209,3 +209,17 @@ def test_what_it_needs_is_named():
     for wrong in ({"tokens": 0}, {"least": 0.0}, {"window": 100}, {"capacity": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             make_drafter("other_vocabulary", model=MODEL, tokenizer=TARGET, **wrong)
+
+
+def test_a_prompt_teaches_other_requests_nothing():
+    mapped, target = vocabularies(), TARGET.encode(TEXT)
+    text = DraftText(DRAFT, mapped, target)
+    spelled = [list(draft) for draft, _ in runs(text.ids[:-1], target)]
+
+    def learned():
+        return any(mapped.translate(d) != vocabularies().translate(d) for d in spelled)
+
+    assert not learned()
+    text.append(target)  # the same, as output
+    text.read()
+    assert learned()

@@ -128,8 +128,8 @@ class Sam:
             if state.own is None or text.size + ids.size > state.own.text.size:
                 ids = np.concatenate([text, ids])
                 self._drop(state)
-                room = min(max(_ROOM, 3 * ids.size // 2), self._capacity - self._taken)
-                state.learns = room >= ids.size
+                room = max(_ROOM, 3 * ids.size // 2)  # less would be made anew too often
+                state.learns = self._taken + room <= self._capacity
                 if state.learns:
                     state.own = _sam.empty(room)
                     self._taken += room
