@@ -196,10 +196,11 @@ def test_drafted_output_is_undrafted_output_of_the_grammar(model, sampling, name
         assert drafted.tokens == plain.tokens, name
         if name in ("trie", "suffix"):
             assert drafted.drafting.mean_accepted > 1.2, name
-    made = drafter(model, names[0], plain)
-    shared = run(model, PROMPTS, sampling=sampling, drafter=made, draft_nodes=Shared(8))
-    assert shared.tokens == plain.tokens
-    assert shared.drafting.mean_accepted > 1.1
+    if sampling is SAMPLED:
+        made = drafter(model, names[0], plain)
+        shared = run(model, PROMPTS, sampling=sampling, drafter=made, draft_nodes=Shared(8))
+        assert shared.tokens == plain.tokens
+        assert shared.drafting.mean_accepted > 1.1
 
 
 def test_a_draft_model_is_accepted_where_the_grammar_allows_what_it_says(model):
