@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lookahead_jax.model import layers
 from lookahead_jax.model.params import abstract_params, unstack
 from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, init_modules
 from lookahead_jax.prefilling.layer_pass import hidden_states
@@ -16,6 +17,12 @@ pytestmark = pytest.mark.slow
 M, Y = 8, 40
 SIZES = LookaheadConfig(tokens=M, rank=2, alpha=4.0, targets=tuple(TARGETS), init="normal")
 SHAPE = dict(hidden_size=64, intermediate_size=192)
+
+
+@pytest.fixture(autouse=True)
+def products_of_xla(monkeypatch):
+    """XLA does not count the operations of products of few rows that it does not make itself."""
+    monkeypatch.setattr(layers, "takes", lambda *_, **__: False)
 
 
 def rows(length):
@@ -33,9 +40,9 @@ def compiled_gradient(model, params, tokens, chunk):
     return step.lower(modules, params, rows(tokens), rows(Y)).compile()
 
 
-def flops(layers, tokens):
+def flops(depth, tokens):
     """Of a forward pass over prompt and response, and of a training step; nothing in a loop."""
-    model = tiny.config(num_hidden_layers=layers, **SHAPE)
+    model = tiny.config(num_hidden_layers=depth, **SHAPE)
     params = jax.eval_shape(unstack, abstract_params(model, jnp.float32))
     text = tokens + Y
     forward = hidden_states.lower(params, rows(text), config=model, chunk=text).compile()
@@ -64,7 +71,8 @@ def test_memory_is_linear_in_the_prompt():
         memory = compiled_gradient(model, params, tokens, chunk=128).memory_analysis()
         return memory.temp_size_in_bytes
 
-    short, middle, long = (temporaries(tokens) for tokens in (1024, 2048, 4096))
+    # On shorter prompts another part of the step needs most.
+    short, middle, long = (temporaries(tokens) for tokens in (2048, 3072, 5120))
     growth = (middle - short) / 1024
     assert abs((long - middle) / 2048 - growth) < 0.05 * growth
     # A token: its keys and values in every layer, the residual stream, targets and predictions.
