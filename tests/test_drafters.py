@@ -80,7 +80,7 @@ def test_what_a_drafter_lacks_or_does_not_know_is_named():
         layers=(1, 2), memory=0.5
     )
     make_drafter("trie", half_life="100")
-    with pytest.raises(ValueError, match="several of these need a head of their own"):
+    with pytest.raises(ValueError, match="only one of these can have a head"):
         make_drafter("specdec+denoiser", model=None, head="a", target=None)
     with pytest.raises(ValueError, match="drafter suffix: depth must be at least 2"):
         make_drafter("suffix", depth=1)

@@ -129,7 +129,7 @@ def make_drafter(name: str, **arguments: Any) -> Any:
             if needed not in arguments:
                 raise ValueError(f"drafter {part} needs {_NEEDED[needed].format(name=part)}")
     if sum("head" in DRAFTERS[part].needs for part, _ in kinds) > 1:
-        raise ValueError(f"drafter {name}: several of these need a head of their own: give one")
+        raise ValueError(f"drafter {name}: only one of these can have a head; leave the others out")
     drafters = [_made(part, kind, arguments) for part, kind in kinds]
     return drafters[0] if len(drafters) == 1 else _mixture(name, drafters)
 
