@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.prompts.read import read_prompt
     from lookahead_jax.strategies.registry import make_strategy
     from lookahead_jax.strategies.search import SearchResult, search
+    from lookahead_jax.strategies.verifier import model_verifier
 
     __version__: str
 
@@ -74,6 +75,7 @@ __all__ = [
     "logits",
     "make_policy",
     "make_strategy",
+    "model_verifier",
     "pad_batch",
     "pin_mask",
     "policies",
@@ -116,6 +118,7 @@ _HOME = {
     "prompts.read": ("read_prompt",),
     "strategies.registry": ("make_strategy",),
     "strategies.search": ("SearchResult", "search"),
+    "strategies.verifier": ("model_verifier",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -30,6 +30,9 @@ class StrategyOptions:
     router: Annotated[Text, option("FILE.py:NAME")] = None
     """What the strategy arbitrage may have instead: a function of a Python file, from the text so
     far and a step of the draft model to the advantage of the model's step."""
+    verifier: Annotated[Text, option("FILE.py:NAME")] = None
+    """Whom the strategy trimr asks about thoughts: a function of a Python file, from the prompt, an
+    answer and an earlier one or None to a probability. Default: the model itself."""
     most_tokens: Annotated[int | None, option("INT")] = None
     """Most tokens that all rows of a prompt may emit together. Default: no limit."""
     most_forwards: Annotated[int | None, option("INT")] = None
@@ -43,7 +46,9 @@ class StrategyOptions:
         from lookahead_jax.strategies.registry import make_strategy
 
         if self.strategy is None:
-            for name in ("strategy_arg", "reward", "router", "most_tokens", "most_forwards"):
+            for name in (
+                "strategy_arg", "reward", "router", "verifier", "most_tokens", "most_forwards",
+            ):  # fmt: skip
                 if getattr(self, name) not in (None, ()):
                     raise UsageError(f"--{name.replace('_', '-')} needs --strategy NAME")
             return None
@@ -51,6 +56,9 @@ class StrategyOptions:
         strategy = make_strategy(self.strategy, **settings)
         reward = None if self.reward is None else load_function("--reward", self.reward)
         router = None if self.router is None else load_function("--router", self.router)
+        verifier = None if self.verifier is None else load_function("--verifier", self.verifier)
+        if verifier is not None and not strategy.verifies:
+            raise UsageError(f"--strategy {self.strategy} asks no verifier: leave --verifier out")
         if router is not None and not strategy.routes:
             raise UsageError(f"--strategy {self.strategy} asks no router: leave --router out")
         if router is not None and reward is not None:
@@ -66,7 +74,7 @@ class StrategyOptions:
             raise UsageError("--strategy decodes without a drafter: leave --draft-nodes out")
         if options.evict_every is not None:
             raise UsageError("--strategy evicts from the prompt only: leave --evict-every out")
-        return Chosen(strategy, reward, router)
+        return Chosen(strategy, reward, router, verifier)
 
     def search(self, run: Run, chosen: "Chosen"):
         """Continues the prompts of a run with `lk.search`."""
@@ -80,6 +88,7 @@ class StrategyOptions:
             strategy=chosen.rule,
             reward=chosen.reward,
             router=chosen.router,
+            verifier=chosen.verifier,
             draft_model=run.small if chosen.rule.routes else None,
             most_tokens=self.most_tokens,
             most_forwards=self.most_forwards,
@@ -93,9 +102,10 @@ class Chosen(NamedTuple):
     rule: Any
     reward: Callable[[str, str], float] | None
     router: Callable[[str, str], float] | None
+    verifier: Callable[[str, str, str | None], float] | None
 
 
-def load_function(name: str, place: str) -> Callable[[str, str], float]:
+def load_function(name: str, place: str) -> Callable[..., float]:
     """The function that the option `name` gives as FILE.py:NAME; runs the file."""
     path, _, function = place.rpartition(":")
     if not path or not function:
@@ -108,4 +118,4 @@ def load_function(name: str, place: str) -> Callable[[str, str], float]:
     found = vars(module).get(function)
     if not callable(found):
         raise UsageError(f"{name} {place}: {path} has no function {function}")
-    return cast(Callable[[str, str], float], found)
+    return cast(Callable[..., float], found)

@@ -1,6 +1,7 @@
 """What a strategy is: settings, how many rows it needs for a prompt, and how it moves them."""
 
 import dataclasses
+import re
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -31,11 +32,17 @@ class Strategy:
     """Whether it compares texts by the caller's reward."""
     routes: ClassVar[bool] = False
     """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
+    verifies: ClassVar[bool] = False
+    """Whether it asks a verifier about thoughts, which is by default the model itself."""
 
     @property
     def rows(self) -> int:
         """Rows that decode together for each prompt."""
         return 1
+
+    def slots(self, new_tokens: int) -> int:
+        """Entries of its own text, of up to `new_tokens`, that a row's cache holds at once."""
+        return new_tokens
 
     def steering(
         self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int
@@ -56,3 +63,11 @@ def check_at_least(name: str, value: int | float, least: int | float) -> None:
     """Raises ValueError for a setting that is too small."""
     if not value >= least:
         raise ValueError(f"{name}={value} is too small: give at least {least}")
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raises ValueError for a setting that is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from None

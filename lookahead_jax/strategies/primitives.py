@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt32
 
 from lookahead_jax.decoding.sampling import SamplingRows
 from lookahead_jax.decoding.state import DecodeState, emit
@@ -66,6 +66,33 @@ def replace_last(
     return emit(state, Accepted(jnp.zeros_like(tokens), rows.astype(jnp.int32), tokens), None)
 
 
+def cut_cache(cache: KVCache, next_pos: Int[Array, " B"]) -> KVCache:
+    """The rows' own entries before position `next_pos`; the slots of the others are free again."""
+    kept = (cache.pos >= 0) & (cache.pos < next_pos[None, :, None, None])
+    return dataclasses.replace(
+        cache,
+        pos=jnp.where(kept, cache.pos, -1),
+        length=kept.sum(-1, dtype=jnp.int32),
+        next_pos=next_pos,
+    )
+
+
+@program()
+def forget_from(
+    state: DecodeState, next_pos: Int[Array, " B"], seeds: UInt32[Array, " B"]
+) -> DecodeState:
+    """Entries from position `next_pos` on leave the cache; what was emitted stays.
+
+    As after `replace_text`, `extend` has to read what is to follow there, all but the last token.
+    Later tokens draw the noise of `seeds`.
+    """
+    return dataclasses.replace(
+        state,
+        cache=cut_cache(state.cache, next_pos),
+        sampling=dataclasses.replace(state.sampling, seed=seeds),
+    )
+
+
 @program()
 def replace_text(
     state: DecodeState,
@@ -79,16 +106,13 @@ def replace_text(
     there to the last token, exclusive, before the rows decode; what they have `seen` is not
     changed. A row goes on unless its new last token ends it.
     """
-    cache = state.cache
-    kept = (cache.pos >= 0) & (cache.pos < next_pos[None, :, None, None])
-    cache = dataclasses.replace(
-        cache,
-        pos=jnp.where(kept, cache.pos, -1),
-        length=kept.sum(-1, dtype=jnp.int32),
-        next_pos=next_pos,
-    )
     last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)
     done = (last == state.eos).any(1) | (count >= state.limit)
     return dataclasses.replace(
-        state, cache=cache, token=last[:, 0], tokens=tokens, count=count, done=done
+        state,
+        cache=cut_cache(state.cache, next_pos),
+        token=last[:, 0],
+        tokens=tokens,
+        count=count,
+        done=done,
     )

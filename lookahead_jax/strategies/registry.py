@@ -58,6 +58,14 @@ STRATEGIES = {
         "Steps of a draft model, but the model's where a reward or a router says that these are "
         "better; lossy (Arbitrage).",
     ),
+    "trimr": Entry(
+        "trimr.TrimR",
+        "Ends thinking that a verifier finds converged or lost, or that goes in circles (TrimR).",
+    ),
+    "subtasks": Entry(
+        "subtasks.Subtasks",
+        "The inner working of finished subtasks leaves the cache, their conclusions stay (TIM).",
+    ),
 }
 
 
@@ -95,7 +103,7 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"{key}={value} is not possible: choose {' or '.join(choices)}")
         return value
     if kind is str:
-        return str(value).replace("\\n", "\n") if key == "step" else str(value)
+        return str(value) if key == "pattern" else str(value).replace("\\n", "\n")
     try:
         return kind(str(value))
     except ValueError:

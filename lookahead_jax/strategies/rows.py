@@ -25,6 +25,9 @@ Reward = Callable[[str, str], float]
 """(prompt, its continuation so far) -> how good it is; larger is better."""
 Router = Callable[[str, str], float]
 """(text so far, a step that a draft model has added) -> by how much the model's would be better."""
+Verifier = Callable[[str, str, str | None], float]
+"""(prompt, a thought's answer, an earlier one) -> the probability that both agree; without an
+earlier one, that the thought answers the prompt."""
 BURST = 16  # steps between two looks of the host
 
 
@@ -54,6 +57,7 @@ class Rows:
       limits: on the work for one prompt; its rows end where the next step would exceed them.
       reward: what `score` asks, with the texts of the prompts.
       router: what `predict` asks.
+      verifier: what `verify` asks.
       beside: rows in which a draft model continues the same prompts, on the same account of work.
     """
 
@@ -72,6 +76,7 @@ class Rows:
         steer: Steer | None = None,
         reward: Reward | None = None,
         router: Router | None = None,
+        verifier: Verifier | None = None,
         beside: "Rows | None" = None,
     ):
         self.model = model
@@ -87,6 +92,7 @@ class Rows:
         self._steer = steer
         self._reward = reward
         self.router = router
+        self._verifier = verifier
         self.beside = beside
         account = np.zeros((len(texts), 2), np.int64)  # tokens, forwards
         self._spent = account if beside is None else beside._spent
@@ -224,6 +230,22 @@ class Rows:
         text = self.outputs[row].text
         before = tokenizer.decode(self.texts[row // self.copies]) + text[:begin]
         return _finite("router", float(self.router(before, text[begin:])))
+
+    def verify(self, row: int, answer: str, earlier: str | None = None) -> bool:
+        """Whether an answer in a row's thinking is one, and the same as an `earlier` one."""
+        tokenizer: Any = self.model.tokenizer
+        if self._verifier is None or tokenizer is None:
+            raise ValueError("thoughts need a function verifier= and a model with a tokenizer")
+        prompt = tokenizer.decode(self.texts[row // self.copies])
+        chance = _finite("verifier", float(self._verifier(prompt, answer, earlier)))
+        if not 0 <= chance <= 1:
+            raise ValueError(f"the verifier returned {chance}: it must return a probability")
+        return chance > 0.5
+
+    def affords(self, row: int, tokens: int, forwards: int) -> bool:
+        """Whether the limits leave so much work for the prompt of a row."""
+        left = self._left()[row // self.copies]
+        return bool(left[0] >= tokens and left[1] >= forwards)
 
     def rng(self, group: int, turn: int) -> np.random.Generator:
         """The random numbers of a prompt's `turn`-th choice on the host."""

@@ -36,7 +36,8 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.base import Ranked, Strategy
 from lookahead_jax.strategies.registry import make_strategy
-from lookahead_jax.strategies.rows import Reward, Router, Rows, Work
+from lookahead_jax.strategies.rows import Reward, Router, Rows, Verifier, Work
+from lookahead_jax.strategies.verifier import model_verifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ def search(
     strategy: str | Strategy,
     reward: Reward | None = None,
     router: Router | None = None,
+    verifier: Verifier | None = None,
     draft_model: Model | None = None,
     questions: Sequence[str | Sequence[int]] | None = None,
     pin: Sequence[Sequence[tuple[int, int]]] | None = None,
@@ -99,6 +101,9 @@ def search(
         better. For the strategies that compare by it.
       router: `router(text, step)`, by how much the model's step would be better than `step`, which
         the draft model has added to `text`. Arbitrage takes it instead of a reward.
+      verifier: `verifier(prompt, answer, earlier)`, the probability that a thought of TrimR answers
+        the prompt (`earlier` None), or that it agrees with an earlier one. Default:
+        `lk.model_verifier(model)`.
       draft_model: a smaller model with the same tokens, which Arbitrage needs. It keeps all of its
         prompts.
       max_new_tokens: of each row.
@@ -118,6 +123,7 @@ def search(
     strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
     sampling = _checked_sampling(strategy, sampling)
     _check_guides(strategy, reward, router, draft_model, model)
+    verifier = _checked_verifier(strategy, verifier, model)
     limits = _limits(most_tokens, most_forwards, strategy.rows * (2 if strategy.routes else 1))
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
@@ -132,7 +138,9 @@ def search(
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
     drafted = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids)
-    shared: dict[str, Any] = dict(stop=stop, limits=limits, reward=reward, router=router)
+    shared: dict[str, Any] = dict(
+        stop=stop, limits=limits, reward=reward, router=router, verifier=verifier
+    )
     beside = None
     if draft_model is not None:
         whole = EvictionSettings(policy=Full(), budget=budget)
@@ -143,6 +151,7 @@ def search(
     cache_bytes = rows.state.cache.bytes + (0 if beside is None else beside.state.cache.bytes)
     ranked = strategy.run(rows)
     longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows).max(1)
+    longest = np.minimum(longest, strategy.slots(max_new_tokens))
     lengths = [len(text) for text in batch.texts]
     warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
     return _result(rows, ranked, [len(row) for row in batch.prompts], cache_bytes)
@@ -159,17 +168,19 @@ def _opened(
     limits: Work,
     reward: Reward | None,
     router: Router | None,
+    verifier: Verifier | None,
     drafts: jax.Array | None = None,
     beside: Rows | None = None,
 ) -> Rows:
     """The prompts read and branched, with the first token of every row."""
     copies, config, new_tokens = strategy.rows, model.config, settings.max_new_tokens
+    slots = strategy.slots(new_tokens)
     # A row's slots are those of the prompt it shares, and its own.
     check_memory(
         model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
-        new_tokens=copies * new_tokens,
+        new_tokens=copies * slots,
     )  # fmt: skip
-    announce(eviction.policy, eviction.budget, batch.longest + new_tokens, config)
+    announce(eviction.policy, eviction.budget, batch.longest + slots, config)
     with reading(sum(map(len, batch.texts)), config):
         opened = read_batch(
             model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts
@@ -186,7 +197,7 @@ def _opened(
             config.vocab_size,
         )
         state = start(
-            opened.cache.branch(copies, slots=new_tokens),
+            opened.cache.branch(copies, slots=slots),
             logits,
             sampling=packed,
             limit=jnp.full(len(logits), new_tokens, jnp.int32),
@@ -198,7 +209,7 @@ def _opened(
     return Rows(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
         ends=settings.eos_ids, stop=stop, limits=limits, steer=steer, reward=reward,
-        router=router, beside=beside,
+        router=router, verifier=verifier, beside=beside,
     )  # fmt: skip
 
 
@@ -288,6 +299,16 @@ def _check_guides(
     if (reward is not None or router is not None) and model.tokenizer is None:
         given = "router" if reward is None else "reward"
         raise ValueError(f"a {given} reads texts, and this model has no tokenizer.json")
+
+
+def _checked_verifier(
+    strategy: Strategy, verifier: Verifier | None, model: Model
+) -> Verifier | None:
+    if strategy.verifies:
+        return model_verifier(model) if verifier is None else verifier
+    if verifier is not None:
+        raise ValueError(f"{type(strategy).__name__} asks no verifier: leave verifier out")
+    return None
 
 
 def _limits(tokens: int | None, forwards: int | None, rows: int) -> Work:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from lookahead_jax.decoding.sampling import Sampling
-from lookahead_jax.strategies.base import Ranked
+from lookahead_jax.strategies.base import Ranked, check_pattern
 from lookahead_jax.strategies.rows import Rows
 from lookahead_jax.strategies.samples import Samples
 
@@ -29,12 +29,7 @@ class SelfConsistency(Samples):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(
-                f"pattern={self.pattern!r} is not a regular expression: {error}"
-            ) from None
+        check_pattern("pattern", self.pattern)
 
     def answer(self, text: str) -> str | None:
         """The answer in a text."""
