@@ -33,7 +33,7 @@ VISIBLE = 94  # ids below it are one character each
 # The tiny model repeats its last token at lower temperatures.
 HOT = Sampling(temperature=3.0, logit_bias={v: -100.0 for v in range(VISIBLE, 258)})
 NEVER = (999,)  # no token has this id
-LETTERS = dict(opens="[A-J]", closes="[a-z]")  # marks that a random text has
+LETTERS = dict(opens="[!-@]", closes="[a-z]")  # marks that a random text has
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,7 @@ def draw(model, read, prompt, text, seed):
 
 
 def searched(model, strategy, **options):
-    settings = dict(
-        sampling=HOT, seeds=SEEDS, max_new_tokens=NEW, eos_ids=NEVER
-    )
+    settings = dict(sampling=HOT, seeds=SEEDS, max_new_tokens=NEW, eos_ids=NEVER)
     return found(model, strategy, **{**settings, **options})
 
 
@@ -135,3 +133,244 @@ def test_trimr_restated(model, read, name):
         assert all(0 < (work.tokens or 0) <= most for work in few.work)
         few = searched(model, rule, verifier=judge, most_forwards=most)
         assert all((work.forwards or 0) <= most for work in few.work)
+
+
+def test_the_verifier_reads_the_last_sentences():
+    text = "\n\nWait, no. It is 4! Is it? Yes:\nx = 4.\n"
+    assert [last_sentences(text, n) for n in (1, 2, 4, 9)] == [
+        "x = 4.", "Yes:\nx = 4.", "It is 4! Is it? Yes:\nx = 4.", text.strip(),
+    ]  # fmt: skip
+
+
+def test_a_model_verifies_by_yes_against_no(model, read):
+    verify = lk.model_verifier(model)
+    for earlier, form in ((None, verifiers._ANSWERS), ("5", verifiers._AGREES)):
+        question = form.format(prompt="2+2?", answer="It is {4}.", earlier=earlier)
+        assert "2+2?" in question and "{4}" in question and (earlier or "") in question
+        tokens = model.tokenizer.encode_chat([{"role": "user", "content": question}])
+        p = np.exp(log_softmax(read(tuple(tokens))[0]))
+        yes, no = (p[model.tokenizer.encode(letter)[0]] for letter in "YN")
+        chance = verify("2+2?", "It is {4}.", earlier)
+        np.testing.assert_allclose(chance, yes / (yes + no), rtol=1e-3)  # float32 logits
+    rule = TrimR(mild="=>", forced="@#>", **RULES["converged"])
+    assert searched(model, rule) == searched(model, rule, verifier=verify)
+
+
+# ---- subtasks -----------------------------------------------------------------------------------
+
+
+def finished(text, rule):
+    """The insides of finished subtasks in a text of one-letter marks, in their order."""
+    free, spans = [], []
+    for i, letter in enumerate(text):
+        if re.match(rule.opens, letter):
+            free.append(i + 1)
+        elif re.match(rule.closes, letter) and free:
+            spans.append((free.pop(), i))
+    return [(begin, end) for begin, end in spans if begin < end]
+
+
+def thread_of(rule):
+    return _Thread(rule, slots=10**6)
+
+
+class Characters:
+    """A tokenizer whose tokens are characters."""
+
+    def special_text(self, token):
+        return ""
+
+    def stream(self, *, prompt=()):
+        return SimpleNamespace(push=chr, finish=str)
+
+
+CHARACTERS = Characters()
+
+
+def subtasks(model, read, prompt, seed, rule, length, slots):
+    """One text, what is left of it, how often it was pruned, and the forwards."""
+    start, text, left = ids(model, prompt), "", []  # left: places in the text
+    closed, turn, forwards, noise = [], 0, -1, seed
+    while len(text) < length and len(left) <= slots:
+        text += draw(model, read, start, "".join(text[i] for i in left), noise)
+        left.append(len(text) - 1)
+        forwards += 1
+        spans = finished(text, rule)
+        leaves = spans[: max(len(spans) - rule.keep, 0)]
+        gone = {i for begin, end in leaves for i in range(begin, end)}
+        if len(spans) > rule.keep and len(spans) > len(closed):
+            turn += 1
+            noise = int(np.random.default_rng([seed, turn]).integers(2**32, dtype=np.uint32))
+            first = min(i for i in left + [len(text)] if i in gone or i == len(text))
+            left = [i for i in left if i not in gone]
+            forwards += any(first <= i < len(text) - 1 for i in left)
+        closed = spans
+    return text, "".join(text[i] for i in left), turn, forwards
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_subtasks_restated(model, read, keep):
+    rule = Subtasks(keep=keep, **LETTERS)
+    result = searched(model, rule)
+    turns = 0
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        text, _, turn, forwards = subtasks(model, read, prompt, seed, rule, NEW, 128)
+        assert result.text is not None
+        assert result.text[i] == text
+        assert (result.work[i].tokens, result.work[i].forwards) == (NEW, forwards)
+        turns += turn
+    assert turns > 1
+    other = searched(model, rule, prompts=PROMPTS[::-1], seeds=SEEDS[::-1])
+    assert (other.text, other.work) == (result.text[::-1], result.work[::-1])
+    few = searched(model, rule, most_forwards=9)
+    assert all((work.forwards or 0) <= 9 for work in few.work)
+    few = searched(model, rule, most_tokens=9)
+    assert [work.tokens for work in few.work] == [9, 9]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept(Subtasks):
+    """Shows the rows at their ends."""
+
+    seen: list = dataclasses.field(default_factory=list)
+
+    def run(self, rows):
+        ranked = super().run(rows)
+        self.seen.append(rows)
+        return ranked
+
+
+def test_a_text_outgrows_the_slots_and_the_cache_is_that_of_what_is_left(model, read):
+    rule, length = Kept(keep=0, room=100, **LETTERS), 180
+    result = searched(model, rule, max_new_tokens=length)
+    (rows,) = rule.seen
+    state, cache = rows.state, rows.state.cache
+    assert cache.slots == 128
+    assert [len(tokens) for tokens in result.tokens] == [length] * 2
+    left = []
+    for text in result.text or ():
+        gone = {i for begin, end in finished(text, rule) for i in range(begin, end)}
+        left.append("".join(letter for i, letter in enumerate(text) if i not in gone))
+    entries = [len(text) - 1 for text in left]
+    assert (np.asarray(cache.length) == np.array(entries)[None, :, None]).all()
+    positions = np.array(cache.pos)
+    logits = extend(model.params, state.token[:, None], cache, config=model.config)[1]
+    for i, (prompt, text) in enumerate(zip(PROMPTS, left, strict=True)):
+        start = ids(model, prompt)
+        expected = np.arange(len(start), len(start) + entries[i])
+        assert (positions[:, i, :, : entries[i]] == expected).all()
+        fresh = read((*start, *model.tokenizer.encode(text)))[0]
+        np.testing.assert_allclose(logits[i], fresh, rtol=1e-4, atol=1e-4)  # float32
+    full = searched(model, dataclasses.replace(rule, keep=length), max_new_tokens=length)
+    assert [len(tokens) for tokens in full.tokens] == [129] * 2, "128 slots, and one that waits"
+    assert full.finish == ["length"] * 2
+
+
+def test_finished_lists_of_json_leave_in_their_order():
+    """Marks in strings and in other arrays do not count; kept tokens are a valid document."""
+    task = {"thought": 'a "subtasks": [ ], "conclusion"', "tooluse": {"parameters": ["[x]", "é"]}}
+    leaf = {**task, "conclusion": "leaf"}
+    inner = {**task, "subtasks": [leaf, leaf], "conclusion": "inner"}
+    outer = {**task, "subtasks": [inner, leaf], "conclusion": "outer"}
+    whole = {"reasoning": [outer, {**inner, "subtasks": []}, inner], "answer": "é"}
+    hollow = {**inner, "subtasks": []}
+    lefts = {
+        2: [{**outer, "subtasks": [hollow, leaf]}, hollow, inner],
+        1: [{**outer, "subtasks": []}, hollow, inner],
+        0: [{**outer, "subtasks": []}, hollow, hollow],
+    }
+    for keep, tasks in lefts.items():
+        thread, output = thread_of(Subtasks(keep=keep)), OutputRow(CHARACTERS)
+        for letter in json.dumps(whole, ensure_ascii=False):
+            output.feed([ord(letter)])
+            if thread.notices(output):
+                thread.prune(output)
+        left = "".join(map(chr, thread.kept(output)))
+        assert json.loads(left) == {**whole, "reasoning": tasks}
+
+
+def test_only_tokens_wholly_between_marks_leave():
+    tokenizer = Tokenizer.load(lk.EMBEDDED_MODEL)
+    assert tokenizer is not None
+    text = "a <do> ünner wörk ü<end> b <do>x<end>"
+    tokens = tokenizer.encode(text, special=False)
+    thread, output = (
+        thread_of(Subtasks(keep=0, opens="<do>", closes="ü?<end>")),
+        OutputRow(tokenizer),
+    )
+    for token in tokens:
+        output.feed([token])
+        if thread.notices(output):
+            thread.prune(output)
+    left = tokenizer.decode(thread.kept(output))
+    assert left.startswith("a <do>") and "wörk" not in left
+    assert re.search("ü<end> b <do>x?<end>$", left)
+
+
+# ---- the interface ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("trimr", {"agreements": 0}, "agreements=0 is too small: give at least 1"),
+        ("trimr", {"loops": 1}, "loops=1 is too small: give at least 2"),
+        ("trimr", {"share": 2}, "share=2.0 is not possible: give 0 to 1"),
+        ("trimr", {"forced": ""}, "forced is empty: give the text"),
+        ("trimr", {"pattern": "("}, "pattern='\\(' is not a regular expression"),
+        ("subtasks", {"opens": "("}, "opens='\\(' is not a regular expression"),
+        ("subtasks", {"closes": "x*"}, "closes='x\\*' matches the empty text"),
+        ("subtasks", {"keep": -1}, "keep=-1 is too small: give at least 0"),
+    ],
+)
+def test_impossible_settings_are_named(name, settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_strategy(name, **settings)
+    assert make_strategy("trimr", mild=r"\n.").mild == "\n."
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"verifier": lambda *texts: 1.5}, "the verifier returned 1.5: it must return a prob"),
+        ({"verifier": lambda *texts: np.nan}, "the verifier returned nan: it must return a finite"),
+        ({"strategy": "subtasks", "verifier": judge}, "Subtasks asks no verifier: leave verifier"),
+        ({"reward": reward}, "TrimR compares no rewards: leave reward out"),
+    ],
+)
+def test_what_they_cannot_use_is_refused(model, options, complaint):
+    strategy = options.pop("strategy", TrimR(**RULES["converged"]))
+    with pytest.raises(ValueError, match=complaint):
+        searched(model, strategy, **options)
+
+
+def test_texts_need_a_tokenizer(model):
+    mute = dataclasses.replace(model, tokenizer=None)
+    for strategy, options, complaint in (
+        ("subtasks", {}, "subtasks are found in text, and this model has no tokenizer.json"),
+        ("trimr", {"verifier": judge}, "TrimR reads the thinking, and this model has no"),
+        ("trimr", {}, "a verifier reads texts, and .* has no tokenizer.json"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            searched(mute, strategy, prompts=[[1, 2, 3]] * 2, **options)
+
+
+def test_the_command_line_gives_a_verifier(model, tmp_path, capsys, monkeypatch):
+    given = {}
+
+    def search(model, **arguments):
+        given.update(arguments)
+        raise ValueError("searched")
+
+    monkeypatch.setattr(lk, "search", search)
+    (tmp_path / "judge.py").write_text("def sure(prompt, answer, earlier):\n    return 1.0\n")
+    common = ["generate", "--model", str(model.path), "--prompt", "a", "--policy", "full"]
+    verifier = ["--verifier", f"{tmp_path / 'judge.py'}:sure"]
+    for arguments, complaint in (
+        ([*verifier, "--strategy", "trimr"], "searched"),
+        ([*verifier, "--strategy", "beam"], "--strategy beam asks no verifier: leave --verifier"),
+        (verifier, "--verifier needs --strategy NAME"),
+    ):
+        assert main([*common, *arguments]) != 0
+        assert complaint in capsys.readouterr().err.replace("\n", " ")
+    assert given["verifier"]("", "", None) == 1.0
