@@ -115,7 +115,7 @@ def search(
       seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
         `lk.generate` with that seed.
 
-    The other arguments are those of `lk.generate`; nothing is evicted while decoding.
+    The other arguments are those of `lk.generate`; no entry of a prompt is evicted while decoding.
 
     Raises ValueError as `lk.generate` does, and for a strategy without the reward or the sampling
     that it needs, or with one that has no effect on it.

@@ -95,7 +95,7 @@ class Subtasks(Strategy):
             jax.device_put(new, old.sharding)
             for new, old in ((next_pos, state.cache.next_pos), (seeds, state.sampling.seed))
         ]
-        rows.replace(forget_from(state, *placed))
+        rows.state = forget_from(state, *placed)  # nothing emitted changes
         read(rows, texts, pruned)
 
 
