@@ -196,6 +196,13 @@ CASES = {
         ),
         (0, 0), "",
     ),
+    "triattention": (
+        make_policy("triattention", window=6, reach=40),
+        lambda la, n, c, i: reference.triattention(
+            la, n, c, i, reference.query_centre([{i: la}], c, i), 40
+        ),
+        (6, 0), "",
+    ),
     "keydiff": (make_policy("keydiff"), lambda la, n, c, i: reference.keydiff(la, n), (0, 0), ""),
     "expected_attention": (
         make_policy("expected_attention"),

@@ -25,6 +25,7 @@ from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
 from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.tova import Tova
+from lookahead_jax.policies.triattention import TriAttention
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
 __all__ = [
@@ -56,5 +57,6 @@ __all__ = [
     "StreamingLLM",
     "Threshold",
     "Tova",
+    "TriAttention",
     "make_policy",
 ]

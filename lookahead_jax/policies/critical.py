@@ -16,6 +16,7 @@ from lookahead_jax.policies.kvzip import KVzipPlus
 from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.policies.triattention import TriAttention
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
@@ -48,7 +49,7 @@ class Critical(PolicyWrapper):
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, Critical | KVzipPlus):
             return "it weighs values itself"
-        if isinstance(policy, KeyDiff | KNorm | QFilter | RKV):
+        if isinstance(policy, KeyDiff | KNorm | QFilter | RKV | TriAttention):
             return "its scores are negative, so a large value would lower them"
         if isinstance(policy, ExpectedAttention) and policy.values == "norm":
             return "it weighs values itself; set values=none"

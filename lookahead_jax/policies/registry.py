@@ -28,6 +28,7 @@ from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
 from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.tova import Tova
+from lookahead_jax.policies.triattention import TriAttention
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
 POLICIES: dict[str, type[Policy]] = {
@@ -48,6 +49,7 @@ POLICIES: dict[str, type[Policy]] = {
     "keydiff": KeyDiff,
     "lagkv": LagKV,
     "qfilter": QFilter,
+    "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
     "laq": LAQ,
     "laq++": LAQPlusPlus,
