@@ -409,7 +409,9 @@ MADE = {
     **{
         name: make_policy(name)
         for name, kind in POLICIES.items()
-        if on_its_own(name) and not any(type(part) is kind for part in parts_of(NESTED))
+        if name not in tiny.NEEDS_FILE
+        and on_its_own(name)
+        and not any(type(part) is kind for part in parts_of(NESTED))
     },
     **{name: case[0] for name, case in CASES.items() if name != "oracle"},
     "nested": NESTED,

@@ -57,6 +57,7 @@ GROUPS = {
             "train.triattention",
             "Compute the statistics of the policy triattention.",
         ),
+        "kvzap": ("train.kvzap", "Train the surrogate of the policy kvzap from texts."),
         "specdec": ("train.specdec", "Train the acceptance head of the drafter specdec."),
         "denoiser": ("train.denoiser", "Train the head of the drafter denoiser."),
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),

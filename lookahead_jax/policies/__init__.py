@@ -9,6 +9,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
+from lookahead_jax.policies.kvzap import KVzap
 from lookahead_jax.policies.kvzip import KVzip, KVzipPlus
 from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
@@ -39,6 +40,7 @@ __all__ = [
     "ExpectedAttention",
     "Full",
     "KNorm",
+    "KVzap",
     "KVzip",
     "KVzipPlus",
     "KeyDiff",

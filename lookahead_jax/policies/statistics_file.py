@@ -1,4 +1,4 @@
-"""Safetensors files with statistics of a model's queries, which a policy reads by name."""
+"""Safetensors files with arrays that a policy needs and a command computes for a model."""
 
 import functools
 from pathlib import Path
@@ -10,8 +10,12 @@ import safetensors.numpy
 
 
 @functools.cache
-def load_statistics(file: str, command: str, **letters: str) -> dict[str, np.ndarray]:
+def load_statistics(
+    file: str, command: str, optional: tuple[str, ...] = (), **letters: str
+) -> dict[str, np.ndarray]:
     """The tensors called as the keywords, float32, each with one dimension per letter of its value.
+
+    Those in `optional` are there together, or none of them is.
 
     Raises FileNotFoundError without the file, ValueError if it does not hold them; both name
     `command`, which writes such files.
@@ -23,7 +27,10 @@ def load_statistics(file: str, command: str, **letters: str) -> dict[str, np.nda
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file: {error}") from error
     found = {}
+    some = any(name in tensors for name in optional)
     for name, dimensions in letters.items():
+        if name in optional and not some:
+            continue
         tensor = tensors.get(name)
         if (
             tensor is None
