@@ -284,6 +284,43 @@ def expected_attention(layer, length, config, index, sinks, future, epsilon):
     return scores
 
 
+def pairs(x, rope, config):
+    """Dimensions that RoPE turns together, as complex numbers: [..., H] -> [..., F]."""
+    half = rope.dim // 2
+    if config.rope_interleaved:
+        return x[..., : rope.dim : 2] + 1j * x[..., 1 : rope.dim : 2]
+    return x[..., :half] + 1j * x[..., half : rope.dim]
+
+
+def query_centre(layers, config, index):
+    """Mean of queries [N, n, H] before RoPE, and mean norms of their pairs, over some texts."""
+    queries = np.concatenate([layer[index].q_plain for layer in layers], axis=1)
+    rope = config.ropes[config.layer_rope[index]]
+    return queries.mean(1), np.abs(pairs(queries, rope, config)).mean(1)
+
+
+def triattention(layer, length, config, index, centre, reach):
+    """Sums over frequencies f of |q_f| |k_f| cos(w_f d + phase) and (E|q_f| - |q_f|) |k_f|."""
+    mean, norms = centre
+    rope, group = config.ropes[config.layer_rope[index]], config.num_heads // config.num_kv_heads
+    omega = np.array([rope.theta ** (-2 * f / rope.dim) for f in range(rope.dim // 2)])
+    q = pairs(mean, rope, config)
+    scores = np.zeros((config.num_heads, length))
+    for j in range(length):
+        for n in range(config.num_heads):
+            key = rotation(j, rope, config).T @ layer.k[n // group, j]
+            k = pairs(key, rope, config)
+            phase, size = np.angle(q[n] * k.conj()), np.abs(q[n]) * np.abs(k)
+            waves = [
+                (size * np.cos(omega * (length + 2**i - j) + phase)).sum()
+                for i in range(int(np.log2(reach)) + 1)
+            ]
+            scores[n, j] = np.mean(waves) + ((norms[n] - np.abs(q[n])) * np.abs(k)).sum()
+            scores[n, j] += mean[n, rope.dim :] @ key[rope.dim :]
+    scores = (scores - scores.mean(1, keepdims=True)) / scores.std(1, keepdims=True)
+    return scores.reshape(-1, group, length).max(1)
+
+
 def largest_remainder(shares, total):
     """Exact fractions -> integers with the given sum; ties go to the lower index."""
     floors = [int(share) for share in shares]

@@ -196,6 +196,13 @@ CASES = {
         ),
         (0, 0), "",
     ),
+    "triattention": (
+        make_policy("triattention", window=6, reach=40),
+        lambda la, n, c, i: reference.triattention(
+            la, n, c, i, reference.query_centre([{i: la}], c, i), 40
+        ),
+        (6, 0), "",
+    ),
     "keydiff": (make_policy("keydiff"), lambda la, n, c, i: reference.keydiff(la, n), (0, 0), ""),
     "expected_attention": (
         make_policy("expected_attention"),
@@ -402,7 +409,9 @@ MADE = {
     **{
         name: make_policy(name)
         for name, kind in POLICIES.items()
-        if on_its_own(name) and not any(type(part) is kind for part in parts_of(NESTED))
+        if name not in tiny.NEEDS_FILE
+        and on_its_own(name)
+        and not any(type(part) is kind for part in parts_of(NESTED))
     },
     **{name: case[0] for name, case in CASES.items() if name != "oracle"},
     "nested": NESTED,

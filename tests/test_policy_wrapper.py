@@ -39,7 +39,8 @@ ANSWERS = {
 }
 ARGUMENTS = {
     "batch": 2, "tokens": 5, "budget": 3, "config": PLAIN, "stats": "some", "view": VIEW,
-    "chunk": Chunk(*[ARRAY] * 8, PLAIN), "pos": ARRAY, "length": ARRAY, "window": None,
+    "chunk": Chunk(*[ARRAY] * 8, PLAIN, ARRAY, ARRAY), "pos": ARRAY, "length": ARRAY,
+    "window": None,
     "ranked": ARRAY, "candidates": ARRAY, "layer_budget": ARRAY, "scores": ARRAY,
     "competing": ARRAY, "budgets": ARRAY,
 }  # fmt: skip

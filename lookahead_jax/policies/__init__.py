@@ -9,6 +9,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
+from lookahead_jax.policies.kvzap import KVzap
 from lookahead_jax.policies.kvzip import KVzip, KVzipPlus
 from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
@@ -25,6 +26,7 @@ from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
 from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.tova import Tova
+from lookahead_jax.policies.triattention import TriAttention
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "ExpectedAttention",
     "Full",
     "KNorm",
+    "KVzap",
     "KVzip",
     "KVzipPlus",
     "KeyDiff",
@@ -56,5 +59,6 @@ __all__ = [
     "StreamingLLM",
     "Threshold",
     "Tova",
+    "TriAttention",
     "make_policy",
 ]

@@ -12,10 +12,12 @@ from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
+from lookahead_jax.policies.kvzap import KVzap
 from lookahead_jax.policies.kvzip import KVzipPlus
 from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
+from lookahead_jax.policies.triattention import TriAttention
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
@@ -48,7 +50,7 @@ class Critical(PolicyWrapper):
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, Critical | KVzipPlus):
             return "it weighs values itself"
-        if isinstance(policy, KeyDiff | KNorm | QFilter | RKV):
+        if isinstance(policy, KeyDiff | KNorm | KVzap | QFilter | RKV | TriAttention):
             return "its scores are negative, so a large value would lower them"
         if isinstance(policy, ExpectedAttention) and policy.values == "norm":
             return "it weighs values itself; set values=none"

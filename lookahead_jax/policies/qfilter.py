@@ -1,21 +1,19 @@
 """qfilter: keys along the main direction of the queries (Q-Filters, arXiv 2503.02812)."""
 
 import dataclasses
-import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lookahead_jax.kernels.reductions import reduce_group
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import CutByEntries, DecodeCut, Policy
+from lookahead_jax.policies.statistics_file import check_shape, load_statistics
 from lookahead_jax.policies.view import Chunk, LayerView
 
+COMMAND = "`lookahead train qfilters`"
 TENSOR = "q_filters"  # [L, K, H], the name in the published files
 
 
@@ -45,7 +43,7 @@ class QFilter(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.file:
-            load_filters(self.file)
+            _load(self.file)
 
     @property
     def decode_cut(self) -> DecodeCut | None:
@@ -69,13 +67,9 @@ class QFilter(Policy):
         return -jnp.einsum("bksh,bkh->bks", view.k.astype(jnp.float32), filters)
 
     def _filters(self, config: ModelConfig) -> jax.Array:
-        filters = load_filters(self.file)
+        filters = _load(self.file)
         expected = (config.num_layers, config.num_kv_heads, config.head_dim)
-        if filters.shape != expected:
-            raise ValueError(
-                f"{self.file}: filters [L, K, H] of {filters.shape} are for another model; "
-                f"this one has {expected}: compute them with `lookahead train qfilters`"
-            )
+        check_shape(self.file, COMMAND, TENSOR, filters, expected)
         return jnp.asarray(filters)
 
 
@@ -101,22 +95,5 @@ def filters_of(sums: QuerySums) -> jax.Array:
     return jnp.where((along > 0)[..., None], -main, main)
 
 
-@functools.cache
-def load_filters(file: str) -> np.ndarray:
-    """The filters in a safetensors file, float32 [L, K, H].
-
-    Raises FileNotFoundError without the file, ValueError if it holds no filters.
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} does not exist: write it with lookahead train qfilters")
-    try:
-        tensors = safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    filters = tensors.get(TENSOR)
-    if filters is None or filters.ndim != 3 or not jnp.issubdtype(filters.dtype, jnp.floating):
-        raise ValueError(f"{file} has no tensor {TENSOR} [L, K, H], so it holds no filters")
-    filters = filters.astype(np.float32)
-    if not np.isfinite(filters).all():
-        raise ValueError(f"{file}: {TENSOR} holds values that are NaN or infinite")
-    return filters
+def _load(file: str) -> np.ndarray:
+    return load_statistics(file, COMMAND, **{TENSOR: "LKH"})[TENSOR]

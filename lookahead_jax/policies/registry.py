@@ -13,6 +13,7 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
+from lookahead_jax.policies.kvzap import KVzap
 from lookahead_jax.policies.kvzip import KVzip, KVzipPlus
 from lookahead_jax.policies.lagkv import LagKV
 from lookahead_jax.policies.laq import LAQ, LAQPlusPlus
@@ -28,6 +29,7 @@ from lookahead_jax.policies.speckv import SpecKV
 from lookahead_jax.policies.streaming_llm import StreamingLLM
 from lookahead_jax.policies.threshold import Threshold
 from lookahead_jax.policies.tova import Tova
+from lookahead_jax.policies.triattention import TriAttention
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
 POLICIES: dict[str, type[Policy]] = {
@@ -48,12 +50,14 @@ POLICIES: dict[str, type[Policy]] = {
     "keydiff": KeyDiff,
     "lagkv": LagKV,
     "qfilter": QFilter,
+    "triattention": TriAttention,
     "expected_attention": ExpectedAttention,
     "laq": LAQ,
     "laq++": LAQPlusPlus,
     "speckv": SpecKV,
     "kvzip": KVzip,
     "kvzip+": KVzipPlus,
+    "kvzap": KVzap,
     "lookaheadkv": LookaheadKV,
     "oracle": Oracle,
 }
@@ -61,16 +65,18 @@ POLICIES: dict[str, type[Policy]] = {
 
 def policies_that_cut_while_decoding() -> list[str]:
     """Names of the policies that can evict while decoding, with their default settings."""
-    defaults = (kind for kind in POLICIES.items() if _has_defaults(kind[1]))
+    defaults = (kind for kind in POLICIES.items() if not _needed(kind[1]))
     return [name for name, kind in defaults if kind().decode_cut is not None]
 
 
-def _has_defaults(kind: type[Policy]) -> bool:
+def _needed(kind: type[Policy]) -> list[str]:
+    """The settings of a policy that have no default."""
     missing = dataclasses.MISSING
-    return all(
-        field.default is not missing or field.default_factory is not missing
+    return [
+        field.name
         for field in dataclasses.fields(kind)
-    )
+        if field.default is missing and field.default_factory is missing
+    ]
 
 
 def make_policy(name: str, **arguments: Any) -> Policy:
@@ -99,6 +105,8 @@ def make_policy(name: str, **arguments: Any) -> Policy:
             raise ValueError(f"{name}: unknown preset={preset}; known: {', '.join(kind.presets)}")
         fields.update(kind.presets[preset])
     fields.update(_parse_fields(name, kind, arguments))
+    if lacking := [field for field in _needed(kind) if field not in fields]:
+        raise ValueError(f"{name} needs {' and '.join(lacking)}: give {lacking[0]}=...")
     try:
         return kind(**fields)
     except ValueError as error:

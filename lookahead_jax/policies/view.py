@@ -41,6 +41,8 @@ class Chunk(NamedTuple):
     end: jax.Array  # int32 scalar: entries from here on have not been written
     window: jax.Array | None  # int32 scalar
     config: ModelConfig
+    x: jax.Array  # [B, P, D] what the layer's attention reads: the residual stream, normed
+    layer: jax.Array  # int32 scalar
     sink_logits: jax.Array | None = None  # [N] logits of the softmax that have no value
 
 

@@ -27,7 +27,7 @@ from lookahead_jax.model.decoder import (
 )
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layer_attention import LayerKind, attend_block, causal, layer_kinds
-from lookahead_jax.model.layers import rms_norm
+from lookahead_jax.model.layers import optional_norm, rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy
@@ -159,7 +159,8 @@ def read_chunk(
             Chunk(
                 q=proj.q, q_unrotated=proj.q_unrotated, q_pos=pos, lse=proj.lse, k=k,
                 k_pos=prompt.positions[:, None], end=start + size, window=kind.window,
-                config=config, sink_logits=proj.sinks,
+                config=config, x=optional_norm(p, "attn_norm", part(x, 1), config=config),
+                layer=kind.index, sink_logits=proj.sinks,
             ),
         )  # fmt: skip
     return ReadChunks(jax.lax.dynamic_update_slice_in_dim(x, xc, start, 1), k, v, stats)

@@ -1,4 +1,4 @@
-"""Filters of qfilter: computed by the command, read by the policy, against NumPy; bad files."""
+"""Files of qfilter and triattention: computed, read by the policy, against NumPy; bad ones."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +7,10 @@ import safetensors.numpy
 
 import lookahead_jax as lk
 from lookahead_jax.policies.base import CutByEntries
-from lookahead_jax.policies.qfilter import load_filters
 from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.policies.statistics_file import load_statistics
 from lookahead_jax.prompts.read import read_prompt
-from lookahead_jax.train import qfilters
+from lookahead_jax.train import qfilters, triattention
 from tests import reference, tiny
 from tests.test_policies import BUDGET
 
@@ -30,7 +30,7 @@ def test_the_command_writes_what_the_policy_reads(folder, tmp_path, capsys):
     text.write_text("The quick brown fox jumps over the lazy dog. " * 2 + "And then again.")
     args = ["--model", str(folder), "--text", str(text), "--out", str(out)]
     assert qfilters.main([*args, "--length", str(LENGTH)]) == 0
-    assert "filters of 3 layers from 3 windows" in capsys.readouterr().err
+    assert "q_filters of 3 layers" in capsys.readouterr().err
     model = lk.load(folder)
     ids = model.tokenizer.encode(text.read_text())
     config = model.config
@@ -61,11 +61,42 @@ def test_the_command_writes_what_the_policy_reads(folder, tmp_path, capsys):
     np.testing.assert_allclose(read.scores[:, 0, :, :50], scores, atol=1e-3)
 
 
+def test_mean_queries_of_texts_score_a_prompt(folder, tmp_path):
+    """As above, for triattention; the texts are not the prompt."""
+    text, out = tmp_path / "text.txt", tmp_path / "queries.safetensors"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 2)
+    args = ["--model", str(folder), "--text", str(text), "--out", str(out)]
+    assert triattention.main([*args, "--length", str(LENGTH)]) == 0
+    model = lk.load(folder)
+    ids, config = model.tokenizer.encode(text.read_text()), model.config
+    texts = [
+        reference.run(model.params, config, ids[first : first + LENGTH])[0]
+        for first in range(0, len(ids), LENGTH)
+    ]
+    policy = make_policy("triattention", file=str(out), window=4, reach=100)
+    assert policy.decode_cut == CutByEntries()
+    (row,) = tiny.prompts((50,), vocab=256)
+    read = read_prompt(
+        model.params, jnp.asarray(lk.pad_batch([row], config=config)), config=config,
+        policy=policy, budget=BUDGET, new_tokens=8, with_scores=True,
+    )  # fmt: skip
+    layers, _ = reference.run(model.params, config, row)
+    for index, layer in enumerate(layers):
+        centre = reference.query_centre(texts, config, index)
+        scores = reference.triattention(layer, 50, config, index, centre, 100)
+        np.testing.assert_allclose(read.scores[index, 0, :, :50], scores, atol=1e-3)
+    assert (read.cache.pos[0, :, :, :BUDGET] >= 0).all()
+    for kept in np.asarray(read.cache.pos[0]).reshape(-1, read.cache.pos.shape[-1]):
+        assert {46, 47, 48, 49} <= set(kept.tolist())
+
+
 def test_filters_in_bfloat16_are_read(tmp_path):
     path = tmp_path / "filters.safetensors"
     filters = np.asarray(jnp.full((3, 2, 8), 0.5, jnp.bfloat16))
     safetensors.numpy.save_file({"q_filters": filters}, path)
-    assert load_filters(str(path)).dtype == np.float32
+    found = load_statistics(str(path), "a command", q_filters="LKH")["q_filters"]
+    assert found.dtype == np.float32
+    assert (found == 0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +120,7 @@ def test_files_without_filters_are_refused(tmp_path, tensors, complaint):
 def test_filters_of_another_model_are_refused(folder, tmp_path):
     path = tmp_path / "filters.safetensors"
     path.write_bytes(safetensors.numpy.save({"q_filters": np.ones((4, 2, 8), np.float32)}))
-    with pytest.raises(ValueError, match=r"of \(4, 2, 8\) are for another model"):
+    with pytest.raises(ValueError, match=r"of \(4, 2, 8\) is for another model"):
         lk.generate(lk.load(folder), [[1, 2]], policy=make_policy("qfilter", file=str(path)))
 
 
