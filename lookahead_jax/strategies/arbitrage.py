@@ -4,20 +4,13 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.decoding.sampling import Sampling
-from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import Steer
-from lookahead_jax.model.params import Params
-from lookahead_jax.prefilling.batching import bucket_length
-from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
-from lookahead_jax.strategies.primitives import replace_text
 from lookahead_jax.strategies.rows import Rows
-
-Texts = list[list[int]]  # for each prompt the tokens of its continuation so far
+from lookahead_jax.strategies.texts import Texts, put_texts, read_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +54,7 @@ class Arbitrage(Strategy):
         draft = rows.beside
         if draft is None:
             raise ValueError("Arbitrage needs a draft model: give draft_model=")
-        texts: Texts = [[] for _ in rows.texts]
+        texts: list[list[int]] = [[] for _ in rows.texts]
         going = np.ones(len(texts), bool)
         while going.any():
             begin = self._write(draft, texts, going)
@@ -81,15 +74,15 @@ class Arbitrage(Strategy):
                 side = rows if better[row] else draft
                 texts[row] = list(side.outputs[row].tokens)
                 going[row] = not side.finished[row]
-        _put(rows, texts)
+        put_texts(rows, texts)
         return [Ranked(0, [None]) for _ in texts]
 
     def _write(self, side: Rows, texts: Texts, asked: np.ndarray) -> list[int]:
         """Adds a step of `side` to the texts of the rows `asked`; where it begins in each text."""
         begin = [0] * len(texts)
         if texts[0]:  # then all prompts have a step; before, each model has its own first token
-            _put(side, texts)
-            _read(side, texts, asked)
+            put_texts(side, texts)
+            read_texts(side, texts, asked)
             begin = [len(output.text) for output in side.outputs]
         side.hold(~asked)
 
@@ -106,45 +99,3 @@ class Arbitrage(Strategy):
 def _longer(side: Rows, texts: Texts) -> np.ndarray:
     """[R] rows in which `side` has written something after `texts`."""
     return np.array([len(o.tokens) > len(t) for o, t in zip(side.outputs, texts, strict=True)])
-
-
-def _prompt_lengths(side: Rows) -> np.ndarray:
-    return np.array([len(prompt) for prompt in side.texts], np.int32)
-
-
-def _put(side: Rows, texts: Texts) -> None:
-    """The rows go on after `texts`; their caches keep what they know of them."""
-    before = np.asarray(side.state.tokens)
-    tokens = np.full(before.shape, -1, np.int32)
-    for row, text in zip(tokens, texts, strict=True):
-        row[: len(text)] = text
-    count = np.array([len(text) for text in texts], np.int32)
-    same = np.cumprod(tokens == before, axis=1, dtype=np.int32).sum(1, dtype=np.int32)
-    known = _prompt_lengths(side) + np.minimum(same, count - 1)
-    next_pos = np.minimum(np.asarray(side.state.cache.next_pos), known)
-    side.restore(replace_text(side.state, *map(jnp.asarray, (tokens, count, next_pos))))
-
-
-def _read(side: Rows, texts: Texts, asked: np.ndarray) -> None:
-    """Reads what the caches of the rows `asked` lack, all but each text's last token, at once."""
-    known = np.asarray(side.state.cache.next_pos) - _prompt_lengths(side)
-    lacks = asked & side.running & (known < [len(text) - 1 for text in texts])
-    if not lacks.any():
-        return
-    missing = [
-        text[n:-1] if lack else [] for text, n, lack in zip(texts, known, lacks, strict=True)
-    ]
-    tokens = np.full((len(texts), bucket_length(max(map(len, missing)))), -1, np.int32)
-    for row, new in zip(tokens, missing, strict=True):
-        row[: len(new)] = new
-
-    def move(params: Params, state: DecodeState) -> DecodeState:
-        # Like a prompt, it is read from the stack of all layers.
-        model = side.model
-        cache, _ = extend(model.params, jnp.asarray(tokens), state.cache, config=model.config)
-        return dataclasses.replace(state, cache=cache)
-
-    side.hold(~lacks)
-    side.refund(lacks)  # the step counts a token for each
-    side.step(move)
-    side.resume()

@@ -56,3 +56,10 @@ def check_at_least(name: str, value: int | float, least: int | float) -> None:
     """Raises ValueError for a setting that is too small."""
     if not value >= least:
         raise ValueError(f"{name}={value} is too small: give at least {least}")
+
+
+def check_share(reward: float) -> float:
+    """The reward; raises ValueError for one that is not between 0 and 1."""
+    if not 0 <= reward <= 1:
+        raise ValueError(f"the reward returned {reward}: this strategy needs one between 0 and 1")
+    return reward

@@ -1,0 +1,206 @@
+"""A*-Decoding and PG-TD against restatements that read every text from its start.
+
+The rewards that they ask for, in order, are the order in which they expand.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lookahead_jax.checkpoints.load import load
+from lookahead_jax.decoding.sampling import Sampling
+from lookahead_jax.strategies.a_star import AStar
+from lookahead_jax.strategies.planned import Planned
+from lookahead_jax.strategies.search import place_seeds
+from tests import tiny
+from tests.test_arbitrage import reader
+from tests.test_strategies import PROMPTS, draw, found, ids, reward
+
+N, NEW, SEEDS = 3, 16, [0, 4]
+HEAT = 0.6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.save_chat_model(folder, num_hidden_layers=2)
+    sharp = load(folder)
+    return dataclasses.replace(
+        sharp, params={**sharp.params, "embed": sharp.params["embed"] * 0.5}
+    )
+
+
+@pytest.fixture(scope="module")
+def read(model):
+    return reader(model)
+
+
+class Judge:
+    """A reward that remembers what it was asked, for each prompt.
+
+    By `haste` per character it likes long texts less, so a search goes back to short ones.
+    """
+
+    def __init__(self, haste: float = 0.0):
+        self.asked = collections.defaultdict(list)
+        self.haste = haste
+
+    def __call__(self, prompt: str, text: str) -> float:
+        self.asked[prompt].append(text)
+        return reward(prompt, text) / (1 + self.haste * len(text))
+
+
+def missing(held, text) -> bool:
+    """Whether no row that holds one of the texts `held` knows all of `text` but its last token."""
+    return all(list(row[: len(text) - 1]) != list(text[:-1]) for row in held)
+
+
+# ---- A*-Decoding --------------------------------------------------------------------------------
+
+
+def a_star(model, read, judge, prompt, seed, *, step, ends, expansions):
+    """The answer, the texts that were expanded, and the work: tokens and forwards."""
+    start, places = ids(model, prompt), place_seeds([seed], N)
+    decode = lambda text: model.tokenizer.decode([v for v in text if v not in ends])  # noqa: E731
+    over = lambda text: text[-1] in ends or len(text) == NEW  # noqa: E731
+    r, g, opened, tokens, forwards, parent = {}, {}, [], 0, -1, ()
+    held: list[tuple[int, ...]] = []
+    for _ in range(expansions):
+        opened.append(parent)
+        forwards += bool(parent) and missing([text[:-1] for text in held], parent)
+        held = []
+        for place in places:
+            text = list(parent)
+            while True:
+                text.append(draw(read, start, text, place, HEAT))
+                if over(text) or step in decode(text)[len(decode(parent)) :]:
+                    break
+            held.append(tuple(text))
+        tokens += sum(map(len, held)) - N * len(parent)
+        forwards += max(map(len, held)) - len(parent)
+        for text in held:
+            if text not in r:
+                r[text] = judge(prompt, decode(text))
+                rise = (1 - r[text]) - (1 - r[parent]) if parent else 0
+                g[text] = g.get(parent, 0) + max(rise, 0)
+        parent = min((t for t in r if t not in opened), key=lambda t: g[t] + 1 - r[t])
+        if over(parent):
+            return list(parent), opened, (tokens, forwards)
+    best = min(r, key=lambda t: (not over(t), t in opened, g[t] + 1 - r[t]))
+    return list(best), opened, (tokens, forwards)
+
+
+def settings(model, read) -> tuple[str, tuple[int, ...]]:
+    """A step string and an end token that texts have now and then."""
+    text = []
+    for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
+        for place in place_seeds([seed], N):
+            own: list[int] = []
+            while len(own) < NEW:
+                own.append(draw(read, ids(model, prompt), own, place, HEAT))
+            text += own
+    common = [v for v, _ in collections.Counter(text).most_common(6)]
+    print(model.tokenizer.decode(common), collections.Counter(text).most_common(6))
+    return model.tokenizer.decode(common[:1]), (common[5],)
+
+
+@pytest.mark.parametrize("expansions", [32, 6])
+def test_a_star_restated(model, read, expansions):
+    step, ends = settings(model, read)
+    ours, theirs = Judge(0.3), Judge(0.3)
+    strategy = AStar(n=N, step=step, expansions=expansions)
+    search = functools.partial(found, model, strategy, sampling=Sampling(temperature=HEAT), eos_ids=ends, max_new_tokens=NEW)
+    result = search(reward=ours, seeds=SEEDS)
+    orders = []
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
+        rules: dict[str, Any] = dict(step=step, ends=ends, expansions=expansions)
+        text, opened, work = a_star(model, read, theirs, prompt, seed, **rules)
+        assert result.tokens[i] == text
+        assert ours.asked[prompt] == theirs.asked[prompt]
+        assert (result.work[i].tokens, result.work[i].forwards) == work
+        orders.append(opened)
+        print(len(opened), [len(t) for t in opened], result.candidates[i][0].finish, work)
+    other = search(PROMPTS[::-1], reward=Judge(0.3), seeds=SEEDS[::-1])
+    assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
+
+
+# ---- PG-TD --------------------------------------------------------------------------------------
+
+
+def planned(model, read, judge, prompt, *, k, rollouts, ends):
+    """Their classes as dictionaries: states are texts, the cache of sequences is a list."""
+    start = ids(model, prompt)
+    over = lambda text: bool(text) and (text[-1] in ends or len(text) == NEW)  # noqa: E731
+    visits, returns = {(): 1}, collections.defaultdict(list)
+    rewards: dict[tuple[int, ...], float] = {}
+    sequences: list[tuple[int, ...]] = []
+    work = [0, -1]
+
+    def top(text):
+        logits = read(start + text)[0]
+        best = np.argsort(-logits, kind="stable")[:k]
+        odds = np.exp(logits[best] - logits[best[0]])
+        return dict(zip(best.tolist(), odds / odds.sum(), strict=True))
+
+    def completed(text):
+        for sequence in sequences:
+            if sequence[: len(text)] == text:
+                return sequence
+        if sequences:
+            work[1] += missing([sequences[-1][:-1]], text)
+        whole = text
+        while not over(whole):
+            whole += (int(read(start + whole)[0].argmax()),)
+        work[0], work[1] = work[0] + len(whole) - len(text), work[1] + len(whole) - len(text)
+        sequences.append(whole)
+        return whole
+
+    def value(text):
+        if text not in rewards:
+            shown = [v for v in text if v not in ends]
+            rewards[text] = judge(prompt, model.tokenizer.decode(shown))
+        return rewards[text]
+
+    def bound(text, v, p):
+        weight = math.log((visits[text] + 10 + 1) / 10) + 4
+        got = returns[text, v]
+        return max(got, default=0) + weight * p * math.sqrt(math.log(visits[text])) / (1 + len(got))
+
+    value(completed(()))
+    for _ in range(rollouts):
+        text, path = (), []
+        while not over(text):
+            prior = top(text)
+            v = max(prior, key=lambda v: bound(text, v, prior[v]))
+            path.append((text, v))
+            text += (v,)
+            if text not in visits:
+                visits[text] = 1
+                break
+        estimate = value(text if over(text) else completed(text))
+        visits[text] += 1
+        for before, v in path:
+            returns[before, v].append(estimate)
+            visits[before] += 1
+    return list(max(rewards, key=lambda text: rewards[text])), tuple(work), max(rewards.values())
+
+
+def test_planned_restated(model, read):
+    ours, theirs = Judge(), Judge()
+    ends = (int(np.argsort(-read(ids(model, PROMPTS[0]))[0])[1]),)
+    search = functools.partial(found, model, Planned(k=3, rollouts=40), eos_ids=ends, max_new_tokens=NEW)
+    result = search(reward=ours)
+    for i, prompt in enumerate(PROMPTS):
+        text, work, best = planned(model, read, theirs, prompt, k=3, rollouts=40, ends=ends)
+        assert ours.asked[prompt] == theirs.asked[prompt]
+        assert result.tokens[i] == text
+        assert result.candidates[i][0].score == best
+        assert (result.work[i].tokens, result.work[i].forwards) == work
+        print(len(ours.asked[prompt]), work, best)
+    other = search(PROMPTS[::-1], reward=reward)
+    assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
