@@ -6,6 +6,7 @@ The rewards that they ask for, in order, are the order in which they expand.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.strategies.a_star import AStar
 from lookahead_jax.strategies.planned import Planned
+from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.strategies.search import place_seeds
 from tests import tiny
 from tests.test_arbitrage import reader
@@ -23,6 +25,7 @@ from tests.test_strategies import PROMPTS, draw, found, ids, reward
 
 N, NEW, SEEDS = 3, 16, [0, 4]
 HEAT = 0.6
+HOT = Sampling(temperature=HEAT)
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +33,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny.save_chat_model(folder, num_hidden_layers=2)
     sharp = load(folder)
-    return dataclasses.replace(
-        sharp, params={**sharp.params, "embed": sharp.params["embed"] * 0.5}
-    )
+    return dataclasses.replace(sharp, params={**sharp.params, "embed": sharp.params["embed"] * 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,21 @@ def missing(held, text) -> bool:
     return all(list(row[: len(text) - 1]) != list(text[:-1]) for row in held)
 
 
+def check_limits(search, **settings) -> None:
+    """Work ends within its limits, at some text, and close to them, wherever the prompt stands."""
+    free = search(**settings)
+    turned = {name: value[::-1] if name == "seeds" else value for name, value in settings.items()}
+    for limit, index in (("most_tokens", 0), ("most_forwards", 1)):
+        for most in (N, 33, 20):
+            few = search(**settings, **{limit: most})
+            for before, after in zip(free.work, few.work, strict=True):
+                spent = dataclasses.astuple(after)[index]
+                assert most - N < spent <= most or after == before
+            assert all(few.tokens)
+        other = search(PROMPTS[::-1], **turned, **{limit: 20})
+        assert (other.tokens, other.work) == (few.tokens[::-1], few.work[::-1])
+
+
 # ---- A*-Decoding --------------------------------------------------------------------------------
 
 
@@ -68,7 +84,8 @@ def a_star(model, read, judge, prompt, seed, *, step, ends, expansions):
     start, places = ids(model, prompt), place_seeds([seed], N)
     decode = lambda text: model.tokenizer.decode([v for v in text if v not in ends])  # noqa: E731
     over = lambda text: text[-1] in ends or len(text) == NEW  # noqa: E731
-    r, g, opened, tokens, forwards, parent = {}, {}, [], 0, -1, ()
+    r, g, tokens, forwards, parent = {}, {}, 0, -1, ()
+    opened: list[tuple[int, ...]] = []
     held: list[tuple[int, ...]] = []
     for _ in range(expansions):
         opened.append(parent)
@@ -97,16 +114,15 @@ def a_star(model, read, judge, prompt, seed, *, step, ends, expansions):
 
 def settings(model, read) -> tuple[str, tuple[int, ...]]:
     """A step string and an end token that texts have now and then."""
-    text = []
+    text: list[int] = []
     for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
         for place in place_seeds([seed], N):
             own: list[int] = []
             while len(own) < NEW:
                 own.append(draw(read, ids(model, prompt), own, place, HEAT))
             text += own
-    common = [v for v, _ in collections.Counter(text).most_common(6)]
-    print(model.tokenizer.decode(common), collections.Counter(text).most_common(6))
-    return model.tokenizer.decode(common[:1]), (common[5],)
+    common = [v for v, _ in collections.Counter(text).most_common(13)]
+    return model.tokenizer.decode(common[:1]), (common[-1],)
 
 
 @pytest.mark.parametrize("expansions", [32, 6])
@@ -114,7 +130,9 @@ def test_a_star_restated(model, read, expansions):
     step, ends = settings(model, read)
     ours, theirs = Judge(0.3), Judge(0.3)
     strategy = AStar(n=N, step=step, expansions=expansions)
-    search = functools.partial(found, model, strategy, sampling=Sampling(temperature=HEAT), eos_ids=ends, max_new_tokens=NEW)
+    search = functools.partial(
+        found, model, strategy, sampling=HOT, eos_ids=ends, max_new_tokens=NEW
+    )
     result = search(reward=ours, seeds=SEEDS)
     orders = []
     for i, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
@@ -124,9 +142,13 @@ def test_a_star_restated(model, read, expansions):
         assert ours.asked[prompt] == theirs.asked[prompt]
         assert (result.work[i].tokens, result.work[i].forwards) == work
         orders.append(opened)
-        print(len(opened), [len(t) for t in opened], result.candidates[i][0].finish, work)
+    if expansions == 32:
+        back = [a for a, b in itertools.pairwise(orders[0]) if b[: len(a)] != a]
+        assert back, "the search went back to a shorter text"
+        return
     other = search(PROMPTS[::-1], reward=Judge(0.3), seeds=SEEDS[::-1])
     assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
+    check_limits(search, seeds=SEEDS, reward=Judge(0.3))
 
 
 # ---- PG-TD --------------------------------------------------------------------------------------
@@ -193,7 +215,8 @@ def planned(model, read, judge, prompt, *, k, rollouts, ends):
 def test_planned_restated(model, read):
     ours, theirs = Judge(), Judge()
     ends = (int(np.argsort(-read(ids(model, PROMPTS[0]))[0])[1]),)
-    search = functools.partial(found, model, Planned(k=3, rollouts=40), eos_ids=ends, max_new_tokens=NEW)
+    strategy = Planned(k=3, rollouts=40)
+    search = functools.partial(found, model, strategy, eos_ids=ends, max_new_tokens=NEW)
     result = search(reward=ours)
     for i, prompt in enumerate(PROMPTS):
         text, work, best = planned(model, read, theirs, prompt, k=3, rollouts=40, ends=ends)
@@ -201,6 +224,47 @@ def test_planned_restated(model, read):
         assert result.tokens[i] == text
         assert result.candidates[i][0].score == best
         assert (result.work[i].tokens, result.work[i].forwards) == work
-        print(len(ours.asked[prompt]), work, best)
+    assert len(ours.asked[PROMPTS[0]]) > 8, "some texts were completed"
     other = search(PROMPTS[::-1], reward=reward)
     assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
+    check_limits(search, reward=reward)
+
+
+# ---- what they refuse ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("a_star", {"n": 0}, "n=0 is too small: give at least 1"),
+        ("a_star", {"expansions": 0}, "expansions=0 is too small"),
+        ("a_star", {"step": ""}, "step is empty: give the string that ends a step"),
+        ("planned", {"k": 0}, "k=0 is too small"),
+        ("planned", {"rollouts": 0}, "rollouts=0 is too small"),
+        ("planned", {"exploration": -1}, "exploration=-1.0 is too small: give at least 0"),
+        ("planned", {"base": 0}, "base=0.0 must be a finite number above 0"),
+    ],
+)
+def test_impossible_settings_are_named(name, settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_strategy(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "complaint"),
+    [
+        (AStar(), {}, "AStar needs a reward: give reward="),
+        (
+            AStar(n=N),
+            {"reward": reward, "sampling": Sampling(temperature=1.0, repetition_penalty=1.1)},
+            "repetition_penalty would still count: leave it 1",
+        ),
+        (Planned(), {"reward": reward, "sampling": HOT}, "by its own rule: leave sampling out"),
+        (Planned(k=500), {"reward": reward}, "k=500 is more than the vocabulary: lower it"),
+        (AStar(n=N), {"reward": lambda *_: -0.1}, "returned -0.1: .* between 0 and 1"),
+        (Planned(), {"reward": lambda *_: 1.5}, "returned 1.5: .* between 0 and 1"),
+    ],
+)
+def test_what_they_cannot_use_is_refused(model, strategy, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        found(model, strategy, max_new_tokens=NEW, **options)
