@@ -48,8 +48,7 @@ class Planned(Strategy):
         if self.k > vocab_size:
             raise ValueError(f"k={self.k} is more than the vocabulary: lower it")
         shape = (texts.shape[0], room, self.k)
-        empty = jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape[0], jnp.int32)
-        return Likeliest(self.k), Choices(*empty)
+        return Likeliest(self.k), Choices(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape))
 
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
@@ -78,9 +77,8 @@ class Planned(Strategy):
 class Choices(NamedTuple):
     """The likeliest tokens at each place of a row's text."""
 
-    ids: jax.Array  # [B, W, k] int32
+    ids: jax.Array  # [B, W, k] int32, -1 where the text has not come to
     logits: jax.Array  # [B, W, k] float32
-    count: jax.Array  # [B] int32 places so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +91,19 @@ class Likeliest:
         self, state: Choices, logits: jax.Array, last: jax.Array
     ) -> tuple[Choices, jax.Array]:
         top, ids = jax.lax.top_k(logits, self.k)
-        at = jnp.arange(len(ids)), state.count
+        place = (state.ids[..., 0] >= 0).sum(1, dtype=jnp.int32)
+        at = jnp.arange(len(ids)), place
         return Choices(
             state.ids.at[at].set(ids.astype(jnp.int32), mode="drop"),
             state.logits.at[at].set(top, mode="drop"),
-            state.count + 1,
         ), logits
 
 
 @jax.jit
 def _after(state: Choices, count: jax.Array) -> Choices:
-    """The next choices are those after `count` tokens."""
-    return state._replace(count=count + jnp.int32(0))  # no array twice in a state that is donated
+    """The next choices are those after `count` tokens [B]; `Tree` knows the earlier ones."""
+    earlier = jnp.arange(state.ids.shape[1])[None, :, None] < count[:, None, None]
+    return state._replace(ids=jnp.where(earlier, jnp.maximum(state.ids, 0), -1))
 
 
 class Text(NamedTuple):
@@ -149,7 +148,7 @@ class Tree:
     def take(self, rows: Rows, row: int) -> None:
         """Takes the text that a row has completed for `select`; the first is that of the prompt."""
         tokens = list(rows.outputs[row].tokens)
-        ids, logits = (np.asarray(a)[row, : len(tokens)] for a in rows.state.steering[:2])
+        ids, logits = (np.asarray(a)[row, : len(tokens)] for a in rows.state.steering)
         if self._path:  # the row has chosen after the node only
             parent, _ = self._path[-1]
             begin, known = parent.depth + 1, parent.text
