@@ -16,9 +16,11 @@ import pytest
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.strategies.a_star import AStar
+from lookahead_jax.strategies.base import Ranked
 from lookahead_jax.strategies.planned import Planned
 from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.strategies.search import place_seeds
+from lookahead_jax.strategies.texts import put_texts, read_texts
 from tests import tiny
 from tests.test_arbitrage import reader
 from tests.test_strategies import PROMPTS, draw, found, ids, reward
@@ -228,6 +230,26 @@ def test_planned_restated(model, read):
     other = search(PROMPTS[::-1], reward=reward)
     assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
     check_limits(search, reward=reward)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Back(Planned):
+    """Completes each prompt's text, goes back to its beginning, and completes it again."""
+
+    def run(self, rows) -> list[Ranked]:
+        rows.advance()
+        whole = [list(output.tokens) for output in rows.outputs]
+        put_texts(rows, [text[:5] for text in whole])
+        read_texts(rows, [text[:5] for text in whole], np.ones(len(whole), bool))
+        rows.advance()
+        assert [output.tokens for output in rows.outputs] == whole
+        steps = NEW - 1 + NEW - 5
+        assert [work.forwards for work in rows.spent] == [steps] * 2, "nothing was read again"
+        return [Ranked(0, [None]) for _ in whole]
+
+
+def test_going_back_to_what_a_cache_holds(model):
+    found(model, Back(), reward=reward, max_new_tokens=NEW, eos_ids=[999])
 
 
 # ---- what they refuse ---------------------------------------------------------------------------
