@@ -22,8 +22,8 @@ class AStar(Strategy):
     the text so far. The heuristic is h = 1 - r; the cost g adds up how much h has risen from step
     to step; the text of lowest g + h is next. A text that is reached twice is one state. After
     `expansions`, or where the limits on work end the search, the best complete text is the answer,
-    and without one the best that was not expanded. (Chatziveroglou 2025, arXiv:2505.13672, whose
-    code is not public; `n`, `expansions`, `step` and the temperature are chosen here.)
+    and without one the best that was not expanded. (Chatziveroglou 2025, arXiv:2505.13672, with the
+    cost as arXiv:2511.14772 reports it. The defaults are chosen here.)
     """
 
     default_sampling: ClassVar[Sampling] = Sampling(temperature=0.8)
@@ -101,7 +101,10 @@ class State:
 
 
 class Search:
-    """The states of one prompt. At first the empty text is expanded, which has no reward."""
+    """The states of one prompt.
+
+    The empty text is expanded first. It is not asked about, so a first step has no cost.
+    """
 
     def __init__(self, expansions: int):
         self._left = expansions
