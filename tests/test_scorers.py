@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lookahead_jax.eval.scorers import infinitebench, limited_run, longproc, rouge, text
+from lookahead_jax.eval.scorers.program_tests import share_of_tests
 
 GOLDEN = Path(__file__).parent / "fixtures" / "scorers.json"
 
@@ -134,6 +135,21 @@ def test_commands_run_under_limits(tmp_path, monkeypatch):
     assert run("sleep 60", seconds=1) is None
     assert time.perf_counter() - begin < 15
     assert not marked_processes(), "what was left is killed, too"
+
+
+def test_the_share_of_tests_that_a_program_passes():
+    add = "def add(a, b):\n    return a + b\n"
+    reward = share_of_tests(["assert add(2, 3) == 5", "assert add(2, 2) == 5", "add()"])
+    assert reward(add[:8], add[8:]) == 1 / 3
+    assert reward(add, "raise SystemExit") == 0, "a program that ends early passes nothing"
+    assert reward("", "no program") == 0
+    double = "print(2 * int(input()))"
+    reward = share_of_tests([("3\n", "6"), ("4", "9\n")], program=lambda prompt, text: text)
+    assert reward("Double a number.", double) == 0.5
+    loop = share_of_tests([("1", "2")], seconds=1)
+    assert loop("while True:\n", "    pass") == 0
+    with pytest.raises(ValueError, match="give at least one test"):
+        share_of_tests([])
 
 
 MARK = "314159265"  # seconds of sleep, by which a test finds its processes

@@ -10,7 +10,7 @@ from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.decoding.step import Steer
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
 from lookahead_jax.strategies.rows import Rows
-from lookahead_jax.strategies.texts import Texts, read, rewritten
+from lookahead_jax.strategies.texts import Texts, put_texts, read_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Arbitrage(Strategy):
         draft = rows.beside
         if draft is None:
             raise ValueError("Arbitrage needs a draft model: give draft_model=")
-        texts: Texts = [[] for _ in rows.texts]
+        texts: list[list[int]] = [[] for _ in rows.texts]
         going = np.ones(len(texts), bool)
         while going.any():
             begin = self._write(draft, texts, going)
@@ -74,15 +74,15 @@ class Arbitrage(Strategy):
                 side = rows if better[row] else draft
                 texts[row] = list(side.outputs[row].tokens)
                 going[row] = not side.finished[row]
-        rows.restore(rewritten(rows, texts))
+        put_texts(rows, texts)
         return [Ranked(0, [None]) for _ in texts]
 
     def _write(self, side: Rows, texts: Texts, asked: np.ndarray) -> list[int]:
         """Adds a step of `side` to the texts of the rows `asked`; where it begins in each text."""
         begin = [0] * len(texts)
         if texts[0]:  # then all prompts have a step; before, each model has its own first token
-            side.restore(rewritten(side, texts))
-            read(side, texts, asked)
+            put_texts(side, texts)
+            read_texts(side, texts, asked)
             begin = [len(output.text) for output in side.outputs]
         side.hold(~asked)
 

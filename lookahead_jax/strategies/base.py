@@ -71,3 +71,10 @@ def check_pattern(name: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from None
+
+
+def check_share(reward: float) -> float:
+    """The reward; raises ValueError for one that is not between 0 and 1."""
+    if not 0 <= reward <= 1:
+        raise ValueError(f"the reward returned {reward}: this strategy needs one between 0 and 1")
+    return reward

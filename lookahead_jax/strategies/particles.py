@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from lookahead_jax.decoding.sampling import Sampling
-from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
+from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_share
 from lookahead_jax.strategies.rows import Rows
 
 _EDGE = 1e-7  # rewards are kept this far from 0 and 1
@@ -108,9 +108,7 @@ class EntropicParticleFilter(ParticleFilter):
 
 
 def _log_odds(reward: float) -> float:
-    if not 0 <= reward <= 1:
-        raise ValueError(f"the reward returned {reward}: particles need one between 0 and 1")
-    reward = min(max(reward, _EDGE), 1 - _EDGE)
+    reward = min(max(check_share(reward), _EDGE), 1 - _EDGE)
     return float(np.log(reward / (1 - reward)))
 
 

@@ -53,6 +53,16 @@ STRATEGIES = {
         "The same with flatter weights while few particles hold most of them early on (Entropic "
         "Particle Filtering).",
     ),
+    "a_star": Entry(
+        "a_star.AStar",
+        "Steps of reasoning, always after the most promising text so far by its reward "
+        "(A*-Decoding).",
+    ),
+    "planned": Entry(
+        "planned.Planned",
+        "Tree search over the likeliest tokens for the text of highest reward, such as passed "
+        "tests (PG-TD).",
+    ),
     "arbitrage": Entry(
         "arbitrage.Arbitrage",
         "Steps of a draft model, but the model's where a reward or a router says that these are "

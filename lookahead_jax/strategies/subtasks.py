@@ -13,7 +13,7 @@ from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern
 from lookahead_jax.strategies.primitives import forget_from
 from lookahead_jax.strategies.rows import Rows
-from lookahead_jax.strategies.texts import prompt_lengths, read
+from lookahead_jax.strategies.texts import prompt_lengths, read_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Subtasks(Strategy):
             for new, old in ((next_pos, state.cache.next_pos), (seeds, state.sampling.seed))
         ]
         rows.state = forget_from(state, *placed)  # nothing emitted changes
-        read(rows, texts, pruned)
+        read_texts(rows, texts, pruned)
 
 
 class _Thread:

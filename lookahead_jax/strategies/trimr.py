@@ -11,7 +11,7 @@ from lookahead_jax.decoding.state import seen_tokens
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern
 from lookahead_jax.strategies.rows import Rows
-from lookahead_jax.strategies.texts import read, rewritten
+from lookahead_jax.strategies.texts import read_texts, rewritten
 
 _BASE, _PRIME = 1_000_003, 2**61 - 1
 _SENTENCE_END = re.compile(r"[.!?]\s+|\n+")
@@ -118,7 +118,7 @@ class TrimR(Strategy):
             seen = state.seen | seen_tokens(state.tokens, state.seen.shape[1])
             state = dataclasses.replace(state, seen=seen)
         rows.replace(state)
-        read(rows, texts, asked)
+        read_texts(rows, texts, asked)
 
 
 class _Thinking:
