@@ -5,6 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.decoding.step import Steer
 from lookahead_jax.strategies.rows import Rows
@@ -36,6 +37,10 @@ class Strategy:
     def rows(self) -> int:
         """Rows that decode together for each prompt."""
         return 1
+
+    def for_model(self, model: Model) -> "Strategy":
+        """The strategy as it continues with `model`; ValueError for a model that does not fit."""
+        return self
 
     def steering(
         self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int

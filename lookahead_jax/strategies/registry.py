@@ -58,6 +58,11 @@ STRATEGIES = {
         "Steps of a draft model, but the model's where a reward or a router says that these are "
         "better; lossy (Arbitrage).",
     ),
+    "think_router": Entry(
+        "think_router.ThinkRouter",
+        "While it thinks, samples where it is unsure, else a mean of token embeddings; lossy "
+        "(ThinkRouter).",
+    ),
 }
 
 

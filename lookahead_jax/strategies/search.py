@@ -118,6 +118,7 @@ def search(
     strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
     sampling = _checked_sampling(strategy, sampling)
     _check_guides(strategy, reward, router, draft_model, model)
+    strategy = strategy.for_model(model)
     limits = _limits(most_tokens, most_forwards, strategy.rows * (2 if strategy.routes else 1))
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
@@ -249,7 +250,7 @@ def _checked_sampling(strategy: Strategy, sampling: Sampling | None) -> Sampling
     if sampling is None:
         return strategy.default_sampling
     if strategy.draws and sampling.temperature == 0:
-        raise ValueError(f"{name} compares samples: give a temperature above 0, or no sampling")
+        raise ValueError(f"{name} draws samples: give a temperature above 0, or no sampling")
     if sampling.presence_penalty or sampling.frequency_penalty:
         raise ValueError(
             "lk.search takes back tokens, which presence_penalty and frequency_penalty would still "
