@@ -19,6 +19,7 @@ from tests.test_strategies import FULL, NEW, PROMPTS, found, ids, log_softmax
 TEXTS = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
 SEEDS = [11, 7, 15]
 SAMPLING = Sampling(temperature=0.6, top_k=30, top_p=0.9)
+WARM = Sampling(temperature=0.6)
 ROUTER = ThinkRouter(threshold=0.1, k=5, min_p=0.3, cold_entropy=4.0, cold_steps=2, end="j")
 
 
@@ -40,7 +41,7 @@ class Thought(NamedTuple):
     entropy: float
 
 
-def think(model, prompt, seed, settings, new=NEW, change=None):
+def think(model, prompt, seed, settings, new=NEW, sampling=SAMPLING, change=None):
     """The steps after a prompt; from step `change[0]` on the noise is that of seed `change[1]`."""
     weights = jax.tree.map(lambda a: np.asarray(a, np.float64), model.params)
     table = weights["embed"] * model.config.embed_scale
@@ -50,13 +51,13 @@ def think(model, prompt, seed, settings, new=NEW, change=None):
     while len(steps) < new:
         rows = np.array(inputs) if inputs else None
         hidden = reference.run(weights, model.config, np.array(start), rows)[1][-1]
-        logits = hidden @ weights["lm_head"].T / SAMPLING.temperature
+        logits = hidden @ weights["lm_head"].T / sampling.temperature
         log_p = log_softmax(logits)
         p = np.exp(log_p)
         entropy = -(p * log_p).sum()
-        order = np.argsort(-p)[: SAMPLING.top_k]
+        order = np.argsort(-p)[: sampling.top_k]
         renormed = p[order] / p[order].sum()
-        order = order[np.cumsum(renormed) - renormed < SAMPLING.top_p]
+        order = order[np.cumsum(renormed) - renormed < (sampling.top_p or np.inf)]
         if change is not None and len(steps) == change[0]:
             seed = change[1]
         key = jax.random.fold_in(jax.random.key(np.uint32(seed)), len(start) + len(steps))
@@ -82,7 +83,8 @@ def think(model, prompt, seed, settings, new=NEW, change=None):
 
 
 def routed(model, strategy, prompts=tuple(TEXTS), seeds=tuple(SEEDS), **options):
-    return found(model, strategy, prompts, sampling=SAMPLING, seeds=list(seeds), **options)
+    options = {"sampling": SAMPLING, "seeds": list(seeds), **options}
+    return found(model, strategy, prompts, **options)
 
 
 class Forked(_OfModel):
@@ -128,19 +130,20 @@ def test_restated(model):
 
 def test_all_tokens_are_soft_at_threshold_zero(model):
     strategy = ThinkRouter(threshold=0, k=258, min_p=0, end="")
-    result = routed(model, strategy)
+    result = routed(model, strategy, sampling=WARM)
     for tokens, prompt, seed in zip(result.tokens, TEXTS, SEEDS, strict=True):
         # Differences of float32 grow tenfold with each soft token of this model.
-        steps = think(model, prompt, seed, strategy, new=NEW // 2)
+        steps = think(model, prompt, seed, strategy, new=NEW // 2, sampling=WARM)
         assert tokens[: NEW // 2] == [step.token for step in steps]
         assert {step.kind for step in steps} == {"soft"}
 
 
 def test_without_soft_tokens_it_samples(model):
     plain = generate(
-        model, TEXTS, sampling=SAMPLING, seeds=SEEDS, policy=FULL, max_new_tokens=NEW, eos_ids=()
+        model, TEXTS, sampling=WARM, seeds=SEEDS, policy=FULL, max_new_tokens=NEW, eos_ids=()
     )
-    assert routed(model, ThinkRouter(threshold=1.01, end="(")).tokens == plain.tokens
+    result = routed(model, ThinkRouter(threshold=1.01, end="("), sampling=WARM)
+    assert result.tokens == plain.tokens
 
 
 @pytest.mark.parametrize(

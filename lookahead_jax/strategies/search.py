@@ -180,7 +180,7 @@ def _opened(
         steer, steering = strategy.steering(texts, new_tokens, settings.sampling, config.vocab_size)
         if steer is not None:
             last = [row[-1] for row in batch.texts for _ in range(copies)]
-            steering, logits = steer(steering, logits, jnp.asarray(last, jnp.int32))
+            steering, logits = jax.jit(steer)(steering, logits, jnp.asarray(last, jnp.int32))
         packed = sampling_rows(
             [settings.sampling] * len(logits),
             place_seeds(settings.seeds, copies),
@@ -195,6 +195,8 @@ def _opened(
             seen=seen_tokens(texts, config.vocab_size) if packed.penalized else None,
             width=new_tokens,
         )
+        if state.done.committed:  # what is not placed as the rest compiles the second burst anew
+            steering = jax.device_put(steering, state.done.sharding)
         state = jax.block_until_ready(dataclasses.replace(state, steering=steering))
     return Rows(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
