@@ -10,6 +10,7 @@ import pytest
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.generation.generate import generate
+from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.strategies.base import Ranked
 from lookahead_jax.strategies.search import place_seeds
 from lookahead_jax.strategies.think_router import ThinkRouter, _OfModel
@@ -28,7 +29,10 @@ def model(tmp_path_factory):
     """Its embeddings are scaled, and are not those that the logits come from."""
     folder = tmp_path_factory.mktemp("model")
     tiny.save_chat_model(folder, num_hidden_layers=1, tie_word_embeddings=False)
-    model = load(folder)
+    return scaled(load(folder))
+
+
+def scaled(model):
     return dataclasses.replace(model, config=dataclasses.replace(model.config, embed_scale=1.5))
 
 
@@ -144,6 +148,15 @@ def test_without_soft_tokens_it_samples(model):
     )
     result = routed(model, ThinkRouter(threshold=1.01, end="("), sampling=WARM)
     assert result.tokens == plain.tokens
+
+
+@pytest.mark.slow
+def test_rows_may_lie_on_several_devices(model):
+    spread = scaled(load(model.path, mesh=make_mesh(data=2, tensor=2)))
+    texts, seeds = [*TEXTS, TEXTS[0]], [*SEEDS, SEEDS[0]]  # two rows on each half
+    result = routed(spread, ROUTER, texts, seeds)
+    for tokens, prompt, seed in zip(result.tokens, texts, seeds, strict=True):
+        assert tokens == [step.token for step in think(model, prompt, seed, ROUTER)]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class Route:
         p = jnp.exp(log_p)
         entropy = -jnp.where(p > 0, p * log_p, 0.0).sum(-1)
         sure = jnp.where(entropy < settings.cold_entropy, state.sure + 1, 0)
-        kept = jax.nn.softmax(log_distribution(logits, self.sampling))
+        kept = jnp.exp(log_distribution(logits, self.sampling))
         weights, ids = jax.lax.top_k(kept, settings.k)
         weights = jnp.where(weights >= settings.min_p * weights[:, :1], weights, 0.0)
         weights /= weights.sum(-1, keepdims=True)
