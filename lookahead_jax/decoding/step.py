@@ -34,7 +34,7 @@ from lookahead_jax.decoding.state import DecodeState, choose, emit, process, sta
 from lookahead_jax.decoding.tree import NODE_BUCKETS, Accepted, TokenTree, accept, layout
 from lookahead_jax.model.cache import Entries, KVCache, commit
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Block, embed, forward, logits
+from lookahead_jax.model.decoder import Block, embed, embed_mean, forward, logits
 from lookahead_jax.model.growth import check_growth
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.packing import packing_of
@@ -59,6 +59,21 @@ class Steer(Protocol):
 
 
 NEVER = -1e30
+
+
+class SoftTokens(NamedTuple):
+    """Means of embeddings that rows read in the place of their last tokens."""
+
+    rows: jax.Array  # [B] bool, rows that do
+    ids: jax.Array  # [B, I] int32
+    weights: jax.Array  # [B, I] float32, with sum 1
+
+
+@runtime_checkable
+class SoftSteer(Steer, Protocol):
+    """A `Steer` whose rows may read a mean of embeddings in the place of the token it chose."""
+
+    def soft_tokens(self, state: Any) -> SoftTokens: ...
 
 
 class Decoded(NamedTuple):
@@ -151,6 +166,10 @@ def _step(
         packing = packing_of(laid.valid, total) if total < laid.valid.size else None
     positions = jnp.where(laid.valid, base + laid.depth, -1)
     x = embed(params, jnp.where(laid.valid, tree.tokens, -1), config=config)
+    if isinstance(steer, SoftSteer):
+        soft = steer.soft_tokens(state.steering)
+        mean = embed_mean(params, soft.ids, soft.weights, config=config)
+        x = jnp.where(soft.rows[:, None, None], mean[:, None], x)
     visible = None if nodes == 1 else laid.ancestors
     reader = self_drafter(drafter)
     block = Block(x, positions, cache.rope_span, visible, packing=packing)

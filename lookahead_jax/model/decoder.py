@@ -137,6 +137,14 @@ def embed(
     return x
 
 
+def embed_mean(
+    params: Params, ids: Int[Array, "B I"], weights: Float[Array, "B I"], *, config: ModelConfig
+) -> Float[Array, "B D"]:
+    """The sum of the embeddings of `ids` times their `weights`, in float32 before it is rounded."""
+    x = embed(params, ids, config=config)
+    return (x.astype(jnp.float32) * weights[..., None]).sum(1).astype(x.dtype)
+
+
 def logits(
     params: Params, hidden: Float[Array, "B P D"], *, config: ModelConfig
 ) -> Float[Array, "B P V"]:

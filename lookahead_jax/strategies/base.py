@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.decoding.sampling import GREEDY, Sampling
 from lookahead_jax.decoding.step import Steer
 from lookahead_jax.strategies.rows import Rows
@@ -43,6 +44,10 @@ class Strategy:
     def slots(self, new_tokens: int) -> int:
         """Entries of its own text, of up to `new_tokens`, that a row's cache holds at once."""
         return new_tokens
+
+    def for_model(self, model: Model) -> "Strategy":
+        """The strategy as it continues with `model`; ValueError for a model that does not fit."""
+        return self
 
     def steering(
         self, texts: jax.Array, room: int, sampling: Sampling, vocab_size: int

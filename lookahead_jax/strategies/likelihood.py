@@ -25,10 +25,16 @@ class Listen:
     def __call__(
         self, state: Likelihood, logits: jax.Array, last: jax.Array
     ) -> tuple[Likelihood, jax.Array]:
-        rows, vocab = logits.shape
-        settings = sampling_rows([self.sampling] * rows, [0] * rows, vocab)
-        processed = process_logits(logits[:, None], TextSoFar(None, None), settings)[:, 0]
-        return Likelihood(jax.nn.log_softmax(processed), state.total + taken(state, last)), logits
+        log_p = log_distribution(logits, self.sampling)
+        return Likelihood(log_p, state.total + taken(state, last)), logits
+
+
+def log_distribution(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """What `sampling` draws from after raw `logits` [B, V], without penalties on the text."""
+    rows, vocab = logits.shape
+    settings = sampling_rows([sampling] * rows, [0] * rows, vocab)
+    processed = process_logits(logits[:, None], TextSoFar(None, None), settings)[:, 0]
+    return jax.nn.log_softmax(processed)
 
 
 def taken(state: Likelihood, tokens: jax.Array) -> jax.Array:

@@ -124,6 +124,7 @@ def search(
     sampling = _checked_sampling(strategy, sampling)
     _check_guides(strategy, reward, router, draft_model, model)
     verifier = _checked_verifier(strategy, verifier, model)
+    strategy = strategy.for_model(model)
     limits = _limits(most_tokens, most_forwards, strategy.rows * (2 if strategy.routes else 1))
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
@@ -190,7 +191,7 @@ def _opened(
         steer, steering = strategy.steering(texts, new_tokens, settings.sampling, config.vocab_size)
         if steer is not None:
             last = [row[-1] for row in batch.texts for _ in range(copies)]
-            steering, logits = steer(steering, logits, jnp.asarray(last, jnp.int32))
+            steering, logits = jax.jit(steer)(steering, logits, jnp.asarray(last, jnp.int32))
         packed = sampling_rows(
             [settings.sampling] * len(logits),
             place_seeds(settings.seeds, copies),
@@ -205,6 +206,8 @@ def _opened(
             seen=seen_tokens(texts, config.vocab_size) if packed.penalized else None,
             width=new_tokens,
         )
+        if state.done.committed:  # what is not placed as the rest compiles the second burst anew
+            steering = jax.device_put(steering, state.done.sharding)
         state = jax.block_until_ready(dataclasses.replace(state, steering=steering))
     return Rows(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
@@ -260,7 +263,7 @@ def _checked_sampling(strategy: Strategy, sampling: Sampling | None) -> Sampling
     if sampling is None:
         return strategy.default_sampling
     if strategy.draws and sampling.temperature == 0:
-        raise ValueError(f"{name} compares samples: give a temperature above 0, or no sampling")
+        raise ValueError(f"{name} draws samples: give a temperature above 0, or no sampling")
     if sampling.presence_penalty or sampling.frequency_penalty:
         raise ValueError(
             "lk.search takes back tokens, which presence_penalty and frequency_penalty would still "
