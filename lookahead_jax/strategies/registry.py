@@ -75,8 +75,7 @@ STRATEGIES = {
     "subtasks": Entry(
         "subtasks.Subtasks",
         "The inner working of finished subtasks leaves the cache, their conclusions stay (TIM).",
-
-
+    ),
     "think_router": Entry(
         "think_router.ThinkRouter",
         "While it thinks, samples where it is unsure, else a mean of token embeddings; lossy "
