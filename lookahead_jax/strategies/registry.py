@@ -58,6 +58,11 @@ STRATEGIES = {
         "Steps of a draft model, but the model's where a reward or a router says that these are "
         "better; lossy (Arbitrage).",
     ),
+    "hogwild": Entry(
+        "hogwild.Hogwild",
+        "Workers that write in parallel and read each other's texts as they grow (Hogwild! "
+        "Inference).",
+    ),
 }
 
 
@@ -95,7 +100,8 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"{key}={value} is not possible: choose {' or '.join(choices)}")
         return value
     if kind is str:
-        return str(value).replace("\\n", "\n") if key == "step" else str(value)
+        # A pattern has escapes of its own.
+        return str(value) if key == "pattern" else str(value).replace("\\n", "\n")
     try:
         return kind(str(value))
     except ValueError:

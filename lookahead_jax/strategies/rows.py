@@ -182,6 +182,11 @@ class Rows:
         """Does not count the last token of the rows [R] bool, which nothing will follow."""
         self._spend(-rows.astype(np.int64), np.zeros(len(self.texts), np.int64))
 
+    def affords(self, group: int, tokens: int) -> bool:
+        """Whether a prompt may add `tokens` to its texts before a step of all its rows."""
+        left = self._left()[group]
+        return bool(tokens + self._active()[group] <= left[0] and left[1] >= 1)
+
     def restore(self, state: DecodeState) -> None:
         """Goes back to a copy of an earlier state, without paused rows; what was spent stays so."""
         # The copy's prompt has been donated since; it is that of the present state.
