@@ -28,7 +28,7 @@ from tests import reference, tiny
 
 FULL = make_policy("full")
 PROMPTS = ["abc def", "hello hello world"]
-NEW = 24
+NEW = 28
 
 
 class Workers:
@@ -72,7 +72,7 @@ class Workers:
                 inner = reference.norm(x[i], p["mlp_norm"], config)
                 gated = reference.activation(inner @ p["gate"], "silu") * (inner @ p["up"])
                 x[i] = x[i] + gated @ p["down"]
-        last = np.stack([row[-1] for row in x])
+        last = np.stack([row[-1] if len(row) else 0 * table[0] for row in x])
         return reference.norm(last, self.weights["final_norm"], config) @ table.T
 
     def attend(self, p, index, q, seen):
@@ -121,11 +121,10 @@ def mixed():
     )  # fmt: skip
 
 
-def opened(params, config, prompts, **settings):
+def opened(params, config, prompts, policy=FULL, **settings):
     tokens = jnp.asarray(pad_batch(prompts, config=config))
-    return prefill(
-        params, tokens, config=config, policy=FULL, budget=64, slots=128, **settings
-    ).cache
+    read = prefill(params, tokens, config=config, policy=policy, budget=12, slots=128, **settings)
+    return read.cache
 
 
 def in_rows(texts):
@@ -138,12 +137,16 @@ def in_rows(texts):
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_rows_that_write_in_turn_write_one_text(cache_dtype):
-    """Row 0 writes, then row 2 behind it, then row 1 behind both: each reads one text."""
+    """Row 0 writes, then row 2 behind it, then row 1 behind both: each reads one text.
+
+    They follow a cut prompt, whose heads keep different entries.
+    """
     config = mixed()
     if cache_dtype:  # a key is rounded as it is rotated: without RoPE both texts have the same
         config = dataclasses.replace(config, layer_rope=(1, 1, 1))
     params = tiny.params(config)
-    plain = opened(params, config, tiny.prompts((20, 12)), cache_dtype=cache_dtype)
+    snapkv = make_policy("snapkv", window=4)
+    plain = opened(params, config, tiny.prompts((20, 15)), snapkv, cache_dtype=cache_dtype)
     together = plain.fork(1).branch(3, slots=16, concurrent=True)
     for row in (0, 2, 1):
         texts = tiny.prompts((5, 3), seed=row)
@@ -170,3 +173,134 @@ def test_rows_that_write_together_see_each_other_at_once():
         expected = [workers.read(texts[3 * g : 3 * g + 3]) for g, workers in enumerate(restated)]
         # float32 through three layers, logits of up to 20
         np.testing.assert_allclose(logits, np.concatenate(expected), atol=1e-4)
+
+
+def draw(logits, seed, position):
+    """Gumbel-max at temperature 1.5 with the noise of (seed, position)."""
+    key = jax.random.fold_in(jax.random.key(np.uint32(seed)), position)
+    return int(np.argmax(logits / 1.5 + np.asarray(jax.random.gumbel(key, logits.shape))))
+
+
+def restated(model, prompt, strategy, seed, ends=()):
+    """The loop of the source's full example, and how often it has read.
+
+    A text of NEW tokens stays as it is; the first end token ends all texts.
+    """
+    ids = functools.partial(model.tokenizer.encode, special=False)
+    workers = Workers(float64(model.params), model.config, ids(prompt), strategy.n)
+    texts, seeds = [ids(text) for text in strategy.prefixes], place_seeds([seed], strategy.n)
+    inputs, begins = [list(text) for text in texts], [0] * strategy.n
+    since = reads = 0
+    while any(inputs):
+        logits, reads = workers.read(inputs), reads + 1
+        running = [i for i in range(strategy.n) if inputs[i]]
+        for i in running:
+            texts[i].append(draw(logits[i], seeds[i], len(ids(prompt)) + len(texts[i])))
+        if any(texts[i][-1] in ends for i in running):
+            break
+        inputs = [[] for _ in texts]
+        for i in running:
+            if len(texts[i]) == NEW:
+                continue
+            inputs[i], paragraph = texts[i][-1:], model.tokenizer.decode(texts[i])[begins[i] :]
+            text, found, after = paragraph.rpartition(strategy.step)
+            if found and not after and text.strip().endswith(hogwild.SENTENCE_ENDS):
+                begins[i] += len(paragraph)
+                if since > strategy.check_every and len(texts[i]) + len(strategy.check) < NEW:
+                    inputs[i], since = [*inputs[i], *ids(strategy.check)], 0
+                    texts[i] += ids(strategy.check)
+            since += len(inputs[i])
+    return texts, reads
+
+
+def found(model, strategy, prompts=tuple(PROMPTS), **options):
+    settings: dict[str, Any] = {"policy": FULL, "max_new_tokens": NEW, "eos_ids": (), **options}
+    return search(model, list(prompts), strategy=strategy, **settings)
+
+
+SHORT: dict[str, Any] = dict(
+    names="A,Bo", prefix="{name}/{others}:", lead="!", check="?=", check_every=5
+)
+
+
+def test_workers_write_what_the_source_writes(model, monkeypatch):
+    """Prefixes, checks after paragraphs and the first end token, in any batch, within limits."""
+    monkeypatch.setattr(hogwild, "SENTENCE_ENDS", tuple(map(chr, range(33, 110))))
+    strategy, decode = Hogwild(**SHORT, step="6"), model.tokenizer.decode
+    options: dict[str, Any] = dict(sampling=Sampling(temperature=1.5), seeds=[1, 2])
+    whole = [restated(model, p, strategy, s)[0] for p, s in zip(PROMPTS, [1, 2], strict=True)]
+    checked = [["?=" in decode(text) for text in texts] for texts in whole]
+    assert all(checked[0])
+    assert any(checked[1])
+    ends = (whole[0][1][-6],)
+    result = found(model, strategy, eos_ids=ends, **options)
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, [1, 2], strict=True)):
+        texts, reads = restated(model, prompt, strategy, seed, ends)
+        assert [c.tokens for c in result.candidates[i]] == texts
+        ended = [float(text[-1] in ends) for text in texts]
+        assert [c.score for c in result.candidates[i]] == ended
+        assert result.chosen[i] == int(np.argmax(ended))
+        assert (result.work[i].tokens, result.work[i].forwards) == (sum(map(len, texts)), reads)
+    assert result.finish == ["eos", "length"]
+    entry = model.config.num_layers * model.config.num_kv_heads * (2 * model.config.head_dim + 1)
+    assert result.cache_bytes == 2 * (1 + strategy.n) * 128 * entry * 4  # each prompt once
+    swapped = found(model, strategy, PROMPTS[::-1], eos_ids=ends, **{**options, "seeds": [2, 1]})
+    assert swapped.candidates == result.candidates[::-1]
+
+    begun = [len(text) for text in strategy.prefixes]
+    few = found(model, strategy, most_forwards=4, **options)
+    for texts, candidates in zip(whole, few.candidates, strict=True):
+        expected = [text[: n + 4] for text, n in zip(texts, begun, strict=True)]
+        assert [c.tokens for c in candidates] == expected
+    for most in (30, 31):
+        work = found(model, strategy, most_tokens=most, **options).work
+        assert all(w.tokens is not None and most - 2 < w.tokens <= most for w in work)
+
+
+def test_one_worker_decodes_as_usual(model):
+    sampling = Sampling(temperature=0.8)
+    alone = make_strategy("hogwild", n=1, prefix="", check="")
+    result = found(model, alone, sampling=sampling, seeds=[5, 6])
+    plain = generate(
+        model, PROMPTS, policy=FULL, max_new_tokens=NEW, eos_ids=(), sampling=sampling, seeds=[5, 6]
+    )
+    assert result.tokens == plain.tokens
+    assert result.cache_bytes == 2 * plain.cache.bytes
+
+
+def test_prefixes_name_the_workers():
+    """As in the source's basic example; settings of a command line have line breaks."""
+    assert Hogwild().prefixes == [
+        "\n\n# Alice workspace\n\nI am Alice. Let's solve this together, Bob. Here's how we should "
+        "collaborate:",
+        "\n\n# Bob workspace\n\nI am Bob. Let's solve this together, Alice.",
+    ]
+    strategy: Any = make_strategy("hogwild", n="3", names="X, Y,Z", prefix="\\n{name}:{others}")
+    assert strategy.prefixes[1:] == ["\nY:X and Z", "\nZ:X and Y"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"n": 0}, "strategy hogwild: n=0 is too small"),
+        ({"check_every": -1}, "check_every=-1 is too small"),
+        ({"step": ""}, "step is empty: give the string that ends a paragraph"),
+        ({"n": 5}, "names=Alice,Bob,Carol,Dave has too few for n=5: give one per worker"),
+    ],
+)
+def test_impossible_settings_are_named(settings, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_strategy("hogwild", **settings)
+
+
+def test_what_does_not_fit_is_refused(model):
+    short = Hogwild(**SHORT)
+    with pytest.raises(ValueError, match=f"prefix has {NEW} tokens: give max_new_tokens of more"):
+        found(model, Hogwild(**{**SHORT, "prefix": "x" * (NEW - 1)}))
+    with pytest.raises(ValueError, match="have 11 tokens: give most_tokens of at least 13"):
+        found(model, short, most_tokens=12)
+    with pytest.raises(ValueError, match="repetition_penalty would still count: leave it 1"):
+        found(model, short, sampling=Sampling(repetition_penalty=1.1))
+    silent = dataclasses.replace(model, tokenizer=None)
+    with pytest.raises(ValueError, match="prefix and check are texts, and this model has no tokenizer"):
+        found(silent, short, [[1, 2, 3, 4, 5, 6, 7], [8] * 17])
