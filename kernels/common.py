@@ -85,11 +85,11 @@ def joined(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     whole = functools.reduce(jnp.logaddexp, [lse for _, lse in parts])
     seen = whole > -jnp.inf
 
-    def share(out, lse):
-        part = jnp.where(seen, jnp.exp(lse - jnp.where(seen, whole, 0.0)), 0.0).swapaxes(1, 2)
-        return out.astype(jnp.float32) * part[..., None]
+    def share(part):
+        return jnp.where(seen, jnp.exp(part - jnp.where(seen, whole, 0.0)), 0.0).swapaxes(1, 2)
 
-    mixed = functools.reduce(jnp.add, [share(*part) for part in parts])
+    mixed = [out.astype(jnp.float32) * share(lse)[..., None] for out, lse in parts]
+    mixed = functools.reduce(jnp.add, mixed)
     return mixed.astype(parts[0][0].dtype), whole
 
 
