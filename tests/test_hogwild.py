@@ -194,6 +194,7 @@ def restated(model, prompt, strategy, seed, ends=()):
     since = reads = 0
     while any(inputs):
         logits, reads = workers.read(inputs), reads + 1
+        logits[:, ids("!")] -= 100
         running = [i for i in range(strategy.n) if inputs[i]]
         for i in running:
             texts[i].append(draw(logits[i], seeds[i], len(ids(prompt)) + len(texts[i])))
@@ -220,7 +221,12 @@ def found(model, strategy, prompts=tuple(PROMPTS), **options):
 
 
 SHORT: dict[str, Any] = dict(
-    names="A,Bo", prefix="{name}/{others}:", lead="!", check="?=", check_every=5
+    names="A,Bo",
+    prefix="{name}/{others}:",
+    lead="!",
+    check="?=",
+    check_every=5,
+    forbidden="!,<none>",
 )
 
 
@@ -260,7 +266,7 @@ def test_workers_write_what_the_source_writes(model, monkeypatch):
 
 def test_one_worker_decodes_as_usual(model):
     sampling = Sampling(temperature=0.8)
-    alone = make_strategy("hogwild", n=1, prefix="", check="")
+    alone = make_strategy("hogwild", n=1, prefix="", check="", forbidden="")
     result = found(model, alone, sampling=sampling, seeds=[5, 6])
     plain = generate(
         model,
@@ -309,7 +315,5 @@ def test_what_does_not_fit_is_refused(model):
     with pytest.raises(ValueError, match="repetition_penalty would still count: leave it 1"):
         found(model, short, sampling=Sampling(repetition_penalty=1.1))
     silent = dataclasses.replace(model, tokenizer=None)
-    with pytest.raises(
-        ValueError, match="prefix and check are texts, and this model has no tokenizer"
-    ):
+    with pytest.raises(ValueError, match="are texts, and this model has no tokenizer"):
         found(silent, short, [[1, 2, 3, 4, 5, 6, 7], [8] * 17])

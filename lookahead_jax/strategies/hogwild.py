@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.decoding.sampling import Sampling, TextSoFar, choose_tokens, process_logits
+from lookahead_jax.decoding.sampling import (
+    MAX_BIAS,
+    Sampling,
+    SamplingRows,
+    TextSoFar,
+    choose_tokens,
+    process_logits,
+)
 from lookahead_jax.decoding.state import DecodeState, emit
 from lookahead_jax.decoding.step import Steer
 from lookahead_jax.decoding.tree import Accepted
@@ -32,11 +39,12 @@ class Hogwild(Strategy):
     {name} is its own of the `names` and {others} those of the others; that of the first also has
     `lead`. Where a worker ends a paragraph (`step`, after the end of a sentence) and all workers
     together have added more than `check_every` tokens since the last time, `check` is added to its
-    text; an empty `check` is never added. What is added counts as written. The first worker that
-    ends is chosen, and the others stop there. (Rodionov et al. 2025, arXiv:2504.06261; prefix and
-    greedy choice of their basic example, check of their full one. Left out: the rules of
-    collaboration, which belong in the prompt, the separator between the others' texts and the own,
-    and the tokens that they forbid, end tokens among them.)
+    text. What is added counts as written; an empty prefix or check is not added. After the prefix
+    no worker chooses one of the tokens `forbidden`, such as the beginning of another's prefix. The
+    first worker that ends is chosen, and the others stop there. (Rodionov et al. 2025,
+    arXiv:2504.06261; prefix, forbidden tokens and greedy choice of their basic example, check of
+    their full one. Left out: the rules of collaboration, which belong in the prompt, and the
+    separator between the others' texts and the own. Unlike there, end tokens may be chosen.)
     """
 
     draws: ClassVar[bool | None] = None
@@ -48,6 +56,7 @@ class Hogwild(Strategy):
     check: str = "Quick check: am I doing redundant work? (yes/no): "
     check_every: int = 256
     step: str = "\n\n"
+    forbidden: str = "#,</think>"
 
     def __post_init__(self) -> None:
         check_at_least("n", self.n, 1)
@@ -115,13 +124,18 @@ class Hogwild(Strategy):
 
     def _introduce(self, rows: Rows) -> list[int]:
         """Begins all texts with their prefixes; the tokens of the check."""
-        if not (self.prefix or self.check):
+        if not (self.prefix or self.check or self.forbidden):
             return []
         tokenizer: Any = rows.model.tokenizer
         if tokenizer is None:
             raise ValueError(
-                "prefix and check are texts, and this model has no tokenizer.json: give both as ''"
+                "prefix, check and forbidden are texts, and this model has no tokenizer.json: give "
+                "'' for each"
             )
+        known = [tokenizer.token_id(token) for token in self.forbidden.split(",") if token]
+        if ids := [token for token in known if token is not None]:
+            sampling = _forbidding(rows.state.sampling, ids)
+            rows.replace(dataclasses.replace(rows.state, sampling=sampling))
         if self.prefix:
             prefixes = [tokenizer.encode_behind(text) for text in self.prefixes]
             total, longest = sum(map(len, prefixes)), max(map(len, prefixes))
@@ -137,7 +151,7 @@ class Hogwild(Strategy):
                     f"{total + self.n}, or a shorter prefix"
                 )
             _say(rows, prefixes * len(rows.groups))
-        return tokenizer.encode_behind(self.check)
+        return tokenizer.encode_behind(self.check) if self.check else []
 
     def _ends_paragraph(self, output: OutputRow, begin: int) -> bool:
         """Whether the last token completes a paragraph that ends with a sentence."""
@@ -169,6 +183,18 @@ def _padded(texts: list[list[int]]) -> jax.Array:
     for row, text in zip(tokens, texts, strict=True):
         row[: len(text)] = text
     return jnp.asarray(tokens)
+
+
+def _forbidding(sampling: SamplingRows, ids: list[int]) -> SamplingRows:
+    """Settings that make the tokens `ids` all but impossible, by the source's bias."""
+    rows = sampling.seed.shape[0]
+    more = jnp.broadcast_to(jnp.asarray([ids], jnp.int32), (rows, len(ids)))
+    return dataclasses.replace(
+        sampling,
+        bias_ids=jnp.concatenate([sampling.bias_ids, more], axis=1),
+        bias=jnp.concatenate([sampling.bias, jnp.full(more.shape, -MAX_BIAS)], axis=1),
+        biased=True,
+    )
 
 
 def _without_text(state: DecodeState) -> DecodeState:
