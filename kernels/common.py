@@ -4,6 +4,7 @@ Letters: B batch, P (or M) rows of a block, N query heads, K KV heads, G = N / K
 S (or T) slots.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -76,23 +77,20 @@ def with_sinks(
     return (out.astype(jnp.float32) * share).astype(out.dtype), jnp.logaddexp(lse, sink)
 
 
-def joined(
-    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Attention over two sets of keys, from output [B, P, N, H] and log-sum-exp [B, N, P] of each.
+def joined(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention over several sets of keys, from the output and log-sum-exp [B, N, P] of each.
 
-    out = sum_i out_i * exp(lse_i) / sum_i exp(lse_i). A row that sees nothing in both stays 0.
+    out = sum_i out_i * exp(lse_i) / sum_i exp(lse_i). A row that sees nothing in any stays 0.
     """
-    (out, lse), (other, other_lse) = first, second
-    both = jnp.logaddexp(lse, other_lse)
-    seen = both > -jnp.inf
+    whole = functools.reduce(jnp.logaddexp, [lse for _, lse in parts])
+    seen = whole > -jnp.inf
 
     def share(part):
-        return jnp.where(seen, jnp.exp(part - jnp.where(seen, both, 0.0)), 0.0).swapaxes(1, 2)
+        return jnp.where(seen, jnp.exp(part - jnp.where(seen, whole, 0.0)), 0.0).swapaxes(1, 2)
 
-    mixed = out.astype(jnp.float32) * share(lse)[..., None]
-    mixed += other.astype(jnp.float32) * share(other_lse)[..., None]
-    return mixed.astype(out.dtype), both
+    mixed = [out.astype(jnp.float32) * share(lse)[..., None] for out, lse in parts]
+    mixed = functools.reduce(jnp.add, mixed)
+    return mixed.astype(parts[0][0].dtype), whole
 
 
 def visible_by_position(

@@ -41,6 +41,7 @@ class KVCache:
     shared: "KVCache | None" = (
         None  # of B / n rows: row b also sees the entries of row b // n there
     )
+    concurrent: bool = struct.field(pytree_node=False, default=False)  # those n see one another's
 
     @property
     def slots(self) -> int:
@@ -90,14 +91,17 @@ class KVCache:
             rope_span=change(self.rope_span, 0),
         )
 
-    def branch(self, copies: int, *, slots: int, layers: int | None = None) -> "KVCache":
+    def branch(
+        self, copies: int, *, slots: int, layers: int | None = None, concurrent: bool = False
+    ) -> "KVCache":
         """A new cache of `copies` rows for each row, all of which read the entries of that row.
 
         Nothing is copied: this cache becomes the `shared` part of the new one, and what the new
         rows write goes into `slots` of their own (rounded up to a multiple of SLOT_MULTIPLE). The
         memory is that of this cache, once, and of the slots of each row; with `layers`, these are
-        slots of the first so many layers only. A call that donates the new cache donates this one
-        with it. Raises ValueError for fewer than one copy, for a cache
+        slots of the first so many layers only. `concurrent` rows of a prompt also read what the
+        others write (model/concurrent.py). A call that donates the new cache donates this one with
+        it. Raises ValueError for fewer than one copy, for a cache
         that branches already, and for one that was donated.
         """
         if copies < 1:
@@ -113,6 +117,7 @@ class KVCache:
             jnp.repeat(self.next_pos, copies),
             jnp.repeat(self.rope_span, copies),
             shared=self,
+            concurrent=concurrent,
         )
 
 
@@ -149,6 +154,7 @@ def _empty(
     rope_span: jax.Array,
     *,
     shared: KVCache | None = None,
+    concurrent: bool = False,
 ) -> KVCache:
     scaled = jnp.dtype(dtype) == jnp.int8
     return KVCache(
@@ -161,6 +167,7 @@ def _empty(
         next_pos=next_pos,
         rope_span=rope_span,
         shared=shared,
+        concurrent=concurrent,
     )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from lookahead_jax.kernels.layer_count_cpu import noted
 from lookahead_jax.model.cache import KVCache
+from lookahead_jax.model.concurrent import Views, attend_views, views_of
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.context import Context, cache_in_place
 from lookahead_jax.model.experts import experts_mlp
@@ -239,10 +240,12 @@ def layer_step(
     context: Context | None,
     config: ModelConfig,
     packing: Packing | None = None,
+    views: Views | None = None,
 ) -> tuple[jax.Array, Projections]:
     """One decoder layer over a block: the next residual stream and the block's projections.
 
     With a `packing` the stream has the packed rows [1, N, D], the projections those of the block.
+    `views` are those of rows that read each other.
     """
     (proj,) = project_qkv(p, [stream], kind, config=config)
     proj = proj if packing is None else packing.unpacked(proj)
@@ -250,10 +253,15 @@ def layer_step(
         proj = as_stored(proj)
     if visible is None:
         out, lse = causal(proj, kind, config), None
-    else:
+    elif views is None or context is None:
         out, lse = attend_block(
             proj, kind, positions=positions, visible=visible, context=context, config=config
         )
+    else:
+        out, lse = attend_views(
+            proj, kind, positions=positions, visible=visible, context=context, config=config,
+            views=views,
+        )  # fmt: skip
     out = out if packing is None else packing.pack(out)
     return feed_forward(p, [stream], [out], config=config)[0], proj._replace(lse=lse)
 
@@ -282,9 +290,13 @@ def forward(
     (Elhoushi et al. 2024, arXiv:2404.16710). The keys and values returned are those of these
     layers. `exits` are numbers of layers: the result also has the hidden states that early exits
     after them would return.
-    Raises ValueError for a cache that an earlier call has consumed.
+    Raises ValueError for a cache that an earlier call has consumed, and for a block with a mask of
+    its own (a drafted tree) behind rows that read each other.
     """
     check_not_donated("forward", cache)
+    if cache is not None and cache.concurrent and block.visible is not None:
+        raise ValueError("rows that read each other read texts, not trees: leave the drafter out")
+    views = None if cache is None else views_of(block.positions, cache, config=config)
     cos, sin = rope_tables(config, block.positions, block.rope_span)
     visible, packing, x = block_visible(block), block.packing, block.x
     if packing is not None:
@@ -297,7 +309,7 @@ def forward(
         x, proj = layer_step(
             p, Stream(x, cos, sin, lora), kind,
             positions=block.positions, visible=visible, context=context, config=config,
-            packing=packing,
+            packing=packing, views=views,
         )  # fmt: skip
         left = tuple(
             jnp.where(kind.index + 1 == number, x, other)

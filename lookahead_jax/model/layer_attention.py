@@ -75,14 +75,14 @@ def attend_block(
     own = Own(proj.k, proj.v, visible, own_scales(proj))
     shared = None if context is None else context.shared
     sinks = proj.sinks if shared is None else None
-    out, lse = _attend(proj.q, own, positions, context, sinks, kind=kind, config=config)
+    out, lse = attend_context(proj.q, own, positions, context, sinks, kind=kind, config=config)
     if shared is None:
         return out, lse
     there = attend_shared(proj.q, own, positions, shared, kind=kind, config=config)
     return with_sinks(*joined((out, lse), there), proj.sinks)
 
 
-def _attend(
+def attend_context(
     q: jax.Array,
     own: Own,
     positions: jax.Array,
@@ -135,7 +135,7 @@ def attend_shared(
         jnp.zeros((groups, copies * width, copies * width), bool),
         None if own.scales is None else (beside(own.scales[0]), beside(own.scales[1])),
     )
-    out, lse = _attend(
+    out, lse = attend_context(
         q.reshape(groups, copies * width, *q.shape[2:]), hidden,
         positions.reshape(groups, copies * width), shared, None, kind=kind, config=config,
     )  # fmt: skip

@@ -31,6 +31,8 @@ class Strategy:
     """Whether rows must be sampled; the others must be greedy. None: they may be either."""
     reads_reward: ClassVar[bool] = False
     """Whether it compares texts by the caller's reward."""
+    concurrent: ClassVar[bool] = False
+    """Whether the rows of a prompt read what the others write, as they write it."""
     routes: ClassVar[bool] = False
     """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
     verifies: ClassVar[bool] = False

@@ -81,6 +81,11 @@ STRATEGIES = {
         "While it thinks, samples where it is unsure, else a mean of token embeddings; lossy "
         "(ThinkRouter).",
     ),
+    "hogwild": Entry(
+        "hogwild.Hogwild",
+        "Workers that write in parallel and read each other's texts as they grow (Hogwild! "
+        "Inference).",
+    ),
 }
 
 
@@ -118,6 +123,7 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"{key}={value} is not possible: choose {' or '.join(choices)}")
         return value
     if kind is str:
+        # A pattern has escapes of its own.
         return str(value) if key == "pattern" else str(value).replace("\\n", "\n")
     try:
         return kind(str(value))

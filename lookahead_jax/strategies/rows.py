@@ -188,6 +188,14 @@ class Rows:
         """Does not count the last token of the rows [R] bool, which nothing will follow."""
         self._spend(-rows.astype(np.int64), np.zeros(len(self.texts), np.int64))
 
+    def affords(self, group: int, tokens: int, *, forwards: int = 1) -> bool:
+        """Whether a prompt may add `tokens` to its texts before a step of all its rows.
+
+        `forwards` are the steps that both need.
+        """
+        left = self._left()[group]
+        return bool(tokens + self._active()[group] <= left[0] and left[1] >= forwards)
+
     def restore(self, state: DecodeState) -> None:
         """Goes back to a copy of an earlier state, without paused rows; what was spent stays so."""
         # The copy's prompt has been donated since; it is that of the present state.
@@ -241,11 +249,6 @@ class Rows:
         if not 0 <= chance <= 1:
             raise ValueError(f"the verifier returned {chance}: it must return a probability")
         return chance > 0.5
-
-    def affords(self, row: int, tokens: int, forwards: int) -> bool:
-        """Whether the limits leave so much work for the prompt of a row."""
-        left = self._left()[row // self.copies]
-        return bool(left[0] >= tokens and left[1] >= forwards)
 
     def rng(self, group: int, turn: int) -> np.random.Generator:
         """The random numbers of a prompt's `turn`-th choice on the host."""

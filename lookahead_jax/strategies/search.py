@@ -151,8 +151,9 @@ def search(
     )
     cache_bytes = rows.state.cache.bytes + (0 if beside is None else beside.state.cache.bytes)
     ranked = strategy.run(rows)
-    longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows).max(1)
-    longest = np.minimum(longest, strategy.slots(max_new_tokens))
+    written = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows)
+    written = np.minimum(written, strategy.slots(max_new_tokens))
+    longest = written.sum(1) if strategy.concurrent else written.max(1)
     lengths = [len(text) for text in batch.texts]
     warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
     return _result(rows, ranked, [len(row) for row in batch.prompts], cache_bytes)
@@ -181,7 +182,8 @@ def _opened(
         model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
         new_tokens=copies * slots,
     )  # fmt: skip
-    announce(eviction.policy, eviction.budget, batch.longest + slots, config)
+    follows = slots * (copies if strategy.concurrent else 1)
+    announce(eviction.policy, eviction.budget, batch.longest + follows, config)
     with reading(sum(map(len, batch.texts)), config):
         opened = read_batch(
             model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts
@@ -198,7 +200,7 @@ def _opened(
             config.vocab_size,
         )
         state = start(
-            opened.cache.branch(copies, slots=slots),
+            opened.cache.branch(copies, slots=slots, concurrent=strategy.concurrent),
             logits,
             sampling=packed,
             limit=jnp.full(len(logits), new_tokens, jnp.int32),

@@ -108,7 +108,7 @@ class TrimR(Strategy):
         asked = np.zeros(len(texts), bool)
         for row, tokens in added.items():
             room = int(rows.state.limit[row]) - len(texts[row])
-            if len(tokens) < room and rows.affords(row, len(tokens) + 1, forwards=2):
+            if len(tokens) < room and rows.affords(row, len(tokens), forwards=2):
                 texts[row] += tokens
                 asked[row] = True
         if not asked.any():
