@@ -27,8 +27,8 @@ class Strategy:
     """How tokens are chosen unless the caller says."""
     draws: ClassVar[bool | None] = False
     """Whether rows must be sampled; the others must be greedy. None: they may be either."""
-    reads_reward: ClassVar[bool] = False
-    """Whether it compares texts by the caller's reward."""
+    reads_reward: ClassVar[bool | None] = False
+    """Whether it compares texts by the caller's reward. None: where there is one."""
     routes: ClassVar[bool] = False
     """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
 
