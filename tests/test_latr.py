@@ -23,10 +23,12 @@ SETTINGS: dict[str, Any] = dict(n=N, width=3, absolute=0.05, relative=0.6, tree_
 SETTINGS |= dict(symbols="+-=0123456789", pattern="[a-z]")
 LIKE = make_strategy("latr", **SETTINGS, lookahead="2,5", distance=1.0)
 ALL = make_strategy("latr", **SETTINGS, lookahead="5", distance=1.5)  # none is far enough
+AT_ONCE = make_strategy("latr", **SETTINGS, lookahead="1", distance=1.5)
 CASES = [
     # The prompts' trees have all that a tree can have, in these numbers.
     (LIKE, ["q: why?", "1 + 1 =", "yes or no", "(a) b"], dict(stayed=8, full=1, few=1)),
     (ALL, ["abc def", "the cat", "1 + 1 =", "yes or no"], dict(descendants=3)),
+    (AT_ONCE, ["q: why?", "Once upon", "abc def", "zz"], dict(ended=3)),
 ]
 SEEDS = [3, 8, 5, 4]
 
