@@ -236,7 +236,7 @@ def particles(model, read, prompt, seed, step, max_steps, entropic, ahead):
     """
     text_of, start = model.tokenizer.decode, ids(model, prompt)
     places, spent = place_seeds([seed], ROWS), 0
-    others = [int(np.random.SeedSequence([s, 1]).generate_state(1)[0]) for s in places]
+    others = [int(np.random.SeedSequence([s, 2**32 - 1]).generate_state(1)[0]) for s in places]
 
     def longer(text, place):
         nonlocal spent

@@ -153,7 +153,8 @@ class EntropicParticleFilter(ParticleFilter):
 
 def _successor_seeds(seeds: np.ndarray) -> np.ndarray:
     """Other noise for each row: a particle's next step is not the one that was looked at."""
-    draws = [np.random.SeedSequence([int(seed), 1]).generate_state(1)[0] for seed in seeds]
+    place = 2**32 - 1  # no row of a prompt is there (`place_seeds`)
+    draws = [np.random.SeedSequence([int(seed), place]).generate_state(1)[0] for seed in seeds]
     return np.array(draws, seeds.dtype)
 
 
