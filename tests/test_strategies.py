@@ -229,44 +229,68 @@ def test_self_consistency_counts_answers(model, read):
     assert [answer(t) for t in ("1, then 2,345.0!", "-7", "none")] == ["2345.0", "-7", None]
 
 
-def particles(model, read, prompt, seed, step, max_steps, entropic):
-    """its_hub's loop: propagate, score, resample with replacement, until all have stopped."""
+def particles(model, read, prompt, seed, step, max_steps, entropic, ahead):
+    """its_hub's loop: propagate, score, resample with replacement, until all have stopped.
+
+    With `ahead`, each particle's weight is multiplied by that of a step more, which is forgotten.
+    """
     text_of, start = model.tokenizer.decode, ids(model, prompt)
-    places = place_seeds([seed], ROWS)
+    places, spent = place_seeds([seed], ROWS), 0
+    others = [int(np.random.SeedSequence([s, 2**32 - 1]).generate_state(1)[0]) for s in places]
+
+    def longer(text, place):
+        nonlocal spent
+        begin = len(text_of(text))
+        while len(text) < NEW and step not in text_of(text)[begin:]:
+            text, spent = [*text, draw(read, start, text, place, 0.8)], spent + 1
+        r = np.clip(reward(prompt, text_of(text)), 1e-7, 1 - 1e-7)
+        return text, np.log(r / (1 - r))
+
     texts, stopped, weights = [[] for _ in range(ROWS)], [False] * ROWS, [0.0] * ROWS
     for turn in itertools.count(1):
         for row in range(ROWS):
-            if stopped[row]:
-                continue
-            begin = len(text_of(texts[row]))
-            while len(texts[row]) < NEW and step not in text_of(texts[row])[begin:]:
-                texts[row] = [*texts[row], draw(read, start, texts[row], places[row], 0.8)]
-            stopped[row] = len(texts[row]) == NEW or turn == max_steps
-            r = np.clip(reward(prompt, text_of(texts[row])), 1e-7, 1 - 1e-7)
-            weights[row] = np.log(r / (1 - r))
-        p = np.exp(log_softmax(np.array(weights)))
+            if not stopped[row]:
+                texts[row], weights[row] = longer(texts[row], places[row])
+                stopped[row] = len(texts[row]) == NEW or turn == max_steps
+        total = np.array(weights)
+        if ahead and not all(stopped):
+            total += [
+                weights[row] if stopped[row] else longer(texts[row], others[row])[1]
+                for row in range(ROWS)
+            ]
+        p = np.exp(log_softmax(total))
         share = 1 / (p**2).sum() / ROWS
         if entropic and share < 0.5 and turn / max_steps < 0.5:
             heat = max(1.0, (1 - turn / max_steps) / share)
-            p = np.exp(log_softmax(np.array(weights) / heat))
+            p = np.exp(log_softmax(total / heat))
         index = np.random.default_rng([seed, turn]).choice(ROWS, ROWS, p=p)
         texts, stopped, weights = ([a[i] for i in index] for a in (texts, stopped, weights))
         if all(stopped):
-            return texts, weights, turn
+            return texts, weights, turn, spent
     raise AssertionError
 
 
-@pytest.mark.parametrize("name", ["particles", "entropic_particles"])
-def test_particles_restated(model, read, name):
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("particles", {}),
+        ("entropic_particles", {}),
+        ("entropic_particles", {"look_ahead": "on"}),
+    ],
+)
+def test_particles_restated(model, read, name, settings):
     samples = [sample(read, ids(model, p), s, 0.8) for p in PROMPTS for s in place_seeds([3], ROWS)]
     common = collections.Counter(v for text in samples for v in text if v < 94).most_common(1)
     step = model.tokenizer.decode([common[0][0]])
-    strategy = make_strategy(name, n=ROWS, step=step, max_steps=5)
-    result = found(model, strategy, reward=reward, seeds=[3, 4])
+    strategy = make_strategy(name, n=ROWS, step=step, max_steps=5, **settings)
+    result = found(model, strategy, reward=reward, seeds=[2, 5])
     turns = 0
-    for i, (prompt, seed) in enumerate(zip(PROMPTS, [3, 4], strict=True)):
+    for i, (prompt, seed) in enumerate(zip(PROMPTS, [2, 5], strict=True)):
         entropic = name == "entropic_particles"
-        texts, weights, turn = particles(model, read, prompt, seed, step, 5, entropic)
+        texts, weights, turn, spent = particles(
+            model, read, prompt, seed, step, 5, entropic, bool(settings)
+        )
+        assert result.work[i].tokens == spent
         assert [c.tokens for c in result.candidates[i]] == texts
         assert result.chosen[i] == int(np.argmax(weights))
         np.testing.assert_allclose(
@@ -274,8 +298,14 @@ def test_particles_restated(model, read, name):
         )
         turns = max(turns, turn)
     assert turns > 1, "some particle has made more than one step"
+    if settings:
+        myopic = make_strategy(name, n=ROWS, step=step, max_steps=5)
+        before = found(model, myopic, reward=reward, seeds=[2, 5])
+        assert before.candidates != result.candidates, "the look ahead has changed a choice"
+    few = found(model, strategy, reward=reward, seeds=[2, 5], most_tokens=16)
+    assert all(work.tokens is not None and 16 - ROWS < work.tokens <= 16 for work in few.work)
     # Neither the other prompt nor its place in the batch matters.
-    alone = found(model, strategy, [PROMPTS[1]], reward=reward, seeds=[4])
+    alone = found(model, strategy, [PROMPTS[1]], reward=reward, seeds=[5])
     assert [c.tokens for c in alone.candidates[0]] == [c.tokens for c in result.candidates[1]]
     assert alone.work == result.work[1:]
 

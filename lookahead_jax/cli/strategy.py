@@ -66,7 +66,7 @@ class StrategyOptions:
         if strategy.reads_reward and reward is None and router is None:
             also = " or --router FILE.py:NAME" if strategy.routes else ""
             raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME{also}")
-        if reward is not None and not strategy.reads_reward:
+        if reward is not None and strategy.reads_reward is False:
             raise UsageError(f"--strategy {self.strategy} compares no rewards: leave --reward out")
         if options.drafting.drafter != "none":
             raise UsageError("--strategy decodes without a drafter: leave --drafter out")

@@ -29,8 +29,8 @@ class Strategy:
     """How tokens are chosen unless the caller says."""
     draws: ClassVar[bool | None] = False
     """Whether rows must be sampled; the others must be greedy. None: they may be either."""
-    reads_reward: ClassVar[bool] = False
-    """Whether it compares texts by the caller's reward."""
+    reads_reward: ClassVar[bool | None] = False
+    """Whether it compares texts by the caller's reward. None: where there is one."""
     concurrent: ClassVar[bool] = False
     """Whether the rows of a prompt read what the others write, as they write it."""
     routes: ClassVar[bool] = False

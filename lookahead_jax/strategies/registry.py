@@ -40,6 +40,11 @@ STRATEGIES = {
         "self_consistency.SelfConsistency",
         "Several samples; the most frequent answer wins, by default the last number.",
     ),
+    "latr": Entry(
+        "latr.LATR",
+        "Texts that branch where the model is unsure and stay where the branch differs for long; "
+        "a reward or the most frequent answer wins (LATR).",
+    ),
     "first_finish": Entry(
         "first_finish.FirstFinish", "Several samples; the first to end wins (First Finish Search)."
     ),

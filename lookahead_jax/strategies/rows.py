@@ -19,7 +19,7 @@ from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.generation.generate import check_finite
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.model.params import Params
-from lookahead_jax.strategies.primitives import gather_rows
+from lookahead_jax.strategies.primitives import gather_rows, replace_last
 
 Reward = Callable[[str, str], float]
 """(prompt, its continuation so far) -> how good it is; larger is better."""
@@ -90,7 +90,7 @@ class Rows:
         self._stop = stop
         self._limits = limits
         self._steer = steer
-        self._reward = reward
+        self.reward = reward
         self.router = router
         self._verifier = verifier
         self.beside = beside
@@ -117,6 +117,11 @@ class Rows:
     def spent(self) -> list[Work]:
         """The work for each prompt so far."""
         return [Work(tokens=int(t), forwards=int(f)) for t, f in self._spent]
+
+    @property
+    def tokens_left(self) -> np.ndarray:
+        """[G] tokens that the limits still allow."""
+        return self._left()[:, 0]
 
     @property
     def outputs(self) -> list[OutputRow]:
@@ -219,15 +224,21 @@ class Rows:
         self.finished, self._paused = self.finished[index], self._paused[index]
         self._outputs = None
 
+    def fork(self, parents: np.ndarray, tokens: np.ndarray, new: np.ndarray) -> None:
+        """The rows `new` [R] bool copy their `parents`, but end with `tokens` [R], which count."""
+        self.gather(np.where(new, parents, np.arange(len(new))))
+        self._spend(new, np.zeros(len(self.texts), np.int64))
+        self.replace(replace_last(self.state, jnp.asarray(tokens, jnp.int32), jnp.asarray(new)))
+
     def score(self, rows: Sequence[int]) -> list[float]:
         """The reward of each of `rows`; raises ValueError for one that is no finite number."""
         tokenizer: Any = self.model.tokenizer
-        if self._reward is None or tokenizer is None:
+        if self.reward is None or tokenizer is None:
             raise ValueError("rewards need a function reward= and a model with a tokenizer")
         outputs, scores = self.outputs, []
         for row in rows:
             prompt = tokenizer.decode(self.texts[row // self.copies])
-            scores.append(_finite("reward", float(self._reward(prompt, outputs[row].text))))
+            scores.append(_finite("reward", float(self.reward(prompt, outputs[row].text))))
         return scores
 
     def predict(self, row: int, begin: int) -> float:

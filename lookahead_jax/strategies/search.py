@@ -299,7 +299,7 @@ def _check_guides(
     if strategy.reads_reward and reward is None and router is None:
         also = ", or router=, a function of (text, step)" if strategy.routes else ""
         raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text){also}")
-    if not strategy.reads_reward and reward is not None:
+    if strategy.reads_reward is False and reward is not None:
         raise ValueError(f"{name} compares no rewards: leave reward out")
     if (reward is not None or router is not None) and model.tokenizer is None:
         given = "router" if reward is None else "reward"

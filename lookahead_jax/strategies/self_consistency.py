@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -42,10 +43,12 @@ class SelfConsistency(Samples):
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
         rows.advance()
-        ranked = []
-        for group in rows.groups:
-            answers = [self.answer(rows.outputs[row].text) for row in group]
-            votes = collections.Counter(a for a in answers if a is not None)
-            counts = [float(votes[a]) if a is not None else 0.0 for a in answers]
-            ranked.append(Ranked(int(np.argmax(counts)), [*counts]))
-        return ranked
+        return [self.voted(rows, group.tolist()) for group in rows.groups]
+
+    def voted(self, rows: Rows, candidates: Sequence[int]) -> Ranked:
+        """The choice among a prompt's rows `candidates`, its first ones."""
+        outputs = rows.outputs
+        answers = [self.answer(outputs[row].text) for row in candidates]
+        votes = collections.Counter(a for a in answers if a is not None)
+        counts = [float(votes[a]) if a is not None else 0.0 for a in answers]
+        return Ranked(int(np.argmax(counts)), [*counts])
