@@ -19,6 +19,7 @@ from lookahead_jax.host.files import make_folder
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.fingerprint import fingerprint
+from lookahead_jax.modules.head_files import HEAD_FILE
 from lookahead_jax.train.batches import Batch, microbatch_sharding
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
@@ -28,7 +29,6 @@ from lookahead_jax.train.step import StepMetrics, TrainState, check_batch, init_
 from lookahead_jax.train.stopping import stop_requests
 from lookahead_jax.train.training_data import TrainingData, open_data
 
-HEAD_FILE = "head.safetensors"
 _PATIENCE = 50  # steps in a row without a finite loss
 _FREE = (  # settings that may change when a run goes on
     "model", "draft_model", "data", "run", "dtype", "micro_batches", "save_every", "log_every",

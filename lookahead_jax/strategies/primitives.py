@@ -51,6 +51,17 @@ def fork_rows(state: DecodeState, copies: int, sampling: SamplingRows | None = N
     return gather_rows(state, jnp.repeat(rows, copies), sampling)
 
 
+def cut_cache(cache: KVCache, next_pos: Int[Array, " R"]) -> KVCache:
+    """A cache without the entries from each row's `next_pos` on; none of these may be shared."""
+    kept = (cache.pos >= 0) & (cache.pos < next_pos[None, :, None, None])
+    return dataclasses.replace(
+        cache,
+        pos=jnp.where(kept, cache.pos, -1),
+        length=kept.sum(-1, dtype=jnp.int32),
+        next_pos=next_pos,
+    )
+
+
 @program()
 def replace_last(
     state: DecodeState, tokens: Int[Array, " B"], rows: Bool[Array, " B"]
@@ -79,14 +90,7 @@ def replace_text(
     there to the last token, exclusive, before the rows decode; what they have `seen` is not
     changed. A row goes on unless its new last token ends it.
     """
-    cache = state.cache
-    kept = (cache.pos >= 0) & (cache.pos < next_pos[None, :, None, None])
-    cache = dataclasses.replace(
-        cache,
-        pos=jnp.where(kept, cache.pos, -1),
-        length=kept.sum(-1, dtype=jnp.int32),
-        next_pos=next_pos,
-    )
+    cache = cut_cache(state.cache, next_pos)
     last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)
     done = (last == state.eos).any(1) | (count >= state.limit)
     return dataclasses.replace(
