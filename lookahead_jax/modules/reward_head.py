@@ -92,4 +92,6 @@ def load_reward_head(path: str | os.PathLike, *, params: Params) -> RewardHead:
     shapes = {name: a.shape for name, a in vars(like).items() if a is not None}
     weights = checked_weights(path, _KIND, tensors, shapes, np.float32)
     arrays = {name: jnp.asarray(a) for name, a in weights.items()}
-    return RewardHead(arrays.get("inner"), arrays.get("inner_bias"), arrays["out"], arrays["out_bias"])
+    return RewardHead(
+        arrays.get("inner"), arrays.get("inner_bias"), arrays["out"], arrays["out_bias"]
+    )

@@ -340,7 +340,7 @@ def _extend(
 def read_behind(
     params: Params, tokens: jax.Array, cache: KVCache, *, config: ModelConfig, chunk: int = CHUNK
 ) -> tuple[KVCache, jax.Array]:
-    """`extend`, unchecked and to run under jit: the longer cache and, not yet logits, hidden [B, D].
+    """`extend` before its logits, unchecked, to run under jit: the longer cache and hidden [B, D].
 
     These are the final-normed hidden states of each row's last token, 0 for rows without tokens.
     """
