@@ -24,10 +24,11 @@ from lookahead_jax.train.labelled_steps import StepBatch, read_steps
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import init_state
 from tests import reference, tiny
-from tests.test_strategies import NEW, PROMPTS, ROWS, found, ids
+from tests.test_strategies import NEW, PROMPTS, ROWS, found, ids, scores_of
 
 WARM = Sampling(temperature=0.8)
 SEEDS = [5, 6]
+NEVER = (999,)  # no token has this id
 
 
 @pytest.fixture(scope="module")
@@ -62,56 +63,61 @@ def reader(model, head):
     return judge
 
 
-@pytest.mark.parametrize(("name", "width"), [("best_of_n", 4), ("particles", 0), ("arbitrage", 0)])
-def test_scores_are_those_of_the_text_read_afresh(model, name, width):
+def test_particles_are_weighed_by_their_texts_read_afresh(model):
     """A head searches as a reward that reads every text from its start, end tokens left out."""
-    head = random_head(model.config.hidden_size, width)
+    head = random_head(model.config.hidden_size, 4)
+    judge = reader(model, head)
+    options: dict[str, Any] = dict(sampling=WARM, seeds=SEEDS, eos_ids=NEVER)
+    plain = found(model, make_strategy("best_of_n", n=ROWS), reward=judge, **options)
+    texts = [c.tokens for row in plain.candidates for c in row]
+    ends = next(v for t in texts for v in t[2:-1] if all(v != u[0] for u in texts))
+    often = collections.Counter(v for t in texts for v in t[1:] if v not in (ends, *texts[0]))
+    step = model.tokenizer.decode([often.most_common(1)[0][0]])
+    strategy, options["eos_ids"] = make_strategy("particles", n=ROWS, step=step), [ends]
+    by_text = found(model, strategy, reward=judge, **options)
+    result = found(model, strategy, reward=head, **options)
+    assert result.chosen == by_text.chosen
+    for row, other in zip(result.candidates, by_text.candidates, strict=True):
+        assert [c.tokens for c in row] == [c.tokens for c in other]
+        scores = scores_of(row), scores_of(other)
+        np.testing.assert_allclose(*scores, rtol=1e-4)  # float32
+    assert [w.tokens for w in result.work] == [w.tokens for w in by_text.work]
+    pairs = zip(result.work, by_text.work, strict=True)
+    assert any((w.forwards or 0) - (o.forwards or 0) > 1 for w, o in pairs), "several steps"
+    for most in (1, 2, 7):
+        few = found(model, strategy, reward=head, most_forwards=most, **options)
+        assert all((work.forwards or 0) <= most for work in few.work)
+        assert all(few.tokens)
+    other = found(model, strategy, PROMPTS[::-1], reward=head, **options | {"seeds": SEEDS[::-1]})
+    assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
+
+
+def test_arbitrage_has_the_model_read_what_the_draft_model_wrote(model):
+    """Two forwards for each decision: the model's step and the draft's."""
+    head = random_head(model.config.hidden_size, 0)
     judge, asked = reader(model, head), []
 
     def watched(prompt: str, text: str) -> float:
         asked.append(prompt)
         return judge(prompt, text)
 
-    options: dict[str, Any] = dict(sampling=WARM, seeds=SEEDS, eos_ids=())
-    if name == "arbitrage":
-        layers = jax.tree.map(lambda a: a / 2, model.params["layers"])
-        draft = dataclasses.replace(model, params={**model.params, "layers": layers})
-        strategy = make_strategy(name, step_tokens=3)
-        options["draft_model"] = draft
-    else:
-        plain = make_strategy("best_of_n", n=ROWS)
-        rows = found(model, plain, reward=judge, **options)
-        texts = [c.tokens for row in rows.candidates for c in row]
-        ends = next(v for t in texts for v in t[2:-1] if all(v != u[0] for u in texts))
-        options["eos_ids"] = [ends]
-        often = collections.Counter(v for t in texts for v in t[1:] if v not in (ends, *texts[0]))
-        step = model.tokenizer.decode([often.most_common(1)[0][0]])
-        strategy = plain if name == "best_of_n" else make_strategy(name, n=ROWS, step=step)
-    by_text = found(model, strategy, reward=watched, **options)
-    result = found(model, strategy, reward=head, **options)
-    assert result.chosen == by_text.chosen
-    for row, other in zip(result.candidates, by_text.candidates, strict=True):
-        assert [c.tokens for c in row] == [c.tokens for c in other]
-        if name != "arbitrage":
-            scores = [(c.score, o.score) for c, o in zip(row, other, strict=True)]
-            np.testing.assert_allclose(*np.transpose(scores), rtol=1e-4)  # float32
-    assert [w.tokens for w in result.work] == [w.tokens for w in by_text.work]
-    pairs = zip(result.work, by_text.work, strict=True)
-    more = [(w.forwards or 0) - (o.forwards or 0) for w, o in pairs]
-    if name == "arbitrage":
-        assert more == [asked.count(prompt) for prompt in PROMPTS]
-        assert min(more) > 2
-    else:
-        assert (more == [1, 1]) == (name == "best_of_n"), "particles made several steps"
-        assert {c.finish for row in result.candidates for c in row} == {"eos", "length"}
-    for most in (2, 7):
-        few = found(model, strategy, reward=head, most_forwards=most, **options)
+    layers = jax.tree.map(lambda a: a / 2, model.params["layers"])
+    draft = dataclasses.replace(model, params={**model.params, "layers": layers})
+    strategy = make_strategy("arbitrage", step_tokens=3)
+    options: dict[str, Any] = dict(
+        sampling=WARM, seeds=SEEDS, eos_ids=NEVER, strategy=strategy, draft_model=draft
+    )
+    by_text = found(model, reward=watched, **options)
+    result = found(model, reward=head, **options)
+    assert result.tokens == by_text.tokens
+    for work, other, prompt in zip(result.work, by_text.work, PROMPTS, strict=True):
+        assert work.tokens == other.tokens
+        assert work.forwards == (other.forwards or 0) + asked.count(prompt)
+        assert asked.count(prompt) > 2
+    for most in (2, 9):
+        few = found(model, reward=head, most_forwards=most, **options)
         assert all((work.forwards or 0) <= most for work in few.work)
         assert all(few.tokens)
-    if name == "particles":
-        options["seeds"] = SEEDS[1:]
-        alone = found(model, strategy, PROMPTS[1:], reward=head, **options)
-        assert (alone.tokens, alone.work) == (result.tokens[1:], result.work[1:])
 
 
 def test_what_a_search_cannot_judge_is_refused(model):
@@ -216,12 +222,22 @@ def test_the_command_learns_what_can_be_learned(model, tmp_path, monkeypatch, ca
     assert main(["--no-compile-cache", *command]) == 1
     assert "belongs to another run (data differ)" in capsys.readouterr().err
 
-    common = ["generate", "--model", str(model.path), "--prompt", "xy", "--policy", "full"]
+    strategy = make_strategy("best_of_n", n=ROWS)
+    options: dict[str, Any] = dict(sampling=WARM, seeds=[6], eos_ids=(*NEVER, 257))
+    whole = found(model, strategy, PROMPTS[1:], reward=head, **options).candidates[0]
+    ends = next(v for c in whole for v in c.tokens[2:-1] if v not in c.tokens[:2])
+    common = ["generate", "--model", str(model.path), "--prompt", PROMPTS[1], "--policy", "full"]
     common += ["--max-new-tokens", str(NEW), "--strategy", "best_of_n", "--strategy-arg"]
-    assert main([*common, f"n={ROWS}", "--reward", str(run), "--json", "-"]) == 0
+    common += [f"n={ROWS}", "--reward", str(run), "--eos", str(ends), "--seed", "6"]
+    assert main(["--no-compile-cache", *common, "--json", "-"]) == 0
     report = json.loads(capsys.readouterr().out)
-    own = found(model, make_strategy("best_of_n", n=ROWS), ["xy"], reward=head, eos_ids=None)
-    assert [c["score"] for c in report["candidates"][0]] == [c.score for c in own.candidates[0]]
+    assert report["work"][0]["forwards"] == NEW  # the last one for the score
+    judge = reader(model, head)
+    for candidate in report["candidates"][0]:
+        if candidate["text"]:
+            expected = judge(PROMPTS[1], candidate["text"])
+            assert candidate["score"] == pytest.approx(expected, rel=1e-4)
+    assert {c["finish"] for c in report["candidates"][0]} == {"eos", "length"}
 
 
 @pytest.mark.parametrize(
