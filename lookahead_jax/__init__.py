@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for type checkers and editors
     from lookahead_jax.model.jit import compiler_options
     from lookahead_jax.modules.definition import LookaheadModules
     from lookahead_jax.modules.files import load_modules
+    from lookahead_jax.modules.reward_head import RewardHead, reward_head
     from lookahead_jax.policies.registry import make_policy
     from lookahead_jax.prefilling.batching import pad_batch, pin_mask, slots_for
     from lookahead_jax.prefilling.prefill import extend, prefill
@@ -60,6 +61,7 @@ __all__ = [
     "ModelConfig",
     "Request",
     "Result",
+    "RewardHead",
     "Sampling",
     "SearchResult",
     "compiler_options",
@@ -81,6 +83,7 @@ __all__ = [
     "policies",
     "prefill",
     "read_prompt",
+    "reward_head",
     "save_cache",
     "score",
     "search",
@@ -112,6 +115,7 @@ _HOME = {
     "model.jit": ("compiler_options",),
     "modules.definition": ("LookaheadModules",),
     "modules.files": ("load_modules",),
+    "modules.reward_head": ("RewardHead", "reward_head"),
     "policies.registry": ("make_policy",),
     "prefilling.batching": ("pad_batch", "pin_mask", "slots_for"),
     "prefilling.prefill": ("extend", "prefill"),

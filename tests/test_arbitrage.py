@@ -166,7 +166,7 @@ def test_the_command_line_gives_draft_model_and_router(models, tmp_path, capsys,
     for arguments, complaint in (
         ([*arbitrage, *guide, "--draft-model", path], "searched"),
         ([*arbitrage, *guide], "--strategy arbitrage needs --draft-model DIR"),
-        (arbitrage, "arbitrage needs --reward FILE.py:NAME or --router FILE.py:NAME"),
+        (arbitrage, "arbitrage needs --reward FILE.py:NAME or DIR, or --router FILE.py:NAME"),
         ([*arbitrage, *guide, "--reward", guide[1]], "--router and --reward exclude each other"),
         ([*common, "beam", *guide], "--strategy beam asks no router: leave --router out"),
     ):

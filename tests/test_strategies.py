@@ -495,7 +495,10 @@ def test_the_command_line_searches(model, tmp_path, capsys):
         (["beam", "--drafter", "trie"], "leave --drafter out"),
         (["beam", "--draft-nodes", "8"], "leave --draft-nodes out"),
         (["best_of_n"], "needs --reward FILE.py:NAME"),
-        (["best_of_n", "--reward", "judge"], "--reward takes FILE.py:NAME, not 'judge'"),
+        (
+            ["best_of_n", "--reward", "judge"],
+            "--reward takes FILE.py:NAME, or the folder or file of a",
+        ),
         (["best_of_n", "--reward", f"{tmp_path / 'judge.py'}:j"], "has no function j"),
         (["beam", "--evict-every", "8", "--policy", "knorm"], "leave --evict-every out"),
     ):

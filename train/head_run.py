@@ -1,4 +1,4 @@
-"""A run that trains the head of a drafter: its folder, its data, its steps, and how it ends.
+"""A run that trains a small head beside a model: its folder, its data, its steps, and how it ends.
 
 The models are not changed. RUN receives checkpoints/, metrics.jsonl and, at every checkpoint,
 head.safetensors. The same command resumes a run, and Ctrl-C or SIGTERM ends it in order.
@@ -19,16 +19,16 @@ from lookahead_jax.host.files import make_folder
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.model.fingerprint import fingerprint
-from lookahead_jax.train.batches import Batch, microbatch_sharding
+from lookahead_jax.modules.head_files import HEAD_FILE
+from lookahead_jax.train.batches import microbatch_sharding
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import StepMetrics, TrainState, check_batch, init_state
 from lookahead_jax.train.stopping import stop_requests
-from lookahead_jax.train.training_data import TrainingData, open_data
+from lookahead_jax.train.training_data import open_data
 
-HEAD_FILE = "head.safetensors"
 _PATIENCE = 50  # steps in a row without a finite loss
 _FREE = (  # settings that may change when a run goes on
     "model", "draft_model", "data", "run", "dtype", "micro_batches", "save_every", "log_every",
@@ -44,7 +44,7 @@ class HeadRunConfig:
     run: Path
     """Folder of the run, made if it does not exist. An existing run is resumed."""
     model: Path | None = None
-    """Folder of the model that the drafter drafts for. Default: the embedded model."""
+    """Folder of the model that the head is for. Default: the embedded model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the models' weights; None: that of the checkpoints."""
     batch: int
@@ -70,7 +70,7 @@ class HeadTraining(NamedTuple):
     optimizer: OptimizerConfig
     identity: dict[str, Any]  # of the run, beside settings, model and data: JSON
     start: Callable[[jax.Array], Any]  # key -> weights before training, float32
-    step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, StepMetrics]]
+    step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, StepMetrics]]
     head: Callable[[Any], Any]  # weights -> the head
     save: Callable[[Path, Any], None]  # writes the head
 
@@ -85,15 +85,17 @@ def load_model(folder: Path | None, *, dtype: str | None, mesh: Mesh) -> Model:
 
 def train_head(
     config: HeadRunConfig,
-    prepare: Callable[[Model, TrainingData], HeadTraining],
+    prepare: Callable[[Model, Any], HeadTraining],
     *,
     mesh: Mesh,
     micro_batches: int,
     on_metrics: OnMetrics | None,
+    read: Callable[[Model], Any] | None = None,
 ) -> Any:
     """Trains from the newest checkpoint to the end: the head, or None if a signal came before.
 
-    The head so far is written at every checkpoint. `on_metrics` receives every line of
+    `read` opens data of another kind than `TrainingData`, with `batch_of` and `content` as that
+    has. The head so far is written at every checkpoint. `on_metrics` receives every line of
     metrics.jsonl. Raises ValueError for a configuration that does not fit the model, the data, the
     devices or an existing run, FloatingPointError when too many steps in a row are skipped,
     BlockingIOError if another process writes the run.
@@ -103,16 +105,19 @@ def train_head(
     with folder_lock(config.run), jax.set_mesh(mesh):
         model = load_model(config.model, dtype=config.dtype, mesh=mesh)
         base = fingerprint(model.params)
-        data = open_data(
-            config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
-            max_prompt=config.max_prompt,
-        )  # fmt: skip
+        if read is not None:
+            data = read(model)
+        else:
+            data = open_data(
+                config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
+                max_prompt=config.max_prompt,
+            )  # fmt: skip
         training = prepare(model, data)
         identity = _settings(config) | training.identity
-        identity |= {"base": base, "data": digests(data.lengths), "total": training.total}
+        identity |= {"base": base, "data": digests(data.content), "total": training.total}
         with Checkpoints(config.run / "checkpoints", keep=2, identity=identity) as checkpoints:
 
-            def batch_of(step: int) -> Batch:
+            def batch_of(step: int) -> Any:
                 return data.batch_of(step, micro_batches, microbatch_sharding(mesh))
 
             return _run_steps(
@@ -139,7 +144,7 @@ def _start(training: HeadTraining, key: jax.Array, mesh: Mesh) -> TrainState:
 def _run_steps(
     config: HeadRunConfig,
     training: HeadTraining,
-    batch_of: Callable[[int], Batch],
+    batch_of: Callable[[int], Any],
     checkpoints: Checkpoints,
     *,
     mesh: Mesh,

@@ -60,6 +60,8 @@ GROUPS = {
         "kvzap": ("train.kvzap", "Train the surrogate of the policy kvzap from texts."),
         "specdec": ("train.specdec", "Train the acceptance head of the drafter specdec."),
         "denoiser": ("train.denoiser", "Train the head of the drafter denoiser."),
+        "reward": ("train.reward", "Train a reward head on labelled steps, for strategies."),
+        "reward-data": ("train.reward_data", "Make labelled steps from problems with answers."),
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),
     },
     "eval": {

@@ -1,8 +1,10 @@
 """The options of `generate` that search over continuations."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
 
 from lookahead_jax.cli.options import (
@@ -24,9 +26,9 @@ class StrategyOptions:
     is printed at its end. The sampling is the strategy's own unless a sampling option is given."""
     strategy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
     """A setting of the strategy. May be repeated."""
-    reward: Annotated[Text, option("FILE.py:NAME")] = None
+    reward: Annotated[Text, option("FILE.py:NAME|DIR")] = None
     """The reward that some strategies compare by: a function of a Python file, from the prompt and
-    a continuation to a number."""
+    a continuation to a number; or a reward head of the model, the folder of its run or its file."""
     router: Annotated[Text, option("FILE.py:NAME")] = None
     """What the strategy arbitrage may have instead: a function of a Python file, from the text so
     far and a step of the draft model to the advantage of the model's step."""
@@ -54,7 +56,7 @@ class StrategyOptions:
             return None
         settings = settings_of("--strategy-arg", self.strategy_arg)
         strategy = make_strategy(self.strategy, **settings)
-        reward = None if self.reward is None else load_function("--reward", self.reward)
+        reward = None if self.reward is None else load_reward(self.reward)
         router = None if self.router is None else load_function("--router", self.router)
         verifier = None if self.verifier is None else load_function("--verifier", self.verifier)
         if verifier is not None and not strategy.verifies:
@@ -64,8 +66,8 @@ class StrategyOptions:
         if router is not None and reward is not None:
             raise UsageError("--router and --reward exclude each other: leave out one")
         if strategy.reads_reward and reward is None and router is None:
-            also = " or --router FILE.py:NAME" if strategy.routes else ""
-            raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME{also}")
+            also = ", or --router FILE.py:NAME" if strategy.routes else ""
+            raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME or DIR{also}")
         if reward is not None and strategy.reads_reward is False:
             raise UsageError(f"--strategy {self.strategy} compares no rewards: leave --reward out")
         if options.drafting.drafter != "none":
@@ -82,11 +84,14 @@ class StrategyOptions:
 
         options = run.options
         default = options.sampling == SamplingOptions()
+        reward = chosen.reward
+        if isinstance(reward, Path):
+            reward = lk.reward_head(reward, run.model)
         shared = run.arguments()
         shared.update(
             sampling=None if default else options.sampling.make(),
             strategy=chosen.rule,
-            reward=chosen.reward,
+            reward=reward,
             router=chosen.router,
             verifier=chosen.verifier,
             draft_model=run.small if chosen.rule.routes else None,
@@ -97,12 +102,23 @@ class StrategyOptions:
 
 
 class Chosen(NamedTuple):
-    """A strategy, and the functions that guide it."""
+    """A strategy, and what guides it."""
 
     rule: Any
-    reward: Callable[[str, str], float] | None
+    reward: Callable[[str, str], float] | Path | None  # a path is that of a head
     router: Callable[[str, str], float] | None
     verifier: Callable[[str, str, str | None], float] | None
+
+
+def load_reward(place: str) -> Callable[[str, str], float] | Path:
+    """The function that --reward names, or the path of a reward head."""
+    if os.path.exists(place) and not place.endswith(".py"):
+        return Path(place)
+    if ".py:" not in place:
+        raise UsageError(
+            f"--reward takes FILE.py:NAME, or the folder or file of a reward head, not {place!r}"
+        )
+    return load_function("--reward", place)
 
 
 def load_function(name: str, place: str) -> Callable[..., float]:

@@ -19,6 +19,8 @@ from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import mesh_of
 
+HEAD_FILE = "head.safetensors"
+"""In the folder of the run that trains a head."""
 Head = TypeVar("Head")
 _PRINT = "base_fingerprint"
 _PRINT_FLOAT16 = "base_fingerprint_float16"  # of the model as float16

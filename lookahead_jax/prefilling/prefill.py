@@ -332,6 +332,18 @@ def _extend(
     chunk: int,
 ) -> tuple[KVCache, Float[Array, "B V"]]:
     """`extend` without its checks."""
+    cache, hidden = read_behind(params, tokens, cache, config=config, chunk=chunk)
+    last = logits(params, hidden[:, None], config=config)[:, 0]
+    return cache, jnp.where(cache.overflowed[:, None], jnp.nan, last)
+
+
+def read_behind(
+    params: Params, tokens: jax.Array, cache: KVCache, *, config: ModelConfig, chunk: int = CHUNK
+) -> tuple[KVCache, jax.Array]:
+    """`extend` before its logits, unchecked, to run under jit: the longer cache and hidden [B, D].
+
+    These are the final-normed hidden states of each row's last token, 0 for rows without tokens.
+    """
     size = min(chunk, tokens.shape[1])
     tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % size)), constant_values=-1)
     length = (tokens >= 0).sum(1, dtype=jnp.int32)
@@ -345,12 +357,10 @@ def _extend(
         out = forward(params, block, cache, config=config)
         end = length - 1 - c * size  # where this chunk holds a row's last token
         here = jnp.take_along_axis(out.hidden, jnp.clip(end, 0, size - 1)[:, None, None], axis=1)
-        last = jnp.where(((end >= 0) & (end < size))[:, None, None], here, last)
+        last = jnp.where(((end >= 0) & (end < size))[:, None], here[:, 0], last)
         count = (part >= 0).sum(1, dtype=jnp.int32)
         scales = out.k_scale, out.v_scale
         return commit(cache, Entries(out.k, out.v, positions, path, count, *scales)), last
 
-    hidden = jnp.zeros((tokens.shape[0], 1, config.hidden_size), params["embed"].dtype)
-    carry = jax.lax.fori_loop(0, -(-length.max() // size), step, (cache, hidden))
-    last = logits(params, carry[1], config=config)[:, 0]
-    return carry[0], jnp.where(carry[0].overflowed[:, None], jnp.nan, last)
+    hidden = jnp.zeros((tokens.shape[0], config.hidden_size), params["embed"].dtype)
+    return jax.lax.fori_loop(0, -(-length.max() // size), step, (cache, hidden))

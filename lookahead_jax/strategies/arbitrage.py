@@ -67,13 +67,13 @@ class Arbitrage(Strategy):
             if asked.any():
                 self._write(rows, texts, asked)
                 better = asked & _longer(rows, texts)
+            ended = rows.finished.copy()
+            if draft.router is None:
+                better[better] = _advantages(rows, draft, better) > self.threshold
             for row in np.flatnonzero(going).tolist():
-                if better[row] and draft.router is None:
-                    (ours,), (theirs,) = rows.score([row]), draft.score([row])
-                    better[row] = ours - theirs > self.threshold
                 side = rows if better[row] else draft
                 texts[row] = list(side.outputs[row].tokens)
-                going[row] = not side.finished[row]
+                going[row] = not (ended if better[row] else draft.finished)[row]
         put_texts(rows, texts)
         return [Ranked(0, [None]) for _ in texts]
 
@@ -99,3 +99,18 @@ class Arbitrage(Strategy):
 def _longer(side: Rows, texts: Texts) -> np.ndarray:
     """[R] rows in which `side` has written something after `texts`."""
     return np.array([len(o.tokens) > len(t) for o, t in zip(side.outputs, texts, strict=True)])
+
+
+def _advantages(rows: Rows, draft: Rows, asked: np.ndarray) -> np.ndarray:
+    """By how much the rewards of the model's steps exceed those of the draft's, in rows `asked`."""
+    judged = np.flatnonzero(asked).tolist()
+    ours = rows.score(judged)
+    if not rows.judges_states:
+        theirs = draft.score(judged)
+    else:  # the model has to read the draft's text
+        before = rows.state
+        sides = [draft if row in judged else rows for row in range(len(asked))]
+        put_texts(rows, [list(side.outputs[row].tokens) for row, side in enumerate(sides)])
+        theirs = rows.score(judged)
+        rows.restore(before)
+    return np.subtract(ours, theirs)

@@ -21,5 +21,5 @@ class BestOfN(Samples):
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
         rows.advance()
-        scores = [rows.score(group.tolist()) for group in rows.groups]
-        return [Ranked(int(np.argmax(s)), list(s)) for s in scores]
+        scores = np.reshape(rows.score(range(rows.groups.size)), rows.groups.shape)
+        return [Ranked(int(np.argmax(s)), s.tolist()) for s in scores]

@@ -78,9 +78,8 @@ class ParticleFilter(Strategy):
             moved = ~rows.finished if turn else np.ones_like(rows.finished)
             rows.advance(until=steps.ended)
             turn += 1
-            for g, group in enumerate(rows.groups):
-                here = group[moved[group]]
-                log_weights[g, here - group[0]] = [_log_odds(r) for r in rows.score(here.tolist())]
+            here = np.flatnonzero(moved).tolist()
+            log_weights.reshape(-1)[here] = [_log_odds(r) for r in rows.score(here)]
             if turn == self.max_steps:
                 rows.end(np.ones_like(rows.finished))
             modulated = log_weights + self.guide(rows, log_weights, steps)

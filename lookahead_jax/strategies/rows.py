@@ -19,10 +19,13 @@ from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.generation.generate import check_finite
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.model.params import Params
+from lookahead_jax.modules.reward_head import RewardHead
+from lookahead_jax.strategies.hidden_reward import text_chances
 from lookahead_jax.strategies.primitives import gather_rows, replace_last
 
-Reward = Callable[[str, str], float]
-"""(prompt, its continuation so far) -> how good it is; larger is better."""
+Reward = Callable[[str, str], float] | RewardHead
+"""(prompt, its continuation so far) -> how good it is; larger is better. Or a head on the model's
+hidden states."""
 Router = Callable[[str, str], float]
 """(text so far, a step that a draft model has added) -> by how much the model's would be better."""
 Verifier = Callable[[str, str, str | None], float]
@@ -56,6 +59,7 @@ class Rows:
       stop: strings that end a row.
       limits: on the work for one prompt; its rows end where the next step would exceed them.
       reward: what `score` asks, with the texts of the prompts.
+      reserve: forwards of the limits that are left for a last score.
       router: what `predict` asks.
       verifier: what `verify` asks.
       beside: rows in which a draft model continues the same prompts, on the same account of work.
@@ -75,6 +79,7 @@ class Rows:
         limits: Work = ANY_WORK,
         steer: Steer | None = None,
         reward: Reward | None = None,
+        reserve: int = 0,
         router: Router | None = None,
         verifier: Verifier | None = None,
         beside: "Rows | None" = None,
@@ -91,6 +96,7 @@ class Rows:
         self._limits = limits
         self._steer = steer
         self.reward = reward
+        self._reserve = reserve
         self.router = router
         self._verifier = verifier
         self.beside = beside
@@ -231,7 +237,19 @@ class Rows:
         self.replace(replace_last(self.state, jnp.asarray(tokens, jnp.int32), jnp.asarray(new)))
 
     def score(self, rows: Sequence[int]) -> list[float]:
-        """The reward of each of `rows`; raises ValueError for one that is no finite number."""
+        """The reward of each of `rows`; raises ValueError for one that is no finite number.
+
+        A head scores all of them in one forward, which counts as one for each of their prompts.
+        """
+        if isinstance(self.reward, RewardHead):
+            lengths = [len(self.texts[row // self.copies]) for row in range(len(self.finished))]
+            scores = text_chances(
+                self.reward, self.state, rows, lengths, model=self.model, params=self.params,
+                ends=self._ends,
+            )  # fmt: skip
+            self._spend(np.zeros(len(lengths), np.int64), np.isin(self.groups, rows).any(1))
+            self._look(None)
+            return [_finite("reward", score) for score in scores]
         tokenizer: Any = self.model.tokenizer
         if self.reward is None or tokenizer is None:
             raise ValueError("rewards need a function reward= and a model with a tokenizer")
@@ -240,6 +258,11 @@ class Rows:
             prompt = tokenizer.decode(self.texts[row // self.copies])
             scores.append(_finite("reward", float(self.reward(prompt, outputs[row].text))))
         return scores
+
+    @property
+    def judges_states(self) -> bool:
+        """Whether rewards are those of a head, which knows the states of this model only."""
+        return isinstance(self.reward, RewardHead)
 
     def predict(self, row: int, begin: int) -> float:
         """What the router says about the text of a row from character `begin` on, its last step."""
@@ -297,7 +320,7 @@ class Rows:
         most = [
             np.iinfo(np.int32).max if n is None else n for n in dataclasses.astuple(self._limits)
         ]
-        return np.array(most) - self._spent
+        return np.array(most) - [0, self._reserve] - self._spent
 
     def _active(self) -> np.ndarray:
         """[G] rows that may still need work: paused ones may."""

@@ -32,6 +32,7 @@ from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.modules.reward_head import RewardHead
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.base import Ranked, Strategy
@@ -98,7 +99,8 @@ def search(
     Args:
       strategy: a name, or `lk.make_strategy(name, ...)` with settings.
       reward: `reward(prompt, text)`, a number for a continuation as far as it has come; larger is
-        better. For the strategies that compare by it.
+        better. Or `lk.reward_head(...)`, by the hidden states of `model`. For the strategies that
+        compare by it.
       router: `router(text, step)`, by how much the model's step would be better than `step`, which
         the draft model has added to `text`. Arbitrage takes it instead of a reward.
       verifier: `verifier(prompt, answer, earlier)`, the probability that a thought of TrimR answers
@@ -110,7 +112,7 @@ def search(
       most_tokens: of all rows of a prompt together, those that are given up included. A prompt ends
         where a step of all its rows would exceed it. Those of a draft model count as well.
       most_forwards: steps of the model, and of a draft model, for a prompt, whatever the number of
-        its rows.
+        its rows. A reward head needs one for each score.
       sampling: default: the strategy's own.
       seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
         `lk.generate` with that seed.
@@ -125,7 +127,9 @@ def search(
     _check_guides(strategy, reward, router, draft_model, model)
     verifier = _checked_verifier(strategy, verifier, model)
     strategy = strategy.for_model(model)
-    limits = _limits(most_tokens, most_forwards, strategy.rows * (2 if strategy.routes else 1))
+    sides = 2 if strategy.routes else 1  # texts that one decision compares
+    reserve = sides if isinstance(reward, RewardHead) else 0
+    limits = _limits(most_tokens, most_forwards, strategy.rows * sides, max(reserve, 1))
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
         cache_dtype=cache_type(cache_dtype),
@@ -140,8 +144,9 @@ def search(
     )  # fmt: skip
     drafted = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids)
     shared: dict[str, Any] = dict(
-        stop=stop, limits=limits, reward=reward, router=router, verifier=verifier
-    )
+        stop=stop, limits=limits, reward=reward, reserve=reserve, router=router,
+        verifier=verifier,
+    )  # fmt: skip
     beside = None
     if draft_model is not None:
         whole = EvictionSettings(policy=Full(), budget=budget)
@@ -169,6 +174,7 @@ def _opened(
     stop: Sequence[str],
     limits: Work,
     reward: Reward | None,
+    reserve: int,
     router: Router | None,
     verifier: Verifier | None,
     drafts: jax.Array | None = None,
@@ -214,7 +220,7 @@ def _opened(
     return Rows(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
         ends=settings.eos_ids, stop=stop, limits=limits, steer=steer, reward=reward,
-        router=router, verifier=verifier, beside=beside,
+        reserve=reserve, router=router, verifier=verifier, beside=beside,
     )  # fmt: skip
 
 
@@ -301,7 +307,13 @@ def _check_guides(
         raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text){also}")
     if strategy.reads_reward is False and reward is not None:
         raise ValueError(f"{name} compares no rewards: leave reward out")
-    if (reward is not None or router is not None) and model.tokenizer is None:
+    if isinstance(reward, RewardHead):
+        if (width := reward.hidden_size) != model.config.hidden_size:
+            raise ValueError(
+                f"the reward head reads hidden states of width {width}, and this model's have "
+                f"{model.config.hidden_size}: give lk.reward_head(path, model)"
+            )
+    elif (reward is not None or router is not None) and model.tokenizer is None:
         given = "router" if reward is None else "reward"
         raise ValueError(f"a {given} reads texts, and this model has no tokenizer.json")
 
@@ -316,9 +328,9 @@ def _checked_verifier(
     return None
 
 
-def _limits(tokens: int | None, forwards: int | None, rows: int) -> Work:
+def _limits(tokens: int | None, forwards: int | None, rows: int, least: int) -> Work:
     if tokens is not None:
         check_integer("most_tokens", tokens, least=rows)
     if forwards is not None:
-        check_integer("most_forwards", forwards, least=1)
+        check_integer("most_forwards", forwards, least=least)
     return Work(tokens=tokens, forwards=forwards)

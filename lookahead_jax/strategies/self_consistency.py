@@ -38,7 +38,7 @@ class SelfConsistency(Samples):
         if not found:
             return None
         group = found[-1].group(found[-1].re.groups)
-        return None if group is None else group.replace(",", "").strip()
+        return None if group is None else normal(group)
 
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
@@ -52,3 +52,8 @@ class SelfConsistency(Samples):
         votes = collections.Counter(a for a in answers if a is not None)
         counts = [float(votes[a]) if a is not None else 0.0 for a in answers]
         return Ranked(int(np.argmax(counts)), [*counts])
+
+
+def normal(answer: str) -> str:
+    """An answer as it is compared: without commas and outer spaces."""
+    return answer.replace(",", "").strip()
