@@ -29,6 +29,9 @@ class Strategy:
     """Whether rows must be sampled; the others must be greedy. None: they may be either."""
     reads_reward: ClassVar[bool] = False
     """Whether it compares texts by the caller's reward."""
+    drafts: ClassVar[bool] = False
+    """Whether its rows may be drafted for: it has no logit processor and moves them by `advance`
+    and `gather` alone."""
     routes: ClassVar[bool] = False
     """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
 

@@ -94,6 +94,7 @@ class Rows:
         """[R] rows that have come to an end of their own, or to that of their prompt's work."""
         self._paused = np.zeros_like(self.finished)
         self._outputs: list[OutputRow] | None = None
+        self._read: DecodeState | None = None  # the state whose tokens `_outputs` has
         self._spend(np.asarray(state.count), np.zeros(len(texts), np.int64))
         self._look(None)
 
@@ -123,22 +124,32 @@ class Rows:
                 )
                 for row in range(len(self.finished))
             ]  # fmt: skip
-        tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
-        for row, output in enumerate(self._outputs):
-            output.feed(tokens[row, len(output.tokens) : count[row]].tolist())
+            self._read = None
+        if self._read is not self.state:
+            tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
+            for row, output in enumerate(self._outputs):
+                output.feed(tokens[row, len(output.tokens) : count[row]].tolist())
+            self._read = self.state
         return self._outputs
 
     def advance(
-        self, steps: int | None = None, *, until: Callable[[int], bool] | None = None
+        self,
+        steps: int | None = None,
+        *,
+        until: Callable[[int], bool] | None = None,
+        first: bool = False,
     ) -> None:
         """Moves every running row by `steps` tokens, or to its end.
 
         A row pauses where `until(row)` holds after a token. It is asked for every token, and the
-        row has its text in `outputs`.
+        row has its text in `outputs`. With `first`, all rows of a prompt end together with the
+        first that comes to an end of its own.
         """
         left = self.state.tokens.shape[1] if steps is None else steps
+        if first:
+            self._end_with_first()
         while left > 0 and (running := self.running).any():
-            most = 1 if self._stop or until is not None else BURST
+            most = 1 if self._stop or until is not None or first else BURST
             burst = min(left, most, self._affordable(running))
             before = np.array(self.state.count)
             self.state = decode_burst(
@@ -147,6 +158,8 @@ class Rows:
             new = np.asarray(self.state.count) - before
             self._spend(new, new.reshape(self.groups.shape).max(1))
             self._look(until)
+            if first:
+                self._end_with_first()
             left -= burst
 
     def step(self, move: Callable[[Params, DecodeState], DecodeState]) -> None:
@@ -228,6 +241,11 @@ class Rows:
     def rng(self, group: int, turn: int) -> np.random.Generator:
         """The random numbers of a prompt's `turn`-th choice on the host."""
         return np.random.default_rng([self.seeds[group] % 2**32, turn])
+
+    def _end_with_first(self) -> None:
+        """Ends all rows of the prompts of which a row has ended with its text."""
+        ended = np.array([output.finish() != "length" for output in self.outputs])
+        self.end(np.repeat(ended.reshape(self.groups.shape).any(1), self.copies))
 
     def _set_done(self, done: np.ndarray) -> None:
         # Placed as it was: an array without a place would compile the step once more.
