@@ -105,10 +105,14 @@ def pieces(model, whole) -> dict[str, Any]:
     return dict(step=step, stop=[text[4:6]], eos=(eos,))
 
 
-@pytest.mark.parametrize("kind", ["recall", "prompt_lookup"])
 @pytest.mark.parametrize(
-    ("name", "ends"),
-    [("best_of_n", "stop"), ("first_finish", "eos"), ("particles", "eos")],
+    ("name", "ends", "kind"),
+    [
+        ("best_of_n", "stop", "recall"),
+        ("first_finish", "eos", "recall"),
+        ("particles", "eos", "recall"),
+        ("particles", "stop", "prompt_lookup"),
+    ],
 )
 def test_texts_and_tokens_are_those_without_a_drafter(model, whole, recall, name, ends, kind):
     inside = pieces(model, whole)

@@ -53,6 +53,7 @@ GROUPS = {
         "study": ("train.study", "Train several sets of modules at once, for comparisons."),
         "compile": ("train.compile", "Compile the training step for TPUs and report its needs."),
         "qfilters": ("train.qfilters", "Compute the filters of the policy qfilter from texts."),
+        "adadec": ("train.adadec", "Learn the threshold of the strategy adadec from answers."),
         "specdec": ("train.specdec", "Train the acceptance head of the drafter specdec."),
         "denoiser": ("train.denoiser", "Train the head of the drafter denoiser."),
         "kv-prediction": ("train.kv_prediction", "Train the maps of KV Prediction."),

@@ -24,8 +24,9 @@ class AdaDec(Strategy):
     From an entropy of `threshold` nats on, each of the `candidates` likeliest tokens is continued
     greedily by `ahead` tokens, or to its end. The token of the largest mean log-probability, its
     own included, is taken, and what followed it is forgotten. (He et al. 2025, arXiv:2506.08980,
-    with a beam of 1. There the threshold is learned for each model; 1 is a value to begin with. The
-    rules by which their code ends a look ahead at the end of a Python function are left out.)
+    with a beam of 1. Thresholds learned there, as `lookahead train adadec` learns one, are from 0.6
+    to 1.3 for models of 0.6B to 8B; 1 is a value to begin with. The rules by which
+    their code ends a look ahead at the end of a Python function are left out.)
     """
 
     threshold: float = 1.0
