@@ -75,10 +75,14 @@ def test_the_command_reads_answers_and_prints_the_threshold(tmp_path, capsys, mo
     rows = [{"prompt": a, "response": b} for a in WORDS for b in WORDS if a != b]
     source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "alone"}]))
     model = load(folder)
+    tokenizer: Any = model.tokenizer
     weights = jax.tree.map(lambda a: np.asarray(a, np.float64), model.params)
     entropy, chosen = [], []
     for row in rows:
-        prompt, answer = model.tokenizer.encode(row["prompt"]), model.tokenizer.encode_behind(row["response"])
+        prompt, answer = (
+            model.tokenizer.encode(row["prompt"]),
+            model.tokenizer.encode_behind(row["response"]),
+        )
         text = [*prompt, *answer][:40]
         hidden = reference.run(weights, model.config, np.array(text))[1]
         x = hidden @ weights["embed"].T

@@ -13,7 +13,7 @@ from lookahead_jax.decoding.step import Steer
 from lookahead_jax.model.jit import program
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
 from lookahead_jax.strategies.likelihood import Likelihood, Listen, log_probability, nothing_drawn
-from lookahead_jax.strategies.primitives import gather_rows, replace_last
+from lookahead_jax.strategies.primitives import gather_rows, replace_last, without_prompt
 from lookahead_jax.strategies.rows import Rows
 
 
@@ -70,7 +70,7 @@ class AdaDec(Strategy):
         """Chooses the last token of the `unsure` rows again."""
         chosen = jnp.asarray(unsure)
         before = gather_rows(rows.state, jnp.arange(len(unsure), dtype=jnp.int32))  # a copy
-        rows.replace(_branched(rows.state, chosen, n=self.candidates))
+        rows.replace(_branched(without_prompt(rows.state), chosen, n=self.candidates))
         tokens, begin = np.array(rows.state.token), np.asarray(rows.state.count) - 1
         rows.hold(~unsure)
         rows.advance(self.ahead)

@@ -34,16 +34,18 @@ class DraftedRows(Rows):
     def __init__(self, *positional: Any, drafting: Drafting, **named: Any):
         super().__init__(*positional, **named)
         self._drafting = drafting
-        self._wrong = np.zeros_like(self.finished)  # rows whose text a device drafter has wrong
-        own = [self._text(row, 0) for row in range(len(self.finished))]
-        self.state = drafting.begin(self.state, own, _padded(own, self._width))
+        self._on_device = type(drafting.device) is not NoDrafter
+        self._draft: Any = ()  # the state of a device drafter, with which rows cannot be gathered
+        self._known = np.array(self.state.tokens)
+        """[R, W] what the drafter takes for the output of each row, padded with -1."""
+        prompts = [self._text(row, 0) for row in range(len(self.finished))]
+        self._begin(prompts)
 
     def advance(
         self, steps: int | None = None, *, until: Until | None = None, first: bool = False
     ) -> None:
         """As that of `Rows`; until all running rows are there, some may be ahead of others."""
         if steps is not None:
-            self._wrong |= self.running
             super().advance(steps, until=until, first=first)
             return
         if first:
@@ -55,27 +57,23 @@ class DraftedRows(Rows):
             self._remind(ran)
             outputs = self.outputs if looks else None
             before = np.array(self.state.reached[:, 0])
-            burst = 1 if looks or limited else BURST
-            self.state = self._drafting.advance(self.params, self.state, burst)
-            forwards = np.asarray(self.state.reached)[:, 0] - before
+            state = dataclasses.replace(self.state, draft=self._draft)
+            state = self._drafting.advance(self.params, state, 1 if looks or limited else BURST)
+            self._draft = state.draft if self._on_device else ()
+            self.state = dataclasses.replace(state, draft=())
+            self._known = np.array(state.tokens)
+            forwards = np.asarray(state.reached)[:, 0] - before
             self._spend(np.zeros_like(begun), forwards.reshape(self.groups.shape).max(1))
             self._settle(begun, ran, outputs, until, first)
+            if not self._on_device:  # it learns at its next draft what a step has emitted
+                self._known = np.array(self.state.tokens)
         self._spend(np.asarray(self.state.count) - begun, 0)
 
-    def gather(self, index: np.ndarray) -> None:
-        """As that of `Rows`; rows that are no more leave the drafter, and their copies join it."""
-        moved = np.flatnonzero(index != np.arange(len(index))).tolist()
-        tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
-        for row in moved:
-            self._drafting.leave(row, tokens[row, : count[row]])
-        draft = self.state.draft
-        self.state = dataclasses.replace(self.state, draft=())
-        super().gather(index)
-        self.state = dataclasses.replace(self.state, draft=draft)
-        for row in moved:
-            emitted = int(self.state.count[row])
-            self._drafting.join(row, self._text(row, emitted), emitted=emitted)
-        self._wrong[moved] = True
+    def close(self) -> None:
+        """The rows leave the drafter, which learns their last tokens."""
+        for row in np.flatnonzero(self._wrong()).tolist():
+            self._leave(row)
+        self._drafting.end(self.state)
 
     @property
     def _width(self) -> int:
@@ -87,19 +85,41 @@ class DraftedRows(Rows):
         tokens = np.asarray(self.state.tokens)[row, :emitted]
         return self.texts[row // self.copies] + tokens.tolist()
 
-    def _texts(self, emitted: np.ndarray) -> jax.Array:
-        """[R, T] the same for all rows, padded with -1."""
-        rows = [self._text(row, n) for row, n in enumerate(emitted.tolist())]
-        return _padded(rows, self._width)
+    def _texts(self, emitted: np.ndarray) -> list[list[int]]:
+        """The same for all rows [R]."""
+        return [self._text(row, n) for row, n in enumerate(emitted.tolist())]
+
+    def _begin(self, texts: list[list[int]]) -> None:
+        state = dataclasses.replace(self.state, draft=self._draft)
+        state = self._drafting.begin(state, texts, _padded(texts, self._width))
+        self._draft, self.state = state.draft, dataclasses.replace(state, draft=())
+
+    def _wrong(self) -> np.ndarray:
+        """[R] rows of which the drafter knows something else than they have emitted.
+
+        One on the host learns from the rows what it lacks.
+        """
+        wrong = self._known != np.asarray(self.state.tokens)
+        return (wrong if self._on_device else wrong & (self._known >= 0)).any(1)
+
+    def _leave(self, row: int) -> None:
+        known = self._known[row]
+        self._drafting.leave(row, known[known >= 0])
 
     def _remind(self, running: np.ndarray) -> None:
-        """A device drafter begins again if it has the text of a running row wrong."""
-        if not (self._wrong & running).any():
+        """The drafter begins again with the texts that it has wrong."""
+        wrong = self._wrong() & running
+        if not wrong.any():
             return
-        if type(self._drafting.device) is not NoDrafter:
-            known = self._texts(np.asarray(self.state.count) - 1)  # all but the next root
-            self.state = self._drafting.begin(self.state, (), known)
-        self._wrong[:] = False
+        count = np.asarray(self.state.count)
+        if self._on_device:
+            self._begin(self._texts(count - 1))  # all but the next root
+            self._known = np.array(self.state.tokens)
+            return
+        for row in np.flatnonzero(wrong).tolist():
+            self._leave(row)
+            self._drafting.join(row, self._text(row, count[row]), emitted=int(count[row]))
+            self._known[row] = np.asarray(self.state.tokens)[row]
 
     def _settle(
         self,
@@ -165,12 +185,11 @@ class DraftedRows(Rows):
         tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
         seen = self.state.seen
         if seen is not None:
-            seen = seen_tokens(self._texts(keep), seen.shape[1])
+            seen = seen_tokens(_padded(self._texts(keep), self._width), seen.shape[1])
         tokens = np.where(np.arange(tokens.shape[1]) < keep[:, None], tokens, -1)
         next_pos = np.asarray(self.state.cache.next_pos) - (count - keep)
         state = replace_text(self.state, *map(jnp.asarray, (tokens, keep, next_pos)))
         self.state = dataclasses.replace(state, seen=seen)
-        self._wrong |= keep < count
         outputs = self._outputs or []
         if any(len(output.tokens) > n for output, n in zip(outputs, keep, strict=False)):
             self._outputs = None

@@ -19,7 +19,7 @@ from lookahead_jax.decoding.weights import for_decoding
 from lookahead_jax.generation.generate import check_finite
 from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.model.params import Params
-from lookahead_jax.strategies.primitives import gather_rows
+from lookahead_jax.strategies.primitives import gather_rows, with_prompt
 
 Reward = Callable[[str, str], float]
 """(prompt, its continuation so far) -> how good it is; larger is better."""
@@ -171,7 +171,12 @@ class Rows:
         self._look(None)
 
     def replace(self, state: DecodeState) -> None:
-        """Puts a state with other last tokens in the place of the present one."""
+        """Puts a state with other last tokens in the place of the present one.
+
+        It may come without the prompts (`without_prompt`): these stay what they are.
+        """
+        if state.cache.shared is None:
+            state = with_prompt(state, self.state.cache.shared)
         more = np.asarray(state.count) - np.asarray(self.state.count)
         self.state, self._outputs, self.finished[:] = state, None, False
         self._spend(more, np.zeros(len(self.texts), np.int64))
@@ -198,8 +203,7 @@ class Rows:
     def restore(self, state: DecodeState) -> None:
         """Goes back to a copy of an earlier state, without paused rows; what was spent stays so."""
         # The copy's prompt has been donated since; it is that of the present state.
-        cache = dataclasses.replace(state.cache, shared=self.state.cache.shared)
-        self.state, self._outputs = dataclasses.replace(state, cache=cache), None
+        self.state, self._outputs = with_prompt(state, self.state.cache.shared), None
         self.finished[:], self._paused[:] = False, False
         self._look(None)
 
@@ -217,6 +221,9 @@ class Rows:
         self.state = gather_rows(self.state, jnp.asarray(index, jnp.int32), self.state.sampling)
         self.finished, self._paused = self.finished[index], self._paused[index]
         self._outputs = None
+
+    def close(self) -> None:
+        """Nothing follows."""
 
     def score(self, rows: Sequence[int]) -> list[float]:
         """The reward of each of `rows`; raises ValueError for one that is no finite number."""

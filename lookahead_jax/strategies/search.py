@@ -173,7 +173,7 @@ def search(
     except BaseException:
         drafting.abandon()
         raise
-    drafting.end(rows.state)
+    rows.close()
     longest = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows).max(1)
     lengths = [len(text) for text in batch.texts]
     warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
