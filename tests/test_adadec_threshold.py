@@ -1,12 +1,14 @@
 """The threshold of adadec: learned by the command, against NumPy over the float64 model."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from lookahead_jax.checkpoints.load import load
+from lookahead_jax.strategies.adadec import AdaDec
 from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.train import adadec
 from tests import reference, tiny
@@ -79,10 +81,8 @@ def test_the_command_reads_answers_and_prints_the_threshold(tmp_path, capsys, mo
     weights = jax.tree.map(lambda a: np.asarray(a, np.float64), model.params)
     entropy, chosen = [], []
     for row in rows:
-        prompt, answer = (
-            model.tokenizer.encode(row["prompt"]),
-            model.tokenizer.encode_behind(row["response"]),
-        )
+        prompt = tokenizer.encode(row["prompt"])
+        answer = tokenizer.encode_behind(row["response"])
         text = [*prompt, *answer][:40]
         hidden = reference.run(weights, model.config, np.array(text))[1]
         x = hidden @ weights["embed"].T
@@ -105,7 +105,7 @@ def test_the_command_reads_answers_and_prints_the_threshold(tmp_path, capsys, mo
     assert seen["seed"] == 3
     printed = capsys.readouterr()
     assert f"from {len(entropy)} tokens; right about 50.0%" in printed.err
-    assert make_strategy("adadec", threshold=printed.out.strip()).threshold == 0.75
+    assert make_strategy("adadec", threshold=printed.out.strip()) == AdaDec(threshold=0.75)
 
     source.write_text('{"prompt": "alone"}\n')
     assert adadec.main(args) == 1

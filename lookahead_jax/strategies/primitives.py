@@ -1,7 +1,7 @@
 """Operations on rows in the middle of decoding: fork, gather, and choose the last token again.
 
-All have static shapes and run inside `jax.jit`. Called outside of it, they copy only what they change;
-the rest belongs to the given state and to the new one. The third primitive, a logit
+All have static shapes and run inside `jax.jit`. Called outside of it, they copy only what they
+change; the rest belongs to the given state and to the new one. The third primitive, a logit
 processor with a state for each row, is `decoding.step.Steer`. B batch, R rows of the result,
 V vocabulary.
 """
