@@ -3,6 +3,7 @@
 XLA says before running what a program allocates (`memory_analysis`).
 """
 
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,8 @@ def allocated(rows: int, *, branched: bool) -> int:
     """Bytes of a burst's arguments, with the state of all rows, and of its temporaries."""
     state = jax.eval_shape(lambda: opened(rows, branched=branched))
     weights = abstract_params(CONFIG, jnp.float32)
-    memory = decode_burst.lower(weights, state, config=CONFIG, steps=4).compile().memory_analysis()
+    program = decode_burst.lower(weights, state, config=CONFIG, steps=4).compile()
+    memory: Any = program.memory_analysis()
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert new < REST, "the state is updated in place"
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes

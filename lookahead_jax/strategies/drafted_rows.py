@@ -117,8 +117,9 @@ class DraftedRows(Rows):
             self._known = np.array(self.state.tokens)
             return
         for row in np.flatnonzero(wrong).tolist():
+            emitted = int(count[row])
             self._leave(row)
-            self._drafting.join(row, self._text(row, count[row]), emitted=int(count[row]))
+            self._drafting.join(row, self._text(row, emitted), emitted=emitted)
             self._known[row] = np.asarray(self.state.tokens)[row]
 
     def _settle(
