@@ -30,8 +30,7 @@ class Strategy:
     reads_reward: ClassVar[bool] = False
     """Whether it compares texts by the caller's reward."""
     drafts: ClassVar[bool] = False
-    """Whether its rows may be drafted for: it has no logit processor and moves them by `advance`
-    and `gather` alone."""
+    """Whether its rows may be drafted for: it has no logit processor, and `advance` moves them."""
     routes: ClassVar[bool] = False
     """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
 
