@@ -166,7 +166,7 @@ class DraftedRows(Rows):
         self, rows: list[int], outputs: list[OutputRow], keep: np.ndarray, until: Until | None
     ) -> None:
         """Shows `rows` their new tokens one by one, up to the first that ends or pauses them."""
-        self._read = self.state  # so that `until` finds no further tokens
+        self._read = self.state.tokens  # so that `until` finds no further tokens
         tokens, done = np.asarray(self.state.tokens), np.asarray(self.state.done)
         for row in rows:
             output, count = outputs[row], int(keep[row])

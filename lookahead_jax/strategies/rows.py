@@ -94,7 +94,7 @@ class Rows:
         """[R] rows that have come to an end of their own, or to that of their prompt's work."""
         self._paused = np.zeros_like(self.finished)
         self._outputs: list[OutputRow] | None = None
-        self._read: DecodeState | None = None  # the state whose tokens `_outputs` has
+        self._read: jax.Array | None = None  # the tokens that `_outputs` has
         self._spend(np.asarray(state.count), np.zeros(len(texts), np.int64))
         self._look(None)
 
@@ -125,11 +125,11 @@ class Rows:
                 for row in range(len(self.finished))
             ]  # fmt: skip
             self._read = None
-        if self._read is not self.state:
+        if self._read is not self.state.tokens:
             tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
             for row, output in enumerate(self._outputs):
                 output.feed(tokens[row, len(output.tokens) : count[row]].tolist())
-            self._read = self.state
+            self._read = self.state.tokens
         return self._outputs
 
     def advance(

@@ -122,7 +122,6 @@ def search(
       sampling: default: the strategy's own.
       seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
         `lk.generate` with that seed.
-
       drafter: as that of `lk.generate`, for strategies that draw whole samples: best_of_n,
         self_consistency, first_finish and the particles. The texts are the same, unless
         `most_forwards` ends them; `Work.forwards` shows the gain.
