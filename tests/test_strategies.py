@@ -492,7 +492,7 @@ def test_the_command_line_searches(model, tmp_path, capsys):
     assert capsys.readouterr().out == judged.text[0] + "\n"
     for arguments, complaint in (
         (["beam", "--strategy-arg", "n"], "--strategy-arg takes NAME=VALUE, not 'n'"),
-        (["beam", "--drafter", "trie"], "leave --drafter out"),
+        (["beam", "--drafter", "trie"], "looks at every token before the next: leave --drafter"),
         (["beam", "--draft-nodes", "8"], "leave --draft-nodes out"),
         (["best_of_n"], "needs --reward FILE.py:NAME"),
         (

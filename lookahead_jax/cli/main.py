@@ -58,6 +58,7 @@ GROUPS = {
             "Compute the statistics of the policy triattention.",
         ),
         "kvzap": ("train.kvzap", "Train the surrogate of the policy kvzap from texts."),
+        "adadec": ("train.adadec", "Learn the threshold of the strategy adadec from answers."),
         "specdec": ("train.specdec", "Train the acceptance head of the drafter specdec."),
         "denoiser": ("train.denoiser", "Train the head of the drafter denoiser."),
         "reward": ("train.reward", "Train a reward head on labelled steps, for strategies."),

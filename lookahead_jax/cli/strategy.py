@@ -70,10 +70,12 @@ class StrategyOptions:
             raise UsageError(f"--strategy {self.strategy} needs --reward FILE.py:NAME or DIR{also}")
         if reward is not None and strategy.reads_reward is False:
             raise UsageError(f"--strategy {self.strategy} compares no rewards: leave --reward out")
-        if options.drafting.drafter != "none":
-            raise UsageError("--strategy decodes without a drafter: leave --drafter out")
-        if options.drafting.draft_nodes is not None:
-            raise UsageError("--strategy decodes without a drafter: leave --draft-nodes out")
+        for name in ("drafter", "draft_nodes") if not strategy.drafts else ():
+            if getattr(options.drafting, name) not in ("none", None):
+                raise UsageError(
+                    f"--strategy {self.strategy} looks at every token before the next: leave "
+                    f"--{name.replace('_', '-')} out"
+                )
         if options.evict_every is not None:
             raise UsageError("--strategy evicts from the prompt only: leave --evict-every out")
         return Chosen(strategy, reward, router, verifier)
@@ -95,6 +97,8 @@ class StrategyOptions:
             router=chosen.router,
             verifier=chosen.verifier,
             draft_model=run.small if chosen.rule.routes else None,
+            drafter=run.drafter,
+            draft_nodes=options.drafting.draft_nodes,
             most_tokens=self.most_tokens,
             most_forwards=self.most_forwards,
         )

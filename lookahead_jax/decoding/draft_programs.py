@@ -44,9 +44,11 @@ def attach(
     room: int,
     config: ModelConfig,
 ) -> DecodeState:
-    """Adds the state of a device drafter, in which every row begins with its prompt [B, T]."""
+    """Every row begins with its prompt [B, T] in the state of a device drafter, new or not."""
     rows = jnp.arange(prompts.shape[0], dtype=jnp.int32)
-    draft = drafter.begin(weights, drafter.init(len(rows), room, config), rows, prompts)
+    known = jax.tree.leaves(state.draft)
+    draft = state.draft if known else drafter.init(len(rows), room, config)
+    draft = drafter.begin(weights, draft, rows, prompts)
     return dataclasses.replace(state, draft=draft)
 
 

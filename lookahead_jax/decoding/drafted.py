@@ -104,6 +104,7 @@ class Drafting:
     ) -> DecodeState:
         """All rows join with their prompts, also given as an array [B, T] padded with -1.
 
+        A device drafter can begin again with other texts, and keeps what it knows beside them.
         Raises ValueError for a draft model on other devices than the target.
         """
         if self._host is None:
@@ -129,17 +130,20 @@ class Drafting:
         """The state of `device` for a batch in which no row has begun."""
         return self.device.init(len(self._requests), self._room, self._config)
 
-    def join(self, row: int, prompt: Sequence[int], *, draft: bool = True) -> None:
+    def join(
+        self, row: int, prompt: Sequence[int], *, draft: bool = True, emitted: int = 0
+    ) -> None:
         """One row joins a host drafter; a device drafter begins it in the batch's program.
 
-        Without `draft` it is decoded plainly: `DecodeState.drafted` has to say so, too.
+        Without `draft` it is decoded plainly: `DecodeState.drafted` has to say so, too. The last
+        `emitted` tokens of `prompt` are those that the row has emitted already.
         """
         (self._drafted if draft else self._undrafted).add(row)
         self._chances.begin(row)
         if self._host is not None and draft:
             request = next(_request)
             self._host.begin(request, prompt)
-            self._requests[row], self._observed[row] = request, 0
+            self._requests[row], self._observed[row] = request, emitted
 
     def constrain(self, row: int, grammar: GrammarRow | None) -> None:
         """A row that has no output yet follows a grammar until it leaves; None: it does not."""

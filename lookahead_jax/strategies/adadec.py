@@ -13,7 +13,7 @@ from lookahead_jax.decoding.step import Steer
 from lookahead_jax.model.jit import program
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
 from lookahead_jax.strategies.likelihood import Likelihood, Listen, log_probability, nothing_drawn
-from lookahead_jax.strategies.primitives import gather_rows, replace_last
+from lookahead_jax.strategies.primitives import gather_rows, replace_last, without_prompt
 from lookahead_jax.strategies.rows import Rows
 
 
@@ -24,8 +24,9 @@ class AdaDec(Strategy):
     From an entropy of `threshold` nats on, each of the `candidates` likeliest tokens is continued
     greedily by `ahead` tokens, or to its end. The token of the largest mean log-probability, its
     own included, is taken, and what followed it is forgotten. (He et al. 2025, arXiv:2506.08980,
-    with a beam of 1. There the threshold is learned for each model; 1 is a value to begin with. The
-    rules by which their code ends a look ahead at the end of a Python function are left out.)
+    with a beam of 1. Thresholds learned there, as `lookahead train adadec` learns one, are from 0.6
+    to 1.3 for models of 0.6B to 8B; 1 is a value to begin with. The rules by which
+    their code ends a look ahead at the end of a Python function are left out.)
     """
 
     threshold: float = 1.0
@@ -69,7 +70,7 @@ class AdaDec(Strategy):
         """Chooses the last token of the `unsure` rows again."""
         chosen = jnp.asarray(unsure)
         before = gather_rows(rows.state, jnp.arange(len(unsure), dtype=jnp.int32))  # a copy
-        rows.replace(_branched(rows.state, chosen, n=self.candidates))
+        rows.replace(_branched(without_prompt(rows.state), chosen, n=self.candidates))
         tokens, begin = np.array(rows.state.token), np.asarray(rows.state.count) - 1
         rows.hold(~unsure)
         rows.advance(self.ahead)

@@ -33,6 +33,8 @@ class Strategy:
     """Whether it compares texts by the caller's reward. None: where there is one."""
     concurrent: ClassVar[bool] = False
     """Whether the rows of a prompt read what the others write, as they write it."""
+    drafts: ClassVar[bool] = False
+    """Whether its rows may be drafted for: it has no logit processor, and `advance` moves them."""
     routes: ClassVar[bool] = False
     """Whether a draft model writes too (`Rows.beside`); a router may then replace the reward."""
     verifies: ClassVar[bool] = False

@@ -16,7 +16,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
-from lookahead_jax.strategies.primitives import gather_rows, replace_last
+from lookahead_jax.strategies.primitives import gather_rows, replace_last, without_prompt
 from lookahead_jax.strategies.rows import Rows
 
 
@@ -62,7 +62,10 @@ class Beam(Strategy):
             raise ValueError(f"n={self.n} is more than the vocabulary: lower it")
         scores = jnp.where(jnp.arange(len(rows.finished)) % self.n == 0, 0.0, -jnp.inf)
         first, scores = choose_beams(
-            rows.state, jnp.ones_like(rows.state.done), scores.astype(jnp.float32), n=self.n
+            without_prompt(rows.state),
+            jnp.ones_like(rows.state.done),
+            scores.astype(jnp.float32),
+            n=self.n,
         )
         rows.replace(first)
         while rows.running.any():

@@ -24,10 +24,7 @@ class FirstFinish(Samples):
 
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
-        while True:
-            ended = np.array([output.finish() != "length" for output in rows.outputs])
-            ended = ended.reshape(rows.groups.shape)
-            rows.end(np.repeat(ended.any(1), self.n))
-            if not rows.running.any():
-                return [Ranked(int(e.argmax()), [float(x) for x in e]) for e in ended]
-            rows.advance(1)
+        rows.advance(first=True)
+        ended = np.array([output.finish() != "length" for output in rows.outputs])
+        ended = ended.reshape(rows.groups.shape)
+        return [Ranked(int(e.argmax()), [float(x) for x in e]) for e in ended]

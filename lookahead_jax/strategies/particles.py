@@ -44,6 +44,7 @@ class ParticleFilter(Strategy):
 
     default_sampling: ClassVar[Sampling] = Sampling(temperature=0.8)
     draws: ClassVar[bool] = True
+    drafts: ClassVar[bool] = True
     reads_reward: ClassVar[bool] = True
     n: int = 8
     step: str = "\n\n"

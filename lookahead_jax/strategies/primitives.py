@@ -1,10 +1,13 @@
 """Operations on rows in the middle of decoding: fork, gather, and choose the last token again.
 
-All have static shapes and run inside `jax.jit`. The third primitive, a logit processor with a state
-for each row, is `decoding.step.Steer`. B batch, R rows of the result, V vocabulary.
+All have static shapes and run inside `jax.jit`. Called outside of it, they copy only what they
+change; the rest belongs to the given state and to the new one. The third primitive, a logit
+processor with a state for each row, is `decoding.step.Steer`. B batch, R rows of the result,
+V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,19 @@ def gather_cache(cache: KVCache, index: Int[Array, " R"]) -> KVCache:
     return cache.map_rows(lambda a, axis: jnp.take(a, index, axis=axis))
 
 
-@program()
+def without_prompt(state: DecodeState) -> DecodeState:
+    """The rows without the entries that they share, which a program would copy to its result.
+
+    `Rows` puts them back.
+    """
+    return with_prompt(state, None)
+
+
+def with_prompt(state: DecodeState, prompt: KVCache | None) -> DecodeState:
+    """The rows with the entries `prompt` that they share."""
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, shared=prompt))
+
+
 def gather_rows(
     state: DecodeState, index: Int[Array, " R"], sampling: SamplingRows | None = None
 ) -> DecodeState:
@@ -30,11 +45,20 @@ def gather_rows(
 
     `sampling` are the settings of the new rows. Without them a row keeps those of the row it comes
     from, its seed included: two rows of one then draw the same noise. Rows that branch from a
-    prompt must stay with it: of G prompts, the i-th R / G of the new rows belong to the i-th. Rows
-    with a drafter's state or with scores of an eviction cannot be gathered.
+    prompt must stay with it: of G prompts, the i-th R / G of the new rows belong to the i-th. They
+    read the same entries as the given rows, so a step of the ones consumes those of the others:
+    `Rows.restore` can go back to them all the same. Rows with a drafter's state or with scores of
+    an eviction cannot be gathered.
     """
     if jax.tree.leaves(state.draft) or state.sums is not None:
         raise ValueError("rows that are drafted for or evicted from while decoding have one place")
+    return with_prompt(_gathered(without_prompt(state), index, sampling), state.cache.shared)
+
+
+@program()
+def _gathered(
+    state: DecodeState, index: Int[Array, " R"], sampling: SamplingRows | None
+) -> DecodeState:
     rest = dataclasses.replace(state, cache=None, sampling=None)
     taken = jax.tree.map(lambda a: jnp.take(a, index, axis=0), rest)
     if sampling is None:
@@ -51,14 +75,21 @@ def fork_rows(state: DecodeState, copies: int, sampling: SamplingRows | None = N
     return gather_rows(state, jnp.repeat(rows, copies), sampling)
 
 
-@program()
 def replace_last(
     state: DecodeState, tokens: Int[Array, " B"], rows: Bool[Array, " B"]
 ) -> DecodeState:
     """Puts `tokens` in the place of the last emitted token of `rows`; no step has read it yet.
 
-    Such a row goes on unless its new token ends it.
+    Such a row goes on unless its new token ends it. The cache is that of the given state.
     """
+    changed = _last_replaced(dataclasses.replace(state, cache=None), tokens, rows)
+    return dataclasses.replace(changed, cache=state.cache)
+
+
+@program()
+def _last_replaced(
+    state: DecodeState, tokens: Int[Array, " B"], rows: Bool[Array, " B"]
+) -> DecodeState:
     state = dataclasses.replace(
         state, count=state.count - rows.astype(jnp.int32), done=state.done & ~rows
     )
@@ -77,15 +108,29 @@ def cut_cache(cache: KVCache, next_pos: Int[Array, " B"]) -> KVCache:
     )
 
 
-@program()
+def _around_entries(
+    change: Callable[[DecodeState], DecodeState], state: DecodeState
+) -> DecodeState:
+    """What `change` makes of a state, which it sees without the keys and values it leaves alone."""
+    cache, nothing = state.cache, dict.fromkeys(("k", "v", "k_scale", "v_scale", "shared"))
+    changed = change(dataclasses.replace(state, cache=dataclasses.replace(cache, **nothing)))
+    kept = {name: getattr(cache, name) for name in nothing}
+    return dataclasses.replace(changed, cache=dataclasses.replace(changed.cache, **kept))
+
+
 def forget_from(
     state: DecodeState, next_pos: Int[Array, " B"], seeds: UInt32[Array, " B"]
 ) -> DecodeState:
     """Entries from position `next_pos` on leave the cache; what was emitted stays.
 
-    As after `replace_text`, `extend` has to read what is to follow there, all but the last token.
-    Later tokens draw the noise of `seeds`.
+    As after `replace_text`, keys and values are those of the given state, and `extend` has to read
+    what is to follow there, all but the last token. Later tokens draw the noise of `seeds`.
     """
+    return _around_entries(lambda known: _forgotten(known, next_pos, seeds), state)
+
+
+@program()
+def _forgotten(state: DecodeState, next_pos: jax.Array, seeds: jax.Array) -> DecodeState:
     return dataclasses.replace(
         state,
         cache=cut_cache(state.cache, next_pos),
@@ -93,7 +138,6 @@ def forget_from(
     )
 
 
-@program()
 def replace_text(
     state: DecodeState,
     tokens: Int[Array, "B W"],
@@ -102,10 +146,21 @@ def replace_text(
 ) -> DecodeState:
     """Puts the first `count` (at least 1) of `tokens` in the place of all that was emitted.
 
-    Entries from position `next_pos` on leave the cache. `extend` has to read what is missing from
-    there to the last token, exclusive, before the rows decode; what they have `seen` is not
-    changed. A row goes on unless its new last token ends it.
+    Entries from position `next_pos` on leave the cache, whose keys and values are those of the
+    given state. `extend` has to read what is missing from there to the last token, exclusive,
+    before the rows decode; what they have `seen` is not changed. A row goes on unless its new last
+    token ends it.
     """
+    return _around_entries(lambda known: _text_replaced(known, tokens, count, next_pos), state)
+
+
+@program()
+def _text_replaced(
+    state: DecodeState,
+    tokens: Int[Array, "B W"],
+    count: Int[Array, " B"],
+    next_pos: Int[Array, " B"],
+) -> DecodeState:
     last = jnp.take_along_axis(tokens, count[:, None] - 1, axis=1)
     done = (last == state.eos).any(1) | (count >= state.limit)
     return dataclasses.replace(

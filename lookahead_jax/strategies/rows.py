@@ -21,7 +21,7 @@ from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.reward_head import RewardHead
 from lookahead_jax.strategies.hidden_reward import text_chances
-from lookahead_jax.strategies.primitives import gather_rows, replace_last
+from lookahead_jax.strategies.primitives import gather_rows, replace_last, with_prompt
 
 Reward = Callable[[str, str], float] | RewardHead
 """(prompt, its continuation so far) -> how good it is; larger is better. Or a head on the model's
@@ -106,6 +106,7 @@ class Rows:
         """[R] rows that have come to an end of their own, or to that of their prompt's work."""
         self._paused = np.zeros_like(self.finished)
         self._outputs: list[OutputRow] | None = None
+        self._read: jax.Array | None = None  # the tokens that `_outputs` has
         self._spend(np.asarray(state.count), np.zeros(len(texts), np.int64))
         self._look(None)
 
@@ -140,22 +141,32 @@ class Rows:
                 )
                 for row in range(len(self.finished))
             ]  # fmt: skip
-        tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
-        for row, output in enumerate(self._outputs):
-            output.feed(tokens[row, len(output.tokens) : count[row]].tolist())
+            self._read = None
+        if self._read is not self.state.tokens:
+            tokens, count = np.asarray(self.state.tokens), np.asarray(self.state.count)
+            for row, output in enumerate(self._outputs):
+                output.feed(tokens[row, len(output.tokens) : count[row]].tolist())
+            self._read = self.state.tokens
         return self._outputs
 
     def advance(
-        self, steps: int | None = None, *, until: Callable[[int], bool] | None = None
+        self,
+        steps: int | None = None,
+        *,
+        until: Callable[[int], bool] | None = None,
+        first: bool = False,
     ) -> None:
         """Moves every running row by `steps` tokens, or to its end.
 
         A row pauses where `until(row)` holds after a token. It is asked for every token, and the
-        row has its text in `outputs`.
+        row has its text in `outputs`. With `first`, all rows of a prompt end together with the
+        first that comes to an end of its own.
         """
         left = self.state.tokens.shape[1] if steps is None else steps
+        if first:
+            self._end_with_first()
         while left > 0 and (running := self.running).any():
-            most = 1 if self._stop or until is not None else BURST
+            most = 1 if self._stop or until is not None or first else BURST
             burst = min(left, most, self._affordable(running))
             before = np.array(self.state.count)
             self.state = decode_burst(
@@ -164,6 +175,8 @@ class Rows:
             new = np.asarray(self.state.count) - before
             self._spend(new, new.reshape(self.groups.shape).max(1))
             self._look(until)
+            if first:
+                self._end_with_first()
             left -= burst
 
     def step(self, move: Callable[[Params, DecodeState], DecodeState]) -> None:
@@ -175,7 +188,12 @@ class Rows:
         self._look(None)
 
     def replace(self, state: DecodeState) -> None:
-        """Puts a state with other last tokens in the place of the present one."""
+        """Puts a state with other last tokens in the place of the present one.
+
+        It may come without the prompts (`without_prompt`): these stay what they are.
+        """
+        if state.cache.shared is None:
+            state = with_prompt(state, self.state.cache.shared)
         more = np.asarray(state.count) - np.asarray(self.state.count)
         self.state, self._outputs, self.finished[:] = state, None, False
         self._spend(more, np.zeros(len(self.texts), np.int64))
@@ -210,8 +228,7 @@ class Rows:
     def restore(self, state: DecodeState) -> None:
         """Goes back to a copy of an earlier state, without paused rows; what was spent stays so."""
         # The copy's prompt has been donated since; it is that of the present state.
-        cache = dataclasses.replace(state.cache, shared=self.state.cache.shared)
-        self.state, self._outputs = dataclasses.replace(state, cache=cache), None
+        self.state, self._outputs = with_prompt(state, self.state.cache.shared), None
         self.finished[:], self._paused[:] = False, False
         self._look(None)
 
@@ -235,6 +252,9 @@ class Rows:
         self.gather(np.where(new, parents, np.arange(len(new))))
         self._spend(new, np.zeros(len(self.texts), np.int64))
         self.replace(replace_last(self.state, jnp.asarray(tokens, jnp.int32), jnp.asarray(new)))
+
+    def close(self) -> None:
+        """Nothing follows."""
 
     def score(self, rows: Sequence[int]) -> list[float]:
         """The reward of each of `rows`; raises ValueError for one that is no finite number.
@@ -287,6 +307,11 @@ class Rows:
     def rng(self, group: int, turn: int) -> np.random.Generator:
         """The random numbers of a prompt's `turn`-th choice on the host."""
         return np.random.default_rng([self.seeds[group] % 2**32, turn])
+
+    def _end_with_first(self) -> None:
+        """Ends all rows of the prompts of which a row has ended with its text."""
+        ended = np.array([output.finish() != "length" for output in self.outputs])
+        self.end(np.repeat(ended.reshape(self.groups.shape).any(1), self.copies))
 
     def _set_done(self, done: np.ndarray) -> None:
         # Placed as it was: an array without a place would compile the step once more.

@@ -11,6 +11,7 @@ class Samples(Strategy):
     """`n` independent samples."""
 
     draws: ClassVar[bool] = True
+    drafts: ClassVar[bool] = True
     n: int = 8
 
     def __post_init__(self) -> None:

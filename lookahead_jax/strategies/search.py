@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
+from lookahead_jax.decoding.device_drafter import (
+    DeviceDrafter,
+    DrawingDrafter,
+    NoDrafter,
+    SelfDrafter,
+)
+from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.host_drafter import HostDrafter
+from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
 from lookahead_jax.decoding.state import seen_tokens, start
 from lookahead_jax.drafters.draft_model import check_vocabulary
@@ -26,7 +36,7 @@ from lookahead_jax.generation.inputs import (
 from lookahead_jax.generation.memory import check_memory
 from lookahead_jax.generation.open_batch import read_batch, reading
 from lookahead_jax.generation.output_text import FinishReason
-from lookahead_jax.generation.settings import ContinuationSettings, EvictionSettings
+from lookahead_jax.generation.settings import ContinuationSettings, DraftSettings, EvictionSettings
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
@@ -36,6 +46,7 @@ from lookahead_jax.modules.reward_head import RewardHead
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.base import Ranked, Strategy
+from lookahead_jax.strategies.drafted_rows import DraftedRows
 from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.strategies.rows import Reward, Router, Rows, Verifier, Work
 from lookahead_jax.strategies.verifier import model_verifier
@@ -89,6 +100,8 @@ def search(
     drafts: Sequence[Sequence[int]] | Model | None = None,
     eos_ids: Sequence[int | str] | None = None,
     stop_token_ids: Sequence[int | str] = (),
+    drafter: str | HostDrafter | DeviceDrafter = "none",
+    draft_nodes: int | Controller | None = None,
     cache_dtype: str | None = None,
 ) -> SearchResult:
     """Continues each prompt by a strategy that searches: in several rows, or several times.
@@ -116,11 +129,14 @@ def search(
       sampling: default: the strategy's own.
       seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
         `lk.generate` with that seed.
+      drafter: as that of `lk.generate`, for strategies that draw whole samples: best_of_n,
+        self_consistency, first_finish and the particles. The texts are the same, unless
+        `most_forwards` ends them; `Work.forwards` shows the gain.
 
     The other arguments are those of `lk.generate`; no entry of a prompt is evicted while decoding.
 
     Raises ValueError as `lk.generate` does, and for a strategy without the reward or the sampling
-    that it needs, or with one that has no effect on it.
+    that it needs, or with a reward, a sampling or a drafter that it has no use for.
     """
     strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
     sampling = _checked_sampling(strategy, sampling)
@@ -142,7 +158,16 @@ def search(
         seeds=row_seeds(seeds, len(batch.prompts)),
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
-    drafted = draft_tokens(eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids)
+    draft = DraftSettings.of(drafter, draft_nodes)
+    _check_drafter(strategy, draft.drafter)
+    drafting = Drafting(
+        draft.drafter, draft.nodes, config=config, batch=len(batch.prompts) * strategy.rows,
+        room=batch.longest + max_new_tokens,
+    )  # fmt: skip
+    drafts_for = None if type(draft.drafter) is NoDrafter else drafting
+    drafted = draft_tokens(
+        eviction.policy, drafts, batch.prompts, eos_ids=settings.eos_ids, drafter=draft.drafter
+    )
     shared: dict[str, Any] = dict(
         stop=stop, limits=limits, reward=reward, reserve=reserve, router=router,
         verifier=verifier,
@@ -152,10 +177,16 @@ def search(
         whole = EvictionSettings(policy=Full(), budget=budget)
         beside = _opened(draft_model, batch, settings, whole, strategy, **shared)
     rows = _opened(
-        model, batch, settings, eviction, strategy, drafts=drafted, beside=beside, **shared
-    )
+        model, batch, settings, eviction, strategy, drafts=drafted, beside=beside,
+        drafting=drafts_for, **shared,
+    )  # fmt: skip
     cache_bytes = rows.state.cache.bytes + (0 if beside is None else beside.state.cache.bytes)
-    ranked = strategy.run(rows)
+    try:
+        ranked = strategy.run(rows)
+    except BaseException:
+        drafting.abandon()
+        raise
+    rows.close()
     written = np.array([len(o.tokens) for o in rows.outputs]).reshape(-1, strategy.rows)
     written = np.minimum(written, strategy.slots(max_new_tokens))
     longest = written.sum(1) if strategy.concurrent else written.max(1)
@@ -179,6 +210,7 @@ def _opened(
     verifier: Verifier | None,
     drafts: jax.Array | None = None,
     beside: Rows | None = None,
+    drafting: Drafting | None = None,
 ) -> Rows:
     """The prompts read and branched, with the first token of every row."""
     copies, config, new_tokens = strategy.rows, model.config, settings.max_new_tokens
@@ -217,7 +249,8 @@ def _opened(
         if state.done.committed:  # what is not placed as the rest compiles the second burst anew
             steering = jax.device_put(steering, state.done.sharding)
         state = jax.block_until_ready(dataclasses.replace(state, steering=steering))
-    return Rows(
+    made = Rows if drafting is None else partial(DraftedRows, drafting=drafting)
+    return made(
         model, batch.texts, state, logits, copies=copies, seeds=settings.seeds,
         ends=settings.eos_ids, stop=stop, limits=limits, steer=steer, reward=reward,
         reserve=reserve, router=router, verifier=verifier, beside=beside,
@@ -326,6 +359,24 @@ def _checked_verifier(
     if verifier is not None:
         raise ValueError(f"{type(strategy).__name__} asks no verifier: leave verifier out")
     return None
+
+
+def _check_drafter(strategy: Strategy, drafter: HostDrafter | DeviceDrafter) -> None:
+    name = type(strategy).__name__
+    if type(drafter) is NoDrafter:
+        return
+    if not strategy.drafts:
+        raise ValueError(f"{name} looks at every token before the next: leave drafter out")
+    if isinstance(drafter, DrawingDrafter):
+        raise ValueError(
+            f"{type(drafter).__name__} emits other tokens than a search without it: take a drafter "
+            "that does not draw"
+        )
+    if isinstance(drafter, SelfDrafter):
+        raise ValueError(
+            f"{type(drafter).__name__} reads each row's whole cache, and the rows of a search "
+            "share their prompt: take another drafter"
+        )
 
 
 def _limits(tokens: int | None, forwards: int | None, rows: int, least: int) -> Work:
