@@ -10,12 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.device_drafter import (
-    DeviceDrafter,
-    DrawingDrafter,
-    NoDrafter,
-    SelfDrafter,
-)
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
@@ -45,7 +40,7 @@ from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.base import Ranked, Strategy
-from lookahead_jax.strategies.drafted_rows import DraftedRows
+from lookahead_jax.strategies.drafted_rows import DraftedRows, check_drafter
 from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.strategies.rows import Reward, Router, Rows, Work
 
@@ -148,7 +143,7 @@ def search(
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
     draft = DraftSettings.of(drafter, draft_nodes)
-    _check_drafter(strategy, draft.drafter)
+    check_drafter(strategy, draft.drafter)
     drafting = Drafting(
         draft.drafter, draft.nodes, config=config, batch=len(batch.prompts) * strategy.rows,
         room=batch.longest + max_new_tokens,
@@ -321,24 +316,6 @@ def _check_guides(
     if (reward is not None or router is not None) and model.tokenizer is None:
         given = "router" if reward is None else "reward"
         raise ValueError(f"a {given} reads texts, and this model has no tokenizer.json")
-
-
-def _check_drafter(strategy: Strategy, drafter: HostDrafter | DeviceDrafter) -> None:
-    name = type(strategy).__name__
-    if type(drafter) is NoDrafter:
-        return
-    if not strategy.drafts:
-        raise ValueError(f"{name} looks at every token before the next: leave drafter out")
-    if isinstance(drafter, DrawingDrafter):
-        raise ValueError(
-            f"{type(drafter).__name__} emits other tokens than a search without it: take a drafter "
-            "that does not draw"
-        )
-    if isinstance(drafter, SelfDrafter):
-        raise ValueError(
-            f"{type(drafter).__name__} reads each row's whole cache, and the rows of a search "
-            "share their prompt: take another drafter"
-        )
 
 
 def _limits(tokens: int | None, forwards: int | None, rows: int) -> Work:
