@@ -13,11 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lookahead_jax.decoding.device_drafter import NoDrafter
+from lookahead_jax.decoding.device_drafter import (
+    DeviceDrafter,
+    DrawingDrafter,
+    NoDrafter,
+    SelfDrafter,
+)
 from lookahead_jax.decoding.drafted import Drafting
+from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.state import seen_tokens
 from lookahead_jax.generation.generate import check_finite
 from lookahead_jax.generation.output_text import OutputRow
+from lookahead_jax.strategies.base import Strategy
 from lookahead_jax.strategies.primitives import replace_text
 from lookahead_jax.strategies.rows import BURST, Rows
 
@@ -212,3 +219,22 @@ def _exhausted(new: np.ndarray, finished: np.ndarray, left: int) -> list[int]:
     tokens = np.arange(new.max() + 1)[:, None]
     need = np.minimum(new, tokens).sum(1) + (~finished | (new > tokens)).sum(1)
     return np.flatnonzero(need > left)[:1].tolist()
+
+
+def check_drafter(strategy: Strategy, drafter: HostDrafter | DeviceDrafter) -> None:
+    """Raises ValueError for a drafter that cannot help this strategy."""
+    name = type(strategy).__name__
+    if type(drafter) is NoDrafter:
+        return
+    if not strategy.drafts:
+        raise ValueError(f"{name} looks at every token before the next: leave drafter out")
+    if isinstance(drafter, DrawingDrafter):
+        raise ValueError(
+            f"{type(drafter).__name__} emits other tokens than a search without it: take a drafter "
+            "that does not draw"
+        )
+    if isinstance(drafter, SelfDrafter):
+        raise ValueError(
+            f"{type(drafter).__name__} reads each row's whole cache, and the rows of a search "
+            "share their prompt: take another drafter"
+        )

@@ -10,18 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.device_drafter import (
-    DeviceDrafter,
-    DrawingDrafter,
-    NoDrafter,
-    SelfDrafter,
-)
+from lookahead_jax.decoding.device_drafter import DeviceDrafter, NoDrafter
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import HostDrafter
 from lookahead_jax.decoding.node_choice import Controller
-from lookahead_jax.decoding.sampling import GREEDY, Sampling, sampling_rows
+from lookahead_jax.decoding.sampling import Sampling, sampling_rows
 from lookahead_jax.decoding.state import seen_tokens, start
-from lookahead_jax.drafters.draft_model import check_vocabulary
 from lookahead_jax.generation.inputs import (
     DEFAULT_BUDGET,
     PromptBatch,
@@ -37,7 +31,6 @@ from lookahead_jax.generation.memory import check_memory
 from lookahead_jax.generation.open_batch import read_batch, reading
 from lookahead_jax.generation.output_text import FinishReason
 from lookahead_jax.generation.settings import ContinuationSettings, DraftSettings, EvictionSettings
-from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import on_its_mesh
@@ -46,10 +39,15 @@ from lookahead_jax.modules.reward_head import RewardHead
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.base import Ranked, Strategy
-from lookahead_jax.strategies.drafted_rows import DraftedRows
+from lookahead_jax.strategies.drafted_rows import DraftedRows, check_drafter
+from lookahead_jax.strategies.guides import (
+    check_guides,
+    checked_sampling,
+    checked_verifier,
+    work_limits,
+)
 from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.strategies.rows import Reward, Router, Rows, Verifier, Work
-from lookahead_jax.strategies.verifier import model_verifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,13 +137,13 @@ def search(
     that it needs, or with a reward, a sampling or a drafter that it has no use for.
     """
     strategy = make_strategy(strategy) if isinstance(strategy, str) else strategy
-    sampling = _checked_sampling(strategy, sampling)
-    _check_guides(strategy, reward, router, draft_model, model)
-    verifier = _checked_verifier(strategy, verifier, model)
+    sampling = checked_sampling(strategy, sampling)
+    check_guides(strategy, reward, router, draft_model, model)
+    verifier = checked_verifier(strategy, verifier, model)
     strategy = strategy.for_model(model)
     sides = 2 if strategy.routes else 1  # texts that one decision compares
     reserve = sides if isinstance(reward, RewardHead) else 0
-    limits = _limits(most_tokens, most_forwards, strategy.rows * sides, max(reserve, 1))
+    limits = work_limits(most_tokens, most_forwards, strategy.rows * sides, max(reserve, 1))
     eviction = EvictionSettings(
         policy=policy or default_policy(lookahead), budget=budget, modules=lookahead,
         cache_dtype=cache_type(cache_dtype),
@@ -159,7 +157,7 @@ def search(
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
     draft = DraftSettings.of(drafter, draft_nodes)
-    _check_drafter(strategy, draft.drafter)
+    check_drafter(strategy, draft.drafter)
     drafting = Drafting(
         draft.drafter, draft.nodes, config=config, batch=len(batch.prompts) * strategy.rows,
         room=batch.longest + max_new_tokens,
@@ -297,91 +295,3 @@ def place_seeds(seeds: Sequence[int], copies: int) -> list[int]:
         for seed in seeds
         for place in range(copies)
     ]
-
-
-def _checked_sampling(strategy: Strategy, sampling: Sampling | None) -> Sampling:
-    name = type(strategy).__name__
-    if sampling is None:
-        return strategy.default_sampling
-    if strategy.draws and sampling.temperature == 0:
-        raise ValueError(f"{name} draws samples: give a temperature above 0, or no sampling")
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        raise ValueError(
-            "lk.search takes back tokens, which presence_penalty and frequency_penalty would still "
-            "count: leave them at 0"
-        )
-    if strategy.draws is False and sampling != GREEDY:
-        raise ValueError(f"{name} chooses tokens by its own rule: leave sampling out")
-    return sampling
-
-
-def _check_guides(
-    strategy: Strategy,
-    reward: Reward | None,
-    router: Router | None,
-    draft_model: Model | None,
-    model: Model,
-) -> None:
-    name = type(strategy).__name__
-    if strategy.routes and draft_model is None:
-        raise ValueError(f"{name} needs a smaller model: give draft_model=")
-    if not strategy.routes and (draft_model is not None or router is not None):
-        raise ValueError(f"{name} asks no other model: leave draft_model and router out")
-    if draft_model is not None:
-        check_vocabulary(draft_model.config, model.config)
-        if model.tokenizer is not None and draft_model.tokenizer is None:
-            raise ValueError(
-                f"the draft model {draft_model.path} has no tokenizer.json: put the model's there"
-            )
-    if router is not None and reward is not None:
-        raise ValueError("a router predicts what rewards would say: give router= or reward=")
-    if strategy.reads_reward and reward is None and router is None:
-        also = ", or router=, a function of (text, step)" if strategy.routes else ""
-        raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text){also}")
-    if strategy.reads_reward is False and reward is not None:
-        raise ValueError(f"{name} compares no rewards: leave reward out")
-    if isinstance(reward, RewardHead):
-        if (width := reward.hidden_size) != model.config.hidden_size:
-            raise ValueError(
-                f"the reward head reads hidden states of width {width}, and this model's have "
-                f"{model.config.hidden_size}: give lk.reward_head(path, model)"
-            )
-    elif (reward is not None or router is not None) and model.tokenizer is None:
-        given = "router" if reward is None else "reward"
-        raise ValueError(f"a {given} reads texts, and this model has no tokenizer.json")
-
-
-def _checked_verifier(
-    strategy: Strategy, verifier: Verifier | None, model: Model
-) -> Verifier | None:
-    if strategy.verifies:
-        return model_verifier(model) if verifier is None else verifier
-    if verifier is not None:
-        raise ValueError(f"{type(strategy).__name__} asks no verifier: leave verifier out")
-    return None
-
-
-def _check_drafter(strategy: Strategy, drafter: HostDrafter | DeviceDrafter) -> None:
-    name = type(strategy).__name__
-    if type(drafter) is NoDrafter:
-        return
-    if not strategy.drafts:
-        raise ValueError(f"{name} looks at every token before the next: leave drafter out")
-    if isinstance(drafter, DrawingDrafter):
-        raise ValueError(
-            f"{type(drafter).__name__} emits other tokens than a search without it: take a drafter "
-            "that does not draw"
-        )
-    if isinstance(drafter, SelfDrafter):
-        raise ValueError(
-            f"{type(drafter).__name__} reads each row's whole cache, and the rows of a search "
-            "share their prompt: take another drafter"
-        )
-
-
-def _limits(tokens: int | None, forwards: int | None, rows: int, least: int) -> Work:
-    if tokens is not None:
-        check_integer("most_tokens", tokens, least=rows)
-    if forwards is not None:
-        check_integer("most_forwards", forwards, least=least)
-    return Work(tokens=tokens, forwards=forwards)
