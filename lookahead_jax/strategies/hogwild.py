@@ -163,7 +163,8 @@ class Hogwild(Strategy):
 def _say(rows: Rows, texts: list[list[int]]) -> None:
     """Adds a text to each row; then one step, which reads all that its cache lacks."""
     new = _padded(texts)
-    rows.replace(_said(rows.state, new))
+    said = _said(dataclasses.replace(rows.state, cache=None), new)
+    rows.replace(dataclasses.replace(said, cache=rows.state.cache))
     tokens, count = np.asarray(rows.state.tokens), np.asarray(rows.state.count)
     lengths = np.repeat([len(prompt) for prompt in rows.texts], rows.copies)
     known = np.asarray(rows.state.cache.next_pos) - lengths
@@ -209,7 +210,7 @@ def _without_text(state: DecodeState) -> DecodeState:
 
 @program()
 def _said(state: DecodeState, tokens: jax.Array) -> DecodeState:
-    """Emits `tokens` [B, W], padded with -1; no step has read them yet."""
+    """Emits `tokens` [B, W], padded with -1; no step has read them. The state has no cache here."""
     count = (tokens >= 0).sum(1, dtype=jnp.int32)
     return emit(state, Accepted(jnp.zeros_like(tokens), count, tokens), None)
 
