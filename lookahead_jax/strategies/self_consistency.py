@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -44,13 +45,17 @@ class SelfConsistency(Samples):
         group = found[-1].group(found[-1].re.groups)
         return None if group is None else group.replace(",", "").strip()
 
+    def votes(self, texts: Sequence[str]) -> list[float]:
+        """How many of the texts have the answer of each; 0 for one without an answer."""
+        answers = [self.answer(text) for text in texts]
+        count = collections.Counter(answer for answer in answers if answer is not None)
+        return [0.0 if answer is None else float(count[answer]) for answer in answers]
+
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
         rows.advance()
         ranked = []
         for group in rows.groups:
-            answers = [self.answer(rows.outputs[row].text) for row in group]
-            votes = collections.Counter(a for a in answers if a is not None)
-            counts = [float(votes[a]) if a is not None else 0.0 for a in answers]
-            ranked.append(Ranked(int(np.argmax(counts)), [*counts]))
+            votes = self.votes([rows.outputs[row].text for row in group])
+            ranked.append(Ranked(int(np.argmax(votes)), [*votes]))
         return ranked
