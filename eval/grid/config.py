@@ -235,7 +235,7 @@ def strategies_of(config: RunConfig, task: Task) -> list[str]:
 
     def runs(spec: str) -> bool:
         strategy = decoding_of(spec).strategy
-        asks = strategy is not None and strategy.reads_reward
+        asks = strategy is not None and strategy.reads_reward is True
         return not asks or reward_of(task, config.oracle_reward) is not None
 
     return [spec for spec in config.strategies if runs(spec)]

@@ -126,7 +126,7 @@ class ModelRun:
         rows = [prompts[i] for i in places]
         hidden = cell.protocol == "hidden"
         decoding = decoding_of(cell.strategy)
-        compares = decoding.strategy is not None and decoding.strategy.reads_reward
+        compares = decoding.strategy is not None and decoding.strategy.reads_reward is not False
         most = max(example.max_new_tokens for example in examples)
         if config.max_new_tokens is not None:
             most = min(most, config.max_new_tokens)

@@ -24,6 +24,8 @@ NOTE = (
     "Tokens are those of all rows of an example, rows that were given up included. A line joins "
     "the first 1, 2, ... candidates of a baseline."
 )
+_Ranking = Callable[[Sequence[Row]], Sequence[float]]
+"""Candidates -> what they are compared by, as if there were no others."""
 _HEADS = ("task", "strategy", "right", "n", "tokens", "steps", "minus greedy")
 
 
@@ -92,7 +94,7 @@ def _settings(report: Report) -> Iterator[tuple[str, list[GridCell]]]:
 def _line(report: Report, cell: GridCell, cells: Sequence[GridCell]) -> dict[str, Any]:
     rows = report.cells[cell]
     tokens = _mean([_tokens(row) for row in rows])
-    steps = [n for row in rows if (n := row.get("work_forwards")) is not None]
+    steps = [float(n) for row in rows if (n := row.get("work_forwards")) is not None]
     greedy = report.cells.get(cell._replace(strategy=NONE))
     line: dict[str, Any] = cell._asdict() | {
         "reward": rows[0].get("reward"), "n": len(rows), "score": _rounded(report.stats[cell]),
@@ -123,8 +125,8 @@ def _line(report: Report, cell: GridCell, cells: Sequence[GridCell]) -> dict[str
     return line
 
 
-def _ranking(cell: GridCell) -> Callable[[Sequence[Row]], Sequence[float]] | None:
-    """The candidates of a baseline -> what it compares them by, as if there were no others."""
+def _ranking(cell: GridCell) -> _Ranking | None:
+    """How a baseline compares its candidates; None for other strategies."""
     if cell.strategy.partition(":")[0] not in BASELINES:
         return None
     strategy = decoding_of(cell.strategy).strategy
@@ -133,11 +135,11 @@ def _ranking(cell: GridCell) -> Callable[[Sequence[Row]], Sequence[float]] | Non
     return lambda candidates: [c["compared"] for c in candidates]
 
 
-def _first(row: Row, k: int, rank: Callable[[Sequence[Row]], Sequence[float]]) -> tuple[float, int]:
+def _first(row: Row, k: int, rank: _Ranking) -> tuple[float, float]:
     """Score and tokens of the first k candidates of a baseline's row."""
     candidates = _candidates(row)[:k]
     best = candidates[int(np.argmax(rank(candidates)))]
-    return best["score"], sum(c["new_tokens"] for c in candidates)
+    return best["score"], float(sum(c["new_tokens"] for c in candidates))
 
 
 def _candidates(row: Row) -> Sequence[Row]:
@@ -148,7 +150,7 @@ def _candidates(row: Row) -> Sequence[Row]:
     return row.get("candidates", [alone])
 
 
-def _at_tokens(row: Row, tokens: int, rank: Callable) -> tuple[float, int]:
+def _at_tokens(row: Row, tokens: float, rank: _Ranking) -> tuple[float, float]:
     """Score and tokens of as many candidates as take about `tokens`, at least one."""
     sums = np.cumsum([c["new_tokens"] for c in _candidates(row)])
     return _first(row, int(np.abs(sums - tokens).argmin()) + 1, rank)
@@ -182,8 +184,8 @@ def _difference(rows: Sequence[Row], theirs: Mapping[str, float]) -> list[float]
     return [round(value, 4) for value in of_pairs(pairs, binary=binary)]
 
 
-def _tokens(row: Row) -> int:
-    return row.get("work_tokens", row["new_tokens"])
+def _tokens(row: Row) -> float:
+    return float(row.get("work_tokens", row["new_tokens"]))
 
 
 def _mean(values: Sequence[float]) -> Stat:

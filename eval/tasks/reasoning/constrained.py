@@ -28,8 +28,8 @@ def constrained(source: Source) -> list[Example]:
         letters = [x for x in _LETTERS if not any(x in text for text in (*words, topic))]
         letter = str(rng.choice(letters))
         question = (
-            f'Write one sentence about {topic}. Use the words "{words[0]}" and "{words[1]}", and '
-            f'nowhere the letter "{letter}".'
+            f'Write one sentence about {topic}. Use the words "{words[0]}" and "{words[1]}". Do '
+            f'not use the letter "{letter}".'
         )
         found.append(
             Example(

@@ -77,7 +77,10 @@ _KINDS = (
 
 
 def programs(source: Source) -> list[Example]:
-    """Functions of all kinds in turn; the answer begins with the function's head."""
+    """Functions of all kinds in turn; the answer begins with the function's head.
+
+    The head has no last line break: models write it together with the indentation.
+    """
     found = []
     for i in range(source.count):
         rng = random.Random(f"{source.seed}/{i}")
@@ -93,13 +96,13 @@ def programs(source: Source) -> list[Example]:
         )
         head = (
             f"def {kind.name}({kind.arguments}):\n"
-            f'{_INDENT}"""{kind.text.format(k=k)}\n\n{shown}\n{_INDENT}"""\n'
+            f'{_INDENT}"""{kind.text.format(k=k)}\n\n{shown}\n{_INDENT}"""'
         )
         found.append(
             Example(
                 id=str(i), context="Complete this Python function.\n\n",
-                question=f"```python\n{head}```", prefix=f"```python\n{head}",
-                max_new_tokens=80, stop=("```",),
+                question=f"```python\n{head}\n```", prefix=f"```python\n{head}",
+                max_new_tokens=64, stop=("```",),
                 extra={"name": kind.name, "head": head, "tests": tests},
             )
         )  # fmt: skip
@@ -107,7 +110,7 @@ def programs(source: Source) -> list[Example]:
 
 
 def _passes(prediction: str, example: Example, tests: Sequence[tuple[Sequence[Any], Any]]) -> bool:
-    """Whether the function, whose body the prediction begins with, passes the tests."""
+    """Whether the function passes the tests: its head, and the indented lines of the prediction."""
     lines = itertools.takewhile(
         lambda line: not line.strip() or line.startswith(_INDENT), prediction.split("\n")
     )
