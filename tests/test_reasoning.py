@@ -109,7 +109,7 @@ def test_the_easiest_problems_have_the_fewest_steps(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [e.id for e in problems("gsm8k", 2, tmp_path)] == ["0", "1"]
     easiest = problems("gsm8k_easiest", 2, tmp_path)
-    assert [(e.id, e.context, e.answers) for e in easiest] == [
+    assert [(e.id, e.question, e.answers) for e in easiest] == [
         ("2", "One step?", ("20",)), ("0", "Three steps?", ("4",))
     ]  # fmt: skip
     task = TASKS["reasoning/gsm8k"]

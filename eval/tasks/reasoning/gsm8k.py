@@ -1,4 +1,7 @@
-"""GSM8K (Cobbe et al. 2021, arXiv:2110.14168), in its published file; the answer's last number."""
+"""GSM8K (Cobbe et al. 2021, arXiv:2110.14168), in its published file; the answer's last number.
+
+Three problems of our own are solved before each, as earlier turns of the dialogue.
+"""
 
 import itertools
 from typing import Any
@@ -7,7 +10,21 @@ from lookahead_jax.eval.scorers.numbers import same_number
 from lookahead_jax.eval.tasks.base import Example, Source, field, rows_of
 
 FILE = "gsm8k/test.jsonl"
-_ASK = "\nSolve this step by step. End with: The answer is NUMBER."
+_SHOTS = (
+    (
+        "Tom has 3 bags with 4 apples each. He eats 2 of the apples. How many apples are left?",
+        "The bags hold 3 * 4 = 12 apples.\n12 - 2 = 10 apples are left.\nThe answer is 10.",
+    ),
+    (
+        "A pen costs $2 and a notebook costs $5. How much do 4 pens and one notebook cost?",
+        "The pens cost 4 * 2 = 8 dollars.\nAll together cost 8 + 5 = 13 dollars.\n"
+        "The answer is 13.",
+    ),
+    (
+        "Anna reads 30 pages a day. Her book has 150 pages. How many days does it take her?",
+        "It takes 150 / 30 = 5 days.\nThe answer is 5.",
+    ),
+)
 
 
 def _steps(row: dict[str, Any]) -> int:
@@ -28,8 +45,8 @@ def gsm8k(easiest: bool, source: Source) -> list[Example]:
         rows.sort(key=lambda numbered: _steps(numbered[1]))
     return [
         Example(
-            id=str(number), context=row["question"], question=_ASK,
-            answers=(row["answer"].rpartition("####")[2].strip(),), max_new_tokens=160,
+            id=str(number), context="", question=row["question"], turns=_SHOTS, stop=("\n\n",),
+            answers=(row["answer"].rpartition("####")[2].strip(),), max_new_tokens=96,
         )
         for number, row in itertools.islice(rows, source.count)
     ]  # fmt: skip
