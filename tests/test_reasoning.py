@@ -102,15 +102,17 @@ def test_the_easiest_problems_have_the_fewest_steps(tmp_path):
     rows = [
         {"question": "Three steps?", "answer": "<<1+1=2>> <<2+1=3>> <<3+1=4>>\n#### 4"},
         {"question": "In words?", "answer": "Let x be it.\n#### 1,200"},
+        {"question": "One long step?", "answer": "<<10*2+1=21>>21\n#### 21"},
         {"question": "One step?", "answer": "<<10*2=20>>20\n#### 20"},
     ]
     path = tmp_path / "gsm8k" / "test.jsonl"
     path.parent.mkdir()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [e.id for e in problems("gsm8k", 2, tmp_path)] == ["0", "1"]
-    easiest = problems("gsm8k_easiest", 2, tmp_path)
+    easiest = problems("gsm8k_easiest", 3, tmp_path)
     assert [(e.id, e.question, e.answers) for e in easiest] == [
-        ("2", "One step?", ("20",)), ("0", "Three steps?", ("4",))
+        ("3", "One step?", ("20",)), ("2", "One long step?", ("21",)),
+        ("0", "Three steps?", ("4",))
     ]  # fmt: skip
     task = TASKS["reasoning/gsm8k"]
     assert task.score("It costs $1,200.", problems("gsm8k", 2, tmp_path)[1]) == 1

@@ -4,6 +4,8 @@ Three problems of our own are solved before each, as earlier turns of the dialog
 """
 
 import itertools
+import math
+import re
 from typing import Any
 
 from lookahead_jax.eval.scorers.numbers import same_number
@@ -27,13 +29,15 @@ _SHOTS = (
 )
 
 
-def _steps(row: dict[str, Any]) -> int:
-    """Calculations in the published solution; one without any counts as the longest."""
-    return row["answer"].count("<<") or len(row["answer"])
+def _effort(row: dict[str, Any]) -> tuple[float, float]:
+    """Calculations in the published solution, and operators in them; not shown is not easy."""
+    terms = re.findall(r"<<(.*?)=", row["answer"])
+    operators = len(re.findall(r"[-+*/]", "".join(terms)))
+    return len(terms) or math.inf, operators or math.inf
 
 
 def gsm8k(easiest: bool, source: Source) -> list[Example]:
-    """The first problems of the file, or those whose published solution has the fewest steps."""
+    """The first problems of the file, or those whose published solution takes the least effort."""
     path = source.file(FILE)
     rows = []
     for number, row in enumerate(rows_of(path)):
@@ -42,7 +46,7 @@ def gsm8k(easiest: bool, source: Source) -> list[Example]:
             raise ValueError(f"{path}: problem {number} has no answer after ####")
         rows.append((number, {"question": str(field(row, "question", path)), "answer": answer}))
     if easiest:
-        rows.sort(key=lambda numbered: _steps(numbered[1]))
+        rows.sort(key=lambda numbered: _effort(numbered[1]))
     return [
         Example(
             id=str(number), context="", question=row["question"], turns=_SHOTS, stop=("\n\n",),
