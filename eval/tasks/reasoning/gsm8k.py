@@ -4,8 +4,8 @@ Three problems of our own are solved before each, as earlier turns of the dialog
 """
 
 import itertools
-import math
 import re
+import sys
 from typing import Any
 
 from lookahead_jax.eval.scorers.numbers import same_number
@@ -29,11 +29,11 @@ _SHOTS = (
 )
 
 
-def _effort(row: dict[str, Any]) -> tuple[float, float]:
+def _effort(row: dict[str, Any]) -> tuple[int, int]:
     """Calculations in the published solution, and operators in them; not shown is not easy."""
     terms = re.findall(r"<<(.*?)=", row["answer"])
     operators = len(re.findall(r"[-+*/]", "".join(terms)))
-    return len(terms) or math.inf, operators or math.inf
+    return len(terms) or sys.maxsize, operators or sys.maxsize
 
 
 def gsm8k(easiest: bool, source: Source) -> list[Example]:
