@@ -55,8 +55,6 @@ class Report:
 
     def overheads(self, cell: GridCell) -> list[float]:
         """The share that each batch of a cell adds to the full cache's time to first token."""
-        if cell.strategy != "none":
-            return []
         full = self.cells.get(cell._replace(policy="full", budget=0), [])
         return overhead(self.cells[cell], full)
 
