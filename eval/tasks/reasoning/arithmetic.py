@@ -90,7 +90,7 @@ def countdown(source: Source) -> list[Example]:
         found.append(
             Example(
                 id=str(i), context="", question=question, turns=turns, stop=("\n",),
-                answers=(solution,), max_new_tokens=24,
+                answers=(solution,), max_new_tokens=48,
                 extra={"numbers": numbers, "target": int(target)},
             )
         )  # fmt: skip

@@ -102,7 +102,7 @@ def programs(source: Source) -> list[Example]:
             Example(
                 id=str(i), context="Complete this Python function.\n\n",
                 question=f"```python\n{head}\n```", prefix=f"```python\n{head}",
-                max_new_tokens=64, stop=("```",),
+                max_new_tokens=48, stop=("```",),
                 extra={"name": kind.name, "head": head, "tests": tests},
             )
         )  # fmt: skip
