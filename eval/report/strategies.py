@@ -15,7 +15,7 @@ from lookahead_jax.eval.grid.strategies import NONE, ORACLE, decoding_of
 from lookahead_jax.eval.intervals import of_pairs
 from lookahead_jax.eval.report.cells import Report, described, distinct, model_name
 from lookahead_jax.eval.report.charts import PALETTE, REFERENCE, Chart, Point, Series
-from lookahead_jax.eval.report.figures import PROTOCOLS, Section
+from lookahead_jax.eval.report.figures import Section
 from lookahead_jax.eval.report.stats import Row, Stat, accuracy, spread
 from lookahead_jax.strategies.self_consistency import SelfConsistency
 
@@ -38,14 +38,11 @@ def strategy_sections(report: Report) -> Iterator[tuple[str, list[Section]]]:
         drawn = []
         for task in distinct("task", cells):
             of_task = [cell for cell in cells if cell.task == task and cell in report.stats]
-            drawn.append(
-                Chart(
-                    title=task,
-                    x_label="tokens spent on an example",
-                    series=[_series(report, cell, colors[cell.strategy]) for cell in of_task],
-                    log=True,
-                )
-            )
+            if not of_task:
+                continue
+            series = [_series(report, cell, colors[cell.strategy]) for cell in of_task]
+            label, ticks = "tokens spent on an example", _ticks(series)
+            drawn.append(Chart(title=task, x_label=label, series=series, log=True, ticks=ticks))
         legend = [(spec, colors[spec]) for spec in distinct("strategy", cells)]
         yield name, [Section(title="Strategies", charts=drawn, note=NOTE, legend=legend)]
 
@@ -86,9 +83,9 @@ def _settings(report: Report) -> Iterator[tuple[str, list[GridCell]]]:
         cells = [cell for cell in plain if of(cell) == setting]
         if any(cell.strategy != NONE for cell in cells):
             model, length, protocol, policy, budget = setting
+            hidden = ", question hidden" if protocol == "hidden" else ""
             kept = f", {budget} kept" if budget else ""
-            name = f"{model_name(model)}: {length} tokens, {PROTOCOLS[protocol]}, {policy}{kept}"
-            yield name, cells
+            yield f"{model_name(model)}, {length} tokens{hidden}: {policy}{kept}", cells
 
 
 def _line(report: Report, cell: GridCell, cells: Sequence[GridCell]) -> dict[str, Any]:
@@ -174,6 +171,15 @@ def _series(report: Report, cell: GridCell, color: str) -> Series:
             point = (spent.mean, *stat[:3], report.href([cell]), note)
             points.append(Point(*point, max(spent.low, 1.0), spent.high))
     return Series(name, color, points, joined=len(points) > 1)
+
+
+def _ticks(series: Sequence[Series]) -> list[float]:
+    """The powers of two among the tokens of all points."""
+    spent = [point.x for one in series for point in one.points]
+    if not spent:
+        return []
+    powers = range(int(np.log2(min(spent))), int(np.ceil(np.log2(max(spent)))) + 1)
+    return [float(2**power) for power in powers]
 
 
 def _difference(rows: Sequence[Row], theirs: Mapping[str, float]) -> list[float]:
