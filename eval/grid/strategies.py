@@ -1,6 +1,7 @@
 """The strategies of a grid: their names, what they need, and the rewards they compare by."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -93,7 +94,12 @@ def reward_by_prompt(
         tokenizer.decode(list(prompt)): example
         for prompt, example in zip(prompts, examples, strict=True)
     }
-    return lambda prompt, text: grade(text, by_text[prompt])
+
+    @functools.lru_cache(maxsize=4096)  # rows that were resampled have the same text
+    def reward(prompt: str, text: str) -> float:
+        return grade(text, by_text[prompt])
+
+    return reward
 
 
 def seed_of(run_seed: int, example: Example) -> int:

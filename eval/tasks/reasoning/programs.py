@@ -3,6 +3,7 @@
 A program runs only where --allow-exec permits it, under limits (eval/scorers/limited_run.py).
 """
 
+import ast
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -117,6 +118,10 @@ def _passes(prediction: str, example: Example, tests: Sequence[tuple[Sequence[An
     name, head = example.extra["name"], example.extra["head"]
     inputs, right = [list(a) for a, _ in tests], [value for _, value in tests]
     program = head + "\n".join(lines) + f"\nprint([{name}(*case) for case in {inputs!r}])\n"
+    try:
+        ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False  # most texts that are not complete: no process is started for them
     return run_python(program) == f"{right!r}\n"
 
 
