@@ -223,7 +223,7 @@ def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Gri
             for drafter in config.drafters:
                 for protocol, way in itertools.product(config.protocols, ways):
                     drafted = drafter
-                    if decoding_of(way).strategy is not None:  # it decodes without a drafter
+                    if decoding_of(way).strategy is not None:  # a drafter changes no token
                         if drafter != config.drafters[0]:
                             continue
                         drafted = NONE
