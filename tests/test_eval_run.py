@@ -146,7 +146,7 @@ def test_a_torn_line_is_cut_off_and_a_broken_one_is_an_error(tmp_path):
         ('{"budget": "24"}', "'budget' must be int, got \"24\""),
         ('{"id": 3}', "'id' must be str, got 3"),
         ('{"score": "right"}', "'score' must be int or float or null, got \"right\""),
-        ('{"ttft_s": null}', "'ttft_s' must be int or float, got null"),
+        ('{"cache_bytes": null}', "'cache_bytes' must be int, got null"),
     ],
 )
 def test_foreign_rows_are_one_clear_line(finished, tmp_path, line, complaint, capsys):
@@ -158,7 +158,7 @@ def test_foreign_rows_are_one_clear_line(finished, tmp_path, line, complaint, ca
     assert report.main([str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert said.endswith(f"rows.jsonl, line 2: not a row of an evaluation ({complaint})\n")
-    if complaint.startswith(("'score'", "'ttft_s'")):
+    if complaint.startswith(("'score'", "'cache_bytes'")):
         return  # not needed to go on
     (tmp_path / "settings.json").write_bytes((finished.out / "settings.json").read_bytes())
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: not a row"):

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 from lookahead_jax.eval.grid.config import Method
 from lookahead_jax.eval.grid.prompts import AssembledPrompt
 from lookahead_jax.eval.grid.rows import GridCell
+from lookahead_jax.eval.grid.strategies import Decoding, RewardKind
 from lookahead_jax.eval.tasks.base import Example
 from lookahead_jax.generation.generate import Generation
 from lookahead_jax.prefilling.batching import bucket_length
+from lookahead_jax.strategies.search import SearchResult
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,9 @@ class GridBatch:
 
     cell: GridCell
     method: Method
+    decoding: Decoding
+    reward: RewardKind | None  # of a strategy that compares by one
+    examples: list[Example]
     contexts: list[list[int]]
     questions: list[list[int]] | None  # of the protocol `hidden`
     new_tokens: int
@@ -28,7 +33,7 @@ class GridBatch:
         """Equal for batches that run the same programs."""
         cell = self.cell
         shape = [max(map(len, part)) for part in (self.contexts, self.questions or [[0]])]
-        key = (cell.policy, cell.budget, cell.drafter, self.questions is not None)
+        key = (cell.policy, cell.budget, cell.drafter, cell.strategy, self.questions is not None)
         return (*key, self.new_tokens, *map(bucket_length, shape))
 
 
@@ -38,7 +43,7 @@ class Answered(NamedTuple):
     cell: GridCell
     examples: Sequence[Example]
     prompts: Sequence[AssembledPrompt]
-    result: Generation
+    result: Generation | SearchResult
     measured: dict[str, Any]  # of the whole batch
 
     @property

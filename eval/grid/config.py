@@ -11,6 +11,7 @@ import tyro
 from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.drafters.registry import needs
 from lookahead_jax.eval.grid.rows import GridCell
+from lookahead_jax.eval.grid.strategies import NONE, decoding_of, named_settings, reward_of
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
 from lookahead_jax.host.config_files import cli_with_file
@@ -27,7 +28,7 @@ Protocol = Literal["seen", "hidden"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A grid of model x policy x budget x task x length x drafter x protocol."""
+    """A grid of model x policy x budget x task x length x drafter x protocol x strategy."""
 
     out: Path
     """Folder of the run, created if missing. The same command resumes the run."""
@@ -46,6 +47,14 @@ class RunConfig:
     """Drafters that need no other model and no head, such as trie, suffix or prompt_lookup."""
     protocols: tuple[Protocol, ...] = ("seen",)
     """seen: the question is part of the compressed prompt; hidden: it is read afterwards."""
+    strategies: tuple[str, ...] = (NONE,)
+    """Strategies of docs/strategies.md, with settings and sampling after a colon:
+    best_of_n:n=4,temperature=0.7. `none` decodes greedily, none:temperature=0.7 samples."""
+    most_tokens: int | None = None
+    """Tokens that all rows of an example may emit together. Default: any number."""
+    oracle_reward: tyro.conf.FlagConversionOff[bool] = False
+    """Where a task has no reward that its prompt alone allows, compare by its score, which knows
+    the answer: an upper bound, and labelled so. Default: such strategies leave the task out."""
     count: int = 32
     """Examples of each task, at most."""
     seed: int = 0
@@ -101,6 +110,9 @@ class RunConfig:
                     f"drafters={name}: it needs {' and '.join(sorted(lacking))}, which no option "
                     "of an evaluation gives: take drafters without"
                 )
+        searched = [spec for spec in self.strategies if decoding_of(spec).strategy is not None]
+        if searched and any(method_of(spec).predicts for spec in self.policies):
+            raise ValueError(f"kv_prediction reads for no strategy: leave {searched[0]} out")
 
     def find_tasks(self) -> list[Task]:
         """All tasks; ValueError for unknown names and for programs that are not allowed."""
@@ -114,7 +126,7 @@ class RunConfig:
 
 FIXED = (
     "seed", "chat", "max_new_tokens", "dtype", "weights", "cache_dtype", "lookahead", "draft_model",
-    "draft_layers", "kv_maps",
+    "draft_layers", "kv_maps", "most_tokens",
 )  # fmt: skip
 """Fields that change the meaning of a row, so that a resumed run must not change them."""
 
@@ -161,10 +173,7 @@ def method_of(spec: str) -> Method:
     parts = spec.split(":")
     named = list(itertools.takewhile(lambda part: "=" not in part, parts))
     name, settings = ":".join(named), ":".join(parts[len(named) :])
-    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
-    if any(not value for _, _, value in pairs):
-        raise ValueError(f"policy {spec!r}: settings are name=value, separated by commas")
-    fields = {field: value for field, _, value in pairs}
+    fields = named_settings("policy", spec, settings)
     if name == "kv_prediction":
         return Method(make_policy("full", **fields), None, {}, predicts=True)
     if name not in ("specpc", "speckv_pc"):
@@ -207,12 +216,29 @@ def cells(config: RunConfig, model: str, task: str, length: int) -> Iterator[Gri
         two_passes = isinstance(policy_of(spec).reading, (WithResponse, WithReplay))
         return not method_of(spec).budgeted, two_passes
 
+    ways = strategies_of(config, find_task(task)[0])
     for spec in sorted(config.policies, key=last):
         budgets = sorted(set(config.budgets)) if method_of(spec).budgeted else (0,)
         for budget in budgets:
             for drafter in config.drafters:
-                for protocol in config.protocols:
-                    yield GridCell(model, spec, budget, task, length, drafter, protocol)
+                for protocol, way in itertools.product(config.protocols, ways):
+                    drafted = drafter
+                    if decoding_of(way).strategy is not None:  # a drafter changes no token
+                        if drafter != config.drafters[0]:
+                            continue
+                        drafted = NONE
+                    yield GridCell(model, spec, budget, task, length, drafted, protocol, way)
+
+
+def strategies_of(config: RunConfig, task: Task) -> list[str]:
+    """The strategies that can be run on a task: those it has the reward for."""
+
+    def runs(spec: str) -> bool:
+        strategy = decoding_of(spec).strategy
+        asks = strategy is not None and strategy.reads_reward is True
+        return not asks or reward_of(task, config.oracle_reward) is not None
+
+    return [spec for spec in config.strategies if runs(spec)]
 
 
 def settings(config: RunConfig) -> dict[str, Any]:

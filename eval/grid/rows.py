@@ -20,6 +20,7 @@ class GridCell(NamedTuple):
     length: int
     drafter: str
     protocol: str  # "seen" or "hidden": whether the question is part of the compressed prompt
+    strategy: str = "none"  # rows of runs without strategies have no such field
 
 
 Key = tuple[GridCell, str]
@@ -35,7 +36,8 @@ ANSWERED: Fields = _KEY | {"predicted_answer": (str,)}
 """Fields that resuming a run needs."""
 MEASURED: Fields = ANSWERED | {
     "score": (*_NUMBER, _NONE), "binary": (bool,), "answer": (list,), "question": (str,),
-    "prompt_tokens": (int,), "new_tokens": (int,), "first_of_batch": (str,), "ttft_s": _NUMBER,
+    "prompt_tokens": (int,), "new_tokens": (int,), "first_of_batch": (str,),
+    "ttft_s": (*_NUMBER, _NONE),
     "peak_bytes": (int, _NONE), "peak_is_bound": (bool,), "cache_bytes": (int,),
     "draft_lengths": (list,),
 }  # fmt: skip
@@ -46,7 +48,7 @@ VIEWED: Fields = ANSWERED | {"pieces": (list,), "kept": (list,), "answer": (list
 
 def key_of(row: Mapping[str, Any]) -> Key:
     """Which example of which cell a row is."""
-    return GridCell(*(row[name] for name in GridCell._fields)), row["id"]
+    return GridCell(**{name: row[name] for name in GridCell._fields if name in row}), row["id"]
 
 
 def read_rows(path: Path, fields: Fields = ANSWERED) -> Iterator[dict[str, Any]]:
@@ -74,6 +76,8 @@ def _misfit(row: Any, fields: Fields) -> str | None:
         return f"expected a JSON object, got {type(row).__name__}"
     for name, kinds in fields.items():
         if name not in row:
+            if name in GridCell._field_defaults:
+                continue
             return f"it has no field {name!r}"
         if type(row[name]) not in kinds:
             names = " or ".join("null" if kind is _NONE else kind.__name__ for kind in kinds)

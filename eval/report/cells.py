@@ -32,7 +32,11 @@ class Report:
         self.stats = {c: s for c, rows in self.cells.items() if (s := accuracy(rows))}
 
     def select(self, **fields: Any) -> list[GridCell]:
-        """Cells with these fields; of several drafters one, since they do not change answers."""
+        """Cells without a strategy that have these fields.
+
+        Of several drafters one, since they do not change answers.
+        """
+        fields = {"strategy": "none"} | fields
         cells = [c for c in self.cells if all(getattr(c, k) == v for k, v in fields.items())]
         if "drafter" not in fields and cells:
             drafters = [c.drafter for c in cells]
@@ -57,7 +61,7 @@ class Report:
     def first_token(self, cell: GridCell) -> Stat | None:
         """Seconds to the first token, over the batches of a cell."""
         batches = {row["first_of_batch"]: row for row in self.cells[cell]}.values()
-        return spread([row["ttft_s"] for row in batches])
+        return spread([row["ttft_s"] for row in batches if row["ttft_s"] is not None])
 
     def legend(self, cells: Sequence[GridCell]) -> list[tuple[str, str]]:
         """(policy, colour) of every policy among the cells."""

@@ -57,10 +57,8 @@ def sections(report: Report) -> Iterator[tuple[str, list[Section]]]:
                 _by_length(report, cells),
                 _by_depth(report, cells),
             ]
-            yield (
-                f"{model_name(model)}: {PROTOCOLS[protocol]}",
-                [section for section in made if section is not None],
-            )
+            if drawn := [section for section in made if section is not None]:
+                yield f"{model_name(model)}: {PROTOCOLS[protocol]}", drawn
         if (drafting := _drafting(report, model)) is not None:
             yield f"{model}: drafting", [drafting]
 

@@ -8,7 +8,7 @@ from lookahead_jax.eval.report.cells import Report, model_name
 from lookahead_jax.eval.report.stats import measures, spread
 
 LONGEST = 240  # characters of a prediction that the page shows
-NAMES = ("model", "task", "tokens", "question", "policy", "kept", "drafter")
+NAMES = ("model", "task", "tokens", "question", "policy", "kept", "drafter", "strategy")
 NUMBERS = (
     "score", "95 %", "other measures", "n", "ms to first token", "95 %", "added to full",
     "cache MB", "peak MB",
@@ -33,7 +33,7 @@ def table_rows(report: Report) -> list[TableRow]:
 def _names(cell: GridCell) -> list[str]:
     fields = (
         model_name(cell.model), cell.task, cell.length, cell.protocol, cell.policy,
-        cell.budget or "all", cell.drafter,
+        cell.budget or "all", cell.drafter, cell.strategy,
     )  # fmt: skip
     return [str(field) for field in fields]
 
@@ -81,13 +81,15 @@ def _described(cell: GridCell) -> str:
     name = f"{cell.task}, {cell.length} tokens, question {cell.protocol}, {cell.policy}"
     kept = f", {cell.budget} kept" if cell.budget else ""
     drafter = "" if cell.drafter == "none" else f", drafter {cell.drafter}"
-    return f"{name}{kept}{drafter}"
+    strategy = "" if cell.strategy == "none" else f", strategy {cell.strategy}"
+    return f"{name}{kept}{drafter}{strategy}"
 
 
 def _shown(row: Mapping[str, Any]) -> list[Any]:
     return [
         row["id"], row["score"], _cut(row["predicted_answer"]), _cut(" | ".join(row["answer"])),
-        _cut(row["question"]), row["prompt_tokens"], row["new_tokens"], round(row["ttft_s"], 4),
+        _cut(row["question"]), row["prompt_tokens"], row["new_tokens"],
+        None if row["ttft_s"] is None else round(row["ttft_s"], 4),
         row["line"], row.get("depth"), row.get("measures", {}),
     ]  # fmt: skip
 

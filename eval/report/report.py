@@ -3,7 +3,8 @@
     python -m lookahead_jax.eval.report RUN... [--out DIR]
 
 Writes report.html (one file, which needs no network), cells.json with the numbers of every cell,
-and PNG files of the charts to DIR, or to the first RUN. Every number of the page opens the rows
+PNG files of the charts, and strategies.md and strategies.json for runs with strategies, to DIR, or
+to the first RUN. Every number of the page opens the rows
 behind it. Needs matplotlib (extra `report`).
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import tyro
 from markupsafe import Markup
 
-from lookahead_jax.eval.report import drawing, page
+from lookahead_jax.eval.report import drawing, page, strategies
 from lookahead_jax.eval.report.cells import Report
 from lookahead_jax.eval.report.figures import sections
 from lookahead_jax.host.command import run_command
@@ -49,7 +50,7 @@ def write(config: ReportConfig) -> list[Path]:
     report = Report(config.runs)
     out = config.out or config.runs[0]
     out.mkdir(parents=True, exist_ok=True)
-    groups = list(sections(report))
+    groups = [*sections(report), *strategies.strategy_sections(report)]
     content = render_page(
         "lookahead_jax.eval.report",
         "report.html",
@@ -61,15 +62,19 @@ def write(config: ReportConfig) -> list[Path]:
     )
     atomic_write(out / "report.html", content)
     atomic_write(out / "cells.json", json.dumps(report.numbers(), indent=0) + "\n")
-    pictures = []
+    written = [out / "report.html", out / "cells.json"]
+    if compared := strategies.table(report):
+        written += [out / "strategies.md", out / "strategies.json"]
+        atomic_write(written[-2], compared)
+        atomic_write(written[-1], json.dumps(strategies.numbers(report), indent=0) + "\n")
     for heading, members in groups:
         for section in members:
             name = re.sub(r"[^a-z0-9]+", "-", f"{heading} {section.title}".lower()).strip("-")
             path = out / f"{name}.png"
             with atomic_path(path) as temporary:
                 drawing.save_png(temporary, f"{heading}\n{section.title}", section.charts)
-            pictures.append(path)
-    return [out / "report.html", out / "cells.json", *pictures]
+            written.append(path)
+    return written
 
 
 def main(args: Sequence[str] | None = None) -> int:

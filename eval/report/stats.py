@@ -102,7 +102,7 @@ def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:
     ratios: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         beside = row.get("full_ttft_s") or base.get(row["id"])
-        if beside is not None:
+        if beside is not None and row["ttft_s"] is not None:
             ratios[row["first_of_batch"]].append(row["ttft_s"] / beside - 1)
     return [float(np.mean(values)) for values in ratios.values()]
 

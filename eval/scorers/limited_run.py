@@ -165,3 +165,12 @@ def run_cpp(program: str, cases: Sequence[tuple[str, str]]) -> bool:
             return False
         run = [str(folder / "program")]
         return all(run_limited(run, given, folder=folder) == right for given, right in cases)
+
+
+def run_python(program: str) -> str | None:
+    """What the Python program prints; None if it fails or exceeds a limit."""
+    with tempfile.TemporaryDirectory(prefix="lookahead-exec-") as name:
+        path = Path(name) / "program.py"
+        path.write_text(program, encoding="utf-8")
+        command = [sys.executable, "-I", "-S", str(path)]
+        return run_limited(command, "", folder=path.parent)

@@ -69,14 +69,17 @@ class Task:
 
     `score(prediction, example)` is in [0, 1]; None where a judge would be needed. A benchmark with
     several measures returns them by name, the one it is known by first. `binary` scores are 0 or
-    1, so that shares of them have Wilson intervals. `executes` tasks run what the model wrote: only
-    with --allow-exec. `follow(example, prediction)` is the next turn of a dialogue, if any.
+    1, so that shares of them have Wilson intervals. `reward(prediction, example)` in [0, 1] is for
+    strategies that compare continuations, as far as they have come; it may use what the prompt
+    says, and never the answer. `executes` tasks run what the model wrote: only with --allow-exec.
+    `follow(example, prediction)` is the next turn of a dialogue, if any.
     """
 
     name: str
     make: Callable[[Source], list[Example]]
     score: Callable[[str, Example], float | Mapping[str, float]] | None
     binary: bool = False
+    reward: Callable[[str, Example], float] | None = None
     executes: bool = False
     follow: Callable[[Example, str], Example | None] | None = None
 

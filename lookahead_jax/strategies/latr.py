@@ -70,6 +70,7 @@ class LATR(SelfConsistency):
     """
 
     default_sampling: ClassVar[Sampling] = Sampling(temperature=1.0)
+    drafts: ClassVar[bool] = False  # rows grow by a logit processor
     reads_reward: ClassVar[bool | None] = None
     n: int = 8
     width: int = 2

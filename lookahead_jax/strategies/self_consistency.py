@@ -40,6 +40,12 @@ class SelfConsistency(Samples):
         group = found[-1].group(found[-1].re.groups)
         return None if group is None else normal(group)
 
+    def votes(self, texts: Sequence[str]) -> list[float]:
+        """How many of the texts have the answer of each; 0 for one without an answer."""
+        answers = [self.answer(text) for text in texts]
+        count = collections.Counter(answer for answer in answers if answer is not None)
+        return [0.0 if answer is None else float(count[answer]) for answer in answers]
+
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
         rows.advance()
@@ -48,10 +54,8 @@ class SelfConsistency(Samples):
     def voted(self, rows: Rows, candidates: Sequence[int]) -> Ranked:
         """The choice among a prompt's rows `candidates`, its first ones."""
         outputs = rows.outputs
-        answers = [self.answer(outputs[row].text) for row in candidates]
-        votes = collections.Counter(a for a in answers if a is not None)
-        counts = [float(votes[a]) if a is not None else 0.0 for a in answers]
-        return Ranked(int(np.argmax(counts)), [*counts])
+        votes = self.votes([outputs[row].text for row in candidates])
+        return Ranked(int(np.argmax(votes)), [*votes])
 
 
 def normal(answer: str) -> str:

@@ -1,0 +1,1 @@
+"""Short problems whose answers are checked exactly, without a judge."""
