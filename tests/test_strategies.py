@@ -4,6 +4,7 @@ The restatements read every text from its start: no cache, no batch, no steps.
 """
 
 import collections
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -18,6 +19,7 @@ from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.generation.generate import generate
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.strategies.adadec import AdaDec
+from lookahead_jax.strategies.base import Ranked, Strategy
 from lookahead_jax.strategies.cautious import PUNCTUATION, Cautious
 from lookahead_jax.strategies.registry import STRATEGIES, make_strategy, strategy_summaries
 from lookahead_jax.strategies.search import place_seeds, search
@@ -425,6 +427,22 @@ def test_work_is_limited_to_the_token(model):
     assert result.finish == ["length"] * 2
     with pytest.raises(ValueError, match="most_tokens must be at least 3, not 2"):
         found(model, strategy, reward=reward, most_tokens=2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resumes(Strategy):
+    """Resumes its rows, and looks at where the device's array is."""
+
+    def run(self, rows):
+        for _ in range(8):  # whether JAX copies an array depends on where it is
+            rows.finished = np.concatenate([rows.finished])
+            rows.resume()
+            assert not np.shares_memory(np.asarray(rows.state.done), rows.finished)
+        return [Ranked(0, [None]) for _ in rows.groups]
+
+
+def test_rows_on_the_device_do_not_change_with_those_of_the_host(model):
+    found(model, Resumes(), prompts=PROMPTS[:1])
 
 
 def test_stop_strings_end_rows(model):

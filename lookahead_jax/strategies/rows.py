@@ -314,8 +314,9 @@ class Rows:
         self.end(np.repeat(ended.reshape(self.groups.shape).any(1), self.copies))
 
     def _set_done(self, done: np.ndarray) -> None:
-        # Placed as it was: an array without a place would compile the step once more.
-        done = jax.device_put(done, self.state.done.sharding)
+        # Placed as it was: an array without a place would compile the step once more. A copy: on
+        # CPU the device's array may be the host's memory, and `finished` changes there.
+        done = jax.device_put(done.copy(), self.state.done.sharding)
         self.state = dataclasses.replace(self.state, done=done)
 
     def _look(self, until: Callable[[int], bool] | None) -> None:
