@@ -29,7 +29,7 @@ class Decoding(NamedTuple):
 def named_settings(kind: str, spec: str, text: str) -> dict[str, str]:
     """`field=value,...` -> the settings; ValueError naming `spec` for anything else."""
     pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if any(not value for _, _, value in pairs):
+    if any(not field or not equals for field, equals, _ in pairs):
         raise ValueError(f"{kind} {spec!r}: settings are name=value, separated by commas")
     return {field: value for field, _, value in pairs}
 
