@@ -342,6 +342,14 @@ def test_impossible_settings_are_named(name, settings, complaint):
         ({"verifier": lambda *texts: np.nan}, "the verifier returned nan: it must return a finite"),
         ({"strategy": "subtasks", "verifier": judge}, "Subtasks asks no verifier: leave verifier"),
         ({"reward": reward}, "TrimR compares no rewards: leave reward out"),
+        (
+            {"strategy": TrimR(pattern="(?=[!-~])", shortest=0), "verifier": judge},
+            "pattern='.*' matches between characters",
+        ),
+        (
+            {"strategy": Subtasks(opens=r"(?=[!-~])", closes="never")},
+            "opens='.*' matches between characters",
+        ),
     ],
 )
 def test_what_they_cannot_use_is_refused(model, options, complaint):

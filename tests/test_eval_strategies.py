@@ -26,7 +26,7 @@ from lookahead_jax.strategies.search import search
 from tests import tiny
 from tests.test_report import row
 
-BEST = "best_of_n:n=2,temperature=0.9"
+BEST = "best_of_n:n=2,temperature=5.0"
 
 
 def letters(prediction: str, example: Example) -> float:
@@ -64,7 +64,7 @@ def config(tmp_path_factory):
             patch.setitem(TASKS, name, task)
         made = RunConfig(
             out=folder / "run", models=(str(folder),), policies=("full",), tasks=("mine",),
-            lengths=(64,), strategies=("none", "none:temperature=0.9", BEST), count=3, batch=2,
+            lengths=(64,), strategies=("none", "none:temperature=5.0", BEST), count=3, batch=2,
             most_tokens=12, oracle_reward=True, views=0,
         )  # fmt: skip
         runner.run(made)
@@ -75,7 +75,7 @@ def test_rows_are_the_searches_of_their_examples(config):
     rows = {key_of(row): row for row in read_rows(config.out / ROWS, MEASURED)}
     model = load(config.models[0])
     examples = make(None)
-    full, sampling = make_policy("full"), Sampling(temperature=0.9)
+    full, sampling = make_policy("full"), Sampling(temperature=5.0)
     for task in ("mine/own", "mine/none"):
         made = list(cells(config, config.models[0], task, 64))
         assert [cell.strategy for cell in made] == [*config.strategies]
@@ -135,7 +135,9 @@ def test_without_an_oracle_a_strategy_leaves_the_task_out(config, tmp_path, caps
     [
         ("best", "unknown strategy 'best'"),
         ("none:n=3", "unknown setting 'n'; known: temperature"),
-        ("beam:temperature=1", "chooses by its own rule: leave temperature out"),
+        ("beam:temperature=1", "chooses tokens by its own rule: leave sampling out"),
+        ("best_of_n:temperature=0", "draws samples: give a temperature above 0"),
+        ("best_of_n:n=2,n=3", "a setting stands there twice"),
         ("best_of_n:n", "settings are name=value"),
         ("best_of_n:temperature=hot", "temperature is not a number"),
     ],
@@ -143,6 +145,14 @@ def test_without_an_oracle_a_strategy_leaves_the_task_out(config, tmp_path, caps
 def test_impossible_strategies_are_named(tmp_path, spec, complaint):
     with pytest.raises(ValueError, match=complaint):
         RunConfig(out=tmp_path, strategies=(spec,))
+
+
+def test_limits_below_the_rows_of_a_strategy_are_named_at_the_start(tmp_path):
+    with pytest.raises(ValueError, match="most_tokens must be at least 8, not 4"):
+        RunConfig(out=tmp_path, strategies=("best_of_n:n=8",), most_tokens=4)
+    assert decoding_of("latr:lookahead=10,20,n=3").strategy == make_strategy(
+        "latr", lookahead="10,20", n=3
+    )
 
 
 def test_strategies_that_need_another_model_say_so_at_the_start(config, tmp_path):

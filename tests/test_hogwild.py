@@ -314,6 +314,8 @@ def test_what_does_not_fit_is_refused(model):
         found(model, short, most_tokens=12)
     with pytest.raises(ValueError, match="repetition_penalty would still count: leave it 1"):
         found(model, short, sampling=Sampling(repetition_penalty=1.1))
+    with pytest.raises(ValueError, match=r"the stop string .* is in the prefix"):
+        found(model, short, stop=[short.prefixes[0][-2:]])
     silent = dataclasses.replace(model, tokenizer=None)
     with pytest.raises(ValueError, match="are texts, and this model has no tokenizer"):
         found(silent, short, [[1, 2, 3, 4, 5, 6, 7], [8] * 17])

@@ -219,6 +219,9 @@ def test_what_latr_cannot_use_is_refused(model):
     penalty = Sampling(temperature=1.0, repetition_penalty=1.1)
     with pytest.raises(ValueError, match="LATR replaces tokens, which repetition_penalty"):
         found(model, LIKE, prompts, sampling=penalty, max_new_tokens=NEW)
+    biased = Sampling(temperature=1.0, logit_bias={5: 1.0})
+    with pytest.raises(ValueError, match="own probabilities: leave logit_bias out"):
+        found(model, LIKE, prompts, sampling=biased, max_new_tokens=NEW)
     mute = dataclasses.replace(model, tokenizer=None)
     with pytest.raises(ValueError, match="LATR compares answers, and this model has no tokenizer"):
         found(mute, LIKE, prompts, max_new_tokens=NEW, eos_ids=ENDS)

@@ -93,6 +93,22 @@ def test_particles_are_weighed_by_their_texts_read_afresh(model):
     assert (other.tokens, other.work) == (result.tokens[::-1], result.work[::-1])
 
 
+@pytest.mark.parametrize("name", ["a_star", "planned"])
+def test_tree_searches_score_all_new_texts_in_one_forward(model, name):
+    """Within the limit on forwards, whatever it is; the texts are those of a function."""
+    settings = {"a_star": dict(n=2, step="a", expansions=4), "planned": dict(k=2, rollouts=5)}
+    strategy, head = make_strategy(name, **settings[name]), random_head(model.config.hidden_size, 0)
+    sampling = {"sampling": WARM} if name == "a_star" else {}
+    options: dict[str, Any] = dict(seeds=SEEDS, eos_ids=NEVER, **sampling)
+    result = found(model, strategy, reward=head, **options)
+    by_text = found(model, strategy, reward=reader(model, head), **options)
+    assert result.tokens == by_text.tokens
+    for most in range(1, 30, 4):
+        few = found(model, strategy, reward=head, most_forwards=most, **options)
+        assert all((work.forwards or 0) <= most for work in few.work)
+        assert all(few.tokens)
+
+
 def test_arbitrage_has_the_model_read_what_the_draft_model_wrote(model):
     """Two forwards for each decision: the model's step and the draft's."""
     head = random_head(model.config.hidden_size, 0)
@@ -293,7 +309,7 @@ def test_steps_are_labelled_by_the_answers_of_their_samples(model, tmp_path, cap
     assert len({row["labels"][0] for row in rows}) == 2
     assert len(read_steps([out], model, chat=False)) == len(rows)
     assert main(command) == 1
-    assert "File exists" in capsys.readouterr().err
+    assert "exists: give another --out" in capsys.readouterr().err
     problems.write_text('{"prompt": "p", "answer": 3}\n')
     assert main(command) == 1
     assert 'line 1: expected {"prompt": a text, "answer": a text}' in capsys.readouterr().err

@@ -45,7 +45,8 @@ class ThresholdConfig:
 
     source: tuple[str, ...]
     """JSON lines or parquet files, or hf:owner/name, as of `lookahead train data`: rows have
-    `messages` that end with an answer, or `prompt` and `response`. Others are left out."""
+    `messages` that end with an answer, or `prompt` and `response`. Chats without an answer are
+    left out."""
     model: Path | None = None
     """Folder of the model. Default: the embedded model."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

@@ -32,6 +32,7 @@ from lookahead_jax.train.training_data import open_data
 _PATIENCE = 50  # steps in a row without a finite loss
 _FREE = (  # settings that may change when a run goes on
     "model", "draft_model", "data", "run", "dtype", "micro_batches", "save_every", "log_every",
+    "batch_tokens",
 )  # fmt: skip
 
 

@@ -67,6 +67,8 @@ class SurrogateConfig(StatisticsConfig):
         check_integer("--hidden", self.hidden, least=0)
         for name in ("length", "windows"):
             check_integer(f"--{name}", getattr(self, name), least=1)
+        if not 0 < self.rate < float("inf"):
+            raise ValueError(f"--rate {self.rate} must be a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,8 @@ def samples(model: Model, window: np.ndarray) -> tuple[jax.Array, jax.Array]:
         new_tokens=0, with_scores=True,
         repeat_template=repeat_template(teacher, model.tokenizer),
     ).scores  # fmt: skip
-    assert scores is not None
+    if scores is None:
+        raise ValueError("kvzip+ has returned no scores")
     targets = jnp.log(jnp.maximum(scores[:, 0].swapaxes(1, 2), _LEAST))
     return inputs[:, 0, :count], targets[:, :count]
 
@@ -118,7 +121,8 @@ class LeastSquares:
         """Takes in a window."""
         square, product = (np.asarray(a, np.float64) for a in _products(x, y))
         if self._sums is not None:
-            square, product = square + self._sums[0], product + self._sums[1]
+            square += self._sums[0]
+            product += self._sums[1]
         self._sums = square, product
 
     def weights(self) -> Weights:
@@ -198,12 +202,15 @@ def _step(
     return cast(Weights, optax.apply_updates(weights, updates)), state
 
 
-def explained(weights: Weights, held_out: Sequence[tuple[jax.Array, jax.Array]]) -> np.ndarray:
+def explained(weights: Weights, held_out: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Share of the variance of the targets that the surrogate explains, by layer [L]."""
-    x, y = (jnp.concatenate(parts, axis=1) for parts in zip(*held_out, strict=True))
-    error = ((jax.vmap(predict)(weights, x) - y) ** 2).sum((1, 2))
-    variance = ((y - y.mean(1, keepdims=True)) ** 2).sum((1, 2))
-    return 1.0 - np.asarray(error) / np.maximum(np.asarray(variance), 1e-12)
+    targets = np.concatenate([y for _, y in held_out], axis=1)
+    error = sum(
+        np.square(np.asarray(jax.vmap(predict)(weights, jnp.asarray(x))) - y).sum((1, 2))
+        for x, y in held_out
+    )
+    variance = np.square(targets - targets.mean(1, keepdims=True)).sum((1, 2))
+    return 1.0 - error / np.maximum(variance, 1e-12)
 
 
 def train_surrogate(config: SurrogateConfig) -> None:
@@ -217,7 +224,7 @@ def train_surrogate(config: SurrogateConfig) -> None:
         for i, window in enumerate(tqdm(windows, unit=" windows", desc="reading")):
             x, y = samples(model, window)
             if i % _HELD_OUT == _HELD_OUT - 1:
-                held_out.append((x, y))
+                held_out.append((np.asarray(x), np.asarray(y)))
             else:
                 learner.learn(x, y)
             if stop_requested(i):

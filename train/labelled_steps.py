@@ -126,6 +126,8 @@ class StepData:
         return {
             "tokens": np.concatenate([text.tokens for text in self.texts]),
             "labels": np.concatenate([text.labels for text in self.texts]),
+            "ends": np.concatenate([text.ends for text in self.texts]),
+            "lengths": np.array([len(text.tokens) for text in self.texts]),
         }
 
     @property

@@ -70,6 +70,8 @@ class RewardConfig(HeadRunConfig):
         check_integer("width", self.width, least=0)
         for name in ("epochs", "batch_tokens"):
             check_integer(name, getattr(self, name), least=1)
+        if not 0 < self.rate < float("inf"):
+            raise ValueError(f"rate={self.rate} must be a positive number")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be from 0 to below 1")
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lookahead_jax.checkpoints.load import load
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.host.command import end_process, run_command
+from lookahead_jax.host.integers import check_integer
 from lookahead_jax.policies.full import Full
 from lookahead_jax.strategies.search import search
 from lookahead_jax.strategies.self_consistency import SelfConsistency, normal
@@ -34,7 +35,8 @@ class RewardDataConfig:
     model: Path
     """Folder of the model that the head is for, which samples the solutions."""
     source: Path
-    """JSON lines with a problem's "prompt" and its "answer", as texts."""
+    """JSON lines with a problem's "prompt" and its "answer", as texts. Of an answer, too, the last
+    match of the pattern counts, if there is one."""
     out: Path
     """JSON lines for `lookahead train reward`. It must not exist."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -58,6 +60,9 @@ class RewardDataConfig:
     def __post_init__(self) -> None:
         if not self.step:
             raise ValueError("step is empty: give the string that ends a step")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} draws no samples: give one above 0")
+        check_integer("max_new_tokens", self.max_new_tokens, least=1)
 
 
 class Problem(NamedTuple):
@@ -73,12 +78,15 @@ def write_steps(config: RewardDataConfig) -> None:
     Raises ValueError for lines that are no problems, FileExistsError if `config.out` exists.
     """
     strategy = SelfConsistency(n=config.n, pattern=config.pattern)
+    if config.out.exists():
+        raise FileExistsError(f"{config.out} exists: give another --out, or remove it")
     problems = list(read_lines(config.source, _problem))
     say(f"loading {config.model}")
     model = load(config.model, dtype=config.dtype)
     right = 0
     with open(config.out, "x", encoding="utf-8") as file:
         for i, (prompt, answer) in enumerate(tqdm(problems, unit="problem")):
+            known = strategy.answer(answer) or normal(answer)
             solutions = search(
                 model, [encode_prompt(model, prompt, chat=config.chat)], strategy=strategy,
                 policy=Full(), max_new_tokens=config.max_new_tokens,
@@ -86,7 +94,7 @@ def write_steps(config: RewardDataConfig) -> None:
             ).candidates[0]  # fmt: skip
             for solution in solutions:
                 text = solution.text or ""
-                label = int(strategy.answer(text) == normal(answer))
+                label = int(strategy.answer(text) == known)
                 right += label
                 if steps := split(text, config.step):
                     row = {"prompt": prompt, "steps": steps, "labels": [label] * len(steps)}
@@ -97,7 +105,7 @@ def write_steps(config: RewardDataConfig) -> None:
 
 def split(text: str, end: str) -> list[str]:
     """The steps of a text, each up to the string `end`, which it includes."""
-    return [step for step in re.split(f"(?<={re.escape(end)})", text) if step]
+    return re.findall(f"(?s).*?{re.escape(end)}|.+$", text)
 
 
 def _problem(row: Any) -> Problem:

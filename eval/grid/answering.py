@@ -134,6 +134,7 @@ class Answerer:
             warnings.simplefilter("ignore")  # the policy's notice was shown once, at the start
             result = lk.search(
                 self.model, read, strategy=strategy, reward=reward,
+                sampling=batch.decoding.sampling,
                 draft_model=self._draft if strategy.routes else None,
                 most_tokens=self._config.most_tokens, **self._options(batch, drafts),
             )  # fmt: skip

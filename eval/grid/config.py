@@ -19,6 +19,7 @@ from lookahead_jax.modules.shipped import shipped_modules
 from lookahead_jax.policies.base import Policy, WithDraft, WithReplay, WithResponse
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.registry import make_policy
+from lookahead_jax.strategies.guides import work_limits
 
 CONFIGS = Path(__file__).parent / "configs"
 PROG = "lookahead eval run"
@@ -110,7 +111,12 @@ class RunConfig:
                     f"drafters={name}: it needs {' and '.join(sorted(lacking))}, which no option "
                     "of an evaluation gives: take drafters without"
                 )
-        searched = [spec for spec in self.strategies if decoding_of(spec).strategy is not None]
+        searched = []
+        for spec in self.strategies:
+            if (strategy := decoding_of(spec).strategy) is not None:
+                searched.append(spec)
+                sides = 2 if strategy.routes else 1
+                work_limits(self.most_tokens, None, strategy.rows * sides, 1)
         if searched and any(method_of(spec).predicts for spec in self.policies):
             raise ValueError(f"kv_prediction reads for no strategy: leave {searched[0]} out")
 

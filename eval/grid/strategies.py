@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.eval.tasks.base import Example, Task, scored
 from lookahead_jax.strategies.base import Strategy
+from lookahead_jax.strategies.guides import checked_sampling
 from lookahead_jax.strategies.registry import make_strategy
 from lookahead_jax.strategies.rows import Reward
 
@@ -28,10 +30,13 @@ class Decoding(NamedTuple):
 
 def named_settings(kind: str, spec: str, text: str) -> dict[str, str]:
     """`field=value,...` -> the settings; ValueError naming `spec` for anything else."""
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    pairs = [pair.partition("=") for pair in re.split(r",(?=\w+=)", text) if pair]
     if any(not field or not equals for field, equals, _ in pairs):
         raise ValueError(f"{kind} {spec!r}: settings are name=value, separated by commas")
-    return {field: value for field, _, value in pairs}
+    settings = {field: value for field, _, value in pairs}
+    if len(settings) < len(pairs):
+        raise ValueError(f"{kind} {spec!r}: a setting stands there twice")
+    return settings
 
 
 def decoding_of(spec: str) -> Decoding:
@@ -58,10 +63,13 @@ def decoding_of(spec: str) -> Decoding:
             raise ValueError(f"strategy {spec!r}: unknown setting {min(fields)!r}; known: {known}")
         return Decoding(None, Sampling(**drawn) if drawn else None)
     strategy = make_strategy(name, **fields)
-    if drawn and strategy.draws is False:
-        raise ValueError(f"strategy {spec!r} chooses by its own rule: leave {min(drawn)} out")
-    base = strategy.default_sampling
-    return Decoding(strategy, dataclasses.replace(base, **drawn) if drawn else None)
+    if not drawn:
+        return Decoding(strategy, None)
+    sampling = dataclasses.replace(strategy.default_sampling, **drawn)
+    try:
+        return Decoding(strategy, checked_sampling(strategy, sampling))
+    except ValueError as error:
+        raise ValueError(f"strategy {spec!r}: {error}") from None
 
 
 class RewardKind(NamedTuple):

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 PALETTE = (
     "#0f766e", "#c2410c", "#4338ca", "#a16207", "#be185d", "#15803d", "#0369a1", "#7c3aed",
-    "#b91c1c", "#4d7c0f", "#0e7490", "#9d174d",
+    "#b91c1c", "#4d7c0f", "#0e7490", "#9d174d", "#1e3a8a", "#78350f", "#581c87", "#064e3b",
+    "#ea580c", "#0891b2", "#65a30d", "#db2777",
 )  # fmt: skip
 REFERENCE = "#6b7280"  # of the full cache, a line across the chart
 

@@ -1,7 +1,8 @@
 """Strategies compared: accuracy over tokens spent, with others and with samples at equal tokens.
 
 The candidates of `best_of_n` and `self_consistency` are stored. Their first k are what the strategy
-would have had with n=k, so for any number of tokens there is a baseline on the same examples.
+would have had with n=k, so for any number of tokens there is a baseline on the same examples. (With
+`--most-tokens` the n candidates share that limit, and are shorter than fewer would be.)
 """
 
 import itertools
@@ -60,9 +61,10 @@ def numbers(report: Report) -> list[dict[str, Any]]:
 def table(report: Report) -> str:
     """The numbers as Markdown, a table for each setting; empty without strategies."""
     parts = []
+    every = numbers(report)
     for name, cells in _settings(report):
         known = set(cells)
-        lines = [line for line in numbers(report) if GridCell(*_key(line)) in known]
+        lines = [line for line in every if GridCell(*_key(line)) in known]
         against = list(dict.fromkeys(spec for line in lines for spec in line["equal_tokens"]))
         heads = [*_HEADS, *(f"minus {spec}, at its tokens" for spec in against)]
         rows = [_cells(line, against) for line in lines]
@@ -78,7 +80,9 @@ def _settings(report: Report) -> Iterator[tuple[str, list[GridCell]]]:
     def of(cell: GridCell) -> tuple:
         return cell.model, cell.length, cell.protocol, cell.policy, cell.budget
 
-    plain = [cell for cell in report.cells if cell.drafter == "none"]
+    # Drafters change no answer: one is enough.
+    plain = {cell._replace(drafter=""): cell for cell in reversed(report.cells)}.values()
+    plain = list(reversed(plain))
     for setting in dict.fromkeys(map(of, plain)):
         cells = [cell for cell in plain if of(cell) == setting]
         if any(cell.strategy != NONE for cell in cells):
@@ -92,7 +96,8 @@ def _line(report: Report, cell: GridCell, cells: Sequence[GridCell]) -> dict[str
     rows = report.cells[cell]
     tokens = _mean([_tokens(row) for row in rows])
     steps = [float(n) for row in rows if (n := row.get("work_forwards")) is not None]
-    greedy = report.cells.get(cell._replace(strategy=NONE))
+    same = (other for other in cells if other.task == cell.task and other.strategy == NONE)
+    greedy = report.cells.get(next(same, cell._replace(strategy=NONE)))
     line: dict[str, Any] = cell._asdict() | {
         "reward": rows[0].get("reward"), "n": len(rows), "score": _rounded(report.stats[cell]),
         "work_tokens": _rounded(tokens), "work_forwards": _rounded(_mean(steps)) if steps else None,
@@ -182,9 +187,14 @@ def _ticks(series: Sequence[Series]) -> list[float]:
     return [float(2**power) for power in powers]
 
 
-def _difference(rows: Sequence[Row], theirs: Mapping[str, float]) -> list[float]:
-    """Mean difference of the scores on common examples, with its interval."""
+def _difference(rows: Sequence[Row], theirs: Mapping[str, float]) -> list[float] | None:
+    """Mean difference of the scores on common examples, with its interval; None without these.
+
+    A single graded pair has no interval either.
+    """
     common = [row for row in rows if row["id"] in theirs]
+    if not common or (len(common) == 1 and not common[0]["binary"]):
+        return None
     pairs = [(row["score"], theirs[row["id"]]) for row in common]
     binary = all(row["binary"] for row in common)
     return [round(value, 4) for value in of_pairs(pairs, binary=binary)]
@@ -207,6 +217,7 @@ def _rounded(stat: Stat) -> list[float]:
 def _name(spec: str, reward: str | None) -> str:
     """A strategy, and whether it was told what is right."""
     shown = "greedy" if spec == NONE else spec
+    shown = " ".join(shown.split()).replace("|", "\\|")  # as a cell of a table
     return f"{shown} (oracle)" if reward == ORACLE else shown
 
 

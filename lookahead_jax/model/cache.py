@@ -101,8 +101,8 @@ class KVCache:
         memory is that of this cache, once, and of the slots of each row; with `layers`, these are
         slots of the first so many layers only. `concurrent` rows of a prompt also read what the
         others write (model/concurrent.py). A call that donates the new cache donates this one with
-        it. Raises ValueError for fewer than one copy, for a cache
-        that branches already, and for one that was donated.
+        it. Raises ValueError for fewer than one copy, for a cache that branches already, and for
+        one that was donated.
         """
         if copies < 1:
             raise ValueError(f"copies must be at least 1, not {copies}")

@@ -55,9 +55,10 @@ class TriAttention(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 0 or self.reach < 1:
+        if self.window < 0 or not 1 <= self.reach < 2**24:
             raise ValueError(
-                f"window={self.window} must not be negative and reach={self.reach} at least 1"
+                f"window={self.window} must not be negative and reach={self.reach} lie between 1 "
+                "and 2**24"
             )
         if self.file:
             _load(self.file)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import heapq
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -66,8 +66,11 @@ class AStar(Strategy):
         rows.pause(step_ends)
         while True:
             rows.advance(until=step_ends)
-            for g in np.flatnonzero(going).tolist():
-                going[g] = searches[g].grow(rows, rows.groups[g].tolist())
+            here = np.flatnonzero(going).tolist()
+            steps = {g: searches[g].steps(rows, rows.groups[g].tolist()) for g in here}
+            scores = iter(rows.score([step.row for g in here for step in steps[g]]))
+            for g in here:
+                going[g] = searches[g].grow([(step, next(scores)) for step in steps[g]])
             if not going.any():
                 break
             texts = [output.tokens for output in rows.outputs]
@@ -82,6 +85,14 @@ class AStar(Strategy):
         best = [search.ranked()[: self.n] for search in searches]
         put_texts(rows, [s.tokens for states in best for s in (states * self.n)[: self.n]])
         return [Ranked(0, [1 - state.total for state in states]) for states in best]
+
+
+class Step(NamedTuple):
+    """A row that has written a text which was not there before."""
+
+    row: int
+    tokens: tuple[int, ...]
+    complete: bool
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,6 +119,7 @@ class Search:
 
     def __init__(self, expansions: int):
         self._left = expansions
+        self._cut = False  # by the limits on work
         self._states: dict[tuple[int, ...], State] = {}
         self._queue: list[tuple[float, int, State]] = []
         self._parent: State | None = None
@@ -117,19 +129,25 @@ class Search:
         """Of the text that is being expanded."""
         return [] if self._parent is None else self._parent.tokens
 
-    def grow(self, rows: Rows, group: list[int]) -> bool:
-        """Takes the steps that the rows have written, and chooses the next text to expand.
+    def steps(self, rows: Rows, group: list[int]) -> list[Step]:
+        """The different new texts that the rows have written."""
+        found: dict[tuple[int, ...], Step] = {}
+        for row in group:
+            tokens, complete = tuple(rows.outputs[row].tokens), is_complete(rows, row)
+            self._cut |= bool(rows.finished[row]) and not complete
+            if tokens not in self._states:
+                found.setdefault(tokens, Step(row, tokens, complete))
+        return list(found.values())
+
+    def grow(self, steps: list[tuple[Step, float]]) -> bool:
+        """Takes the steps with their rewards, and chooses the next text to expand.
 
         False if the search has ended.
         """
-        cut = False  # by the limits on work
-        for row in group:
-            complete = is_complete(rows, row)
-            cut |= bool(rows.finished[row]) and not complete
-            if (tokens := tuple(rows.outputs[row].tokens)) not in self._states:
-                self._add(tokens, check_share(rows.score([row])[0]), complete)
+        for step, reward in steps:
+            self._add(step.tokens, check_share(reward), step.complete)
         self._left -= 1
-        if cut or self._left == 0 or not self._queue:
+        if self._cut or self._left == 0 or not self._queue:
             return False
         self._parent = heapq.heappop(self._queue)[-1]
         return not self._parent.complete

@@ -82,6 +82,16 @@ def check_pattern(name: str, pattern: str) -> None:
         raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}") from None
 
 
+def not_empty(name: str, found: re.Match[str]) -> re.Match[str]:
+    """The match; raises ValueError for one of no characters, which would be found for ever."""
+    if found.start() == found.end():
+        raise ValueError(
+            f"{name}={found.re.pattern!r} matches between characters: give a regular expression "
+            "that matches some text"
+        )
+    return found
+
+
 def check_share(reward: float) -> float:
     """The reward; raises ValueError for one that is not between 0 and 1."""
     if not 0 <= reward <= 1:

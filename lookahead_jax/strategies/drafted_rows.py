@@ -58,7 +58,7 @@ class DraftedRows(Rows):
         if first:
             self._end_with_first()
         begun = np.array(self.state.count)
-        looks = bool(self._stop) or until is not None  # at every token
+        looks = bool(self.stop) or until is not None  # at every token
         limited = first or any(n is not None for n in dataclasses.astuple(self._limits))
         while (ran := self.running).any():
             self._remind(ran)

@@ -56,6 +56,8 @@ def check_guides(
         raise ValueError(f"{name} needs a reward: give reward=, a function of (prompt, text){also}")
     if strategy.reads_reward is False and reward is not None:
         raise ValueError(f"{name} compares no rewards: leave reward out")
+    if model.tokenizer is None and strategy.reads_reward and hasattr(strategy, "step"):
+        raise ValueError(f"{name} finds steps in texts, and this model has no tokenizer.json")
     if isinstance(reward, RewardHead):
         if (width := reward.hidden_size) != model.config.hidden_size:
             raise ValueError(

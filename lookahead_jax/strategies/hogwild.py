@@ -132,6 +132,12 @@ class Hogwild(Strategy):
                 "prefix, check and forbidden are texts, and this model has no tokenizer.json: give "
                 "'' for each"
             )
+        for name, text in [("prefix", p) for p in self.prefixes] + [("check", self.check)]:
+            if ends := [stop for stop in rows.stop if stop in text]:
+                raise ValueError(
+                    f"the stop string {ends[0]!r} is in the {name} {text!r}: give another one, or "
+                    f"another {name}"
+                )
         known = [tokenizer.token_id(token) for token in self.forbidden.split(",") if token]
         if ids := [token for token in known if token is not None]:
             sampling = _forbidding(rows.state.sampling, ids)
@@ -165,6 +171,8 @@ def _say(rows: Rows, texts: list[list[int]]) -> None:
     new = _padded(texts)
     said = _said(dataclasses.replace(rows.state, cache=None), new)
     rows.replace(dataclasses.replace(said, cache=rows.state.cache))
+    if not rows.running.any():  # a stop string that began before ends here
+        return
     tokens, count = np.asarray(rows.state.tokens), np.asarray(rows.state.count)
     lengths = np.repeat([len(prompt) for prompt in rows.texts], rows.copies)
     known = np.asarray(rows.state.cache.next_pos) - lengths
@@ -192,7 +200,10 @@ def _forbidding(sampling: SamplingRows, ids: list[int]) -> SamplingRows:
     more = jnp.broadcast_to(jnp.asarray([ids], jnp.int32), (rows, len(ids)))
     return dataclasses.replace(
         sampling,
-        bias_ids=jnp.concatenate([sampling.bias_ids, more], axis=1),
+        # An id that stood twice would have either bias.
+        bias_ids=jnp.concatenate(
+            [jnp.where(jnp.isin(sampling.bias_ids, more), -1, sampling.bias_ids), more], axis=1
+        ),
         bias=jnp.concatenate([sampling.bias, jnp.full(more.shape, -MAX_BIAS)], axis=1),
         biased=True,
     )

@@ -105,6 +105,8 @@ class LATR(SelfConsistency):
             raise ValueError(
                 "LATR replaces tokens, which repetition_penalty would still count: leave it 1"
             )
+        if sampling.logit_bias:
+            raise ValueError("LATR grows by the model's own probabilities: leave logit_bias out")
         if self.width > vocab_size:
             raise ValueError(f"width={self.width} is more than the vocabulary: lower it")
         shape = (texts.shape[0], self.width)

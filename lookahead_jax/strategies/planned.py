@@ -38,6 +38,8 @@ class Planned(Strategy):
         check_at_least("k", self.k, 1)
         check_at_least("rollouts", self.rollouts, 1)
         check_at_least("exploration", self.exploration, 0)
+        if not math.isfinite(self.exploration):
+            raise ValueError(f"exploration={self.exploration} must be a finite number")
         if not 0 < self.base < math.inf:
             raise ValueError(f"base={self.base} must be a finite number above 0")
 
@@ -56,8 +58,10 @@ class Planned(Strategy):
         asked = np.ones(len(trees), bool)
         while True:
             rows.advance()
-            for row in np.flatnonzero(asked).tolist():
-                trees[row].take(rows, row)
+            texts = {row: trees[row].written(rows, row) for row in np.flatnonzero(asked).tolist()}
+            new = {row: text for row, text in texts.items() if text is not None}
+            for row, reward in zip(new, rows.score(list(new)), strict=True):
+                trees[row].take(new[row]._replace(reward=check_share(reward)))
             wanted = [tree.select() for tree in trees]
             asked = np.array([text is not None for text in wanted])
             if not asked.any():
@@ -145,8 +149,16 @@ class Tree:
         self._root: Node | None = None
         self.best = Text([], -1.0, np.zeros((0, rules.k)), np.zeros((0, rules.k)))
 
-    def take(self, rows: Rows, row: int) -> None:
-        """Takes the text that a row has completed for `select`; the first is that of the prompt."""
+    def written(self, rows: Rows, row: int) -> Text | None:
+        """The text that a row has completed for `select`, without its reward.
+
+        None for one that the limits on work have cut: with it the search ends. Only if it is the
+        first, that of the prompt, does it count.
+        """
+        if not is_complete(rows, row):
+            self._left = 0
+            if self._root is not None:
+                return None
         tokens = list(rows.outputs[row].tokens)
         ids, logits = (np.asarray(a)[row, : len(tokens)] for a in rows.state.steering)
         if self._path:  # the row has chosen after the node only
@@ -154,11 +166,12 @@ class Tree:
             begin, known = parent.depth + 1, parent.text
             ids = np.concatenate([known.ids[:begin], ids[begin:]])
             logits = np.concatenate([known.logits[:begin], logits[begin:]])
-        text = Text(tokens, check_share(rows.score([row])[0]), ids.copy(), logits.copy())
+        return Text(tokens, 0.0, ids.copy(), logits.copy())
+
+    def take(self, text: Text) -> None:
+        """Takes a text with its reward."""
         if text.reward > self.best.reward:
             self.best = text
-        if not is_complete(rows, row):
-            self._left = 0  # the work is spent
         if self._root is None:
             self._root = Node(text, 0)
         else:

@@ -94,6 +94,9 @@ STRATEGIES = {
 }
 
 
+_PATTERNS = ("pattern", "opens", "closes")  # regular expressions, with escapes of their own
+
+
 def strategy_summaries() -> dict[str, str]:
     """One sentence per strategy; neither jax nor a strategy is imported for it."""
     return {name: entry.summary for name, entry in STRATEGIES.items()}
@@ -129,7 +132,7 @@ def _parse(key: str, kind: Any, value: Any) -> Any:
         return value
     if kind is str:
         # A pattern has escapes of its own.
-        return str(value) if key == "pattern" else str(value).replace("\\n", "\n")
+        return str(value) if key in _PATTERNS else str(value).replace("\\n", "\n")
     try:
         return kind(str(value))
     except ValueError:

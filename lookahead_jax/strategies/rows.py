@@ -92,7 +92,7 @@ class Rows:
         self.copies = copies
         self.seeds = seeds
         self._ends = ends
-        self._stop = stop
+        self.stop = stop
         self._limits = limits
         self._steer = steer
         self.reward = reward
@@ -137,7 +137,7 @@ class Rows:
             self._outputs = [
                 OutputRow(
                     self.model.tokenizer, prompt=self.texts[row // self.copies],
-                    stop=self._stop, end_ids=self._ends,
+                    stop=self.stop, end_ids=self._ends,
                 )
                 for row in range(len(self.finished))
             ]  # fmt: skip
@@ -166,7 +166,7 @@ class Rows:
         if first:
             self._end_with_first()
         while left > 0 and (running := self.running).any():
-            most = 1 if self._stop or until is not None or first else BURST
+            most = 1 if self.stop or until is not None or first else BURST
             burst = min(left, most, self._affordable(running))
             before = np.array(self.state.count)
             self.state = decode_burst(
@@ -326,7 +326,7 @@ class Rows:
         if not np.asarray(self.state.finite).all():
             check_finite(self.model, self.state, own, self.outputs)
         self.finished |= done & ~self._paused
-        if self._stop or until is not None:
+        if self.stop or until is not None:
             running = ~done
             outputs = self.outputs
             self.finished |= np.array([output.stopped for output in outputs])

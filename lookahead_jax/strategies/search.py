@@ -140,6 +140,8 @@ def search(
     sampling = checked_sampling(strategy, sampling)
     check_guides(strategy, reward, router, draft_model, model)
     verifier = checked_verifier(strategy, verifier, model)
+    draft = DraftSettings.of(drafter, draft_nodes)
+    check_drafter(strategy, draft.drafter)
     strategy = strategy.for_model(model)
     sides = 2 if strategy.routes else 1  # texts that one decision compares
     reserve = sides if isinstance(reward, RewardHead) else 0
@@ -156,8 +158,6 @@ def search(
         seeds=row_seeds(seeds, len(batch.prompts)),
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
-    draft = DraftSettings.of(drafter, draft_nodes)
-    check_drafter(strategy, draft.drafter)
     drafting = Drafting(
         draft.drafter, draft.nodes, config=config, batch=len(batch.prompts) * strategy.rows,
         room=batch.longest + max_new_tokens,

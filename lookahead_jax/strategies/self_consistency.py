@@ -48,6 +48,10 @@ class SelfConsistency(Samples):
 
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""
+        if rows.model.tokenizer is None:
+            raise ValueError(
+                "SelfConsistency compares answers in texts, and this model has no tokenizer.json"
+            )
         rows.advance()
         return [self.voted(rows, group.tolist()) for group in rows.groups]
 

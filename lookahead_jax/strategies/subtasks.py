@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lookahead_jax.generation.output_text import OutputRow
-from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern
+from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern, not_empty
 from lookahead_jax.strategies.primitives import forget_from
 from lookahead_jax.strategies.rows import Rows
 from lookahead_jax.strategies.texts import prompt_lengths, read_texts
@@ -124,8 +124,13 @@ class _Thread:
         return len(self._closed) > self._keep or self.full(output)
 
     def _next_mark(self, text: str) -> re.Match[str] | None:
-        marks = [kind.search(text, self._after) for kind in (self._opens, self._closes)]
-        return min((m for m in marks if m is not None), key=lambda m: m.start(), default=None)
+        kinds = {"opens": self._opens, "closes": self._closes}
+        marks = [
+            not_empty(name, found)
+            for name, kind in kinds.items()
+            if (found := kind.search(text, self._after)) is not None
+        ]
+        return min(marks, key=lambda found: found.start(), default=None)
 
     def full(self, output: OutputRow) -> bool:
         """Whether the cache has no slot for the last token."""

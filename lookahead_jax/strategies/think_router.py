@@ -13,6 +13,8 @@ from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least
 from lookahead_jax.strategies.likelihood import log_distribution
 from lookahead_jax.strategies.rows import Rows
 
+_TAIL = 4  # last tokens of a prompt; where the end of thinking is one of them, it is over
+
 
 class Thoughts(NamedTuple):
     """How far each row has come with its thinking, and what it reads next."""
@@ -94,7 +96,12 @@ class _OfModel(ThinkRouter):
         rows = texts.shape[0]
         no, zero = jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32)
         ids, weights = jnp.zeros((rows, self.k), jnp.int32), jnp.zeros((rows, self.k), jnp.float32)
-        return Route(self, sampling), Thoughts(~no, zero, SoftTokens(no, ids, weights))
+        thinking = ~no
+        if self.end_id is not None:  # a template may have ended the thinking, and a line after it
+            last = (texts >= 0).sum(1)[:, None] - 1 - jnp.arange(_TAIL)[None]
+            tail = jnp.take_along_axis(texts, jnp.maximum(last, 0), axis=1)
+            thinking = ~((tail == self.end_id) & (last >= 0)).any(1)
+        return Route(self, sampling), Thoughts(thinking, zero, SoftTokens(no, ids, weights))
 
     def run(self, rows: Rows) -> list[Ranked]:
         """Moves the rows to their ends; one answer for each prompt."""

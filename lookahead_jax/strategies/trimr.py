@@ -9,7 +9,7 @@ import numpy as np
 
 from lookahead_jax.decoding.state import seen_tokens
 from lookahead_jax.generation.output_text import OutputRow
-from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern
+from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern, not_empty
 from lookahead_jax.strategies.rows import Rows
 from lookahead_jax.strategies.texts import read_texts, rewritten
 
@@ -157,6 +157,7 @@ class _Thinking:
         found = self._pattern.search(output.text, self._after)
         if found is None or "thoughts" not in self._watched:
             return self.circles
+        not_empty("pattern", found)
         self.thought = output.text[self._begin : found.start()]
         self.thoughts += 1
         self._begin, self._after = found.span()

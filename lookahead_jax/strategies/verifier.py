@@ -32,7 +32,8 @@ def model_verifier(model: Model) -> Verifier:
     The model reads one question, as a chat if it has a chat template, and generates nothing: the
     result is the probability of Yes among Yes and No as the next token. The questions are worded
     for this library; the paper's (arXiv:2505.17155) have examples too. A model that thinks before
-    it replies makes a poor verifier.
+    it replies makes a poor verifier. A question contains the whole prompt, which is read without
+    eviction at each call, and not counted as work.
 
     Raises ValueError for a model without tokenizer.json, and for one in which Yes and No begin with
     the same token.
@@ -59,7 +60,7 @@ def model_verifier(model: Model) -> Verifier:
             tokens = tokenizer.encode(question + "\nReply:", plain=True)
         chances = _next_chances(model, tokens)
         agree, differ = (float(chances[some].sum()) for some in ids)
-        return agree / (agree + differ)
+        return agree / (agree + differ) if agree + differ else 0.5
 
     return verifier
 

@@ -15,6 +15,7 @@ from lookahead_jax.eval.tasks.base import Example, Source
 STEPS = 2  # of a chain
 NUMBERS = 3  # of a puzzle
 SHOTS = 3
+_MISSES = 1000  # draws in a row that give no new problem: there are hardly any left
 _WORDS = {"+": "Add", "-": "Subtract"}
 
 
@@ -51,20 +52,20 @@ def _countdown(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _examples(make: Callable[[np.random.Generator], tuple[str, str]], source: Source):
-    """`source.count` different problems, with the same solved ones before each."""
-    shots: dict[str, str] = {}
-    found: list[tuple[str, str]] = []
+    """Up to `source.count` different problems, with the same solved ones before each.
+
+    There are about 1,400 of each kind.
+    """
+    found: dict[str, str] = {}
+    misses = 0  # in a row
     for i in itertools.count():
         question, solution = make(np.random.default_rng((source.seed, i)))
-        if question in shots or question in (q for q, _ in found):
-            continue
-        if len(shots) < SHOTS:
-            shots[question] = solution
-        elif len(found) < source.count:
-            found.append((question, solution))
-        else:
+        misses = misses + 1 if question in found else 0
+        found.setdefault(question, solution)
+        if len(found) == SHOTS + source.count or misses == _MISSES:
             break
-    return tuple(shots.items()), found
+    problems = list(found.items())
+    return tuple(problems[:SHOTS]), problems[SHOTS:]
 
 
 def chains(source: Source) -> list[Example]:
