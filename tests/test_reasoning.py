@@ -64,6 +64,7 @@ def test_numbers_of_answers():
     assert last_number("9" * 5000) is None
     assert reaches("2 + 3 - 1 = 9", [1, 2, 3], 4) == 1
     assert reaches("2 + 2", [2, 1, 1], 4) == 0
+    assert reaches("1 * 2 * 3", [1, 2, 3], 6) == 0
     assert reaches("", [1], 1) == 0
 
 

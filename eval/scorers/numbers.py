@@ -59,10 +59,11 @@ def _value(node: ast.expr, numbers: list[int]) -> Fraction:
 
 
 def reaches(prediction: str, numbers: Sequence[int], target: int) -> float:
-    """1 if the last line with a digit is a term of exactly these numbers with the target's value.
+    """1 if the last line with a digit is a sum or difference of these numbers with that value.
 
     What follows an equals sign is not read, and neither is a full stop at the end.
     """
     lines = [line for line in prediction.splitlines() if re.search(r"\d", line)]
-    read = arithmetic(lines[-1].partition("=")[0].strip().rstrip(".")) if lines else None
+    term = lines[-1].partition("=")[0].strip().rstrip(".") if lines else ""
+    read = None if re.search("[*/]", term) else arithmetic(term)
     return float(read is not None and read[0] == target and sorted(read[1]) == sorted(numbers))
