@@ -310,6 +310,8 @@ def test_steps_are_labelled_by_the_answers_of_their_samples(model, tmp_path, cap
     assert len(read_steps([out], model, chat=False)) == len(rows)
     assert main(command) == 1
     assert "exists: give another --out" in capsys.readouterr().err
+    out.unlink()
     problems.write_text('{"prompt": "p", "answer": 3}\n')
     assert main(command) == 1
+    assert not out.exists()
     assert 'line 1: expected {"prompt": a text, "answer": a text}' in capsys.readouterr().err
