@@ -5,7 +5,9 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+from lookahead_jax.strategies.self_consistency import SelfConsistency
+
+NUMBER = SelfConsistency.pattern
 LONGEST = 80  # characters of an expression that is read
 _DIGITS = 30  # digits of a number that is read
 
