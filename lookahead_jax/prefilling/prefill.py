@@ -232,6 +232,7 @@ def prefill(
         (layer_kinds(config), budgets),
     )
     cache = KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span)
+    cache = policy.arrange(cache, config)
     return Prefilled(cache, last_logits(params, carry.x, prompt, config=config), scores)
 
 
