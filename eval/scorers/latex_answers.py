@@ -4,22 +4,18 @@ An answer is a term, words, a list, a point or an interval, a matrix, a union, o
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from lookahead_jax.eval.scorers.latex_terms import (
-    LONGEST,
-    Unreadable,
-    equal,
-    proportional,
-    term,
-)
+from lookahead_jax.eval.scorers.bounded_terms import Unreadable
+from lookahead_jax.eval.scorers.latex_terms import LONGEST, term
 from lookahead_jax.eval.scorers.latex_text import (
     clean,
     matching_end,
     split_outside,
     without_separators,
 )
+from lookahead_jax.eval.scorers.term_values import equal, proportional
 
 _MOST = 32  # parts of a list, a row or a union
 _AND = re.compile(r",|;|\\cup(?![A-Za-z])")
@@ -59,7 +55,7 @@ def read_answer(text: str) -> Any:
         raise Unreadable(f"empty, or more than {LONGEST} characters")
     text = without_separators(text)
     sign = re.search(r"\\(pm|mp)(?![A-Za-z])", text)
-    parts, signs = split_outside(text, _AND)
+    parts, _ = split_outside(text, _AND)
     if len(parts) > _MOST:
         raise Unreadable(f"more than {_MOST} parts")
     if len(parts) > 1:

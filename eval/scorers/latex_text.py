@@ -16,7 +16,7 @@ _TEXT = re.compile(rf"\\(?:{_FONTS}) ?\{{([^{{}}]*)\}}")
 _SQUARED = r"(?: ?\^(?:\{\d\}|\d))?"
 _UNIT = re.compile(_TEXT.pattern + _SQUARED)
 _SHORT_UNIT = re.compile(  # 5 \text{ m}, but not 5 \mathrm{i}
-    rf"(?<=[\d}})])(?:\s|\\[,;: ])*\\(?:text|mbox|mathrm|textrm) ?\{{\s*[a-df-hj-zA-Z]\s*\}}{_SQUARED}"
+    r"(?<=[\d})])(?:\s|\\[,;: ])*\\(?:text|mbox|mathrm|textrm) ?\{\s*[a-df-hj-zA-Z]\s*\}" + _SQUARED
 )
 _VALUE = re.compile(r"[-+=\d\\]|^\s*[A-Za-z]\s*$")  # in \text{...}: it is no unit
 _UNIT_WORDS = (
@@ -41,7 +41,9 @@ def words_of(text: str) -> str:
 
 def is_words(text: str) -> bool:
     r"""Whether an answer is nothing but \text{...} without a digit."""
-    return not re.search(r"\d", text) and not re.sub(r"\s", "", _TEXT.sub("", _LAYOUT.sub(" ", text))).strip(".")
+    return not re.search(r"\d", text) and not re.sub(
+        r"\s", "", _TEXT.sub("", _LAYOUT.sub(" ", text))
+    ).strip(".")
 
 
 def choice_of(text: str) -> str | None:

@@ -2,7 +2,7 @@ r"""Final answers of mathematics problems: found in a text, and compared exactly
 
 The answer of a text is in its last complete \boxed{...}; without one, what follows the last
 "answer is", on that line; without this, its last number. Two answers are the same if they are the
-same words, or if sympy finds the same value in both (eval/scorers/latex_terms.py). What is not
+same words, or if sympy finds the same value in both (eval/scorers/latex_answers.py). What is not
 compared: units, the sign of percent, degrees and dollars, the order of a list. A decimal must be
 exact: 0.33 is not 1/3.
 """
@@ -17,7 +17,8 @@ from lookahead_jax.eval.scorers.latex_text import (
 )
 from lookahead_jax.eval.scorers.numbers import NUMBER
 
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
+LONGEST = 1000  # characters of a final answer that is read
+_BRACE = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*\{|(?![A-Za-z])\s*(\w))|\\.|[{}]", re.DOTALL)
 _SAYS = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*([^\n]+)", re.IGNORECASE)
 
 
@@ -33,9 +34,8 @@ def require_sympy() -> None:
 
 def final_answer(text: str) -> str | None:
     """The final answer in a text; None if it has none."""
-    for found in reversed(list(_BOX.finditer(text))):
-        if (content := _braced(text, found.end())) is not None:
-            return content
+    if (boxed := _last_box(text)) is not None:
+        return boxed
     if said := _SAYS.findall(text):
         formula = re.search(r"(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)", said[-1])
         if formula:
@@ -45,16 +45,20 @@ def final_answer(text: str) -> str | None:
     return numbers[-1] if numbers else None
 
 
-def _braced(text: str, at: int) -> str | None:
-    r"""What is between the brace at `at` and its partner, or the one character of \boxed 5."""
-    if not text.startswith("{", at):
-        return text[at : at + 1] if text[at : at + 1].isalnum() else None
-    depth = 0
-    for found in re.finditer(r"\\.|[{}]", text[at:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
-        if depth == 0:
-            return text[at + 1 : at + found.start()].strip()
-    return None
+def _last_box(text: str) -> str | None:
+    r"""What the last complete \boxed{...} holds, or the character of \boxed 5; in one pass."""
+    opened: list[int | None] = []  # braces: where the content of a box begins, None for others
+    last: tuple[int, int] | None = None
+    for found in _BRACE.finditer(text):
+        if found[1]:
+            last = found.span(1)
+        elif found[0] == "}":
+            start = opened.pop() if opened else None
+            if start is not None and (last is None or start > last[0]):
+                last = start, found.start()
+        elif found[0].endswith("{") and found[0] != r"\{":
+            opened.append(found.end() if len(found[0]) > 1 else None)
+    return None if last is None else text[slice(*last)].strip()
 
 
 def same_answer(text: str, answer: str) -> float:
@@ -69,8 +73,10 @@ def same_answer(text: str, answer: str) -> float:
 def is_same(given: str, answer: str) -> bool:
     """Whether a final answer is the right one."""
     require_sympy()
+    if len(given) > LONGEST:
+        return False
+    from lookahead_jax.eval.scorers.bounded_terms import Unreadable
     from lookahead_jax.eval.scorers.latex_answers import read_answer, same
-    from lookahead_jax.eval.scorers.latex_terms import Unreadable
 
     if is_words(answer):
         letter = choice_of(answer)
