@@ -46,6 +46,7 @@ _CLOSING = {
 }  # fmt: skip
 _AROUND = {"|": sympy.Abs, r"\lvert": sympy.Abs, r"\lfloor": sympy.floor, r"\lceil": sympy.ceiling}
 _NO_FACTOR = {"+", "-", *_TIMES, *_OVER, *_CLOSING.values(), "^", "_", "!", "'", ",", "=", "<", ">"}
+_BEFORE_NUMBERS = {")", "]", "}", "!"}
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho "
     "sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega ell"
@@ -126,11 +127,13 @@ class _Parser:
         return self._factor()
 
     def _starts_factor(self) -> bool:
-        """Whether a factor follows without a sign; no number stands behind another factor."""
+        """Whether a factor follows without a sign; a number does so behind a bracket or ! only."""
         token = self.next
         if token == "|":
             return self._bars == 0
-        return bool(token) and token not in _NO_FACTOR and not token[0].isdigit()
+        if token[:1].isdigit():
+            return self._tokens[self._at - 1] in _BEFORE_NUMBERS
+        return bool(token) and token not in _NO_FACTOR
 
     def _factor(self) -> Any:
         """An atom with its factorials and its power."""

@@ -39,7 +39,7 @@ def proportional(a: Any, b: Any) -> bool:
 
 def _close(a: Any, b: Any) -> bool:
     larger = max(abs(a), abs(b))
-    return larger < _CLOSE or abs(a - b) <= _CLOSE * larger
+    return bool(larger < _CLOSE or abs(a - b) <= _CLOSE * larger)
 
 
 def _values(a: Any, b: Any):
