@@ -172,6 +172,7 @@ class Answerer:
             result = lk.generate(
                 self.model, read, drafter=drafter, sampling=batch.decoding.sampling or GREEDY,
                 reader=self._predictor if batch.method.predicts else None,
+                evict_every=self._config.evict_every if batch.method.budgeted else None,
                 **self._options(batch, drafts),
             )  # fmt: skip
         return result, result.timing.ttft_s + spent

@@ -10,6 +10,7 @@ import tyro
 
 from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.drafters.registry import needs
+from lookahead_jax.eval.grid.eviction import check_eviction
 from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.grid.strategies import NONE, decoding_of, named_settings, reward_of
 from lookahead_jax.eval.tasks.base import Task
@@ -76,6 +77,9 @@ class RunConfig:
     """Use the chat template of models that have one, where the benchmark does."""
     max_new_tokens: int | None = None
     """Upper limit of every answer, below that of its task."""
+    evict_every: int | None = None
+    """Evict while decoding too, at every position that is a multiple of this: a head holds at most
+    the budget and this many entries. Methods without a budget keep everything."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights. Default: that of the checkpoint."""
     weights: Literal["int8"] | None = None
@@ -117,6 +121,13 @@ class RunConfig:
                 searched.append(spec)
                 sides = 2 if strategy.routes else 1
                 work_limits(self.most_tokens, None, strategy.rows * sides, 1)
+        if self.evict_every is not None:
+            check_eviction(
+                self.evict_every,
+                {m: method.policy for m in self.policies if (method := method_of(m)).budgeted},
+                searched,
+                hidden="hidden" in self.protocols,
+            )
         if searched and any(method_of(spec).predicts for spec in self.policies):
             raise ValueError(f"kv_prediction reads for no strategy: leave {searched[0]} out")
 
@@ -132,7 +143,7 @@ class RunConfig:
 
 FIXED = (
     "seed", "chat", "max_new_tokens", "dtype", "weights", "cache_dtype", "lookahead", "draft_model",
-    "draft_layers", "kv_maps", "most_tokens",
+    "draft_layers", "kv_maps", "most_tokens", "evict_every",
 )  # fmt: skip
 """Fields that change the meaning of a row, so that a resumed run must not change them."""
 

@@ -9,6 +9,12 @@ from lookahead_jax.eval.tasks.reasoning.arithmetic import (
     countdown,
     countdown_score,
 )
+from lookahead_jax.eval.tasks.reasoning.competitions import (
+    AIME24,
+    MATH500,
+    competition_score,
+    problems,
+)
 from lookahead_jax.eval.tasks.reasoning.constrained import (
     constrained,
     constrained_score,
@@ -40,5 +46,12 @@ def tasks() -> list[Task]:
                 score=gsm8k_score, binary=True,
             )
             for name in ("", "_easiest")
+        ),
+        *(
+            Task(
+                name=f"reasoning/{name}", make=functools.partial(problems, competition),
+                score=competition_score, binary=True,
+            )
+            for name, competition in (("math500", MATH500), ("aime24", AIME24))
         ),
     ]  # fmt: skip
