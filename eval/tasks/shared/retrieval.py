@@ -20,7 +20,7 @@ from lookahead_jax.eval.tasks.ruler_material import substitute
 from lookahead_jax.eval.tasks.shared.fitting import fitted
 
 QUESTIONS = 4  # asked of one cut context
-ROOM = 48  # tokens of an answer: a UUID has 36 characters
+LEAST = 3 * QUESTIONS  # units that hold a line for every question and two like it
 
 
 class Asked(NamedTuple):
@@ -69,51 +69,38 @@ def kv(rng: random.Random, units: int, asked: int, *, uuids: bool) -> tuple[str,
 
 
 def prefix_suffix(rng: random.Random, units: int, asked: int) -> tuple[str, list[Asked]]:
-    """Lines of four words; a line is found by its first and its last word.
+    """Lines of four words; a line is found by its first two words and its last.
 
-    For every line that is asked for, one other begins like it and one other ends like it.
+    For every line that is asked for, one other begins like it and one other ends like it. The
+    answer begins with the given words, and the rest is to be found.
     """
     words = substitute().words
-    lines: dict[tuple[str, str], str] = {}
+    lines: dict[tuple[str, str], str] = {}  # (first two words, last word) -> the word between
 
-    def add(first: str, last: str) -> str:
-        """A new line with these ends."""
-        lines[first, last] = "-".join([first, *rng.choices(words, k=2), last])
-        return lines[first, last]
+    def add(first: str | None = None, last: str | None = None) -> tuple[str, str]:
+        """A new line, with these ends where they are given."""
+        while True:
+            ends = first or "-".join(rng.choices(words, k=2)), last or rng.choice(words)
+            if ends not in lines:
+                lines[ends] = rng.choice(words)
+                return ends
 
-    def other(place: int, word: str) -> None:
-        """A line of which only one end is asked for."""
-        ends = [word, word]
-        while tuple(ends) in lines or ends[0] == ends[1]:
-            ends[place] = rng.choice(words)
-        add(*ends)
-
-    wanted = []
-    while len(wanted) < asked:
-        first, last = rng.sample(words, 2)
-        if (first, last) not in lines:
-            wanted.append((first, last))
-            add(first, last)
+    wanted = [add() for _ in range(asked)]
     for first, last in wanted:
-        other(1, first)
-        other(0, last)
-    named = {first for first, _ in wanted}
+        add(first=first)
+        add(last=last)
     while len(lines) < units:
-        first, last = rng.choice(words), rng.choice(words)
-        if (first, last) in lines and first not in named:
-            first += f"-{rng.choice(words)}"  # in a long list few ends are new
-        if (first, last) not in lines:
-            add(first, last)
-    shuffled = list(lines.values())
+        add()
+    shuffled = [f"{first}-{word}-{last}" for (first, last), word in lines.items()]
     rng.shuffle(shuffled)
     context = "Below is a list of strings. I will ask you for some of them.\n\n" + "\n".join(
         shuffled
     )
     return context, [
         Asked(
-            f'\n\nWhich string begins with "{first}-" and ends with "-{last}"?',
-            'The string is "',
-            [lines[first, last]],
+            f'\n\nWhich string begins with "{first}" and ends with "{last}"?',
+            f'The string is "{first}-',
+            [f"{lines[first, last]}-{last}"],
         )
         for first, last in wanted
     ]
@@ -150,8 +137,11 @@ def hops(rng: random.Random, units: int, asked: int, *, hops: int) -> tuple[str,
     ]
 
 
-def make(retrieval: Retrieval, least: int, many: bool, source: Source) -> list[Example]:
-    """`source.count` examples: one of each context, or up to `QUESTIONS` that share theirs."""
+def make(retrieval: Retrieval, answer: int, many: bool, source: Source) -> list[Example]:
+    """`source.count` examples: one of each context, or up to `QUESTIONS` that share theirs.
+
+    An answer may have `answer` tokens.
+    """
     asked = min(QUESTIONS, source.count) if many else 1
 
     def build(rng: random.Random, units: int) -> list[Example]:
@@ -159,12 +149,12 @@ def make(retrieval: Retrieval, least: int, many: bool, source: Source) -> list[E
         return [
             Example(
                 id="", context=context, question=one.question, prefix=one.prefix,
-                answers=tuple(one.answers), max_new_tokens=ROOM, group="shared" if many else "",
+                answers=tuple(one.answers), max_new_tokens=answer, group="shared" if many else "",
             )
             for one in questions
         ]  # fmt: skip
 
-    return fitted(source, build, contexts=source.count // asked, least=least)
+    return fitted(source, build, contexts=source.count // asked, least=LEAST)
 
 
 def found(prediction: str, answers: Sequence[str]) -> float:

@@ -5,18 +5,18 @@ import functools
 from lookahead_jax.eval.scorers.text import substring_all
 from lookahead_jax.eval.tasks.base import Example, Task
 from lookahead_jax.eval.tasks.shared import instructions, retrieval, writings
-from lookahead_jax.eval.tasks.shared.retrieval import QUESTIONS, Retrieval
+from lookahead_jax.eval.tasks.shared.retrieval import Retrieval
 
-_KV: dict[str, Retrieval] = {
-    "kv": functools.partial(retrieval.kv, uuids=False),
-    "kv_uuids": functools.partial(retrieval.kv, uuids=True),
-    "prefix_suffix": retrieval.prefix_suffix,
+_LOOKUPS: dict[str, tuple[Retrieval, int]] = {
+    "kv": (functools.partial(retrieval.kv, uuids=False), 16),
+    "kv_uuids": (functools.partial(retrieval.kv, uuids=True), 48),
+    "prefix_suffix": (retrieval.prefix_suffix, 32),
 }
-_HOPS: dict[str, Retrieval] = {
-    "hops": functools.partial(retrieval.hops, hops=2),
-    "hops_4": functools.partial(retrieval.hops, hops=4),
+_CHAINS: dict[str, tuple[Retrieval, int]] = {
+    "hops": (functools.partial(retrieval.hops, hops=2), 48),
+    "hops_4": (functools.partial(retrieval.hops, hops=4), 48),
 }
-_LEAST = 3 * QUESTIONS  # units that hold a line for every question and two like it
+"""Name -> retrieval, and the tokens that an answer may have."""
 
 
 def _found(prediction: str, example: Example) -> float:
@@ -30,13 +30,13 @@ def _share(prediction: str, example: Example) -> float:
 def tasks() -> list[Task]:
     """shared/<task>; <task>_many asks several questions of one cut context."""
     made = []
-    for group, score in ((_KV, _found), (_HOPS, _share)):
-        for name, build in group.items():
+    for group, score in ((_LOOKUPS, _found), (_CHAINS, _share)):
+        for name, (build, answer) in group.items():
             for many in (False, True):
                 made.append(
                     Task(
                         name=f"shared/{name}{'_many' if many else ''}",
-                        make=functools.partial(retrieval.make, build, _LEAST, many),
+                        make=functools.partial(retrieval.make, build, answer, many),
                         score=score, binary=score is _found,
                     )
                 )  # fmt: skip
@@ -48,7 +48,5 @@ def tasks() -> list[Task]:
     )  # fmt: skip
     for name, place in places:
         make = functools.partial(instructions.make, place)
-        made.append(
-            Task(name=f"shared/instructions{name}", make=make, score=instructions.score)
-        )
+        made.append(Task(name=f"shared/instructions{name}", make=make, score=instructions.score))
     return made
