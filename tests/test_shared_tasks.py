@@ -19,6 +19,11 @@ from lookahead_jax.eval.tasks.registry import TASKS, find_task
 from tests import tiny
 
 NAMES = [task.name for task in find_task("shared")]
+RULES = {
+    f"shared/{name}{place}"
+    for name in ("instructions", "recited")
+    for place in ("", "_behind", "_pinned")
+}
 ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"]
 
 
@@ -49,11 +54,9 @@ def solve(example) -> tuple[str, ...]:
     """The answers, from what the prompt says."""
     asked = re.findall(r'"([^"]+)"', example.question)
     if example.turns:
-        ordinal, request = re.search(
-            r"the (\w+) (\w+ about .*?)\. Write", example.question
-        ).groups()
-        same = [text for said, text in example.turns if said == f"Write a {request}."]
-        return (asked[0] + same[ORDINALS.index(ordinal)],)
+        ordinal, request = re.search(r"the (\w+) (\w+ about .*)\.", example.question).groups()
+        same = [text for said, text in example.turns if said.endswith(f" and a {request}.")]
+        return (f"{asked[0]} {same[ORDINALS.index(ordinal)].split(' ', 1)[1]}",)
     if "JSON" in example.context:
         return (json.loads(example.context[example.context.index("{") :])[asked[0]],)
     if "strings" in example.context:
@@ -72,12 +75,12 @@ def solve(example) -> tuple[str, ...]:
     return tuple(sorted(holds - {value}))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "instructions" not in n])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in RULES])
 def test_answers_follow_from_the_text(name, tokenizer):
-    for example in made(name, tokenizer):
+    for example in made(name, tokenizer, 2100, count=4):
         assert tuple(sorted(example.answers)) == solve(example)
         right = ", ".join(example.answers)
-        assert scored(TASKS[name], right, example) == (1.0, {})
+        assert scored(TASKS[name], right, example)[0] == 1
         for wrong in ("", "no idea", right[1:-1]):
             assert scored(TASKS[name], wrong, example)[0] < 1
         assert scored(TASKS[name], "no idea", example)[0] == 0
@@ -88,17 +91,17 @@ def test_answers_follow_from_the_text(name, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_fill_the_length_and_are_functions_of_their_seed(name, tokenizer):
-    for length in (1000, 2100):
-        examples = made(name, tokenizer, length)
+    for length in (1600, 2100):
+        examples = made(name, tokenizer, length, count=4)
         for example in examples:
-            said = [text for turn in example.turns for text in turn]
-            text = "\n\n".join([*said, example.context + example.question]) + example.prefix
-            used = len(tokenizer.encode(text)) + example.max_new_tokens
-            assert 0.9 * length < used <= length, (length, used)
             whole = assemble(example, tokenizer, limit=length, chat=True).whole
-            assert tokenizer.decode(whole) == text, "nothing is cut out"
-    assert examples == made(name, tokenizer, 2100)
-    assert examples[0] != made(name, tokenizer, 2100, seed=1)[0]
+            assert 0.9 * length < len(whole) + example.max_new_tokens <= length
+            text = tokenizer.decode(whole)
+            said = [part for turn in example.turns for part in turn]
+            for part in (*said, example.context, example.question, example.prefix):
+                assert part in text, "nothing is cut out"
+    assert examples == made(name, tokenizer, 2100, count=4)
+    assert examples[0] != made(name, tokenizer, 2100, count=4, seed=1)[0]
     with pytest.raises(ValueError, match="100 tokens are too few for this task"):
         made(name, tokenizer, 100)
 
@@ -114,7 +117,7 @@ def test_one_other_string_begins_and_one_ends_like_the_right_one(tokenizer):
 def test_contexts_are_shared_by_equally_many_questions(tokenizer):
     for name in NAMES:
         groups: dict[str, list] = {}
-        for example in made(name, tokenizer, count=9):
+        for example in made(name, tokenizer, 2100, count=9):
             groups.setdefault(example.group, []).append(example)
         if not name.endswith("_many"):
             assert list(groups) == [""]
@@ -123,7 +126,7 @@ def test_contexts_are_shared_by_equally_many_questions(tokenizer):
         for group in groups.values():
             assert len({e.context for e in group}) == 1
             assert len({e.question for e in group}) == 4
-    assert len(made("shared/kv_many", tokenizer, count=3)) == 3
+    assert len(made("shared/kv_many", tokenizer, 2100, count=3)) == 3
 
 
 def test_a_chat_s_template_counts(folder):
@@ -137,14 +140,17 @@ def test_a_repeated_writing_needs_its_code_first(tokenizer):
     task = TASKS["shared/mrcr"]
     example = made(task.name, tokenizer)[0]
     (right,), code = example.answers, example.extra["code"]
+    assert len(code) == 4
+    assert scored(task, right, example) == (1, {"exact": 1, "begins": 1})
     text = right.removeprefix(code)
-    assert text in [said for _, said in example.turns]
-    assert scored(task, text, example)[0] == 0
-    assert scored(task, f" {right}", example)[0] == 0
+    for wrong in (text, f" {right}"):
+        assert scored(task, wrong, example) == (0, {"exact": 0, "begins": 0})
     # difflib's ratio: twice the matching characters over all.
     half = text[: len(text) // 2]
     expected = 2 * len(half) / (len(text) + len(half))
-    assert scored(task, code + half, example)[0] == pytest.approx(expected)
+    ratio, measures = scored(task, code + half, example)
+    assert ratio == pytest.approx(expected)
+    assert measures == {"exact": 0, "begins": 1}
 
 
 def test_instructions_are_counted_one_by_one(tokenizer):
@@ -153,7 +159,7 @@ def test_instructions_are_counted_one_by_one(tokenizer):
     asked = {
         "begin": "river", "end": "stone", "use": "music", "number": 317, "lines": 2, "case": "small"
     }  # fmt: skip
-    example = dataclasses.replace(example, extra={"asked": asked})
+    six = dataclasses.replace(example, extra={"asked": asked})
     follows = {
         "river, music\n\n317 by the stone.": "begin end use number lines case",
         "River music 317 stone": "begin end use number",
@@ -163,9 +169,15 @@ def test_instructions_are_counted_one_by_one(tokenizer):
         "": "",
     }
     for text, names in follows.items():
-        share, measures = scored(task, text, example)
+        share, measures = scored(task, text, six)
         assert measures == {name: float(name in names.split()) for name in asked}, text
         assert share == pytest.approx(len(names.split()) / 6)
+    lines = example.answers
+    recited, first = TASKS["shared/recited"], made("shared/recited", tokenizer, count=1)[0]
+    assert (first.context, first.answers) == (example.context, lines)
+    assert scored(recited, "\n".join(lines), first)[0] == 1
+    share, measures = scored(recited, lines[1], first)
+    assert (share, list(measures.values())) == (0.25, [0, 1, 0, 0])
     capital = dataclasses.replace(example, extra={"asked": {"case": "capital"}})
     assert [scored(task, text, capital)[0] for text in ("AB 1", "Ab", "12")] == [1, 0, 0]
 
@@ -208,13 +220,13 @@ def test_questions_of_one_cut_context_are_answered_as_each_alone(folder, tmp_pat
     assert {row["protocol"] for row in rows} == {"hidden"}
     model = lk.load(folder)
     examples = {e.id: e for e in made("shared/kv_many", model.tokenizer, 800, count=8)}
-    for row in rows[:4]:
-        prompt = assemble(examples[row["id"]], model.tokenizer, limit=800, chat=True)
-        alone = generate(
-            model, [prompt.context], questions=[prompt.question], budget=64, max_new_tokens=6,
-            policy=lk.make_policy("snapkv", window=8),
-        )  # fmt: skip
-        assert row["predicted_answer"] == alone.text[0]
+    asked = [examples[row["id"]] for row in rows[:4]]
+    prompts = [assemble(e, model.tokenizer, limit=800, chat=True) for e in asked]
+    each = generate(
+        model, [p.context for p in prompts], questions=[p.question for p in prompts], budget=64,
+        max_new_tokens=6, policy=lk.make_policy("snapkv", window=8),
+    )  # fmt: skip
+    assert [row["predicted_answer"] for row in rows[:4]] == each.text
     # Killed in the middle of a group: the context is read again, and no row is written twice.
     lines = (tmp_path / "run" / ROWS).read_bytes().splitlines(keepends=True)
     (tmp_path / "run" / ROWS).write_bytes(b"".join(lines[:6]))
@@ -254,31 +266,31 @@ def test_what_an_example_pins_is_kept(folder, tmp_path, monkeypatch):
         assemble(lost, model.tokenizer, limit=800, chat=True)
 
 
+PROMPTS, QUESTIONS = tiny.prompts((60, 41)), tiny.prompts((5, 3, 7, 4, 2, 6), seed=1)
+CUT = dict(policy=lk.make_policy("snapkv", window=4), budget=16, max_new_tokens=12, eos_ids=())
+EACH = [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
+
+
 def test_several_questions_of_each_prompt(folder):
     """Rows of one prompt have its entries, pins included, also while decoding."""
-    model = lk.load(folder)
-    prompts, questions = tiny.prompts((60, 41)), tiny.prompts((5, 3, 7, 4, 2, 6), seed=1)
-    pin = [[(7, 12)], [(20, 22)]]
-    settings = dict(
-        policy=lk.make_policy("snapkv", window=4), budget=16, max_new_tokens=12, eos_ids=(),
-        evict_every=8,
-    )  # fmt: skip
-    together = lk.generate(model, prompts, questions=questions, pin=pin, **settings)
+    model, pin = lk.load(folder), [[(7, 12)], [(20, 22)]]
+    cut = dict(CUT, evict_every=8)
+    together = lk.generate(model, PROMPTS, questions=QUESTIONS, pin=pin, **cut)
+    pins = [pin[0]] * 3 + [pin[1]] * 3
+    each = lk.generate(model, EACH, questions=QUESTIONS, pin=pins, **cut)
+    assert together.prompt_ids == EACH
     assert together.prompt_tokens == [60] * 3 + [41] * 3
-    alone = [
-        lk.generate(
-            model, [prompts[i // 3]], questions=[question], pin=[pin[i // 3]], **settings
-        )
-        for i, question in enumerate(questions)
-    ]  # fmt: skip
-    assert together.tokens == [one.tokens[0] for one in alone]
-    for row, one in enumerate(alone):
-        np.testing.assert_array_equal(together.kept[:, row], one.kept[:, 0])
+    assert together.tokens == each.tokens
+    np.testing.assert_array_equal(together.kept, each.kept)
     with pytest.raises(ValueError, match="3 questions for 2 prompts: give one, or equally many"):
-        lk.generate(model, prompts, questions=questions[:3], **settings)
-    del settings["evict_every"]
-    found = lk.search(
-        model, prompts, questions=questions, strategy="best_of_n",
-        reward=lambda prompt, text: 0.0, **settings,
-    )  # fmt: skip
-    assert len(found.tokens) == 6
+        lk.generate(model, PROMPTS, questions=QUESTIONS[:3], **CUT)
+
+
+@pytest.mark.slow
+def test_a_search_reads_a_prompt_once_for_its_questions(folder):
+    model = lk.load(folder)
+    search = dict(strategy="best_of_n", reward=lambda prompt, text: float(len(set(text))), **CUT)
+    together = lk.search(model, PROMPTS, questions=QUESTIONS, **search)
+    each = lk.search(model, EACH, questions=QUESTIONS, **search)
+    assert together.tokens == each.tokens
+    assert together.prompt_tokens == each.prompt_tokens

@@ -125,8 +125,8 @@ def search(
       most_forwards: steps of the model, and of a draft model, for a prompt, whatever the number of
         its rows. A reward head needs one for each score.
       sampling: default: the strategy's own.
-      seeds: one per prompt (or question), default 0 for all. The first row of a prompt draws the same noise as
-        `lk.generate` with that seed.
+      seeds: one per prompt (or question), default 0 for all. The first row of a prompt draws the
+        same noise as `lk.generate` with that seed.
       drafter: as that of `lk.generate`, for strategies that draw whole samples: best_of_n,
         self_consistency, first_finish and the particles. The texts are the same, unless
         `most_forwards` ends them; `Work.forwards` shows the gain.

@@ -1,4 +1,4 @@
-"""Several instructions and a long text: how many of them does the answer still follow?
+"""Several instructions and a long text: how many does the answer follow, or repeat?
 
 Eviction can drop whole instructions while the answer stays fluent ("The Pitfalls of KV Cache
 Compression", arXiv 2510.00231); instructions and checks are in the manner of IFEval (arXiv
@@ -15,9 +15,11 @@ from lookahead_jax.eval.tasks.reasoning.constrained import TOPICS, WORDS
 from lookahead_jax.eval.tasks.shared.fitting import fitted
 from lookahead_jax.eval.tasks.shared.writings import writing
 
+HEAD = "Your answer must follow all of these rules:"
 ASKED = 4  # instructions of an example
 ROOM = 96  # tokens of an answer
 Place = Literal["before", "behind", "pinned"]
+Request = Literal["follow", "recite"]
 
 
 def _words(text: str) -> list[str]:
@@ -63,8 +65,11 @@ INSTRUCTIONS = {
 """Name of its measure -> instruction. None contradicts another: words may have any case."""
 
 
-def make(place: Place, source: Source) -> list[Example]:
-    """`ASKED` instructions before or behind a long text, and then the request."""
+def make(request: Request, place: Place, source: Source) -> list[Example]:
+    """`ASKED` instructions before or behind a long text, and then the request.
+
+    Models of about 100 million parameters follow few instructions, and can still recite them.
+    """
 
     def build(rng: random.Random, units: int) -> list[Example]:
         asked: dict[str, Any] = {}
@@ -73,15 +78,18 @@ def make(place: Place, source: Source) -> list[Example]:
                 pass
             asked[name] = value
         lines = [f"- {INSTRUCTIONS[name].text.format(value)}" for name, value in asked.items()]
-        rules = "Your answer must follow all of these rules:\n" + "\n".join(lines)
+        rules = f"{HEAD}\n" + "\n".join(lines)
         document = " ".join(writing(rng, rng.choice(TOPICS)) for _ in range(units))
         parts = [rules, f"Text:\n{document}"]
         if place == "behind":
             parts.reverse()
+        question = f"Now write a few words about {rng.choice(TOPICS)}, by the rules."
+        if request == "recite":
+            question = "Now repeat the rules for your answer, word for word."
         return [
             Example(
-                id="", context="\n\n".join(parts),
-                question=f"\n\nNow write a few words about {rng.choice(TOPICS)}, by the rules.",
+                id="", context="\n\n".join(parts), question=f"\n\n{question}",
+                prefix=f"{HEAD}\n-" if request == "recite" else "",
                 answers=tuple(lines), max_new_tokens=ROOM, extra={"asked": asked},
                 pin=rules if place == "pinned" else "",
             )
@@ -90,10 +98,20 @@ def make(place: Place, source: Source) -> list[Example]:
     return fitted(source, build, contexts=source.count, least=1)
 
 
-def score(prediction: str, example: Example) -> dict[str, float]:
+def _shares(met: dict[str, bool]) -> dict[str, float]:
+    """The share that is met, and each one by name."""
+    return {"share": sum(met.values()) / len(met)} | {name: float(m) for name, m in met.items()}
+
+
+def followed(prediction: str, example: Example) -> dict[str, float]:
     """The share of the instructions that the answer follows, and each of them by name."""
     asked = example.extra["asked"]
-    met = {
-        name: float(INSTRUCTIONS[name].follows(prediction, value)) for name, value in asked.items()
-    }
-    return {"followed": sum(met.values()) / len(met)} | met
+    return _shares(
+        {name: INSTRUCTIONS[name].follows(prediction, value) for name, value in asked.items()}
+    )
+
+
+def recited(prediction: str, example: Example) -> dict[str, float]:
+    """The share of the instructions that the answer repeats, and each of them by name."""
+    texts = {n: INSTRUCTIONS[n].text.format(value) for n, value in example.extra["asked"].items()}
+    return _shares({name: text in prediction for name, text in texts.items()})

@@ -1,9 +1,8 @@
 """Retrieval after SCBench (arXiv 2412.10319): a key, a string by its ends, a chain of variables.
 
-SCBench asks several questions of one context, because a cache that was cut for one question may lack
-what the next one needs. The formats follow its Retr.KV, Retr.Prefix-Suffix and Retr.MultiHop (in
-RULER's words); sizes are for small models, and the random choices are our own. These are no SCBench
-results.
+SCBench asks several questions of one context, because a cache that was cut for one question may
+lack what the next one needs. The formats follow its Retr.KV, Retr.Prefix-Suffix and Retr.MultiHop;
+sizes and wording are our own, for small models too. Scores are no SCBench results.
 """
 
 import json

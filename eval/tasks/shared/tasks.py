@@ -43,10 +43,11 @@ def tasks() -> list[Task]:
     for name, needles in (("mrcr", 2), ("mrcr_8", 8)):
         make = functools.partial(writings.make, needles)
         made.append(Task(name=f"shared/{name}", make=make, score=writings.score))
-    places: tuple[tuple[str, instructions.Place], ...] = (
-        ("", "before"), ("_behind", "behind"), ("_pinned", "pinned"),
-    )  # fmt: skip
-    for name, place in places:
-        make = functools.partial(instructions.make, place)
-        made.append(Task(name=f"shared/instructions{name}", make=make, score=instructions.score))
+    for name, request, score in (
+        ("instructions", "follow", instructions.followed),
+        ("recited", "recite", instructions.recited),
+    ):
+        for suffix, place in (("", "before"), ("_behind", "behind"), ("_pinned", "pinned")):
+            make = functools.partial(instructions.make, request, place)
+            made.append(Task(name=f"shared/{name}{suffix}", make=make, score=score))
     return made

@@ -3,7 +3,8 @@
 Multi-round co-reference resolution (Michelangelo, arXiv 2409.12640; data and grader openai/mrcr):
 the user asks for many short writings, some of them for the same kind and topic; at the end the
 i-th of these is asked for, behind a random string. Here the writings are composed of a few
-sentences and words, in place of a model's.
+sentences and words, in place of a model's, and the earlier answers begin with such strings, too:
+models of about 100 million parameters do not write them otherwise.
 """
 
 import difflib
@@ -32,6 +33,11 @@ def writing(rng: random.Random, topic: str) -> str:
     return f"{topic[0].upper()}{topic[1:]}! {body}"
 
 
+def code(rng: random.Random) -> str:
+    """A random string, by which an answer shows that it was meant for its request."""
+    return "".join(rng.choices(string.ascii_letters + string.digits, k=CODE))
+
+
 def make(needles: int, source: Source) -> list[Example]:
     """Chats with `needles` writings of the kind and topic that is asked for, among others."""
 
@@ -48,27 +54,28 @@ def make(needles: int, source: Source) -> list[Example]:
                 text = writing(rng, t)
             if (k, t) == (kind, topic):
                 same.append(text)
-            turns.append((f"Write a {k} about {t}.", text))
-        place = rng.randrange(needles)
-        code = "".join(rng.choices(string.ascii_letters + string.digits, k=CODE))
-        question = (
-            f'Write "{code}", and right behind it repeat the {ORDINALS[place]} {kind} about '
-            f"{topic}. Write nothing else."
-        )
+            begin = code(rng)
+            turns.append((f'Write "{begin}" and a {k} about {t}.', f"{begin} {text}"))
+        place, begin = rng.randrange(needles), code(rng)
+        question = f'Write "{begin}" and repeat the {ORDINALS[place]} {kind} about {topic}.'
         return [
             Example(
                 id="", context="", question=question, turns=tuple(turns),
-                answers=(code + same[place],), max_new_tokens=ROOM, extra={"code": code},
+                answers=(f"{begin} {same[place]}",), max_new_tokens=ROOM, extra={"code": begin},
             )
         ]  # fmt: skip
 
     return fitted(source, build, contexts=source.count, least=needles + 2)
 
 
-def score(prediction: str, example: Example) -> float:
-    """difflib's ratio of what follows the random string; 0 if the answer does not begin with it."""
-    code = example.extra["code"]
-    if not prediction.startswith(code):
-        return 0.0
-    said, right = (text.removeprefix(code) for text in (prediction, example.answers[0]))
-    return difflib.SequenceMatcher(None, said, right).ratio()
+def score(prediction: str, example: Example) -> dict[str, float]:
+    """difflib's ratio of what follows the random string; 0 if the answer does not begin with it.
+
+    Any writing resembles the right one a little; `exact` is whether it is that one, and `begins`
+    whether the answer begins with the string.
+    """
+    begin, (right,) = example.extra["code"], example.answers
+    begins = prediction.startswith(begin)
+    said, repeated = (text.removeprefix(begin) for text in (prediction, right))
+    ratio = difflib.SequenceMatcher(None, said, repeated).ratio() if begins else 0.0
+    return {"ratio": ratio, "exact": float(prediction == right), "begins": float(begins)}
