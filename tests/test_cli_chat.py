@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.cli.encoded import chat_messages, encode_chat_prompt, pinned_spans, token_ranges
+from lookahead_jax.checkpoints.token_ranges import token_ranges
+from lookahead_jax.cli.encoded import chat_messages, encode_chat_prompt, pinned_spans
 from lookahead_jax.cli.main import main
 from lookahead_jax.cli.options import PromptOptions
 from tests import tiny

@@ -363,7 +363,7 @@ def test_four_devices_keep_and_generate_the_same():
         (dict(prompts=[[5, 2**31]]), "outside the vocabulary"),
         (dict(prompts=TEXT), "are a list"),
         (dict(questions="why?"), "are a list"),
-        (dict(seeds=[1, 2]), "2 seeds for 1 prompts"),
+        (dict(seeds=[1, 2]), "2 seeds for 1 rows"),
         (dict(burst=0), "burst must be at least 1, not 0"),
         (dict(budget=0), "budget must be 1 to"),
         (dict(budget=2**31), "budget must be 1 to"),

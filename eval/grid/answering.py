@@ -105,7 +105,7 @@ class Answerer:
         if pair and full is None:
             full = self._read_full(batch)
         measured = {
-            "batch": len(batch.contexts),
+            "batch": len(batch.examples),
             "ttft_s": first,
             "full_ttft_s": full,
             "decode_tokens_per_s": result.timing.decode_tokens_per_s,
@@ -128,7 +128,8 @@ class Answerer:
         reward = None
         if batch.reward is not None:
             asked = batch.questions or [[]] * len(read)
-            texts = [[*row, *question] for row, question in zip(read, asked, strict=True)]
+            copies = len(asked) // len(read)
+            texts = [[*read[i // copies], *question] for i, question in enumerate(asked)]
             reward = reward_by_prompt(batch.reward.grade, texts, batch.examples, self.tokenizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the policy's notice was shown once, at the start
@@ -140,7 +141,7 @@ class Answerer:
             )  # fmt: skip
         memory, bound = peak.read()
         return result, {
-            "batch": len(batch.contexts), "ttft_s": None, "full_ttft_s": None,
+            "batch": len(batch.examples), "ttft_s": None, "full_ttft_s": None,
             "decode_tokens_per_s": None, "peak_bytes": memory, "peak_is_bound": bound,
             "cache_bytes": result.cache_bytes, "full_bytes": None, "draft_lengths": [],
             "reward": None if batch.reward is None else batch.reward.kind,
@@ -155,7 +156,7 @@ class Answerer:
     def _options(self, batch: GridBatch, drafts: list[list[int]] | None) -> dict[str, Any]:
         """The arguments that `lk.generate` and `lk.search` share."""
         return dict(
-            questions=batch.questions, policy=batch.method.policy,
+            questions=batch.questions, pin=batch.pin, policy=batch.method.policy,
             budget=max(batch.cell.budget, 1), max_new_tokens=batch.new_tokens,
             lookahead=self._modules, drafts=drafts, stop=batch.stop,
             seeds=[seed_of(self._config.seed, example) for example in batch.examples],

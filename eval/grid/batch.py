@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lookahead_jax.checkpoints.token_ranges import Span
 from lookahead_jax.eval.grid.config import Method
 from lookahead_jax.eval.grid.prompts import AssembledPrompt
 from lookahead_jax.eval.grid.rows import GridCell
@@ -24,7 +25,8 @@ class GridBatch:
     reward: RewardKind | None  # of a strategy that compares by one
     examples: list[Example]
     contexts: list[list[int]]
-    questions: list[list[int]] | None  # of the protocol `hidden`
+    questions: list[list[int]] | None  # of the protocol `hidden`, equally many for each context
+    pin: list[list[Span]] | None  # tokens of each context that are kept
     new_tokens: int
     stop: tuple[str, ...]
 
@@ -34,7 +36,16 @@ class GridBatch:
         cell = self.cell
         shape = [max(map(len, part)) for part in (self.contexts, self.questions or [[0]])]
         key = (cell.policy, cell.budget, cell.drafter, cell.strategy, self.questions is not None)
-        return (*key, self.new_tokens, *map(bucket_length, shape))
+        rows = (len(self.contexts), len(self.examples), self.pin is not None)
+        return (*key, *rows, self.new_tokens, *map(bucket_length, shape))
+
+
+def groups_of(examples: Sequence[Example]) -> list[list[int]]:
+    """Indices of the examples: those of a group together, every other one on its own."""
+    found: dict[object, list[int]] = {}
+    for i, example in enumerate(examples):
+        found.setdefault(example.group or i, []).append(i)
+    return list(found.values())
 
 
 class Answered(NamedTuple):

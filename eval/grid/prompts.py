@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from lookahead_jax.checkpoints.token_ranges import Span, token_ranges
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.eval.tasks.base import Cut, Example
 
@@ -12,6 +13,7 @@ class AssembledPrompt(NamedTuple):
     whole: list[int]  # context and question together
     context: list[int]  # on its own, with BOS
     question: list[int]  # on its own; empty if the example has none
+    pin: tuple[Span, ...] = ()  # tokens of the first two that every policy keeps
 
 
 def truncate(text: str, tokenizer: Tokenizer, limit: int, cut: Cut) -> str:
@@ -34,7 +36,8 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
 
     Earlier turns of a dialogue are added in full, outside the limit; without a template, empty
     lines separate the turns. `chat` puts context and question into the chat template, unless the
-    example forbids it. Raises ValueError if the question alone exceeds half of `limit`.
+    example forbids it. Raises ValueError if the question alone exceeds half of `limit`, and if the
+    prompt does not contain what the example pins.
     """
     if isinstance(example.context, tuple) or isinstance(example.question, tuple):
         context, question = list(example.context), list(example.question)
@@ -61,8 +64,13 @@ def assemble(example: Example, tokenizer: Tokenizer, *, limit: int, chat: bool) 
         at -= lead if text[at - lead : at] == example.question[:lead] else 0
     text += example.prefix
     has_question = bool(example.question)
+    pin: tuple[Span, ...] = ()
+    if example.pin:
+        _, offsets = tokenizer.encode_with_offsets(text, special=special)
+        pin = (token_ranges(text, offsets, example.pin)[0],)
     return AssembledPrompt(
         whole=tokenizer.encode(text, special=special),
         context=tokenizer.encode(text[:at], special=special) if has_question else [],
         question=tokenizer.encode_behind(text[at:]) if has_question else [],
+        pin=pin,
     )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.eval.grid.answering import Answerer
-from lookahead_jax.eval.grid.batch import Answered, GridBatch
+from lookahead_jax.eval.grid.batch import Answered, GridBatch, groups_of
 from lookahead_jax.eval.grid.config import (
     PROG,
     RunConfig,
@@ -71,9 +71,10 @@ class ModelRun:
             tokenizer=self._tokenizer, length=length, count=self._config.count,
             seed=self._config.seed, data=self._config.data,
         )  # fmt: skip
-        share = slice(self._config.part, None, self._config.parts)
         examples, made = self._assembled(task.make(source), length)
-        return examples[share], made[share]
+        share = groups_of(examples)[self._config.part :: self._config.parts]
+        chosen = list(itertools.chain(*share))
+        return [examples[i] for i in chosen], [made[i] for i in chosen]
 
     def _assembled(
         self, examples: list[Example], length: int
@@ -81,7 +82,8 @@ class ModelRun:
         """Examples with their prompts, the short ones first."""
         chat = self._config.chat and bool(self._tokenizer.chat_templates)
         made = [assemble(e, self._tokenizer, limit=length, chat=chat) for e in examples]
-        order = sorted(range(len(made)), key=lambda i: len(made[i].whole))
+        groups = sorted(groups_of(examples), key=lambda g: max(len(made[i].whole) for i in g))
+        order = list(itertools.chain(*groups))
         return [examples[i] for i in order], [made[i] for i in order]
 
     def answer(
@@ -95,18 +97,20 @@ class ModelRun:
 
         Later turns of a dialogue follow when the earlier ones have been answered.
         """
-        missing = [i for i, e in enumerate(examples) if (cell, e.id) not in self._done]
+        missing = {i for i, e in enumerate(examples) if (cell, e.id) not in self._done}
         if cell.protocol == "hidden":
-            missing = [i for i in missing if prompts[i].question]
+            missing = {i for i in missing if prompts[i].question}
+        else:
+            missing = {i for i in missing if not examples[i].group}
         yield len(examples) - len(missing)
         drafter = make_drafter(cell.drafter)
-        size = self._config.batch
-        for at in range(0, len(missing), size):
-            group = missing[at : at + size]
-            chosen, rows = [examples[i] for i in group], [prompts[i] for i in group]
+        left = [group for group in groups_of(examples) if not missing.isdisjoint(group)]
+        for groups in _batches(left, self._config.batch):
+            places = list(itertools.chain(*groups))
+            chosen, rows = [examples[i] for i in places], [prompts[i] for i in places]
             result, measured = self._answerer.answer(self._batch(cell, task, chosen, rows), drafter)
             self._store(Answered(cell, chosen, rows, result, measured), task)
-            yield len(group)
+            yield len(missing.intersection(places))
         if task.follow is not None:
             said = [(e, self._done.get((cell, e.id))) for e in examples]
             turns = [task.follow(e, answer) for e, answer in said if answer is not None]
@@ -122,9 +126,19 @@ class ModelRun:
         prompts: Sequence[AssembledPrompt],
     ) -> GridBatch:
         """A batch of the run's size; a short one is padded, so that it compiles nothing new."""
-        config, places = self._config, [i % len(prompts) for i in range(self._config.batch)]
+        config, method = self._config, method_of(cell.policy)
+        questions = len(groups_of(examples)[0])  # of each context
+        size = max(config.batch // questions, 1) * questions
+        places = [i % len(prompts) for i in range(size)]
         rows = [prompts[i] for i in places]
+        read = rows[::questions]
         hidden = cell.protocol == "hidden"
+        pins = any(row.pin for row in read)
+        if pins and method.prune is not None:
+            raise ValueError(
+                f"{cell.policy} drops tokens of a prompt and can pin none of them, as {task.name} "
+                "asks: leave out one of the two"
+            )
         decoding = decoding_of(cell.strategy)
         compares = decoding.strategy is not None and decoding.strategy.reads_reward is not False
         most = max(example.max_new_tokens for example in examples)
@@ -134,12 +148,13 @@ class ModelRun:
             most = min(most, config.most_tokens)
         return GridBatch(
             cell=cell,
-            method=method_of(cell.policy),
+            method=method,
             decoding=decoding,
             reward=reward_of(task, config.oracle_reward) if compares else None,
             examples=[examples[i] for i in places],
-            contexts=[row.context if hidden else row.whole for row in rows],
+            contexts=[row.context if hidden else row.whole for row in read],
             questions=[row.question for row in rows] if hidden else None,
+            pin=[list(row.pin) for row in read] if pins else None,
             new_tokens=most,
             stop=examples[0].stop,
         )
@@ -147,6 +162,7 @@ class ModelRun:
     def _store(self, batch: Answered, task: Task) -> None:
         """Scores a batch and stores its rows and views."""
         rows = answer_rows(batch, task, self._tokenizer)
+        rows = [row for row in rows if key_of(row) not in self._done]
         self._rows.append(rows)
         self._done |= {key_of(row): row["predicted_answer"] for row in rows}
         if (
@@ -156,6 +172,13 @@ class ModelRun:
             and not policy_of(batch.cell.policy).renumbers
         ):
             self._views.append(kept_views(batch, batch.result, self._tokenizer, self._config.views))
+
+
+def _batches(groups: Sequence[list[int]], size: int) -> Iterator[Sequence[list[int]]]:
+    """As many whole groups at a time as have up to `size` examples, or one."""
+    many = max(size // len(groups[0]), 1) if groups else 1
+    for at in range(0, len(groups), many):
+        yield groups[at : at + many]
 
 
 def open_run(config: RunConfig) -> tuple[dict[Key, str], RowFile, RowFile]:
@@ -206,6 +229,8 @@ def _answer_grid(config: RunConfig, tasks: Sequence[Task]) -> None:
                     _say(f"notice: {length} tokens exceed the {model.max_position} of {name}")
                 bar.set_description(f"{task.name} {length}: making prompts")
                 examples, prompts = model.prompts(task, length)
+                if "seen" in config.protocols and any(e.group for e in examples):
+                    _say(f"notice: {task.name} has rows of --protocols hidden only")
                 for cell in cells(config, name, task.name, length):
                     way = "" if cell.strategy == NONE else cell.strategy
                     bar.set_description(

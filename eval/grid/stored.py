@@ -28,6 +28,7 @@ def answer_rows(batch: Answered, task: Task, tokenizer: Tokenizer) -> list[dict[
                 **({"measures": measures} if measures else {}),
                 "predicted_answer": text, "answer": list(example.answers),
                 "question": text_of(example.question, tokenizer),
+                **({"group": example.group} if example.group else {}),
                 "answer_prefix": example.prefix, "max_new_tokens": example.max_new_tokens,
                 "prompt_tokens": len(prompt.whole), "new_tokens": len(batch.result.tokens[i]),
                 **_work(batch, task, i),

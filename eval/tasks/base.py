@@ -23,6 +23,10 @@ class Example:
     `context` and `question` are texts, or token ids (those of `context` start with BOS). The
     prompt is context + question + prefix; a chat template, where there is one and `chat` allows
     it, goes around the first two, and the prefix begins the model's answer.
+
+    Examples of one `group` have the same context and follow one another: it is read and cut once,
+    and every question is asked of a copy of that cache. They have the protocol `hidden` only, and
+    all groups of a task are equally large.
     """
 
     id: str
@@ -35,6 +39,8 @@ class Example:
     chat: bool = True
     cut: Cut = "halves"
     stop: tuple[str, ...] = ()
+    group: str = ""
+    pin: str = ""  # a part of the context that every policy keeps, whatever its score
     extra: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
     )  # for the scorer and the report

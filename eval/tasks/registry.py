@@ -4,10 +4,11 @@ from lookahead_jax.eval.tasks import infinitebench, longbench, longproc, ruler
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.own import tasks as own
 from lookahead_jax.eval.tasks.reasoning import tasks as reasoning
+from lookahead_jax.eval.tasks.shared import tasks as shared
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for module in (own, reasoning, ruler, longbench, infinitebench, longproc)
+    for module in (own, reasoning, shared, ruler, longbench, infinitebench, longproc)
     for task in module.tasks()
 }
 

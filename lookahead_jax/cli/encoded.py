@@ -4,11 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from lookahead_jax.checkpoints.token_ranges import Span, token_ranges
 from lookahead_jax.host.config_files import UsageError
-
-Span = tuple[int, int]
 
 
 class EncodedPrompt(NamedTuple):
@@ -68,21 +65,6 @@ def _characters(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[Span]]:
             offsets += [(len(text), len(text) + len(piece))] * waiting
             text, waiting = text + piece, 0
     return text, offsets + [(len(text), len(text))] * waiting
-
-
-def token_ranges(text: str, offsets: Sequence[Span], part: str) -> list[Span]:
-    """Token ranges (first, end) of every occurrence of `part`; ValueError if there is none."""
-    starts, ends = np.asarray(offsets).reshape(-1, 2).T
-    ranges = []
-    found = text.find(part)
-    while found >= 0:
-        inside = np.flatnonzero((starts < found + len(part)) & (ends > found))
-        if inside.size:
-            ranges.append((int(inside[0]), int(inside[-1]) + 1))
-        found = text.find(part, found + len(part))
-    if not ranges:
-        raise ValueError(f"the prompt does not contain {part!r}")
-    return ranges
 
 
 def pinned_spans(prompt: EncodedPrompt, parts: Sequence[str], *, system: bool) -> list[Span]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lookahead_jax.cli.encoded import token_ranges
+from lookahead_jax.checkpoints.token_ranges import token_ranges
 from lookahead_jax.decoding.step import Step
 from lookahead_jax.host.pages import embed_json, render_page
 

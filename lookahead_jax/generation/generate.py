@@ -85,8 +85,9 @@ def generate(
 
     Args:
       prompts: texts or rows of token ids.
-      questions: one per prompt, read after the evicted cache: the policy chooses what to keep of
-        a prompt without knowing its question.
+      questions: read after the evicted cache: the policy chooses what to keep of a prompt without
+        knowing its question. One per prompt, or n for each, in the order of the prompts: then a
+        prompt is read and cut once, and there are n rows for it, each with a copy of that cache.
       pin: for each prompt, spans (start, end) of its tokens that are kept whatever their score, in
         every layer and head and while decoding; end is not included. They count in the budget. A
         layer with a sliding window keeps them while later tokens can see them.
@@ -134,7 +135,7 @@ def generate(
     check_integer("burst", burst, least=1)
     check_eviction(eviction, by_reader=reader is not None, questions=questions is not None)
     batch = encode_batch(model, prompts, questions, pin)
-    rows = len(batch.prompts)
+    rows = len(batch.texts)
     ends = end_ids(model, eos_ids, stop_token_ids)
     continuation = ContinuationSettings(
         max_new_tokens=max_new_tokens,
@@ -170,7 +171,7 @@ def generate(
     state, ttft_s, overhead_s = open_timed(
         model, batch, continuation, eviction, drafts=observed, reader=reader, measure=measure
     )
-    prompt_tokens = [len(row) for row in batch.prompts]
+    prompt_tokens = [len(row) for row in batch.row_prompts]
     all_tokens = [len(text) + max_new_tokens for text in batch.texts]
     cache, kept = report_cache(
         state.cache, prompt_tokens, np.asarray(batch.question_lengths), all_tokens
@@ -188,7 +189,7 @@ def generate(
         text=None if model.tokenizer is None else [output.text for output in outputs],
         finish=[output.finish() for output in outputs],
         prompt_tokens=prompt_tokens,
-        prompt_ids=batch.prompts,
+        prompt_ids=batch.row_prompts,
         kept=kept,
         cache=cache,
         timing=timing,

@@ -70,15 +70,33 @@ def _encode_prompt(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptBatch:
-    """Prompts, and questions after them if there are any, as token rows and padded arrays."""
+    """Prompts, and questions after them if there are any, as token rows and padded arrays.
+
+    With several questions for each prompt there are more rows R than prompts B.
+    """
 
     prompts: list[list[int]]
     texts: list[list[int]]
     """Prompt and question of every row."""
     tokens: jax.Array  # [B, T] int32 prompts, -1 padded, placed for the model
-    question_tokens: jax.Array | None  # [B, Q] int32
-    text_tokens: jax.Array  # [B, T'] int32 prompts and questions
+    question_tokens: jax.Array | None  # [R, Q] int32
+    text_tokens: jax.Array  # [R, T'] int32 prompts and questions
     pinned: jax.Array | None = None  # [B, T] bool prompt positions that are always kept
+
+    @property
+    def copies(self) -> int:
+        """Rows of each prompt."""
+        return len(self.texts) // len(self.prompts)
+
+    @property
+    def row_prompts(self) -> list[list[int]]:
+        """The prompt of every row."""
+        return [prompt for prompt in self.prompts for _ in range(self.copies)]
+
+    @property
+    def row_pins(self) -> jax.Array | None:
+        """`pinned` of every row, bool [R, T]."""
+        return None if self.pinned is None else jnp.repeat(self.pinned, self.copies, axis=0)
 
     @property
     def question_width(self) -> int:
@@ -87,9 +105,9 @@ class PromptBatch:
 
     @property
     def question_lengths(self) -> jax.Array:
-        """Tokens of each question, int32 [B]."""
-        lengths = [len(t) - len(p) for t, p in zip(self.texts, self.prompts, strict=True)]
-        return jnp.asarray(lengths, jnp.int32)
+        """Tokens of each prompt's longest question, int32 [B]."""
+        lengths = [len(t) - len(p) for t, p in zip(self.texts, self.row_prompts, strict=True)]
+        return jnp.asarray(lengths, jnp.int32).reshape(-1, self.copies).max(1)
 
     @property
     def longest(self) -> int:
@@ -103,10 +121,10 @@ def encode_batch(
     questions: Sequence[str | Sequence[int]] | None,
     pin: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> PromptBatch:
-    """Prompts and one question for each, if given, ready to be read; `pin` as in `generate`.
+    """Prompts and as many questions for each, if given, ready to be read; `pin` as in `generate`.
 
-    Raises ValueError for empty ones, ids out of range, spans outside of their prompt, and another
-    number of questions or pins.
+    Raises ValueError for empty ones, ids out of range, spans outside of their prompt, and a number
+    of questions or pins that does not fit.
     """
     config, place = model.config, model.params["embed"].sharding
     rows = encode_prompts(model, prompts)
@@ -119,7 +137,8 @@ def encode_batch(
             pinned=pinned,
         )  # fmt: skip
     asked = encode_questions(model, questions, len(rows))
-    texts = [prompt + question for prompt, question in zip(rows, asked, strict=True)]
+    copies = len(asked) // len(rows)
+    texts = [rows[i // copies] + question for i, question in enumerate(asked)]
     return PromptBatch(
         prompts=rows,
         texts=texts,
@@ -137,7 +156,7 @@ def row_seeds(seeds: Sequence[int] | None, rows: int) -> list[int]:
     """
     seeds = [0] * rows if seeds is None else list(seeds)
     if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} prompts")
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows")
     for i, seed in enumerate(seeds):
         check_integer(f"the seed of row {i}", seed)
     return seeds
@@ -183,10 +202,12 @@ def draft_tokens(
 def encode_questions(
     model: Model, questions: Sequence[str | Sequence[int]], prompts: int
 ) -> list[list[int]]:
-    """Token rows of questions, one per prompt, as `encode_prompts` after them."""
+    """Token rows of questions, as many for each prompt, as `encode_prompts` after them."""
     rows = encode_prompts(model, questions, behind=True)
-    if len(rows) != prompts:
-        raise ValueError(f"{len(rows)} questions for {prompts} prompts")
+    if len(rows) % prompts:
+        raise ValueError(
+            f"{len(rows)} questions for {prompts} prompts: give one, or equally many, for each"
+        )
     return rows
 
 

@@ -38,7 +38,7 @@ class Opened(NamedTuple):
     """Prompts and questions that have been read."""
 
     cache: KVCache
-    logits: jax.Array  # [B, V] float32 after each row's last token
+    logits: jax.Array  # [R, V] float32 after each row's last token
     sums: jax.Array | None  # [L, B, K, S] float32, see eviction.opening_sums
 
 
@@ -55,7 +55,8 @@ def read_batch(
     """Reads prompts and questions into a cache with room for `new_tokens` more.
 
     `drafts` int32 [B, draft tokens] are for the policies that observe with them. `reader` reads
-    the prompts instead of the policy, and evicts nothing.
+    the prompts instead of the policy, and evicts nothing. Several questions of a prompt are read
+    after copies of its one cache.
     """
     config = model.config
     added = batch.question_width + new_tokens
@@ -79,6 +80,8 @@ def read_batch(
         )  # fmt: skip
     cache, logits, sums = read.cache, read.logits, opening_sums(decode_eviction, read)
     if batch.question_tokens is not None:
+        if batch.copies > 1:
+            cache = cache.fork(batch.copies)
         cache, logits = extend(model.params, batch.question_tokens, cache, config=config)
     return Opened(cache, logits, sums)
 
@@ -98,7 +101,7 @@ def open_batch(
         model, batch, eviction, new_tokens=new_tokens, eos_ids=continuation.eos_ids,
         drafts=drafts, reader=reader,
     )  # fmt: skip
-    rows, grammar = len(batch.prompts), continuation.grammar
+    rows, grammar = len(batch.texts), continuation.grammar
     packed = sampling_rows([continuation.sampling] * rows, continuation.seeds, config.vocab_size)
     state = start(
         cache,
@@ -110,7 +113,7 @@ def open_batch(
         width=new_tokens,
         sums=sums,
         # Without eviction it would only be one more argument of the decoding programs.
-        pinned=None if eviction.evict_every is None else batch.pinned,
+        pinned=None if eviction.evict_every is None else batch.row_pins,
         logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
         allowed=None if grammar is None else jnp.tile(grammar.first_mask, (rows, 1)),
     )

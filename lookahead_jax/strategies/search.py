@@ -62,7 +62,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchResult:
-    """The outcome of a search; every list has one entry for each prompt."""
+    """The outcome of a search; every list has one entry for each prompt (or question)."""
 
     tokens: list[list[int]]  # of the chosen continuation
     text: list[str] | None
@@ -125,8 +125,8 @@ def search(
       most_forwards: steps of the model, and of a draft model, for a prompt, whatever the number of
         its rows. A reward head needs one for each score.
       sampling: default: the strategy's own.
-      seeds: one per prompt, default 0 for all. The first row of a prompt draws the same noise as
-        `lk.generate` with that seed.
+      seeds: one per prompt (or question), default 0 for all. The first row of a prompt draws the
+        same noise as `lk.generate` with that seed.
       drafter: as that of `lk.generate`, for strategies that draw whole samples: best_of_n,
         self_consistency, first_finish and the particles. The texts are the same, unless
         `most_forwards` ends them; `Work.forwards` shows the gain.
@@ -155,11 +155,11 @@ def search(
     config = model.config
     settings = ContinuationSettings(
         max_new_tokens=max_new_tokens, sampling=sampling,
-        seeds=row_seeds(seeds, len(batch.prompts)),
+        seeds=row_seeds(seeds, len(batch.texts)),
         eos_ids=end_ids(model, eos_ids, stop_token_ids),
     )  # fmt: skip
     drafting = Drafting(
-        draft.drafter, draft.nodes, config=config, batch=len(batch.prompts) * strategy.rows,
+        draft.drafter, draft.nodes, config=config, batch=len(batch.texts) * strategy.rows,
         room=batch.longest + max_new_tokens,
     )  # fmt: skip
     drafts_for = None if type(draft.drafter) is NoDrafter else drafting
@@ -190,7 +190,7 @@ def search(
     longest = written.sum(1) if strategy.concurrent else written.max(1)
     lengths = [len(text) for text in batch.texts]
     warn_of_crossing(lengths, (np.array(lengths) + longest - 1).tolist(), config=config)
-    return _result(rows, ranked, [len(row) for row in batch.prompts], cache_bytes)
+    return _result(rows, ranked, [len(row) for row in batch.row_prompts], cache_bytes)
 
 
 def _opened(
@@ -215,7 +215,7 @@ def _opened(
     slots = strategy.slots(new_tokens)
     # A row's slots are those of the prompt it shares, and its own.
     check_memory(
-        model, eviction, rows=len(batch.prompts), prompt_tokens=batch.longest,
+        model, eviction, rows=len(batch.texts), prompt_tokens=batch.longest,
         new_tokens=copies * slots,
     )  # fmt: skip
     follows = slots * (copies if strategy.concurrent else 1)

@@ -6,11 +6,11 @@ import numpy as np
 
 from lookahead_jax.eval.tasks.base import Example, Source
 
-_TOPICS = (
+TOPICS = (
     "the sea", "a winter morning", "a small town", "an old train", "a garden", "the night sky",
     "a mountain village", "a busy market", "a long journey", "a birthday", "a rainy day", "a farm",
 )  # fmt: skip
-_WORDS = (
+WORDS = (
     "bridge", "lantern", "river", "window", "letter", "stone", "music", "shadow", "bread", "cloud",
     "garden", "horse", "island", "candle", "forest", "clock", "silver", "road", "teacher", "apple",
 )  # fmt: skip
@@ -23,8 +23,8 @@ def constrained(source: Source) -> list[Example]:
     found = []
     for i in range(source.count):
         rng = np.random.default_rng((source.seed, i))
-        topic = str(rng.choice(_TOPICS))
-        words = rng.choice(_WORDS, 2, replace=False).tolist()
+        topic = str(rng.choice(TOPICS))
+        words = rng.choice(WORDS, 2, replace=False).tolist()
         letters = [x for x in _LETTERS if not any(x in text for text in (*words, topic))]
         letter = str(rng.choice(letters))
         question = (

@@ -1,0 +1,1 @@
+"""Tasks about contexts that are shared, recited or obeyed, generated without data sets."""
