@@ -257,9 +257,7 @@ def model() -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "every"), [("h2o", 256), ("lookaheadkv", 120), ("question", 120)]
-)
+@pytest.mark.parametrize(("name", "every"), [("h2o", 256), ("lookaheadkv", 120), ("question", 120)])
 def test_engine_and_generate_cut_alike(name, every):
     """Rows that join and leave; the cache has room for budget and interval, not for the text."""
     prompts = tiny.prompts((60, 58, 63), seed=4)
