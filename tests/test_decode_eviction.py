@@ -13,7 +13,7 @@ import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
 from lookahead_jax.decoding.device_drafter import Given
 from lookahead_jax.decoding.draft_packing import pack
-from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
+from lookahead_jax.decoding.eviction import DecodeEviction, evict, opening_question, opening_sums
 from lookahead_jax.decoding.sampling import GREEDY, sampling_rows
 from lookahead_jax.decoding.state import start
 from lookahead_jax.decoding.step import decode_burst, decode_step
@@ -32,12 +32,13 @@ POLICIES = {
     "lookaheadkv": {"window": 2},
     "snapkv": {"window": 3, "kernel": 3},
     "rkv": {"window": 3, "kernel": 3, "attention": 0.4},
+    "question": {"window": 6, "kernel": 3, "observers": "question"},  # 6 exceeds the last prompt
 }
-WINDOWS = {"h2o": 3, "lookaheadkv": 2, "snapkv": 3, "rkv": 3}  # last entries, always kept
+WINDOWS = {"h2o": 3, "lookaheadkv": 2, "snapkv": 3, "rkv": 3, "question": 6}  # always kept
 
 
 def eviction(name: str) -> DecodeEviction:
-    policy = make_policy(name, **POLICIES[name])
+    policy = make_policy("snapkv" if name == "question" else name, **POLICIES[name])
     return DecodeEviction(policy=policy, budget=BUDGET, interval=INTERVAL)
 
 
@@ -57,6 +58,7 @@ def opened(name: str, config):
         sampling=sampling_rows([GREEDY] * batch, [0] * batch, config.vocab_size),
         limit=jnp.asarray([NEW, NEW - 6, NEW], jnp.int32), eos=jnp.asarray([-2], jnp.int32),
         seen=None, width=NEW, sums=sums,
+        question=opening_question(cut, tiny.prompts(LENGTHS)),
     )  # fmt: skip
     return jax.tree.map(np.asarray, state)
 
@@ -79,7 +81,7 @@ def undrafted(name: str, config):
     return jax.tree.map(np.asarray, state)
 
 
-def scores(name, config, text, gone, kept, since):
+def scores(name, config, text, gone, kept, since, prompt):
     """Per layer and KV head, what the restated policy thinks of every token of `text`."""
     params, end = weights(config), len(text)
     if name == "lookaheadkv":
@@ -92,6 +94,15 @@ def scores(name, config, text, gone, kept, since):
             reference.group_mean(layer.probs[:, end:, :end].mean(1), config.num_kv_heads)
             for layer in layers
         ]
+    if name == "question":
+        rows = np.asarray(params["embed"], np.float64)[np.asarray(prompt[-6:])]
+        rows = rows * (config.embed_scale or 1.0)
+        layers, _ = reference.run(params, config, text, rows, kept=kept, gone=gone)
+        observers = np.arange(end, end + len(rows))
+        return [
+            mean_attention(layer, end, heads, observers, window=6)
+            for layer, heads in zip(layers, kept, strict=True)
+        ]
     layers, _ = reference.run(params, config, text, gone=gone)
     if name in ("snapkv", "rkv"):
         last = np.arange(max(since, end - 3), end)
@@ -101,7 +112,7 @@ def scores(name, config, text, gone, kept, since):
                 for layer, heads in zip(layers, kept, strict=True)
             ]
         return [
-            moving_window(layer, end, heads, last)
+            mean_attention(layer, end, heads, last, window=3)
             for layer, heads in zip(layers, kept, strict=True)
         ]
     if name == "h2o":
@@ -123,12 +134,12 @@ def scores(name, config, text, gone, kept, since):
     return out
 
 
-def moving_window(layer, end, kept, last):
-    """Mean attention of the rows `last`, pooled over each head's entries before the window."""
+def mean_attention(layer, end, kept, observers, *, window):
+    """Mean attention of the observers, pooled over each head's entries before the window."""
     out, group = np.zeros((len(kept), end)), len(layer.probs) // len(kept)
     for head, entries in enumerate(kept):
-        before = entries[entries < end - 3]
-        mean = layer.probs[head * group : (head + 1) * group, last][..., before].mean(1)
+        before = entries[entries < end - window]
+        mean = layer.probs[head * group : (head + 1) * group, observers][..., before].mean(1)
         out[head, before] = np.mean([reference.pool(row, "max", 3) for row in mean], axis=0)
     return out
 
@@ -145,7 +156,7 @@ def restate(name, config, prompt, emitted, kept, sums):
         if end % INTERVAL:
             continue
         alive = [[np.flatnonzero(g[:end] > end) for g in layer] for layer in gone]
-        found = scores(name, config, text[:end], gone, alive, since)
+        found = scores(name, config, text[:end], gone, alive, since, prompt)
         for layer, head in np.ndindex(*gone.shape[:2]):
             value = found[layer][head].astype(float)
             if name == "h2o":
@@ -173,6 +184,7 @@ CASES = [
     for name, config in [
         ("streaming_llm", PLAIN), ("keydiff", RICH), ("h2o", RICH), ("lookaheadkv", PLAIN),
         ("lookaheadkv", RICH), ("snapkv", PLAIN), ("rkv", RICH),
+        ("question", RICH),
     ]
 ]  # fmt: skip
 
@@ -205,8 +217,9 @@ def test_cuts_are_where_and_what_the_rules_say(name, config):
         ("h2o", RICH, 8, bush),
         ("lookaheadkv", PLAIN, 32, perfect),
         ("rkv", RICH, 8, bush),
+        ("question", RICH, 8, bush),
     ],
-    ids=["streaming_llm", "h2o", "lookaheadkv", "rkv"],
+    ids=["streaming_llm", "h2o", "lookaheadkv", "rkv", "question"],
 )
 def test_drafts_leave_tokens_and_cuts_as_they_were(name, config, nodes, make):
     plain = undrafted(name, config)
@@ -244,7 +257,7 @@ def model() -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "every"), [("h2o", 256), ("lookaheadkv", 120)])
+@pytest.mark.parametrize(("name", "every"), [("h2o", 256), ("lookaheadkv", 120), ("question", 120)])
 def test_engine_and_generate_cut_alike(name, every):
     """Rows that join and leave; the cache has room for budget and interval, not for the text."""
     prompts = tiny.prompts((60, 58, 63), seed=4)
@@ -288,6 +301,15 @@ def test_policies_that_cannot_say_so(name):
     named = f"{type(policy).__name__} cannot evict while decoding: use {able}"
     with pytest.raises(ValueError, match=named):
         lk.generate(model(), [[1, 2]], policy=policy, evict_every=4)
+
+
+def test_a_question_that_is_missing_is_named():
+    state = jax.tree.map(jnp.asarray, opened("question", RICH))
+    with pytest.raises(ValueError, match="SnapKV reads the prompt's last tokens again: give ques"):
+        evict(
+            weights(RICH), state.cache, None, emitted=state.tokens, count=state.count,
+            new=jnp.ones(3, jnp.int32), modules=None, config=RICH, eviction=eviction("question"),
+        )  # fmt: skip
 
 
 def test_no_interval_is_refused():

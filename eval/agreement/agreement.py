@@ -2,7 +2,8 @@
 
     lookahead eval agreement --prompts FILE.jsonl --model MODEL --policies SPEC ... --out RUN
 
-No right answers are needed: the model's own greedy answer on the full cache is the reference. The
+No right answers are needed: the reference is the model's own greedy answer on the full cache, or an
+answer of the file. With --evict-every the cut caches are cut again while the answer is read. The
 same command resumes a run, and other policies, budgets and categories extend it. RUN/rows.jsonl has
 a row for each prompt, policy and budget; the table at the end is also in RUN/table.md.
 """
@@ -19,11 +20,13 @@ from tqdm import tqdm
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.eval.agreement.config import AgreementConfig, reads_modules
+from lookahead_jax.eval.agreement.forced import forced_agreement, read_text
 from lookahead_jax.eval.agreement.measure import agreements, read_reference
 from lookahead_jax.eval.agreement.prompts import Prompt, read_prompts
 from lookahead_jax.eval.agreement.table import ROW, table
 from lookahead_jax.eval.grid.config import method_of, model_folder
 from lookahead_jax.eval.grid.rows import ROWS, RowFile, read_rows
+from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import atomic_write, make_folder
 from lookahead_jax.host.lock import folder_lock
@@ -53,7 +56,8 @@ def run(config: AgreementConfig) -> None:
         modules = lk.load_modules(folder, params=model.params, config=model.config)
     prompts = read_prompts(
         config.prompts, model.tokenizer, categories=config.categories, count=config.count,
-        shortest=max(config.budgets) + 1, longest=min(config.longest, _most_tokens(config, model)),
+        shortest=_fewest_tokens(config), longest=min(config.longest, _most_tokens(config, model)),
+        answers=config.responses == "given", answer_tokens=config.response_tokens,
     )  # fmt: skip
     make_folder(config.out)
     with folder_lock(config.out):
@@ -67,17 +71,28 @@ def run(config: AgreementConfig) -> None:
     print(text, end="")
 
 
+def _fewest_tokens(config: AgreementConfig) -> int:
+    """So many that the largest budget cuts: the prompt, or while decoding prompt and answer."""
+    least = max(config.budgets) + 1
+    if config.evict_every is None or config.responses == "given":
+        return least
+    return max(least - config.own_tokens, 1)
+
+
 def _most_tokens(config: AgreementConfig, model: Model) -> int:
-    return model.config.max_position - config.response_tokens
+    return model.config.max_position - (0 if config.responses == "given" else config.own_tokens)
 
 
 def _settings(config: AgreementConfig, model: Model) -> dict[str, Any]:
     """What decides on the numbers of a row."""
+    own = config.responses == "own"
     return {
         "base_fingerprint": fingerprint(model.params),
         "dtype": config.dtype,
         "prompts": hashlib.sha256(config.prompts.read_bytes()).hexdigest(),
-        "response_tokens": config.response_tokens,
+        "response_tokens": config.own_tokens if own else config.response_tokens,
+        "evict_every": config.evict_every,
+        "responses": None if own else config.responses,
     }
 
 
@@ -103,9 +118,8 @@ def _measure(
             }
             bar.update(sum(not budgets for budgets in missing.values()))
             if any(missing.values()):
-                for rows in _rows(
-                    model, prompt, missing, response_tokens=config.response_tokens, modules=modules
-                ):
+                measured = _rows if config.evict_every is None else _rows_while_decoding
+                for rows in measured(model, prompt, missing, config=config, modules=modules):
                     file.append(row | {"modules": digests[row["policy"]]} for row in rows)
                     bar.update()
 
@@ -115,28 +129,53 @@ def _rows(
     prompt: Prompt,
     missing: Mapping[str, Sequence[int]],
     *,
-    response_tokens: int,
+    config: AgreementConfig,
     modules: LookaheadModules | None,
 ) -> Iterator[list[dict[str, Any]]]:
     """The missing rows, policy by policy; the prompt is read once."""
-    tokenizer = model.tokenizer
-    assert tokenizer is not None  # `run` has checked
-    reference = read_reference(model, prompt.ids, response_tokens)
+    reference = read_reference(model, prompt.ids, config.own_tokens)
     for spec, budgets in missing.items():
         if not budgets:
             continue
         found = agreements(
-            model, reference, method_of(spec).policy, tuple(budgets),
-            tokenizer=tokenizer, modules=modules,
-        )  # fmt: skip
-        common = {
-            "id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.ids),
-            "policy": spec,
-        }  # fmt: skip
+            model, reference, method_of(spec).policy, tuple(budgets), modules=modules
+        )
         yield [
-            common | {"budget": budget} | agreement._asdict()
+            _row(prompt, spec, budget) | agreement._asdict()
             for budget, agreement in zip(budgets, found, strict=True)
         ]
+
+
+def _rows_while_decoding(
+    model: Model,
+    prompt: Prompt,
+    missing: Mapping[str, Sequence[int]],
+    *,
+    config: AgreementConfig,
+    modules: LookaheadModules | None,
+) -> Iterator[list[dict[str, Any]]]:
+    """The missing rows, policy by policy; prompt and answer are read again for each of them."""
+    text = read_text(model, prompt.ids, prompt.answer, response_tokens=config.own_tokens)
+    common = {"answer_tokens": len(text.answer)}
+    for spec, budgets in missing.items():
+        if not budgets:
+            continue
+        found = []
+        for budget in budgets:
+            settings = EvictionSettings(
+                policy=method_of(spec).policy, budget=budget, modules=modules,
+                evict_every=config.evict_every,
+            )  # fmt: skip
+            measured = forced_agreement(model, text, settings)
+            found.append(_row(prompt, spec, budget) | common | measured._asdict())
+        yield found
+
+
+def _row(prompt: Prompt, spec: str, budget: int) -> dict[str, Any]:
+    return {
+        "id": prompt.id, "category": prompt.category, "prompt_tokens": len(prompt.ids),
+        "policy": spec, "budget": budget,
+    }  # fmt: skip
 
 
 def _key(row: dict[str, Any]) -> Key:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.eval.compare.masked import Reference, keep_masks, masked, outcome, read_full
 from lookahead_jax.eval.scorers.text import token_f1
@@ -33,8 +32,8 @@ class Agreement(NamedTuple):
     """Share of the answer's tokens that are the most likely ones on the cut cache, too."""
     followed: float
     """Share of the answer before the first token that is not."""
-    f1: float
-    """F1 of the words of the answer that is written on the cut cache."""
+    f1: float | None
+    """F1 of the words of the answer that is written on the cut cache; None if not measured."""
 
 
 def read_reference(model: Model, ids: Sequence[int], response_tokens: int) -> Reference:
@@ -52,7 +51,6 @@ def agreements(
     policy: Policy,
     budgets: tuple[int, ...],
     *,
-    tokenizer: Tokenizer,
     modules: LookaheadModules | None,
 ) -> list[Agreement]:
     """The agreement at each budget, of a reference with one prompt.
@@ -72,16 +70,32 @@ def agreements(
         model.params, _cut(reference.cache, keep), jnp.repeat(reference.logits, len(budgets), 0),
         config=config, max_new_tokens=there.size, eos_ids=eos_ids,
     ).tokens  # fmt: skip
-    words = [tokenizer.decode(_tokens(row)).split() for row in [reference.response[0], *answers]]
+    own = _tokens(reference.response[0])
     return [
-        Agreement(
-            kl=float(kl[u].mean()),
-            same=float(same[u].mean()),
-            followed=float(np.cumprod(same[u]).mean()),
-            f1=float(words[0] == words[u + 1]) or token_f1(words[u + 1], words[0]),
-        )
+        agreement(kl[u], same[u], f1_of(model, _tokens(answers[u]), own))
         for u in range(len(budgets))
     ]
+
+
+def agreement(kl: np.ndarray, same: np.ndarray, f1: float | None) -> Agreement:
+    """From KL [Y] at each token of the answer, and whether the most likely one is the same [Y]."""
+    return Agreement(
+        kl=float(kl.mean()),
+        same=float(same.mean()),
+        followed=float(np.cumprod(same).mean()),
+        f1=f1,
+    )
+
+
+def f1_of(model: Model, written: Sequence[int], own: Sequence[int]) -> float:
+    """F1 of the words of one answer against those of another; 1 for two answers without words.
+
+    Raises ValueError for a model without a tokenizer.
+    """
+    if model.tokenizer is None:
+        raise ValueError("answers are compared as texts, and the model has no tokenizer")
+    words, expected = (model.tokenizer.decode(row).split() for row in (written, own))
+    return float(words == expected) or token_f1(words, expected)
 
 
 def _cut(cache: KVCache, keep: jax.Array) -> KVCache:

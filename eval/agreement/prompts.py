@@ -1,4 +1,4 @@
-"""Prompts from a JSON-lines file, as token ids."""
+"""Prompts from a JSON-lines file, and perhaps their answers, as token ids."""
 
 import json
 from collections import Counter
@@ -15,6 +15,7 @@ class Prompt(NamedTuple):
     id: str
     category: str  # "" if the file names none
     ids: list[int]
+    answer: list[int] | None  # None if the file's answers are not read
 
 
 def read_prompts(
@@ -25,12 +26,16 @@ def read_prompts(
     count: int,
     shortest: int,
     longest: int,
+    answers: bool = False,
+    answer_tokens: int | None = None,
 ) -> list[Prompt]:
     """The first `count` prompts of each category, of `shortest` to `longest` tokens.
 
     A line is a JSON object with `messages`, `prompt` (a text), or `turns` (texts of the user, of
     which the first is taken); `id` or `question_id`, and `category`, are optional. Texts go through
-    the chat template, if the tokenizer has one. The shortest prompts come first.
+    the chat template, if the tokenizer has one. The shortest prompts come first. With `answers` the
+    last message is the answer, or the text `response` beside a prompt; its first `answer_tokens`
+    are taken, and the length is that of both.
 
     Raises ValueError, naming the line, for anything else, and if no prompt is left.
     """
@@ -44,17 +49,18 @@ def read_prompts(
         if (categories and category not in categories) or taken[category] == count:
             continue
         try:
-            ids = _ids(row, tokenizer)
+            ids, answer = _answered(row, tokenizer) if answers else _question(row, tokenizer)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        if shortest <= len(ids) <= longest:
+        answer = None if answer is None else answer[:answer_tokens]
+        if shortest <= len(ids) + len(answer or ()) <= longest:
             taken[category] += 1
             name = row.get("id", row.get("question_id", number))
-            found.append(Prompt(str(name), category, ids))
+            found.append(Prompt(str(name), category, ids, answer))
     if not found:
         among = f" of {', '.join(categories)}" if categories else ""
         raise ValueError(
-            f"{path}: no prompt{among} has {shortest} (more than the largest budget) to {longest} "
+            f"{path}: no prompt{among} has {shortest} (for the largest budget) to {longest} "
             "tokens: change --categories, --budgets or --longest"
         )
     if len({prompt.id for prompt in found}) < len(found):
@@ -72,7 +78,17 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _ids(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+def _question(row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], None]:
+    """The tokens of the prompt; all messages are part of it."""
+    return _encoded(_asked(row, tokenizer), tokenizer), None
+
+
+def _encoded(asked: str | list[Any], tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode(asked) if isinstance(asked, str) else tokenizer.encode_chat(asked)
+
+
+def _asked(row: Mapping[str, Any], tokenizer: Tokenizer) -> str | list[Any]:
+    """The messages of a row; a text, if the tokenizer has no chat template for it."""
     messages = row.get("messages")
     if messages is None:
         turns = row.get("turns")
@@ -80,8 +96,21 @@ def _ids(row: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
         if not isinstance(text, str):
             raise ValueError("it has no `messages`, no `prompt` and no `turns`")
         if not tokenizer.chat_templates:
-            return tokenizer.encode(text)
+            return text
         messages = [{"role": "user", "content": text}]
     if not isinstance(messages, list):
         raise ValueError(f"`messages` must be a list, not {type(messages).__name__}")
-    return tokenizer.encode_chat(messages)
+    return messages
+
+
+def _answered(row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens of prompt and answer."""
+    asked, response = _asked(row, tokenizer), row.get("response")
+    if "messages" in row:
+        last = asked[-1] if asked else None
+        if not isinstance(last, dict) or last.get("role") != "assistant":
+            raise ValueError("its last message is not the assistant's, which is the answer")
+        asked, response = asked[:-1], last.get("content")
+    if not isinstance(response, str) or not response:
+        raise ValueError("it has no answer: `response`, or a last message of the assistant")
+    return _encoded(asked, tokenizer), tokenizer.encode_behind(response, plain=True)

@@ -9,14 +9,14 @@ from lookahead_jax.eval.intervals import of_mean
 _ALL = "all prompts"
 _MEASURES = {
     "kl": "KL divergence from the full cache, nats per token",
-    "same": "Share of the answer's tokens that stay the most likely ones",
-    "followed": "Share of the answer before the first token that does not",
+    "same": "Share of the answer's tokens at which the most likely one stays the same",
+    "followed": "Share of the answer before the first token at which it does not",
     "f1": "F1 of the words of the answer",
 }
 ROW: Fields = {
     "id": (str,), "category": (str,), "policy": (str,), "budget": (int,), "prompt_tokens": (int,),
     "modules": (str, type(None)),
-} | {name: (float, int) for name in _MEASURES}  # fmt: skip
+} | {name: (float, int, type(None)) for name in _MEASURES}  # fmt: skip
 """The fields of a row."""
 
 
@@ -39,6 +39,8 @@ def table(
     heads = [f"{group}, {budget} kept" for group in groups for budget in sorted(budgets)]
     lines = [_prompts(groups)]
     for measure, title in _MEASURES.items():
+        if all(row[measure] is None for row in rows):
+            continue
         lines += ["", f"{title}:", "", "| policy | " + " | ".join(heads) + " |"]
         lines += ["|---" * (1 + len(heads)) + "|"]
         for policy in policies:
@@ -52,10 +54,10 @@ def table(
 
 
 def _prompts(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """How many prompts each group has, and how long they are."""
+    """How many prompts each group has, and how long they are, with the answers if these count."""
     parts = []
     for group, rows in groups.items():
-        tokens = {row["id"]: row["prompt_tokens"] for row in rows}
+        tokens = {row["id"]: row["prompt_tokens"] + row.get("answer_tokens", 0) for row in rows}
         parts.append(f"{len(tokens)} {group} ({min(tokens.values())} to {max(tokens.values())})")
     return f"Prompts, and their tokens: {', '.join(parts)}."
 

@@ -238,6 +238,11 @@ def masked(cache: KVCache, keep: jax.Array) -> KVCache:
     return dataclasses.replace(cache, pos=jnp.where(keep, cache.pos, -1))
 
 
+def divergence(full: jax.Array, cut: jax.Array) -> jax.Array:
+    """KL(full || cut) [...] in nats, of log-probabilities [..., V]; 0 where rounding gives less."""
+    return jnp.maximum((jnp.exp(full) * (full - cut)).sum(-1), 0.0)
+
+
 @program(static_argnames=("config",))
 def outcome(
     params: Params, reference: Reference, keep: jax.Array, *, config: ModelConfig
@@ -249,7 +254,6 @@ def outcome(
         cache = masked(reference.cache, keep)
         scores = forced_logits(params, cache, reference.logits, reference.forced, config=config)
         log_p = jax.nn.log_softmax(scores, axis=-1)
-        kl = (jnp.exp(full) * (full - log_p)).sum(-1)
-        return scores.argmax(-1).astype(jnp.int32), jnp.maximum(kl, 0.0)
+        return scores.argmax(-1).astype(jnp.int32), divergence(full, log_p)
 
     return Outcome(*jax.lax.map(one, keep))

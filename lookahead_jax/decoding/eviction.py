@@ -7,9 +7,11 @@ B batch, L layers, K KV heads, S slots, W room for emitted tokens, E interval.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import KVCache
@@ -17,7 +19,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import CutByModules, CutByTokens, Policy
+from lookahead_jax.policies.base import CutByModules, CutByQuestion, CutByTokens, Policy
 from lookahead_jax.policies.registry import policies_that_cut_while_decoding
 from lookahead_jax.prefilling.prefill import Prefilled, compress
 
@@ -62,6 +64,13 @@ class DecodeEviction:
         """Whether lookahead modules observe at a cut."""
         return isinstance(self.policy.decode_cut, CutByModules)
 
+    @property
+    def question_tokens(self) -> int:
+        """How many of the prompt's last tokens are read again at a cut."""
+        if isinstance(self.policy.decode_cut, CutByQuestion):
+            return self.policy.window_rows(self.budget)
+        return 0
+
     def room(self, tokens: int, new_tokens: int, config: ModelConfig) -> int:
         """Slots in addition to what a prompt of `tokens` may keep: enough between cuts, or for all.
 
@@ -92,6 +101,22 @@ def opening_sums(eviction: DecodeEviction | None, read: Prefilled) -> jax.Array 
     return jnp.where(read.cache.pos >= 0, scores, 0.0)
 
 
+def opening_question(
+    eviction: DecodeEviction | None, texts: Sequence[Sequence[int]]
+) -> jax.Array | None:
+    """The last tokens of each prompt, int32 [B, Q], -1 before shorter ones; None if not read again.
+
+    `texts` are token rows: prompts, with their questions if these are read after them.
+    """
+    if eviction is None or not eviction.question_tokens:
+        return None
+    question = np.full((len(texts), eviction.question_tokens), -1, np.int32)
+    for row, text in zip(question, texts, strict=True):
+        last = text[-len(row) :]
+        row[len(row) - len(last) :] = last
+    return jnp.asarray(question)
+
+
 def evict(
     params: Params,
     cache: KVCache,
@@ -104,11 +129,12 @@ def evict(
     config: ModelConfig,
     eviction: DecodeEviction,
     pinned: jax.Array | None = None,  # [B, T] bool prompt positions that stay
+    question: jax.Array | None = None,  # [B, Q] int32, see opening_question
 ) -> tuple[KVCache, jax.Array | None]:
     """Cuts the rows that have just reached a multiple of the interval; the others stay.
 
-    Returns the cache and the scores so far. Raises ValueError without the modules that the policy
-    reads.
+    Returns the cache and the scores so far. Raises ValueError without the modules or the question
+    that the policy reads.
     """
     due = (new > 0) & (cache.next_pos % eviction.interval == 0)
 
@@ -120,6 +146,8 @@ def evict(
                 observer = _recent_rows(
                     params, cache, emitted, count, config=config, number=eviction.observing_tokens
                 )
+            case CutByQuestion():
+                observer = _question_rows(params, cache, question, eviction.policy, config=config)
             case _:
                 observer = None
         shorter, _, added = compress(
@@ -146,6 +174,28 @@ def _lookahead_rows(
             "(modules=, lookahead=, or --lookahead)"
         )
     return observer_block(modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype)
+
+
+def _question_rows(
+    params: Params,
+    cache: KVCache,
+    question: jax.Array | None,
+    policy: Policy,
+    *,
+    config: ModelConfig,
+) -> Block:
+    """The question's tokens as rows after the text, which see the cache and one another."""
+    if question is None:
+        raise ValueError(
+            f"policy {type(policy).__name__} reads the prompt's last tokens again: give question="
+        )
+    there = question >= 0
+    at = cache.next_pos[:, None] + there.cumsum(1, dtype=jnp.int32) - 1
+    return Block(
+        x=embed(params, question, config=config),
+        positions=jnp.where(there, at, -1),
+        rope_span=cache.rope_span,
+    )
 
 
 def _recent_rows(

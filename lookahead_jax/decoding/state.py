@@ -41,6 +41,7 @@ class DecodeState:
     pinned: jax.Array | None = None  # [B, T] bool, prompt positions that no eviction drops
     logprobs: LogprobRecord | None = None
     drafted: jax.Array | None = None  # [B] bool, whether a row takes drafts; None: all do
+    question: jax.Array | None = None  # [B, Q] int32, see eviction.opening_question
     steering: Any = ()  # the state of the `Steer` that decoding uses, a pytree with a leading B
 
 
@@ -154,6 +155,7 @@ def start(
     draft: Any = (),
     sums: Float[Array, "L B K S"] | None = None,
     pinned: Bool[Array, "B T"] | None = None,
+    question: Int[Array, "B Q"] | None = None,
     logprobs: LogprobRecord | None = None,
     drafted: Bool[Array, " B"] | None = None,
     allowed: UInt32[Array, "B W"] | None = None,
@@ -163,9 +165,10 @@ def start(
     `limit` is the most tokens a row may emit (a row with limit 0 is done at once), `width` the
     static room for them, `eos` the end tokens of all rows [E] or of each [B, E], `draft` the state
     of the drafter that decoding will use, `sums` the `eviction.opening_sums` of rows that will be
-    evicted during decoding, `pinned` the prompt positions that this eviction keeps, `logprobs` an
-    empty record if any row may ask for log-probabilities, `drafted` the rows that take drafts
-    (None: all), `allowed` the masks of the first tokens (allowed.py). The cache is donated.
+    evicted during decoding, `pinned` the prompt positions that this eviction keeps, `question` its
+    `eviction.opening_question`, `logprobs` an empty record if any row may ask for
+    log-probabilities, `drafted` the rows that take drafts (None: all), `allowed` the masks of the
+    first tokens (allowed.py). The cache is donated.
     """
     batch, vocab = logits.shape
     finite = jnp.isfinite(logits).all(-1)
@@ -187,6 +190,7 @@ def start(
         draft=draft,
         sums=sums,
         pinned=pinned,
+        question=question,
         logprobs=logprobs,
         drafted=drafted,
     )

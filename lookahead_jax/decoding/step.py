@@ -243,6 +243,7 @@ def _settle(
         cache, sums = evict(
             params, cache, sums, emitted=state.tokens, count=state.count, new=entries.count,
             modules=modules, config=config, eviction=eviction, pinned=state.pinned,
+            question=state.question,
         )  # fmt: skip
     return dataclasses.replace(state, cache=cache, sums=sums)
 

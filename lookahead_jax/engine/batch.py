@@ -50,13 +50,15 @@ def empty_batch(
     draft: Any,
     summed: bool,
     pins: int,
+    question: int,
     cache_dtype: CacheType | None,
 ) -> DecodeState:
     """A batch in which nothing runs, with room for `width` tokens and `ends` end tokens a row.
 
     `summed` says that the policy adds up scores while decoding, `pins` of how many positions
-    decoding knows which are pinned. All arrays are placed where the
-    parameters are: an uncommitted array would compile the first steps once more.
+    decoding knows which are pinned, `question` how many of a prompt's tokens it reads again. All
+    arrays are placed where the parameters are: an uncommitted array would compile the first steps
+    once more.
     """
 
     def zeros(dtype=jnp.int32):
@@ -81,6 +83,7 @@ def empty_batch(
         draft=draft,
         sums=jnp.zeros(cache.pos.shape, jnp.float32) if summed else None,
         pinned=jnp.zeros((batch, pins), bool) if pins else None,
+        question=jnp.full((batch, question), -1, jnp.int32) if question else None,
         logprobs=_logprob_record(jnp.zeros(batch, bool), width, config),
         drafted=jnp.ones(batch, bool),
     )
@@ -110,6 +113,7 @@ def insert_row(
         request.cache, request.logits, sampling=request.sampling, limit=request.limit,
         eos=request.eos, seen=seen_tokens(request.prompt, config.vocab_size),
         width=state.tokens.shape[1], pinned=request.pinned, drafted=request.drafted,
+        question=request.question,
         logprobs=_logprob_record(request.with_logprobs, state.tokens.shape[1], config),
         allowed=allowed,
     )  # fmt: skip
@@ -162,6 +166,7 @@ class RunningBatch:
         new_tokens: int,
         summed: bool,
         pins: int,
+        question: int,
         cache_dtype: CacheType | None = None,
     ):
         self._model = model
@@ -171,6 +176,7 @@ class RunningBatch:
         self._new_tokens = new_tokens
         self._summed = summed
         self._pins = pins
+        self._question = question
         self._cache_dtype: CacheType | None = cache_dtype
         self._params = params
         self._anything = everything(1, vocab_size=model.config.vocab_size)
@@ -195,6 +201,7 @@ class RunningBatch:
             draft=self._drafting.empty(),
             summed=self._summed,
             pins=self._pins,
+            question=self._question,
             cache_dtype=self._cache_dtype,
         )
 

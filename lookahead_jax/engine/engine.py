@@ -174,6 +174,7 @@ class Engine:
             new_tokens=max_new_tokens,
             summed=decode_eviction is not None and decode_eviction.adds_up,
             pins=self._reader.pins,
+            question=0 if decode_eviction is None else decode_eviction.question_tokens,
             cache_dtype=eviction.cache_dtype,
         )  # fmt: skip
         self._burst = burst

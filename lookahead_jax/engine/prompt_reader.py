@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
+from lookahead_jax.decoding.eviction import DecodeEviction, opening_question, opening_sums
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     SamplingRows,
@@ -53,6 +53,7 @@ class PrefilledRequest(NamedTuple):
     logits: jax.Array  # [1, V] float32 after the prompt
     sums: jax.Array | None  # [L, 1, K, S] float32, see decoding.eviction.opening_sums
     pinned: jax.Array | None  # [1, T'] bool, where decoding evicts: see `PromptReader.pins`
+    question: jax.Array | None  # [1, Q] int32, see decoding.eviction.opening_question
     sampling: SamplingRows
     limit: jax.Array  # [1] int32
     eos: jax.Array  # [1, E] int32
@@ -153,6 +154,7 @@ class PromptReader:
         return PrefilledRequest(
             **stored._asdict(),
             pinned=self._pinned_while_decoding(request),
+            question=opening_question(self._eviction, [request.tokens]),
             sampling=with_everything(rows),
             limit=jnp.asarray([request.max_new_tokens], jnp.int32),
             eos=jnp.asarray([_padded(request.eos_ids)], jnp.int32),

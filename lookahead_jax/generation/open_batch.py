@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.eviction import DecodeEviction, opening_sums
+from lookahead_jax.decoding.eviction import DecodeEviction, opening_question, opening_sums
 from lookahead_jax.decoding.logprobs import LogprobRecord, empty_record
 from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
@@ -114,6 +114,7 @@ def open_batch(
         sums=sums,
         # Without eviction it would only be one more argument of the decoding programs.
         pinned=None if eviction.evict_every is None else batch.row_pins,
+        question=opening_question(eviction.while_decoding(), batch.texts),
         logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
         allowed=None if grammar is None else jnp.tile(grammar.first_mask, (rows, 1)),
     )

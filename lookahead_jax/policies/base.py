@@ -131,7 +131,15 @@ class CutByModules:
     """While decoding, evicts by what lookahead tokens, placed after the text, attend to."""
 
 
-DecodeCut = CutByEntries | CutByTokens | CutByModules
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CutByQuestion:
+    """While decoding, evicts by what the prompt's last `window_rows` tokens attend to.
+
+    They are read once more at every cut, placed after the text.
+    """
+
+
+DecodeCut = CutByEntries | CutByTokens | CutByModules | CutByQuestion
 """How a policy evicts while decoding (decoding/eviction.py)."""
 
 

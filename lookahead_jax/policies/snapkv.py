@@ -7,6 +7,7 @@ import jax
 
 from lookahead_jax.kernels.reductions import Group
 from lookahead_jax.policies.base import (
+    CutByQuestion,
     CutByTokens,
     DecodeCut,
     Policy,
@@ -31,7 +32,9 @@ class SnapKV(Policy):
     Scores are their mean attention, pooled per query head, group mean. The window itself is always
     kept and counts in C; a window of C or more is reduced to C // 2. Selection is per KV head (the
     original selects per query head on a repeated cache). While decoding, the window moves along: at
-    a cut, the last `window` tokens that were decoded since the one before observe.
+    a cut, the last `window` tokens that were decoded since the one before observe. With
+    `observers` "question" the prompt's last `window` tokens observe at every cut, read once more
+    after the text, and the text's last `window` entries are kept.
     """
 
     # Code bases differ in what they call snapkv; these are the three variants in use.
@@ -47,6 +50,8 @@ class SnapKV(Policy):
     """Smoothing of the scores along the prompt."""
     kernel: int = 7
     """Entries that the pooling covers; odd."""
+    observers: Literal["recent", "question"] = "recent"
+    """Which tokens observe while decoding: the last ones, or the prompt's last ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +61,7 @@ class SnapKV(Policy):
 
     @property
     def decode_cut(self) -> DecodeCut | None:
-        return CutByTokens(adds_up=False)
+        return CutByTokens(adds_up=False) if self.observers == "recent" else CutByQuestion()
 
     def notice(self, budget: int) -> str | None:
         return share_notice(self.window, self.window_rows(budget), budget)
