@@ -7,6 +7,7 @@ B batch, L layers, K KV heads, S slots, W room for emitted tokens, E interval.
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import CutByModules, CutByTokens, Policy
+from lookahead_jax.policies.base import CutByModules, CutByTokens, Policy, WithCuts
 from lookahead_jax.policies.registry import policies_that_cut_while_decoding
 from lookahead_jax.prefilling.prefill import Prefilled, compress
 
@@ -26,8 +27,8 @@ from lookahead_jax.prefilling.prefill import Prefilled, compress
 class DecodeEviction:
     """The policy that evicts during decoding, the entries it keeps per head, and the interval.
 
-    Raises ValueError for a policy that cannot evict while decoding, and for sizes that are not
-    integers of at least 1.
+    Raises ValueError for a policy that cannot evict while decoding, for sizes that are not
+    integers of at least 1, and for a policy that cuts prompts at another interval.
     """
 
     policy: Policy
@@ -43,6 +44,12 @@ class DecodeEviction:
             )
         check_integer("budget", self.budget, least=1)
         check_integer("interval", self.interval, least=1)
+        reading = self.policy.reading
+        if isinstance(reading, WithCuts) and reading.every != self.interval:
+            raise ValueError(
+                f"evict_every={self.interval} is not every={reading.every}, at which prompts are "
+                "cut: give one number, or leave evict_every out"
+            )
 
     @property
     def adds_up(self) -> bool:
@@ -69,6 +76,8 @@ class DecodeEviction:
         """
         kept = self.policy.max_entries(tokens, self.budget, config)
         later = self.policy.max_entries(tokens + new_tokens, self.budget, config)
+        if isinstance(self.policy.reading, WithCuts):  # these entries include an interval
+            return min(new_tokens, later - kept)
         return min(new_tokens, later - kept + self.interval)
 
     def until_cut(self, next_pos: jax.Array) -> jax.Array:
@@ -113,15 +122,9 @@ def evict(
     due = (new > 0) & (cache.next_pos % eviction.interval == 0)
 
     def cut(cache: KVCache, sums: jax.Array | None):
-        match eviction.policy.decode_cut:
-            case CutByModules():
-                observer = _lookahead_rows(params, cache, modules, eviction.policy)
-            case CutByTokens():
-                observer = _recent_rows(
-                    params, cache, emitted, count, config=config, number=eviction.observing_tokens
-                )
-            case _:
-                observer = None
+        observer = _observer(
+            params, cache, emitted, count, modules, config=config, eviction=eviction
+        )
         shorter, _, added = compress(
             params, cache, observer, config=config, policy=eviction.policy,
             budget=eviction.budget, slots=cache.slots, sums=sums, pinned=pinned,
@@ -135,6 +138,49 @@ def evict(
         return jax.tree.map(pick, shorter, cache), jax.tree.map(pick, added, sums)
 
     return jax.lax.cond(due.any(), cut, lambda cache, sums: (cache, sums), cache, sums)
+
+
+def entry_scores(
+    params: Params,
+    cache: KVCache,
+    sums: jax.Array | None,
+    *,
+    emitted: jax.Array,
+    count: jax.Array,
+    config: ModelConfig,
+    eviction: DecodeEviction,
+) -> jax.Array:
+    """The scores float32 [L, B, K, S] by which `evict` would cut here all rows, uncut.
+
+    For policies that read no modules; the arguments are those of `evict`.
+    """
+    observer = _observer(params, cache, emitted, count, None, config=config, eviction=eviction)
+    found = compress(
+        params, cache, observer, config=config, policy=eviction.policy, budget=eviction.budget,
+        slots=cache.slots, sums=sums, with_scores=True,
+    )  # fmt: skip
+    return cast(jax.Array, found.scores)
+
+
+def _observer(
+    params: Params,
+    cache: KVCache,
+    emitted: jax.Array,
+    count: jax.Array,
+    modules: LookaheadModules | None,
+    *,
+    config: ModelConfig,
+    eviction: DecodeEviction,
+) -> Block | None:
+    """The rows by which a cut goes; None if it goes by the entries alone."""
+    match eviction.policy.decode_cut:
+        case CutByModules():
+            return _lookahead_rows(params, cache, modules, eviction.policy)
+        case CutByTokens():
+            return _recent_rows(
+                params, cache, emitted, count, config=config, number=eviction.observing_tokens
+            )
+    return None
 
 
 def _lookahead_rows(
@@ -160,7 +206,7 @@ def _recent_rows(
     """The last `number` tokens since the last cut, as rows that see the cache alone.
 
     The cache has not been cut since they were decoded, so they have the queries they had then.
-    Prompt tokens among them are padding: prefill has counted these.
+    Prompt tokens among them are padding: their reading has counted these.
     """
     rows = jnp.arange(-number, 0, dtype=jnp.int32)[None]
     at = count[:, None] - 1 + rows
