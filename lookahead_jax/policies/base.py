@@ -132,8 +132,8 @@ class CutByTokens:
     """While decoding, evicts by what the tokens since the last cut attend to."""
 
     adds_up: bool
-    """Whether scores add up from one cut to the next, from 0 for a new entry (`LayerView.sums`): all
-    these tokens observe. Otherwise the last `window_rows` of them do."""
+    """Whether scores add up from one cut to the next, new entries beginning at 0
+    (`LayerView.sums`): all these tokens observe. Otherwise the last `window_rows` of them do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import SingleDeviceSharding
 
 from lookahead_jax.decoding.eviction import DecodeEviction, entry_scores, evict
+from lookahead_jax.decoding.placement import placed
 from lookahead_jax.model.cache import KVCache, empty_cache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import logits
@@ -149,6 +151,7 @@ def read_with_cuts_in_pieces(
         state = dataclasses.replace(known[-1], cache=cache)
     else:
         state = empty_state(params, span, reading=reading)
+    state = _placed(state, params)
     fresh: list[CutState] = []
     length = int((row >= 0).sum())
     for start in range(len(known) * apart, length, every):
@@ -156,6 +159,7 @@ def read_with_cuts_in_pieces(
         here = row[:, start : start + every]
         part[:, : here.shape[1]] = here
         state = read_on(params, jnp.asarray(part), state, pinned, reading=reading)
+        state = _placed(state, params)
         end = start + every
         if end <= length and end % apart == 0 and end <= returned * apart:
             fresh.append(state)
@@ -163,6 +167,14 @@ def read_with_cuts_in_pieces(
         yield
     read = _read(params, tokens, state, with_scores, reading=reading)
     return read, tuple(fresh)
+
+
+def _placed(state: CutState, params: Params) -> CutState:
+    """The state where the parameters are: without a place, it would compile `read_on` once more."""
+    place = params["embed"].sharding
+    if isinstance(place, SingleDeviceSharding):
+        return jax.device_put(state, place)
+    return placed(state, params)
 
 
 def _span(tokens: jax.Array, known_tokens: int | jax.Array) -> jax.Array:
