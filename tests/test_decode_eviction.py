@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import GenerationDefaults, Model
@@ -21,6 +22,7 @@ from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prompts.read import read_prompt
 from tests import reference, tiny
 from tests.drafted import Shared, bush, perfect, spoil
+from tests.test_kvzap import surrogate_of
 from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weights
 
 BUDGET, INTERVAL, NEW = 12, 8, 30
@@ -34,7 +36,27 @@ POLICIES = {
     "rkv": {"window": 3, "kernel": 3, "attention": 0.4},
     "question": {"window": 6, "kernel": 3, "observers": "question"},  # 6 exceeds the last prompt
 }
-WINDOWS = {"h2o": 3, "lookaheadkv": 2, "snapkv": 3, "rkv": 3, "question": 6}  # always kept
+WINDOWS = {
+    "h2o": 3,
+    "lookaheadkv": 2,
+    "snapkv": 3,
+    "rkv": 3,
+    "question": 6,
+    "kvzap": 3,
+}  # last, always kept
+ADDS_UP, LEAST = ("h2o", "kvzap"), 1.0
+CUT_AS_READ = "incremental:threshold:kvzap"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surrogate(tmp_path_factory):
+    """kvzap cannot do without a file."""
+    path = tmp_path_factory.mktemp("kvzap") / "surrogate.safetensors"
+    safetensors.numpy.save_file(surrogate_of(RICH, 0), path)
+    POLICIES["kvzap"] = {"file": str(path), "window": 3}
+    POLICIES[CUT_AS_READ] = {**POLICIES["kvzap"], "every": INTERVAL, "least": LEAST}
+    yield
+    del POLICIES["kvzap"], POLICIES[CUT_AS_READ]
 
 
 def eviction(name: str) -> DecodeEviction:
@@ -115,6 +137,11 @@ def scores(name, config, text, gone, kept, since, prompt):
             mean_attention(layer, end, heads, last, window=3)
             for layer, heads in zip(layers, kept, strict=True)
         ]
+    if name == "kvzap":
+        found, norms = surrogate_of(config, 0), np.asarray(params["layers"]["attn_norm"], float)
+        read = [reference.norm(la.residual, w, config) for la, w in zip(layers, norms, strict=True)]
+        of_all = np.stack(read) @ found["weight"] + found["bias"][:, None]
+        return list(np.where(np.arange(end)[:, None] >= since, of_all, 0.0).swapaxes(1, 2))
     if name == "h2o":
         return [
             reference.group_mean(layer.probs[:, since:, :end].sum(1), config.num_kv_heads)
@@ -144,7 +171,7 @@ def mean_attention(layer, end, kept, observers, *, window):
     return out
 
 
-def restate(name, config, prompt, emitted, kept, sums):
+def restate(name, config, prompt, emitted, kept, sums, least=-np.inf):
     """The entries at the end, from those after the prompt: cut where the rules say."""
     start_at, text = len(prompt), list(prompt) + list(emitted[:-1])
     gone = np.full((config.num_layers, config.num_kv_heads, len(text)), 10**6)
@@ -159,7 +186,7 @@ def restate(name, config, prompt, emitted, kept, sums):
         found = scores(name, config, text[:end], gone, alive, since, prompt)
         for layer, head in np.ndindex(*gone.shape[:2]):
             value = found[layer][head].astype(float)
-            if name == "h2o":
+            if name in ADDS_UP:
                 sums[layer][head][:end] += value
                 value = sums[layer][head][:end].copy()
             value[end - WINDOWS.get(name, 0) :] = np.inf
@@ -170,21 +197,22 @@ def restate(name, config, prompt, emitted, kept, sums):
                 entries = entries[end - entries < window]
             left = np.full(end, -np.inf)
             left[entries] = value[entries]
-            stay = np.sort(np.argsort(-left, kind="stable")[: min(BUDGET, len(entries))])
+            count = min(BUDGET, len(entries), (left >= least).sum())
+            stay = np.sort(np.argsort(-left, kind="stable")[:count])
             gone[layer, head, np.setdiff1d(alive[layer][head], stay)] = end
         since = end
     ends = [[np.flatnonzero(g > len(text)) for g in layer] for layer in gone]
     _, hidden = reference.run(weights(config), config, text, gone=gone)
     table = np.asarray(weights(config)["embed"], np.float64)
-    return ends, hidden[start_at - 1 :] @ table.T
+    return ends, hidden[max(start_at - 1, 0) :] @ table.T
 
 
 CASES = [
     pytest.param(name, config, id=f"{name}-{'plain' if config is PLAIN else 'rich'}")
     for name, config in [
         ("streaming_llm", PLAIN), ("keydiff", RICH), ("h2o", RICH), ("lookaheadkv", PLAIN),
-        ("lookaheadkv", RICH), ("snapkv", PLAIN), ("rkv", RICH),
-        ("question", RICH),
+        ("lookaheadkv", RICH), ("snapkv", PLAIN), ("rkv", RICH), ("kvzap", RICH),
+        (CUT_AS_READ, RICH), ("question", RICH),
     ]
 ]  # fmt: skip
 
@@ -198,12 +226,18 @@ def test_cuts_are_where_and_what_the_rules_say(name, config):
         count = int(state.count[row])
         emitted = state.tokens[row, :count]
         sums = None
-        if name == "h2o":
+        if name in ADDS_UP:
             sums = np.zeros((*at_start.shape[::2], len(prompt) + NEW))
             for layer, head in np.ndindex(*sums.shape[:2]):
                 kept = at_start[layer, row, head]
                 sums[layer, head, kept] = before.sums[layer, row, head, : len(kept)]
-        ends, logits = restate(name, config, prompt, emitted, at_start[:, row], sums)
+        if name == CUT_AS_READ:  # a prompt is cut as if it had been emitted
+            sums = np.zeros((*at_start.shape[::2], len(prompt) + NEW))
+            text = [*prompt, *emitted]
+            ends, logits = restate("kvzap", config, [], text, at_start[:, row], sums, LEAST)
+            logits = logits[len(prompt) - 1 :]
+        else:
+            ends, logits = restate(name, config, prompt, emitted, at_start[:, row], sums)
         for layer, head in np.ndindex(config.num_layers, config.num_kv_heads):
             np.testing.assert_array_equal(at_end[layer, row, head], ends[layer][head])
         best = logits[:count].argmax(-1)
@@ -218,8 +252,9 @@ def test_cuts_are_where_and_what_the_rules_say(name, config):
         ("lookaheadkv", PLAIN, 32, perfect),
         ("rkv", RICH, 8, bush),
         ("question", RICH, 8, bush),
+        (CUT_AS_READ, RICH, 8, bush),
     ],
-    ids=["streaming_llm", "h2o", "lookaheadkv", "rkv", "question"],
+    ids=["streaming_llm", "h2o", "lookaheadkv", "rkv", "question", "incremental"],
 )
 def test_drafts_leave_tokens_and_cuts_as_they_were(name, config, nodes, make):
     plain = undrafted(name, config)

@@ -313,7 +313,7 @@ CASES = [
     (family, policy, DRAFTERS[(i + j) % len(DRAFTERS)], tuple(SAMPLING)[i % len(SAMPLING)])
     for i, family in enumerate(FAMILIES)
     for j, policy in enumerate(
-        name for name in POLICIES if name not in ("oracle", *tiny.NEEDS_FILE)
+        name for name in POLICIES if name not in ("oracle", *tiny.NEEDS_SETTINGS)
     )
 ]
 QUICK = ("gpt_oss", "lookaheadkv")  # sinks, biases and windows; the others compile for minutes

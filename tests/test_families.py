@@ -122,7 +122,7 @@ class Row(NamedTuple):
     drafter: str
 
 
-READY = [name for name in POLICIES if name not in tiny.NEEDS_FILE]
+READY = [name for name in POLICIES if name not in tiny.NEEDS_SETTINGS]
 # Every policy on every family; the drafters alternate, so that each family meets each of them.
 ROWS = [
     Row(family, policy, DRAFTERS[(i + j) % len(DRAFTERS)])

@@ -409,7 +409,7 @@ MADE = {
     **{
         name: make_policy(name)
         for name, kind in POLICIES.items()
-        if name not in tiny.NEEDS_FILE
+        if name not in tiny.NEEDS_SETTINGS
         and on_its_own(name)
         and not any(type(part) is kind for part in parts_of(NESTED))
     },

@@ -35,7 +35,7 @@ LLAMA = dict(
     hidden_act="silu",
     tie_word_embeddings=True,
 )
-NEEDS_FILE = ("kvzap",)  # policies without default settings
+NEEDS_SETTINGS = ("kvzap", "incremental")  # policies without default settings
 MISTRAL = {**LLAMA, "model_type": "mistral", "sliding_window": 24}
 
 

@@ -298,7 +298,8 @@ class RunOptions:
     evict_every: Annotated[int | None, option("INT")] = None
     """Evict again after every this many tokens, so that memory stays constant however long the
     text becomes. For the policies streaming_llm, h2o, snapkv, rkv, pyramidkv, knorm, keydiff,
-    lagkv, qfilter and triattention (with a file) and lookaheadkv, and those around them."""
+    lagkv, qfilter, triattention and kvzap (with a file) and lookaheadkv, and those around them. To
+    cut the prompt alike: --policy incremental:NAME --policy-arg every=INT."""
     cache_dtype: CacheDtype = None
     """int8: store keys and values in eight bits. Default: the type of the weights."""
     stop: Repeated = ()

@@ -60,7 +60,8 @@ class Serve:
     """Megabytes of prompt caches to keep, so that an equal prompt is not read again; 0: none."""
     prefix_store_mb: int = 512
     """Megabytes for keys and values of prompts before they are cut, so that a prompt which begins
-    as an earlier one is not read from its start; 0: none."""
+    as an earlier one is not read from its start, or, with --policy incremental:NAME, for their cut
+    caches after every 512 tokens; 0: none."""
     allow_special_tokens: bool = False
     """Interpret control tokens, such as <|im_end|>, that clients write in prompts and messages; for
     clients that apply chat templates themselves."""

@@ -8,6 +8,7 @@ B batch, L layers, K KV heads, S slots, W room for emitted tokens, E interval.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,13 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import CutByModules, CutByQuestion, CutByTokens, Policy
+from lookahead_jax.policies.base import (
+    CutByModules,
+    CutByQuestion,
+    CutByTokens,
+    Policy,
+    WithCuts,
+)
 from lookahead_jax.policies.registry import policies_that_cut_while_decoding
 from lookahead_jax.prefilling.prefill import Prefilled, compress
 
@@ -28,8 +35,8 @@ from lookahead_jax.prefilling.prefill import Prefilled, compress
 class DecodeEviction:
     """The policy that evicts during decoding, the entries it keeps per head, and the interval.
 
-    Raises ValueError for a policy that cannot evict while decoding, and for sizes that are not
-    integers of at least 1.
+    Raises ValueError for a policy that cannot evict while decoding, for sizes that are not
+    integers of at least 1, and for a policy that cuts prompts at another interval.
     """
 
     policy: Policy
@@ -45,6 +52,12 @@ class DecodeEviction:
             )
         check_integer("budget", self.budget, least=1)
         check_integer("interval", self.interval, least=1)
+        reading = self.policy.reading
+        if isinstance(reading, WithCuts) and reading.every != self.interval:
+            raise ValueError(
+                f"evict_every={self.interval} is not every={reading.every}, at which prompts are "
+                "cut: give one number, or leave evict_every out"
+            )
 
     @property
     def adds_up(self) -> bool:
@@ -78,6 +91,8 @@ class DecodeEviction:
         """
         kept = self.policy.max_entries(tokens, self.budget, config)
         later = self.policy.max_entries(tokens + new_tokens, self.budget, config)
+        if isinstance(self.policy.reading, WithCuts):  # these entries include an interval
+            return min(new_tokens, later - kept)
         return min(new_tokens, later - kept + self.interval)
 
     def until_cut(self, next_pos: jax.Array) -> jax.Array:
@@ -139,17 +154,16 @@ def evict(
     due = (new > 0) & (cache.next_pos % eviction.interval == 0)
 
     def cut(cache: KVCache, sums: jax.Array | None):
-        match eviction.policy.decode_cut:
-            case CutByModules():
-                observer = _lookahead_rows(params, cache, modules, eviction.policy)
-            case CutByTokens():
-                observer = _recent_rows(
-                    params, cache, emitted, count, config=config, number=eviction.observing_tokens
-                )
-            case CutByQuestion():
-                observer = _question_rows(params, cache, question, eviction.policy, config=config)
-            case _:
-                observer = None
+        observer = _observer(
+            params,
+            cache,
+            emitted=emitted,
+            count=count,
+            modules=modules,
+            question=question,
+            config=config,
+            eviction=eviction,
+        )
         shorter, _, added = compress(
             params, cache, observer, config=config, policy=eviction.policy,
             budget=eviction.budget, slots=cache.slots, sums=sums, pinned=pinned,
@@ -163,6 +177,54 @@ def evict(
         return jax.tree.map(pick, shorter, cache), jax.tree.map(pick, added, sums)
 
     return jax.lax.cond(due.any(), cut, lambda cache, sums: (cache, sums), cache, sums)
+
+
+def entry_scores(
+    params: Params,
+    cache: KVCache,
+    sums: jax.Array | None,
+    *,
+    emitted: jax.Array,
+    count: jax.Array,
+    config: ModelConfig,
+    eviction: DecodeEviction,
+) -> jax.Array:
+    """The scores float32 [L, B, K, S] by which `evict` would cut here all rows, uncut.
+
+    For policies that read neither modules nor a question; the arguments are those of `evict`.
+    """
+    observer = _observer(
+        params, cache, emitted=emitted, count=count, config=config, eviction=eviction
+    )
+    found = compress(
+        params, cache, observer, config=config, policy=eviction.policy, budget=eviction.budget,
+        slots=cache.slots, sums=sums, with_scores=True,
+    )  # fmt: skip
+    return cast(jax.Array, found.scores)
+
+
+def _observer(
+    params: Params,
+    cache: KVCache,
+    *,
+    emitted: jax.Array,
+    count: jax.Array,
+    modules: LookaheadModules | None = None,
+    question: jax.Array | None = None,
+    config: ModelConfig,
+    eviction: DecodeEviction,
+) -> Block | None:
+    """The rows by which a cut goes; None if it goes by the entries alone."""
+    match eviction.policy.decode_cut:
+        case CutByModules():
+            return _lookahead_rows(params, cache, modules, eviction.policy)
+        case CutByTokens():
+            return _recent_rows(
+                params, cache, emitted, count, config=config, number=eviction.observing_tokens
+            )
+        case CutByQuestion():
+            return _question_rows(params, cache, question, eviction.policy, config=config)
+    return None
 
 
 def _lookahead_rows(
@@ -210,7 +272,7 @@ def _recent_rows(
     """The last `number` tokens since the last cut, as rows that see the cache alone.
 
     The cache has not been cut since they were decoded, so they have the queries they had then.
-    Prompt tokens among them are padding: prefill has counted these.
+    Prompt tokens among them are padding: their reading has counted these.
     """
     rows = jnp.arange(-number, 0, dtype=jnp.int32)[None]
     at = count[:, None] - 1 + rows

@@ -6,16 +6,19 @@ next call would compile once more.
 
 import dataclasses
 import math
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import RULES, sharding
 
+State = TypeVar("State", bound=Any)
+"""A flax struct with a `cache` and the `sums` of its entries."""
 
-def placed(state: DecodeState, params: Params) -> DecodeState:
+
+def placed(state: State, params: Params) -> State:
     """`state` on the devices of the parameters; nothing happens to what lies there already.
 
     The cache is split by rows and KV heads where the mesh divides them, everything else is whole on

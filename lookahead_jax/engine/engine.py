@@ -83,7 +83,8 @@ class Engine:
       prefix_store_bytes: memory for the keys and values of prompts before they are cut, in chunks
         of 512 tokens: a prompt that begins with the tokens of an earlier one is read from its
         first new chunk on, with the same result. 0 keeps none. For policies that read a prompt
-        once and gather nothing over its queries.
+        once and gather nothing over its queries. Of prompts that are cut while they are read
+        (policy incremental), the cut caches after as many tokens are kept instead.
 
     `on_pause`, if set, is called in the stepping thread before a burst that a prompt has delayed,
     with the seconds that the running rows waited.

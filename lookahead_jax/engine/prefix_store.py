@@ -1,25 +1,28 @@
-"""Whole keys and values of chunks of prompts, kept for prompts that begin with the same tokens.
+"""Parts of prompts, kept for prompts that begin with the same tokens.
 
-A prompt is cut as a whole, so its cut cache serves equal prompts only. What its chunks hold before
-the cut depends on the tokens up to them and on nothing else: any prompt that begins with them can
-take these chunks over, and is then scored and cut as if it had been read whole.
+A prompt that is cut as a whole has a cut cache which serves equal prompts only. What its chunks
+hold before the cut depends on the tokens up to them and on nothing else: any prompt that begins
+with them can take these chunks over, and is then scored and cut as if it had been read whole. Of a
+prompt that is cut while it is read, the same is true of the cut cache after each part.
 """
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+import jax
+
 from lookahead_jax.engine.prompt_store import StoreUse
-from lookahead_jax.prefilling.pieces import ChunkEntries
+from lookahead_jax.prompts.read import Shared
 
 
 class _Stored(NamedTuple):
     number: int  # what the keys of the chunks after it name
-    entries: ChunkEntries
+    entries: Shared
 
 
 class PrefixStore:
-    """A tree of chunks within a bound of bytes; the least recently used make room.
+    """A tree of chunks, or parts, within a bound of bytes; the least recently used make room.
 
     A chunk is found by the chunks before it and its own tokens. `root` names everything else that
     the reading depended on.
@@ -34,7 +37,7 @@ class PrefixStore:
         # A chunk is used after its children, so the first of these never has any.
         self._chunks: OrderedDict[tuple[Hashable, bytes], _Stored] = OrderedDict()
 
-    def find(self, root: Hashable, chunks: Sequence[bytes]) -> list[ChunkEntries]:
+    def find(self, root: Hashable, chunks: Sequence[bytes]) -> list[Shared]:
         """The entries of the first of `chunks`, given by their tokens, that are stored."""
         path = self._path(root, chunks)
         self.use = self.use.counted(len(path), len(chunks) - len(path))
@@ -42,7 +45,7 @@ class PrefixStore:
             self._chunks.move_to_end(key)
         return [self._chunks[key].entries for key in path]
 
-    def put(self, root: Hashable, chunks: Sequence[bytes], entries: Sequence[ChunkEntries]) -> None:
+    def put(self, root: Hashable, chunks: Sequence[bytes], entries: Sequence[Shared]) -> None:
         """Stores the entries of the last of `chunks`; those before them have been found before.
 
         Nothing is stored behind a chunk that has made room meanwhile, nor what the bound does not
@@ -93,5 +96,5 @@ class PrefixStore:
         self.use = self.use._replace(bytes=self.use.bytes + size)
 
 
-def _size(entries: ChunkEntries) -> int:
-    return entries.k.nbytes + entries.v.nbytes
+def _size(entries: Shared) -> int:
+    return sum(a.nbytes for a in jax.tree.leaves(entries))

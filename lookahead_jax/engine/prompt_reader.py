@@ -28,16 +28,19 @@ from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.model.cache import KVCache, widened
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import span_class
+from lookahead_jax.policies.base import WithCuts
 from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
 from lookahead_jax.prefilling.layer_pass import CHUNK
-from lookahead_jax.prefilling.pieces import ChunkEntries, reusable_chunks
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
 from lookahead_jax.prompts.read import (
+    Shared,
     has_pieces,
+    part_bytes,
     read_prompt,
     read_prompt_in_pieces,
-    shares_prefixes,
+    reusable_parts,
+    shared_tokens,
 )
 
 TOGETHER = 4
@@ -87,13 +90,17 @@ class PromptReader:
         self._prefixes = prefixes
         self._settings = settings
         self._eviction = decode_eviction
-        entry = 2 * model.config.num_kv_heads * model.config.head_dim * model.config.num_layers
-        chunk_bytes = CHUNK * entry * params["embed"].dtype.itemsize
-        in_pieces = has_pieces(settings.policy)
-        shares = shares_prefixes(settings.policy, model.config)
-        self._most_chunks = prefixes.limit // chunk_bytes if shares else 0
-        self._together = TOGETHER if rows >= TOGETHER and in_pieces else 1
+        policy = settings.policy
         width, room = bucket_length(limits.max_prompt_tokens), limits.max_new_tokens
+        self._longest = width
+        self._part = shared_tokens(policy, model.config)
+        size = part_bytes(
+            params, config=model.config, policy=policy, budget=settings.budget, longest=width,
+            cache_dtype=settings.cache_dtype,
+        )  # fmt: skip
+        self._most_parts = prefixes.limit // size if self._part else 0
+        self._cuts = isinstance(policy.reading, WithCuts)
+        self._together = TOGETHER if rows >= TOGETHER and has_pieces(policy) else 1
         if decode_eviction is not None:
             room = decode_eviction.room(width, room, model.config)
         self.slots: int = self._slots(width, limits.max_question_tokens + room)
@@ -176,8 +183,8 @@ class PromptReader:
             )  # fmt: skip
             another = dataclasses.replace(request, tokens=[*request.tokens[:-1], 1])
             yield self._sample([request])
-            if self._most_chunks:
-                self._sample([another])  # finds the first chunks
+            if self._most_parts:
+                self._sample([another])  # finds the first parts
             self._forget()
             if self._together > 1 and not behind and _short(first):
                 yield self._sample([request, another])
@@ -220,19 +227,19 @@ class PromptReader:
         tokens, key = request.cut, self._key(request, known_tokens)
         if (stored := self._store.get(key)) is not None:
             return stored, len(tokens)
-        root, chunks = key[:2], _chunks(tokens)[: self._most_chunks]
-        most = reusable_chunks(
+        root, parts = self._root(request, key), self._parts(tokens)
+        most = reusable_parts(
             self._settings.policy, len(tokens), self._settings.budget, self._model.config
         )
-        known = self._prefixes.find(root, chunks[:most])
+        known = self._prefixes.find(root, parts[:most])
         read, fresh = yield from self._read(
             [tokens], [request.pin], request.eos_ids, known_tokens=known_tokens,
-            known=known, returned=len(chunks),
+            known=known, returned=len(parts),
         )  # fmt: skip
         jax.block_until_ready(read)
-        self._prefixes.put(root, chunks, fresh)
+        self._prefixes.put(root, parts, fresh)
         self._store.put(key, read)
-        return read, len(known) * CHUNK
+        return read, len(known) * self._part
 
     def _read_several(
         self, requests: Sequence[EncodedRequest]
@@ -257,10 +264,10 @@ class PromptReader:
         eos_ids: Sequence[int],
         *,
         known_tokens: int = 0,
-        known: Sequence[ChunkEntries] = (),
+        known: Sequence[Shared] = (),
         returned: int = 0,
-    ) -> Generator[None, None, tuple[StoredPrompt, Sequence[ChunkEntries]]]:
-        """What is kept of a batch of prompts, and the `returned` first chunks that are new."""
+    ) -> Generator[None, None, tuple[StoredPrompt, Sequence[Shared]]]:
+        """What is kept of a batch of prompts, and the `returned` first parts that are new."""
         settings, config = self._settings, self._model.config
         tokens = pad_batch(prompts, config=config)
         prompt = jnp.asarray(tokens)
@@ -273,11 +280,11 @@ class PromptReader:
             cache_dtype=settings.cache_dtype,
             # Always given, so that a request with pins compiles nothing.
             pinned=jnp.asarray(pin_mask(pins, tokens)),
-            known=known, returned=returned,
+            known=known, returned=returned, longest=self._longest,
         )  # fmt: skip
         full = read.prefilled
         sums = opening_sums(self._eviction, full)
-        return StoredPrompt(prompt, full.cache, full.logits, sums), read.chunks
+        return StoredPrompt(prompt, full.cache, full.logits, sums), read.shared
 
     def _key(self, request: EncodedRequest, known_tokens: int) -> tuple[Hashable, ...]:
         """All that the reading of what is cut depends on, with `known_tokens` read after it.
@@ -289,6 +296,23 @@ class PromptReader:
         span = span_class(self._model.config, len(tokens) + known_tokens)
         rest = self._settings.policy, tokens.tobytes(), request.pin, request.eos_ids
         return request.tenant, span, *rest
+
+    def _root(self, request: EncodedRequest, key: tuple[Hashable, ...]) -> Hashable:
+        """All that the parts of a prompt depend on besides the tokens up to them."""
+        if not self._cuts:
+            return key[:2]
+        return *key[:2], self._settings.policy, request.pin
+
+    def _parts(self, tokens: Sequence[int]) -> list[bytes]:
+        """The tokens of each part that is full, as many as the store holds.
+
+        A prompt that is one chunk and cut as a whole has none.
+        """
+        if not self._part or (not self._cuts and bucket_length(len(tokens)) == CHUNK):
+            return []
+        whole = np.asarray(tokens, np.int32)[: len(tokens) // self._part * self._part]
+        parts = [part.tobytes() for part in whole.reshape(-1, self._part)]
+        return parts[: self._most_parts]
 
     def _pinned_while_decoding(self, request: EncodedRequest) -> jax.Array | None:
         if not self.pins:
@@ -315,14 +339,6 @@ def _row(prompts: StoredPrompt, row: int | jax.Array) -> StoredPrompt:
 def _short(tokens: int) -> bool:
     """Whether several prompts of so many tokens are read together: the batch is one chunk."""
     return bucket_length(tokens) * TOGETHER <= CHUNK
-
-
-def _chunks(tokens: Sequence[int]) -> list[bytes]:
-    """The tokens of each chunk that is full, of a prompt that has several."""
-    if bucket_length(len(tokens)) == CHUNK:
-        return []
-    whole = np.asarray(tokens, np.int32)[: len(tokens) // CHUNK * CHUNK]
-    return [chunk.tobytes() for chunk in whole.reshape(-1, CHUNK)]
 
 
 def _padded(eos_ids: Sequence[int]) -> tuple[int, ...]:

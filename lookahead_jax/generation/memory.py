@@ -4,7 +4,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.memory import free_bytes
 from lookahead_jax.prefilling.batching import slots_for
-from lookahead_jax.prompts.read import shares_prefixes
+from lookahead_jax.prompts.read import shared_tokens
 
 _POSITION_BYTES = 4
 _SCALE_BYTES = 4
@@ -34,7 +34,7 @@ def check_memory(
         vector = config.head_dim + _SCALE_BYTES
     entry = 2 * vector + _POSITION_BYTES
     cache = rows * slots * config.num_layers * config.num_kv_heads * entry
-    if not shares_prefixes(eviction.policy, config):
+    if not shared_tokens(eviction.policy, config):
         prefix_store_bytes = 0  # nothing is stored
     stores = prompt_store_bytes + prefix_store_bytes
     devices = list(weights.sharding.device_set)

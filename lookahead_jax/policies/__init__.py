@@ -7,6 +7,7 @@ from lookahead_jax.policies.critical import Critical
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
+from lookahead_jax.policies.incremental import Incremental
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.kvzap import KVzap
@@ -39,6 +40,7 @@ __all__ = [
     "Critical",
     "ExpectedAttention",
     "Full",
+    "Incremental",
     "KNorm",
     "KVzap",
     "KVzip",

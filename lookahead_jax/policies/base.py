@@ -108,7 +108,18 @@ class WithReplay:
     """Whether all layers and heads of a row share one budget, or each layer has its own."""
 
 
-Reading = OnePass | WithModules | WithDraft | WithLookup | WithResponse | WithReplay
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WithCuts:
+    """Reads the prompt once, behind its own cache, and cuts this at every multiple of `every`.
+
+    The cuts are those of decoding (decoding/eviction.py).
+    """
+
+    every: int
+    """Tokens between two cuts."""
+
+
+Reading = OnePass | WithModules | WithDraft | WithLookup | WithResponse | WithReplay | WithCuts
 """How a policy reads a prompt. `prompts/read.py` has one function for each."""
 
 
@@ -122,8 +133,8 @@ class CutByTokens:
     """While decoding, evicts by what the tokens since the last cut attend to."""
 
     adds_up: bool
-    """Whether scores add up from one cut to the next (`LayerView.sums`): all these tokens observe.
-    Otherwise the last `window_rows` of them do."""
+    """Whether scores add up from one cut to the next, new entries beginning at 0
+    (`LayerView.sums`): all these tokens observe. Otherwise the last `window_rows` of them do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

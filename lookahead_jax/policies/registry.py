@@ -12,6 +12,7 @@ from lookahead_jax.policies.critical import Critical
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.h2o import H2O
+from lookahead_jax.policies.incremental import Incremental
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.kvzap import KVzap
@@ -48,6 +49,7 @@ POLICIES: dict[str, type[Policy]] = {
     "chunkkv": ChunkKV,
     "layers": Layers,
     "threshold": Threshold,
+    "incremental": Incremental,
     "blockwise": Blockwise,
     "rerotate": Rerotate,
     "knorm": KNorm,
@@ -89,10 +91,10 @@ def make_policy(name: str, **arguments: Any) -> Policy:
     Values may be text, as on a command line (`window="16"`, `pool="none"`), or already parsed
     (None stands for "none"). `preset` names a set of fields, which other arguments override.
 
-    A policy around another (`ada`, `critical`, `chunkkv`, `layers`, `threshold`, `blockwise`,
-    `rerotate`) takes `inner`, the name of the policy it wraps (default snapkv), and passes on the
-    arguments that it does not have itself. Names in one text, `critical:ada:keydiff`, are such
-    policies around each other, outermost first.
+    A policy around another (`ada`, `critical`, `chunkkv`, `layers`, `threshold`, `incremental`,
+    `blockwise`, `rerotate`) takes `inner`, the name of the policy it wraps (default snapkv), and
+    passes on the arguments that it does not have itself. Names in one text, `critical:ada:keydiff`,
+    are such policies around each other, outermost first.
 
     Raises ValueError, listing what is possible, for an unknown name, argument or value, and for a
     policy that cannot wrap the next.
@@ -109,12 +111,17 @@ def make_policy(name: str, **arguments: Any) -> Policy:
             raise ValueError(f"{name}: unknown preset={preset}; known: {', '.join(kind.presets)}")
         fields.update(kind.presets[preset])
     fields.update(_parse_fields(name, kind, arguments))
-    if lacking := [field for field in _needed(kind) if field not in fields]:
-        raise ValueError(f"{name} needs {' and '.join(lacking)}: give {lacking[0]}=...")
+    _check_given(name, kind, fields)
     try:
         return kind(**fields)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _check_given(name: str, kind: type[Policy], fields: dict[str, Any]) -> None:
+    """Raises ValueError for a setting without default that is not among `fields`."""
+    if lacking := [field for field in _needed(kind) if field not in fields]:
+        raise ValueError(f"{name} needs {' and '.join(lacking)}: give {lacking[0]}=...")
 
 
 def _check_names(text: str) -> None:
@@ -147,6 +154,7 @@ def _make_wrapper(
             raise ValueError(f"{name} ({known}, or an argument of inner): {error}") from None
     elif rest:
         raise ValueError(f"{name}: {', '.join(rest)} must be set on the inner policy itself")
+    _check_given(name, kind, {"inner": inner, **own})
     try:
         return kind(inner=inner, **own)
     except ValueError as error:

@@ -10,7 +10,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.quantization import quantize_entries
 from lookahead_jax.model.rope import apply_rope, inverse_frequencies
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithCuts
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.wrapper import PolicyWrapper
@@ -37,6 +37,8 @@ class Rerotate(PolicyWrapper):
             return "it leaves no gaps"
         if isinstance(policy, Rerotate):
             return "it moves entries itself"
+        if isinstance(policy.reading, WithCuts):
+            return "its cuts come at fixed positions of the text"
         return None
 
     @property

@@ -7,7 +7,7 @@ import jax
 
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import DecodeCut, Policy, Reading, WithReplay
+from lookahead_jax.policies.base import DecodeCut, Policy, Reading, WithCuts, WithReplay
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.view import Chunk, LayerView, Stats
 
@@ -34,6 +34,8 @@ class PolicyWrapper(Policy):
         """Why `policy` cannot be inside this wrapper, at any depth; None if it can."""
         if isinstance(policy, Full):
             return "it keeps everything"
+        if isinstance(policy.reading, WithCuts):
+            return "it cuts a prompt while it is read; put it in front, incremental:..."
         if isinstance(policy.reading, WithReplay) and policy.reading.across_layers:
             return "one budget serves all layers; set allocate=layer"
         return None

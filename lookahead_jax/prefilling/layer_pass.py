@@ -220,11 +220,12 @@ def observe_layer(
 ) -> tuple[jax.Array, Queries]:
     """One layer over an observer block: its rows for the next layer, its queries in this one."""
     visible = block_visible(observer)
+    x = optional_norm(p, "attn_norm", rows, config=config)
     rows, proj = layer_step(
         p, Stream(rows, *rope, lora), kind,
         positions=observer.positions, visible=visible, context=context, config=config,
     )  # fmt: skip
-    return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse)
+    return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse, x=x)
 
 
 def read_together(

@@ -33,7 +33,7 @@ from lookahead_jax.model.layers import rms_norm
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.quantization import quantize_entries
 from lookahead_jax.model.rope import rope_tables
-from lookahead_jax.policies.base import Policy, WithDraft, WithLookup, WithModules
+from lookahead_jax.policies.base import Policy, WithCuts, WithDraft, WithLookup, WithModules
 from lookahead_jax.policies.selection import Kept, budgets_of_layers, select
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import (
@@ -191,14 +191,18 @@ def prefill(
     them to later tokens; more of them than `budget` are not checked here (`read_prompt` refuses
     them). With `cache_dtype` "int8" the kept entries are rounded at the cut: the prompt itself is
     read and scored in the dtype of the weights. Raises ValueError if `slots` cannot hold what the
-    policy may keep, without the observer that the policy needs, for a chunk without rows, and for
-    another `cache_dtype`.
+    policy may keep, without the observer that the policy needs, for a policy that cuts prompts
+    while they are read, for a chunk without rows, and for another `cache_dtype`.
     """
     rounded_to = cache_type(cache_dtype)
     reading, padded = policy.reading, tokens.shape[1]
     if observer is None and isinstance(reading, (WithModules, WithDraft, WithLookup)):
         raise ValueError(
             f"policy {type(policy).__name__} scores with rows after the prompt: give observer="
+        )
+    if isinstance(reading, WithCuts):
+        raise ValueError(
+            f"policy {type(policy).__name__} cuts a prompt while it is read: use read_prompt"
         )
     limit, slots = static_slots(policy, padded, budget, slots, config)
     pattern = reading.sparse_pattern(padded) if isinstance(reading, WithDraft) else None

@@ -1,7 +1,8 @@
 """Prompts -> cut caches: one function for every way in which a policy reads a prompt."""
 
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from lookahead_jax.modules.definition import LookaheadModules, observer_block
 from lookahead_jax.policies.base import (
     OnePass,
     Policy,
+    WithCuts,
     WithDraft,
     WithLookup,
     WithModules,
@@ -27,8 +29,16 @@ from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import check_pinned, slots_for
 from lookahead_jax.prefilling.layer_pass import CHUNK
-from lookahead_jax.prefilling.pieces import ChunkEntries, InPieces, prefill_in_pieces
+from lookahead_jax.prefilling.pieces import ChunkEntries, prefill_in_pieces, reusable_chunks
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
+from lookahead_jax.prompts.cut_reading import (
+    CutReading,
+    CutState,
+    empty_state,
+    read_with_cuts,
+    read_with_cuts_in_pieces,
+    spacing,
+)
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
 
 
@@ -92,8 +102,21 @@ def read_prompt(
             return _read_with_response(inputs, reading, eos_ids)
         case WithReplay() as reading:
             return _read_with_replay(inputs, reading, repeat_template)
+        case WithCuts():
+            return read_with_cuts(params, tokens, **_with_cuts(inputs, tokens.shape[1]))
         case _:
             return prefill(params, tokens, **_once(inputs, _observer(inputs, modules, draft)))
+
+
+Shared = ChunkEntries | CutState
+"""What a prompt takes over from an earlier one, of one part of its beginning."""
+
+
+class PromptInPieces(NamedTuple):
+    """A prompt that has been read in pieces."""
+
+    prefilled: Prefilled
+    shared: tuple[Shared, ...]  # of the parts asked for, the ones that were read now
 
 
 def read_prompt_in_pieces(
@@ -111,37 +134,88 @@ def read_prompt_in_pieces(
     known_tokens: int | jax.Array = 0,
     pinned: jax.Array | None = None,
     cache_dtype: str | None = None,
-    known: Sequence[ChunkEntries] = (),
+    known: Sequence[Shared] = (),
     returned: int = 0,
-) -> Generator[None, None, InPieces]:
+    longest: int = 0,
+) -> Generator[None, None, PromptInPieces]:
     """`read_prompt` as a generator, which yields between pieces of the prompt (prefilling/pieces).
 
-    Policies that read the prompt once, without a draft from outside, are read in pieces; `known`
-    and `returned` are those of `prefill_in_pieces`. Others are one piece, because what they decode
-    or replay is not divided: they have no chunks (`has_pieces`).
+    Policies that read the prompt once, without a draft from outside, are read in pieces. `known`
+    are the first parts of `shared_tokens` tokens each, from an earlier reading, as many as
+    `reusable_parts` allows; `returned` asks for the first parts, as many as it says, and those that
+    are known are not returned again. Prompts that are cut as they are read share parts if their
+    caches have slots for the same `longest` padded prompt. Other policies are one piece, because
+    what they decode or replay is not divided: they share nothing.
     """
     check_pinned(pinned, policy=policy, budget=budget)
-    if not has_pieces(policy):
+    cuts = isinstance(policy.reading, WithCuts)
+    if not has_pieces(policy) and not cuts:
         read = read_prompt(
             params, tokens, config=config, policy=policy, budget=budget, new_tokens=new_tokens,
             modules=modules, eos_ids=eos_ids, with_scores=with_scores,
             repeat_template=repeat_template, known_tokens=known_tokens, pinned=pinned,
             cache_dtype=cache_dtype,
         )  # fmt: skip
-        return InPieces(read, ())
+        return PromptInPieces(read, ())
     inputs = _Inputs(
         params=params, tokens=tokens, config=config, policy=policy, budget=budget,
         known_tokens=known_tokens, room=new_tokens, with_scores=with_scores, pinned=pinned,
         cache_dtype=cache_dtype,
     )  # fmt: skip
+    if cuts:
+        settings = _with_cuts(inputs, max(longest, tokens.shape[1]))
+        states = cast(Sequence[CutState], known)
+        return PromptInPieces(
+            *(
+                yield from read_with_cuts_in_pieces(
+                    params, tokens, **settings, known=states, returned=returned
+                )
+            )
+        )
     settings = _once(inputs, _observer(inputs, modules, None))
-    pieces = prefill_in_pieces(params, tokens, **settings, known=known, returned=returned)
-    return (yield from pieces)
+    chunks = cast(Sequence[ChunkEntries], known)
+    return PromptInPieces(
+        *(yield from prefill_in_pieces(params, tokens, **settings, known=chunks, returned=returned))
+    )
 
 
-def shares_prefixes(policy: Policy, config: ModelConfig) -> bool:
-    """Whether prompts that begin alike can share chunks: none gathers statistics over them all."""
-    return has_pieces(policy) and policy.init_stats(1, CHUNK, config) is None
+def shared_tokens(policy: Policy, config: ModelConfig) -> int:
+    """The tokens of each part that prompts which begin alike share; 0: they share nothing.
+
+    Chunks are shared where none gathers statistics over them all, states wherever there are any.
+    """
+    if isinstance(policy.reading, WithCuts):
+        return spacing(policy.reading)
+    return CHUNK if has_pieces(policy) and policy.init_stats(1, CHUNK, config) is None else 0
+
+
+def reusable_parts(policy: Policy, length: int, budget: int, config: ModelConfig) -> int:
+    """How many first parts of a prompt of `length` tokens need not be read again, at most."""
+    if isinstance(policy.reading, WithCuts):
+        return length // spacing(policy.reading)
+    return reusable_chunks(policy, length, budget, config)
+
+
+def part_bytes(
+    params: Params,
+    *,
+    config: ModelConfig,
+    policy: Policy,
+    budget: int,
+    longest: int,
+    cache_dtype: str | None,
+) -> int:
+    """Bytes of one part of one prompt that others take over; the arguments are those of reading."""
+    if not isinstance(policy.reading, WithCuts):
+        entry = 2 * config.num_kv_heads * config.head_dim * config.num_layers
+        return CHUNK * entry * params["embed"].dtype.itemsize
+    reading = CutReading.of(
+        policy, config=config, budget=budget, cache_dtype=cache_dtype,
+        slots=slots_for(policy, longest, budget, 0, config=config),
+    )  # fmt: skip
+    span = jax.ShapeDtypeStruct((1,), jnp.int32)
+    state = jax.eval_shape(partial(empty_state, reading=reading), params, span)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
 
 
 def has_pieces(policy: Policy) -> bool:
@@ -156,6 +230,17 @@ def _once(inputs: _Inputs, observer: Block | None) -> dict[str, Any]:
     )
     names = "config", "policy", "budget", "known_tokens", "with_scores", "pinned", "cache_dtype"
     return {name: getattr(inputs, name) for name in names} | {"slots": slots, "observer": observer}
+
+
+def _with_cuts(inputs: _Inputs, longest: int) -> dict[str, Any]:
+    """The keywords of `read_with_cuts`, for a cache that has slots for `longest` padded tokens."""
+    policy, budget, config = inputs.policy, inputs.budget, inputs.config
+    reading = CutReading.of(
+        policy, config=config, budget=budget, cache_dtype=inputs.cache_dtype,
+        slots=slots_for(policy, longest, budget, inputs.room, config=config),
+    )  # fmt: skip
+    names = "known_tokens", "with_scores", "pinned"
+    return {name: getattr(inputs, name) for name in names} | {"reading": reading}
 
 
 def _observer(
