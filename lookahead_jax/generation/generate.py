@@ -148,7 +148,8 @@ def generate(
         check_memory(
             model, eviction, rows=rows, prompt_tokens=batch.longest, new_tokens=max_new_tokens
         )
-    announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
+    follows = eviction.staying + max_new_tokens
+    announce(eviction.policy, budget, batch.longest + follows, model.config)
     outputs = _output_rows(model, batch, stop, continuation.eos_ids, on_text=on_text)
     draft = DraftSettings.of(drafter, draft_nodes)
     drafting = Drafting(

@@ -27,6 +27,7 @@ class Queries(NamedTuple):
     own: tuple[jax.Array, jax.Array] | None  # keys [B, K, M, H], visible [B, M, M]
     lse: jax.Array | None = None  # [B, N, M] float32 of its attention logits, where known
     residual: jax.Array | None = None  # [B, M] float32 norm of the layer's input, in a replay
+    own_v: jax.Array | None = None  # [B, K, M, H] values of the rows whose keys are `own`
 
 
 class Chunk(NamedTuple):

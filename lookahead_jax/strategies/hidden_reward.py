@@ -27,7 +27,7 @@ def text_chances(
     head: RewardHead,
     state: DecodeState,
     rows: Sequence[int],
-    prompt_lengths: Sequence[int],  # of all R rows
+    starts: Sequence[int],  # of all R rows, see Rows.starts
     *,
     model: Model,
     params: Params,  # of the model, in the layout for decoding
@@ -40,7 +40,7 @@ def text_chances(
     """
     if not rows:
         return []
-    tokens, next_pos = _unread(state, rows, prompt_lengths, ends)
+    tokens, next_pos = _unread(state, rows, starts, ends)
     if tokens.shape[1] > 1:  # like prompts, these are read from the stack of all layers
         params = model.params
     found = chances(
@@ -50,7 +50,7 @@ def text_chances(
 
 
 def _unread(
-    state: DecodeState, rows: Sequence[int], prompt_lengths: Sequence[int], ends: Sequence[int]
+    state: DecodeState, rows: Sequence[int], starts: Sequence[int], ends: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the pass has to read: tokens int32 [R, P], padded with -1, and their positions [R]."""
     texts, count = np.asarray(state.tokens), np.asarray(state.count)
@@ -60,8 +60,8 @@ def _unread(
         length = int(count[row])
         if length > 1 and texts[row, length - 1] in ends:
             length -= 1
-        known = min(int(next_pos[row]) - prompt_lengths[row], length - 1)
-        next_pos[row] = prompt_lengths[row] + known
+        known = min(int(next_pos[row]) - starts[row], length - 1)
+        next_pos[row] = starts[row] + known
         missing[row] = texts[row, known:length]
     width = max(map(len, missing))
     tokens = np.full((len(texts), 1 if width == 1 else bucket_length(width)), -1, np.int32)

@@ -174,8 +174,7 @@ def _say(rows: Rows, texts: list[list[int]]) -> None:
     if not rows.running.any():  # a stop string that began before ends here
         return
     tokens, count = np.asarray(rows.state.tokens), np.asarray(rows.state.count)
-    lengths = np.repeat([len(prompt) for prompt in rows.texts], rows.copies)
-    known = np.asarray(rows.state.cache.next_pos) - lengths
+    known = np.asarray(rows.state.cache.next_pos) - rows.starts
     parts = zip(tokens, known, count, rows.running, strict=True)
     missing = _padded([text[begin:end].tolist() if run else [] for text, begin, end, run in parts])
 

@@ -89,6 +89,8 @@ class Rows:
         self.state = state
         self.logits = logits
         self.texts = texts
+        self.starts = np.array(state.cache.next_pos)
+        """[R] position of the first token of a row's own text."""
         self.copies = copies
         self.seeds = seeds
         self._ends = ends
@@ -262,12 +264,11 @@ class Rows:
         A head scores all of them in one forward, which counts as one for each of their prompts.
         """
         if isinstance(self.reward, RewardHead):
-            lengths = [len(self.texts[row // self.copies]) for row in range(len(self.finished))]
             scores = text_chances(
-                self.reward, self.state, rows, lengths, model=self.model, params=self.params,
-                ends=self._ends,
+                self.reward, self.state, rows, self.starts.tolist(), model=self.model,
+                params=self.params, ends=self._ends,
             )  # fmt: skip
-            self._spend(np.zeros(len(lengths), np.int64), np.isin(self.groups, rows).any(1))
+            self._spend(np.zeros(len(self.starts), np.int64), np.isin(self.groups, rows).any(1))
             self._look(None)
             return [_finite("reward", score) for score in scores]
         tokenizer: Any = self.model.tokenizer

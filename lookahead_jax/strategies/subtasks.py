@@ -13,7 +13,7 @@ from lookahead_jax.generation.output_text import OutputRow
 from lookahead_jax.strategies.base import Ranked, Strategy, check_at_least, check_pattern, not_empty
 from lookahead_jax.strategies.primitives import forget_from
 from lookahead_jax.strategies.rows import Rows
-from lookahead_jax.strategies.texts import prompt_lengths, read_texts
+from lookahead_jax.strategies.texts import read_texts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Subtasks(Strategy):
             first = threads[row].prune(outputs[row])
             if first is not None:
                 pruned[row] = True
-                next_pos[row] = prompt_lengths(rows)[row] + first
+                next_pos[row] = rows.starts[row] + first
                 draw = rows.rng(row, threads[row].turn)
                 seeds[row] = draw.integers(2**32, dtype=np.uint32)
         if not pruned.any():

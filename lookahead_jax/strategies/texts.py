@@ -45,7 +45,7 @@ def rewritten(rows: Rows, texts: Texts) -> DecodeState:
     source = (rows.groups[:, :1] + best).reshape(-1)
     if (source != np.arange(len(source))).any():
         rows.gather(source)
-    next_pos = prompt_lengths(rows) + known.max(-1).reshape(-1)
+    next_pos = rows.starts + known.max(-1).reshape(-1)
     arrays = tokens, count, next_pos.astype(np.int32)
     return replace_text(rows.state, *map(jnp.asarray, arrays))
 
@@ -84,11 +84,6 @@ def is_complete(rows: Rows, row: int) -> bool:
     return output.finish() != "length" or len(output.tokens) == rows.state.tokens.shape[1]
 
 
-def prompt_lengths(rows: Rows) -> np.ndarray:
-    """[R] tokens of each row's prompt."""
-    return np.repeat([len(prompt) for prompt in rows.texts], rows.copies)
-
-
 def _read_tokens(rows: Rows) -> np.ndarray:
     """[R] tokens of each row's own text that its cache holds."""
-    return np.asarray(rows.state.cache.next_pos) - prompt_lengths(rows)
+    return np.asarray(rows.state.cache.next_pos) - rows.starts
