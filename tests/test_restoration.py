@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import lookahead_jax as lk
-from lookahead_jax.checkpoints.load import GenerationDefaults, Model, load
+from lookahead_jax.checkpoints.load import Model, load
 from lookahead_jax.decoding.eviction import DecodeEviction, evict, pinned_memory
 from lookahead_jax.model.sharding import make_mesh
-from lookahead_jax.modules.definition import LookaheadConfig, staying_entries
+from lookahead_jax.modules.definition import LookaheadConfig, observer_block, staying_entries
 from lookahead_jax.modules.files import CONFIG_FILE, load_modules, save_modules
 from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.prompts.read import read_prompt, read_prompt_in_pieces
@@ -25,6 +25,7 @@ from lookahead_jax.train.loss import LossConfig, check_loss
 from lookahead_jax.train.objective import loss_parts
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from tests import reference, tiny
+from tests.drafted import NO_DEFAULTS
 from tests.test_policies import lookahead_modules
 
 MODEL = tiny.config()
@@ -70,7 +71,11 @@ def restated(prompt, answer, budget, made, kept=None, policy=POLICY):
 def test_the_answer_reads_the_kept_entries_and_the_memory():
     """float32 against float64: a few 1e-5 of log probabilities."""
     model = Model(
-        params=PARAMS, config=MODEL, tokenizer=None, generation=GenerationDefaults(), path=Path()
+        params=PARAMS,
+        config=MODEL,
+        tokenizer=None,
+        generation=NO_DEFAULTS,
+        path=Path(),
     )
     made = lk.generate(
         model, PROMPTS, policy=POLICY, budget=BUDGET, lookahead=modules(), max_new_tokens=6,
@@ -81,7 +86,7 @@ def test_the_answer_reads_the_kept_entries_and_the_memory():
         answer = made.tokens[row]
         _, chances, kept = restated(prompt, answer[:-1], BUDGET, modules())
         assert answer == chances.argmax(-1).tolist()
-        np.testing.assert_allclose(made.logprobs[row].token, chances.max(-1), atol=2e-4)
+        np.testing.assert_allclose(made.logprobs[row].chosen, chances.max(-1), atol=2e-4)
         for heads, wanted in zip(made.kept[:, row], kept, strict=True):
             for head, positions in zip(heads, wanted, strict=True):
                 assert head[head >= 0].tolist() == positions.tolist()
@@ -194,7 +199,7 @@ def test_sizes_that_leave_nothing_are_refused():
         lk.prefill(
             PARAMS, jnp.zeros((1, 256), jnp.int32), config=MODEL, policy=POLICY, budget=128,
             slots=128, observer_stays=True,
-            observer=lk.observer_block(modules(), jnp.asarray([256]), jnp.asarray([256])),
+            observer=observer_block(modules(), jnp.asarray([256]), jnp.asarray([256])),
         )  # fmt: skip
     plain = dataclasses.replace(modules().config, memory=False)
     with pytest.raises(ValueError, match="set memory of the modules to True"):
@@ -242,6 +247,20 @@ def divergence(row, made, kept=None):
     return values.mean() if len(values) else 0.0, kept
 
 
+def slope_along(name, way, kept, step=1e-4):
+    """The change of all divergences along `way` of a field, by differences in float64."""
+    made = modules()
+
+    def moved(by):
+        new = jax.tree.map(
+            lambda a, d: np.asarray(a, np.float64) + by * d, getattr(made, name), way
+        )
+        with_new = made.replace(**{name: new})
+        return sum(divergence(row, with_new, kept[row])[0] for row in range(2))
+
+    return (moved(step) - moved(-step)) / (2 * step)
+
+
 def test_the_loss_is_the_divergence_on_the_cut_cache_and_the_selection_has_no_gradient():
     """Values to float32; directional derivatives against differences in float64, 1e-3 of them."""
     made = modules()
@@ -249,18 +268,11 @@ def test_the_loss_is_the_divergence_on_the_cut_cache_and_the_selection_has_no_gr
     wanted = [divergence(row, made) for row in range(2)]
     np.testing.assert_allclose(parts.memory[0], [*(v for v, _ in wanted), 0.0], rtol=1e-4)
     np.testing.assert_allclose(total, parts.importance + 0.5 * parts.memory, rtol=1e-6)
-    rng, step = np.random.default_rng(0), 1e-4
+    rng = np.random.default_rng(0)
     for name in ("embeddings", "lora"):
         way = jax.tree.map(lambda a: rng.standard_normal(a.shape), getattr(made, name))
 
-        def moved(by, name=name, way=way):
-            new = jax.tree.map(
-                lambda a, d: np.asarray(a, np.float64) + by * d, getattr(made, name), way
-            )
-            with_new = made.replace(**{name: new})
-            return sum(divergence(row, with_new, kept)[0] for row, (_, kept) in enumerate(wanted))
-
-        slope = (moved(step) - moved(-step)) / (2 * step)
+        slope = slope_along(name, way, [kept for _, kept in wanted])
         ours = sum(
             float((np.asarray(g) * d).sum())
             for g, d in zip(*map(jax.tree.leaves, (getattr(gradient, name), way)), strict=True)
