@@ -41,7 +41,7 @@ OTHERS = {
     **{
         name: make_policy(name)
         for name, kind in POLICIES.items()
-        if name not in ("full", *RESTATED, *tiny.NEEDS_FILE)
+        if name not in ("full", "rerotate", *RESTATED, *tiny.NEEDS_FILE)
         and not any(type(part) is kind for part in (*parts_of(NESTED), *parts_of(ADA_PYRAMID)))
     },
     "nested": NESTED,

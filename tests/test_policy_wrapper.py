@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lookahead_jax.decoding.eviction import DecodeEviction
+from lookahead_jax.model.cache import empty_cache
 from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.base import CutByTokens, Policy, WithDraft
 from lookahead_jax.policies.registry import POLICIES, make_policy
@@ -20,6 +21,7 @@ from tests.test_policies import BUDGET, LENGTHS, PLAIN, RICH, fake_view, kept_se
 
 ARRAY = jnp.arange(3, dtype=jnp.int32)
 VIEW = fake_view(jnp.zeros((1, 1, 3)), ARRAY[None, None], ARRAY[:1])
+CACHE = empty_cache(PLAIN, 1, 1, jnp.float32, ARRAY[:1])
 # One answer for everything a policy is asked, of the right type and unlike the base class's.
 ANSWERS = {
     "reading": WithDraft(tokens=77),
@@ -36,13 +38,15 @@ ANSWERS = {
     "head_budgets": ARRAY + 5,
     "rerank": ARRAY + 7,
     "max_entries": 78,
+    "renumbers": True,
+    "arrange": CACHE.fork(1),
 }
 ARGUMENTS = {
     "batch": 2, "tokens": 5, "budget": 3, "config": PLAIN, "stats": "some", "view": VIEW,
     "chunk": Chunk(*[ARRAY] * 8, PLAIN, ARRAY, ARRAY), "pos": ARRAY, "length": ARRAY,
     "window": None,
     "ranked": ARRAY, "candidates": ARRAY, "layer_budget": ARRAY, "scores": ARRAY,
-    "competing": ARRAY, "budgets": ARRAY,
+    "competing": ARRAY, "budgets": ARRAY, "cache": CACHE,
 }  # fmt: skip
 
 

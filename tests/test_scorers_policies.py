@@ -348,7 +348,7 @@ def test_names_nest():
             "snapkv:ada",
             {},
             "policy 'snapkv:ada': snapkv wraps no other policy, only ada, critical, chunkkv, "
-            "layers, threshold do",
+            "layers, threshold, blockwise, rerotate do",
         ),
         ("critical:full", {}, "Critical cannot wrap Full: it keeps everything"),
         ("chunkkv:full", {}, "ChunkKV cannot wrap Full: it keeps everything"),

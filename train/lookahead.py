@@ -293,7 +293,9 @@ def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> Tra
                 f"{modules.config.described}, not {config.modules.described}"
             )
         started = partial(init_state, optimizer=optimizer)
-        return jax.jit(started, out_shardings=replicated)(dataclasses.replace(modules, config=config.modules))
+        return jax.jit(started, out_shardings=replicated)(
+            dataclasses.replace(modules, config=config.modules)
+        )
 
     def init(params: Params) -> TrainState:
         key = jax.random.key(config.seed)

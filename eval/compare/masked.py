@@ -25,7 +25,14 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.params import Params, of_all_layers
 from lookahead_jax.modules.definition import LookaheadModules, observer_block
-from lookahead_jax.policies.base import OnePass, Policy, WithLookup, WithModules, WithResponse
+from lookahead_jax.policies.base import (
+    OnePass,
+    Policy,
+    WithLookup,
+    WithModules,
+    WithResponse,
+    check_positions,
+)
 from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.selection import select
 from lookahead_jax.policies.view import LayerView
@@ -95,6 +102,7 @@ def keep_masks(
 
     Raises ValueError for a model with sliding windows: its full cache has left entries behind.
     """
+    check_positions(policy, "a comparison")
     if any(window is not None for window in config.layer_window):
         raise ValueError("a model with sliding windows has no full cache to mask")
     masks: dict[int, jax.Array] = {}

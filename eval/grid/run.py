@@ -153,6 +153,7 @@ class ModelRun:
             isinstance(batch.result, Generation)
             and batch.cell.budget
             and method_of(batch.cell.policy).prune is None
+            and not policy_of(batch.cell.policy).renumbers
         ):
             self._views.append(kept_views(batch, batch.result, self._tokenizer, self._config.views))
 

@@ -22,10 +22,12 @@ class Inspect(RunOptions):
 
 def main(config: Inspect) -> None:
     from lookahead_jax.cli.inspect_page import drafted_steps, render  # imports jax
+    from lookahead_jax.policies.base import check_positions
 
     check_output(config.out)
     run = config.prepare()
     model, eviction = run.model, run.eviction
+    check_positions(eviction.policy, "inspect")
     if len(run.prompts) != 1:
         raise ValueError(
             f"inspect shows one prompt, and {config.input.tokens} has {len(run.prompts)} rows"

@@ -173,7 +173,9 @@ def generate(
     )
     prompt_tokens = [len(row) for row in batch.prompts]
     all_tokens = [len(text) + max_new_tokens for text in batch.texts]
-    cache, kept = report_cache(state.cache, prompt_tokens, all_tokens)
+    cache, kept = report_cache(
+        state.cache, prompt_tokens, np.asarray(batch.question_lengths), all_tokens
+    )
     state, decode_s = decode_rows(model, state, batch, drafting, outputs=outputs, burst=burst)
     _warn_of_crossing(model, batch, outputs)
     decoded = sum(len(output.tokens) - 1 for output in outputs)

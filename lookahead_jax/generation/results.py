@@ -38,7 +38,8 @@ class Generation:
     finish: list[FinishReason]
     prompt_tokens: list[int]
     prompt_ids: list[list[int]]
-    kept: np.ndarray  # [L, B, K, S] int32 ascending positions of kept prompt entries, -1 padded
+    kept: np.ndarray  # [L, B, K, S] int32 ascending positions of kept prompt entries, -1 padded;
+    # for the policy `rerotate` those that it gives them
     cache: CacheReport
     timing: Timing
     drafting: DraftReport
@@ -46,16 +47,21 @@ class Generation:
 
 
 def report_cache(
-    cache: KVCache, prompt_tokens: Sequence[int], all_tokens: Sequence[int]
+    cache: KVCache,
+    prompt_tokens: Sequence[int],
+    question_tokens: np.ndarray,
+    all_tokens: Sequence[int],
 ) -> tuple[CacheReport, np.ndarray]:
-    """The report on a cache after the prompt, and the kept positions [L, B, K, S] int32.
+    """The report on a cache after prompt and question, and the kept positions [L, B, K, S] int32.
 
-    Entries after a row's `prompt_tokens`, those of a question, are not counted as kept.
-    `all_tokens` of a row are its prompt, question and new tokens. Without eviction each of them
-    needs an entry; padding is not counted.
+    Entries after a row's prompt, those of a question [B], are not counted as kept. `all_tokens`
+    of a row are its prompt, question and new tokens. Without eviction each of them needs an
+    entry; padding is not counted.
     """
     pos = np.asarray(cache.pos)
-    of_prompt = (pos >= 0) & (pos < np.array(prompt_tokens)[None, :, None, None])
+    # Both bounds, since a policy may give the prompt's entries other positions.
+    end = np.minimum(prompt_tokens, np.asarray(cache.next_pos) - question_tokens)
+    of_prompt = (pos >= 0) & (pos < end[None, :, None, None])
     counts = of_prompt.sum(-1, dtype=np.int32)
     report = CacheReport(
         kept_per_head=counts.tolist(),

@@ -16,7 +16,7 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import on_its_mesh
 from lookahead_jax.modules.definition import LookaheadModules
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, check_positions
 from lookahead_jax.prefilling.batching import bucket_length, check_tokens
 from lookahead_jax.prefilling.diagnosis import non_finite_error
 from lookahead_jax.prefilling.layer_pass import hidden_states
@@ -49,6 +49,7 @@ def score(
     """
     check_tokens(tokens, config=model.config)
     policy = policy or default_policy(lookahead)
+    check_positions(policy, "score")
     announce(policy, budget, tokens.shape[1], model.config)
     width = tokens.shape[1]
     padded = np.full((len(tokens), bucket_length(width)), -1, np.int32)

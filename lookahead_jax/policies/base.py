@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.host.integers import check_integer
+from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.view import Chunk, LayerView, Stats
 
@@ -217,6 +218,15 @@ class Policy:
         """
         return ranked
 
+    @property
+    def renumbers(self) -> bool:
+        """Whether `arrange` gives entries new positions, which are not those of the prompt."""
+        return False
+
+    def arrange(self, cache: KVCache, config: ModelConfig) -> KVCache:
+        """What becomes of a prompt's cut cache before anything follows."""
+        return cache
+
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         """The most entries any layer and head can keep, for the static number of slots."""
         return min(tokens, budget)
@@ -242,6 +252,15 @@ def visible_to_next(pos: jax.Array, length: jax.Array, window: jax.Array | None)
     if window is None:
         return filled
     return filled & (length[:, None, None] - pos < window)
+
+
+def check_positions(policy: Policy, reader: str) -> None:
+    """Raises ValueError if kept entries do not have the positions of the prompt."""
+    if policy.renumbers:
+        raise ValueError(
+            f"{reader} reads which entries a policy keeps, and rerotate gives them other "
+            "positions: leave rerotate out"
+        )
 
 
 def protected_share(wanted: int, budget: int) -> int:

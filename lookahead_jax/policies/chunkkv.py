@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.blockwise import Blockwise
 from lookahead_jax.policies.critical import Critical
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.wrapper import PolicyWrapper
@@ -33,6 +34,8 @@ class ChunkKV(PolicyWrapper):
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, ChunkKV):
             return "it averages over chunks itself"
+        if isinstance(policy, Blockwise):
+            return "it scores again for each block; put it in front, blockwise:chunkkv"
         if isinstance(policy, Critical):
             return "it chooses within chunks; put it in front, critical:chunkkv"
         return super().why_not(policy)

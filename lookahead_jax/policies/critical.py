@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lookahead_jax.kernels.common import read_block
 from lookahead_jax.model.quantization import QuantizedWeight, Weight
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.blockwise import Blockwise
 from lookahead_jax.policies.expected_attention import ExpectedAttention
 from lookahead_jax.policies.keydiff import KeyDiff
 from lookahead_jax.policies.knorm import KNorm
@@ -50,6 +51,8 @@ class Critical(PolicyWrapper):
     def why_not(self, policy: Policy) -> str | None:
         if isinstance(policy, Critical | KVzipPlus):
             return "it weighs values itself"
+        if isinstance(policy, Blockwise):
+            return "it leaves no more entries than the budget to choose from"
         if isinstance(policy, KeyDiff | KNorm | KVzap | QFilter | RKV | TriAttention):
             return "its scores are negative, so a large value would lower them"
         if isinstance(policy, ExpectedAttention) and policy.values == "norm":

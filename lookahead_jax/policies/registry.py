@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lookahead_jax.policies.ada import Ada
 from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.blockwise import Blockwise
 from lookahead_jax.policies.chunkkv import ChunkKV
 from lookahead_jax.policies.critical import Critical
 from lookahead_jax.policies.expected_attention import ExpectedAttention
@@ -23,6 +24,7 @@ from lookahead_jax.policies.oracle import Oracle
 from lookahead_jax.policies.pyramidkv import PyramidKV
 from lookahead_jax.policies.qfilter import QFilter
 from lookahead_jax.policies.random import Random
+from lookahead_jax.policies.rerotate import Rerotate
 from lookahead_jax.policies.rkv import RKV
 from lookahead_jax.policies.snapkv import SnapKV
 from lookahead_jax.policies.speckv import SpecKV
@@ -46,6 +48,8 @@ POLICIES: dict[str, type[Policy]] = {
     "chunkkv": ChunkKV,
     "layers": Layers,
     "threshold": Threshold,
+    "blockwise": Blockwise,
+    "rerotate": Rerotate,
     "knorm": KNorm,
     "keydiff": KeyDiff,
     "lagkv": LagKV,
@@ -85,10 +89,10 @@ def make_policy(name: str, **arguments: Any) -> Policy:
     Values may be text, as on a command line (`window="16"`, `pool="none"`), or already parsed
     (None stands for "none"). `preset` names a set of fields, which other arguments override.
 
-    A policy around another (`ada`, `critical`, `chunkkv`, `layers`, `threshold`) takes `inner`, the
-    name of the policy it wraps (default snapkv), and passes on the arguments that it does not have
-    itself. Names in one text, `critical:ada:keydiff`, are such policies around each other,
-    outermost first.
+    A policy around another (`ada`, `critical`, `chunkkv`, `layers`, `threshold`, `blockwise`,
+    `rerotate`) takes `inner`, the name of the policy it wraps (default snapkv), and passes on the
+    arguments that it does not have itself. Names in one text, `critical:ada:keydiff`, are such
+    policies around each other, outermost first.
 
     Raises ValueError, listing what is possible, for an unknown name, argument or value, and for a
     policy that cannot wrap the next.

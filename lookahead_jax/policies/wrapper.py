@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
+from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.base import DecodeCut, Policy, Reading, WithReplay
 from lookahead_jax.policies.full import Full
@@ -79,6 +80,13 @@ class PolicyWrapper(Policy):
 
     def rerank(self, ranked: jax.Array, budgets: jax.Array, view: LayerView) -> jax.Array:
         return self.inner.rerank(ranked, budgets, view)
+
+    @property
+    def renumbers(self) -> bool:
+        return self.inner.renumbers
+
+    def arrange(self, cache: KVCache, config: ModelConfig) -> KVCache:
+        return self.inner.arrange(cache, config)
 
     def max_entries(self, tokens: int, budget: int, config: ModelConfig) -> int:
         return self.inner.max_entries(tokens, budget, config)

@@ -345,5 +345,6 @@ def _close(
     entries, scores, own = jax.tree.map(lambda *layers: jnp.stack(layers), *parts)
     cache = KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span)
     cache = with_staying(cache, own, None if opened.observer is None else opened.observer.block)
+    cache = settings.cut.policy.arrange(cache, settings.config)
     scores = None if scores is None else scores[..., :padded]
     return Prefilled(cache, last_logits(params, x, prompt, config=settings.config), scores)

@@ -277,6 +277,7 @@ def prefill(
     )
     cache = KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span)
     cache = with_staying(cache, own, observer)
+    cache = policy.arrange(cache, config)
     return Prefilled(cache, last_logits(params, carry.x, prompt, config=config), scores)
 
 

@@ -261,7 +261,7 @@ def _read_with_response(
     )  # fmt: skip
     if scores is not None:
         scores = scores_by_position(scores, full.cache.pos, tokens.shape[1])
-    return Prefilled(cache, full.logits, scores)
+    return Prefilled(policy.arrange(cache, config), full.logits, scores)
 
 
 def _cut_copy(inputs: _Inputs, cache: KVCache, policy: Policy, room: int) -> KVCache:
@@ -291,6 +291,7 @@ def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemp
         params, full.cache, scores, config=config, policy=policy,
         across_layers=reading.across_layers, budget=budget, slots=slots, pinned=inputs.pinned,
     )  # fmt: skip
+    cache = policy.arrange(cache, config)
     if not inputs.with_scores:
         return Prefilled(cache, full.logits, None)
     by_position = scores_by_position(scores, full.cache.pos, tokens.shape[1])

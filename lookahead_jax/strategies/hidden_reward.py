@@ -27,7 +27,7 @@ def text_chances(
     head: RewardHead,
     state: DecodeState,
     rows: Sequence[int],
-    starts: Sequence[int],  # of all R rows, see Rows.starts
+    starts: np.ndarray,  # [R] the position of each row's own text
     *,
     model: Model,
     params: Params,  # of the model, in the layout for decoding
@@ -50,7 +50,7 @@ def text_chances(
 
 
 def _unread(
-    state: DecodeState, rows: Sequence[int], starts: Sequence[int], ends: Sequence[int]
+    state: DecodeState, rows: Sequence[int], starts: np.ndarray, ends: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the pass has to read: tokens int32 [R, P], padded with -1, and their positions [R]."""
     texts, count = np.asarray(state.tokens), np.asarray(state.count)
@@ -60,7 +60,7 @@ def _unread(
         length = int(count[row])
         if length > 1 and texts[row, length - 1] in ends:
             length -= 1
-        known = min(int(next_pos[row]) - starts[row], length - 1)
+        known = min(int(next_pos[row] - starts[row]), length - 1)
         next_pos[row] = starts[row] + known
         missing[row] = texts[row, known:length]
     width = max(map(len, missing))

@@ -87,10 +87,10 @@ class Rows:
         self.model = model
         self.params: Params = for_decoding(model.params)
         self.state = state
+        self.starts = np.array(state.cache.next_pos)
+        """[R] the position at which a row's own text begins, behind its prompt."""
         self.logits = logits
         self.texts = texts
-        self.starts = np.array(state.cache.next_pos)
-        """[R] position of the first token of a row's own text."""
         self.copies = copies
         self.seeds = seeds
         self._ends = ends
@@ -265,10 +265,10 @@ class Rows:
         """
         if isinstance(self.reward, RewardHead):
             scores = text_chances(
-                self.reward, self.state, rows, self.starts.tolist(), model=self.model,
-                params=self.params, ends=self._ends,
+                self.reward, self.state, rows, self.starts, model=self.model, params=self.params,
+                ends=self._ends,
             )  # fmt: skip
-            self._spend(np.zeros(len(self.starts), np.int64), np.isin(self.groups, rows).any(1))
+            self._spend(np.zeros(len(self.finished), np.int64), np.isin(self.groups, rows).any(1))
             self._look(None)
             return [_finite("reward", score) for score in scores]
         tokenizer: Any = self.model.tokenizer
