@@ -82,11 +82,14 @@ def attention_logits(q, k, q_pos, k_pos, config, window):
     return np.where(seen[None], logits, -np.inf)
 
 
-def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None, gone=None):
+def run(
+    params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None, gone=None,
+    lora_rows=None,
+):  # fmt: skip
     """Runs `tokens` [T], then the residual rows `rows` [M, D]; -> ([Layer, ...], hidden [W, D]).
 
-    `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows after the prompt. Of the
-    prompt these see all, or the positions `kept[layer][KV head]`.
+    `lora` {name: {"a": [L, in, R], "b": [L, R, out]}} acts on the rows after the prompt, or on the
+    first `lora_rows` of them. Of the prompt these see all, or the positions `kept[layer][KV head]`.
     From position `gone[layer][KV head, i]` on nobody sees entry i.
     """
     params = {
@@ -110,7 +113,8 @@ def run(params, config, tokens, rows=None, lora=None, lora_scale=1.0, kept=None,
             y = x @ weight
             if lora is not None and name in lora:
                 a, b = (np.asarray(lora[name][part][index], np.float64) for part in "ab")
-                y[prompt:] += lora_scale * (x[prompt:] @ a @ b)
+                end = width if lora_rows is None else prompt + lora_rows
+                y[prompt:end] += lora_scale * (x[prompt:end] @ a @ b)
             return y + (p[f"{name}_bias"].reshape(-1) if f"{name}_bias" in p else 0.0)
 
         inner = norm(x, p["attn_norm"], config) if config.pre_norms else x

@@ -10,14 +10,8 @@ import pytest
 from lookahead_jax.model.layers import linear, mlp, rms_norm
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
-from lookahead_jax.train.objective import (
-    PAPER,
-    LossConfig,
-    base_forward,
-    divergence,
-    lookahead_losses,
-    losses_behind,
-)
+from lookahead_jax.train.loss import PAPER, LossConfig
+from lookahead_jax.train.objective import base_forward, divergence, lookahead_losses, parts_behind
 from tests import tiny
 
 CONFIG = LookaheadConfig(
@@ -155,7 +149,7 @@ def test_losses_and_gradients_match_two_plain_passes(family, known):
                 return lookahead_losses(variants, params, *rows, chunk=16, **shared)
             forward = base_forward(params, *rows, config=model, dtype=jnp.float32, chunk=16)
             assert forward.k.shape[3] == rows[0].shape[1]
-            return losses_behind(variants, params, forward, **shared)
+            return parts_behind(variants, params, forward, **shared).importance
 
         values, backward = jax.vjp(run, variants)
         answered = jnp.broadcast_to(jnp.asarray([1.0, 1.0, 0.0]), values.shape)

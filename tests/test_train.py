@@ -27,8 +27,8 @@ from lookahead_jax.train.batches import Batch
 from lookahead_jax.train.checkpoints import Checkpoints, digests
 from lookahead_jax.train.data import DataConfig, prepare
 from lookahead_jax.train.embedded import base
+from lookahead_jax.train.loss import LossConfig
 from lookahead_jax.train.metrics import MetricsLog
-from lookahead_jax.train.objective import LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, learning_rate
 from lookahead_jax.train.step import compile_step, init_state, train_step
 from tests import tiny

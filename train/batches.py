@@ -15,7 +15,8 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import sharding
 from lookahead_jax.modules.definition import LookaheadModules
-from lookahead_jax.train.objective import BaseForward, LossConfig, lookahead_losses, losses_behind
+from lookahead_jax.train.loss import LossConfig, LossParts
+from lookahead_jax.train.objective import BaseForward, loss_parts, parts_behind
 
 
 @struct.dataclass
@@ -43,9 +44,9 @@ class Batch:
         config: ModelConfig,
         losses: Sequence[LossConfig] | None,
         chunk: int | None,
-    ) -> jax.Array:
-        """The losses of one micro-batch, a slice of this one along A: [V, B]."""
-        return lookahead_losses(
+    ) -> LossParts:
+        """The losses of one micro-batch, a slice of this one along A."""
+        return loss_parts(
             variants,
             params,
             self.prompts,
@@ -80,9 +81,9 @@ class ForwardBatch:
         config: ModelConfig,
         losses: Sequence[LossConfig] | None,
         chunk: int | None,
-    ) -> jax.Array:
-        """The losses of one micro-batch, a slice of this one along A: [V, B]."""
-        return losses_behind(variants, params, self.forward, config=config, losses=losses)
+    ) -> LossParts:
+        """The losses of one micro-batch, a slice of this one along A."""
+        return parts_behind(variants, params, self.forward, config=config, losses=losses)
 
 
 AnyBatch = Batch | ForwardBatch
@@ -97,4 +98,4 @@ def forward_sharding(mesh: Mesh) -> Any:
     """The same of rows whose base forward is known: a ForwardBatch of shardings."""
     rows: Any = sharding((None, "batch"), mesh)
     layers: Any = sharding((None, None, "batch"), mesh)
-    return ForwardBatch(BaseForward(layers, layers, layers, layers, rows, rows))
+    return ForwardBatch(BaseForward(layers, layers, layers, layers, rows, rows, rows))

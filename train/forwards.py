@@ -70,7 +70,7 @@ class ForwardStore:
         self._run = jax.jit(
             run,
             in_shardings=(param_shardings(config, mesh, weights), rows, rows),
-            out_shardings=BaseForward(layers, layers, layers, layers, rows, rows),
+            out_shardings=BaseForward(layers, layers, layers, layers, rows, rows, rows),
             compiler_options=compiler_options(),
         )
 
@@ -95,6 +95,7 @@ class ForwardStore:
         }
         arrays["length"] = (prompts >= 0).sum(-1, dtype=np.int32)
         arrays["answered"] = (responses >= 0).sum(-1, dtype=np.int32)
+        arrays["responses"] = responses
         return jax.device_put(ForwardBatch(BaseForward(**arrays)), self._shardings)
 
     def _path(self, prompt: np.ndarray, response: np.ndarray) -> Path:

@@ -17,10 +17,12 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lookahead_jax.checkpoints.hf_files import read_json
@@ -35,13 +37,13 @@ from lookahead_jax.model.parameter_specs import WeightType
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
-from lookahead_jax.modules.files import save_modules
+from lookahead_jax.modules.files import load_modules, save_modules
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.batches import microbatch_sharding
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.forwards import ForwardStore
+from lookahead_jax.train.loss import PAPER, LossConfig, check_loss
 from lookahead_jax.train.metrics import MetricsLog, OnMetrics
-from lookahead_jax.train.objective import PAPER, LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import TrainState, check_batch, compile_step, init_state
@@ -91,6 +93,9 @@ class TrainConfig:
     weights: WeightType | None = None
     """int8: the base's matrices in eight bits, with one scale per output channel."""
     loss: LossConfig = PAPER
+    start: Path | None = None
+    """Folder of modules of the same sizes to start from, with or without a memory; None: random
+    ones."""
     forwards: Path | None = None
     """Cache folder for the base model's keys, values and targets of each row: later epochs, and
     other runs on the same rows, run the lookahead tokens alone. None: nothing is cached."""
@@ -146,6 +151,7 @@ def train(config: TrainConfig, *, on_metrics: OnMetrics | None = None) -> Lookah
     for name in ("save_every", "chunk"):
         if (size := getattr(config, name)) is not None and size < 1:
             raise ValueError(f"{name} must be at least 1, not {size}")
+    check_loss(config.modules, config.loss)
     make_folder(config.run)
     # Only the first process writes logs and checkpoints; the folder may be on a shared disk.
     lock = folder_lock(config.run) if jax.process_index() == 0 else contextlib.nullcontext()
@@ -166,12 +172,15 @@ def _train(
     )  # fmt: skip
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     identity = {name: described[name] for name in _IDENTITY} | {"base": base}
+    identity |= {"modules": json.loads(json.dumps(config.modules.described))}
+    if config.start is not None:
+        identity |= {"start": described["start"]}
     if config.shards is not None:  # then the data's settings and their number name the rows
         rows = read_json(config.data[0], SETTINGS)
         identity |= {"shards": config.shards, "data": rows}
     # The defaults are left out: so were they when these fields did not exist.
     if config.loss != PAPER:
-        identity |= {"loss": described["loss"]}
+        identity |= {"loss": json.loads(json.dumps(config.loss.described))}
     if config.forwards is not None:  # float16 keys and values
         identity |= {"forwards": True}
     with (
@@ -266,14 +275,34 @@ def _run_steps(
 
 
 def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> TrainState:
-    """The state before the first step, on every device."""
+    """The state before the first step, on every device.
+
+    Raises ValueError if the modules to start from have other sizes, and as `load_modules`.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    if config.start is not None:
+        modules = load_modules(
+            config.start, params=model.params, config=model.config, dtype=jnp.float32
+        )
+        sizes = dataclasses.replace(
+            modules.config, init=config.modules.init, memory=config.modules.memory
+        )
+        if sizes != config.modules:
+            raise ValueError(
+                f"{config.start}: these modules have other sizes than the run: "
+                f"{modules.config.described}, not {config.modules.described}"
+            )
+        started = partial(init_state, optimizer=optimizer)
+        return jax.jit(started, out_shardings=replicated)(
+            dataclasses.replace(modules, config=config.modules)
+        )
 
     def init(params: Params) -> TrainState:
         key = jax.random.key(config.seed)
         modules = init_modules(key, config.modules, model.config, params=params)
         return init_state(modules, optimizer)
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, PartitionSpec()))(model.params)
+    return jax.jit(init, out_shardings=replicated)(model.params)
 
 
 def join_cluster() -> None:

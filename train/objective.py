@@ -7,22 +7,20 @@ Letters: B batch, T prompt, Y response, M lookahead tokens, N query heads, L lay
 Source: LookaheadKV (arXiv 2603.10899), section 3: KL per layer and query head.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from lookahead_jax.host.integers import check_integer
 from lookahead_jax.kernels.importance import head_scores
 from lookahead_jax.kernels.reductions import Reduce
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.context import Context
-from lookahead_jax.model.decoder import Block, embed, scan_layers
+from lookahead_jax.model.decoder import embed, scan_layers
 from lookahead_jax.model.layer_attention import LayerKind, layer_kinds
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
@@ -36,6 +34,8 @@ from lookahead_jax.prefilling.layer_pass import (
     prompt_layer,
     prompt_layout,
 )
+from lookahead_jax.train.loss import PAPER, LossConfig, LossParts, Response, check_loss
+from lookahead_jax.train.restoration import Reading, next_token_divergence, response_block
 
 # Floors of one entry's share and of the mass on the prompt. A single lookahead token may attend
 # almost only to itself; its gradient has the inverse of their product, which must fit a float32.
@@ -90,36 +90,16 @@ def divergence(target: jax.Array, predicted: jax.Array, skip: int = 0) -> jax.Ar
     static_argnums=0,
 )
 def _predict(static, observer, layer, rows, seen):
-    """Advances the lookahead rows by one layer: the rows, and their divergence from the target."""
-    (config, skip), (block, rope) = static, observer
+    """Advances the lookahead rows by one layer: the rows, their divergence from the target, and,
+    where they stay, their queries."""
+    (config, skip, stays), (block, rope) = static, observer
     p, lora, kind = layer
     context, target = seen
     rows, queries = observe_layer(
         p, rows, block, rope, kind, context=context, lora=lora, config=config
     )
-    return rows, divergence(target, _attention_on_prompt(queries, context, kind, config), skip)
-
-
-Response = Literal["mean", "max"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What the loss compares. The defaults are those of the paper."""
-
-    skip: int = 0
-    """Number of leading prompt entries that the loss leaves out: attention sinks, which hold most
-    of the mass."""
-    response: Response = "mean"
-    """How the attention of a response's tokens becomes one target."""
-
-    def __post_init__(self) -> None:
-        check_integer("loss skip", self.skip, least=0)
-        if self.response not in get_args(Response):
-            raise ValueError(f"unknown response {self.response!r}; known: mean, max")
-
-
-PAPER = LossConfig()
+    loss = divergence(target, _attention_on_prompt(queries, context, kind, config), skip)
+    return rows, loss, queries if stays else None
 
 
 class BaseForward(NamedTuple):
@@ -131,6 +111,7 @@ class BaseForward(NamedTuple):
     max: jax.Array  # [L, B, N, T] float32 the largest instead
     length: jax.Array  # [B] int32 tokens of the prompt
     answered: jax.Array  # [B] int32 tokens of the response
+    responses: jax.Array  # [B, Y] int32, padded with -1
 
 
 class _Rows(NamedTuple):
@@ -152,15 +133,11 @@ class _Base:
         chunk: int | None,
         config: ModelConfig,
     ):
-        width = responses.shape[1]
         self.config = config
         prompts, self.prompt = prompt_layout(prompts, 0, chunk, config)
         self.answered = (responses >= 0).sum(1, dtype=jnp.int32)
-        steps = self.prompt.length[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-        self.response = Block(
-            x=embed(params, responses, config=config),
-            positions=jnp.where(responses >= 0, steps, -1),
-            rope_span=self.prompt.span,
+        self.response = response_block(
+            params, responses, self.prompt.length, self.prompt.span, config=config
         )
         self.rope = rope_tables(config, self.response.positions, self.prompt.span)
         x = embed(params, prompts, config=config)
@@ -180,24 +157,51 @@ class _Base:
         return _Rows(read.x, read.buffers, response), context, queries
 
 
+class _Observed(NamedTuple):
+    """Sets of lookahead tokens between two layers."""
+
+    rows: list[jax.Array]  # [B, M, D] each
+    losses: jax.Array  # [V, B] sums over the layers so far
+    restored: list[jax.Array | None]  # [B, Y, D] the response behind what each keeps, or None
+
+
 class _Observers:
-    """Sets of lookahead tokens on their way through the layers, and their losses so far."""
+    """Sets of lookahead tokens on their way through the layers."""
 
     def __init__(
         self,
         variants: Sequence[LookaheadModules],
+        params: Params,
         length: jax.Array,
-        dtype: DTypeLike,
+        responses: jax.Array,
+        *,
         losses: Sequence[LossConfig] | None,
         config: ModelConfig,
     ):
+        dtype = params["final_norm"].dtype
         self.blocks = [observer_block(modules, length, length, dtype=dtype) for modules in variants]
         self.ropes = [rope_tables(config, block.positions, length) for block in self.blocks]
         self.loras = [block.lora for block in self.blocks]
         self.losses = [PAPER] * len(variants) if losses is None else list(losses)
-        self.config = config
+        self.config, self.params = config, params
+        self.readings: list[Reading | None] = []
+        for modules, loss in zip(variants, self.losses, strict=True):
+            check_loss(modules.config, loss)
+            reading = None
+            if loss.memory:
+                reading = Reading(
+                    params, responses, length, tokens=modules.config.tokens, policy=loss.policy,
+                    budgets=loss.budgets, config=config,
+                )  # fmt: skip
+            self.readings.append(reading)
         zero = jnp.zeros((len(variants), length.shape[0]), jnp.float32)
-        self.start = [block.x for block in self.blocks], zero
+        restored = [None if reading is None else reading.block.x for reading in self.readings]
+        self.start = _Observed([block.x for block in self.blocks], zero, restored)
+
+    @property
+    def restores(self) -> bool:
+        """Whether any set has a memory."""
+        return any(reading is not None for reading in self.readings)
 
     @property
     def responses(self) -> set[Response]:
@@ -207,30 +211,79 @@ class _Observers:
     def advance(
         self,
         p: Params,
-        carry: tuple[list[jax.Array], jax.Array],
+        carry: _Observed,
         loras: list[Params | None],
         kind: LayerKind,
         *,
         context: Context,
         targets: Mapping[Response, jax.Array],
-    ) -> tuple[list[jax.Array], jax.Array]:
+    ) -> _Observed:
         """One layer of every set; `targets` [B, N, T] by how they were reduced."""
-        rows, losses = carry
         predicted = [
             _predict(
-                (self.config, loss.skip), observer, (p, lora, kind), r,
+                (self.config, loss.skip, reading is not None), observer, (p, lora, kind), rows,
                 (context, targets[loss.response]),
             )
-            for *observer, loss, lora, r in zip(
-                self.blocks, self.ropes, self.losses, loras, rows, strict=True
+            for *observer, loss, reading, lora, rows in zip(
+                self.blocks, self.ropes, self.losses, self.readings, loras, carry.rows, strict=True
             )
         ]  # fmt: skip
-        losses = losses + jnp.stack([loss.mean(-1) for _, loss in predicted])
-        return [rows for rows, _ in predicted], losses
+        restored = [
+            None
+            if reading is None or rows is None
+            else reading.advance(p, rows, kind, context=context, queries=queries)
+            for reading, rows, (*_, queries) in zip(
+                self.readings, carry.restored, predicted, strict=True
+            )
+        ]
+        losses = carry.losses + jnp.stack([loss.mean(-1) for _, loss, _ in predicted])
+        return _Observed([rows for rows, *_ in predicted], losses, restored)
 
-    def mean(self, carry, answered: jax.Array) -> jax.Array:
-        """The losses after the last layer, [V, B]."""
-        return jnp.where(answered[None] > 0, carry[1] / self.config.num_layers, 0.0)
+    def parts(self, carry: _Observed, response: jax.Array, answered: jax.Array) -> LossParts:
+        """The losses after the last layer; `response` [B, Y, D] is that behind the whole prompt."""
+        importance = jnp.where(answered[None] > 0, carry.losses / self.config.num_layers, 0.0)
+        memory = [
+            jnp.zeros_like(answered, jnp.float32)
+            if rows is None
+            else next_token_divergence(self.params, response, rows, answered, config=self.config)
+            for rows in carry.restored
+        ]
+        return LossParts(importance, jnp.stack(memory))
+
+
+def loss_parts(
+    variants: Sequence[LookaheadModules],
+    params: Params,
+    prompts: Int[Array, "B T"],
+    responses: Int[Array, "B Y"],
+    *,
+    config: ModelConfig,
+    losses: Sequence[LossConfig] | None = None,
+    chunk: int | None = CHUNK,
+) -> LossParts:
+    """The parts of `lookahead_losses`."""
+    base = _Base(params, prompts, responses, chunk, config)
+    observers = _Observers(
+        variants, params, base.prompt.length, responses, losses=losses, config=config
+    )
+
+    def step(carry, inputs):
+        rows, observed = carry
+        p, loras, kind = inputs
+        rows, context, queries = base.advance(p, rows, kind)
+        targets: dict[Response, jax.Array] = {
+            reduce: _attention_on_prompt(queries, context, kind, config, reduce=reduce)
+            for reduce in observers.responses
+        }
+        rows, context, targets = jax.lax.stop_gradient((rows, context, targets))
+        observed = observers.advance(p, observed, loras, kind, context=context, targets=targets)
+        return (rows, observed), None
+
+    carry = base.start, observers.start
+    (rows, observed), _ = scan_layers(
+        step, carry, params["layers"], observers.loras, layer_kinds(config)
+    )
+    return observers.parts(observed, rows.response, base.answered)
 
 
 def lookahead_losses(
@@ -247,31 +300,16 @@ def lookahead_losses(
 
     Mean over layers and query heads of KL(target || predicted). `prompts` and `responses` are
     int32, right-padded with -1. The target is the attention of the response's queries under the
-    full cache, the prediction that of the lookahead tokens. The prompt and the target are computed
-    once, for all variants, which may differ in everything; `losses` has the loss of each, by
-    default the paper's. Differentiable in `variants` alone. A row without a response has a loss
-    of 0.
+    full cache, the prediction that of the lookahead tokens. For modules with a memory, the weighted
+    divergence of the response's next tokens is added (restoration.py). The prompt and the target
+    are computed once, for all variants, which may differ in everything; `losses` has the loss of
+    each, by default the paper's. Differentiable in `variants` alone. A row without a response has a
+    loss of 0. ValueError for a loss that does not fit its modules (`check_loss`).
     """
-    base = _Base(params, prompts, responses, chunk, config)
-    observers = _Observers(variants, base.prompt.length, base.response.x.dtype, losses, config)
-
-    def step(carry, inputs):
-        rows, observed = carry
-        p, loras, kind = inputs
-        rows, context, queries = base.advance(p, rows, kind)
-        targets: dict[Response, jax.Array] = {
-            reduce: _attention_on_prompt(queries, context, kind, config, reduce=reduce)
-            for reduce in observers.responses
-        }
-        rows, context, targets = jax.lax.stop_gradient((rows, context, targets))
-        observed = observers.advance(p, observed, loras, kind, context=context, targets=targets)
-        return (rows, observed), None
-
-    carry = base.start, observers.start
-    (_, observed), _ = scan_layers(
-        step, carry, params["layers"], observers.loras, layer_kinds(config)
+    parts = loss_parts(
+        variants, params, prompts, responses, config=config, losses=losses, chunk=chunk
     )
-    return observers.mean(observed, base.answered)
+    return parts.total([PAPER] * len(variants) if losses is None else losses)
 
 
 def base_forward(
@@ -300,33 +338,47 @@ def base_forward(
     _, (k, v, mean, largest) = scan_layers(
         step, base.start, params["layers"], None, layer_kinds(config)
     )
-    return BaseForward(k, v, mean, largest, base.prompt.length, base.answered)
+    return BaseForward(k, v, mean, largest, base.prompt.length, base.answered, responses)
 
 
-def losses_behind(
+def parts_behind(
     variants: Sequence[LookaheadModules],
     params: Params,
     forward: BaseForward,
     *,
     config: ModelConfig,
     losses: Sequence[LossConfig] | None = None,
-) -> Float[Array, "V B"]:
-    """`lookahead_losses` of rows whose base forward is known: only the lookahead tokens are run."""
+) -> LossParts:
+    """`loss_parts` of rows whose base forward is known.
+
+    Only the lookahead tokens are run, and with a memory the response, behind the whole prompt and
+    behind what is kept.
+    """
     steps = jnp.arange(forward.k.shape[3], dtype=jnp.int32)[None]
     positions = jnp.where(steps < forward.length[:, None], steps, -1)[:, None]
-    dtype = params["final_norm"].dtype
-    observers = _Observers(variants, forward.length, dtype, losses, config)
+    dtype, length = params["final_norm"].dtype, forward.length
+    observers = _Observers(
+        variants, params, length, forward.responses, losses=losses, config=config
+    )
+    block = response_block(params, forward.responses, length, length, config=config)
+    rope = rope_tables(config, block.positions, length)
 
-    def step(observed, inputs):
+    def step(carry, inputs):
+        response, observed = carry
         p, loras, (kind, k, v, targets) = inputs
         context = Context(k.astype(dtype), v.astype(dtype), positions)
+        if observers.restores:
+            response, _ = observe_layer(
+                p, response, block, rope, kind, context=context, lora=None, config=config
+            )
         observed = observers.advance(p, observed, loras, kind, context=context, targets=targets)
-        return observed, None
+        return (response, observed), None
 
     targets = {reduce: getattr(forward, reduce) for reduce in observers.responses}
     per_layer = layer_kinds(config), forward.k, forward.v, targets
-    observed, _ = scan_layers(step, observers.start, params["layers"], observers.loras, per_layer)
-    return observers.mean(observed, forward.answered)
+    carry = block.x, observers.start
+    (response, observed), _ = scan_layers(step, carry, params["layers"], observers.loras, per_layer)
+    return observers.parts(observed, response, forward.answered)
 
 
 def lookahead_loss(

@@ -20,7 +20,7 @@ from lookahead_jax.model.sharding import param_shardings
 from lookahead_jax.modules.definition import LookaheadModules
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.batches import AnyBatch, forward_sharding, microbatch_sharding
-from lookahead_jax.train.objective import PAPER, LossConfig
+from lookahead_jax.train.loss import PAPER, LossConfig
 
 StepMetrics = dict[str, jax.Array]
 
@@ -85,10 +85,13 @@ def variants_step(
     count = jnp.maximum(rows, 1).astype(jnp.float32)
     weights = learned.astype(jnp.float32) / count[:, None, None]
 
+    losses = [PAPER] * len(states) if losses is None else losses
+
     def mean_losses(variants: list[LookaheadModules], part: AnyBatch, weights: jax.Array):
-        values = part.losses(variants, params, config=config, losses=losses, chunk=chunk)
-        values = (values * weights).sum(-1)
-        return values.sum(), values  # no run's loss depends on another's modules
+        parts = part.losses(variants, params, config=config, losses=losses, chunk=chunk)
+        values = jnp.stack([parts.total(losses), *parts])
+        values = (values * weights[None]).sum(-1)
+        return values[0].sum(), values  # no run's loss depends on another's modules
 
     def accumulate(carry, inputs):
         part, weights = inputs
@@ -97,19 +100,20 @@ def variants_step(
 
     gradient_of = jax.value_and_grad(mean_losses, has_aux=True)
     variants = [state.modules for state in states]
-    nothing = (jnp.zeros(len(states), jnp.float32), jax.tree.map(jnp.zeros_like, variants))
+    nothing = (jnp.zeros((3, len(states)), jnp.float32), jax.tree.map(jnp.zeros_like, variants))
     (values, gradients), _ = jax.lax.scan(accumulate, nothing, (batch, weights.swapaxes(0, 1)))
     sizes = {
         "prompt_tokens": batch.length.sum(dtype=jnp.int32),
         "response_tokens": batch.answered.sum(dtype=jnp.int32),
     }
     updated, metrics = [], []
-    for state, optimizer, loss, gradient, count in zip(
-        states, optimizers, values, gradients, rows, strict=True
+    for state, optimizer, loss, (total, importance, memory), gradient, count in zip(
+        states, optimizers, losses, values.T, gradients, rows, strict=True
     ):
-        state, values = next_state(state, optimizer, loss, gradient)
+        state, changed = next_state(state, optimizer, total, gradient)
         updated.append(state)
-        metrics.append(values | {"rows": count} | sizes)
+        parts = {"importance_loss": importance, "memory_loss": memory} if loss.memory else {}
+        metrics.append(changed | parts | {"rows": count} | sizes)
     return tuple(updated), tuple(metrics)
 
 

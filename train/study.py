@@ -37,12 +37,13 @@ from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import make_mesh, param_shardings
 from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.modules.files import save_modules
+from lookahead_jax.policies.lookaheadkv import LookaheadKV
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.batches import forward_sharding, microbatch_sharding
 from lookahead_jax.train.checkpoints import Checkpoints
 from lookahead_jax.train.forwards import ForwardStore
+from lookahead_jax.train.loss import LossConfig
 from lookahead_jax.train.metrics import MetricsLog
-from lookahead_jax.train.objective import LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say, steps
 from lookahead_jax.train.step import StepMetrics, TrainState, check_batch, init_state, variants_step
@@ -110,7 +111,7 @@ def read_study(name: str) -> Study:
             variants[label] = Variant(
                 modules=LookaheadConfig(**sizes | {"targets": tuple(sizes["targets"])}),
                 optimizer=OptimizerConfig(**shared["optimizer"] | own.pop("optimizer", {})),
-                loss=LossConfig(**shared["loss"] | own.pop("loss", {})),
+                loss=_loss(shared["loss"] | own.pop("loss", {})),
                 seed=own.pop("seed", seed),
                 without=tuple(own.pop("without", ())),
                 **own,
@@ -120,6 +121,15 @@ def read_study(name: str) -> Study:
         return Study(variants=variants, **content)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+def _loss(fields: dict[str, Any]) -> LossConfig:
+    fields = dict(fields)
+    if "budgets" in fields:
+        fields["budgets"] = tuple(fields["budgets"])
+    if "policy" in fields:
+        fields["policy"] = LookaheadKV(**fields["policy"])
+    return LossConfig(**fields)
 
 
 def rows_used(study: Study, data: TrainingData, names: tuple[str, ...], step: int) -> np.ndarray:
@@ -168,7 +178,11 @@ def _train(config: StudyConfig, study: Study, folders: dict[str, Path], mesh: Me
             base_fingerprint=base, chunk=CHUNK,
         )  # fmt: skip
     begin, step_fn = _programs(study, model.config, mesh, forwards=forwards is not None)
-    described = json.loads(json.dumps(dataclasses.asdict(study)))
+    described = dataclasses.asdict(study)
+    for label, variant in study.variants.items():
+        changed = {"modules": variant.modules.described, "loss": variant.loss.described}
+        described["variants"][label] |= changed
+    described = json.loads(json.dumps(described))
     identity = described | {"base": base, "data": list(folders)}
     if forwards is not None:  # float16 keys and values
         identity |= {"forwards": True}

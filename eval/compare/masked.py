@@ -24,7 +24,7 @@ from lookahead_jax.model.context import Context
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.params import Params, of_all_layers
-from lookahead_jax.modules.definition import LookaheadModules, observer_block
+from lookahead_jax.modules.definition import LookaheadModules, observer_block, staying_entries
 from lookahead_jax.policies.base import (
     OnePass,
     Policy,
@@ -100,9 +100,15 @@ def keep_masks(
 ) -> jax.Array:
     """Which slots of the full cache the policy keeps at each budget: bool [U, L, B, K, S].
 
-    Raises ValueError for a model with sliding windows: its full cache has left entries behind.
+    Raises ValueError for a model with sliding windows, whose full cache has left entries behind,
+    and for modules with a memory.
     """
     check_positions(policy, "a comparison")
+    if staying_entries(policy, modules):
+        raise ValueError(
+            "the modules have a memory, which a full cache with masked entries lacks: measure them "
+            "with `lookahead eval run`"
+        )
     if any(window is not None for window in config.layer_window):
         raise ValueError("a model with sliding windows has no full cache to mask")
     masks: dict[int, jax.Array] = {}

@@ -42,6 +42,8 @@ class DecodeEviction:
     policy: Policy
     budget: int
     interval: int
+    staying: int = 0
+    """Entries of the budget that are a memory of lookahead modules; pinned, see `pinned_memory`."""
 
     def __post_init__(self) -> None:
         if self.policy.decode_cut is None:
@@ -89,8 +91,9 @@ class DecodeEviction:
 
         A prompt shorter than the budget keeps fewer entries than a later cut may.
         """
-        kept = self.policy.max_entries(tokens, self.budget, config)
-        later = self.policy.max_entries(tokens + new_tokens, self.budget, config)
+        staying = self.staying
+        kept = self.policy.max_entries(tokens, self.budget - staying, config) + staying
+        later = self.policy.max_entries(tokens + staying + new_tokens, self.budget, config)
         if isinstance(self.policy.reading, WithCuts):  # these entries include an interval
             return min(new_tokens, later - kept)
         return min(new_tokens, later - kept + self.interval)
@@ -98,6 +101,16 @@ class DecodeEviction:
     def until_cut(self, next_pos: jax.Array) -> jax.Array:
         """How many tokens [B] may enter a cache of `next_pos` [B] tokens before it is cut."""
         return self.interval - next_pos % self.interval
+
+
+def pinned_memory(pinned: jax.Array, length: jax.Array, staying: int) -> jax.Array:
+    """`pinned` bool [B, T] and the positions of a memory behind each prompt: [B, T + staying].
+
+    The prompts have `length` [B] tokens, and the memory `staying` entries.
+    """
+    wide = jnp.pad(pinned, [(0, 0), (0, staying)])
+    behind = jnp.arange(wide.shape[1], dtype=jnp.int32)[None] - length[:, None]
+    return wide | ((behind >= 0) & (behind < staying))
 
 
 def opening_sums(eviction: DecodeEviction | None, read: Prefilled) -> jax.Array | None:

@@ -42,7 +42,7 @@ from lookahead_jax.host.integers import check_integer
 from lookahead_jax.model.cache import cache_type
 from lookahead_jax.model.growth import warn_of_crossing
 from lookahead_jax.model.sharding import mesh_in_use
-from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.modules.definition import LookaheadModules, staying_entries
 from lookahead_jax.policies.base import Policy
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import bucket_length
@@ -127,14 +127,16 @@ class Engine:
         used = {policy, *policies.values()}
         if evict_every is not None and len(used) > 1:
             raise ValueError("several policies and evict_every exclude each other: leave out one")
+        staying = max(staying_entries(each, lookahead) for each in used)
         if max_prompt_tokens is None:
-            max_prompt_tokens = model.config.max_position - max_new_tokens - max_question_tokens
+            follows = staying + max_question_tokens + max_new_tokens
+            max_prompt_tokens = model.config.max_position - follows
         self.limits = Limits(
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=max_new_tokens,
             max_question_tokens=max_question_tokens,
             token_bytes=longest_token_bytes(model.tokenizer),
-            max_pinned_tokens=None if all(isinstance(p, Full) for p in used) else budget,
+            max_pinned_tokens=None if all(isinstance(p, Full) for p in used) else budget - staying,
         )
         eviction = EvictionSettings(
             policy=policy, budget=budget, modules=lookahead, evict_every=evict_every,
@@ -146,7 +148,7 @@ class Engine:
                 prompt_tokens=max_prompt_tokens, new_tokens=max_new_tokens + max_question_tokens,
                 prompt_store_bytes=prompt_store_bytes, prefix_store_bytes=prefix_store_bytes,
             )  # fmt: skip
-            announce(each, budget, self.limits.longest + max_new_tokens, model.config)
+            announce(each, budget, self.limits.longest + staying + max_new_tokens, model.config)
         self.on_pause: Callable[[float], None] | None = None
         self._model = model
         self._eos_ids = end_ids(model, eos_ids)

@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.eviction import DecodeEviction, opening_question, opening_sums
+from lookahead_jax.decoding.eviction import (
+    DecodeEviction,
+    opening_question,
+    opening_sums,
+    pinned_memory,
+)
 from lookahead_jax.decoding.sampling import (
     GREEDY,
     SamplingRows,
@@ -105,7 +110,7 @@ class PromptReader:
             room = decode_eviction.room(width, room, model.config)
         self.slots: int = self._slots(width, limits.max_question_tokens + room)
         """Cache slots that a row needs for the longest prompt, its question and its output."""
-        self.pins: int = 0 if decode_eviction is None else width
+        self.pins: int = 0 if decode_eviction is None else width + decode_eviction.staying
         """Positions of a row that decoding has to know the pinned ones of."""
 
     def _slots(self, width: int, room: int) -> int:
@@ -317,10 +322,12 @@ class PromptReader:
     def _pinned_while_decoding(self, request: EncodedRequest) -> jax.Array | None:
         if not self.pins:
             return None
-        pinned = np.zeros((1, self.pins), bool)
+        staying = self._settings.staying
+        pinned = np.zeros((1, self.pins - staying), bool)
         for start, end in request.pin:
             pinned[0, start:end] = True
-        return jnp.asarray(pinned)
+        length = jnp.asarray([len(request.cut)], jnp.int32)
+        return pinned_memory(jnp.asarray(pinned), length, staying)
 
 
 @jax.jit

@@ -217,12 +217,13 @@ class Conversation:
     def _limit(self, tokens: int) -> int:
         """Most tokens of an answer after `tokens`; PositionsUsedUp if there is room for none."""
         positions = self._model.config.max_position
-        if tokens >= positions:
+        used = tokens + self._eviction.staying
+        if used >= positions:
             raise PositionsUsedUp(
                 f"with this message the conversation has {tokens:,} tokens, and the model has "
                 f"{positions:,} positions"
             )
-        return min(self._continuation.max_new_tokens, positions - tokens)
+        return min(self._continuation.max_new_tokens, positions - used)
 
     def _read(self, ids: list[int], messages: Sequence[Message]) -> tuple[KVCache, jax.Array]:
         """Reads the conversation so far from its beginning, and cuts it."""

@@ -149,7 +149,8 @@ def generate(
         check_memory(
             model, eviction, rows=rows, prompt_tokens=batch.longest, new_tokens=max_new_tokens
         )
-    announce(eviction.policy, budget, batch.longest + max_new_tokens, model.config)
+    follows = eviction.staying + max_new_tokens
+    announce(eviction.policy, budget, batch.longest + follows, model.config)
     outputs = _output_rows(model, batch, stop, continuation.eos_ids, on_text=on_text)
     draft = DraftSettings.of(drafter, draft_nodes)
     drafting = Drafting(
@@ -172,9 +173,10 @@ def generate(
         model, batch, continuation, eviction, drafts=observed, reader=reader, measure=measure
     )
     prompt_tokens = [len(row) for row in batch.row_prompts]
-    all_tokens = [len(text) + max_new_tokens for text in batch.texts]
+    text_tokens = [len(text) for text in batch.texts]
+    all_tokens = [tokens + max_new_tokens for tokens in text_tokens]
     cache, kept = report_cache(
-        state.cache, prompt_tokens, np.asarray(batch.question_lengths), all_tokens
+        state.cache, prompt_tokens, np.subtract(text_tokens, prompt_tokens), all_tokens
     )
     state, decode_s = decode_rows(model, state, batch, drafting, outputs=outputs, burst=burst)
     _warn_of_crossing(model, batch, outputs)

@@ -94,11 +94,6 @@ class PromptBatch:
         return [prompt for prompt in self.prompts for _ in range(self.copies)]
 
     @property
-    def row_pins(self) -> jax.Array | None:
-        """`pinned` of every row, bool [R, T]."""
-        return None if self.pinned is None else jnp.repeat(self.pinned, self.copies, axis=0)
-
-    @property
     def question_width(self) -> int:
         """Padded length of the questions, 0 without any."""
         return 0 if self.question_tokens is None else self.question_tokens.shape[1]

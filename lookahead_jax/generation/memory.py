@@ -28,7 +28,8 @@ def check_memory(
     config, weights = model.config, model.params["embed"]
     if eviction.evict_every is not None:
         new_tokens = min(new_tokens, eviction.evict_every)
-    slots = slots_for(eviction.policy, prompt_tokens, eviction.budget, new_tokens, config=config)
+    of_prompt, added = eviction.budget - eviction.staying, eviction.staying + new_tokens
+    slots = slots_for(eviction.policy, prompt_tokens, max(of_prompt, 0), added, config=config)
     vector = config.head_dim * weights.dtype.itemsize
     if eviction.cache_dtype is not None:
         vector = config.head_dim + _SCALE_BYTES

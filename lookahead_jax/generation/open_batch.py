@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lookahead_jax.checkpoints.load import Model
-from lookahead_jax.decoding.eviction import DecodeEviction, opening_question, opening_sums
+from lookahead_jax.decoding.eviction import (
+    DecodeEviction,
+    opening_question,
+    opening_sums,
+    pinned_memory,
+)
 from lookahead_jax.decoding.logprobs import LogprobRecord, empty_record
 from lookahead_jax.decoding.sampling import sampling_rows
 from lookahead_jax.decoding.state import DecodeState, seen_tokens, start
@@ -70,7 +75,10 @@ def read_batch(
         read = read_prompt(
             model.params, batch.tokens, config=config, policy=policy,
             budget=eviction.budget, new_tokens=added,
-            room=_room(batch, policy, eviction.budget, decode_eviction, new_tokens, config=config),
+            room=_room(
+                batch, policy, eviction.budget - eviction.staying, decode_eviction, new_tokens,
+                config=config,
+            ),
             modules=eviction.modules, eos_ids=eos_ids,
             with_scores=decode_eviction is not None and decode_eviction.adds_up,
             draft=drafts, known_tokens=batch.question_lengths,
@@ -112,13 +120,22 @@ def open_batch(
         seen=seen_tokens(batch.text_tokens, config.vocab_size) if packed.penalized else None,
         width=new_tokens,
         sums=sums,
-        # Without eviction it would only be one more argument of the decoding programs.
-        pinned=None if eviction.evict_every is None else batch.row_pins,
+        pinned=_pinned(batch, eviction),
         question=opening_question(eviction.while_decoding(), batch.texts),
         logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
         allowed=None if grammar is None else jnp.tile(grammar.first_mask, (rows, 1)),
     )
     return jax.block_until_ready(state)
+
+
+def _pinned(batch: PromptBatch, eviction: EvictionSettings) -> jax.Array | None:
+    """The positions that cuts while decoding keep: bool [B, T'], or None if there are none."""
+    # Without eviction it would only be one more argument of the decoding programs.
+    if eviction.evict_every is None or (batch.pinned is None and not eviction.staying):
+        return None
+    pinned = jnp.zeros_like(batch.tokens, bool) if batch.pinned is None else batch.pinned
+    length = (batch.tokens >= 0).sum(1, dtype=jnp.int32)
+    return jnp.repeat(pinned_memory(pinned, length, eviction.staying), batch.copies, axis=0)
 
 
 def _fitted(policy: Policy, batch: PromptBatch, new_tokens: int) -> Policy:

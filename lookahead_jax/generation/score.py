@@ -62,9 +62,12 @@ def score(
     for i in np.flatnonzero(~np.isfinite(np.asarray(result.logits)).all(-1)).tolist():
         row = tokens[i][tokens[i] >= 0].tolist()
         raise non_finite_error(model.params, row, f"row {i}", config=model.config)
-    most = int(np.max(np.asarray(result.cache.length)))
+    # What comes after a prompt is a memory of the modules.
+    pos, lengths = np.asarray(result.cache.pos), (tokens >= 0).sum(1, dtype=np.int32)
+    of_prompt = (pos >= 0) & (pos < lengths[None, :, None, None])
+    kept = np.where(of_prompt, pos, -1)[..., : int(of_prompt.sum(-1).max())]
     scores = cast(jax.Array, result.scores)  # asked for
-    return Scored(scores[..., :width], result.cache.pos[..., :most], result.logits)
+    return Scored(scores[..., :width], jnp.asarray(kept), result.logits)
 
 
 def token_logits(

@@ -12,7 +12,7 @@ from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.sampling import Sampling
 from lookahead_jax.drafters.registry import make_drafter
 from lookahead_jax.model.cache import CacheType
-from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.modules.definition import LookaheadModules, staying_entries
 from lookahead_jax.policies.base import Policy
 
 
@@ -30,6 +30,11 @@ class EvictionSettings:
     cache_dtype: CacheType | None = None
     """int8: entries are stored in eight bits; None: in the dtype of the weights."""
 
+    @property
+    def staying(self) -> int:
+        """Entries of the budget that are a memory of the modules, and positions that it takes."""
+        return staying_entries(self.policy, self.modules)
+
     def while_decoding(self) -> DecodeEviction | None:
         """The eviction of the decoding steps, if there is any.
 
@@ -37,7 +42,9 @@ class EvictionSettings:
         """
         if self.evict_every is None:
             return None
-        return DecodeEviction(policy=self.policy, budget=self.budget, interval=self.evict_every)
+        return DecodeEviction(
+            policy=self.policy, budget=self.budget, interval=self.evict_every, staying=self.staying
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

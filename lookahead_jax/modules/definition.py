@@ -1,12 +1,13 @@
 """Lookahead modules: learned tokens after a prompt, and a LoRA that acts on them alone.
 
 Letters: M lookahead tokens, R LoRA rank, L layers, D model, F mlp, N query heads, K KV heads, H.
-Source: LookaheadKV (arXiv 2603.10899).
+Sources: LookaheadKV (arXiv 2603.10899); for tokens that stay in the cache, RestoreKV
+(arXiv 2608.01247).
 """
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.quantization import rows_of
+from lookahead_jax.policies.base import Policy, WithModules
 
 # Linear layers a LoRA can sit on, as PEFT names them. (In checkpoints of Phi-3 and GLM some are
 # fused; their modules keep these names all the same.)
@@ -49,6 +51,8 @@ class LookaheadConfig:
     """The linear layers that have a LoRA, in every decoder layer."""
     init: Literal["table", "normal"]
     """Tokens are drawn with the mean and spread of the embedding table, or from N(0, 0.02^2)."""
+    memory: bool = False
+    """The tokens' own keys and values stay in the cache, as M entries of every head's budget."""
 
     def __post_init__(self) -> None:
         check_integer("lookahead tokens", self.tokens, least=1)
@@ -64,6 +68,19 @@ class LookaheadConfig:
             raise ValueError("give a LoRA both a rank above 0 and targets, or neither")
         if self.init not in get_args(LookaheadConfig.__annotations__["init"]):
             raise ValueError(f"unknown init {self.init!r}; known: table, normal")
+        if not isinstance(self.memory, bool):
+            raise ValueError(f"memory must be True or False, not {self.memory!r}")
+
+    @property
+    def staying(self) -> int:
+        """Entries per layer and head that the modules leave in the cache: M or 0."""
+        return self.tokens if self.memory else 0
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The sizes by name; `memory` only where it is set, as before there was such a field."""
+        fields = dataclasses.asdict(self)
+        return fields if self.memory else {n: v for n, v in fields.items() if n != "memory"}
 
 
 @struct.dataclass
@@ -73,6 +90,13 @@ class LookaheadModules:
     embeddings: jax.Array  # [M, D] rows of the residual stream, embedding scale included
     lora: Params  # {"q": {"a": [L, D, R], "b": [L, R, N * H]}, ...} one pair per target
     config: LookaheadConfig = struct.field(pytree_node=False)
+
+
+def staying_entries(policy: Policy, modules: LookaheadModules | None) -> int:
+    """Entries per layer and head that stay of the modules that `policy` reads, 0 if none do."""
+    if modules is None or not isinstance(policy.reading, WithModules):
+        return 0
+    return modules.config.staying
 
 
 def lora_shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -24,6 +24,7 @@ from lookahead_jax.modules.definition import TARGETS, LookaheadConfig, Lookahead
 CONFIG_FILE = "lookahead_config.json"
 TENSOR_FILE = "lookahead_model.safetensors"
 FORMAT = 1
+_WITH_MEMORY = 2  # a reader that does not know the field `memory` must not read these
 _DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 _EMBEDDINGS = "lookahead.embeddings"
 
@@ -53,8 +54,8 @@ def save_modules(
                 tensors[_peft_name(layer, name, letter)] = np.ascontiguousarray(values.T)
     content = safetensors.numpy.save(tensors, {"format": "pt"})
     described = {
-        "format": FORMAT,
-        **dataclasses.asdict(modules.config),
+        "format": _WITH_MEMORY if modules.config.memory else FORMAT,
+        **modules.config.described,
         "base_fingerprint": fingerprint(params),
         "base_fingerprint_float16": fingerprint(params, through=np.float16),
         "tensors_sha256": hashlib.sha256(content).hexdigest(),
@@ -128,9 +129,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = described.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{path}: {name} is {value!r}, of the wrong type")
-    if described["format"] != FORMAT:
-        raise ValueError(f"{path}: format {described['format']} is unknown; known: {FORMAT}")
-    sizes = {field.name: described[field.name] for field in dataclasses.fields(LookaheadConfig)}
+    if described["format"] not in (FORMAT, _WITH_MEMORY):
+        known = f"{FORMAT}, {_WITH_MEMORY}"
+        raise ValueError(f"{path}: format {described['format']} is unknown; known: {known}")
+    names = [field.name for field in dataclasses.fields(LookaheadConfig)]
+    sizes = {name: described[name] for name in names if name in described}
     try:
         targets = tuple(str(name) for name in sizes.pop("targets"))
         return described | {"config": LookaheadConfig(targets=targets, **sizes)}

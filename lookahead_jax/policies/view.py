@@ -28,6 +28,7 @@ class Queries(NamedTuple):
     lse: jax.Array | None = None  # [B, N, M] float32 of its attention logits, where known
     residual: jax.Array | None = None  # [B, M] float32 norm of the layer's input, in a replay
     x: jax.Array | None = None  # [B, M, D] what the layer's attention reads, of rows behind a cache
+    own_v: jax.Array | None = None  # [B, K, M, H] values of the rows whose keys are `own`
 
 
 class Chunk(NamedTuple):

@@ -225,7 +225,8 @@ def observe_layer(
         p, Stream(rows, *rope, lora), kind,
         positions=observer.positions, visible=visible, context=context, config=config,
     )  # fmt: skip
-    return rows, Queries(proj.q, observer.positions, (proj.k, visible), proj.lse, x=x)
+    own = proj.k, visible
+    return rows, Queries(proj.q, observer.positions, own, proj.lse, x=x, own_v=proj.v)
 
 
 def read_together(
@@ -253,7 +254,7 @@ def read_together(
         own, kind, positions=observer.positions, visible=visible, context=context, config=config
     )
     x, rows = feed_forward(p, streams, [causal(text, kind, config), seen], config=config)
-    queries = Queries(own.q, observer.positions, (own.k, visible), lse)
+    queries = Queries(own.q, observer.positions, (own.k, visible), lse, own_v=own.v)
     return x, rows, (text.k, text.v), queries
 
 

@@ -50,6 +50,7 @@ from lookahead_jax.prefilling.prefill import (
     in_dtype,
     last_logits,
     static_slots,
+    with_staying,
 )
 
 
@@ -93,6 +94,14 @@ class _CutLayer(NamedTuple):
     carry: Carry
     entries: LayerEntries
     scores: jax.Array | None  # [B, K, T] float32, if asked for
+    own: Buffers | None  # [B, K, M, H] of the observer, if they stay
+
+    @property
+    def part(self) -> "_Part":
+        return self.entries, self.scores, self.own
+
+
+_Part = tuple[LayerEntries, jax.Array | None, Buffers | None]
 
 
 class _Inputs(NamedTuple):
@@ -115,6 +124,7 @@ def prefill_in_pieces(
     with_scores: bool = False,
     pinned: jax.Array | None = None,
     cache_dtype: str | None = None,
+    observer_stays: bool = False,
     chunk: int = CHUNK,
     known: Sequence[ChunkEntries] = (),
     returned: int = 0,
@@ -130,8 +140,11 @@ def prefill_in_pieces(
     `returned` asks for the entries of the first chunks, as many as it says; those that are known
     are not returned again. The full keys and values of these chunks then exist in all layers.
     """
-    limit, slots = static_slots(policy, tokens.shape[1], budget, slots, config)
-    cut = Cut(policy, budget, limit, slots, cache_type(cache_dtype))
+    if observer_stays and observer is None:
+        raise ValueError("observer_stays: there is no observer; give observer=")
+    staying = observer.x.shape[1] if observer_stays and observer is not None else 0
+    limit, slots = static_slots(policy, tokens.shape[1], budget, slots, config, staying=staying)
+    cut = Cut(policy, budget, limit, slots, cache_type(cache_dtype), observer_stays)
     settings = _Settings(config, cut, with_scores)
     opened, carry, budgets = _open(
         params["embed"], tokens, jnp.asarray(known_tokens, jnp.int32), observer, pinned,
@@ -140,7 +153,7 @@ def prefill_in_pieces(
     whole = opened.prompt.chunk == carry.x.shape[1]
     chunks = int(opened.prompt.chunks)
     lora = None if opened.observer is None else opened.observer.block.lora
-    parts: list[tuple[LayerEntries, jax.Array | None]] = []
+    parts: list[_Part] = []
     fresh: list[list[Buffers]] = [[] for _ in range(len(known), returned)]
     per_layer = lora, layer_kinds(config), budgets
     for i in range(config.num_layers):
@@ -165,7 +178,7 @@ def prefill_in_pieces(
         carry = cut_layer.carry
         for c, layers in enumerate(fresh, len(known)):
             layers.append(_chunk_of(carry.buffers, c, size=opened.prompt.chunk))
-        parts.append((cut_layer.entries, cut_layer.scores))
+        parts.append(cut_layer.part)
         jax.block_until_ready(parts[-1])
         yield
     ends = {name: params[name] for name in params if name != "layers"}
@@ -313,7 +326,8 @@ def _close_layer(
 def _cut(scored: ScoredLayer, inputs: _Inputs, settings: _Settings) -> _CutLayer:
     carry, view, scores = scored
     entries = settings.cut.entries(view, scores, inputs.budget)
-    return _CutLayer(carry, entries, scores if settings.with_scores else None)
+    asked = scores if settings.with_scores else None
+    return _CutLayer(carry, entries, asked, settings.cut.staying(view))
 
 
 @program(static_argnames=("padded", "settings"))
@@ -321,15 +335,16 @@ def _close(
     params: Params,
     x: jax.Array,
     opened: _Opened,
-    parts: tuple[tuple[LayerEntries, jax.Array | None], ...],
+    parts: tuple[_Part, ...],
     padded: int,
     *,
     settings: _Settings,
 ) -> Prefilled:
     """The cut cache of all layers, and the logits after the prompt."""
     prompt = opened.prompt
-    entries, scores = jax.tree.map(lambda *layers: jnp.stack(layers), *parts)
+    entries, scores, own = jax.tree.map(lambda *layers: jnp.stack(layers), *parts)
     cache = KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span)
+    cache = with_staying(cache, own, None if opened.observer is None else opened.observer.block)
     cache = settings.cut.policy.arrange(cache, settings.config)
     scores = None if scores is None else scores[..., :padded]
     return Prefilled(cache, last_logits(params, x, prompt, config=settings.config), scores)

@@ -117,6 +117,7 @@ class Cut(NamedTuple):
     limit: int  # the most entries a head keeps
     slots: int
     cache_dtype: CacheType | None
+    stays: bool = False  # the observer's own entries join the cache
 
     def entries(self, view: LayerView, scores: jax.Array, layer_budget: jax.Array) -> LayerEntries:
         """What is kept of a layer with these `scores` [B, K, T] and its budget [B]."""
@@ -125,6 +126,31 @@ class Cut(NamedTuple):
             limit=self.limit,
         )  # fmt: skip
         return cut_layer(view, kept, self.slots, cache_dtype=self.cache_dtype)
+
+    def staying(self, view: LayerView) -> tuple[jax.Array, jax.Array] | None:
+        """The observer's own keys and values [B, K, M, H] in a layer, if they stay."""
+        queries = view.queries
+        if not self.stays or queries is None or queries.own is None or queries.own_v is None:
+            return None
+        return queries.own[0], queries.own_v
+
+
+def with_staying(
+    cache: KVCache, own: tuple[jax.Array, jax.Array] | None, observer: Block | None
+) -> KVCache:
+    """The cache with an observer's own keys and values [L, B, K, M, H] behind the prompt.
+
+    The text goes on after them. Nothing changes without `own`.
+    """
+    if own is None or observer is None:
+        return cache
+    (k, v), k_scale, v_scale = own, None, None
+    if cache.k_scale is not None:
+        (k, k_scale), (v, v_scale) = quantize_entries(k), quantize_entries(v)
+    batch, width = observer.positions.shape
+    path = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (batch, width))
+    count = jnp.full(batch, width, jnp.int32)
+    return commit(cache, Entries(k, v, observer.positions, path, count, k_scale, v_scale))
 
 
 def last_logits(
@@ -142,9 +168,15 @@ def in_dtype(observer: Block, dtype: DTypeLike) -> Block:
 
 
 def static_slots(
-    policy: Policy, tokens: int, budget: int, slots: int, config: ModelConfig
+    policy: Policy,
+    tokens: int,
+    budget: int,
+    slots: int,
+    config: ModelConfig,
+    *,
+    staying: int = 0,
 ) -> tuple[int, int]:
-    """The most entries a head keeps, and `slots` rounded up.
+    """The most entries a head keeps, and `slots` rounded up. `staying` more entries join them.
 
     Raises ValueError if the slots cannot hold the entries, and for sizes that are not integers.
     """
@@ -152,14 +184,19 @@ def static_slots(
     check_integer("slots", slots)
     limit = policy.max_entries(tokens, budget, config)
     slots = round_up(slots, SLOT_MULTIPLE)
-    if slots < limit:
-        raise ValueError(f"{slots} cache slots cannot hold the {limit} entries a head may keep")
+    if slots < limit + staying:
+        raise ValueError(
+            f"{slots} cache slots cannot hold the {limit + staying} entries a head may keep"
+        )
     return limit, slots
 
 
 @program(
-    static_argnames=("config", "policy", "budget", "slots", "chunk", "with_scores", "cache_dtype")
-)
+    static_argnames=(
+        "config", "policy", "budget", "slots", "chunk", "with_scores", "cache_dtype",
+        "observer_stays",
+    )
+)  # fmt: skip
 def prefill(
     params: Params,
     tokens: Int[Array, "B T"],
@@ -175,6 +212,7 @@ def prefill(
     with_scores: bool = False,
     pinned: Bool[Array, "B T"] | None = None,
     cache_dtype: str | None = None,
+    observer_stays: bool = False,
 ) -> Prefilled:
     """Reads a right-padded batch of prompts and keeps `budget` entries per layer and KV head.
 
@@ -185,14 +223,16 @@ def prefill(
     known_tokens. `new_tokens` has no effect and is accepted from callers of earlier versions, in
     which these factors depended on the tokens yet to be generated. `observer` holds the rows
     that a policy scores with (lookahead tokens or a draft); they are read after the prompt and
-    are not in the cache. `chunk` is how many prompt rows are in flight (None: the platform's
-    default, see `layer_pass.default_chunk`). `pinned` marks positions that every layer and head
+    are not in the cache, unless `observer_stays`: their own keys and values then follow the kept
+    entries, in addition to `budget`, and the text goes on after their positions. `chunk` is how
+    many prompt rows are in flight (None: the platform's default, see `layer_pass.default_chunk`).
+    `pinned` marks positions that every layer and head
     keeps whatever their score (`batching.pin_mask`), as long as the layer's sliding window shows
     them to later tokens; more of them than `budget` are not checked here (`read_prompt` refuses
     them). With `cache_dtype` "int8" the kept entries are rounded at the cut: the prompt itself is
-    read and scored in the dtype of the weights. Raises ValueError if `slots` cannot hold what the
-    policy may keep, without the observer that the policy needs, for a policy that cuts prompts
-    while they are read, for a chunk without rows, and for another `cache_dtype`.
+    read and scored in the dtype of the weights. Raises ValueError if `slots` cannot hold what
+    stays, without the observer that the policy needs, for a policy that cuts prompts while they
+    are read, for a chunk without rows, and for another `cache_dtype`.
     """
     rounded_to = cache_type(cache_dtype)
     reading, padded = policy.reading, tokens.shape[1]
@@ -204,7 +244,10 @@ def prefill(
         raise ValueError(
             f"policy {type(policy).__name__} cuts a prompt while it is read: use read_prompt"
         )
-    limit, slots = static_slots(policy, padded, budget, slots, config)
+    if observer_stays and observer is None:
+        raise ValueError("observer_stays: there is no observer; give observer=")
+    staying = observer.x.shape[1] if observer_stays and observer is not None else 0
+    limit, slots = static_slots(policy, padded, budget, slots, config, staying=staying)
     pattern = reading.sparse_pattern(padded) if isinstance(reading, WithDraft) else None
     if pattern is not None and chunk is None:
         chunk = CHUNK
@@ -219,16 +262,17 @@ def prefill(
         Scorer(policy, prompt, config, pinned), placed, pattern, budget=budget
     )
 
-    cut = Cut(policy, budget, limit, slots, rounded_to)
+    cut = Cut(policy, budget, limit, slots, rounded_to, observer_stays)
 
     def step(carry, inputs):
         p, lora, (kind, layer_budget) = inputs
         carry, view, scores = read_layer(Layer(p, lora, kind), carry)
         entries = cut.entries(view, scores, layer_budget)
-        return carry, (entries, scores[..., :padded] if with_scores else None)
+        asked = scores[..., :padded] if with_scores else None
+        return carry, (entries, asked, cut.staying(view))
 
     budgets = budgets_of_layers(policy, prompt.length, budget, config, pinned)
-    carry, (entries, scores) = scan_layers(
+    carry, (entries, scores, own) = scan_layers(
         step,
         Carry(x, layer_buffers(prompt, x.dtype, config), rows),
         params["layers"],
@@ -236,6 +280,7 @@ def prefill(
         (layer_kinds(config), budgets),
     )
     cache = KVCache(**entries._asdict(), next_pos=prompt.length, rope_span=prompt.span)
+    cache = with_staying(cache, own, observer)
     cache = policy.arrange(cache, config)
     return Prefilled(cache, last_logits(params, carry.x, prompt, config=config), scores)
 

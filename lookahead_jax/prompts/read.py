@@ -14,7 +14,7 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.decoder import Block, embed
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
-from lookahead_jax.modules.definition import LookaheadModules, observer_block
+from lookahead_jax.modules.definition import LookaheadModules, observer_block, staying_entries
 from lookahead_jax.policies.base import (
     OnePass,
     Policy,
@@ -50,6 +50,7 @@ class _Inputs(NamedTuple):
     config: ModelConfig
     policy: Policy
     budget: int
+    staying: int  # entries in addition, of lookahead tokens
     known_tokens: int | jax.Array
     room: int
     with_scores: bool
@@ -80,22 +81,25 @@ def read_prompt(
     At most `new_tokens` will follow; the cache has slots for `room` of them (None: for all).
     `known_tokens` (int or int32 [B]) of those are known already, a question for instance: RoPE
     factors that depend on length are chosen from prompt + known_tokens (model/rope.py).
-    `modules` are for policies that read lookahead modules; `draft` int32 [B, tokens], padded with
-    -1, for policies that read a draft; `eos_ids` end the response that some policies decode;
+    `modules` are for policies that read lookahead modules. If these have a memory, its tokens are
+    part of the budget and take positions after the prompt: the text goes on behind them. `draft`
+    int32 [B, tokens], padded with -1, is for policies that read a draft; `eos_ids` end the response
+    that some policies decode;
     `repeat_template` holds the requests around a replayed prompt (`kvzip_replay.repeat_template`).
     `pinned` bool [B, T] (`batching.pin_mask`) marks positions that every layer and head keeps
     whatever their score; in a layer with a sliding window, while later tokens can see them.
     `cache_dtype` "int8" rounds entries when they are stored, those of a first pass included.
 
-    Raises ValueError for a policy without the modules or the draft that it needs, and for a row
-    with more pinned positions than the budget.
+    Raises ValueError for a policy without the modules or the draft that it needs, for a row with
+    more pinned positions than the budget, and for a budget that a memory fills.
     """
     room = new_tokens if room is None else room
-    check_pinned(pinned, policy=policy, budget=budget)
+    staying = _checked_memory(policy, modules, budget)
+    check_pinned(pinned, policy=policy, budget=budget - staying)
     inputs = _Inputs(
-        params=params, tokens=tokens, config=config, policy=policy, budget=budget,
-        known_tokens=known_tokens, room=room, with_scores=with_scores, pinned=pinned,
-        cache_dtype=cache_dtype,
+        params=params, tokens=tokens, config=config, policy=policy, budget=budget - staying,
+        staying=staying, known_tokens=known_tokens, room=room, with_scores=with_scores,
+        pinned=pinned, cache_dtype=cache_dtype,
     )  # fmt: skip
     match policy.reading:
         case WithResponse() as reading:
@@ -147,7 +151,6 @@ def read_prompt_in_pieces(
     caches have slots for the same `longest` padded prompt. Other policies are one piece, because
     what they decode or replay is not divided: they share nothing.
     """
-    check_pinned(pinned, policy=policy, budget=budget)
     cuts = isinstance(policy.reading, WithCuts)
     if not has_pieces(policy) and not cuts:
         read = read_prompt(
@@ -157,10 +160,12 @@ def read_prompt_in_pieces(
             cache_dtype=cache_dtype,
         )  # fmt: skip
         return PromptInPieces(read, ())
+    staying = _checked_memory(policy, modules, budget)
+    check_pinned(pinned, policy=policy, budget=budget - staying)
     inputs = _Inputs(
-        params=params, tokens=tokens, config=config, policy=policy, budget=budget,
-        known_tokens=known_tokens, room=new_tokens, with_scores=with_scores, pinned=pinned,
-        cache_dtype=cache_dtype,
+        params=params, tokens=tokens, config=config, policy=policy, budget=budget - staying,
+        staying=staying, known_tokens=known_tokens, room=new_tokens, with_scores=with_scores,
+        pinned=pinned, cache_dtype=cache_dtype,
     )  # fmt: skip
     if cuts:
         settings = _with_cuts(inputs, max(longest, tokens.shape[1]))
@@ -223,13 +228,26 @@ def has_pieces(policy: Policy) -> bool:
     return isinstance(policy.reading, OnePass | WithModules | WithLookup)
 
 
+def _checked_memory(policy: Policy, modules: LookaheadModules | None, budget: int) -> int:
+    """How many of the `budget` entries are those of the modules' memory."""
+    staying = staying_entries(policy, modules)
+    if staying and budget <= staying:
+        raise ValueError(
+            f"budget {budget} leaves no entry for the prompt beside the {staying} tokens of the "
+            f"modules' memory: give a budget above {staying}"
+        )
+    return staying
+
+
 def _once(inputs: _Inputs, observer: Block | None) -> dict[str, Any]:
     """The keywords of `prefill` for a policy that reads the prompt once."""
+    room = inputs.staying + inputs.room
     slots = slots_for(
-        inputs.policy, inputs.tokens.shape[1], inputs.budget, inputs.room, config=inputs.config
+        inputs.policy, inputs.tokens.shape[1], inputs.budget, room, config=inputs.config
     )
     names = "config", "policy", "budget", "known_tokens", "with_scores", "pinned", "cache_dtype"
-    return {name: getattr(inputs, name) for name in names} | {"slots": slots, "observer": observer}
+    more = {"slots": slots, "observer": observer, "observer_stays": inputs.staying > 0}
+    return {name: getattr(inputs, name) for name in names} | more
 
 
 def _with_cuts(inputs: _Inputs, longest: int) -> dict[str, Any]:

@@ -219,7 +219,8 @@ def _opened(
         new_tokens=copies * slots,
     )  # fmt: skip
     follows = slots * (copies if strategy.concurrent else 1)
-    announce(eviction.policy, eviction.budget, batch.longest + follows, config)
+    longest = batch.longest + eviction.staying + follows
+    announce(eviction.policy, eviction.budget, longest, config)
     with reading(sum(map(len, batch.texts)), config):
         opened = read_batch(
             model, batch, eviction, new_tokens=0, eos_ids=settings.eos_ids, drafts=drafts

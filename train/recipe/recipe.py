@@ -40,7 +40,7 @@ from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.train import data, lookahead
 from lookahead_jax.train.forwards import bytes_per_token
-from lookahead_jax.train.objective import PAPER, LossConfig
+from lookahead_jax.train.loss import PAPER, LossConfig, check_loss
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.progress import say
 from lookahead_jax.train.recipe import estimate
@@ -87,6 +87,9 @@ class RecipeConfig:
     run: str = "run"
     """Folder of the training run inside `folder`: runs with other sizes or seeds need another, and
     share prompts and responses."""
+    start: Path | None = None
+    """Folder of modules of the same sizes to start from, with or without a memory; None: random
+    ones."""
     seed: int = 0
     """Seed of the initial modules and of the order of the rows."""
     prompt_seed: int = 0
@@ -169,6 +172,7 @@ def _check(config: RecipeConfig) -> None:
             f"--shortest {config.shortest}, --longest {config.longest}: expected 64 or more, in "
             "this order"
         )
+    check_loss(config.modules, config.loss)
     check_batch(config.batch, 1, make_mesh(data=None, fsdp=1, tensor=1))
     make_optimizer(config.optimizer, config.steps)  # refuses a warm-up that is too long
 
@@ -201,7 +205,7 @@ def _training(config: RecipeConfig) -> lookahead.TrainConfig:
     return lookahead.TrainConfig(
         model=config.model, data=(folder / "data",), run=folder / config.run,
         modules=config.modules, optimizer=config.optimizer, loss=config.loss, steps=config.steps,
-        batch=config.batch, seed=config.seed, shards=config.shards,
+        batch=config.batch, seed=config.seed, start=config.start, shards=config.shards,
         save_every=config.save_every, keep=1, log_every=1,
         forwards=folder / _FORWARDS if config.keep_forwards else None,
     )  # fmt: skip
