@@ -33,14 +33,14 @@ def _chart(frontier: Frontier, setting: Setting, task: str | None) -> Chart:
         x_label=f"kB per layer and KV head ({', '.join(map(str, entries))} float entries)",
         series=[
             _series(frontier, [p for p in places if p.method == method], task)
-            for method in _drawn(dict.fromkeys(place.method for place in places))
+            for method in _drawn(list(dict.fromkeys(place.method for place in places)))
         ],
         log=True,
         ticks=[_kilobytes(frontier, n) for n in entries],
     )
 
 
-def _drawn(methods: Sequence[FrontierMethod] | dict[FrontierMethod, None]) -> list[FrontierMethod]:
+def _drawn(methods: Sequence[FrontierMethod]) -> list[FrontierMethod]:
     """Of the methods that keep everything, the first only: a line across the chart."""
     whole = [method for method in methods if not method.budgeted]
     return [*whole[:1], *(method for method in methods if method.budgeted)]

@@ -1,6 +1,6 @@
 """The results of a frontier as tables, for Markdown and HTML, and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lookahead_jax.eval.frontier.results import Difference, Frontier, Place, Setting
@@ -42,7 +42,9 @@ def tables(frontier: Frontier, setting: Setting) -> list[Table]:
     return [*made, _by_bytes(frontier, setting, costs, lambda p: _cost(frontier, p))]
 
 
-def _by_bytes(frontier: Frontier, setting: Setting, title: str, shown: Any) -> Table:
+def _by_bytes(
+    frontier: Frontier, setting: Setting, title: str, shown: Callable[[Place], str]
+) -> Table:
     """A row for each method and a column for each number of bytes."""
     entries, sizes = sorted(frontier.config.entries), frontier.sizes
     heads = ["method"]
