@@ -10,6 +10,7 @@ _USAGE = """\
 usage: lookahead eval run [CONFIG] [options]      answer a grid of tasks
        lookahead eval report RUN... [options]    write a page with charts of runs
        lookahead eval compare [options]          compare eviction policies
+       lookahead eval frontier [CONFIG] [options] compare at equal bytes of cache
        lookahead eval agreement [options]        compare cut caches with the full one
        lookahead eval smollm2 [options]          renew the table of SmolLM2's modules
 """
@@ -25,7 +26,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_USAGE)
         return 0
     name = args[0] if args else ""
-    if name in ("run", "report", "compare", "agreement", "smollm2"):
+    if name in ("run", "report", "compare", "frontier", "agreement", "smollm2"):
         return _command(name)(args[1:])
     return _command("run")(args)
 
@@ -37,6 +38,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
             from lookahead_jax.eval.report.report import main as command
         case "compare":
             from lookahead_jax.eval.compare.compare import main as command
+        case "frontier":
+            from lookahead_jax.eval.frontier.frontier import main as command
         case "agreement":
             from lookahead_jax.eval.agreement.agreement import main as command
         case "smollm2":

@@ -34,6 +34,8 @@ class Series:
     points: Sequence[Point]
     joined: bool = True
     across: bool = False  # a single value that does not depend on x: a line across the chart
+    marker: str = "o"  # as matplotlib names it
+    dashed: bool = False  # a dashed line with hollow markers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -90,7 +90,8 @@ def save_png(path: Path, title: str, charts: Sequence[AnyChart]) -> None:
         figure.suptitle(title, fontsize=11)
         if drawn:
             place = "outside lower center"
-            figure.legend(list(drawn.values()), list(drawn), loc=place, ncols=4, fontsize=8)
+            columns = min(4, 2 * columns)
+            figure.legend(list(drawn.values()), list(drawn), loc=place, ncols=columns, fontsize=8)
         figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
@@ -136,12 +137,16 @@ def _draw_series(axis: Any, chart: Chart, links: _Links) -> dict[str, Any]:
             xerr=[np.subtract(x, lows), np.subtract(highs, x)],
             yerr=[[p.y - p.low for p in points], [p.high - p.y for p in points]],
         )  # fmt: skip
+        line = (0, (4, 2)) if series.dashed else "-"
+        joined = []
         if series.joined:
-            axis.plot(x, y, color=color, linewidth=1.4, transform=place)
-        drawn[series.label] = axis.scatter(
-            x, y, s=22, color=color, zorder=3, transform=place,
+            joined = axis.plot(x, y, color=color, linewidth=1.4, linestyle=line, transform=place)
+        dots = axis.scatter(
+            x, y, s=22, color="white" if series.dashed else color, edgecolors=color,
+            marker=series.marker, zorder=3, transform=place,
             urls=[links.add(p.href, p.note) for p in points],
         )  # fmt: skip
+        drawn[series.label] = (*joined, dots)
     _set_x_range(axis, chart)
     if chart.ticks is not None:
         axis.set_xticks(list(chart.ticks), [_number(tick) for tick in chart.ticks])

@@ -17,7 +17,7 @@ from lookahead_jax.eval.grid.rows import (
     key_of,
     read_rows,
 )
-from lookahead_jax.eval.intervals import of_mean, of_share
+from lookahead_jax.eval.intervals import of_mean, of_pairs, of_share
 
 Row = Mapping[str, Any]
 
@@ -83,13 +83,28 @@ def measures(rows: Sequence[Row]) -> dict[str, Stat]:
     return {name: graded(values) for name, values in by_name.items()}
 
 
-def average(stats: Sequence[Stat]) -> Stat:
-    """Mean over tasks with equal weights; half-widths of independent intervals add in squares."""
+def difference(rows: Sequence[Row], theirs: Mapping[str, float]) -> Stat | None:
+    """Mean difference of scores from those of the same examples; None without common ones.
+
+    `theirs` has scores by the id of an example. A single graded pair has no interval: None.
+    """
+    common = [row for row in rows if row["id"] in theirs and row["score"] is not None]
+    if not common or (len(common) == 1 and not common[0]["binary"]):
+        return None
+    pairs = [(row["score"], theirs[row["id"]]) for row in common]
+    return Stat(*of_pairs(pairs, binary=all(row["binary"] for row in common)), len(pairs))
+
+
+def average(stats: Sequence[Stat], least: float = 0.0) -> Stat:
+    """Mean over tasks with equal weights; half-widths of independent intervals add in squares.
+
+    No end of the interval lies below `least` or above 1.
+    """
     count = len(stats)
     mean = sum(s.mean for s in stats) / count
     below = math.sqrt(sum((s.mean - s.low) ** 2 for s in stats)) / count
     above = math.sqrt(sum((s.high - s.mean) ** 2 for s in stats)) / count
-    return Stat(mean, max(mean - below, 0.0), min(mean + above, 1.0), sum(s.n for s in stats))
+    return Stat(mean, max(mean - below, least), min(mean + above, 1.0), sum(s.n for s in stats))
 
 
 def overhead(rows: Sequence[Row], full: Sequence[Row]) -> list[float]:

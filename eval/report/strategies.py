@@ -13,11 +13,10 @@ import numpy as np
 
 from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.grid.strategies import NONE, ORACLE, decoding_of
-from lookahead_jax.eval.intervals import of_pairs
 from lookahead_jax.eval.report.cells import Report, described, distinct, model_name
 from lookahead_jax.eval.report.charts import PALETTE, REFERENCE, Chart, Point, Series
 from lookahead_jax.eval.report.figures import Section
-from lookahead_jax.eval.report.stats import Row, Stat, accuracy, spread
+from lookahead_jax.eval.report.stats import Row, Stat, accuracy, difference, spread
 from lookahead_jax.strategies.self_consistency import SelfConsistency
 
 BASELINES = ("self_consistency", "best_of_n")
@@ -118,10 +117,10 @@ def _line(report: Report, cell: GridCell, cells: Sequence[GridCell]) -> dict[str
             if row["id"] in theirs
         }
         if matched:
-            difference = _difference(rows, {i: score for i, (score, _) in matched.items()})
+            gain = _difference(rows, {i: score for i, (score, _) in matched.items()})
             mean = float(np.mean([spent for _, spent in matched.values()]))
             line["equal_tokens"][other.strategy] = {
-                "difference": difference, "tokens": round(mean, 1),
+                "difference": gain, "tokens": round(mean, 1),
                 "reward": report.cells[other][0].get("reward"),
             }  # fmt: skip
     return line
@@ -188,16 +187,9 @@ def _ticks(series: Sequence[Series]) -> list[float]:
 
 
 def _difference(rows: Sequence[Row], theirs: Mapping[str, float]) -> list[float] | None:
-    """Mean difference of the scores on common examples, with its interval; None without these.
-
-    A single graded pair has no interval either.
-    """
-    common = [row for row in rows if row["id"] in theirs]
-    if not common or (len(common) == 1 and not common[0]["binary"]):
-        return None
-    pairs = [(row["score"], theirs[row["id"]]) for row in common]
-    binary = all(row["binary"] for row in common)
-    return [round(value, 4) for value in of_pairs(pairs, binary=binary)]
+    """Mean difference of the scores on common examples, with its interval, if there is one."""
+    found = difference(rows, theirs)
+    return None if found is None else _rounded(found)
 
 
 def _tokens(row: Row) -> float:

@@ -311,7 +311,8 @@ def tasks() -> list[Task]:
             if family == "ruler_like" and not _needs(name):
                 continue  # it has no substitute
             make = functools.partial(_make, name, material)
-            found.append(Task(name=f"{family}/{name}", make=make, score=_score_all))
+            one = name.startswith(("niah_single", "niah_multikey"))  # answer, found or not
+            found.append(Task(name=f"{family}/{name}", make=make, score=_score_all, binary=one))
     for name, file in (("qa_1", "squad"), ("qa_2", "hotpotqa")):
         make = functools.partial(_qa, file)
         found.append(Task(name=f"ruler/{name}", make=make, score=_score_any, binary=True))

@@ -69,6 +69,7 @@ GROUPS = {
         "run": ("eval.grid.run", "Answer the tasks with each policy, budget and drafter."),
         "report": ("eval.report.report", "Write a page with the tables and charts of runs."),
         "compare": ("eval.compare.compare", "Compare policies on the answers of one model."),
+        "frontier": ("eval.frontier.frontier", "Compare policies and caches at equal bytes."),
         "agreement": ("eval.agreement.agreement", "Compare cut caches with the full one."),
         "smollm2": ("eval.report.smollm2", "Renew the table of the modules that ship for SmolLM2."),
     },

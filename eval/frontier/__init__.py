@@ -1,0 +1,1 @@
+"""Policies and types of cache compared at equal bytes: what a given memory buys."""
