@@ -63,6 +63,7 @@ WRONG = {
     r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}": [r"\begin{pmatrix} 1 & 2 \end{pmatrix}"],
     r"\text{Tuesday}": ["Thursday", "Tues", "yadseuT"],
     r"\text{(B)}": ["(C)", "b", "12"],
+    "east": ["seat", "west"],
     r"\sqrt{x^2}": ["x"],
     "10^{600}": ["10^{600}+1"],
 }  # fmt: skip
