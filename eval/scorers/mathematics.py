@@ -2,9 +2,9 @@ r"""Final answers of mathematics problems: found in a text, and compared exactly
 
 The answer of a text is in its last complete \boxed{...} that is not empty; without one, what
 follows the last "answer is", on that line; without this, its last number. Two answers are the same
-if they are the same words, or if sympy finds the same value in both (eval/scorers/latex_answers.py).
-What is not compared: units, the sign of percent, degrees and dollars, the order of a list. A decimal
-must be exact: 0.33 is not 1/3.
+if they are the same words, or if sympy finds the same value in both (latex_answers.py, beside this
+file). What is not compared: units, the sign of percent, degrees and dollars, the order of a list.
+A decimal must be exact: 0.33 is not 1/3.
 """
 
 import re
