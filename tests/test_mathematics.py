@@ -63,6 +63,7 @@ WRONG = {
     r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}": [r"\begin{pmatrix} 1 & 2 \end{pmatrix}"],
     r"\text{Tuesday}": ["Thursday", "Tues", "yadseuT"],
     r"\text{(B)}": ["(C)", "b", "12"],
+    "east": ["seat", "west"],
     r"\sqrt{x^2}": ["x"],
     "10^{600}": ["10^{600}+1"],
 }  # fmt: skip
@@ -155,6 +156,7 @@ def test_large_values_take_no_time():
     [
         (r"so \boxed{\frac{1}{2}}, or \boxed{\{1, 2\}} it is", r"\{1, 2\}"),
         (r"first \boxed{1}, then \boxed{2 and the text ends", "1"),
+        (r"\boxed{6}, which is in \boxed{}.", "6"),
         (r"\boxed{\boxed{7}}", "7"), (r"\boxed 7", "7"), (r"\fbox{8}", "8"),
         (r"\boxed{\text{a \} b}}", r"\text{a \} b}"), ("} } \\boxed{3} {", "3"),
         ("The answer is 3.\nThe final answer is $x = \\frac{3}{4}$. Yes 5.", r"x = \frac{3}{4}"),

@@ -40,10 +40,11 @@ def words_of(text: str) -> str:
 
 
 def is_words(text: str) -> bool:
-    r"""Whether an answer is nothing but \text{...} without a digit."""
-    return not re.search(r"\d", text) and not re.sub(
-        r"\s", "", _TEXT.sub("", _LAYOUT.sub(" ", text))
-    ).strip(".")
+    r"""Whether an answer is nothing but \text{...} without a digit, or a word of letters."""
+    if re.fullmatch(r"[A-Za-z ]{4,}", text.strip()):
+        return True
+    other = _TEXT.sub("", _LAYOUT.sub(" ", text))
+    return not re.search(r"\d", text) and not other.replace(".", "").strip()
 
 
 def choice_of(text: str) -> str | None:

@@ -1,10 +1,10 @@
 r"""Final answers of mathematics problems: found in a text, and compared exactly, without a judge.
 
-The answer of a text is in its last complete \boxed{...}; without one, what follows the last
-"answer is", on that line; without this, its last number. Two answers are the same if they are the
-same words, or if sympy finds the same value in both (eval/scorers/latex_answers.py). What is not
-compared: units, the sign of percent, degrees and dollars, the order of a list. A decimal must be
-exact: 0.33 is not 1/3.
+The answer of a text is in its last complete \boxed{...} that is not empty; without one, what
+follows the last "answer is", on that line; without this, its last number. Two answers are the same
+if they are the same words, or if sympy finds the same value in both (latex_answers.py, beside this
+file). What is not compared: units, the sign of percent, degrees and dollars, the order of a list.
+A decimal must be exact: 0.33 is not 1/3.
 """
 
 import re
@@ -46,7 +46,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _last_box(text: str) -> str | None:
-    r"""What the last complete \boxed{...} holds, or the character of \boxed 5; in one pass."""
+    r"""What the last filled \boxed{...} holds, or the character of \boxed 5; in one pass."""
     opened: list[int | None] = []  # braces: where the content of a box begins, None for others
     last: tuple[int, int] | None = None
     for found in _BRACE.finditer(text):
@@ -54,7 +54,8 @@ def _last_box(text: str) -> str | None:
             last = found.span(1)
         elif found[0] == "}":
             start = opened.pop() if opened else None
-            if start is not None and (last is None or start > last[0]):
+            later = start is not None and (last is None or start > last[0])
+            if start is not None and later and text[start : found.start()].strip():
                 last = start, found.start()
         elif found[0].endswith("{") and found[0] != r"\{":
             opened.append(found.end() if len(found[0]) > 1 else None)
