@@ -11,7 +11,8 @@ from lookahead_jax.model.layers import linear, mlp, rms_norm
 from lookahead_jax.model.rope import apply_rope, rope_tables
 from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
 from lookahead_jax.train.loss import PAPER, LossConfig
-from lookahead_jax.train.objective import base_forward, divergence, lookahead_losses, parts_behind
+from lookahead_jax.train.objective import base_forward, lookahead_losses, parts_behind
+from lookahead_jax.train.observers import divergence
 from tests import tiny
 
 CONFIG = LookaheadConfig(

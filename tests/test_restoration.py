@@ -93,16 +93,17 @@ def test_the_answer_reads_the_kept_entries_and_the_memory():
 
 
 @functools.cache
-def cache_of(dtype=None):
+def opened():
+    """The cut cache of the prompts, by the program that `generate` uses."""
     tokens = jnp.asarray(lk.pad_batch(PROMPTS, config=MODEL))
     return read_prompt(
         PARAMS, tokens, config=MODEL, policy=POLICY, budget=BUDGET, new_tokens=8,
-        modules=modules(), cache_dtype=dtype,
+        modules=modules(), known_tokens=jnp.zeros(3, jnp.int32),
     ).cache  # fmt: skip
 
 
 def test_the_memory_is_in_the_budget_and_the_text_goes_on_behind_it():
-    cache = cache_of()
+    cache = opened()
     for row, prompt in enumerate(PROMPTS):
         t = len(prompt)
         layers, _, kept = restated(prompt, [], BUDGET, modules())
@@ -132,7 +133,7 @@ def test_pieces_leave_the_same_memory():
         except StopIteration as end:
             cache = end.value.prefilled.cache
             break
-    plain = cache_of()
+    plain = opened()
     np.testing.assert_array_equal(cache.pos, plain.pos)
     np.testing.assert_array_equal(cache.next_pos, plain.next_pos)
     filled = np.asarray(plain.pos) >= 0
@@ -149,7 +150,7 @@ def test_a_cut_while_decoding_leaves_the_memory():
     eviction = DecodeEviction(policy=POLICY, budget=BUDGET, interval=1, staying=M)
     lengths = jnp.asarray([len(prompt) for prompt in PROMPTS], jnp.int32)
     pinned = pinned_memory(jnp.zeros((3, 64), bool), lengths, M)
-    cache = cache_of()
+    cache = opened()
     text = jnp.asarray([[5, 9, 3, 8, 1, 2]] * 3, jnp.int32)
     longer, _ = lk.extend(PARAMS, text, cache.fork(1), config=MODEL)
     cut, _ = evict(

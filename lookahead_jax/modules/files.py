@@ -129,8 +129,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         value = described.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{path}: {name} is {value!r}, of the wrong type")
-    if described["format"] not in (FORMAT, _WITH_MEMORY):
-        known = f"{FORMAT}, {_WITH_MEMORY}"
+    known = _WITH_MEMORY if described.get("memory") else FORMAT
+    if described["format"] != known:
         raise ValueError(f"{path}: format {described['format']} is unknown; known: {known}")
     names = [field.name for field in dataclasses.fields(LookaheadConfig)]
     sizes = {name: described[name] for name in names if name in described}
