@@ -79,7 +79,7 @@ def prefix_suffix(rng: random.Random, units: int, asked: int) -> tuple[str, list
     def add(first: str | None = None, last: str | None = None) -> tuple[str, str]:
         """A new line, with these ends where they are given."""
         while True:
-            ends = first or " ".join(rng.choices(words, k=2)), last or rng.choice(words)
+            ends = first or "-".join(rng.choices(words, k=2)), last or rng.choice(words)
             if ends not in lines:
                 lines[ends] = rng.choice(words)
                 return ends
@@ -90,7 +90,7 @@ def prefix_suffix(rng: random.Random, units: int, asked: int) -> tuple[str, list
         add(last=last)
     while len(lines) < units:
         add()
-    shuffled = [f"{first} {word} {last}" for (first, last), word in lines.items()]
+    shuffled = [f"{first}-{word}-{last}" for (first, last), word in lines.items()]
     rng.shuffle(shuffled)
     context = "Below is a list of strings. I will ask you for some of them.\n\n" + "\n".join(
         shuffled
@@ -98,8 +98,8 @@ def prefix_suffix(rng: random.Random, units: int, asked: int) -> tuple[str, list
     return context, [
         Asked(
             f'\n\nWhich string begins with "{first}" and ends with "{last}"?',
-            f"The string is: {first}",
-            [f"{lines[first, last]} {last}"],
+            f'The string is "{first}-',
+            [f"{lines[first, last]}-{last}"],
         )
         for first, last in wanted
     ]
