@@ -45,7 +45,9 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
 
 
-def made(name, tokenizer, length=1024, count=6, seed=0):
+def made(name, tokenizer, length=None, count=None, seed=0):
+    count = count or (4 if name.endswith("_many") else 2)
+    length = length or (1500 if "uuids" in name else 900)
     source = Source(tokenizer=tokenizer, length=length, count=count, seed=seed, data=None)
     return TASKS[name].make(source)
 
@@ -77,7 +79,7 @@ def solve(example) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in RULES])
 def test_answers_follow_from_the_text(name, tokenizer):
-    for example in made(name, tokenizer, 2100, count=4):
+    for example in made(name, tokenizer):
         assert tuple(sorted(example.answers)) == solve(example)
         right = ", ".join(example.answers)
         assert scored(TASKS[name], right, example)[0] == 1
@@ -91,17 +93,17 @@ def test_answers_follow_from_the_text(name, tokenizer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_fill_the_length_and_are_functions_of_their_seed(name, tokenizer):
-    for length in (1600, 2100):
-        examples = made(name, tokenizer, length, count=4)
-        for example in examples:
-            whole = assemble(example, tokenizer, limit=length, chat=True).whole
-            assert 0.9 * length < len(whole) + example.max_new_tokens <= length
-            text = tokenizer.decode(whole)
-            said = [part for turn in example.turns for part in turn]
-            for part in (*said, example.context, example.question, example.prefix):
-                assert part in text, "nothing is cut out"
-    assert examples == made(name, tokenizer, 2100, count=4)
-    assert examples[0] != made(name, tokenizer, 2100, count=4, seed=1)[0]
+    length = 2100 if "uuids" in name else 1000
+    examples = made(name, tokenizer, length)
+    for example in examples:
+        whole = assemble(example, tokenizer, limit=length, chat=True).whole
+        assert 0.9 * length < len(whole) + example.max_new_tokens <= length
+        text = tokenizer.decode(whole)
+        said = [part for turn in example.turns for part in turn]
+        for part in (*said, example.context, example.question, example.prefix):
+            assert part in text, "nothing is cut out"
+    assert examples == made(name, tokenizer, length)
+    assert examples[0] != made(name, tokenizer, length, count=1, seed=1)[0]
     with pytest.raises(ValueError, match="100 tokens are too few for this task"):
         made(name, tokenizer, 100)
 
@@ -115,18 +117,18 @@ def test_one_other_string_begins_and_one_ends_like_the_right_one(tokenizer):
 
 
 def test_contexts_are_shared_by_equally_many_questions(tokenizer):
-    for name in NAMES:
+    many = [name for name in NAMES if name.endswith("_many")]
+    assert len(many) == 5
+    for name in many:
+        assert {e.group for e in made(name.removesuffix("_many"), tokenizer)} == {""}
         groups: dict[str, list] = {}
-        for example in made(name, tokenizer, 2100, count=9):
+        for example in made(name, tokenizer, count=9):
             groups.setdefault(example.group, []).append(example)
-        if not name.endswith("_many"):
-            assert list(groups) == [""]
-            continue
         assert [len(group) for group in groups.values()] == [4, 4]
         for group in groups.values():
             assert len({e.context for e in group}) == 1
             assert len({e.question for e in group}) == 4
-    assert len(made("shared/kv_many", tokenizer, 2100, count=3)) == 3
+    assert len(made("shared/kv_many", tokenizer, count=3)) == 3
 
 
 def test_a_chat_s_template_counts(folder):
@@ -206,7 +208,7 @@ def run_rows(folder, out, **changes):
     return list(read_rows(out / ROWS, MEASURED))
 
 
-def test_questions_of_one_cut_context_are_answered_as_each_alone(folder, tmp_path, monkeypatch):
+def test_a_context_is_read_once_for_its_questions(folder, tmp_path, monkeypatch):
     calls, generate = [], lk.generate
     monkeypatch.setattr(
         lk, "generate", lambda m, p, **k: calls.append((len(p), len(k["questions"])))
@@ -222,11 +224,11 @@ def test_questions_of_one_cut_context_are_answered_as_each_alone(folder, tmp_pat
     examples = {e.id: e for e in made("shared/kv_many", model.tokenizer, 800, count=8)}
     asked = [examples[row["id"]] for row in rows[:4]]
     prompts = [assemble(e, model.tokenizer, limit=800, chat=True) for e in asked]
-    each = generate(
-        model, [p.context for p in prompts], questions=[p.question for p in prompts], budget=64,
+    expected = generate(
+        model, [prompts[0].context], questions=[p.question for p in prompts], budget=64,
         max_new_tokens=6, policy=lk.make_policy("snapkv", window=8),
     )  # fmt: skip
-    assert [row["predicted_answer"] for row in rows[:4]] == each.text
+    assert [row["predicted_answer"] for row in rows[:4]] == expected.text
     # Killed in the middle of a group: the context is read again, and no row is written twice.
     lines = (tmp_path / "run" / ROWS).read_bytes().splitlines(keepends=True)
     (tmp_path / "run" / ROWS).write_bytes(b"".join(lines[:6]))
@@ -271,7 +273,7 @@ CUT = dict(policy=lk.make_policy("snapkv", window=4), budget=16, max_new_tokens=
 EACH = [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
 
 
-def test_several_questions_of_each_prompt(folder):
+def test_questions_of_one_cut_context_are_answered_as_each_alone(folder):
     """Rows of one prompt have its entries, pins included, also while decoding."""
     model, pin = lk.load(folder), [[(7, 12)], [(20, 22)]]
     cut = dict(CUT, evict_every=8)

@@ -62,7 +62,7 @@ class RunConfig:
     seed: int = 0
     """Seed of the generated examples."""
     batch: int = 8
-    """Examples per batch."""
+    """Examples per batch. Questions of one shared context stay together, so it may be more."""
     data: Path | None = None
     """Folder of the benchmarks' files; see docs/evaluation.md."""
     lookahead: Path | None = None

@@ -18,14 +18,15 @@ def tokens_of(examples: Sequence[Example], tokenizer: Tokenizer) -> int:
     """
     first = examples[0]
     if first.turns:
-        said = [*(text for turn in first.turns for text in turn), first.context + first.question]
+        asked = f"{first.context}{first.question}"
+        said = [*(text for turn in first.turns for text in turn), asked]
         if not tokenizer.chat_templates:
             return len(tokenizer.encode("\n\n".join(said)))
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
         return len(tokenizer.encode(tokenizer.render_chat(messages), special=False))
-    asked = max(len(tokenizer.encode_behind(e.question + e.prefix)) for e in examples)
-    return len(tokenizer.encode(first.context)) + asked
+    longest = max(len(tokenizer.encode_behind(f"{e.question}{e.prefix}")) for e in examples)
+    return len(tokenizer.encode(f"{first.context}")) + longest
 
 
 def fitted(source: Source, build: Builder, *, contexts: int, least: int) -> list[Example]:

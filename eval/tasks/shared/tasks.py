@@ -5,6 +5,7 @@ import functools
 from lookahead_jax.eval.scorers.text import substring_all
 from lookahead_jax.eval.tasks.base import Example, Task
 from lookahead_jax.eval.tasks.shared import instructions, retrieval, writings
+from lookahead_jax.eval.tasks.shared.instructions import Place
 from lookahead_jax.eval.tasks.shared.retrieval import Retrieval
 
 _LOOKUPS: dict[str, tuple[Retrieval, int]] = {
@@ -43,11 +44,13 @@ def tasks() -> list[Task]:
     for name, needles in (("mrcr", 2), ("mrcr_8", 8)):
         make = functools.partial(writings.make, needles)
         made.append(Task(name=f"shared/{name}", make=make, score=writings.score))
-    for name, request, score in (
-        ("instructions", "follow", instructions.followed),
-        ("recited", "recite", instructions.recited),
-    ):
-        for suffix, place in (("", "before"), ("_behind", "behind"), ("_pinned", "pinned")):
-            make = functools.partial(instructions.make, request, place)
-            made.append(Task(name=f"shared/{name}{suffix}", make=make, score=score))
+    places: tuple[Place, ...] = ("before", "behind", "pinned")
+    for place in places:
+        suffix = "" if place == "before" else f"_{place}"
+        obey = functools.partial(instructions.make, "follow", place)
+        recite = functools.partial(instructions.make, "recite", place)
+        made += [
+            Task(name=f"shared/instructions{suffix}", make=obey, score=instructions.followed),
+            Task(name=f"shared/recited{suffix}", make=recite, score=instructions.recited),
+        ]
     return made
