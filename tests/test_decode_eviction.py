@@ -28,13 +28,14 @@ from tests.test_policies import PLAIN, RICH, kept_sets, lookahead_modules, weigh
 BUDGET, INTERVAL, NEW = 12, 8, 30
 LENGTHS = (33, 16, 5)  # off the interval, on it, shorter than the budget
 POLICIES = {
-    "streaming_llm": {"sinks": 2},
-    "keydiff": {},
-    "h2o": {"window": 3},
-    "lookaheadkv": {"window": 2},
-    "snapkv": {"window": 3, "kernel": 3},
-    "rkv": {"window": 3, "kernel": 3, "attention": 0.4},
-    "question": {"window": 6, "kernel": 3, "observers": "question"},  # 6 exceeds the last prompt
+    "streaming_llm": make_policy("streaming_llm", sinks=2),
+    "keydiff": make_policy("keydiff"),
+    "h2o": make_policy("h2o", window=3),
+    "lookaheadkv": make_policy("lookaheadkv", window=2),
+    "snapkv": make_policy("snapkv", window=3, kernel=3),
+    "rkv": make_policy("rkv", window=3, kernel=3, attention=0.4),
+    # Its window exceeds the shortest prompt.
+    "question": make_policy("snapkv", window=6, kernel=3, observers="question"),
 }
 WINDOWS = {
     "h2o": 3,
@@ -60,8 +61,7 @@ def surrogate(tmp_path_factory):
 
 
 def eviction(name: str) -> DecodeEviction:
-    policy = make_policy("snapkv" if name == "question" else name, **POLICIES[name])
-    return DecodeEviction(policy=policy, budget=BUDGET, interval=INTERVAL)
+    return DecodeEviction(policy=POLICIES[name], budget=BUDGET, interval=INTERVAL)
 
 
 @functools.cache

@@ -145,7 +145,7 @@ def test_raised_shares_keep_their_sum(data):
 
 def six_cuts(name):
     return dict(
-        policy=make_policy(name, **CUTTING[name]), budget=BUDGET, max_new_tokens=48, evict_every=8,
+        policy=CUTTING[name], budget=BUDGET, max_new_tokens=48, evict_every=8,
         lookahead=lookahead_modules(SHORT),
     )  # fmt: skip
 
