@@ -85,8 +85,9 @@ def test_prompts_that_begin_alike_share_cut_states_exactly(model, policy):
     for text in texts:
         results += warm.run([asked(text)])
         stored.append(last_stored(warm))
-        compiled.append(len(compilations))
+        compiled.append((read_on.compiled(), len(compilations)))
     assert compiled[1] == compiled[0]
+    assert compiled[3][0] == compiled[0][0]  # of prompts of another padded length too
     assert [r.reused_tokens for r in results] == [0, 1024, 512, 1024]
     use = warm.prefix_store
     assert (use.hits, use.misses) == (2 + 1 + 2, 2)

@@ -168,7 +168,11 @@ def read_prompt_in_pieces(
         pinned=pinned, cache_dtype=cache_dtype,
     )  # fmt: skip
     if cuts:
-        settings = _with_cuts(inputs, max(longest, tokens.shape[1]))
+        width = max(longest, tokens.shape[1])
+        if pinned is not None:  # as wide for all prompts: one program reads the parts of any
+            room = width - tokens.shape[1]
+            inputs = inputs._replace(pinned=jnp.pad(pinned, ((0, 0), (0, room))))
+        settings = _with_cuts(inputs, width)
         states = cast(Sequence[CutState], known)
         return PromptInPieces(
             *(
