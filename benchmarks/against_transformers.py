@@ -152,9 +152,9 @@ def random_model(directory: Path, seed: int) -> None:
     (directory / "config.json").write_text(json.dumps(RANDOM_100M))
 
 
-def packaged_model(directory: Path) -> None:
-    """Writes SmolLM2's weights as a Hugging Face directory, which both sides read."""
-    command = [sys.executable, "-m", "lookahead_jax", "convert", "smollm2", str(directory)]
+def packaged_model(directory: Path, source: str = "smollm2") -> None:
+    """Writes float32 weights as a Hugging Face directory, which both sides read."""
+    command = [sys.executable, "-m", "lookahead_jax", "convert", source, str(directory)]
     subprocess.run([*command, "--dtype", "float32"], cwd=ROOT, check=True)
 
 
