@@ -122,7 +122,8 @@ def exchange(options: "Options", folder: Path) -> list[list[int]]:
 
     from lookahead_jax.checkpoints.tokenizer import Tokenizer
 
-    packaged_model(folder / "model", options.model)
+    given = Path(options.model)
+    packaged_model(folder / "model", str(given.resolve()) if given.is_dir() else options.model)
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
     hf = read(folder / "model" / "config.json")
     layers, heads = hf["num_hidden_layers"], hf["num_key_value_heads"]
