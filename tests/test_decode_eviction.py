@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,14 +38,8 @@ POLICIES = {
     # Its window exceeds the shortest prompt.
     "question": make_policy("snapkv", window=6, kernel=3, observers="question"),
 }
-WINDOWS = {
-    "h2o": 3,
-    "lookaheadkv": 2,
-    "snapkv": 3,
-    "rkv": 3,
-    "question": 6,
-    "kvzap": 3,
-}  # last, always kept
+# Last tokens, always kept.
+WINDOWS = {"h2o": 3, "lookaheadkv": 2, "snapkv": 3, "rkv": 3, "question": 6, "kvzap": 3}
 ADDS_UP, LEAST = ("h2o", "kvzap"), 1.0
 CUT_AS_READ = "incremental:threshold:kvzap"
 
@@ -54,8 +49,9 @@ def surrogate(tmp_path_factory):
     """kvzap cannot do without a file."""
     path = tmp_path_factory.mktemp("kvzap") / "surrogate.safetensors"
     safetensors.numpy.save_file(surrogate_of(RICH, 0), path)
-    POLICIES["kvzap"] = {"file": str(path), "window": 3}
-    POLICIES[CUT_AS_READ] = {**POLICIES["kvzap"], "every": INTERVAL, "least": LEAST}
+    settings: dict[str, Any] = {"file": str(path), "window": 3}
+    POLICIES["kvzap"] = make_policy("kvzap", **settings)
+    POLICIES[CUT_AS_READ] = make_policy(CUT_AS_READ, every=INTERVAL, least=LEAST, **settings)
     yield
     del POLICIES["kvzap"], POLICIES[CUT_AS_READ]
 
@@ -331,7 +327,7 @@ def test_policies_that_cannot_say_so(name):
     policy = make_policy(name)
     able = (
         "streaming_llm, h2o, snapkv, rkv, pyramidkv, ada, critical, chunkkv, layers, threshold, "
-        "knorm, keydiff, lagkv or lookaheadkv"
+        "blockwise, knorm, keydiff, lagkv or lookaheadkv"
     )
     named = f"{type(policy).__name__} cannot evict while decoding: use {able}"
     with pytest.raises(ValueError, match=named):

@@ -98,10 +98,10 @@ def test_what_reads_positions_refuses_it():
         lk.score(model, np.ones((1, 4), np.int32), policy=policy)
     with pytest.raises(ValueError, match="Ada cannot evict while decoding"):
         DecodeEviction(policy=policy, budget=8, interval=8)
-    for name, reason in (
-        ("full", "it leaves no gaps"),
-        ("rerotate", "it moves entries itself"),
-        ("incremental:knorm", "its cuts come at fixed positions"),
+    for name, settings, reason in (
+        ("full", {}, "it leaves no gaps"),
+        ("rerotate", {}, "it moves entries itself"),
+        ("incremental:knorm", {"every": 8}, "its cuts come at fixed positions"),
     ):
         with pytest.raises(ValueError, match=reason):
-            make_policy(f"rerotate:{name}")
+            make_policy(f"rerotate:{name}", **settings)
