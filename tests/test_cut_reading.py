@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 
 from lookahead_jax.checkpoints.load import Model, load
+from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.engine.engine import Engine
 from lookahead_jax.engine.requests import Request
 from lookahead_jax.generation.generate import generate
@@ -15,6 +16,7 @@ from lookahead_jax.policies.knorm import KNorm
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.prompts.cut_reading import CutReading, empty_state, read_on, spacing
+from lookahead_jax.prompts.read import read_prompt
 from tests import tiny
 from tests.compilations import compilations
 from tests.test_kvzap import surrogate_of
@@ -117,6 +119,28 @@ def test_the_store_is_bounded_and_pins_and_tenants_have_their_own(model, policy)
         assert engine.prefix_store.bytes <= limit
 
 
+def test_a_head_that_gets_the_share_of_others_fits():
+    """The threshold empties one of two heads, and the other holds twice the budget at a cut."""
+    weights = tiny.params(SMALL)
+    k = weights["layers"]["k"]
+    weights["layers"]["k"] = k.at[:, :, k.shape[2] // 2 :].multiply(0.1)
+    policy = make_policy("incremental:threshold:ada:knorm", every=28, alpha=1, least=-1.0)
+    read = read_prompt(
+        weights, tiny.batch((448,), SMALL), config=SMALL, policy=policy, budget=100, new_tokens=0
+    )
+    lengths = np.asarray(read.cache.length)[0, 0]
+    assert lengths.min() <= 28 < 100 < lengths.max() <= 128
+    assert not read.cache.overflowed.any()
+
+
+def test_a_question_may_use_up_the_tokens_before_the_next_cut():
+    policy = make_policy("incremental:knorm", every=200)
+    eviction = DecodeEviction(policy=policy, budget=24, interval=200)
+    assert eviction.room(512, 190, SMALL) == 0
+    assert eviction.room(512, 190, SMALL, question=True) == 190
+    assert eviction.room(512, 400, SMALL, question=True) == 200
+
+
 def test_parts_are_multiples_of_the_interval():
     for every, tokens in ((1, 512), (64, 512), (100, 600), (513, 513), (2000, 2000)):
         assert spacing(make_policy("incremental:knorm", every=every).reading) == tokens
@@ -127,7 +151,8 @@ def test_parts_are_multiples_of_the_interval():
     [
         ("incremental:knorm", {}, "incremental needs every: give every="),
         ("incremental:knorm", {"every": 0}, "every=0 must be at least 1"),
-        ("incremental", {"every": 8}, "Incremental cannot wrap SnapKV: its last tokens observe"),
+        ("incremental:knorm", {"every": 1 << 21}, "every=2097152 must be at most 1048576 tokens"),
+        ("incremental", {"every": 8}, "Incremental cannot wrap SnapKV: the last tokens observe"),
         ("incremental:tova", {"every": 8}, "cannot wrap Tova: it cannot evict while decoding"),
         ("incremental:lookaheadkv", {"every": 8}, "LookaheadKV: lookahead modules are placed"),
         ("ada:incremental:knorm", {"every": 8}, "Ada cannot wrap Incremental: .* put it in front"),

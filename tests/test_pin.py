@@ -189,7 +189,7 @@ def test_rows_have_their_own_pins():
 @pytest.mark.slow
 def test_an_engine_keeps_the_pins_of_its_requests_while_decoding():
     prompts = tiny.prompts(LENGTHS)
-    setting = dict(policy=make_policy("h2o", **CUTTING["h2o"]), budget=BUDGET, evict_every=8)
+    setting = dict(policy=CUTTING["h2o"], budget=BUDGET, evict_every=8)
     expected = lk.generate(model(), prompts, pin=PINS, max_new_tokens=40, **setting)
     engine = lk.Engine(model(), rows=2, max_new_tokens=40, max_prompt_tokens=70, **setting)
     requests = [

@@ -194,13 +194,18 @@ def test_sizes_that_leave_nothing_are_refused():
         with pytest.raises(ValueError, match=r"budget 4 leaves no entry .* beside the 4 tokens"):
             read(PARAMS, tokens, budget=M, **shared)
     pinned = jnp.zeros(tokens.shape, bool).at[0, :10].set(True)
-    with pytest.raises(ValueError, match=r"row 0 pins 10 tokens .* is 8 entries"):
+    with pytest.raises(ValueError, match=r"is 12 entries .*, 4 of them for the modules' memory"):
         read_prompt(PARAMS, tokens, budget=BUDGET, pinned=pinned, **shared)
     with pytest.raises(ValueError, match="128 cache slots cannot hold the 132"):
         lk.prefill(
             PARAMS, jnp.zeros((1, 256), jnp.int32), config=MODEL, policy=POLICY, budget=128,
             slots=128, observer_stays=True,
             observer=observer_block(modules(), jnp.asarray([256]), jnp.asarray([256])),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="only the tokens of lookahead modules can stay"):
+        lk.prefill(
+            PARAMS, tokens, config=MODEL, policy=lk.make_policy("snapkv"), budget=8, slots=128,
+            observer_stays=True,
         )  # fmt: skip
     plain = dataclasses.replace(modules().config, memory=False)
     with pytest.raises(ValueError, match="set memory of the modules to True"):

@@ -36,7 +36,12 @@ from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.parameter_specs import WeightType
 from lookahead_jax.model.params import Params
 from lookahead_jax.model.sharding import make_mesh
-from lookahead_jax.modules.definition import LookaheadConfig, LookaheadModules, init_modules
+from lookahead_jax.modules.definition import (
+    LookaheadConfig,
+    LookaheadModules,
+    init_modules,
+    with_targets_of,
+)
 from lookahead_jax.modules.files import load_modules, save_modules
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.train.batches import microbatch_sharding
@@ -284,17 +289,16 @@ def _start(config: TrainConfig, model: Model, optimizer: Any, mesh: Mesh) -> Tra
         modules = load_modules(
             config.start, params=model.params, config=model.config, dtype=jnp.float32
         )
-        sizes = dataclasses.replace(
-            modules.config, init=config.modules.init, memory=config.modules.memory
-        )
-        if sizes != config.modules:
+        wanted = with_targets_of(model.config, config.modules)
+        sizes = dataclasses.replace(modules.config, init=wanted.init, memory=wanted.memory)
+        if sizes != wanted:
             raise ValueError(
                 f"{config.start}: these modules have other sizes than the run: "
-                f"{modules.config.described}, not {config.modules.described}"
+                f"{modules.config.described}, not {wanted.described}"
             )
         started = partial(init_state, optimizer=optimizer)
         return jax.jit(started, out_shardings=replicated)(
-            dataclasses.replace(modules, config=config.modules)
+            dataclasses.replace(modules, config=wanted)
         )
 
     def init(params: Params) -> TrainState:

@@ -26,7 +26,9 @@ from lookahead_jax.policies.base import (
     CutByTokens,
     Policy,
     WithCuts,
+    check_interval,
 )
+from lookahead_jax.policies.incremental import Incremental
 from lookahead_jax.policies.registry import policies_that_cut_while_decoding
 from lookahead_jax.prefilling.prefill import Prefilled, compress
 
@@ -53,7 +55,7 @@ class DecodeEviction:
                 f"use {', '.join(able[:-1])} or {able[-1]}"
             )
         check_integer("budget", self.budget, least=1)
-        check_integer("interval", self.interval, least=1)
+        check_interval("interval", self.interval)
         reading = self.policy.reading
         if isinstance(reading, WithCuts) and reading.every != self.interval:
             raise ValueError(
@@ -86,15 +88,24 @@ class DecodeEviction:
             return self.policy.window_rows(self.budget)
         return 0
 
-    def room(self, tokens: int, new_tokens: int, config: ModelConfig) -> int:
+    @property
+    def cutting(self) -> Policy:
+        """The policy of a single cut, without the entries that are read between two cuts."""
+        return self.policy.inner if isinstance(self.policy, Incremental) else self.policy
+
+    def room(
+        self, tokens: int, new_tokens: int, config: ModelConfig, *, question: bool = False
+    ) -> int:
         """Slots in addition to what a prompt of `tokens` may keep: enough between cuts, or for all.
 
-        A prompt shorter than the budget keeps fewer entries than a later cut may.
+        A prompt shorter than the budget keeps fewer entries than a later cut may. `question` says
+        that tokens are read after the prompt without a cut; they are not counted here.
         """
         staying = self.staying
         kept = self.policy.max_entries(tokens, self.budget - staying, config) + staying
         later = self.policy.max_entries(tokens + staying + new_tokens, self.budget, config)
-        if isinstance(self.policy.reading, WithCuts):  # these entries include an interval
+        # These entries include an interval; a question may have used it up.
+        if isinstance(self.policy.reading, WithCuts) and not question:
             return min(new_tokens, later - kept)
         return min(new_tokens, later - kept + self.interval)
 
@@ -178,7 +189,7 @@ def evict(
             eviction=eviction,
         )
         shorter, _, added = compress(
-            params, cache, observer, config=config, policy=eviction.policy,
+            params, cache, observer, config=config, policy=eviction.cutting,
             budget=eviction.budget, slots=cache.slots, sums=sums, pinned=pinned,
         )  # fmt: skip
 
@@ -210,7 +221,7 @@ def entry_scores(
         params, cache, emitted=emitted, count=count, config=config, eviction=eviction
     )
     found = compress(
-        params, cache, observer, config=config, policy=eviction.policy, budget=eviction.budget,
+        params, cache, observer, config=config, policy=eviction.cutting, budget=eviction.budget,
         slots=cache.slots, sums=sums, with_scores=True,
     )  # fmt: skip
     return cast(jax.Array, found.scores)

@@ -3,9 +3,7 @@
 import time
 from collections.abc import Generator, Sequence
 
-import numpy as np
-
-from lookahead_jax.engine.prompt_reader import PrefilledRequest
+from lookahead_jax.engine.prompt_reader import PrefilledRequest, ReadRequest
 from lookahead_jax.engine.requests import ActiveRequest
 
 
@@ -15,7 +13,7 @@ class Opening:
     def __init__(
         self,
         requests: Sequence[ActiveRequest],
-        pieces: Generator[None, None, list[tuple[PrefilledRequest, int]]],
+        pieces: Generator[None, None, list[ReadRequest]],
     ):
         self.requests = list(requests)
         """Those that have not ended."""
@@ -45,13 +43,10 @@ class Opening:
         if not self.requests:
             self._pieces.close()
 
-    def _results(
-        self, results: list[tuple[PrefilledRequest, int]]
-    ) -> list[tuple[ActiveRequest, PrefilledRequest]]:
+    def _results(self, results: list[ReadRequest]) -> list[tuple[ActiveRequest, PrefilledRequest]]:
         read = []
-        for request, (prefilled, reused) in zip(self._read, results, strict=True):
+        for request, result in zip(self._read, results, strict=True):
             if request in self.requests:
-                request.reused_tokens = reused
-                request.kept_entries = float(np.asarray(prefilled.cache.length).mean())
-                read.append((request, prefilled))
+                request.reused_tokens, request.kept_entries = result.reused, result.kept
+                read.append((request, result.prefilled))
         return read

@@ -69,6 +69,14 @@ class PrefilledRequest(NamedTuple):
     with_logprobs: jax.Array  # [1] bool
 
 
+class ReadRequest(NamedTuple):
+    """A request whose prompt has been read, and what that took."""
+
+    prefilled: PrefilledRequest
+    reused: int  # tokens that a store had
+    kept: float  # entries of the prompt, mean over layers and KV heads
+
+
 class PromptReader:
     """Reads the prompts of an engine with one policy, and stores some of them for later requests.
 
@@ -141,10 +149,8 @@ class PromptReader:
             keys.add(key)
         return len(keys) if len(keys) >= _FEWEST_TOGETHER else 1
 
-    def read(
-        self, requests: Sequence[EncodedRequest]
-    ) -> Generator[None, None, list[tuple[PrefilledRequest, int]]]:
-        """Requests with their prompts read and cut, and how many tokens the store had of each.
+    def read(self, requests: Sequence[EncodedRequest]) -> Generator[None, None, list[ReadRequest]]:
+        """Requests with their prompts read and cut.
 
         It yields between pieces of the prompts. A document is read and cut on its own; the rest of
         the prompt is read after it. Several requests have to be such as `together` allows.
@@ -158,8 +164,14 @@ class PromptReader:
             stored, reused = [one], [known]
         # Waits, so that an error belongs to these requests.
         jax.block_until_ready(stored)
-        ready = map(self._prefilled, requests, stored)
-        return list(zip(ready, reused, strict=True))
+        return [
+            ReadRequest(self._prefilled(request, one), known, self._kept(one))
+            for request, one, known in zip(requests, stored, reused, strict=True)
+        ]
+
+    def _kept(self, stored: StoredPrompt) -> float:
+        """Entries of a prompt in its cut cache, mean over layers and KV heads."""
+        return float(np.asarray(stored.cache.length).mean()) - self._settings.staying
 
     def _prefilled(self, request: EncodedRequest, stored: StoredPrompt) -> PrefilledRequest:
         rows = sampling_rows([request.sampling], [request.seed], self._model.config.vocab_size)

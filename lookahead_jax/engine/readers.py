@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 
-from lookahead_jax.engine.prompt_reader import PrefilledRequest, PromptReader
+from lookahead_jax.engine.prompt_reader import PrefilledRequest, PromptReader, ReadRequest
 from lookahead_jax.engine.requests import EncodedRequest
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.policies.base import Policy
@@ -36,9 +36,7 @@ class PromptReaders:
         same = itertools.takewhile(lambda request: request.policy == policy, requests)
         return self._readers[policy].together(list(same))
 
-    def read(
-        self, requests: Sequence[EncodedRequest]
-    ) -> Generator[None, None, list[tuple[PrefilledRequest, int]]]:
+    def read(self, requests: Sequence[EncodedRequest]) -> Generator[None, None, list[ReadRequest]]:
         """As `PromptReader.read`, with the policy of the requests."""
         return self._readers[requests[0].policy].read(requests)
 

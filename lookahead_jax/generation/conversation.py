@@ -119,13 +119,14 @@ class Conversation:
         self._ids: list[int] = []  # the tokens that the cache has read
         self._pending: list[int] = []  # the last token of the answer, not yet read
         self._cut_at = 0  # of the ids, those that the policy has cut
+        self._cut_end = 0  # the position behind those that it has kept
 
     def kept(self) -> KeptEntries | None:
         """What the cache holds; None before the first turn."""
         if self._cache is None:
             return None
         pos = np.asarray(self._cache.pos)
-        of_read = ((pos >= 0) & (pos < self._cut_at)).sum(-1)
+        of_read = ((pos >= 0) & (pos < self._cut_end)).sum(-1)
         return KeptEntries(
             tokens=len(self._ids) + len(self._pending),
             read=self._cut_at,
@@ -245,6 +246,7 @@ class Conversation:
             pinned=batch.pinned,
         )  # fmt: skip
         self._cut_at = len(ids)
+        self._cut_end = min(len(ids), int(read.cache.next_pos[0]) - eviction.staying)
         return read.cache, read.logits
 
     def _extend(self, new: list[int]) -> tuple[KVCache, jax.Array]:

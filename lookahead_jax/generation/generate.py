@@ -176,7 +176,11 @@ def generate(
     text_tokens = [len(text) for text in batch.texts]
     all_tokens = [tokens + max_new_tokens for tokens in text_tokens]
     cache, kept = report_cache(
-        state.cache, prompt_tokens, np.subtract(text_tokens, prompt_tokens), all_tokens
+        state.cache,
+        prompt_tokens,
+        np.subtract(text_tokens, prompt_tokens),
+        all_tokens,
+        staying=0 if reader is not None else eviction.staying,
     )
     state, decode_s = decode_rows(model, state, batch, drafting, outputs=outputs, burst=burst)
     _warn_of_crossing(model, batch, outputs)

@@ -175,7 +175,8 @@ def _room(
     """Slots to add to those of the padded prompt's entries, for question and new tokens."""
     width = batch.tokens.shape[1]
     if decode_eviction is not None:
-        return batch.question_width + decode_eviction.room(width, new_tokens, config)
+        behind = batch.question_width
+        return behind + decode_eviction.room(width, new_tokens, config, question=behind > 0)
     # A policy that keeps (nearly) everything has slots for the padding. They stay empty: new tokens
     # take them.
     longest = max(map(len, batch.prompts))

@@ -51,16 +51,19 @@ def report_cache(
     prompt_tokens: Sequence[int],
     question_tokens: np.ndarray,
     all_tokens: Sequence[int],
+    *,
+    staying: int,
 ) -> tuple[CacheReport, np.ndarray]:
     """The report on a cache after prompt and question, and the kept positions [L, B, K, S] int32.
 
-    Entries after a row's prompt, those of a question [B], are not counted as kept. `all_tokens`
+    Entries after a row's prompt, `staying` ones of a memory and those of a question [B], are not
+    counted as kept. `all_tokens`
     of a row are its prompt, question and new tokens. Without eviction each of them needs an
     entry; padding is not counted.
     """
     pos = np.asarray(cache.pos)
     # Both bounds, since a policy may give the prompt's entries other positions.
-    end = np.minimum(prompt_tokens, np.asarray(cache.next_pos) - question_tokens)
+    end = np.minimum(prompt_tokens, np.asarray(cache.next_pos) - question_tokens - staying)
     of_prompt = (pos >= 0) & (pos < end[None, :, None, None])
     counts = of_prompt.sum(-1, dtype=np.int32)
     report = CacheReport(

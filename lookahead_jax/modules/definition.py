@@ -127,7 +127,7 @@ def init_modules(
     lie where the model expects tokens. Targets that the model lacks (`lora_shapes`) are left out
     with a warning. Raises ValueError if `init="table"` lacks `params`, or if no target is left.
     """
-    config = _with_targets_of(model, config)
+    config = with_targets_of(model, config)
     size = (config.tokens, model.hidden_size)
     normal = jax.random.normal(jax.random.fold_in(key, len(TARGETS)), size, jnp.float32)
     if config.init == "table":
@@ -148,7 +148,7 @@ def init_modules(
     return LookaheadModules(normal, lora, config)
 
 
-def _with_targets_of(model: ModelConfig, config: LookaheadConfig) -> LookaheadConfig:
+def with_targets_of(model: ModelConfig, config: LookaheadConfig) -> LookaheadConfig:
     """`config` without the LoRA targets that the model lacks."""
     there = tuple(name for name in config.targets if name in lora_shapes(model))
     if there == config.targets:

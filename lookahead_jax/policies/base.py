@@ -22,6 +22,8 @@ from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.policies.view import Chunk, LayerView, Stats
 
+_LONGEST_INTERVAL = 1 << 20  # prompts that are cut while they are read are padded to a multiple
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnePass:
@@ -280,6 +282,13 @@ def check_positions(policy: Policy, reader: str) -> None:
             f"{reader} reads which entries a policy keeps, and rerotate gives them other "
             "positions: leave rerotate out"
         )
+
+
+def check_interval(name: str, value: int) -> None:
+    """Raises ValueError unless `value` can be the tokens between two cuts: 1 to 2^20."""
+    check_integer(name, value, least=1)
+    if value > _LONGEST_INTERVAL:
+        raise ValueError(f"{name}={value} must be at most {_LONGEST_INTERVAL} tokens")
 
 
 def protected_share(wanted: int, budget: int) -> int:

@@ -17,7 +17,8 @@ class Blockwise(PolicyWrapper):
 
     A head first holds as many entries as its share of the budget; then a block of the next ones
     competes with those it holds, and so on. This matters for scores that depend on the other
-    entries, such as keydiff's. The prompt itself is read whole. (KeyDiff, arXiv 2504.15364, works
+    entries, such as keydiff's. All entries are scored once per block. The prompt itself is read
+    whole. (KeyDiff, arXiv 2504.15364, works
     in this way, and the block press of kvpress.)
     """
 

@@ -3,7 +3,14 @@
 import dataclasses
 
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.policies.base import CutByModules, CutByQuestion, CutByTokens, Policy, WithCuts
+from lookahead_jax.policies.base import (
+    CutByModules,
+    CutByQuestion,
+    CutByTokens,
+    Policy,
+    WithCuts,
+    check_interval,
+)
 from lookahead_jax.policies.wrapper import PolicyWrapper
 
 
@@ -26,8 +33,7 @@ class Incremental(PolicyWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 1:
-            raise ValueError(f"every={self.every} must be at least 1")
+        check_interval("every", self.every)
 
     def why_not(self, policy: Policy) -> str | None:
         match policy.decode_cut:
@@ -38,7 +44,7 @@ class Incremental(PolicyWrapper):
             case CutByQuestion():
                 return "its question is the end of the whole prompt"
             case CutByTokens(adds_up=False):
-                return "its last tokens observe, and decoding has none of the prompt's"
+                return "the last tokens observe; the first cut while decoding lacks the prompt's"
         return super().why_not(policy)
 
     @property

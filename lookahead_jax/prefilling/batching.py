@@ -101,19 +101,24 @@ def pin_mask(spans: Sequence[Sequence[tuple[int, int]]], tokens: np.ndarray) -> 
     return mask
 
 
-def check_pinned(pinned: jax.Array | None, *, policy: Policy, budget: int) -> None:
+def check_pinned(
+    pinned: jax.Array | None, *, policy: Policy, budget: int, staying: int = 0
+) -> None:
     """Raises ValueError for a row of `pinned` bool [B, T] with more positions than the budget.
 
+    `staying` entries of it are those of a memory.
     Under jit they are unknown and not checked. The policy `full` has no budget.
     """
     if pinned is None or is_traced(pinned) or isinstance(policy, Full):
         return
     counts = np.asarray(pinned.sum(1))
-    if (rows := np.flatnonzero(counts > budget)).size:
-        row = int(rows[0])
+    if (rows := np.flatnonzero(counts > budget - staying)).size:
+        row, beside = int(rows[0]), ""
+        if staying:
+            beside = f", {staying} of them for the modules' memory"
         raise ValueError(
             f"row {row} pins {int(counts[row])} tokens and the budget is {budget} entries per "
-            "layer and head: pin less, or raise the budget"
+            f"layer and head{beside}: pin less, or raise the budget"
         )
 
 

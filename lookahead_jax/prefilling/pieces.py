@@ -50,6 +50,7 @@ from lookahead_jax.prefilling.prefill import (
     in_dtype,
     last_logits,
     static_slots,
+    staying_rows,
     with_staying,
 )
 
@@ -140,9 +141,7 @@ def prefill_in_pieces(
     `returned` asks for the entries of the first chunks, as many as it says; those that are known
     are not returned again. The full keys and values of these chunks then exist in all layers.
     """
-    if observer_stays and observer is None:
-        raise ValueError("observer_stays: there is no observer; give observer=")
-    staying = observer.x.shape[1] if observer_stays and observer is not None else 0
+    staying = staying_rows(policy, observer, observer_stays)
     limit, slots = static_slots(policy, tokens.shape[1], budget, slots, config, staying=staying)
     cut = Cut(policy, budget, limit, slots, cache_type(cache_dtype), observer_stays)
     settings = _Settings(config, cut, with_scores)

@@ -109,6 +109,15 @@ def cut_layer(
     )
 
 
+def staying_rows(policy: Policy, observer: Block | None, observer_stays: bool) -> int:
+    """The rows of an observer that join the cache; ValueError where none can."""
+    if not observer_stays:
+        return 0
+    if observer is None or not isinstance(policy.reading, WithModules):
+        raise ValueError("observer_stays: only the tokens of lookahead modules can stay")
+    return observer.x.shape[1]
+
+
 class Cut(NamedTuple):
     """How every layer is cut."""
 
@@ -244,9 +253,7 @@ def prefill(
         raise ValueError(
             f"policy {type(policy).__name__} cuts a prompt while it is read: use read_prompt"
         )
-    if observer_stays and observer is None:
-        raise ValueError("observer_stays: there is no observer; give observer=")
-    staying = observer.x.shape[1] if observer_stays and observer is not None else 0
+    staying = staying_rows(policy, observer, observer_stays)
     limit, slots = static_slots(policy, padded, budget, slots, config, staying=staying)
     pattern = reading.sparse_pattern(padded) if isinstance(reading, WithDraft) else None
     if pattern is not None and chunk is None:

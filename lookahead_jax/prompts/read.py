@@ -84,8 +84,8 @@ def read_prompt(
     `modules` are for policies that read lookahead modules. If these have a memory, its tokens are
     part of the budget and take positions after the prompt: the text goes on behind them. `draft`
     int32 [B, tokens], padded with -1, is for policies that read a draft; `eos_ids` end the response
-    that some policies decode;
-    `repeat_template` holds the requests around a replayed prompt (`kvzip_replay.repeat_template`).
+    that some policies decode; `repeat_template` holds the requests around a replayed prompt
+    (`kvzip_replay.repeat_template`).
     `pinned` bool [B, T] (`batching.pin_mask`) marks positions that every layer and head keeps
     whatever their score; in a layer with a sliding window, while later tokens can see them.
     `cache_dtype` "int8" rounds entries when they are stored, those of a first pass included.
@@ -95,7 +95,7 @@ def read_prompt(
     """
     room = new_tokens if room is None else room
     staying = _checked_memory(policy, modules, budget)
-    check_pinned(pinned, policy=policy, budget=budget - staying)
+    check_pinned(pinned, policy=policy, budget=budget, staying=staying)
     inputs = _Inputs(
         params=params, tokens=tokens, config=config, policy=policy, budget=budget - staying,
         staying=staying, known_tokens=known_tokens, room=room, with_scores=with_scores,
@@ -161,7 +161,7 @@ def read_prompt_in_pieces(
         )  # fmt: skip
         return PromptInPieces(read, ())
     staying = _checked_memory(policy, modules, budget)
-    check_pinned(pinned, policy=policy, budget=budget - staying)
+    check_pinned(pinned, policy=policy, budget=budget, staying=staying)
     inputs = _Inputs(
         params=params, tokens=tokens, config=config, policy=policy, budget=budget - staying,
         staying=staying, known_tokens=known_tokens, room=new_tokens, with_scores=with_scores,

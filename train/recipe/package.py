@@ -113,6 +113,12 @@ def _card(
     loss = _LOSS[config.loss.response]
     if config.loss.skip:
         loss += f" The first {config.loss.skip} entries of a prompt, attention sinks, do not count."
+    if config.loss.memory:
+        budgets = ", ".join(map(str, config.loss.budgets))
+        loss += (
+            f" Added with weight {config.loss.memory}: the divergence of the response's next "
+            f"tokens on caches cut to {budgets} entries, the tokens' own among them."
+        )
     return _CARD.format(
         model=config.model, tokens=modules.config.tokens, rank=modules.config.rank,
         targets=", ".join(modules.config.targets), megabytes=2 * values / 1e6,

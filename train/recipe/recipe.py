@@ -38,6 +38,7 @@ from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig
+from lookahead_jax.modules.files import CONFIG_FILE
 from lookahead_jax.train import data, lookahead
 from lookahead_jax.train.forwards import bytes_per_token
 from lookahead_jax.train.loss import PAPER, LossConfig, check_loss
@@ -172,6 +173,8 @@ def _check(config: RecipeConfig) -> None:
             f"--shortest {config.shortest}, --longest {config.longest}: expected 64 or more, in "
             "this order"
         )
+    if config.start is not None and not (config.start / CONFIG_FILE).is_file():
+        raise ValueError(f"--start {config.start} holds no modules: give their folder")
     check_loss(config.modules, config.loss)
     check_batch(config.batch, 1, make_mesh(data=None, fsdp=1, tensor=1))
     make_optimizer(config.optimizer, config.steps)  # refuses a warm-up that is too long
