@@ -87,7 +87,8 @@ def generate(
       prompts: texts or rows of token ids.
       questions: read after the evicted cache: the policy chooses what to keep of a prompt without
         knowing its question. One per prompt, or n for each, in the order of the prompts: then a
-        prompt is read and cut once, and there are n rows for it, each with a copy of that cache.
+        prompt is read and cut once, and there are n rows for it, each with a copy of that cache
+        and, where RoPE factors depend on length, those of the longest of its questions.
       pin: for each prompt, spans (start, end) of its tokens that are kept whatever their score, in
         every layer and head and while decoding; end is not included. They count in the budget. A
         layer with a sliding window keeps them while later tokens can see them.

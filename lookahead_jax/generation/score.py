@@ -27,7 +27,7 @@ from lookahead_jax.prompts.read import read_prompt
 class Scored(NamedTuple):
     """A policy's scores of every prompt entry."""
 
-    scores: jax.Array  # [L, B, K, T] float32
+    scores: jax.Array  # [L, B, K, T] float32; 0 for entries that were cut while the prompt was read
     kept: jax.Array  # [L, B, K, C] int32 ascending positions, -1 padded
     logits: jax.Array  # [B, V] float32 after the last prompt token
 
