@@ -179,15 +179,15 @@ def test_a_forced_answer_is_read_beside_the_memory():
     )  # fmt: skip
     setting = dict(policy=POLICY, budget=8, evict_every=6)
     made = lk.generate(
-        model, PROMPTS[:1], lookahead=modules(), max_new_tokens=24, eos_ids=(), logprobs=0,
+        model, PROMPTS[:1], lookahead=modules(), max_new_tokens=16, eos_ids=(), logprobs=0,
         **setting,
     )  # fmt: skip
     (answer,) = made.tokens
     found = forced(model, PROMPTS[0], answer, EvictionSettings(modules=modules(), **setting))
     table = np.asarray(PARAMS["embed"], np.float64)
-    logits = np.concatenate([found.first, np.asarray(found.hidden[0, :23]) @ table.T])
+    logits = np.concatenate([found.first, np.asarray(found.hidden[0, :15]) @ table.T])
     chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    chosen = chances[np.arange(24), answer]
+    chosen = chances[np.arange(16), answer]
     np.testing.assert_allclose(chosen, made.logprobs[0].chosen, atol=2e-4)
 
 
