@@ -262,6 +262,11 @@ def test_a_cache_of_other_entries_is_an_error(grids, tmp_path):
         ({"policies": ("lookaheadkv@nowhere",)}, "nowhere has no lookahead_config.json, so it"),
         ({"model": "m", "policies": ("lookaheadkv",)}, "no modules ship for m; give lookaheadkv@"),
         ({"policies": ("unknown",)}, "unknown policy 'unknown'"),
+        ({"policies": ("lookaheadkv:pool=max@nowhere",)}, "nowhere has no lookahead_config.json"),
+        ({"count": 0}, "--count must be at least 1"),
+        ({"batch": 0}, "--batch must be at least 1"),
+        ({"lengths": (512, 0)}, "--lengths must be at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"tasks": ("nothing",)}, "unknown task 'nothing'"),
         ({"tasks": ("reasoning/programs",)}, "--tasks: reasoning/programs runs programs that the"),
     ],
@@ -269,6 +274,11 @@ def test_a_cache_of_other_entries_is_an_error(grids, tmp_path):
 def test_bad_input_is_one_clear_error(tmp_path, changes, complaint):
     with pytest.raises(ValueError, match=complaint.replace("(", r"\(")):
         config(tmp_path, **{"tasks": ("own",), "against": None, **changes})
+
+
+def test_an_at_sign_in_a_setting_begins_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^a@b/F\.st does not exist"):
+        config(tmp_path, policies=("kvzap:file=a@b/F.st",))
 
 
 def test_two_folders_of_one_name_are_an_error(tmp_path):

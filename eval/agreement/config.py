@@ -6,6 +6,7 @@ from typing import Literal
 
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.eval.grid.config import EMBEDDED, method_of, modules_folder_of
+from lookahead_jax.host.config_files import check_at_least_one
 from lookahead_jax.policies.base import OnePass, WithLookup, WithModules, WithResponse
 
 OWN_TOKENS = 32
@@ -51,9 +52,7 @@ class AgreementConfig:
     """Type of the weights. Default: that of the checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "response_tokens", "evict_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        check_at_least_one(self, "count", "response_tokens", "evict_every")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError("--budgets must be numbers of at least 1")
         if self.responses == "given" and self.evict_every is None:
