@@ -278,7 +278,7 @@ def test_bad_input_is_one_clear_error(tmp_path, changes, complaint):
 
 def test_an_at_sign_in_a_setting_begins_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^a@b/F\.st does not exist"):
-        config(tmp_path, policies=("kvzap:file=a@b/F.st",))
+        FrontierConfig(out=tmp_path, policies=("kvzap:file=a@b/F.st",))
 
 
 def test_two_folders_of_one_name_are_an_error(tmp_path):
