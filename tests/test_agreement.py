@@ -157,6 +157,11 @@ def test_a_bad_file_is_one_error(folder, tmp_path, line, problem):
         (["--budgets", "0"], "--budgets must be numbers of at least 1"),
         (["--policies", "kvzip"], "only policies that cut a cache"),
         (["--policies", "laq", "--response-tokens", "4"], "--response-tokens 8 or more"),
+        (
+            ["--policies", "incremental:knorm:every=64"],
+            "cuts the prompt while it is read, which no comparison",
+        ),
+        (["--policies", "rerotate:snapkv"], "--policies rerotate:snapkv: a comparison reads which"),
         (["--budgets", "8", "8"], "--budgets names one value twice"),
         (["--count", "0"], "--count must be at least 1"),
         (["--policies", "lookaheadkv"], "give their folder as --lookahead"),

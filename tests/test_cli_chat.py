@@ -63,6 +63,8 @@ def test_every_token_knows_its_characters(model, document):
     (span,) = token_ranges(prompt.text, prompt.offsets, "Café")
     assert decode(prompt.ids[slice(*span)]) == "Café"
     assert span[1] - span[0] == 5  # the accented letter is two bytes
+    with pytest.raises(ValueError, match="a part of a prompt must not be empty"):
+        token_ranges(prompt.text, prompt.offsets, "")
 
 
 def test_generate_answers_a_chat_and_keeps_what_is_pinned(folder, model, document, capsys):

@@ -334,7 +334,11 @@ def test_the_command_line_refuses_what_it_does_not_know(tmp_path, capsys):
     assert main([str(path)]) == 1
     path.write_text(json.dumps({"out": "run"}))
     assert main([str(path), "--nonsense"]) == 2
+    assert main([str(path), "--count", "0"]) == 2
+    assert main([str(path), "--batch", "0"]) == 2
     said = capsys.readouterr().err
+    assert "--count must be at least 1" in said
+    assert "--batch must be at least 1" in said
     assert "unknown task 'nothing'" in said
     assert "--allow-exec permits it" in said
     assert "only be set by --allow-exec" in said

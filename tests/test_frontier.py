@@ -1,7 +1,9 @@
 """`lookahead eval frontier`: bytes of entries, differences at equal bytes, and a run end to end."""
 
+import itertools
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +66,7 @@ def test_the_most_entries_that_fit_are_kept(wide):
 def config(out, **changes) -> FrontierConfig:
     given = dict(
         out=out, policies=("full", "snapkv", "tova"), entries=(7, 14), tasks=("own/a", "own/b"),
-        lengths=(100,), against="tova",
+        lengths=(100,), against="tova", model="m",
     )  # fmt: skip
     return FrontierConfig(**{**given, **changes})
 
@@ -114,6 +116,10 @@ def grids(tmp_path, monkeypatch):
         for other in ("snapkv:window=8", "snapkv"):  # neither the policy nor the budget is asked
             cell = GridCell("m", other, 99, "own/a", 100, "none", "hidden")
             file.append([row(cell, 0, 1.0, cache_bytes=1)])
+        for other in ("model", "drafter", "strategy"):
+            cell = GridCell("m", "snapkv", SIZES.kept(7, cache), "own/a", 100, "none", "hidden")
+            cell = cell._replace(**{other: "other"})
+            file.append(row(cell, i, 1.0, cache_bytes=1) for i in range(4))
         file.close()
     return folders
 
@@ -199,6 +205,35 @@ def test_tables_and_numbers_hold_the_same_scores(grids, tmp_path):
     assert page.count("<svg") == 3
 
 
+def test_examples_that_a_method_lacks_are_left_out(grids, tmp_path):
+    """As in a run that was resumed with another policy and a smaller --count."""
+    lines = (grids["float", None] / ROWS).read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines]
+    kept = [r["policy"] != "tova" or r["task"] != "own/a" or r["id"] in "12" for r in rows]
+    (grids["float", None] / ROWS).write_text("".join(itertools.compress(lines, kept)))
+    frontier = Frontier(config(tmp_path), SIZES, grids)
+    (setting,) = frontier.settings
+    for place in frontier.places(setting):
+        method, entries = place.method, SIZES.kept(place.entries, place.method.cache)
+        right, other = RIGHT[method.cache, method.policy, entries if method.budgeted else 0]
+        for task, said in (("own/a", right[1:3]), ("own/b", other)):
+            stat = frontier.score(place, task)
+            assert (stat.mean, stat.n) == (said.count("1") / len(said), len(said))
+
+
+def test_settings_without_answers_are_left_out(grids, tmp_path, capsys):
+    text = write(config(tmp_path, protocols=("seen", "hidden")), SIZES, grids)
+    said = capsys.readouterr().err
+    assert said.count("notice: no answers for 100 tokens, ") == 1
+    assert text.count("\n## ") == 1
+    (legend, *_) = re.findall(
+        r'<ul class="legend">.*?</ul>', (tmp_path / "frontier.html").read_text(), re.DOTALL
+    )
+    assert "tova int8" in legend
+    with pytest.raises(ValueError, match="has no answers for these --tasks, --lengths and --pro"):
+        Frontier(config(tmp_path, protocols=("seen",)), SIZES, grids)
+
+
 def test_a_cache_of_other_entries_is_an_error(grids, tmp_path):
     other = CacheSizes(6, {"float": 36, "int8": 36 * 128 - 1})
     frontier = Frontier(config(tmp_path, entries=(7, 14)), other, grids)
@@ -227,6 +262,11 @@ def test_a_cache_of_other_entries_is_an_error(grids, tmp_path):
         ({"policies": ("lookaheadkv@nowhere",)}, "nowhere has no lookahead_config.json, so it"),
         ({"model": "m", "policies": ("lookaheadkv",)}, "no modules ship for m; give lookaheadkv@"),
         ({"policies": ("unknown",)}, "unknown policy 'unknown'"),
+        ({"policies": ("lookaheadkv:pool=max@nowhere",)}, "nowhere has no lookahead_config.json"),
+        ({"count": 0}, "--count must be at least 1"),
+        ({"batch": 0}, "--batch must be at least 1"),
+        ({"lengths": (512, 0)}, "--lengths must be at least 1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1"),
         ({"tasks": ("nothing",)}, "unknown task 'nothing'"),
         ({"tasks": ("reasoning/programs",)}, "--tasks: reasoning/programs runs programs that the"),
     ],
@@ -234,6 +274,11 @@ def test_a_cache_of_other_entries_is_an_error(grids, tmp_path):
 def test_bad_input_is_one_clear_error(tmp_path, changes, complaint):
     with pytest.raises(ValueError, match=complaint.replace("(", r"\(")):
         config(tmp_path, **{"tasks": ("own",), "against": None, **changes})
+
+
+def test_an_at_sign_in_a_setting_begins_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^a@b/F\.st does not exist"):
+        FrontierConfig(out=tmp_path, policies=("kvzap:file=a@b/F.st",))
 
 
 def test_two_folders_of_one_name_are_an_error(tmp_path):

@@ -13,6 +13,8 @@ import pytest
 import lookahead_jax as lk
 from lookahead_jax.checkpoints.load import Model, load
 from lookahead_jax.decoding.eviction import DecodeEviction, evict, pinned_memory
+from lookahead_jax.eval.agreement.forced import forced
+from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.modules.definition import LookaheadConfig, observer_block, staying_entries
 from lookahead_jax.modules.files import CONFIG_FILE, load_modules, save_modules
@@ -168,6 +170,25 @@ def test_a_cut_while_decoding_leaves_the_memory():
     # What the first cut may keep, and a later one, with the tokens until then.
     assert eviction.room(64, 50, MODEL) == 1
     assert eviction.room(5, 50, MODEL) == BUDGET - 5 - M + 1
+
+
+def test_a_forced_answer_is_read_beside_the_memory():
+    """`eval agreement --evict-every` cuts as `generate` does; float32, a few 1e-6."""
+    model = Model(
+        params=PARAMS, config=MODEL, tokenizer=None, generation=NO_DEFAULTS, path=Path()
+    )  # fmt: skip
+    setting = dict(policy=POLICY, budget=8, evict_every=6)
+    made = lk.generate(
+        model, PROMPTS[:1], lookahead=modules(), max_new_tokens=16, eos_ids=(), logprobs=0,
+        **setting,
+    )  # fmt: skip
+    (answer,) = made.tokens
+    found = forced(model, PROMPTS[0], answer, EvictionSettings(modules=modules(), **setting))
+    table = np.asarray(PARAMS["embed"], np.float64)
+    logits = np.concatenate([found.first, np.asarray(found.hidden[0, :15]) @ table.T])
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = chances[np.arange(16), answer]
+    np.testing.assert_allclose(chosen, made.logprobs[0].chosen, atol=2e-4)
 
 
 def test_files_with_and_without_a_memory(tmp_path):

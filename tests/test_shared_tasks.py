@@ -103,7 +103,8 @@ def test_prompts_fill_the_length_and_are_functions_of_their_seed(name, tokenizer
         for part in (*said, example.context, example.question, example.prefix):
             assert part in text, "nothing is cut out"
     assert examples == made(name, tokenizer, length)
-    assert examples[0] != made(name, tokenizer, length, count=1, seed=1)[0]
+    count = 4 if name.endswith("_many") else 1
+    assert examples[0] != made(name, tokenizer, length, count=count, seed=1)[0]
     with pytest.raises(ValueError, match="100 tokens are too few for this task"):
         made(name, tokenizer, 100)
 
@@ -128,7 +129,21 @@ def test_contexts_are_shared_by_equally_many_questions(tokenizer):
         for group in groups.values():
             assert len({e.context for e in group}) == 1
             assert len({e.question for e in group}) == 4
-    assert len(made("shared/kv_many", tokenizer, count=3)) == 3
+        # More examples are others in addition.
+        assert made(name, tokenizer, count=4) == groups["0"]
+    with pytest.raises(ValueError, match="--count 3: this task asks 4 questions of each context"):
+        made("shared/kv_many", tokenizer, count=3)
+
+
+def test_the_value_of_a_key_is_what_is_quoted_first(tokenizer):
+    for name in ("shared/kv", "shared/kv_uuids_many"):
+        example = made(name, tokenizer)[0]
+        (right,) = example.answers
+        said = {
+            right: 1, f'{right}", "other-key": "1111"': 1, f' {right}"}}': 1,
+            f'1111", "other-key": "{right}"': 0, f"{right}0": 0, f'"{right}"': 0,
+        }  # fmt: skip
+        assert {text: scored(TASKS[name], text, example)[0] for text in said} == said
 
 
 def test_a_chat_s_template_counts(folder):
@@ -263,6 +278,20 @@ def test_what_an_example_pins_is_kept(folder, tmp_path, monkeypatch):
                 draft_model=str(folder), lengths=(800,), **grid,
             )
         )  # fmt: skip
+    # Before anything is answered, and whatever the smaller budgets allow.
+    for budget in (end - start - 1, end - start):
+        changes = dict(policies=("full", "snapkv"), budgets=(280, budget))
+        config = RunConfig(
+            out=tmp_path / f"{budget}", models=(str(folder),), lengths=(800,), max_new_tokens=1,
+            **{**grid, **changes},
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner.ModelRun, "answer", lambda *args: iter([1]))
+            if budget == end - start:
+                runner.run(config)
+                continue
+            with pytest.raises(ValueError, match=rf"pinned pins {end - start} tokens: give --bud"):
+                runner.run(config)
     lost = dataclasses.replace(example, pin="not there")
     with pytest.raises(ValueError, match="the prompt does not contain 'not there'"):
         assemble(lost, model.tokenizer, limit=800, chat=True)

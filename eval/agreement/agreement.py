@@ -44,8 +44,9 @@ Key = tuple[str, str, int, str | None]
 def run(config: AgreementConfig) -> None:
     """Measures what the run lacks, prints the table and writes it to `table.md` of the run.
 
-    Raises ValueError for a model without a tokenizer or with sliding windows, a file without
-    prompts, and a run begun with other settings; BlockingIOError if another process writes it.
+    Raises ValueError for a model without a tokenizer, or with sliding windows where caches are cut
+    after the prompt only, for a file without prompts, and for a run begun with other settings;
+    BlockingIOError if another process writes it.
     """
     print(f"{PROG}: loading the model", file=sys.stderr, flush=True)
     model = lk.load(model_folder(config.model), dtype=config.dtype)
@@ -72,7 +73,11 @@ def run(config: AgreementConfig) -> None:
 
 
 def _fewest_tokens(config: AgreementConfig) -> int:
-    """So many that the largest budget cuts: the prompt, or while decoding prompt and answer."""
+    """So many that the largest budget cuts: the prompt, or while decoding prompt and answer.
+
+    An own answer that ends early may leave a text of which nothing is cut. It is measured as well,
+    so that every budget has the same prompts.
+    """
     least = max(config.budgets) + 1
     if config.evict_every is None or config.responses == "given":
         return least

@@ -6,7 +6,15 @@ from typing import Literal
 
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.eval.grid.config import EMBEDDED, method_of, modules_folder_of
-from lookahead_jax.policies.base import OnePass, WithLookup, WithModules, WithResponse
+from lookahead_jax.host.config_files import check_at_least_one
+from lookahead_jax.policies.base import (
+    OnePass,
+    WithCuts,
+    WithLookup,
+    WithModules,
+    WithResponse,
+    check_positions,
+)
 
 OWN_TOKENS = 32
 """Tokens of the model's own answer, if no other number is given."""
@@ -28,7 +36,8 @@ class AgreementConfig:
     critical:ada:snapkv."""
     budgets: tuple[int, ...] = (64, 128, 256)
     """Entries kept per layer and KV head. Prompts that are not longer than the largest are left
-    out; with --evict-every, prompts that with their answers are not."""
+    out; with --evict-every, prompts that with the longest answer of their own, or with the one
+    that is given, are not."""
     evict_every: int | None = None
     """Evict while decoding too, at every position that is a multiple of this, in the answer that is
     forced and in the one that is written. Default: only after the prompt."""
@@ -51,9 +60,7 @@ class AgreementConfig:
     """Type of the weights. Default: that of the checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "response_tokens", "evict_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        check_at_least_one(self, "count", "response_tokens", "evict_every")
         if not self.budgets or min(self.budgets) < 1:
             raise ValueError("--budgets must be numbers of at least 1")
         if self.responses == "given" and self.evict_every is None:
@@ -66,19 +73,26 @@ class AgreementConfig:
         for spec in self.policies:
             method = method_of(spec)
             reading = method.policy.reading
+            if isinstance(reading, WithCuts):
+                raise ValueError(
+                    f"--policies {spec} cuts the prompt while it is read, which no comparison with "
+                    "the full cache does: use `lookahead eval run`"
+                )
             masked = isinstance(reading, (OnePass, WithLookup, WithModules, WithResponse))
             if not method.budgeted or method.prune is not None or method.predicts or not masked:
                 raise ValueError(
                     f"--policies {spec}: only policies that cut a cache, without a small model, a "
                     "drafter or a replay of the prompt, can be compared with the full cache"
                 )
-            if self.evict_every is not None:
-                try:
+            try:
+                if self.evict_every is None:
+                    check_positions(method.policy, "a comparison")
+                else:
                     DecodeEviction(
                         policy=method.policy, budget=min(self.budgets), interval=self.evict_every
                     )
-                except ValueError as error:
-                    raise ValueError(f"--policies {spec}: {error}") from None
+            except ValueError as error:
+                raise ValueError(f"--policies {spec}: {error}") from None
             if (
                 isinstance(reading, WithResponse)
                 and reading.draft_policy is not None

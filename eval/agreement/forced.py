@@ -20,7 +20,7 @@ from lookahead_jax.decoding.eviction import DecodeEviction, evict, opening_quest
 from lookahead_jax.eval.agreement.measure import Agreement, agreement, f1_of
 from lookahead_jax.eval.compare.masked import divergence
 from lookahead_jax.generation.inputs import encode_batch
-from lookahead_jax.generation.open_batch import read_batch
+from lookahead_jax.generation.open_batch import pinned_positions, read_batch
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.model.cache import Entries, KVCache, commit
 from lookahead_jax.model.config import ModelConfig
@@ -96,8 +96,8 @@ def forced(
     opened = read_batch(model, batch, settings, new_tokens=tokens.shape[1], eos_ids=())
     hidden = read_forced(
         model.params, opened.cache, opened.sums, tokens,
-        question=opening_question(eviction, batch.texts), modules=settings.modules,
-        config=model.config, eviction=eviction,
+        pinned=pinned_positions(batch, settings), question=opening_question(eviction, batch.texts),
+        modules=settings.modules, config=model.config, eviction=eviction,
     )  # fmt: skip
     return Forced(opened.logits, hidden)
 
@@ -109,6 +109,7 @@ def read_forced(
     sums: jax.Array | None,  # [L, B, K, S] float32, see eviction.opening_sums
     answer: jax.Array,  # [B, Y] int32, -1 padded
     *,
+    pinned: jax.Array | None,  # [B, T] bool positions that every cut keeps
     question: jax.Array | None,  # [B, Q] int32, see eviction.opening_question
     modules: LookaheadModules | None,
     config: ModelConfig,
@@ -145,7 +146,7 @@ def read_forced(
         if eviction is not None:
             cache, sums = evict(
                 params, cache, sums, emitted=answer, count=read + 1, new=number,
-                modules=modules, config=config, eviction=eviction, question=question,
+                modules=modules, config=config, eviction=eviction, pinned=pinned, question=question,
             )  # fmt: skip
         return cache, sums, read, hidden
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import tyro
 
 from lookahead_jax.eval.grid.config import EMBEDDED, Protocol, method_of, modules_folder_of
 from lookahead_jax.eval.tasks.registry import find_task
-from lookahead_jax.host.config_files import cli_with_file
+from lookahead_jax.host.config_files import check_at_least_one, cli_with_file
 from lookahead_jax.modules.files import CONFIG_FILE
 from lookahead_jax.policies.base import WithModules
 
@@ -49,7 +50,8 @@ class FrontierConfig:
     """The model, as --model of other commands names it; `embedded` is the one that ships."""
     policies: tuple[str, ...] = ("full", "snapkv", "lookaheadkv")
     """Policies, with settings after a colon, as in a grid. POLICY@FOLDER reads the lookahead
-    modules of that folder; without, those that ship for the model."""
+    modules of that folder; without, those that ship for the model. In settings of policies
+    that read no modules an `@` is part of the value: kvzap:file=a@b.safetensors."""
     caches: tuple[CacheName, ...] = ("float", "int8")
     """Types of cache. float: the type of the weights."""
     entries: tuple[int, ...] = (64, 128, 256)
@@ -87,6 +89,7 @@ class FrontierConfig:
                 raise ValueError(f"--{name} names nothing")
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} names one value twice")
+        check_at_least_one(self, "count", "batch", "lengths", "max_new_tokens")
         if min(self.entries) < 1:
             raise ValueError(
                 f"--entries {min(self.entries)}: such a budget is below one entry; give numbers of "
@@ -141,9 +144,13 @@ def parse(args: Sequence[str]) -> FrontierConfig:
 
 
 def _parted(spec: str) -> tuple[str, Path | None]:
-    """POLICY@FOLDER -> both; the folder is None without one."""
+    """POLICY@FOLDER -> both; the folder is None without one.
+
+    In settings of policies that read no modules an `@` is part of the value, such as a path.
+    """
     policy, at, folder = spec.rpartition("@")
-    return (policy, Path(folder)) if at else (spec, None)
+    in_value = "=" in policy and "lookaheadkv" not in re.split("[:=,]", policy)
+    return (spec, None) if not at or in_value else (policy, Path(folder))
 
 
 def _check_policy(spec: str, model: str) -> None:

@@ -75,6 +75,8 @@ def _grid(
 def write(config: FrontierConfig, sizes: CacheSizes, grids: Grids) -> str:
     """Writes the results of finished grids to the run's folder; returns the Markdown."""
     frontier = Frontier(config, sizes, grids)
+    for setting in frontier.unanswered:
+        print(f"notice: no answers for {setting_name(setting)}", file=sys.stderr)
     by_setting = [(setting_name(s), tables(frontier, s)) for s in frontier.settings]
     parts = [f"## {name}\n\n" + "\n".join(t.markdown() for t in made) for name, made in by_setting]
     text = "\n".join([f"# {model_name(config.model)}: answers at equal bytes\n\n{NOTE}\n", *parts])

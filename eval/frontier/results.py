@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from lookahead_jax.eval.frontier.config import CacheName, FrontierConfig, FrontierMethod
 from lookahead_jax.eval.frontier.sizes import CacheSizes
+from lookahead_jax.eval.grid.rows import GridCell
+from lookahead_jax.eval.grid.strategies import NONE
 from lookahead_jax.eval.report.stats import (
     Stat,
     accuracy,
@@ -49,24 +51,43 @@ class Difference(NamedTuple):
 
 
 class Frontier:
-    """The scores of all grids by method, bytes and task. ValueError for folders without rows."""
+    """The scores of all grids by method, bytes and task, over examples that all methods answered.
+
+    Raises ValueError for folders without rows, and where no setting has answers.
+    """
 
     def __init__(self, config: FrontierConfig, sizes: CacheSizes, grids: Grids):
         self.config, self.sizes = config, sizes
-        self.settings = [Setting(n, p) for n in config.lengths for p in config.protocols]
+        asked = [Setting(n, p) for n in config.lengths for p in config.protocols]
         self._rows: dict[tuple[Place, str], list[dict[str, Any]]] = {}
-        names = config.task_names
         for (cache, modules), folder in grids.items():
             own = {m.policy: m for m in config.methods if (m.cache, m.modules) == (cache, modules)}
             entries = {sizes.kept(n, cache): n for n in config.entries} | {0: 0}
             for cell, rows in read_runs([folder]).items():
                 setting = Setting(cell.length, cell.protocol)
-                asked = cell.policy in own and cell.budget in entries and cell.task in names
-                if asked and setting in self.settings:
+                known = cell.policy in own and cell.budget in entries and setting in asked
+                if known and _is_asked(cell, config):
                     place = Place(setting, own[cell.policy], entries[cell.budget])
                     self._rows[place, cell.task] = rows
+        self._keep_common_examples()
         found = {key: accuracy(rows) for key, rows in self._rows.items()}
         self._scores = {key: stat for key, stat in found.items() if stat is not None}
+        self.settings = [setting for setting in asked if self.tasks(setting)]
+        self.unanswered = [setting for setting in asked if not self.tasks(setting)]
+        if not self.settings:
+            raise ValueError(
+                f"{config.out} has no answers for these --tasks, --lengths and --protocols"
+            )
+
+    def _keep_common_examples(self) -> None:
+        """Drops the examples of a task that a method lacks: a resumed run may ask for fewer."""
+        common: dict[tuple[Setting, str], set[str]] = {}
+        for (place, task), rows in self._rows.items():
+            ids = {row["id"] for row in rows}
+            common[place.setting, task] = common.get((place.setting, task), ids) & ids
+        for place, task in self._rows:
+            kept = common[place.setting, task]
+            self._rows[place, task] = [row for row in self._rows[place, task] if row["id"] in kept]
 
     def tasks(self, setting: Setting) -> list[str]:
         """The tasks that have scores."""
@@ -134,6 +155,12 @@ class Frontier:
         found = {task: stat for task, stat in tasks.items() if stat is not None}
         if len(found) == len(tasks):
             yield Difference(kind, first, second, average(list(found.values()), -1.0), found)
+
+
+def _is_asked(cell: GridCell, config: FrontierConfig) -> bool:
+    """Whether the model, the task and the way of decoding are those of the frontier."""
+    decoded = (cell.drafter, cell.strategy) == ("none", NONE)
+    return decoded and cell.model == config.model and cell.task in config.task_names
 
 
 def _twin(place: Place) -> tuple:

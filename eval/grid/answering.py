@@ -57,7 +57,7 @@ class Answerer:
 
     def __init__(self, config: RunConfig, name: str):
         self._config = config
-        self.model, self.tokenizer, self._modules = load_model(config, name)
+        self.model, self.tokenizer, self.modules = load_model(config, name)
         self._draft: Model | None = None
         speculates = any(method_of(spec).speculates for spec in config.policies)
         routed = [
@@ -158,7 +158,7 @@ class Answerer:
         return dict(
             questions=batch.questions, pin=batch.pin, policy=batch.method.policy,
             budget=max(batch.cell.budget, 1), max_new_tokens=batch.new_tokens,
-            lookahead=self._modules, drafts=drafts, stop=batch.stop,
+            lookahead=self.modules, drafts=drafts, stop=batch.stop,
             seeds=[seed_of(self._config.seed, example) for example in batch.examples],
             cache_dtype=self._config.cache_dtype,
         )  # fmt: skip

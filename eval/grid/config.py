@@ -15,7 +15,7 @@ from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.grid.strategies import NONE, decoding_of, named_settings, reward_of
 from lookahead_jax.eval.tasks.base import Task
 from lookahead_jax.eval.tasks.registry import find_task
-from lookahead_jax.host.config_files import cli_with_file
+from lookahead_jax.host.config_files import check_at_least_one, cli_with_file
 from lookahead_jax.modules.shipped import shipped_modules
 from lookahead_jax.policies.base import Policy, WithDraft, WithReplay, WithResponse
 from lookahead_jax.policies.full import Full
@@ -109,6 +109,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.part < self.parts:
             raise ValueError(f"part {self.part} of {self.parts}: parts are counted from 0")
+        check_at_least_one(self, "count", "batch", "lengths", "max_new_tokens")
         for name in self.drafters:
             if lacking := needs(name):
                 raise ValueError(

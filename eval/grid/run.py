@@ -24,6 +24,7 @@ from lookahead_jax.eval.grid.config import (
     settings,
     strategies_of,
 )
+from lookahead_jax.eval.grid.pins import check_pins
 from lookahead_jax.eval.grid.prompts import AssembledPrompt, assemble
 from lookahead_jax.eval.grid.rows import (
     ROWS,
@@ -46,6 +47,7 @@ from lookahead_jax.host.command import run_command
 from lookahead_jax.host.files import make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
+from lookahead_jax.modules.definition import LookaheadModules
 
 
 class ModelRun:
@@ -64,6 +66,11 @@ class ModelRun:
     def max_position(self) -> int:
         """The number of positions that the model was trained for."""
         return self._answerer.model.config.max_position
+
+    @property
+    def modules(self) -> LookaheadModules | None:
+        """The lookahead modules, if a policy of the run reads them."""
+        return self._answerer.modules
 
     def prompts(self, task: Task, length: int) -> tuple[list[Example], list[AssembledPrompt]]:
         """This run's share of the task's examples at a length, with their prompts."""
@@ -133,12 +140,6 @@ class ModelRun:
         rows = [prompts[i] for i in places]
         read = rows[::questions]
         hidden = cell.protocol == "hidden"
-        pins = any(row.pin for row in read)
-        if pins and method.prune is not None:
-            raise ValueError(
-                f"{cell.policy} drops tokens of a prompt and can pin none of them, as {task.name} "
-                "asks: leave out one of the two"
-            )
         decoding = decoding_of(cell.strategy)
         compares = decoding.strategy is not None and decoding.strategy.reads_reward is not False
         most = max(example.max_new_tokens for example in examples)
@@ -154,7 +155,7 @@ class ModelRun:
             examples=[examples[i] for i in places],
             contexts=[row.context if hidden else row.whole for row in read],
             questions=[row.question for row in rows] if hidden else None,
-            pin=[list(row.pin) for row in read] if pins else None,
+            pin=[list(row.pin) for row in read] if any(row.pin for row in read) else None,
             new_tokens=most,
             stop=examples[0].stop,
         )
@@ -231,16 +232,16 @@ def _answer_grid(config: RunConfig, tasks: Sequence[Task]) -> None:
                 examples, prompts = model.prompts(task, length)
                 if "seen" in config.protocols and any(e.group for e in examples):
                     _say(f"notice: {task.name} has rows of --protocols hidden only")
-                for cell in cells(config, name, task.name, length):
+                asked = list(cells(config, name, task.name, length))
+                check_pins(asked, prompts, model.modules)
+                bar.total += (len(examples) - count) * len(asked)
+                for cell in asked:
                     way = "" if cell.strategy == NONE else cell.strategy
                     bar.set_description(
                         f"{task.name} {length}, {cell.policy} {cell.budget or ''} {way}"
                     )
-                    answered = 0
                     for more in model.answer(cell, task, examples, prompts):
-                        answered += more
                         bar.update(more)
-                    bar.update(count - answered)
 
 
 def _say(message: str) -> None:

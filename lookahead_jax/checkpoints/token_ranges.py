@@ -9,7 +9,9 @@ Span = tuple[int, int]
 
 
 def token_ranges(text: str, offsets: Sequence[Span], part: str) -> list[Span]:
-    """Token ranges (first, end) of every occurrence of `part`; ValueError if there is none."""
+    """Token ranges (first, end) of every `part`; ValueError if it is empty or absent."""
+    if not part:
+        raise ValueError("a part of a prompt must not be empty")
     starts, ends = np.asarray(offsets).reshape(-1, 2).T
     ranges = []
     found = text.find(part)

@@ -120,7 +120,7 @@ def open_batch(
         seen=seen_tokens(batch.text_tokens, config.vocab_size) if packed.penalized else None,
         width=new_tokens,
         sums=sums,
-        pinned=_pinned(batch, eviction),
+        pinned=pinned_positions(batch, eviction),
         question=opening_question(eviction.while_decoding(), batch.texts),
         logprobs=_record(rows, continuation, vocab_size=config.vocab_size),
         allowed=None if grammar is None else jnp.tile(grammar.first_mask, (rows, 1)),
@@ -128,7 +128,7 @@ def open_batch(
     return jax.block_until_ready(state)
 
 
-def _pinned(batch: PromptBatch, eviction: EvictionSettings) -> jax.Array | None:
+def pinned_positions(batch: PromptBatch, eviction: EvictionSettings) -> jax.Array | None:
     """The positions that cuts while decoding keep: bool [B, T'], or None if there are none."""
     # Without eviction it would only be one more argument of the decoding programs.
     if eviction.evict_every is None or (batch.pinned is None and not eviction.staying):

@@ -78,6 +78,15 @@ def cli_with_file(
         )
 
 
+def check_at_least_one(config: Any, *names: str) -> None:
+    """Raises ValueError, naming the option, for fields with a number below 1; None is allowed."""
+    for name in names:
+        value = getattr(config, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number is not None and number < 1 for number in numbers):
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
     """Turns a complaint that tyro prints before it exits into a UsageError of one line."""

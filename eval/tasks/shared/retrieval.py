@@ -137,11 +137,17 @@ def hops(rng: random.Random, units: int, asked: int, *, hops: int) -> tuple[str,
 
 
 def make(retrieval: Retrieval, answer: int, many: bool, source: Source) -> list[Example]:
-    """`source.count` examples: one of each context, or up to `QUESTIONS` that share theirs.
+    """`source.count` examples: one of each context, or `QUESTIONS` that share theirs.
 
-    An answer may have `answer` tokens.
+    An answer may have `answer` tokens. With `many` the number is rounded down to whole contexts.
+    Raises ValueError for fewer examples than one context has.
     """
-    asked = min(QUESTIONS, source.count) if many else 1
+    asked = QUESTIONS if many else 1
+    if source.count < asked:
+        raise ValueError(
+            f"--count {source.count}: this task asks {asked} questions of each context, so give at "
+            f"least {asked}"
+        )
 
     def build(rng: random.Random, units: int) -> list[Example]:
         context, questions = retrieval(rng, units, asked)
@@ -154,6 +160,14 @@ def make(retrieval: Retrieval, answer: int, many: bool, source: Source) -> list[
         ]  # fmt: skip
 
     return fitted(source, build, contexts=source.count // asked, least=LEAST)
+
+
+def looked_up(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the answer is the value in whose quotation marks the prediction begins.
+
+    The JSON goes on behind it, and another of its values may be the right one.
+    """
+    return float(prediction.partition('"')[0].strip() == answers[0])
 
 
 def found(prediction: str, answers: Sequence[str]) -> float:
