@@ -76,7 +76,6 @@ def is_same(given: str, answer: str) -> bool:
     require_sympy()
     if len(given) > LONGEST:
         return False
-    from lookahead_jax.eval.scorers.bounded_terms import Unreadable
     from lookahead_jax.eval.scorers.latex_answers import read_answer, same
 
     if is_words(answer):
@@ -89,5 +88,5 @@ def is_same(given: str, answer: str) -> bool:
         return True
     try:
         return same(read_answer(right), read_answer(left))
-    except Unreadable:
-        return False
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError):
+        return False  # it is Unreadable, or sympy fails on it, which must not end an evaluation

@@ -5,11 +5,15 @@ from typing import Any
 
 import sympy
 
-from lookahead_jax.eval.scorers.bounded_terms import LARGEST_FACTORIAL, Unreadable
+from lookahead_jax.eval.scorers.bounded_terms import (
+    LARGEST,
+    LARGEST_FACTORIAL,
+    Unreadable,
+    logarithm,
+)
 
 _PRECISION = 130  # digits of a value
 _CLOSE = sympy.Float("1e-100")  # of two values, relative to the larger one
-_LARGEST = 20_000  # logarithm of a power, and argument of a function
 _FACTORIALS = (sympy.factorial, sympy.binomial)
 _POINTS = ((0, 1), (1, 2), (-1, 0), (-2, 2), (2, 9))  # a variable is drawn between these
 
@@ -50,7 +54,7 @@ def _values(a: Any, b: Any):
         at = {s: _point(f"{s} {low} {high}", low, high) for s in symbols}
         try:
             pair = _value(a, at), _value(b, at)
-        except Unreadable:
+        except ValueError:  # Unreadable, or sympy's at a pole
             continue
         if complex_too or all(sympy.im(x) == 0 for x in pair):
             yield pair
@@ -68,10 +72,9 @@ def _value(expression: Any, at: dict[Any, Any]) -> Any:
         return expression
     parts = [_value(part, at) for part in expression.args]
     if expression.is_Pow:
-        lead = abs(sympy.log(parts[0]).evalf(15)) if parts[0] != 0 else 0
-        bounded = abs(parts[1]) * (1 + lead) <= _LARGEST
+        bounded = abs(parts[1]) * (1 + logarithm(parts[0])) <= LARGEST
     else:
-        most = LARGEST_FACTORIAL if isinstance(expression, _FACTORIALS) else _LARGEST
+        most = LARGEST_FACTORIAL if isinstance(expression, _FACTORIALS) else LARGEST
         bounded = not expression.is_Function or all(abs(part) <= most for part in parts)
     if not bounded:
         raise Unreadable("a large value")
