@@ -13,6 +13,7 @@ from lookahead_jax.eval.scorers.latex_text import (
     choice_of,
     clean,
     is_words,
+    without_spaces,
     words_of,
 )
 from lookahead_jax.eval.scorers.numbers import NUMBER
@@ -84,7 +85,7 @@ def is_same(given: str, answer: str) -> bool:
             letter is not None and choice_of(given) == letter
         )
     left, right = clean(given), clean(answer)
-    if re.sub(r"\s", "", left) == re.sub(r"\s", "", right):
+    if without_spaces(left) == without_spaces(right):
         return True
     try:
         return same(read_answer(right), read_answer(left))
