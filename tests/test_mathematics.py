@@ -126,6 +126,15 @@ def test_terms_have_their_value():
 def test_values_decide_where_forms_differ():
     assert equal(term(r"\sqrt{2}+\sqrt{3}"), term(r"\sqrt{5+2\sqrt6}"))
     assert not equal(term(r"\sqrt{2}+\sqrt{3}"), term(r"\sqrt{5+2\sqrt6}+10^{-90}"))
+    assert equal(term(r"\sqrt{\sin^2 1+\cos^2 1-1}"), term("0"))
+    for zero in (r"\sqrt2\sqrt3-\sqrt6", r"\sin^2x+\cos^2x-1"):
+        assert equal(term(zero), term("0")), zero
+        assert equal(term(zero), term(r"\sqrt{5}-\sqrt[4]{25}")), zero
+        assert equal(term(f"({zero})+10^{{-120}}"), term("10^{-120}")), zero
+    for small in ("e^{-300}", "10^{-120}+e^{-300}", r"\pi\cdot10^{-110}", r"x\pi^{-400}"):
+        assert not equal(term(small), term("0")), small
+        assert not equal(term(small), term(f"2({small})")), small
+        assert equal(term(small), term(rf"\frac{{{small}}}{{\sqrt2}}2^{{1/2}}")), small
     assert equal(term(r"\arccos x"), term(r"\frac{\pi}{2}-\arcsin x")), "real from -1 to 1 only"
     assert not equal(term("x"), term("|x|"))
     assert not equal(term(r"\frac{x}{x-x^2}"), term(r"\frac{1}{1+x}"))
@@ -189,8 +198,15 @@ def test_the_final_answer_of_a_text(text, answer):
     assert final_answer(text) == answer
 
 
-def test_boxes_without_end_are_read_in_one_pass():
+def test_long_texts_are_read_in_one_pass():
     start = time.process_time()
+    for text in (
+        "\\(" * 16_000,
+        "\n" * 40_000,
+        "$" + "\\$" * 16_000,
+        " " * 40_000 + ":" + " " * 40_000,
+    ):
+        final_answer("the answer is " + text)
     assert final_answer("\\boxed{" * 20_000 + " 5 and 6") == "6"
     assert not is_same("1+" * 20_000, "5")
     assert time.process_time() - start < 2

@@ -20,7 +20,7 @@ from lookahead_jax.eval.scorers.numbers import NUMBER
 
 LONGEST = 1000  # characters of a final answer that is read
 _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*\{|(?![A-Za-z])\s*(\w))|\\.|[{}]", re.DOTALL)
-_SAYS = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*([^\n]+)", re.IGNORECASE)
+_SAYS = re.compile(r"answer\s{0,8}(?:is|:|=)\s{0,8}:?\s{0,8}([^\n]+)", re.IGNORECASE)
 
 
 def require_sympy() -> None:
@@ -38,10 +38,11 @@ def final_answer(text: str) -> str | None:
     if (boxed := _last_box(text)) is not None:
         return boxed
     if said := _SAYS.findall(text):
-        formula = re.search(r"(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)", said[-1])
+        line = said[-1][: 2 * LONGEST]  # what is longer is not read, and would take long to search
+        formula = re.search(r"(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)", line)
         if formula:
             return formula[1] or formula[2]
-        return re.split(r"\.(?:\s|$)", said[-1].replace("**", ""))[0].strip()
+        return re.split(r"\.(?:\s|$)", line.replace("**", ""))[0].strip()
     numbers = re.findall(NUMBER, text)
     return numbers[-1] if numbers else None
 
