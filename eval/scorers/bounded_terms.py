@@ -4,10 +4,12 @@ from typing import Any
 
 import sympy
 
+LARGEST = 20_000  # logarithm of a power of numbers, and argument of a function
 LARGEST_FACTORIAL = 400  # the largest n of n! and of binomials
 _EXPONENT = 4000  # the largest number as an exponent
 _BITS = 16_000  # of a power of rational numbers
 _ROOT_BITS = 2_000  # of a number whose root is taken
+_HIGHEST = 3  # powers in exponents, which sympy evaluates once per level and again within each
 _TALLEST = 2  # powers of powers with variables in the exponent, which sympy builds slowly
 
 
@@ -15,23 +17,33 @@ class Unreadable(ValueError):
     """A text is no term that this module reads."""
 
 
-def checked_exponent(exponent: Any) -> Any:
-    """The exponent; Unreadable if it is a large number."""
+def power(base: Any, exponent: Any) -> Any:
+    """base ** exponent; Unreadable if sympy would work long on it, or with a very large number."""
+    if _height(exponent) >= _HIGHEST:
+        raise Unreadable("powers in exponents")
     if exponent.is_number and exponent.is_finite and not abs(exponent.evalf(15)) <= _EXPONENT:
         raise Unreadable("a large power")
-    return exponent
-
-
-def power(base: Any, exponent: Any) -> Any:
-    """base ** exponent; Unreadable if sympy would have to write out a very large number."""
-    checked_exponent(exponent)
     if exponent.free_symbols and max(_towers(base), _towers(exponent)) >= _TALLEST:
         raise Unreadable("powers of powers of variables")
     if base.is_Rational and exponent.is_Rational:
         bits = (max(abs(base.p), base.q) - 1).bit_length()  # none of 0, 1 and -1
         if bits * abs(exponent) > _BITS or (not exponent.is_Integer and bits > _ROOT_BITS):
             raise Unreadable("a large power")
+    elif base.is_number and exponent.is_number and not logarithm(base) * abs(exponent) <= LARGEST:
+        raise Unreadable("a large power")
     return base**exponent
+
+
+def logarithm(number: Any) -> Any:
+    """The absolute value of a number's logarithm; 0 for 0."""
+    return abs(sympy.log(number).evalf(15)) if number != 0 else 0
+
+
+def _height(expression: Any) -> int:
+    """How many powers stand in each other's exponents, at most."""
+    inner = max(map(_height, expression.args), default=0)
+    raised = expression.is_Pow or isinstance(expression, sympy.exp)
+    return max(inner, 1 + _height(expression.exp)) if raised else inner
 
 
 def _towers(expression: Any) -> int:

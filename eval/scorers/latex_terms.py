@@ -7,6 +7,7 @@ construction: by the length of a term, the depth of its brackets, and the size o
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import sympy
@@ -14,7 +15,6 @@ import sympy
 from lookahead_jax.eval.scorers.bounded_terms import (
     Unreadable,
     binomial,
-    checked_exponent,
     factorial,
     power,
 )
@@ -29,10 +29,10 @@ def _inverse(function: Callable) -> Callable:
 
 
 _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
-    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")},
+    **{name: getattr(sympy, name) for name in ("sin", "cos", "tan", "sinh", "cosh", "tanh")},
     "cot": _inverse(sympy.tan), "sec": _inverse(sympy.cos), "csc": _inverse(sympy.sin),
     "arcsin": sympy.asin, "arccos": sympy.acos, "arctan": sympy.atan,
-    "ln": sympy.log, "log": sympy.log,
+    "ln": sympy.log, "log": sympy.log, "exp": partial(power, sympy.E),
 }  # fmt: skip
 _CONSTANTS = {
     "pi": sympy.pi, "e": sympy.E, "i": sympy.I,
@@ -234,7 +234,7 @@ class _Parser:
             argument = self._factor()
             while self._starts_factor() and self.next.removeprefix("\\") not in _FUNCTIONS:
                 argument = argument * self._factor()
-        value = _FUNCTIONS[name](checked_exponent(argument) if name == "exp" else argument)
+        value = _FUNCTIONS[name](argument)
         if base is not None and name == "log":
             value = value / sympy.log(base)
         elif base is not None:

@@ -28,7 +28,11 @@ _UNIT_WORDS = (
 _UNITS = re.compile(
     rf"(?<=[\d}}).])\s*(?:(?<=\s)|(?<=\d))(?:(?:{'|'.join(_UNIT_WORDS.split())})\b{_SQUARED}\.?\s*)+$"
 )
+_SECOND_CHOICE = re.compile(r"(?<!\w)\([A-Z]\)|^\s*(?:or|and|[,;/&])\s*[A-Z]\b")
+_VALUE_END = re.compile(r"[\w)}\]|!%.]$")
+_LABEL = re.compile(r"\s*\([A-Z]\)\s*")  # of a choice
 _SEPARATOR = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)")
+_SPACED = re.compile(r"(?<![\w.])\d{1,3}(?: \d{3})+(?!\d)")
 _BRACKET = re.compile(r"\\begin|\\end|\\\\|\\lfloor|\\rfloor|\\lceil|\\rceil|\\?[\[\](){}]")
 _OPENING = {r"\begin", "(", "[", "{", r"\{", r"\lfloor", r"\lceil"}
 
@@ -48,10 +52,12 @@ def is_words(text: str) -> bool:
 
 
 def choice_of(text: str) -> str | None:
-    """The letter of a multiple choice: C, (C), (C) with more behind; None for others."""
+    """The letter of a multiple choice: C, (C), (C) with more; None for others and for several."""
     plain = _LAYOUT.sub("", _TEXT.sub(r"\1", text)).strip()
-    found = re.fullmatch(r"\(?([A-Z])\)?\.?|\(([A-Z])\).*", plain, re.DOTALL)
-    return (found[1] or found[2]) if found else None
+    found = re.fullmatch(r"\(?([A-Z])\)?\.?|\(([A-Z])\)(.*)", plain, re.DOTALL)
+    if not found or _SECOND_CHOICE.search(found[3] or ""):
+        return None
+    return found[1] or found[2]
 
 
 def clean(text: str) -> str:
@@ -66,15 +72,32 @@ def clean(text: str) -> str:
     text = re.sub(r"\\([dtc])(frac|binom)(?![A-Za-z])", r"\\\2", text)
     text = re.sub(r"\\(?:text|mbox) ?\{\s*(?:and|or)\s*\}", ",", text)
     text = _SHORT_UNIT.sub(" ", text)
-    text = _UNIT.sub(lambda found: found[0] if _VALUE.search(found[1]) else " ", text)
+    text = _UNIT.sub(_without_unit, text)
     text = re.sub(rf"\\(?:{_FONTS})(?![A-Za-z])", "", _TEXT.sub(r"\1", text))
     text = re.sub(r"\\langle", "(", re.sub(r"\\rangle", ")", text))
     text = re.sub(r"\\[lr]vert(?![A-Za-z])|\\mid(?![A-Za-z])", "|", text)
     text = re.sub(r"\\?%", "", _LAYOUT.sub(" ", text))
     text = re.split(r"\\approx(?![A-Za-z])", text)[0]
     text = re.sub(r"\s+(?:and|or)\s+", ",", text.strip().rstrip(".,; "))
+    text = _UNITS.sub("", text).strip()
     text = re.sub(r"(?<!\S)(\d+) (\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)
-    return _UNITS.sub("", text).strip()
+    return _SPACED.sub(lambda found: found[0].replace(" ", ""), text)
+
+
+def _without_unit(found: re.Match[str]) -> str:
+    r"""A space for units, names and labels; \text{...} itself if it may change a value: not 5.
+
+    A unit or a remark stands behind a value, a name before an equals sign.
+    """
+    before = _LAYOUT.sub(" ", found.string[: found.start()]).rstrip()
+    named = re.match(r"\s*=", found.string[found.end() :])
+    dropped = named or _LABEL.fullmatch(found[1]) or _VALUE_END.search(before)
+    return " " if dropped and not _VALUE.search(found[1]) else found[0]
+
+
+def without_spaces(text: str) -> str:
+    """The text without spaces, but for those between numbers."""
+    return re.sub(r"(?<![\d.]) | (?![\d.])", "", re.sub(r"\s+", " ", text))
 
 
 def without_separators(text: str) -> str:

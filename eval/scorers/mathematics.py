@@ -13,13 +13,14 @@ from lookahead_jax.eval.scorers.latex_text import (
     choice_of,
     clean,
     is_words,
+    without_spaces,
     words_of,
 )
 from lookahead_jax.eval.scorers.numbers import NUMBER
 
 LONGEST = 1000  # characters of a final answer that is read
 _BRACE = re.compile(r"\\(?:boxed|fbox|framebox)(?:\s*\{|(?![A-Za-z])\s*(\w))|\\.|[{}]", re.DOTALL)
-_SAYS = re.compile(r"answer\s*(?:is|:|=)\s*:?\s*([^\n]+)", re.IGNORECASE)
+_SAYS = re.compile(r"answer\s{0,8}(?:is|:|=)\s{0,8}:?\s{0,8}([^\n]+)", re.IGNORECASE)
 
 
 def require_sympy() -> None:
@@ -37,10 +38,11 @@ def final_answer(text: str) -> str | None:
     if (boxed := _last_box(text)) is not None:
         return boxed
     if said := _SAYS.findall(text):
-        formula = re.search(r"(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)", said[-1])
+        line = said[-1][: 2 * LONGEST]  # what is longer is not read, and would take long to search
+        formula = re.search(r"(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)", line)
         if formula:
             return formula[1] or formula[2]
-        return re.split(r"\.(?:\s|$)", said[-1].replace("**", ""))[0].strip()
+        return re.split(r"\.(?:\s|$)", line.replace("**", ""))[0].strip()
     numbers = re.findall(NUMBER, text)
     return numbers[-1] if numbers else None
 
@@ -76,7 +78,6 @@ def is_same(given: str, answer: str) -> bool:
     require_sympy()
     if len(given) > LONGEST:
         return False
-    from lookahead_jax.eval.scorers.bounded_terms import Unreadable
     from lookahead_jax.eval.scorers.latex_answers import read_answer, same
 
     if is_words(answer):
@@ -85,9 +86,9 @@ def is_same(given: str, answer: str) -> bool:
             letter is not None and choice_of(given) == letter
         )
     left, right = clean(given), clean(answer)
-    if re.sub(r"\s", "", left) == re.sub(r"\s", "", right):
+    if without_spaces(left) == without_spaces(right):
         return True
     try:
         return same(read_answer(right), read_answer(left))
-    except Unreadable:
-        return False
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError):
+        return False  # it is Unreadable, or sympy fails on it, which must not end an evaluation

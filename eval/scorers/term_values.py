@@ -5,11 +5,16 @@ from typing import Any
 
 import sympy
 
-from lookahead_jax.eval.scorers.bounded_terms import LARGEST_FACTORIAL, Unreadable
+from lookahead_jax.eval.scorers.bounded_terms import (
+    LARGEST,
+    LARGEST_FACTORIAL,
+    Unreadable,
+    logarithm,
+)
 
 _PRECISION = 130  # digits of a value
 _CLOSE = sympy.Float("1e-100")  # of two values, relative to the larger one
-_LARGEST = 20_000  # logarithm of a power, and argument of a function
+_TINY = sympy.Float("1e-30")  # values below may be rounding errors: all others keep 100 digits
 _FACTORIALS = (sympy.factorial, sympy.binomial)
 _POINTS = ((0, 1), (1, 2), (-1, 0), (-2, 2), (2, 9))  # a variable is drawn between these
 
@@ -38,8 +43,7 @@ def proportional(a: Any, b: Any) -> bool:
 
 
 def _close(a: Any, b: Any) -> bool:
-    larger = max(abs(a), abs(b))
-    return bool(larger < _CLOSE or abs(a - b) <= _CLOSE * larger)
+    return bool(abs(a - b) <= _CLOSE * max(abs(a), abs(b)))
 
 
 def _values(a: Any, b: Any):
@@ -47,35 +51,43 @@ def _values(a: Any, b: Any):
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     complex_too = a.has(sympy.I) or b.has(sympy.I) or not symbols
     for low, high in _POINTS if symbols else _POINTS[:1]:
-        at = {s: _point(f"{s} {low} {high}", low, high) for s in symbols}
+        at = {s: random.Random(f"{s} {low} {high}").uniform(low, high) for s in symbols}
         try:
             pair = _value(a, at), _value(b, at)
-        except Unreadable:
+        except ValueError:  # Unreadable, or sympy's at a pole
             continue
         if complex_too or all(sympy.im(x) == 0 for x in pair):
             yield pair
 
 
-def _point(name: str, low: int, high: int) -> Any:
-    return sympy.Float(str(random.Random(name).uniform(low, high)), _PRECISION)
+def _value(expression: Any, at: dict[Any, float]) -> Any:
+    """The number at a point; Unreadable for one that is too large or none.
+
+    A tiny number is computed again with twice the digits: a rounding error, as is left of equal
+    terms, gets smaller and is 0.
+    """
+    value = _rounded(expression, at, _PRECISION)
+    if not 0 < abs(value) < _TINY:
+        return value
+    finer = _rounded(expression, at, 2 * _PRECISION)
+    return sympy.Integer(0) if abs(finer) < _TINY * abs(value) else finer
 
 
-def _value(expression: Any, at: dict[Any, Any]) -> Any:
-    """The number at a point, from the leaves up; Unreadable for one that is too large or none."""
+def _rounded(expression: Any, at: dict[Any, float], digits: int) -> Any:
+    """The number at a point, from the leaves up."""
     if expression in at:
-        return at[expression]
+        return sympy.Float(str(at[expression]), digits)
     if expression.is_Rational:
         return expression
-    parts = [_value(part, at) for part in expression.args]
+    parts = [_rounded(part, at, digits) for part in expression.args]
     if expression.is_Pow:
-        lead = abs(sympy.log(parts[0]).evalf(15)) if parts[0] != 0 else 0
-        bounded = abs(parts[1]) * (1 + lead) <= _LARGEST
+        bounded = abs(parts[1]) * (1 + logarithm(parts[0])) <= LARGEST
     else:
-        most = LARGEST_FACTORIAL if isinstance(expression, _FACTORIALS) else _LARGEST
+        most = LARGEST_FACTORIAL if isinstance(expression, _FACTORIALS) else LARGEST
         bounded = not expression.is_Function or all(abs(part) <= most for part in parts)
     if not bounded:
         raise Unreadable("a large value")
-    value = (expression.func(*parts) if parts else expression).evalf(_PRECISION)
+    value = (expression.func(*parts) if parts else expression).evalf(digits)
     if not value.is_number or not value.is_finite:
         raise Unreadable("no value")
     return value
