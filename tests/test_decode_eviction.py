@@ -336,7 +336,9 @@ def test_policies_that_cannot_say_so(name):
 
 def test_a_question_that_is_missing_is_named():
     state = jax.tree.map(jnp.asarray, opened("question", RICH))
-    with pytest.raises(ValueError, match="SnapKV reads the prompt's last tokens again: give ques"):
+    with pytest.raises(
+        ValueError, match="SnapKV reads the prompt's last tokens again: give question="
+    ):
         evict(
             weights(RICH), state.cache, None, emitted=state.tokens, count=state.count,
             new=jnp.ones(3, jnp.int32), modules=None, config=RICH, eviction=eviction("question"),
