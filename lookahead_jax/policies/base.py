@@ -284,7 +284,7 @@ def check_positions(policy: Policy, reader: str) -> None:
         )
 
 
-def check_interval(name: str, value: int) -> None:
+def check_interval(name: str, value: Any) -> None:
     """Raises ValueError unless `value` can be the tokens between two cuts: 1 to 2^20."""
     check_integer(name, value, least=1)
     if value > _LONGEST_INTERVAL:
