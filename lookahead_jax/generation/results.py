@@ -57,9 +57,8 @@ def report_cache(
     """The report on a cache after prompt and question, and the kept positions [L, B, K, S] int32.
 
     Entries after a row's prompt, `staying` ones of a memory and those of a question [B], are not
-    counted as kept. `all_tokens`
-    of a row are its prompt, question and new tokens. Without eviction each of them needs an
-    entry; padding is not counted.
+    counted as kept. `all_tokens` of a row are its prompt, question and new tokens. Without eviction
+    each of them needs an entry; padding is not counted.
     """
     pos = np.asarray(cache.pos)
     # Both bounds, since a policy may give the prompt's entries other positions.

@@ -23,8 +23,8 @@ class Rerotate(PolicyWrapper):
     The text goes on where the fullest head ends, at C and not at the length of the prompt, so that
     what follows a long prompt is within the positions that the model knows; the prompt itself is
     read at its own, and limits count these. The last entry of every head is right before the text
-    that follows. (StreamingLLM, arXiv 2309.17453, section 3.2, and the
-    rerotation press of kvpress, which needs heads of equal size.)
+    that follows. (StreamingLLM, arXiv 2309.17453, section 3.2, and the rerotation press of kvpress,
+    which needs heads of equal size.)
 
     `Generation.kept` has the new positions. Entries are not evicted while decoding: such cuts come
     at fixed positions of the text.
