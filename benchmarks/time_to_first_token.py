@@ -5,12 +5,14 @@ mean difference from the full cache with a 95 % interval over repetitions, and t
 
     python benchmarks/time_to_first_token.py --out benchmarks/results/time_to_first_token.json
     python benchmarks/time_to_first_token.py --model smollm2 --repetitions 8
+    python benchmarks/time_to_first_token.py --model smollm2 --policies full kvzip+ kvzap:file=F
 
-LookaheadKV has the modules that ship for the model, with the settings chosen for them.
+`lookaheadkv` without settings has those chosen for the modules that ship for the model.
 """
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,19 +22,15 @@ import numpy as np
 from common import Help, parse, publish, ran_on, settings
 
 import lookahead_jax as lk
-from lookahead_jax.eval.grid.config import EMBEDDED, model_folder
+from lookahead_jax.eval.grid.config import EMBEDDED, model_folder, policy_of
 from lookahead_jax.eval.intervals import of_mean
 from lookahead_jax.modules.shipped import shipped_modules
+from lookahead_jax.prompts.kvzip_replay import repeat_template
 
-POLICIES = {
-    "full": ("full", {}),
-    "snapkv": ("snapkv", {}),
-    "h2o": ("h2o", {}),
-    "laq": ("laq", {"draft_tokens": 32}),
-}
+FULL = "full"
 
 
-def measure(name: str, tokens: int, budget: int, repetitions: int) -> dict:
+def measure(name: str, specs: Sequence[str], tokens: int, budget: int, repetitions: int) -> dict:
     """Seconds of every repetition and policy, and statistics of the differences."""
     shipped = shipped_modules(None if name == EMBEDDED else name)
     if shipped is None:
@@ -41,25 +39,27 @@ def measure(name: str, tokens: int, budget: int, repetitions: int) -> dict:
     modules = lk.load_modules(shipped.folder, params=model.params, config=model.config)
     text = (lk.EMBEDDED_MODEL.parent / "example.txt").read_text()
     prompt = jnp.asarray(np.resize(model.tokenizer.encode(text), (1, tokens)), jnp.int32)
-    chosen = POLICIES | {"lookaheadkv": ("lookaheadkv", shipped.settings)}
-    policies = {n: lk.make_policy(name, **kw) for n, (name, kw) in chosen.items()}
+    policies = {spec: policy_of(spec) for spec in specs}
+    if "lookaheadkv" in policies:
+        policies["lookaheadkv"] = lk.make_policy("lookaheadkv", **shipped.settings)
 
-    def read(policy: str) -> None:
+    def read(spec: str) -> None:
         result = lk.read_prompt(
-            model.params, prompt, config=model.config, policy=policies[policy], budget=budget,
+            model.params, prompt, config=model.config, policy=policies[spec], budget=budget,
             new_tokens=64, modules=modules,
+            repeat_template=repeat_template(policies[spec], model.tokenizer),
         )  # fmt: skip
         jax.block_until_ready((result.logits.argmax(-1), result.cache))
 
-    for policy in policies:
-        read(policy)
-    rng, seconds = np.random.default_rng(0), {policy: [] for policy in policies}
+    for spec in policies:
+        read(spec)
+    rng, seconds = np.random.default_rng(0), {spec: [] for spec in policies}
     for _ in range(repetitions):
-        for policy in rng.permutation(list(policies)).tolist():
+        for spec in rng.permutation(list(policies)).tolist():
             began = time.perf_counter()
-            read(policy)
-            seconds[policy].append(time.perf_counter() - began)
-    return {policy: _compare(values, seconds["full"]) for policy, values in seconds.items()}
+            read(spec)
+            seconds[spec].append(time.perf_counter() - began)
+    return {spec: _compare(values, seconds[FULL]) for spec, values in seconds.items()}
 
 
 def _compare(values: list[float], full: list[float]) -> dict:
@@ -75,6 +75,9 @@ def _compare(values: list[float], full: list[float]) -> dict:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     model: Annotated[str, Help("embedded, or another model that modules ship for")] = EMBEDDED
+    policies: Annotated[tuple[str, ...], Help("policies, with settings as in a grid")] = (
+        FULL, "snapkv", "h2o", "laq:draft_tokens=32", "lookaheadkv",
+    )  # fmt: skip
     tokens: Annotated[int, Help("prompt tokens")] = 2048
     budget: Annotated[int, Help("prompt entries kept per layer and KV head")] = 128
     repetitions: Annotated[int, Help("readings of the prompt by each policy")] = 40
@@ -83,11 +86,13 @@ class Options:
 
 def main() -> None:
     options = parse(Options, __doc__)
+    if FULL not in options.policies:
+        raise SystemExit(f"--policies must name {FULL}: the others are compared with it")
     sizes = (options.tokens, options.budget, options.repetitions)
     report = {
         **ran_on(),
-        **settings(options, "out"),
-        "policies": measure(options.model, *sizes),
+        **settings(options, "out", "policies"),
+        "policies": measure(options.model, options.policies, *sizes),
     }
     publish(report, options.out)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 
 from lookahead_jax.engine.prompt_store import StoreUse
-from lookahead_jax.prompts.read import Shared
+from lookahead_jax.prompts.sharing import Shared
 
 
 class _Stored(NamedTuple):

@@ -38,12 +38,11 @@ from lookahead_jax.prefilling.batching import bucket_length, pad_batch, pin_mask
 from lookahead_jax.prefilling.layer_pass import CHUNK
 from lookahead_jax.prefilling.prefill import extend
 from lookahead_jax.prompts.kvzip_replay import repeat_template
-from lookahead_jax.prompts.read import (
+from lookahead_jax.prompts.read import read_prompt, read_prompt_in_pieces
+from lookahead_jax.prompts.sharing import (
     Shared,
     has_pieces,
     part_bytes,
-    read_prompt,
-    read_prompt_in_pieces,
     reusable_parts,
     shared_tokens,
 )

@@ -4,7 +4,7 @@ from lookahead_jax.checkpoints.load import Model
 from lookahead_jax.generation.settings import EvictionSettings
 from lookahead_jax.host.memory import free_bytes
 from lookahead_jax.prefilling.batching import slots_for
-from lookahead_jax.prompts.read import shared_tokens
+from lookahead_jax.prompts.sharing import shared_tokens
 
 _POSITION_BYTES = 4
 _SCALE_BYTES = 4

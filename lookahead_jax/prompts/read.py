@@ -1,7 +1,6 @@
 """Prompts -> cut caches: one function for every way in which a policy reads a prompt."""
 
 from collections.abc import Generator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,7 +15,6 @@ from lookahead_jax.model.jit import program
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules, observer_block, staying_entries
 from lookahead_jax.policies.base import (
-    OnePass,
     Policy,
     WithCuts,
     WithDraft,
@@ -28,18 +26,16 @@ from lookahead_jax.policies.base import (
 from lookahead_jax.policies.full import Whole
 from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import check_pinned, slots_for
-from lookahead_jax.prefilling.layer_pass import CHUNK
-from lookahead_jax.prefilling.pieces import ChunkEntries, prefill_in_pieces, reusable_chunks
+from lookahead_jax.prefilling.pieces import ChunkEntries, prefill_in_pieces
 from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
 from lookahead_jax.prompts.cut_reading import (
     CutReading,
     CutState,
-    empty_state,
     read_with_cuts,
     read_with_cuts_in_pieces,
-    spacing,
 )
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
+from lookahead_jax.prompts.sharing import Shared, has_pieces
 
 
 class _Inputs(NamedTuple):
@@ -112,10 +108,6 @@ def read_prompt(
             return prefill(params, tokens, **_once(inputs, _observer(inputs, modules, draft)))
 
 
-Shared = ChunkEntries | CutState
-"""What a prompt takes over from an earlier one, of one part of its beginning."""
-
-
 class PromptInPieces(NamedTuple):
     """A prompt that has been read in pieces."""
 
@@ -186,50 +178,6 @@ def read_prompt_in_pieces(
     return PromptInPieces(
         *(yield from prefill_in_pieces(params, tokens, **settings, known=chunks, returned=returned))
     )
-
-
-def shared_tokens(policy: Policy, config: ModelConfig) -> int:
-    """The tokens of each part that prompts which begin alike share; 0: they share nothing.
-
-    Chunks are shared where none gathers statistics over them all, states wherever there are any.
-    """
-    if isinstance(policy.reading, WithCuts):
-        return spacing(policy.reading)
-    return CHUNK if has_pieces(policy) and policy.init_stats(1, CHUNK, config) is None else 0
-
-
-def reusable_parts(policy: Policy, length: int, budget: int, config: ModelConfig) -> int:
-    """How many first parts of a prompt of `length` tokens need not be read again, at most."""
-    if isinstance(policy.reading, WithCuts):
-        return length // spacing(policy.reading)
-    return reusable_chunks(policy, length, budget, config)
-
-
-def part_bytes(
-    params: Params,
-    *,
-    config: ModelConfig,
-    policy: Policy,
-    budget: int,
-    longest: int,
-    cache_dtype: str | None,
-) -> int:
-    """Bytes of one part of one prompt that others take over; the arguments are those of reading."""
-    if not isinstance(policy.reading, WithCuts):
-        entry = 2 * config.num_kv_heads * config.head_dim * config.num_layers
-        return CHUNK * entry * params["embed"].dtype.itemsize
-    reading = CutReading.of(
-        policy, config=config, budget=budget, cache_dtype=cache_dtype,
-        slots=slots_for(policy, longest, budget, 0, config=config),
-    )  # fmt: skip
-    span = jax.ShapeDtypeStruct((1,), jnp.int32)
-    state = jax.eval_shape(partial(empty_state, reading=reading), params, span)
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-
-
-def has_pieces(policy: Policy) -> bool:
-    """Whether prompts are read in pieces: once, without a draft from outside."""
-    return isinstance(policy.reading, OnePass | WithModules | WithLookup)
 
 
 def _checked_memory(policy: Policy, modules: LookaheadModules | None, budget: int) -> int:
