@@ -109,11 +109,33 @@ def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
             return multiply(x, weight, axes).astype(x.dtype)
         return jnp.tensordot(x, weight, axes=inputs)
 
-    cpu = few_rows_form(x, weight, inputs=inputs) or _halves(x, weight, inputs)
+    forms = few_rows_form, _halves, _in_float32
+    cpu = next(filter(None, (form(x, weight, inputs=inputs) for form in forms)), None)
     return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
 
 
-def _halves(x: jax.Array, weight: Weight, inputs: int) -> Callable[[jax.Array], jax.Array] | None:
+def _in_float32(
+    x: jax.Array, weight: Weight, *, inputs: int
+) -> Callable[[jax.Array], jax.Array] | None:
+    """The product of many rows of 16-bit floats on CPUs; None where it does not apply.
+
+    XLA on CPU uses the processor's matrix units for 16-bit inputs only if the result is float32.
+    """
+    if isinstance(weight, QuantizedWeight) or x.dtype == jnp.float32:
+        return None
+
+    def product(x):
+        axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
+        dims = (axes, ((), ()))
+        y = jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+    return product
+
+
+def _halves(
+    x: jax.Array, weight: Weight, *, inputs: int
+) -> Callable[[jax.Array], jax.Array] | None:
     """The product of one row with floats on CPUs; None where it does not apply.
 
     XLA on CPU runs one row times a matrix on one core, but a batch of two on two cores.
