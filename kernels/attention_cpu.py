@@ -36,11 +36,13 @@ from lookahead_jax.kernels.cpu_calls import (
     register_parallel,
 )
 from lookahead_jax.kernels.cpu_code import (
+    BFLOATS,
     BYTES,
     FLOAT,
     I32,
     I64,
     LANES,
+    SIZES,
     ZEROS,
     carried,
     exp,
@@ -61,7 +63,9 @@ RANGE = 256  # slots of a part, at least
 MAX_RANGES = 16
 WAKING_US = 200.0  # a call that takes less is done before other threads have woken up
 
-_STORED = {jnp.dtype("float32"): FLOAT, jnp.dtype("int8"): BYTES}
+_STORED = {
+    jnp.dtype("float32"): FLOAT, jnp.dtype("bfloat16"): BFLOATS, jnp.dtype("int8"): BYTES,
+}  # fmt: skip
 # Arguments and results in the order of XLA's call, and the types of their elements.
 _ARRAYS = (
     "q", "own_k", "own_v", "seen", "q_pos", "k", "v", "pos", "bounds", "layer", "window", "numbers",
@@ -85,7 +89,7 @@ def unsupported(q: jax.Array, own: Own, context: tuple[jax.Array, ...]) -> str |
     if not layout_is_known():
         return "the interface of XLA is of another version"
     stored = sorted({str(array.dtype) for array in (k, v, own.k, own.v)})
-    if q.dtype != jnp.float32 or len(stored) > 1 or k.dtype not in _STORED:
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or len(stored) > 1 or k.dtype not in _STORED:
         return f"queries of {q.dtype}, and keys and values of {', '.join(stored)}"
     if (k.dtype == jnp.int8) == (own.scales is None):
         return f"keys of {k.dtype} {'without' if own.scales is None else 'with'} scales"
@@ -128,11 +132,12 @@ def attend(
     rows = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
     results = (jax.ShapeDtypeStruct(q.shape, jnp.float32), rows, rows)
     out, top, mass = jax.ffi.ffi_call(name, results, vmap_method="sequential")(
-        q, own.k, own.v, seen, q_pos.astype(jnp.int32), k, v, pos.astype(jnp.int32), bounds,
-        *(jnp.asarray(i, jnp.int32) for i in integers), numbers, *factors,
+        q.astype(jnp.float32), own.k, own.v, seen, q_pos.astype(jnp.int32), k, v,
+        pos.astype(jnp.int32), bounds, *(jnp.asarray(i, jnp.int32) for i in integers), numbers,
+        *factors,
     )  # fmt: skip
     lse = jnp.where(mass > 0, top + jnp.log(jnp.where(mass > 0, mass, 1.0)), -jnp.inf)
-    return out, lse.swapaxes(1, 2)
+    return out.astype(q.dtype), lse.swapaxes(1, 2)
 
 
 @made_once
@@ -205,7 +210,7 @@ def _plan(
     ranges = larger_int(b, I64(1), b.sdiv(b.add(longest, b.sub(length, I64(1))), length))
 
     # Nanoseconds on one core of 10 GB/s and 60 GFLOP/s.
-    reading = b.mul(total, I64(round(2 * dim * (4 if stored is FLOAT else 1) / 10)))
+    reading = b.mul(total, I64(round(2 * dim * SIZES[stored] / 10)))
     per_row = b.mul(b.sdiv(b.mul(rows, heads), kv_heads), I64(max(1, round(4 * dim / 60))))
     spent = larger_int(b, reading, b.mul(total, per_row))
     threads = b.select(b.icmp_signed(">", spent, I64(round(1000 * WAKING_US))), I64(cores), I64(1))

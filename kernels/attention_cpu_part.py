@@ -17,6 +17,7 @@ from lookahead_jax.kernels.cpu_code import (
     I64,
     INTEGERS,
     LANES,
+    SIZES,
     ZEROS,
     add_lanes,
     carried,
@@ -70,6 +71,7 @@ class PartWriter:
         self.block = LANES * self.columns
         self.tile = SUMS // self.columns
         self.quantized = "k_scale" in a
+        self.converted = a["v"].type.pointee is not FLOAT
         self.unit, self.range = b.sdiv(part, a["ranges"]), b.srem(part, a["ranges"])
         self.batch, self.head = b.sdiv(self.unit, a["K"]), b.srem(self.unit, a["K"])
         self.groups = b.sdiv(a["N"], a["K"])
@@ -83,8 +85,9 @@ class PartWriter:
         self.query_at, self.sum_at, self.mask_at = (self._array(I64, many) for _ in range(3))
         self.top, self.mass = (self._array(FLOAT, many) for _ in range(2))
         self.spare = self._array(FLOAT, dim)  # sums of rows that fill the last tile
-        if self.quantized:
+        if self.converted:
             self.values = self._array(FLOAT, self.block * dim)
+        if self.quantized:
             self.key_scale, self.value_scale = (self._array(FLOAT, self.block) for _ in range(2))
 
     def _array(self, kind: ir.Type, size: int) -> Any:
@@ -233,13 +236,13 @@ class PartWriter:
                 self._put(self._get(a[f"{name}_scale"], at), scale, i)
 
     def _transpose(self, count: Any, next_slot: Any) -> None:
-        """The block's keys as [H, block]; of int8 the values as floats, too.
+        """The block's keys as [H, block], and its values, as float32.
 
         Meanwhile the block's values arrive, and the keys of the slots after it.
         """
         b, a = self.b, self.a
         stored = a["k"].type
-        line = 64 // (4 if stored.pointee is FLOAT else 1)
+        line = 64 // SIZES[stored.pointee]
         after = b.mul(b.add(b.mul(self.unit, a["S"]), next_slot), I64(self.dim))
         after = b.gep(a["k"], [b.add(a["layer_start"], after)])
         with loop(b, I64(0), count, LANES) as first:
@@ -263,13 +266,14 @@ class PartWriter:
                         column = b.fmul(column, load(b, self.key_scale, first))
                     place = b.add(b.mul(b.add(h, I64(i)), I64(self.block)), first)
                     store(b, column, self.keys, place)
-        if self.quantized:
+        if self.converted:
             with loop(b, I64(0), count) as i:
                 row = b.inttoptr(self._get(self.value_at, i), stored)
-                scale = splat(b, self._get(self.value_scale, i))
+                scale = splat(b, self._get(self.value_scale, i)) if self.quantized else None
                 place = b.gep(self.values, [b.mul(i, I64(self.dim))])
                 with loop(b, I64(0), I64(self.dim), LANES) as h:
-                    store(b, b.fmul(load_floats(b, row, h), scale), place, h)
+                    numbers = load_floats(b, row, h)
+                    store(b, numbers if scale is None else b.fmul(numbers, scale), place, h)
                 self._put(b.ptrtoint(place, I64), self.value_at, i)
 
     def _masks(self, own_from: Any, own_to: Any) -> None:

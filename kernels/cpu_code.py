@@ -9,6 +9,8 @@ from llvmlite import ir
 
 LANES = 16  # float32 numbers of a vector; LLVM splits it where registers are shorter
 I32, I64, FLOAT, BYTES = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(8)
+BFLOATS = ir.IntType(16)  # bfloat16: the upper half of a float32
+SIZES = {FLOAT: 4, BFLOATS: 2, BYTES: 1}  # bytes of a stored number
 POINTER = BYTES.as_pointer()
 VECTOR = ir.VectorType(FLOAT, LANES)
 INTEGERS = ir.VectorType(I32, LANES)
@@ -64,11 +66,15 @@ def store(b: ir.IRBuilder, value: Any, base: Any, index: Any) -> None:
 
 
 def load_floats(b: ir.IRBuilder, base: Any, index: Any) -> Any:
-    """A vector of floats from an array of float32, or of int8, which are converted."""
+    """A vector of floats from an array of float32, or of bfloat16 or int8, which are converted."""
     stored = base.type.pointee
     if stored is FLOAT:
         return load(b, base, index)
-    return b.sitofp(b.sext(load(b, base, index, ir.VectorType(stored, LANES)), INTEGERS), VECTOR)
+    numbers = load(b, base, index, ir.VectorType(stored, LANES))
+    if stored is BFLOATS:
+        shift = ir.Constant(INTEGERS, [16] * LANES)
+        return b.bitcast(b.shl(b.zext(numbers, INTEGERS), shift), VECTOR)
+    return b.sitofp(b.sext(numbers, INTEGERS), VECTOR)
 
 
 def splat(b: ir.IRBuilder, number: Any) -> Any:

@@ -23,6 +23,7 @@ from lookahead_jax.kernels.cpu_calls import (
     vector_registers,
 )
 from lookahead_jax.kernels.cpu_code import (
+    BFLOATS,
     BYTES,
     FLOAT,
     I64,
@@ -60,12 +61,15 @@ class _Limits(NamedTuple):
 def limits() -> _Limits:
     """Those of this machine: of AVX-512 they were measured, others have fewer registers."""
     if vector_registers() >= 32:
-        return _Limits(24, {"float32": 64, "int8": 64}, {"float32": 32, "int8": 64})
-    few = {"float32": 8, "int8": 16}
+        plain = {"float32": 64, "bfloat16": 16, "int8": 64}
+        return _Limits(24, plain, {"float32": 32, "bfloat16": 16, "int8": 64})
+    few = {"float32": 8, "bfloat16": 8, "int8": 16}
     return _Limits(6, few, few)
 
 
-_STORED = {jnp.dtype("float32"): FLOAT, jnp.dtype("int8"): BYTES}
+_STORED = {
+    jnp.dtype("float32"): FLOAT, jnp.dtype("bfloat16"): BFLOATS, jnp.dtype("int8"): BYTES,
+}  # fmt: skip
 
 
 def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = False) -> bool:
@@ -82,7 +86,8 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
         target_platform() == "cpu"
         and whole
         and matrix.size > 0
-        and x.dtype == jnp.float32
+        and x.dtype in (jnp.float32, jnp.bfloat16)
+        and matrix.dtype in (x.dtype, jnp.int8)
         and 1 <= rows <= most.get(matrix.dtype.name, 0)
         and jax.sharding.get_abstract_mesh().empty
         and layout_is_known()
@@ -91,9 +96,10 @@ def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = Fals
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def multiply_few_rows(x: jax.Array, matrix: jax.Array, transposed: bool = False) -> jax.Array:
-    """float32 `x` [P, K] times a float32 or int8 matrix [K, N], or `transposed` [N, K]: [P, N].
+    """float32 `x` [P, K] times a matrix [K, N], or `transposed` [N, K]: float32 [P, N].
 
-    For CPUs, and for shapes that `takes` accepts. Differentiable in both.
+    The matrix is of float32, bfloat16 or int8. For CPUs, and for shapes that `takes` accepts.
+    Differentiable in both.
     """
     cores = cores_to_use() if _microseconds(x.shape[0], matrix) > WAKING_US else 1
     name = _register(x.shape[0], matrix.dtype, transposed, cores)
@@ -109,7 +115,7 @@ def _derivative(transposed: bool, primals: Any, tangents: Any) -> tuple[jax.Arra
     if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
         total = total + jax.lax.dot_general(dx, matrix.astype(dx.dtype), axes)
     if not isinstance(dmatrix, jax.custom_derivatives.SymbolicZero):
-        total = total + jax.lax.dot_general(x, dmatrix, axes)
+        total = total + jax.lax.dot_general(x, dmatrix.astype(x.dtype), axes)
     return multiply_few_rows(x, matrix, transposed), total
 
 

@@ -143,6 +143,18 @@ def test_a_layer_is_read_in_its_stack_without_a_copy():
     assert "f32[2,2,300,32]" not in text
 
 
+@pytest.mark.parametrize("rows", [1, 9])
+def test_bfloat16_entries_and_queries(rows):
+    a: list[Any] = list(arguments(rows, 600, 3, 64))
+    rounded = [x.astype(jnp.bfloat16) for x in a[:5]]
+    found = llvm([*rounded, *a[5:]], None)
+    assert found[0].dtype == jnp.bfloat16
+    exact = expected([*(x.astype(jnp.float32) for x in rounded), *a[5:]], None)
+    assert_close(found[1:], exact[1:])
+    unit = np.abs(exact[0]) * 2**-8 + TOLERANCE  # the result is rounded once
+    assert (np.abs(np.asarray(found[0], np.float64) - exact[0]) <= unit).all()
+
+
 def test_int8_entries_are_read_with_their_scales():
     a: list[Any] = list(arguments(5, 600, 3, 64))
     factors = []
@@ -220,7 +232,8 @@ def test_what_it_does_not_take():
     assert reason() == "None"
     assert "rows" in reason(rows=MAX_ROWS + 1)
     assert "head dim 24" in reason(dim=24)
-    assert "bfloat16" in reason(dtype=jnp.bfloat16)
+    assert "float16" in reason(dtype=jnp.float16)
+    assert "bfloat16, float32" in reason(stored=jnp.bfloat16)
     assert "int8" in reason(stored=jnp.int8)
     with jax.set_mesh(make_mesh(tensor=2)):
         assert "mesh" in reason()

@@ -91,7 +91,7 @@ def few_rows_form(
         return None
 
     def product(x):
-        y = multiply_few_rows(x.reshape(rows, -1), matrix, transposed)
+        y = multiply_few_rows(x.reshape(rows, -1).astype(jnp.float32), matrix, transposed)
         y = y.reshape(x.shape[:lead] + outputs)
         if isinstance(weight, QuantizedWeight):
             y = y * weight.scale.reshape((1,) * lead + outputs)
@@ -111,7 +111,8 @@ def _product(x: jax.Array, weight: Weight, inputs: int) -> jax.Array:
 
     forms = few_rows_form, _halves, _in_float32
     cpu = next(filter(None, (form(x, weight, inputs=inputs) for form in forms)), None)
-    return product_of_rows(whole, x, inputs=inputs, cpu=cpu)
+    rounded = None if cpu is None else lambda x: cpu(x).astype(x.dtype)
+    return product_of_rows(whole, x, inputs=inputs, cpu=rounded)
 
 
 def _in_float32(
@@ -121,14 +122,13 @@ def _in_float32(
 
     XLA on CPU uses the processor's matrix units for 16-bit inputs only if the result is float32.
     """
-    if isinstance(weight, QuantizedWeight) or x.dtype == jnp.float32:
+    if isinstance(weight, QuantizedWeight) or not x.dtype == weight.dtype != jnp.float32:
         return None
 
     def product(x):
         axes = (tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs)))
         dims = (axes, ((), ()))
-        y = jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32)
 
     return product
 
@@ -149,7 +149,7 @@ def _halves(
         y = jnp.einsum(
             "sk,skn->sn", x.reshape(2, -1), parts, preferred_element_type=jnp.float32
         ).sum(0)
-        return y.astype(x.dtype).reshape(rows + weight.shape[inputs:])
+        return y.reshape(rows + weight.shape[inputs:])
 
     return product
 
