@@ -20,8 +20,9 @@ from lookahead_jax.modules.definition import LookaheadConfig
 from lookahead_jax.modules.files import load_modules
 from lookahead_jax.train import data, training_data
 from lookahead_jax.train.checkpoints import digests
+from lookahead_jax.train.loss import LossConfig
 from lookahead_jax.train.optimizer import OptimizerConfig
-from lookahead_jax.train.recipe import material, package, recipe
+from lookahead_jax.train.recipe import estimate, material, package, recipe
 from lookahead_jax.train.recipe.facts import RELATIONS
 from lookahead_jax.train.recipe.prompts import KINDS, Maker, length, prompt
 from lookahead_jax.train.recipe.turns import ChatDraft
@@ -201,6 +202,24 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
         recipe.run_recipe(dataclasses.replace(again, epochs=3))
     with pytest.raises(ValueError, match=r"other settings \(longest: 450, now 400\)"):
         recipe.run_recipe(dataclasses.replace(config, longest=400))
+
+
+@pytest.mark.slow
+def test_steps_of_a_memory_are_measured_for_themselves(config):
+    """They run the response as well, so the rates of other steps are not theirs."""
+    model = load(config.model)
+    prompts = [[1 + i % 40 for i in range(300)]] * 2
+    config.folder.mkdir()
+
+    def measured(modules, loss):
+        return estimate.rates(config.folder, model, prompts, modules, loss=loss, prompt_s=0.0)
+
+    plain = measured(config.modules, LossConfig())
+    remembering = dataclasses.replace(config.modules, memory=True)
+    memory = measured(remembering, LossConfig(memory=1.0, budgets=(64,)))
+    assert memory != plain
+    assert measured(config.modules, LossConfig()) == plain  # both are kept
+    assert measured(remembering, LossConfig(memory=1.0, budgets=(64,))) == memory
 
 
 def test_the_command_names_what_goes_on(monkeypatch, capsys):

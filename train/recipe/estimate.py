@@ -19,13 +19,13 @@ from lookahead_jax.modules.definition import LookaheadConfig, init_modules
 from lookahead_jax.policies.full import Full
 from lookahead_jax.prefilling.batching import pad_batch
 from lookahead_jax.train.batches import ForwardBatch
+from lookahead_jax.train.loss import LossConfig
 from lookahead_jax.train.objective import base_forward
 from lookahead_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lookahead_jax.train.step import init_state, train_step
 
 _ROWS = 2
 _NEW = 33  # tokens of a response: one by the pass over the prompt, the others by decoding
-FILE = "rates.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,23 +44,29 @@ class Rates:
     """To run and update the lookahead tokens, per token of a prompt."""
 
 
+def file_of(loss: LossConfig) -> str:
+    """The name of the file of rates: the loss of a memory makes steps several times as long."""
+    return "rates_memory.json" if loss.memory else "rates.json"
+
+
 def rates(
     folder: Path,
     model: Model,
     prompts: Sequence[list[int]],
     modules: LookaheadConfig,
     *,
+    loss: LossConfig,
     prompt_s: float,
 ) -> Rates:
     """The rates measured before, or those of a batch of the prompts of middle length."""
-    if (stored := read_json(folder, FILE)) is not None:
+    if (stored := read_json(folder, file_of(loss))) is not None:
         return Rates(**stored)
     middle = max(0, (len(prompts) - _ROWS) // 2)
     chosen = sorted(prompts, key=len)[middle : middle + _ROWS]
     tokens = sum(map(len, chosen))
     for _ in range(2):  # the first one compiles
         made = generate(model, chosen, policy=Full(), max_new_tokens=_NEW, eos_ids=(), burst=64)
-    forward, learn = _step_seconds(model, chosen, made.tokens, modules)
+    forward, learn = _step_seconds(model, chosen, made.tokens, modules, loss)
     measured = Rates(
         prompt=prompt_s,
         read=made.timing.ttft_s / tokens,
@@ -68,7 +74,7 @@ def rates(
         forward=forward / tokens,
         learn=learn / tokens,
     )
-    atomic_write(folder / FILE, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
+    atomic_write(folder / file_of(loss), json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
     return measured
 
 
@@ -77,6 +83,7 @@ def _step_seconds(
     prompts: Sequence[list[int]],
     responses: Sequence[list[int]],
     sizes: LookaheadConfig,
+    loss: LossConfig,
 ) -> tuple[float, float]:
     """Seconds of the base forward of a batch, and of a step after it."""
     optimizer = make_optimizer(OptimizerConfig(rate=1e-3, warmup=0), 1)
@@ -88,7 +95,7 @@ def _step_seconds(
         return ForwardBatch(jax.tree.map(lambda a: a[None], made))
 
     def step(params, state, batch):
-        return train_step(params, state, batch, config=model.config, optimizer=optimizer)
+        return train_step(params, state, batch, config=model.config, optimizer=optimizer, loss=loss)
 
     first, second = (jax.jit(f, compiler_options=compiler_options()) for f in (forward, step))
     batch, forward_s = _seconds(first, model.params, *rows)

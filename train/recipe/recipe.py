@@ -249,9 +249,9 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
     folder = folder_of(config)
     rows = [json.loads(line) for line in prompt_file(folder, 0).read_text().splitlines()]
     ids = [data.tokenize(row, model)[0] for row in rows]
-    if not (folder / estimate.FILE).is_file():
+    if not (folder / estimate.file_of(config.loss)).is_file():
         say("measuring how long a batch of each phase takes")
-    rates = estimate.rates(folder, model, ids, config.modules, prompt_s=prompt_s)
+    rates = estimate.rates(folder, model, ids, config.modules, loss=config.loss, prompt_s=prompt_s)
     lengths = dict(enumerate(map(len, ids)))
     plan = data.batches(lengths, batch=_ROWS, tokens=config.batch_tokens)
     answers = (
