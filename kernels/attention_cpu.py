@@ -36,13 +36,13 @@ from lookahead_jax.kernels.cpu_calls import (
     register_parallel,
 )
 from lookahead_jax.kernels.cpu_code import (
-    BFLOATS,
     BYTES,
     FLOAT,
     I32,
     I64,
     LANES,
     SIZES,
+    STORED,
     ZEROS,
     carried,
     exp,
@@ -63,9 +63,6 @@ RANGE = 256  # slots of a part, at least
 MAX_RANGES = 16
 WAKING_US = 200.0  # a call that takes less is done before other threads have woken up
 
-_STORED = {
-    jnp.dtype("float32"): FLOAT, jnp.dtype("bfloat16"): BFLOATS, jnp.dtype("int8"): BYTES,
-}  # fmt: skip
 # Arguments and results in the order of XLA's call, and the types of their elements.
 _ARRAYS = (
     "q", "own_k", "own_v", "seen", "q_pos", "k", "v", "pos", "bounds", "layer", "window", "numbers",
@@ -89,7 +86,7 @@ def unsupported(q: jax.Array, own: Own, context: tuple[jax.Array, ...]) -> str |
     if not layout_is_known():
         return "the interface of XLA is of another version"
     stored = sorted({str(array.dtype) for array in (k, v, own.k, own.v)})
-    if q.dtype not in (jnp.float32, jnp.bfloat16) or len(stored) > 1 or k.dtype not in _STORED:
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or len(stored) > 1 or k.dtype.name not in STORED:
         return f"queries of {q.dtype}, and keys and values of {', '.join(stored)}"
     if (k.dtype == jnp.int8) == (own.scales is None):
         return f"keys of {k.dtype} {'without' if own.scales is None else 'with'} scales"
@@ -144,7 +141,7 @@ def attend(
 def _register(dim: int, dtype: Any, capped: bool, cores: int) -> str:
     """Compiles the kernel and makes it known to XLA; the name of the target."""
     module = ir.Module(f"lookahead_attention_{dim}_{dtype}_{'capped' * capped}_{cores}")
-    stored = _STORED[dtype]
+    stored = STORED[dtype.name]
     kinds: dict[str, Any] = dict.fromkeys((*_ARRAYS, *_FACTORS, *_RESULTS), FLOAT)
     kinds |= dict.fromkeys(("own_k", "own_v", "k", "v"), stored) | {"seen": BYTES}
     kinds |= dict.fromkeys(("q_pos", "pos", "bounds", "layer", "window"), I32)

@@ -10,6 +10,7 @@ from llvmlite import ir
 LANES = 16  # float32 numbers of a vector; LLVM splits it where registers are shorter
 I32, I64, FLOAT, BYTES = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.IntType(8)
 BFLOATS = ir.IntType(16)  # bfloat16: the upper half of a float32
+STORED = {"float32": FLOAT, "bfloat16": BFLOATS, "int8": BYTES}  # what `load_floats` reads, by name
 SIZES = {FLOAT: 4, BFLOATS: 2, BYTES: 1}  # bytes of a stored number
 POINTER = BYTES.as_pointer()
 VECTOR = ir.VectorType(FLOAT, LANES)

@@ -23,11 +23,10 @@ from lookahead_jax.kernels.cpu_calls import (
     vector_registers,
 )
 from lookahead_jax.kernels.cpu_code import (
-    BFLOATS,
-    BYTES,
     FLOAT,
     I64,
     LANES,
+    STORED,
     VECTOR,
     ZEROS,
     add_lanes,
@@ -65,11 +64,6 @@ def limits() -> _Limits:
         return _Limits(24, plain, {"float32": 32, "bfloat16": 16, "int8": 64})
     few = {"float32": 8, "bfloat16": 8, "int8": 16}
     return _Limits(6, few, few)
-
-
-_STORED = {
-    jnp.dtype("float32"): FLOAT, jnp.dtype("bfloat16"): BFLOATS, jnp.dtype("int8"): BYTES,
-}  # fmt: skip
 
 
 def takes(rows: int, x: jax.Array, matrix: jax.Array, *, transposed: bool = False) -> bool:
@@ -127,12 +121,12 @@ def _microseconds(rows: int, matrix: jax.Array) -> float:
 @made_once
 def _register(rows: int, dtype: Any, transposed: bool, cores: int) -> str:
     """Compiles a product and makes it known to XLA; the name of the target."""
-    kind = "transposed" if transposed else "plain"
+    kind, stored = "transposed" if transposed else "plain", STORED[dtype.name]
     module = ir.Module(f"lookahead_few_rows_{kind}_{rows}_{dtype}_{cores}")
     if transposed:
-        product, unit, parts = _transposed_loops(module, rows, _STORED[dtype]), OUTPUTS_PER_PASS, 8
+        product, unit, parts = _transposed_loops(module, rows, stored), OUTPUTS_PER_PASS, 8
     else:  # the rows of the matrix are cut by the parts, so these are few
-        product, unit, parts = _plain_loops(module, rows, _STORED[dtype]), LANES, 2
+        product, unit, parts = _plain_loops(module, rows, stored), LANES, 2
     register_product(product, cores=cores, parts=parts, unit=unit, outputs_axis=int(not transposed))
     return module.name
 

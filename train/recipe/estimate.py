@@ -45,7 +45,7 @@ class Rates:
 
 
 def file_of(loss: LossConfig) -> str:
-    """The name of the file of rates: the loss of a memory makes steps several times as long."""
+    """The name of the file of rates: steps with the loss of a memory run the response, too."""
     return "rates_memory.json" if loss.memory else "rates.json"
 
 
