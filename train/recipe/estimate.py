@@ -44,13 +44,14 @@ class Rates:
     """To run and update the lookahead tokens, per token of a prompt."""
 
 
-def file_of(loss: LossConfig) -> str:
+def file_name(loss: LossConfig, dtype: str | None) -> str:
     """The name of the file of rates: steps with the loss of a memory run the response, too."""
-    return "rates_memory.json" if loss.memory else "rates.json"
+    parts = ["rates", "memory" if loss.memory else "", dtype or ""]
+    return "_".join(filter(None, parts)) + ".json"
 
 
 def rates(
-    folder: Path,
+    file: Path,
     model: Model,
     prompts: Sequence[list[int]],
     modules: LookaheadConfig,
@@ -59,7 +60,7 @@ def rates(
     prompt_s: float,
 ) -> Rates:
     """The rates measured before, or those of a batch of the prompts of middle length."""
-    if (stored := read_json(folder, file_of(loss))) is not None:
+    if (stored := read_json(file.parent, file.name)) is not None:
         return Rates(**stored)
     middle = max(0, (len(prompts) - _ROWS) // 2)
     chosen = sorted(prompts, key=len)[middle : middle + _ROWS]
@@ -74,7 +75,7 @@ def rates(
         forward=forward / tokens,
         learn=learn / tokens,
     )
-    atomic_write(folder / file_of(loss), json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
+    atomic_write(file, json.dumps(dataclasses.asdict(measured), indent=1) + "\n")
     return measured
 
 

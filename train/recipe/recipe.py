@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from tqdm import tqdm
 
@@ -77,6 +77,9 @@ class RecipeConfig:
     """Tokens of the longest prompts."""
     max_response: int
     """Longest response in tokens; longer ones are cut."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the base model's weights and activations in this run; None: the checkpoint's own.
+    Responses and forwards that exist already are used, whatever type made them."""
     source: tuple[str, ...] = ()
     """More text for the prompts, as for `lookahead train data`: files, or hf:owner/name. Rows have
     `text`, `prompt` or `messages`."""
@@ -140,7 +143,7 @@ def run_recipe(config: RecipeConfig) -> None:
     with folder_lock(folder), _sigterm_interrupts():
         say(f"working in {folder}")
         say(f"loading {config.model}")
-        model = load(config.model)
+        model = load(config.model, dtype=config.dtype)
         _tokenizer(model)
         keep_settings(folder / "data", _settings(config, model), "shard-*")
         _write_prompts(config, model)
@@ -208,8 +211,8 @@ def _training(config: RecipeConfig) -> lookahead.TrainConfig:
     return lookahead.TrainConfig(
         model=config.model, data=(folder / "data",), run=folder / config.run,
         modules=config.modules, optimizer=config.optimizer, loss=config.loss, steps=config.steps,
-        batch=config.batch, seed=config.seed, start=config.start, shards=config.shards,
-        save_every=config.save_every, keep=1, log_every=1,
+        batch=config.batch, seed=config.seed, dtype=config.dtype, start=config.start,
+        shards=config.shards, save_every=config.save_every, keep=1, log_every=1,
         forwards=folder / _FORWARDS if config.keep_forwards else None,
     )  # fmt: skip
 
@@ -249,9 +252,10 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
     folder = folder_of(config)
     rows = [json.loads(line) for line in prompt_file(folder, 0).read_text().splitlines()]
     ids = [data.tokenize(row, model)[0] for row in rows]
-    if not (folder / estimate.file_of(config.loss)).is_file():
+    file = folder / estimate.file_name(config.loss, config.dtype)
+    if not file.is_file():
         say("measuring how long a batch of each phase takes")
-    rates = estimate.rates(folder, model, ids, config.modules, loss=config.loss, prompt_s=prompt_s)
+    rates = estimate.rates(file, model, ids, config.modules, loss=config.loss, prompt_s=prompt_s)
     lengths = dict(enumerate(map(len, ids)))
     plan = data.batches(lengths, batch=_ROWS, tokens=config.batch_tokens)
     answers = (
