@@ -26,6 +26,7 @@ os.environ.setdefault(  # JAX's keys hold its version
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lookahead_jax", "tests"
     ),
 )
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # a quarter of the time to lower
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

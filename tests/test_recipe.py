@@ -212,7 +212,10 @@ def test_steps_of_a_memory_are_measured_for_themselves(config):
     config.folder.mkdir()
 
     def measured(modules, loss):
-        return estimate.rates(config.folder / "r.json", model, prompts, modules, loss=loss, prompt_s=0.0)
+        return estimate.rates(
+            config.folder / estimate.file_name(loss, None), model, prompts, modules, loss=loss,
+            prompt_s=0.0,
+        )  # fmt: skip
 
     plain = measured(config.modules, LossConfig())
     remembering = dataclasses.replace(config.modules, memory=True)
