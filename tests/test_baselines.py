@@ -13,7 +13,8 @@ from lookahead_jax.checkpoints.load import GenerationDefaults, Model, first_laye
 from lookahead_jax.policies.registry import make_policy
 from lookahead_jax.prefilling.prefill import prefill
 from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, repeat_template
-from lookahead_jax.prompts.read import read_prompt, reread
+from lookahead_jax.prompts.observers import reread
+from lookahead_jax.prompts.read import read_prompt
 from lookahead_jax.prompts.speculation import draft_answers, select_tokens, speculate
 from tests import reference, tiny
 from tests.test_policies import BUDGET, LENGTHS, RICH, TOLERANCE, kept_sets, protect, weights

@@ -10,11 +10,10 @@ Letters: B batch, T prompt, Y answer, S slots, L layers, K KV heads, U budgets, 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lookahead_jax.decoding.step import decode
 from lookahead_jax.generation.score import forced_logits
@@ -24,7 +23,7 @@ from lookahead_jax.model.context import Context
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layer_attention import layer_kinds
 from lookahead_jax.model.params import Params, of_all_layers
-from lookahead_jax.modules.definition import LookaheadModules, observer_block, staying_entries
+from lookahead_jax.modules.definition import LookaheadModules, staying_entries
 from lookahead_jax.policies.base import (
     OnePass,
     Policy,
@@ -37,8 +36,8 @@ from lookahead_jax.policies.full import Full
 from lookahead_jax.policies.selection import select
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.batching import slots_for
-from lookahead_jax.prefilling.prefill import compress, prefill
-from lookahead_jax.prompts.read import look_up, read_again
+from lookahead_jax.prefilling.prefill import prefill
+from lookahead_jax.prompts.whole import WholePrompt, alike, scores_of
 
 RESPONSE = 32  # tokens of the model's own response, if no other number is given
 
@@ -111,101 +110,18 @@ def keep_masks(
         )
     if any(window is not None for window in config.layer_window):
         raise ValueError("a model with sliding windows has no full cache to mask")
+    if not isinstance(policy.reading, OnePass | WithModules | WithLookup | WithResponse):
+        raise ValueError(f"policy {type(policy).__name__} has no masked comparison")
     masks: dict[int, jax.Array] = {}
-    drafts: dict[int, jax.Array] = {}
-    if (draft_policy := _draft_policy(policy)) is not None:
-        kept = keep_masks(params, reference, draft_policy, budgets, config=config, eos_ids=eos_ids)
-        drafts = dict(zip(budgets, kept, strict=True))
-    for group in _alike(policy, budgets, reference.tokens):
-        budget = group[0]
-        scores = _scores(
-            params, reference, policy,
-            budget=budget, modules=modules, draft=drafts.get(budget), config=config,
-            eos_ids=eos_ids,
+    whole = WholePrompt(reference.tokens, reference.cache, reference.logits)
+    for group in alike(policy, budgets, reference.tokens):
+        scores = scores_of(
+            params, whole, policy, config=config, budget=group[0], eos_ids=eos_ids,
+            modules=modules, response=reference.response,
         )  # fmt: skip
         kept = _keep(params, scores, reference.cache, config=config, policy=policy, budgets=group)
         masks |= dict(zip(group, kept, strict=True))
     return jnp.stack([masks[budget] for budget in budgets])
-
-
-def _alike(policy: Policy, budgets: tuple[int, ...], tokens: jax.Array) -> list[tuple[int, ...]]:
-    """Groups of budgets with equal scores and protected entries; with a draft, each is its own."""
-    length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    positions = jnp.where(positions < length[:, None], positions, -1)[:, None]
-    groups: dict[tuple, list[int]] = {}
-    for budget in budgets:
-        pinned = np.asarray(policy.protected(positions, length, budget)).tobytes()
-        alone = budget if _draft_policy(policy) is not None else 0
-        groups.setdefault((policy.window_rows(budget), pinned, alone), []).append(budget)
-    return [tuple(group) for group in groups.values()]
-
-
-def _draft_policy(policy: Policy) -> Policy | None:
-    """The policy that cuts the copy on which a response is decoded, if there is one."""
-    return policy.reading.draft_policy if isinstance(policy.reading, WithResponse) else None
-
-
-def _scores(
-    params: Params,
-    reference: Reference,
-    policy: Policy,
-    *,
-    budget: int,
-    modules: LookaheadModules | None,
-    draft: jax.Array | None,
-    config: ModelConfig,
-    eos_ids: Sequence[int],
-) -> jax.Array:
-    """Scores over the slots of the full cache: float32 [L, B, K, S].
-
-    `draft` [L, B, K, S] marks the entries that the draft of the answer is decoded on.
-    """
-    tokens, cache = reference.tokens, reference.cache
-    batch, length = tokens.shape
-    if policy.init_stats(batch, length, config) is not None:  # it reads every prompt row
-        read = prefill(
-            params, tokens, config=config, policy=policy, budget=budget,
-            slots=slots_for(policy, tokens.shape[1], budget, 0, config=config),
-            new_tokens=RESPONSE, with_scores=True,
-        )  # fmt: skip
-        room = [(0, 0), (0, 0), (0, 0), (0, cache.slots - tokens.shape[1])]
-        return jnp.pad(cast(jax.Array, read.scores), room)
-    rows, observer = policy.window_rows(budget), None
-    match policy.reading:
-        case OnePass():
-            if rows:
-                observer = read_again(
-                    params, tokens, cache, rows=rows, response=None, config=config
-                )
-        case WithModules():
-            if modules is None:
-                raise ValueError(f"policy {type(policy).__name__} needs modules")
-            observer = observer_block(
-                modules, cache.next_pos, cache.rope_span, dtype=params["embed"].dtype
-            )
-        case WithLookup() as reading:
-            observer = read_again(
-                params, tokens, cache, rows=rows, response=look_up(tokens, reading), config=config
-            )
-        case WithResponse() as reading:
-            response = reference.response[:, : reading.tokens]
-            if draft is not None:
-                response = decode(
-                    params, masked(cache.fork(1), draft), reference.logits,
-                    config=config, max_new_tokens=reading.tokens, eos_ids=eos_ids,
-                ).tokens  # fmt: skip
-            observer = read_again(
-                params, tokens, cache, rows=rows, response=response, config=config
-            )
-        case _:
-            raise ValueError(f"policy {type(policy).__name__} has no masked comparison")
-    # Observers see what the prompt's own pass would have shown them: the prompt sees none of them.
-    again = compress(
-        params, cache, observer, config=config, policy=policy, budget=1, with_scores=True,
-        slots=slots_for(policy, cache.slots, 1, 0, config=config),
-    )  # fmt: skip
-    return cast(jax.Array, again.scores)  # asked for
 
 
 @program(static_argnames=("config", "policy", "budgets"))

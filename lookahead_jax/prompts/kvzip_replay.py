@@ -10,17 +10,15 @@ import jax.numpy as jnp
 from lookahead_jax.checkpoints.tokenizer import Tokenizer
 from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.context import cache_context, stored_layer
+from lookahead_jax.model.context import cache_context
 from lookahead_jax.model.decoder import Block, embed, scan_layers
 from lookahead_jax.model.jit import program
 from lookahead_jax.model.layer_attention import layer_kinds
-from lookahead_jax.model.params import Params, of_all_layers
+from lookahead_jax.model.params import Params
 from lookahead_jax.model.rope import rope_tables
 from lookahead_jax.policies.base import Policy, WithReplay
-from lookahead_jax.policies.selection import budgets_of_layers, rank, select, share_across_layers
 from lookahead_jax.policies.view import LayerView
 from lookahead_jax.prefilling.layer_pass import observe_layer
-from lookahead_jax.prefilling.prefill import cut_layer, static_slots
 
 REPEAT = "\n\nRepeat the previous context exactly."
 REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -151,53 +149,3 @@ def replay(
     if scores is None:
         raise ValueError("there is no context to replay")
     return scores
-
-
-@program(static_argnames=("config", "policy", "across_layers", "budget", "slots"))
-def cut_by_scores(
-    params: Params,
-    cache: KVCache,
-    scores: jax.Array,
-    *,
-    config: ModelConfig,
-    policy: Policy,
-    across_layers: bool,
-    budget: int,
-    slots: int,
-    pinned: jax.Array | None = None,
-) -> KVCache:
-    """The best entries of a full cache by `scores` [L, B, K, S], in `slots` slots.
-
-    With `across_layers` all layers and heads of a row share one budget. `pinned` [B, P] marks
-    positions that are kept whatever their score.
-    """
-    limit, slots = static_slots(policy, cache.slots, budget, slots, config)
-    kinds, o = layer_kinds(config), of_all_layers(params, "o")  # only some policies read it
-
-    def view_of(kind, o):
-        context = cache_context(cache, kind.index, params["embed"].dtype)
-        return LayerView.of(
-            context, kind, length=cache.next_pos, span=cache.rope_span, config=config,
-            pinned=pinned, o=o,
-        )  # fmt: skip
-
-    heads = None
-    if across_layers:
-        ranked = jax.lax.map(
-            lambda layer: rank(policy, view_of(*layer[:2]), layer[2], budget=budget)[0],
-            (kinds, o, scores),
-        )
-        heads = share_across_layers(ranked, cache.next_pos, budget)
-
-    def step(_, inputs):
-        kind, o, scores, layer_budget, head_budgets = inputs
-        view = view_of(kind, o)
-        kept = select(
-            policy, view, scores, budget=budget, layer_budget=layer_budget, limit=limit,
-            head_budgets=head_budgets,
-        )  # fmt: skip
-        return None, cut_layer(stored_layer(cache, kind.index), kept, slots)
-
-    budgets = budgets_of_layers(policy, cache.next_pos, budget, config, pinned)
-    _, entries = jax.lax.scan(step, None, (kinds, o, scores, budgets, heads))
-    return dataclasses.replace(cache, **entries._asdict())

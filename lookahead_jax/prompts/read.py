@@ -6,36 +6,25 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from lookahead_jax.decoding.step import decode
-from lookahead_jax.drafters.prompt_lookup import continuation
-from lookahead_jax.model.cache import KVCache
 from lookahead_jax.model.config import ModelConfig
-from lookahead_jax.model.decoder import Block, embed
-from lookahead_jax.model.jit import program
+from lookahead_jax.model.decoder import Block
 from lookahead_jax.model.params import Params
-from lookahead_jax.modules.definition import LookaheadModules, observer_block, staying_entries
-from lookahead_jax.policies.base import (
-    Policy,
-    WithCuts,
-    WithDraft,
-    WithLookup,
-    WithModules,
-    WithReplay,
-    WithResponse,
-)
-from lookahead_jax.policies.full import Whole
+from lookahead_jax.modules.definition import LookaheadModules, staying_entries
+from lookahead_jax.policies.base import Policy, WithCuts, WithReplay, WithResponse
 from lookahead_jax.policies.selection import scores_by_position
 from lookahead_jax.prefilling.batching import check_pinned, slots_for
 from lookahead_jax.prefilling.pieces import ChunkEntries, prefill_in_pieces
-from lookahead_jax.prefilling.prefill import Prefilled, compress, prefill
+from lookahead_jax.prefilling.prefill import Prefilled, prefill
 from lookahead_jax.prompts.cut_reading import (
     CutReading,
     CutState,
     read_with_cuts,
     read_with_cuts_in_pieces,
 )
-from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate, cut_by_scores, replay
+from lookahead_jax.prompts.kvzip_replay import NO_TEMPLATE, RepeatTemplate
+from lookahead_jax.prompts.observers import observer_of
 from lookahead_jax.prompts.sharing import Shared, has_pieces
+from lookahead_jax.prompts.whole import cut_whole, read_whole, scores_of
 
 
 class _Inputs(NamedTuple):
@@ -99,9 +88,9 @@ def read_prompt(
     )  # fmt: skip
     match policy.reading:
         case WithResponse() as reading:
-            return _read_with_response(inputs, reading, eos_ids)
-        case WithReplay() as reading:
-            return _read_with_replay(inputs, reading, repeat_template)
+            return _read_twice(inputs, reading.tokens, eos_ids, repeat_template)
+        case WithReplay():
+            return _read_twice(inputs, 0, eos_ids, repeat_template)
         case WithCuts():
             return read_with_cuts(params, tokens, **_with_cuts(inputs, tokens.shape[1]))
         case _:
@@ -217,165 +206,30 @@ def _observer(
     inputs: _Inputs, modules: LookaheadModules | None, draft: jax.Array | None
 ) -> Block | None:
     """The rows after the prompt that a policy scores with; None if it needs none."""
-    match inputs.policy.reading:
-        case WithModules():
-            return _lookahead_tokens(inputs, modules)
-        case WithDraft():
-            return _after_prompt(inputs, draft)
-        case WithLookup() as reading:
-            return _after_prompt(inputs, look_up(inputs.tokens, reading))
-    return None
-
-
-def _lookahead_tokens(inputs: _Inputs, modules: LookaheadModules | None) -> Block:
-    if modules is None:
-        raise ValueError(
-            f"policy {type(inputs.policy).__name__} reads lookahead modules: give them "
-            "(modules=, lookahead=, or --lookahead)"
-        )
-    length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
-    dtype = inputs.params["embed"].dtype
-    return observer_block(modules, length, length + inputs.known_tokens, dtype=dtype)
-
-
-def _after_prompt(inputs: _Inputs, draft: jax.Array | None) -> Block:
-    if draft is None:
-        reading = inputs.policy.reading
-        name, given = type(inputs.policy).__name__, "give drafts=, answers drafted by a small model"
-        if isinstance(reading, WithDraft) and reading.by_drafter:
-            given = "use draft=prompt or draft=model, which need none, or give drafts="
-        raise ValueError(f"policy {name} needs a draft per prompt: {given}")
-    length = (inputs.tokens >= 0).sum(1, dtype=jnp.int32)
-    return reread(
-        inputs.params, inputs.tokens, rows=inputs.policy.window_rows(inputs.budget),
-        response=draft, length=length, span=length + inputs.known_tokens, config=inputs.config,
+    return observer_of(
+        inputs.params, inputs.tokens, config=inputs.config, policy=inputs.policy,
+        budget=inputs.budget, known_tokens=inputs.known_tokens, modules=modules, draft=draft,
     )  # fmt: skip
 
 
-@program(static_argnames=("reading",))
-def look_up(tokens: jax.Array, reading: WithLookup) -> jax.Array:
-    """The draft that each prompt of `tokens` [B, T] holds of its answer: int32 [B, Y], -1 padded.
-
-    It is what followed an earlier occurrence of the prompt's end.
-    """
-    length = (tokens >= 0).sum(1, dtype=jnp.int32)
-    return continuation(
-        tokens, length, ngram=reading.ngram, tokens=reading.tokens, least=reading.least
-    )
-
-
-def _read_whole(inputs: _Inputs, room: int) -> Prefilled:
-    """A first pass that keeps everything, with slots for `room` tokens more."""
-    config, everything = inputs.config, Whole()
-    slots = slots_for(everything, inputs.tokens.shape[1], 0, room, config=config)
-    return prefill(
-        inputs.params, inputs.tokens, config=config, policy=everything, budget=0, slots=slots,
-        known_tokens=inputs.known_tokens, cache_dtype=inputs.cache_dtype,
-    )  # fmt: skip
-
-
-def _read_with_response(
-    inputs: _Inputs, reading: WithResponse, eos_ids: Sequence[int]
+def _read_twice(
+    inputs: _Inputs, response: int, eos_ids: Sequence[int], template: RepeatTemplate
 ) -> Prefilled:
+    """Keeps the whole prompt, with room for a response, and cuts it by a second pass's scores."""
     params, tokens, config = inputs.params, inputs.tokens, inputs.config
-    policy, budget = inputs.policy, inputs.budget
-    full = _read_whole(inputs, reading.tokens)
-    if reading.draft_policy is None:
-        copy = full.cache.fork(1)
-    else:
-        copy = _cut_copy(inputs, full.cache, reading.draft_policy, reading.tokens)
-    response = decode(
-        params, copy, full.logits, config=config, max_new_tokens=reading.tokens, eos_ids=eos_ids
-    ).tokens
-    observer = read_again(
-        params, tokens, full.cache, rows=policy.window_rows(budget), response=response,
-        config=config,
+    whole = read_whole(
+        params, tokens, config=config, room=response, known_tokens=inputs.known_tokens,
+        cache_dtype=inputs.cache_dtype,
     )  # fmt: skip
-    slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
-    cache, scores, _ = compress(
-        params, full.cache, observer, config=config, policy=policy, budget=budget, slots=slots,
-        with_scores=inputs.with_scores, pinned=inputs.pinned,
+    scores = scores_of(
+        params, whole, inputs.policy, config=config, budget=inputs.budget, eos_ids=eos_ids,
+        template=template, pinned=inputs.pinned,
     )  # fmt: skip
-    if scores is not None:
-        scores = scores_by_position(scores, full.cache.pos, tokens.shape[1])
-    return Prefilled(policy.arrange(cache, config), full.logits, scores)
-
-
-def _cut_copy(inputs: _Inputs, cache: KVCache, policy: Policy, room: int) -> KVCache:
-    """A copy of a full cache, cut by `policy`, with slots for `room` tokens more."""
-    params, tokens, config = inputs.params, inputs.tokens, inputs.config
-    budget = inputs.budget
-    observer = read_again(
-        params, tokens, cache, rows=policy.window_rows(budget), response=None, config=config
-    )
-    slots = slots_for(policy, cache.slots, budget, room, config=config)
-    return compress(
-        params, cache, observer, config=config, policy=policy, budget=budget, slots=slots,
-        pinned=inputs.pinned,
-    ).cache  # fmt: skip
-
-
-def _read_with_replay(inputs: _Inputs, reading: WithReplay, template: RepeatTemplate) -> Prefilled:
-    params, tokens, config = inputs.params, inputs.tokens, inputs.config
-    policy, budget = inputs.policy, inputs.budget
-    full = _read_whole(inputs, 0)
-    scores = replay(
-        params, tokens, full.cache, template=template, config=config, policy=policy,
-        reading=reading,
+    cache = cut_whole(
+        params, whole, scores, config=config, policy=inputs.policy, budget=inputs.budget,
+        room=inputs.room, pinned=inputs.pinned,
     )  # fmt: skip
-    slots = slots_for(policy, full.cache.slots, budget, inputs.room, config=config)
-    cache = cut_by_scores(
-        params, full.cache, scores, config=config, policy=policy,
-        across_layers=reading.across_layers, budget=budget, slots=slots, pinned=inputs.pinned,
-    )  # fmt: skip
-    cache = policy.arrange(cache, config)
-    if not inputs.with_scores:
-        return Prefilled(cache, full.logits, None)
-    by_position = scores_by_position(scores, full.cache.pos, tokens.shape[1])
-    return Prefilled(cache, full.logits, by_position)
-
-
-def read_again(
-    params: Params,
-    tokens: jax.Array,
-    cache: KVCache,
-    *,
-    rows: int,
-    response: jax.Array | None,
-    config: ModelConfig,
-) -> Block:
-    """`reread` after a cache that holds the prompts."""
-    return reread(
-        params, tokens, rows=rows, response=response, length=cache.next_pos,
-        span=cache.rope_span, config=config,
-    )  # fmt: skip
-
-
-def reread(
-    params: Params,
-    tokens: jax.Array,
-    *,
-    rows: int,
-    response: jax.Array | None,
-    length: jax.Array,
-    span: jax.Array,
-    config: ModelConfig,
-) -> Block:
-    """The last `rows` tokens of each prompt, then `response` [B, Y], as rows over all its entries.
-
-    The entries hold the keys of these `rows` tokens already, so the block's rows see them there
-    and not in the block.
-    """
-    first = length[:, None] - rows
-    positions = first + jnp.arange(rows, dtype=jnp.int32)[None]
-    ids = jnp.take_along_axis(tokens, jnp.maximum(positions, 0), axis=1)
-    ids = jnp.where(positions >= 0, ids, -1)
-    if response is not None:
-        ids = jnp.concatenate([ids, response], axis=1)
-    step = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    return Block(
-        x=embed(params, ids, config=config),
-        positions=jnp.where(ids >= 0, first + step[None], -1),
-        rope_span=span,
-        visible=jnp.broadcast_to((step >= rows)[None, None], (*ids.shape, ids.shape[1])),
-    )
+    by_position = None
+    if inputs.with_scores:
+        by_position = scores_by_position(scores, whole.cache.pos, tokens.shape[1])
+    return Prefilled(cache, whole.logits, by_position)
