@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from lookahead_jax.eval.grid.config import (
     policy_of,
 )
 from lookahead_jax.eval.grid.peak import Peak
+from lookahead_jax.eval.grid.shared import SharedPrompts
 from lookahead_jax.eval.grid.strategies import decoding_of, reward_by_prompt, seed_of
 from lookahead_jax.generation.results import Generation
 from lookahead_jax.model.sharding import make_mesh
@@ -118,6 +120,28 @@ class Answerer:
         if batch.method.speculates:
             measured |= self._small()
         return result, measured
+
+    def answer_shared(
+        self, batches: Sequence[GridBatch]
+    ) -> Iterator[tuple[Generation, dict[str, Any]]]:
+        """The answers of batches with the same prompts, which are read once, and what is measured.
+
+        The time of a part of the work would mean nothing, so there are no times.
+        """
+        shared = SharedPrompts(self.model, self.modules, batches)
+        for batch in batches:
+            options = self._options(batch, None)
+
+            def read(tokens, new_tokens, known_tokens=0, options=options):
+                return shared.cut(options["policy"], options["budget"], new_tokens)
+
+            result = lk.generate(self.model, batch.contexts, reader=read, **options)
+            yield result, {
+                "batch": len(batch.examples), "ttft_s": None, "full_ttft_s": None,
+                "decode_tokens_per_s": None, "peak_bytes": None, "peak_is_bound": False,
+                "cache_bytes": result.cache.bytes, "full_bytes": result.cache.full_bytes,
+                "draft_lengths": result.drafting.histogram,
+            }  # fmt: skip
 
     def _search_batch(
         self, batch: GridBatch, strategy: Strategy

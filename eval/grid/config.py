@@ -10,7 +10,7 @@ import tyro
 
 from lookahead_jax import EMBEDDED_MODEL
 from lookahead_jax.drafters.registry import needs
-from lookahead_jax.eval.grid.eviction import check_eviction
+from lookahead_jax.eval.grid.eviction import check_eviction, check_shared
 from lookahead_jax.eval.grid.rows import GridCell
 from lookahead_jax.eval.grid.strategies import NONE, decoding_of, named_settings, reward_of
 from lookahead_jax.eval.tasks.base import Task
@@ -100,6 +100,10 @@ class RunConfig:
     """Also read every batch with the full cache, right before or after, so that the time a policy
     adds to the first token can be trusted on a machine with changing load. The full cache must fit
     into memory, and on accelerators it determines the peak."""
+    share_reading: tyro.conf.FlagConversionOff[bool] = False
+    """Read every batch of prompts once for all policies and budgets: the same answers in a fraction
+    of the time, and no times or peaks. Full caches must fit into memory. Without drafters,
+    strategies, --evict-every, --cache-dtype, --pair-times, and methods that need a small model."""
     views: int = 2
     """Examples per task whose kept tokens are stored for the report."""
     allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -116,6 +120,8 @@ class RunConfig:
                     f"drafters={name}: it needs {' and '.join(sorted(lacking))}, which no option "
                     "of an evaluation gives: take drafters without"
                 )
+        if self.share_reading:
+            self._check_sharing()
         searched = []
         for spec in self.strategies:
             if (strategy := decoding_of(spec).strategy) is not None:
@@ -131,6 +137,24 @@ class RunConfig:
             )
         if searched and any(method_of(spec).predicts for spec in self.policies):
             raise ValueError(f"kv_prediction reads for no strategy: leave {searched[0]} out")
+
+    def _check_sharing(self) -> None:
+        """Raises ValueError for settings whose answers or rows depend on a reading of their own."""
+        alone = {
+            "drafters": self.drafters != (NONE,), "strategies": self.strategies != (NONE,),
+            "evict_every": self.evict_every is not None, "pair_times": self.pair_times,
+            "cache_dtype": self.cache_dtype is not None,
+        }  # fmt: skip
+        if any(alone.values()):
+            names = ", ".join(name for name, given in alone.items() if given)
+            raise ValueError(f"share_reading reads prompts once for all cells: leave out {names}")
+        for spec in self.policies:
+            method = method_of(spec)
+            if method.speculates or method.predicts:
+                raise ValueError(
+                    f"policies={spec} reads with a small model: leave it or share_reading out"
+                )
+            check_shared(spec, method.policy)
 
     def find_tasks(self) -> list[Task]:
         """All tasks; ValueError for unknown names and for programs that are not allowed."""

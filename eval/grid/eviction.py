@@ -1,9 +1,9 @@
-"""Eviction while decoding, in a grid: which methods and strategies can follow it."""
+"""Which policies a grid can evict with while decoding, and from prompts that all cells share."""
 
 from collections.abc import Mapping, Sequence
 
 from lookahead_jax.decoding.eviction import DecodeEviction
-from lookahead_jax.policies.base import Policy
+from lookahead_jax.policies.base import Policy, WithCuts, WithDraft
 
 
 def check_eviction(
@@ -26,3 +26,12 @@ def check_eviction(
                 f"policies={name} adds up scores and would miss those of questions: leave "
                 "evict_every or the protocol hidden out"
             )
+
+
+def check_shared(name: str, policy: Policy) -> None:
+    """Raises ValueError for a policy that cannot cut a prompt that has been read without it."""
+    if isinstance(policy.reading, WithCuts | WithDraft):
+        needs = "cuts" if isinstance(policy.reading, WithCuts) else "a draft"
+        raise ValueError(
+            f"policies={name} needs {needs} while a prompt is read: leave it or share_reading out"
+        )

@@ -7,7 +7,8 @@ answers them in batches. Rows that the folder already has are skipped.
 import contextlib
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -48,6 +49,7 @@ from lookahead_jax.host.files import make_folder
 from lookahead_jax.host.lock import folder_lock
 from lookahead_jax.host.run_folder import keep_settings
 from lookahead_jax.modules.definition import LookaheadModules
+from lookahead_jax.strategies.search import SearchResult
 
 
 class ModelRun:
@@ -95,35 +97,57 @@ class ModelRun:
 
     def answer(
         self,
-        cell: GridCell,
+        cells: Sequence[GridCell],
         task: Task,
         examples: Sequence[Example],
         prompts: Sequence[AssembledPrompt],
     ) -> Iterator[int]:
-        """Answers the missing examples of a cell in batches; yields the number answered each time.
+        """Answers the missing examples of cells in batches; yields the number answered each time.
 
         Later turns of a dialogue follow when the earlier ones have been answered.
         """
-        missing = {i for i, e in enumerate(examples) if (cell, e.id) not in self._done}
-        if cell.protocol == "hidden":
-            missing = {i for i in missing if prompts[i].question}
-        else:
-            missing = {i for i in missing if not examples[i].group}
-        yield len(examples) - len(missing)
-        drafter = make_drafter(cell.drafter)
-        left = [group for group in groups_of(examples) if not missing.isdisjoint(group)]
+        missing = {cell: self._missing(cell, examples, prompts) for cell in cells}
+        yield len(cells) * len(examples) - sum(map(len, missing.values()))
+        drafters = {cell: make_drafter(cell.drafter) for cell in cells}
+        wanted = set().union(*missing.values())
+        left = [group for group in groups_of(examples) if not wanted.isdisjoint(group)]
         for groups in _batches(left, self._config.batch):
             places = list(itertools.chain(*groups))
             chosen, rows = [examples[i] for i in places], [prompts[i] for i in places]
-            result, measured = self._answerer.answer(self._batch(cell, task, chosen, rows), drafter)
-            self._store(Answered(cell, chosen, rows, result, measured), task)
-            yield len(missing.intersection(places))
-        if task.follow is not None:
+            lacking = [cell for cell in cells if not missing[cell].isdisjoint(places)]
+            batches = [self._batch(cell, task, chosen, rows) for cell in lacking]
+            for cell, (result, measured) in zip(
+                lacking, self._answered(batches, drafters), strict=True
+            ):
+                self._store(Answered(cell, chosen, rows, result, measured), task)
+                yield len(missing[cell].intersection(places))
+        if task.follow is None:
+            return
+        for cell in cells:
             said = [(e, self._done.get((cell, e.id))) for e in examples]
             turns = [task.follow(e, answer) for e, answer in said if answer is not None]
             if later := [example for example in turns if example is not None]:
-                for _ in self.answer(cell, task, *self._assembled(later, cell.length)):
+                for _ in self.answer([cell], task, *self._assembled(later, cell.length)):
                     yield 0  # progress counts first turns
+
+    def _missing(
+        self, cell: GridCell, examples: Sequence[Example], prompts: Sequence[AssembledPrompt]
+    ) -> set[int]:
+        """The examples that a cell has and the run does not hold."""
+        missing = {i for i, e in enumerate(examples) if (cell, e.id) not in self._done}
+        if cell.protocol == "hidden":
+            return {i for i in missing if prompts[i].question}
+        return {i for i in missing if not examples[i].group}
+
+    def _answered(
+        self, batches: Sequence[GridBatch], drafters: Mapping[GridCell, Any]
+    ) -> Iterator[tuple[Generation | SearchResult, dict[str, Any]]]:
+        """The answers and measurements of batches with the same prompts."""
+        if self._config.share_reading:
+            yield from self._answerer.answer_shared(batches)
+            return
+        for batch in batches:
+            yield self._answerer.answer(batch, drafters[batch.cell])
 
     def _batch(
         self,
@@ -235,13 +259,27 @@ def _answer_grid(config: RunConfig, tasks: Sequence[Task]) -> None:
                 asked = list(cells(config, name, task.name, length))
                 check_pins(asked, prompts, model.modules)
                 bar.total += (len(examples) - count) * len(asked)
-                for cell in asked:
-                    way = "" if cell.strategy == NONE else cell.strategy
-                    bar.set_description(
-                        f"{task.name} {length}, {cell.policy} {cell.budget or ''} {way}"
-                    )
-                    for more in model.answer(cell, task, examples, prompts):
+                for together in _read_together(asked, shared=config.share_reading):
+                    bar.set_description(_described(together))
+                    for more in model.answer(together, task, examples, prompts):
                         bar.update(more)
+
+
+def _read_together(cells: Sequence[GridCell], *, shared: bool) -> list[list[GridCell]]:
+    """The cells whose prompts are read at a time: one, or all of a protocol."""
+    if not shared:
+        return [[cell] for cell in cells]
+    protocols = dict.fromkeys(cell.protocol for cell in cells)
+    return [[cell for cell in cells if cell.protocol == name] for name in protocols]
+
+
+def _described(cells: Sequence[GridCell]) -> str:
+    """What the progress bar says of cells that are answered together."""
+    cell = cells[0]
+    if len(cells) > 1:
+        return f"{cell.task} {cell.length}, {cell.protocol}, {len(cells)} cells"
+    way = "" if cell.strategy == NONE else cell.strategy
+    return f"{cell.task} {cell.length}, {cell.policy} {cell.budget or ''} {way}"
 
 
 def _say(message: str) -> None:
