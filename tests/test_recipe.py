@@ -204,6 +204,16 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
         recipe.run_recipe(dataclasses.replace(config, longest=400))
 
 
+def test_a_card_names_the_modules_that_a_run_began_with(tmp_path):
+    given = ["x.json", "--start", "/home/me/modules", "--run", "b", "--seed=2", "--out=o"]
+    assert package._without_places(given) == ["x.json", "--start", "MODULES", "--seed=2"]
+    assert package._without_places(["x.json", "--start=m"]) == ["x.json", "--start", "MODULES"]
+    assert package._started(None) == ""
+    assert "which have no card" in package._started(tmp_path)
+    (tmp_path / "README.md").write_text("# Modules\n\n## Data\n\nRows.\n\n## Licence\n\nFree.\n")
+    assert package._started(tmp_path).endswith("### Modules\n\n#### Data\n\nRows.\n\n")
+
+
 @pytest.mark.slow
 def test_steps_of_a_memory_are_measured_for_themselves(config):
     """They run the response as well, so the rates of other steps are not theirs."""

@@ -18,7 +18,7 @@ class Shipped(NamedTuple):
 
 _SHIPPED = {
     None: Shipped(_ASSETS / "lookahead", {}),  # the embedded model
-    "smollm2": Shipped(_ASSETS / "smollm2", {"pool": "max", "kernel": 7, "window": 16}),
+    "smollm2": Shipped(_ASSETS / "smollm2", {"pool": "avg", "kernel": 5, "window": 8}),
 }
 
 

@@ -56,13 +56,15 @@ Seed {seed}. {loss}
 ```
 
     lookahead train recipe {command}
-
+{start}
 ## Licence
 
 Apache-2.0, like the package.
 """
 _PROG = "python -m lookahead_jax.train.recipe.package"
 _PLACES = ("--folder", "--run", "--out")
+_START = "--start"
+_CARD_FILE = "README.md"
 _LOSS = {
     "mean": "The loss is the paper's: KL of the response's mean attention to that of the tokens.",
     "max": "The target is the largest attention that any token of the response pays to an entry.",
@@ -95,7 +97,7 @@ def write_package(config: PackageConfig, given: Sequence[str]) -> None:
     ]
     save_modules(make_folder(config.out), modules, params=model.params, dtype=np.float16)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    atomic_write(config.out / "README.md", _card(config, modules, rows, log, given))
+    atomic_write(config.out / _CARD_FILE, _card(config, modules, rows, log, given))
 
 
 def _card(
@@ -109,7 +111,10 @@ def _card(
         pair[part].size for pair in modules.lora.values() for part in pair
     )
     described = json.loads((folder_of(config) / config.run / "config.json").read_text("utf-8"))
-    kept = {name: described[name] for name in ("modules", "optimizer", "loss", "steps", "batch")}
+    kept = {
+        name: described[name]
+        for name in ("modules", "optimizer", "loss", "steps", "batch", "dtype")
+    }
     loss = _LOSS[config.loss.response]
     if config.loss.skip:
         loss += f" The first {config.loss.skip} entries of a prompt, attention sinks, do not count."
@@ -127,18 +132,34 @@ def _card(
         kinds=_kinds(rows), prompt_seed=config.prompt_seed, steps=len(log),
         all_steps=config.steps, batch=config.batch, epochs=len(log) * config.batch / len(rows),
         seed=config.seed, loss=loss, curve=_curve(log), recipe=json.dumps(kept, indent=1),
-        command=shlex.join(_without_places(given)),
+        command=shlex.join(_without_places(given)), start=_started(config.start),
     )  # fmt: skip
 
 
+def _started(start: Path | None) -> str:
+    """What a card says of the modules that a run began with: their own card, one level deeper."""
+    if start is None:
+        return ""
+    card = start / _CARD_FILE
+    if not card.is_file():
+        return "\nThe run began with trained modules, MODULES, which have no card.\n"
+    text = card.read_text("utf-8").partition("## Licence")[0]
+    deeper = "".join(
+        f"##{line}" if line.startswith("#") else line for line in text.splitlines(keepends=True)
+    )
+    return f"\nThe run began with trained modules, MODULES, whose card follows.\n\n{deeper}"
+
+
 def _without_places(given: Sequence[str]) -> list[str]:
-    """A recipe's arguments without the folders of one machine."""
+    """A recipe's arguments without the folders of one machine; MODULES stands for --start's."""
     kept, skip = [], False
     for arg in given:
         name = arg.split("=")[0]
-        if not skip and name not in _PLACES:
+        if not skip and name == _START:
+            kept += [_START, "MODULES"]
+        elif not skip and name not in _PLACES:
             kept.append(arg)
-        skip = name in _PLACES and name == arg
+        skip = not skip and name in (*_PLACES, _START) and name == arg
     return kept
 
 
