@@ -1,5 +1,6 @@
 """Strict JAX for every test: four CPU devices, no silent promotion, exact float32 products."""
 
+import gc
 import json
 import os
 import signal
@@ -42,6 +43,7 @@ for number, default in (
 ):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, default)
+gc.set_threshold(100_000, 20, 50)  # tracing makes many objects and few cycles
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
