@@ -97,7 +97,7 @@ def test_the_policy_left_out_is_lookaheadkv_where_there_are_modules(tmp_path):
         "lookaheadkv", pool="avg", kernel=5, window=8
     )
     plain = EvictionOptions(policy_arg=("pool=none", "window=0"))
-    assert plain.resolve(smollm2).policy == lk.make_policy("lookaheadkv")
+    assert plain.resolve(smollm2).policy == lk.make_policy("lookaheadkv", kernel=5)
 
 
 def test_generate_names_what_may_take_long(model_dir, monkeypatch, capsys):
