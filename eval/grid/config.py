@@ -101,9 +101,10 @@ class RunConfig:
     adds to the first token can be trusted on a machine with changing load. The full cache must fit
     into memory, and on accelerators it determines the peak."""
     share_reading: tyro.conf.FlagConversionOff[bool] = False
-    """Read every batch of prompts once for all policies and budgets: the same answers in a fraction
-    of the time, and no times or peaks. Full caches must fit into memory. Without drafters,
-    strategies, --evict-every, --cache-dtype, --pair-times, and methods that need a small model."""
+    """Read every batch of prompts once for all policies and budgets: the same answers, up to
+    rounding, in a fraction of the time, and no times or peaks. Full caches must fit into memory.
+    Without drafters, strategies, --evict-every, --cache-dtype, --pair-times, and methods that need
+    a small model."""
     views: int = 2
     """Examples per task whose kept tokens are stored for the report."""
     allow_exec: tyro.conf.FlagCreatePairsOff[bool] = False
