@@ -135,7 +135,9 @@ class Answerer:
             def read(tokens, new_tokens, known_tokens=0, options=options):
                 return shared.cut(options["policy"], options["budget"], new_tokens)
 
-            result = lk.generate(self.model, batch.contexts, reader=read, **options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the policy's notice was shown once, at the start
+                result = lk.generate(self.model, batch.contexts, reader=read, **options)
             yield result, {
                 "batch": len(batch.examples), "ttft_s": None, "full_ttft_s": None,
                 "decode_tokens_per_s": None, "peak_bytes": None, "peak_is_bound": False,

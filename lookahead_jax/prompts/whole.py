@@ -90,18 +90,17 @@ def scores_of(
     budget: int,
     eos_ids: Sequence[int] = (),
     modules: LookaheadModules | None = None,
-    draft: jax.Array | None = None,
     response: jax.Array | None = None,
     template: RepeatTemplate = NO_TEMPLATE,
     pinned: jax.Array | None = None,
 ) -> jax.Array:
     """What a policy scores in every slot of a whole prompt: float32 [L, B, K, S].
 
-    `modules`, `draft`, `template` and `pinned` are those of `read_prompt`. A policy that reads a
-    response decodes it, which takes free slots; `response` [B, Y], padded with -1, is one that has
-    been decoded on the whole cache. A policy that gathers statistics over all tokens reads the
-    prompt again. Raises ValueError for a policy that cuts prompts while they are read, and as
-    `observer_of`.
+    `modules`, `template` and `pinned` are those of `read_prompt`. A policy that reads a response
+    decodes it, which takes free slots; `response` [B, Y], padded with -1, is one that has been
+    decoded on the whole cache. A policy that gathers statistics over all tokens reads the prompt
+    again. Raises ValueError for a policy that cuts prompts while they are read, for one that takes
+    a draft from outside, and without the modules that it needs.
     """
     tokens, cache = whole.tokens, whole.cache
     again = partial(read_again, params, tokens, cache, rows=policy.window_rows(budget))
@@ -129,7 +128,7 @@ def scores_of(
         case _:
             observer = observer_of(
                 params, tokens, config=config, policy=policy, budget=budget,
-                known_tokens=cache.rope_span - cache.next_pos, modules=modules, draft=draft,
+                known_tokens=cache.rope_span - cache.next_pos, modules=modules,
             )  # fmt: skip
     if policy.init_stats(len(tokens), tokens.shape[1], config) is not None:
         read = prefill(
