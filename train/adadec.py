@@ -159,7 +159,7 @@ def run(config: ThresholdConfig) -> None:
     say(f"loading {config.model or 'the embedded model'}")
     model = load(config.model or EMBEDDED_MODEL, dtype=config.dtype)
     rows = itertools.islice(read_sources(config.source), config.limit)
-    pairs = (tokenize(row, model) for row in tqdm(rows, unit=" rows", desc="reading"))
+    pairs = (tokenize(row, model)[:2] for row in tqdm(rows, unit=" rows", desc="reading"))
     read = read_answers(model, pairs, max_tokens=config.max_tokens)
     if not read[0].size:
         raise ValueError(f"--source {' '.join(config.source)}: no row has an answer")

@@ -5,8 +5,10 @@
 Sources are JSON lines or parquet files, or data sets of the Hugging Face hub (`hf:owner/name`),
 read as streams, up to `--limit` rows. A row has `messages` (the chat template is applied, and the
 last answer is the response) or `prompt` and optionally `response`, as text or as token ids. The
-model generates missing responses greedily, and all of them with --regenerate. Rows are written
-shard by shard; a restarted run skips finished shards.
+model generates missing responses greedily, and all of them with --regenerate. A row can name, as
+`question`, the text that asks about what stands before it: `lookahead train lookahead --hidden`
+can then hide it from the lookahead tokens. Rows are written shard by shard; a restarted run skips
+finished shards.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -46,7 +48,8 @@ class DataConfig:
     """Folder of the model that the modules are for. Its own responses train best."""
     source: tuple[str, ...]
     """JSON lines or parquet files, or hf:owner/name[:subset][@split] (default split: train). Rows
-    have `messages`, or `prompt` and optionally `response`."""
+    have `messages`, or `prompt` and optionally `response`; and optionally `question`, text within
+    the last message or the prompt."""
     out: Path
     """Folder for the token rows, made if it does not exist."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -151,27 +154,25 @@ def prepare_rows(
     rows: Sequence[dict[str, Any]], model: Model, config: DataConfig, first: int
 ) -> datasets.Dataset:
     """Prompts and responses as ids, from source rows of which the first has number `first`."""
-    pairs = []
+    made = []
     for number, row in enumerate(rows, start=first):
         try:
-            prompt, response = tokenize(row, model)
+            tokens = tokenize(row, model)
         except ValueError as error:
             raise ValueError(f"source row {number}: {error}") from error
-        if 0 < len(prompt) <= config.max_prompt:
-            known = [] if config.regenerate else response[: config.max_response]
-            pairs.append((prompt, known))
-    open_rows = [i for i, (_, response) in enumerate(pairs) if not response]
-    lengths = {i: len(pairs[i][0]) for i in open_rows}
+        if 0 < len(tokens.prompt) <= config.max_prompt:
+            known = [] if config.regenerate else tokens.response[: config.max_response]
+            made.append(tokens._replace(response=known))
+    lengths = {i: len(row.prompt) for i, row in enumerate(made) if not row.response}
     for chosen, size in batches(lengths, batch=config.batch, tokens=config.batch_tokens):
         filled = chosen + chosen[-1:] * (size - len(chosen))
-        prompts = [pairs[i][0] for i in filled]
+        prompts = [made[i].prompt for i in filled]
         answers = generate(
             model, prompts, policy=Full(), max_new_tokens=config.max_response, burst=64
         ).tokens
         for i, answer in zip(chosen, answers, strict=False):
-            pairs[i] = (pairs[i][0], answer)
-    columns = {"prompt": [x for x, _ in pairs], "response": [y for _, y in pairs]}
-    return datasets.Dataset.from_dict(columns, features=FEATURES)
+            made[i] = made[i]._replace(response=answer)
+    return datasets.Dataset.from_list([row._asdict() for row in made], features=FEATURES)
 
 
 def batches(
@@ -190,8 +191,20 @@ def batches(
         yield chosen, min(size, 1 << (len(chosen) - 1).bit_length())
 
 
-def tokenize(row: dict[str, Any], model: Model) -> tuple[list[int], list[int]]:
-    """Prompt and response of a source row as token ids; the response may be empty."""
+class TokenRow(NamedTuple):
+    """A source row as token ids."""
+
+    prompt: list[int]
+    response: list[int]  # empty if it is still to be generated
+    question: int = 0  # last tokens of the prompt, from where the question begins; 0 without one
+
+
+def tokenize(row: dict[str, Any], model: Model) -> TokenRow:
+    """The tokens of a source row.
+
+    Raises ValueError for a row without messages and prompt, a question that does not occur in
+    them, and ids outside the vocabulary.
+    """
     messages = row.get("messages")
     if messages:
         *before, last = [
@@ -201,11 +214,33 @@ def tokenize(row: dict[str, Any], model: Model) -> tuple[list[int], list[int]]:
             before, last = [*before, last], {}
         text = _tokenizer(model).render_chat(before)
         prompt = _tokenizer(model).encode(text, special=False)
-        return prompt, _ids(last.get("content") or [], model, behind=True)
+        response = _ids(last.get("content") or [], model, behind=True)
+        return TokenRow(prompt, response, _asked(row, text, prompt, model, special=False))
     if row.get("prompt") is None:
         raise ValueError(f"has neither messages nor a prompt, only {', '.join(row) or 'nothing'}")
-    prompt = _ids(row["prompt"], model)
-    return prompt, _ids(row.get("response") or [], model, behind=True)
+    text, prompt = row["prompt"], _ids(row["prompt"], model)
+    response = _ids(row.get("response") or [], model, behind=True)
+    return TokenRow(prompt, response, _asked(row, text, prompt, model, special=True))
+
+
+def _asked(
+    row: dict[str, Any],
+    text: str | Sequence[int],
+    prompt: list[int],
+    model: Model,
+    *,
+    special: bool,
+) -> int:
+    """Tokens of the prompt from where the row's question begins, at its last occurrence."""
+    question = (row.get("question") or "").strip()
+    if not question:
+        return 0
+    at = text.rfind(question) if isinstance(text, str) else -1
+    if at < 0:
+        raise ValueError(f"the question {question[:40]!r} does not occur in the prompt's text")
+    before = _tokenizer(model).encode(text[:at], special=special)
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, prompt, strict=False))
+    return len(prompt) - sum(1 for _ in same)
 
 
 def _ids(content: str | Sequence[int], model: Model, *, behind: bool = False) -> list[int]:

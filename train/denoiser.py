@@ -36,7 +36,7 @@ from lookahead_jax.train.head_run import HeadRunConfig, HeadTraining, train_head
 from lookahead_jax.train.metrics import OnMetrics
 from lookahead_jax.train.optimizer import OptimizerConfig
 from lookahead_jax.train.step import StepMetrics, TrainState
-from lookahead_jax.train.training_data import FEATURES, TrainingData
+from lookahead_jax.train.training_data import PARTS, TrainingData
 
 SIZES = DenoiserHeadConfig(tokens=8, width=512, heads=8, layers=1, vocabulary=None)
 ADAM = OptimizerConfig(rate=1e-3, warmup=50, clip=1.0)
@@ -76,7 +76,7 @@ def frequent_tokens(data: TrainingData, count: int, vocab_size: int) -> np.ndarr
     table = data.dataset.data
     columns = [
         pyarrow.compute.call_function("list_flatten", [table.column(name)]).to_numpy()
-        for name in FEATURES
+        for name in PARTS
     ]
     often = np.bincount(np.concatenate(columns), minlength=vocab_size)
     return np.sort(np.argsort(-often, kind="stable")[:count]).astype(np.int32)

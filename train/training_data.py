@@ -21,7 +21,9 @@ from lookahead_jax.train.batches import Batch
 COMPLETE = "complete.json"
 """Written into a folder of token rows when all of its shards are there."""
 IDS = datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features({"prompt": IDS, "response": IDS})
+FEATURES = datasets.Features({"prompt": IDS, "response": IDS, "question": datasets.Value("int32")})
+PARTS = ("prompt", "response")
+"""Columns of token ids; `question` counts the last tokens of the prompt that ask about the rest."""
 GROUP = 16  # batches whose rows are sorted by length together, which reduces padding
 
 
@@ -35,7 +37,7 @@ class TrainingData:
     """Token rows on disk; the rows of a step are a function of (seed, step)."""
 
     dataset: datasets.Dataset
-    lengths: np.ndarray  # [rows, 2] int64 tokens of prompt and response
+    lengths: np.ndarray  # [rows, 2] int64 tokens of prompt and response, hidden questions moved
     folder: np.ndarray  # [rows] int64 which of the folders a row is from
     rows: np.ndarray  # [n] int64 rows of the data set that are used
     batch: int
@@ -100,12 +102,12 @@ class TrainingData:
         longest = self.lengths[rows].max(axis=0)
         grid = rows.reshape(micro_batches, -1)
 
-        def column(name: str, width: int) -> jax.Array:
+        def column(part: int, width: int) -> jax.Array:
             @functools.cache  # devices that hold the same rows share one read
             def block(first: int, last: int) -> np.ndarray:
                 padded = np.full((micro_batches, last - first, width), -1, np.int32)
                 for place, row in np.ndenumerate(grid[:, first:last]):
-                    ids = self.dataset[int(row)][name]
+                    ids = self._tokens(int(row))[part]
                     padded[place][: len(ids)] = ids
                 return padded
 
@@ -115,7 +117,14 @@ class TrainingData:
             return jax.make_array_from_callback((*grid.shape, width), sharding, read)
 
         prompt, response = (bucket_length(int(n)) for n in longest)
-        return Batch(column("prompt", prompt), column("response", response))
+        return Batch(column(0, prompt), column(1, response))
+
+    def _tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and response of a row; a hidden question stands in the response."""
+        stored = self.dataset[row]
+        ids = np.concatenate([stored[part] for part in PARTS])
+        prompt = int(self.lengths[row, 0])
+        return ids[:prompt], ids[prompt:]
 
 
 def open_data(
@@ -126,14 +135,19 @@ def open_data(
     base_fingerprint: str,
     max_prompt: int | None = None,
     shards: int | None = None,
+    hidden: float = 0.0,
 ) -> TrainingData:
     """Memory-maps what `prepare` wrote into each of the folders, as one data set.
 
     Rows whose prompt is longer than `max_prompt`, or that have no response, are not used. With
     `shards`, only so many shards of a single folder are used; they may still be in the making, and
-    the first epoch follows their order. Raises ValueError if the data are unfinished, made for
-    another model, or fewer than one batch.
+    the first epoch follows their order. Of the rows with a question, a share of `hidden` has it
+    moved from the prompt to the response; which ones depends on their numbers alone. Raises
+    ValueError if the data are unfinished, made for another model, or fewer than one batch, and if
+    questions are to be hidden and no row has one.
     """
+    if not 0 <= hidden <= 1:
+        raise ValueError(f"hidden {hidden} must be a share from 0 to 1")
     if shards is not None and (len(directories) != 1 or shards < 1):
         raise ValueError(
             f"shards {shards} of {len(directories)} folders: give one folder, and at least 1"
@@ -147,9 +161,13 @@ def open_data(
     table = dataset.data
     lengths = [
         pyarrow.compute.call_function("list_value_length", [table.column(n)]).to_numpy()
-        for n in FEATURES
+        for n in PARTS
     ]
     lengths = np.stack(lengths, axis=1).astype(np.int64)
+    if hidden:
+        moved = _questions(dataset, directories)
+        moved[np.random.default_rng(0).random(len(moved)) >= hidden] = 0
+        lengths += np.stack([-moved, moved], axis=1)
     used = (lengths > 0).all(axis=1) & (lengths[:, 0] <= (max_prompt or np.inf))
     if used.sum() < batch:
         names = ", ".join(map(str, directories))
@@ -164,6 +182,21 @@ def open_data(
         in_order=shards is not None,
         complete=shards is None or len(found[0]) == shards,
     )
+
+
+def _questions(dataset: datasets.Dataset, directories: Sequence[Path]) -> np.ndarray:
+    """Tokens of each row's question: int64 [rows]."""
+    known = "question" in dataset.column_names
+    counts = (
+        np.asarray(dataset["question"], np.int64) if known else np.zeros(len(dataset), np.int64)
+    )
+    if not counts.any():
+        names = ", ".join(map(str, directories))
+        raise ValueError(
+            f"{names}: no row says where its question begins: leave hidden out, or make the data "
+            "from rows with a `question`"
+        )
+    return counts
 
 
 def _shards(directory: Path, base_fingerprint: str) -> list[Path]:

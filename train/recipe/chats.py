@@ -46,8 +46,9 @@ def chat(rng: random.Random, size: int, material: Material) -> ChatDraft:
     if rng.random() < 0.4:  # a question that has been answered already
         first = rng.choice(found)
         messages += [user(first.question(rng)), assistant(f"{first.value}.")]
-    messages.append(user(rng.choice(_AGAIN).format(q=ask(rng, asked))))
-    return ChatDraft(messages, [fact.value for fact in asked])
+    again = rng.choice(_AGAIN)
+    question = again.format(q=ask(rng, asked))
+    return ChatDraft([*messages, user(question)], [fact.value for fact in asked], question)
 
 
 def transcript(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -71,7 +72,7 @@ def transcript(rng: random.Random, size: int, material: Material) -> ChatDraft:
             ("Write short minutes of this meeting.", speaker),
         )
     )
-    return ChatDraft(with_document(rng, "\n".join(lines), question), [answer])
+    return with_document(rng, "\n".join(lines), question, [answer])
 
 
 def examples(rng: random.Random, size: int, material: Material) -> ChatDraft:

@@ -23,7 +23,7 @@ def facts(rng: random.Random, size: int, material: Material) -> ChatDraft:
     question = ask(rng, asked)
     text = material.excerpt(rng, size - sum(map(len, statements)), rng.choice(_FILES))
     document = insert(rng, text, statements)
-    return ChatDraft(with_document(rng, document, question), [fact.value for fact in asked])
+    return with_document(rng, document, question, [fact.value for fact in asked])
 
 
 def register(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -32,7 +32,7 @@ def register(rng: random.Random, size: int, material: Material) -> ChatDraft:
     asked = rng.sample(found, min(len(found), rng.choice((1, 1, 1, 2, 3))))
     question = ask(rng, asked)
     document = rng.choice(("\n", "\n", " ")).join(fact.statement(rng) for fact in found)
-    return ChatDraft(with_document(rng, document, question), [fact.value for fact in asked])
+    return with_document(rng, document, question, [fact.value for fact in asked])
 
 
 def repetition(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -52,7 +52,7 @@ def repetition(rng: random.Random, size: int, material: Material) -> ChatDraft:
             f'Which line contains "{head}"? Write the line and the {count} lines behind it.',
         )
     )
-    return ChatDraft(with_document(rng, text, question), [head])
+    return with_document(rng, text, question, [head])
 
 
 def sections(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -82,7 +82,7 @@ def sections(rng: random.Random, size: int, material: Material) -> ChatDraft:
             (f'Which section follows directly on "{titles[at - 1]}"?', title),
         )
     )
-    return ChatDraft(with_document(rng, "\n\n".join(parts), question), [answer])
+    return with_document(rng, "\n\n".join(parts), question, [answer])
 
 
 def code(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -112,7 +112,7 @@ def code(rng: random.Random, size: int, material: Material) -> ChatDraft:
             f"Quote the first lines of `{name}` and say what they are for.",
         )
     )
-    return ChatDraft(with_document(rng, document, question), [name])
+    return with_document(rng, document, question, [name])
 
 
 def _functions(text: str) -> list[tuple[str, str]]:
@@ -151,7 +151,7 @@ def definitions(rng: random.Random, size: int, material: Material) -> ChatDraft:
             f"What is said about {names}?",
         )
     )
-    return ChatDraft(with_document(rng, document, question), asked)
+    return with_document(rng, document, question, asked)
 
 
 def open_question(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -174,7 +174,7 @@ def open_question(rng: random.Random, size: int, material: Material) -> ChatDraf
             f"Write a message to a colleague that explains the {subject}.",
         )
     )
-    return ChatDraft(with_document(rng, text, question), [])
+    return with_document(rng, text, question, [])
 
 
 def continuation(rng: random.Random, size: int, material: Material) -> ChatDraft:
@@ -183,4 +183,4 @@ def continuation(rng: random.Random, size: int, material: Material) -> ChatDraft
     question = rng.choice(
         ("Go on with this text.", "Write the next paragraph.", "Continue in the same style.")
     )
-    return ChatDraft(with_document(rng, text, question), [])
+    return with_document(rng, text, question, [])

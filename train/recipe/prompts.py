@@ -47,7 +47,7 @@ class Maker:
 
 
 def prompt(maker: Maker, number: int) -> dict[str, Any]:
-    """A row with `kind`, `messages`, `answers` and `tokens`, a function of seed and number.
+    """A row with `kind`, `messages`, `answers`, `question` and `tokens`, by seed and number.
 
     The lengths of all prompts are distributed log-uniformly.
     """
@@ -63,6 +63,7 @@ def prompt(maker: Maker, number: int) -> dict[str, Any]:
                 "kind": kind,
                 "messages": draft.messages,
                 "answers": draft.answers,
+                "question": draft.question,
                 "tokens": tokens,
             }
     raise ValueError(

@@ -100,6 +100,9 @@ class RecipeConfig:
     """Seed of the prompts."""
     shard_rows: int = 128
     """Prompts per shard; an interruption loses at most the responses of one."""
+    hidden: float = 0.0
+    """Share of the prompts with a question behind their text that is hidden, as for
+    `lookahead train lookahead`."""
     keep_forwards: bool = True
     """Keep on disk what the base model computes for each prompt, so that later epochs and other
     runs do not compute it again."""
@@ -212,8 +215,8 @@ def _training(config: RecipeConfig) -> lookahead.TrainConfig:
         model=config.model, data=(folder / "data",), run=folder / config.run,
         modules=config.modules, optimizer=config.optimizer, loss=config.loss, steps=config.steps,
         batch=config.batch, seed=config.seed, dtype=config.dtype, start=config.start,
-        shards=config.shards, save_every=config.save_every, keep=1, log_every=1,
-        forwards=folder / _FORWARDS if config.keep_forwards else None,
+        shards=config.shards, hidden=config.hidden, save_every=config.save_every, keep=1,
+        log_every=1, forwards=folder / _FORWARDS if config.keep_forwards else None,
     )  # fmt: skip
 
 
@@ -251,7 +254,7 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
     """Says how long what is missing will take; `shards` have no prompts yet."""
     folder = folder_of(config)
     rows = [json.loads(line) for line in prompt_file(folder, 0).read_text().splitlines()]
-    ids = [data.tokenize(row, model)[0] for row in rows]
+    ids = [data.tokenize(row, model).prompt for row in rows]
     file = folder / estimate.file_name(config.loss, config.dtype)
     if not file.is_file():
         say("measuring how long a batch of each phase takes")

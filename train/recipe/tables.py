@@ -34,7 +34,7 @@ def table(rng: random.Random, size: int, material: Material) -> ChatDraft:
         before, after = (material.excerpt(rng, max(60, size // 8), "prose") for _ in range(2))
         document = f"{before}\n\n{document}\n\n{after}"
     question, answers = _question(rng, key, columns, rows)
-    return ChatDraft(with_document(rng, document, question), answers)
+    return with_document(rng, document, question, answers)
 
 
 def _question(

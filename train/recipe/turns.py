@@ -11,6 +11,8 @@ class ChatDraft(NamedTuple):
 
     messages: list[Message]
     answers: list[str]
+    question: str = ""
+    """End of the last message that asks about what stands before it; empty if nothing does."""
 
 
 _LEADS = (
@@ -46,7 +48,9 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
-def with_document(rng: random.Random, document: str, question: str) -> list[Message]:
+def with_document(
+    rng: random.Random, document: str, question: str, answers: list[str]
+) -> ChatDraft:
     """A chat that ends with a user's message: the question before, behind or apart from it."""
     before, after = rng.choice(_FENCES)
     text = f"{before}{document}{after}"
@@ -55,11 +59,14 @@ def with_document(rng: random.Random, document: str, question: str) -> list[Mess
     head = [{"role": "system", "content": rng.choice(_SYSTEM)}] if rng.random() < 0.15 else []
     draw = rng.random()
     if draw < 0.6:
-        return [*head, user(f"{lead}\n\n{text}\n\n{asked}".strip())]
+        message = user(f"{lead}\n\n{text}\n\n{asked}".strip())
+        return ChatDraft([*head, message], answers, asked)
     if draw < 0.72:
-        return [*head, user(f"{announced}\n\n{text}")]
+        return ChatDraft([*head, user(f"{announced}\n\n{text}")], answers)
     if draw < 0.82:
-        return [*head, user(f"{announced}\n\n{text}\n\n{asked}")]
+        return ChatDraft([*head, user(f"{announced}\n\n{text}\n\n{asked}")], answers)
     if draw < 0.93:
-        return [*head, user(f"{lead}\n\n{text}".strip()), assistant(rng.choice(_READ)), user(asked)]
-    return [{"role": "system", "content": f"{rng.choice(_SYSTEM)}\n\n{text}"}, user(asked)]
+        shown = [user(f"{lead}\n\n{text}".strip()), assistant(rng.choice(_READ))]
+        return ChatDraft([*head, *shown, user(asked)], answers, asked)
+    shown = [{"role": "system", "content": f"{rng.choice(_SYSTEM)}\n\n{text}"}]
+    return ChatDraft([*shown, user(asked)], answers, asked)
