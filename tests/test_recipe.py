@@ -92,6 +92,15 @@ def test_answers_stand_in_prompts_and_end_with_a_user(rows):
     assert all(row["answers"] for row in asked)
 
 
+def test_questions_end_the_last_message_unless_they_come_first(rows):
+    for row in rows:
+        assert row["messages"][-1]["content"].endswith(row["question"])
+    with_question = [row for row in rows if row["question"]]
+    assert 0.7 < len(with_question) / len(rows) < 0.9
+    turns = [row for row in rows if "assistant" in [m["role"] for m in row["messages"]]]
+    assert all(row["question"] == row["messages"][-1]["content"] for row in turns)
+
+
 def test_nothing_that_is_evaluated_is_trained_on(texts, rows):
     """Wordings of our templates, and files of the held-out code."""
     own = json.dumps([(r.noun, r.statements, r.questions) for r in RELATIONS])

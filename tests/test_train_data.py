@@ -11,7 +11,7 @@ from lookahead_jax.generation.generate import generate
 from lookahead_jax.model.fingerprint import fingerprint
 from lookahead_jax.model.sharding import make_mesh
 from lookahead_jax.policies.full import Full
-from lookahead_jax.train import data
+from lookahead_jax.train import data, training_data
 from lookahead_jax.train.batches import microbatch_sharding
 from lookahead_jax.train.training_data import open_data
 from tests import tiny
@@ -137,13 +137,83 @@ def test_chats_go_through_the_template(model_folder):
         return Words().encode(text, special=False)
 
     prompt = ids("<user>hi<assistant>")
-    assert data.tokenize({"messages": [ask, answer]}, model) == (prompt, ids("yes"))
-    assert data.tokenize({"messages": [ask]}, model) == (prompt, [])
-    assert data.tokenize({"prompt": "ab", "response": "c"}, model) == (ids("^ab"), ids("c"))
+    assert data.tokenize({"messages": [ask, answer]}, model) == (prompt, ids("yes"), 0)
+    assert data.tokenize({"messages": [ask]}, model) == (prompt, [], 0)
+    assert data.tokenize({"prompt": "ab", "response": "c"}, model) == (ids("^ab"), ids("c"), 0)
+    asked = data.tokenize({"messages": [ask, answer], "question": " hi "}, model)
+    assert asked == (prompt, ids("yes"), len("hi<assistant>"))
+    assert data.tokenize({"prompt": "abab", "question": "ab"}, model) == (ids("^abab"), [], 2)
+    for row in ({"prompt": "ab", "question": "c"}, {"prompt": [3, 1], "question": "c"}):
+        with pytest.raises(ValueError, match="the question 'c' does not occur in the prompt's te"):
+            data.tokenize(row, model)
     with pytest.raises(ValueError, match="neither messages nor a prompt, only text"):
         data.tokenize({"text": "ab"}, model)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         data.tokenize({"prompt": [3, 97]}, model)
+
+
+def test_a_question_whose_letters_merge_with_those_before_begins_at_the_merged_token(model_folder):
+    class Pairs:
+        """Tokens of two letters."""
+
+        def encode(self, text, *, special=True):
+            return [sum(map(ord, text[i : i + 2])) % 97 for i in range(0, len(text), 2)]
+
+    model = data.dataclasses.replace(load(model_folder), tokenizer=Pairs())
+    row = data.tokenize({"prompt": "abcdef", "question": "def"}, model)
+    assert (len(row.prompt), row.question) == (3, 2)
+
+
+def test_hidden_questions_stand_in_the_response(tmp_path, model_folder):
+    """For a share of the rows that have one; which ones, later rows do not change."""
+    rng = np.random.default_rng(0)
+    count = 400
+    rows = [
+        {
+            "prompt": rng.integers(0, 97, 9).tolist(),
+            "response": rng.integers(0, 97, 3).tolist() if i % 10 else [],
+            "question": (0, 4, 5)[i % 3],
+        }
+        for i in range(count)
+    ]
+    for folder, number in (("few", 40), ("many", count)):
+        shard = training_data.shard_path(tmp_path / folder, 0)
+        made = data.datasets.Dataset.from_list(rows[:number], features=training_data.FEATURES)
+        made.save_to_disk(str(shard))
+        about = {"base_fingerprint": fingerprint(load(model_folder).params), "shards": 1}
+        (tmp_path / folder / training_data.COMPLETE).write_text(json.dumps(about))
+    seen = open_rows(tmp_path / "many", model_folder)
+    some, few = (open_rows(tmp_path / name, model_folder, hidden=0.5) for name in ("many", "few"))
+    every = open_rows(tmp_path / "many", model_folder, hidden=1.0)
+    assert seen.lengths.tolist() == [[9, len(row["response"])] for row in rows]
+    moved = [row["question"] if row["response"] else 0 for row in rows]
+    np.testing.assert_array_equal(every.lengths - seen.lengths, [[-n, n] for n in moved])
+    hidden = (some.lengths == every.lengths).all(1)[np.array(moved) > 0]
+    assert abs(hidden.mean() - 0.5) < 0.1
+    np.testing.assert_array_equal(few.lengths, some.lengths[:40])
+
+    batch = some.batch_of(0, 1, microbatch_sharding(make_mesh()))
+    for row, prompt, response in zip(
+        some.rows_of(0), np.asarray(batch.prompts[0]), np.asarray(batch.responses[0]), strict=True
+    ):
+        ids = rows[row]["prompt"] + rows[row]["response"]
+        at = some.lengths[row, 0]
+        assert (prompt[prompt >= 0].tolist(), response[response >= 0].tolist()) == (
+            ids[:at],
+            ids[at:],
+        )
+    with pytest.raises(ValueError, match=r"hidden 1\.5 must be a share from 0 to 1"):
+        open_rows(tmp_path / "many", model_folder, hidden=1.5)
+
+
+def test_old_rows_have_no_questions_to_hide(tmp_path, model_folder):
+    shard = training_data.shard_path(tmp_path, 0)
+    data.datasets.Dataset.from_list([{"prompt": [1, 2], "response": [3]}] * 4).save_to_disk(shard)
+    about = {"base_fingerprint": fingerprint(load(model_folder).params), "shards": 1}
+    (tmp_path / training_data.COMPLETE).write_text(json.dumps(about))
+    assert len(open_rows(tmp_path, model_folder).rows) == 4
+    with pytest.raises(ValueError, match="no row says where its question begins: leave hidden"):
+        open_rows(tmp_path, model_folder, hidden=0.5)
 
 
 def test_order_is_a_function_of_seed_and_step_and_batches_follow_it(tmp_path, model_folder):

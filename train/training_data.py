@@ -165,7 +165,7 @@ def open_data(
     ]
     lengths = np.stack(lengths, axis=1).astype(np.int64)
     if hidden:
-        moved = _questions(dataset, directories)
+        moved = np.where(lengths[:, 1] > 0, _questions(dataset, directories), 0)
         moved[np.random.default_rng(0).random(len(moved)) >= hidden] = 0
         lengths += np.stack([-moved, moved], axis=1)
     used = (lengths > 0).all(axis=1) & (lengths[:, 0] <= (max_prompt or np.inf))
@@ -186,10 +186,8 @@ def open_data(
 
 def _questions(dataset: datasets.Dataset, directories: Sequence[Path]) -> np.ndarray:
     """Tokens of each row's question: int64 [rows]."""
-    known = "question" in dataset.column_names
-    counts = (
-        np.asarray(dataset["question"], np.int64) if known else np.zeros(len(dataset), np.int64)
-    )
+    found = dataset["question"] if "question" in dataset.column_names else [None] * len(dataset)
+    counts = np.array([count or 0 for count in found], np.int64)
     if not counts.any():
         names = ", ".join(map(str, directories))
         raise ValueError(

@@ -270,8 +270,10 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
     mean = sum(lengths.values()) / len(lengths)
     passes = steps * config.batch
     if config.keep_forwards:
-        kept = len(list((folder / _FORWARDS).glob("*.npz")))
-        passes = min(passes, max(config.prompts - kept, 0))
+        missing = max(config.prompts - len(list((folder / _FORWARDS).glob("*.npz"))), 0)
+        if not log.is_file():  # a prompt without its question is another row
+            missing = max(missing, round(config.hidden * config.prompts))
+        passes = min(passes, missing)
         _check_disk(folder, int(passes * mean * bytes_per_token(model.config)))
     trained = mean * (passes * rates.forward + steps * config.batch * rates.learn)
     minutes = [
