@@ -20,7 +20,12 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+# Collectives of one program must not run side by side: devices may enter them in different orders,
+# and then wait for one another until XLA ends the process.
+os.environ["XLA_FLAGS"] += (
+    " --xla_force_host_platform_device_count=4"
+    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 os.environ.setdefault(  # JAX's keys hold its version
     "JAX_COMPILATION_CACHE_DIR",
     os.path.join(

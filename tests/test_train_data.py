@@ -183,8 +183,10 @@ def test_hidden_questions_stand_in_the_response(tmp_path, model_folder):
         about = {"base_fingerprint": fingerprint(load(model_folder).params), "shards": 1}
         (tmp_path / folder / training_data.COMPLETE).write_text(json.dumps(about))
     seen = open_rows(tmp_path / "many", model_folder)
-    some, few = (open_rows(tmp_path / name, model_folder, hidden=0.5) for name in ("many", "few"))
-    every = open_rows(tmp_path / "many", model_folder, hidden=1.0)
+    some, few = (
+        open_rows(tmp_path / name, model_folder, hide_question=0.5) for name in ("many", "few")
+    )
+    every = open_rows(tmp_path / "many", model_folder, hide_question=1.0)
     assert seen.lengths.tolist() == [[9, len(row["response"])] for row in rows]
     moved = [row["question"] if row["response"] else 0 for row in rows]
     np.testing.assert_array_equal(every.lengths - seen.lengths, [[-n, n] for n in moved])
@@ -202,8 +204,8 @@ def test_hidden_questions_stand_in_the_response(tmp_path, model_folder):
             ids[:at],
             ids[at:],
         )
-    with pytest.raises(ValueError, match=r"hidden 1\.5 must be a share from 0 to 1"):
-        open_rows(tmp_path / "many", model_folder, hidden=1.5)
+    with pytest.raises(ValueError, match=r"hide_question 1\.5 must be a share from 0 to 1"):
+        open_rows(tmp_path / "many", model_folder, hide_question=1.5)
 
 
 def test_old_rows_have_no_questions_to_hide(tmp_path, model_folder):
@@ -212,8 +214,8 @@ def test_old_rows_have_no_questions_to_hide(tmp_path, model_folder):
     about = {"base_fingerprint": fingerprint(load(model_folder).params), "shards": 1}
     (tmp_path / training_data.COMPLETE).write_text(json.dumps(about))
     assert len(open_rows(tmp_path, model_folder).rows) == 4
-    with pytest.raises(ValueError, match="no row says where its question begins: leave hidden"):
-        open_rows(tmp_path, model_folder, hidden=0.5)
+    with pytest.raises(ValueError, match="no row says where its question begins: leave hide"):
+        open_rows(tmp_path, model_folder, hide_question=0.5)
 
 
 def test_order_is_a_function_of_seed_and_step_and_batches_follow_it(tmp_path, model_folder):

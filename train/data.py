@@ -6,9 +6,8 @@ Sources are JSON lines or parquet files, or data sets of the Hugging Face hub (`
 read as streams, up to `--limit` rows. A row has `messages` (the chat template is applied, and the
 last answer is the response) or `prompt` and optionally `response`, as text or as token ids. The
 model generates missing responses greedily, and all of them with --regenerate. A row can name, as
-`question`, the text that asks about what stands before it: `lookahead train lookahead --hidden`
-can then hide it from the lookahead tokens. Rows are written shard by shard; a restarted run skips
-finished shards.
+`question`, the text that asks about what stands before it; training can hide it from the lookahead
+tokens (--hide-question). Rows are written shard by shard; a restarted run skips finished shards.
 """
 
 import dataclasses

@@ -107,7 +107,7 @@ class TrainConfig:
     shards: int | None = None
     """Use the first N shards of one folder, which may be unfinished: the run starts on those that
     are there, and its first epoch visits them in order. None: all of finished data."""
-    hidden: float = 0.0
+    hide_question: float = 0.0
     """Share of the rows with a `question` in which the lookahead tokens do not see it: they follow
     the text before it, and question and answer together are the response. For prompts that are cut
     before anyone asks about them."""
@@ -177,7 +177,7 @@ def _train(
     base = fingerprint(model.params)
     data = open_data(
         config.data, batch=config.batch, seed=config.seed, base_fingerprint=base,
-        max_prompt=config.max_prompt, shards=config.shards, hidden=config.hidden,
+        max_prompt=config.max_prompt, shards=config.shards, hide_question=config.hide_question,
     )  # fmt: skip
     described = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     identity = {name: described[name] for name in _IDENTITY} | {"base": base}
@@ -190,8 +190,8 @@ def _train(
     # The defaults are left out: so were they when these fields did not exist.
     if config.loss != PAPER:
         identity |= {"loss": json.loads(json.dumps(config.loss.described))}
-    if config.hidden:
-        identity |= {"hidden": config.hidden}
+    if config.hide_question:
+        identity |= {"hide_question": config.hide_question}
     if config.forwards is not None:  # float16 keys and values
         identity |= {"forwards": True}
     with (

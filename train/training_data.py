@@ -135,19 +135,19 @@ def open_data(
     base_fingerprint: str,
     max_prompt: int | None = None,
     shards: int | None = None,
-    hidden: float = 0.0,
+    hide_question: float = 0.0,
 ) -> TrainingData:
     """Memory-maps what `prepare` wrote into each of the folders, as one data set.
 
     Rows whose prompt is longer than `max_prompt`, or that have no response, are not used. With
     `shards`, only so many shards of a single folder are used; they may still be in the making, and
-    the first epoch follows their order. Of the rows with a question, a share of `hidden` has it
-    moved from the prompt to the response; which ones depends on their numbers alone. Raises
+    the first epoch follows their order. Of the rows with a question, a share of `hide_question`
+    has it moved from the prompt to the response; which ones depends on their numbers alone. Raises
     ValueError if the data are unfinished, made for another model, or fewer than one batch, and if
     questions are to be hidden and no row has one.
     """
-    if not 0 <= hidden <= 1:
-        raise ValueError(f"hidden {hidden} must be a share from 0 to 1")
+    if not 0 <= hide_question <= 1:
+        raise ValueError(f"hide_question {hide_question} must be a share from 0 to 1")
     if shards is not None and (len(directories) != 1 or shards < 1):
         raise ValueError(
             f"shards {shards} of {len(directories)} folders: give one folder, and at least 1"
@@ -164,9 +164,9 @@ def open_data(
         for n in PARTS
     ]
     lengths = np.stack(lengths, axis=1).astype(np.int64)
-    if hidden:
+    if hide_question:
         moved = np.where(lengths[:, 1] > 0, _questions(dataset, directories), 0)
-        moved[np.random.default_rng(0).random(len(moved)) >= hidden] = 0
+        moved[np.random.default_rng(0).random(len(moved)) >= hide_question] = 0
         lengths += np.stack([-moved, moved], axis=1)
     used = (lengths > 0).all(axis=1) & (lengths[:, 0] <= (max_prompt or np.inf))
     if used.sum() < batch:
@@ -191,8 +191,8 @@ def _questions(dataset: datasets.Dataset, directories: Sequence[Path]) -> np.nda
     if not counts.any():
         names = ", ".join(map(str, directories))
         raise ValueError(
-            f"{names}: no row says where its question begins: leave hidden out, or make the data "
-            "from rows with a `question`"
+            f"{names}: no row says where its question begins: leave hide_question out, or make the "
+            "data from rows with a `question`"
         )
     return counts
 

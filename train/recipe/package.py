@@ -118,6 +118,11 @@ def _card(
     loss = _LOSS[config.loss.response]
     if config.loss.skip:
         loss += f" The first {config.loss.skip} entries of a prompt, attention sinks, do not count."
+    if config.hide_question:
+        loss += (
+            f" In {config.hide_question:.0%} of the prompts with a question behind their text, the "
+            "tokens stand before the question, and question and answer together are the response."
+        )
     if config.loss.memory:
         budgets = ", ".join(map(str, config.loss.budgets))
         loss += (

@@ -100,7 +100,7 @@ class RecipeConfig:
     """Seed of the prompts."""
     shard_rows: int = 128
     """Prompts per shard; an interruption loses at most the responses of one."""
-    hidden: float = 0.0
+    hide_question: float = 0.0
     """Share of the prompts with a question behind their text that is hidden, as for
     `lookahead train lookahead`."""
     keep_forwards: bool = True
@@ -215,8 +215,8 @@ def _training(config: RecipeConfig) -> lookahead.TrainConfig:
         model=config.model, data=(folder / "data",), run=folder / config.run,
         modules=config.modules, optimizer=config.optimizer, loss=config.loss, steps=config.steps,
         batch=config.batch, seed=config.seed, dtype=config.dtype, start=config.start,
-        shards=config.shards, hidden=config.hidden, save_every=config.save_every, keep=1,
-        log_every=1, forwards=folder / _FORWARDS if config.keep_forwards else None,
+        shards=config.shards, hide_question=config.hide_question, save_every=config.save_every,
+        keep=1, log_every=1, forwards=folder / _FORWARDS if config.keep_forwards else None,
     )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ def _tell_plan(config: RecipeConfig, model: Model, shards: int, prompt_s: float)
     if config.keep_forwards:
         missing = max(config.prompts - len(list((folder / _FORWARDS).glob("*.npz"))), 0)
         if not log.is_file():  # a prompt without its question is another row
-            missing = max(missing, round(config.hidden * config.prompts))
+            missing = max(missing, round(config.hide_question * config.prompts))
         passes = min(passes, missing)
         _check_disk(folder, int(passes * mean * bytes_per_token(model.config)))
     trained = mean * (passes * rates.forward + steps * config.batch * rates.learn)
