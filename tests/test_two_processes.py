@@ -48,6 +48,7 @@ def start(folder, count):
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0"
+        " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # as in conftest.py
         f" --xla_force_host_platform_device_count={4 // count}",
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(count),
