@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ out. Seed of the prompts: {prompt_seed}; they depend on the versions of the inst
 ## Training
 
 {steps} of {all_steps} steps of {batch} rows: each prompt was learned from about {epochs:.1f} times.
-Seed {seed}. {loss}
+{loss}
 
 {curve}
 
@@ -136,8 +137,9 @@ def _card(
         prompt_tokens=sum(row["tokens"] for row in rows), max_response=config.max_response,
         kinds=_kinds(rows), prompt_seed=config.prompt_seed, steps=len(log),
         all_steps=config.steps, batch=config.batch, epochs=len(log) * config.batch / len(rows),
-        seed=config.seed, loss=loss, curve=_curve(log), recipe=json.dumps(kept, indent=1),
-        command=shlex.join(_without_places(given)), start=_started(config.start),
+        loss=textwrap.fill(f"Seed {config.seed}. {loss}", 96), curve=_curve(log),
+        recipe=json.dumps(kept, indent=1), command=shlex.join(_without_places(given)),
+        start=_started(config.start),
     )  # fmt: skip
 
 
