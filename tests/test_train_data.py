@@ -144,7 +144,7 @@ def test_chats_go_through_the_template(model_folder):
     assert asked == (prompt, ids("yes"), len("hi<assistant>"))
     assert data.tokenize({"prompt": "abab", "question": "ab"}, model) == (ids("^abab"), [], 2)
     for row in ({"prompt": "ab", "question": "c"}, {"prompt": [3, 1], "question": "c"}):
-        with pytest.raises(ValueError, match="the question 'c' does not occur in the prompt's te"):
+        with pytest.raises(ValueError, match="the question 'c' does not occur in the prompt"):
             data.tokenize(row, model)
     with pytest.raises(ValueError, match="neither messages nor a prompt, only text"):
         data.tokenize({"text": "ab"}, model)
