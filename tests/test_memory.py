@@ -23,6 +23,8 @@ D, N, K, H = 64, 4, 4, 32
 SHAPE = dict(hidden_size=D, num_attention_heads=N, num_key_value_heads=K, head_dim=H)
 SNAPKV = SnapKV(window=16, pool="avg", kernel=5)
 SHORT, LONG = 1024, 2048
+# Not with the scheduler of conftest.py, which is for programs of several devices.
+AS_USERS_COMPILE = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"}
 # Per prompt token, in float32 numbers: the residual stream; the keys and values of one layer,
 # twice because XLA on CPU keeps what enters a loop beside what the loop carries; cos and sin;
 # positions and scores. A second layer's keys and values (256 numbers) would exceed it.
@@ -43,7 +45,7 @@ def allocated(layers: int, tokens: int, policy: Policy) -> tuple[int, int]:
         slots=slots,
         new_tokens=16,
         chunk=128,
-    ).compile()
+    ).compile(AS_USERS_COMPILE)
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes, memory.output_size_in_bytes
 
