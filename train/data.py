@@ -234,9 +234,9 @@ def _asked(
     question = (row.get("question") or "").strip()
     if not question:
         return 0
-    at = text.rfind(question) if isinstance(text, str) else -1
-    if at < 0:
+    if not isinstance(text, str) or question not in text:
         raise ValueError(f"the question {question[:40]!r} does not occur in the prompt's text")
+    at = text.rfind(question)
     before = _tokenizer(model).encode(text[:at], special=special)
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, prompt, strict=False))
     return len(prompt) - sum(1 for _ in same)
