@@ -23,6 +23,9 @@ from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     model: Annotated[str, Help("checkpoint, as for --model of the commands")] = "smollm2"
+    dtype: Annotated[str, Help("type of weights and cache", choices=("float32", "bfloat16"))] = (
+        "float32"
+    )
     weights: Annotated[str | None, Help("weights in eight bits", choices=("int8",))] = None
     entries: Annotated[int, Help("entries of the cache per layer and head")] = 256
     rows: Annotated[tuple[int, ...], Help("rows of the steps")] = (1, 2, 4, 8, 16, 32, 64)
@@ -48,10 +51,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
     from lookahead_jax.model import layers
     from lookahead_jax.model.cache import empty_cache
 
-    model = lk.load(options.model, dtype="float32", weights=options.weights)
+    model = lk.load(options.model, dtype=options.dtype, weights=options.weights)
     config, params = model.config, for_decoding(model.params)
     span = jnp.full(1, options.entries, jnp.int32)
-    cache = empty_cache(config, 1, options.entries, jnp.float32, span)
+    cache = empty_cache(config, 1, options.entries, jnp.dtype(options.dtype), span)
     at = jnp.arange(options.entries, dtype=jnp.int32)
     cache = dataclasses.replace(
         cache,
