@@ -29,6 +29,9 @@ class Options:
     weights: Annotated[str | None, Help("weights in eight bits", choices=("int8",))] = None
     entries: Annotated[int, Help("entries of the cache per layer and head")] = 256
     rows: Annotated[tuple[int, ...], Help("rows of the steps")] = (1, 2, 4, 8, 16, 32, 64)
+    without_xla: Annotated[bool, Help("leave out the steps with XLA's products and attention")] = (
+        False
+    )
     repetitions: Annotated[int, Help("timings of each step")] = 15
     out: Annotated[Path, Help("file of the report")] = RESULTS / "step_cost.json"
 
@@ -77,14 +80,16 @@ def measure(options: Options) -> list[dict[str, Any]]:
     programs = {}
     for rows in options.rows:
         tokens = jnp.arange(rows, dtype=jnp.int32)[None]
-        few = jax.jit(step).lower(params, cache, tokens).compile()
-        with (
-            mock.patch.object(layers, "takes", return_value=False),
-            mock.patch.object(dispatch, "preferred", return_value="xla"),
-        ):
-            plain = jax.jit(lambda *args: step(*args)).lower(params, cache, tokens).compile()
-        programs[rows] = tokens, {"few_rows": few, "xla": plain}
-    times = {(rows, form): [] for rows in options.rows for form in ("few_rows", "xla")}
+        forms = {"few_rows": jax.jit(step).lower(params, cache, tokens).compile()}
+        if not options.without_xla:
+            with (
+                mock.patch.object(layers, "takes", return_value=False),
+                mock.patch.object(dispatch, "preferred", return_value="xla"),
+            ):
+                plain = jax.jit(lambda *args: step(*args)).lower(params, cache, tokens)
+                forms["xla"] = plain.compile()
+        programs[rows] = tokens, forms
+    times = {(rows, form): [] for rows, (_, forms) in programs.items() for form in forms}
     # All of them by turns: another machine's work on these cores then slows every one.
     for turn in range(options.repetitions + 1):
         for rows, (tokens, forms) in programs.items():
@@ -96,7 +101,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
         {
             "rows": rows,
             "ms": {form: 1e3 * statistics.median(times[rows, form]) for form in forms},
-            "ratio": median_ratio(times[rows, "xla"], times[rows, "few_rows"]),
+            **(
+                {}
+                if options.without_xla
+                else {"ratio": median_ratio(times[rows, "xla"], times[rows, "few_rows"])}
+            ),
             "c": {
                 form: median_ratio(times[rows, form], times[options.rows[0], form])
                 for form in forms
