@@ -101,8 +101,8 @@ class RecipeConfig:
     shard_rows: int = 128
     """Prompts per shard; an interruption loses at most the responses of one."""
     hide_question: float = 0.0
-    """Share of the prompts with a question behind their text that is hidden, as for
-    `lookahead train lookahead`."""
+    """Share of the prompts with a question behind their text in which the lookahead tokens do not
+    see it, as for `lookahead train lookahead`."""
     keep_forwards: bool = True
     """Keep on disk what the base model computes for each prompt, so that later epochs and other
     runs do not compute it again."""
