@@ -3,7 +3,8 @@
 A step of P rows verifies a draft of P nodes. It reads every weight once, whatever P is; the floor
 is that read, at the speed at which this machine sums an array of the size of the weights. Each step
 is timed with the products and attention of few rows (kernels/few_rows_cpu.py, attention_cpu.py) and
-with XLA's alone. All steps take turns, and ratios are medians of those within a turn.
+with XLA's alone, unless these are left out: they slow the steps behind them. All steps take turns,
+and ratios are medians of those within a turn.
 
     python benchmarks/step_cost.py --model smollm2
     python benchmarks/step_cost.py --model smollm2 --weights int8 --out \\

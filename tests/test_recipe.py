@@ -213,6 +213,24 @@ def test_a_stopped_recipe_goes_on_as_if_it_had_not_been(config, tmp_path, monkey
         recipe.run_recipe(dataclasses.replace(config, longest=400))
 
 
+@pytest.mark.slow
+def test_a_run_can_hide_the_questions(config):
+    """On the same responses; prompts that had no question keep their forward."""
+    recipe.run_recipe(config)
+    kept = len(list((config.folder / "forwards").glob("*.npz")))
+    hidden = dataclasses.replace(config, run="hidden", hide_question=1.0)
+    recipe.run_recipe(hidden)
+    prompts = [
+        json.loads(line)
+        for shard in range(config.shards)
+        for line in recipe.prompt_file(config.folder, shard).read_text().splitlines()
+    ]
+    asked = sum(bool(row["question"]) for row in prompts)
+    assert 0 < asked < len(prompts)
+    assert len(list((config.folder / "forwards").glob("*.npz"))) == kept + asked
+    assert losses(hidden) != losses(config)
+
+
 def test_a_card_names_the_modules_that_a_run_began_with(tmp_path):
     given = ["x.json", "--start", "/home/me/modules", "--run", "b", "--seed=2", "--out=o"]
     assert package._without_places(given) == ["x.json", "--start", "MODULES", "--seed=2"]
@@ -267,6 +285,7 @@ def test_the_command_names_what_goes_on(monkeypatch, capsys):
         ({"shortest": 500}, "expected 64 or more, in this order"),
         ({"epochs": 0}, "must be at least 1"),
         ({"batch": 6}, "a batch of 6 cannot be split"),
+        ({"hide_question": 50.0}, r"hide_question 50\.0 must be a share from 0 to 1"),
         (
             {"optimizer": OptimizerConfig(rate=1e-2, warmup=16)},
             "a warm-up of 16 steps does not fit",

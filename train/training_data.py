@@ -146,8 +146,7 @@ def open_data(
     ValueError if the data are unfinished, made for another model, or fewer than one batch, and if
     questions are to be hidden and no row has one.
     """
-    if not 0 <= hide_question <= 1:
-        raise ValueError(f"hide_question {hide_question} must be a share from 0 to 1")
+    check_hide_question(hide_question)
     if shards is not None and (len(directories) != 1 or shards < 1):
         raise ValueError(
             f"shards {shards} of {len(directories)} folders: give one folder, and at least 1"
@@ -182,6 +181,12 @@ def open_data(
         in_order=shards is not None,
         complete=shards is None or len(found[0]) == shards,
     )
+
+
+def check_hide_question(share: float) -> None:
+    """Raises ValueError unless it is a share."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"hide_question {share} must be a share from 0 to 1")
 
 
 def _questions(dataset: datasets.Dataset, directories: Sequence[Path]) -> np.ndarray:

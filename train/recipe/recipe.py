@@ -48,7 +48,7 @@ from lookahead_jax.train.recipe import estimate
 from lookahead_jax.train.recipe.material import read_material
 from lookahead_jax.train.recipe.prompts import Maker, prompt
 from lookahead_jax.train.step import check_batch
-from lookahead_jax.train.training_data import COMPLETE, GROUP, shard_path
+from lookahead_jax.train.training_data import COMPLETE, GROUP, check_hide_question, shard_path
 
 _PRESETS = Path(__file__).parents[1] / "configs" / "recipes"
 _PROG = "lookahead train recipe"
@@ -182,6 +182,7 @@ def _check(config: RecipeConfig) -> None:
     if config.start is not None and not (config.start / CONFIG_FILE).is_file():
         raise ValueError(f"--start {config.start} holds no modules: give their folder")
     check_loss(config.modules, config.loss)
+    check_hide_question(config.hide_question)
     check_batch(config.batch, 1, make_mesh(data=None, fsdp=1, tensor=1))
     make_optimizer(config.optimizer, config.steps)  # refuses a warm-up that is too long
 
