@@ -64,7 +64,8 @@ DRAFTERS = {  # label -> (name, warm)
 HOST = ("trie", "trie, warm", "suffix", "suffix, warm")
 CHOSEN = ("first", "auto")
 REPEATED = (8, 16, *CHOSEN)  # other P run once, for their acceptance
-LOOKUP_NODES = 16  # room for the ten tokens of transformers' prompt lookup
+PEER_LOOKUP = 10  # tokens of transformers' prompt lookup
+LOOKUP_NODES = 16  # room for them
 
 
 class Run(NamedTuple):
@@ -265,6 +266,8 @@ class Bench:
             "prompts": {kind: [text.prompt for text in made] for kind, made in texts.items()},
             "new_tokens": options.new_tokens,
             "repetitions": options.repetitions,
+            "lookup": PEER_LOOKUP,
+            "assistant": 0,
         }
         # The function is sent as source code: the peer's environment has no jax.
         program = inspect.getsource(peer_side) + "\npeer_side()\n"
@@ -279,15 +282,19 @@ class Bench:
             tokens = sum(len(run.tokens) for run in ours)
             forwards = sum(run.steps + 1 for run in ours)
             differing = sum(a.tokens != b for a, b in zip(ours, theirs, strict=True))
-            result["kinds"][kind] |= {
-                "ours_tokens_per_forward": round(tokens / forwards, 3),
-                "rows_unlike_ours": differing,
+            result["kinds"][kind]["ours"] = {
+                "tokens_per_forward": round(tokens / forwards, 3),
+                "rows_unlike_theirs": differing,
             }
         return result
 
 
 def peer_side() -> None:
-    """Runs in the environment of transformers. Counts the prompt's forward: it verifies a draft."""
+    """Runs in the environment of transformers. Counts the prompt's forward: it verifies a draft.
+
+    What is asked for has `lookup`, the tokens of prompt lookup, and `assistant`, how many of the
+    model's first layers are an assistant; 0: there is none.
+    """
     import json
     import statistics
     import sys
@@ -298,9 +305,13 @@ def peer_side() -> None:
 
     ask = json.load(sys.stdin)
     torch.set_num_threads(ask["cores"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(ask["model"], dtype=torch.float32)
-    forwards = []
+    load, forwards = transformers.AutoModelForCausalLM.from_pretrained, []
+    model = load(ask["model"], dtype=torch.float32)
     model.eval().register_forward_pre_hook(lambda *_: forwards.append(1))
+    ways = {"prompt_lookup": {"prompt_lookup_num_tokens": ask["lookup"]}}
+    if ask["assistant"]:
+        small = load(ask["model"], dtype=torch.float32, num_hidden_layers=ask["assistant"])
+        ways["assistant"] = {"assistant_model": small.eval()}
 
     def run(prompt, new_tokens, **options):
         forwards.clear()
@@ -312,27 +323,31 @@ def peer_side() -> None:
         )  # fmt: skip
         return out[0, len(prompt) :].tolist(), len(forwards), time.perf_counter() - begin
 
-    lookup, kinds = {"prompt_lookup_num_tokens": 10}, {}
+    kinds = {}
     for kind, prompts in ask["prompts"].items():
         runs = [[] for _ in range(ask["repetitions"] + 1)]  # the first warms up
         for repetition in runs:
             for prompt in prompts:
-                first = run(prompt, 1)
-                plain = run(prompt, ask["new_tokens"])
-                repetition.append((first, plain, run(prompt, ask["new_tokens"], **lookup)))
-        drafted = [row[2] for row in runs[0]]
-        speeds = [
-            sum(p[2] - f[2] for f, p, _ in rows) / sum(d[2] - f[2] for f, _, d in rows)
-            for rows in runs[1:]
-        ]
-        kinds[kind] = {
-            "tokens_per_forward": round(
-                sum(len(d[0]) for d in drafted) / sum(d[1] for d in drafted), 3
-            ),
-            "speed": round(statistics.median(speeds), 3),
-            "outputs": [row[1][0] for row in runs[0]],
-            "rows_changed_by_lookup": sum(row[1][0] != row[2][0] for row in runs[0]),
-        }
+                first, plain = run(prompt, 1), run(prompt, ask["new_tokens"])
+                drafted = {way: run(prompt, ask["new_tokens"], **ways[way]) for way in ways}
+                repetition.append((first, plain, drafted))
+        kinds[kind] = {"outputs": [plain[0] for _, plain, _ in runs[0]]}
+        for way in ways:
+            drafted = [row[2][way] for row in runs[0]]
+            speeds = [
+                sum(p[2] - f[2] for f, p, _ in rows) / sum(d[way][2] - f[2] for f, _, d in rows)
+                for rows in runs[1:]
+            ]
+            kinds[kind][way] = {
+                "tokens_per_forward": round(
+                    sum(len(d[0]) for d in drafted) / sum(d[1] for d in drafted), 3
+                ),
+                "speed": round(statistics.median(speeds), 3),
+                "changed_rows": sum(
+                    p[0] != d[0] for (_, p, _), d in zip(runs[0], drafted, strict=True)
+                ),
+            }
+        print(f"transformers, {kind}: {json.dumps(kinds[kind])}", file=sys.stderr, flush=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     print("\n" + json.dumps({"versions": versions, "kinds": kinds}))
 

@@ -13,8 +13,9 @@ step.
 
     python benchmarks/spec_bench.py --questions question.jsonl
 
-The peer is prompt lookup of transformers on the same weights and prompts, against its own plain
-decoding; it needs the model as a folder (`lookahead convert smollm2 DIR`):
+The peer is transformers on the same weights and prompts, against its own plain decoding: prompt
+lookup with ten tokens, and assisted decoding, where the assistant is the first half of the model's
+layers. It needs the model as a folder (`lookahead convert smollm2 DIR`):
 
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3'
     python benchmarks/spec_bench.py --questions question.jsonl --peer PEER/bin/python --folder DIR
@@ -34,7 +35,7 @@ from typing import Annotated, Any
 
 import jax
 from common import RESULTS, Help, machine, parse, publish, ran_on, settings
-from drafting import Run, Runner, Star, peer_side
+from drafting import PEER_LOOKUP, Run, Runner, Star, peer_side
 from spec_prompts import KINDS, SPEC_BENCH, conversations
 
 import lookahead_jax as lk
@@ -147,13 +148,16 @@ def tally(runs: list[Run], plain: list[float], same: list[bool]) -> dict[str, An
     }
 
 
-def peer(options: Options, prompts: dict[str, list[list[int]]]) -> dict[str, Any] | str:
-    """Prompt lookup of transformers on the same prompts, if it is there."""
+def peer(
+    options: Options, layers: int, prompts: dict[str, list[list[int]]]
+) -> dict[str, Any] | str:
+    """What transformers does on the same prompts, if it is there."""
     if options.peer is None or options.folder is None:
         return "not run"
     ask = {
         "model": str(options.folder), "cores": len(os.sched_getaffinity(0)), "prompts": prompts,
-        "new_tokens": options.new_tokens, "repetitions": 1,
+        "new_tokens": options.new_tokens, "repetitions": 1, "lookup": PEER_LOOKUP,
+        "assistant": layers // 2,
     }  # fmt: skip
     program = inspect.getsource(peer_side) + "\npeer_side()\n"
     answer = subprocess.run(
@@ -204,7 +208,7 @@ def main() -> None:
                 result["possible"] = round(max(1.0, result["tokens_per_step"] / cost), 3)
             of.setdefault(name, {})[how] = result
         print(f"{kind}: {json.dumps(of)}", file=sys.stderr, flush=True)
-    report["transformers"] = peer(options, prompts)
+    report["transformers"] = peer(options, model.config.num_layers, prompts)
     publish(report, options.out)
 
 
