@@ -320,11 +320,19 @@ QUICK = ("gpt_oss", "lookaheadkv")  # sinks, biases and windows; the others comp
 
 
 def marks_of(number, case):
-    """The slow tests take each policy with one family, and --full takes all."""
+    """The slow tests take each drafter with each family, and --full takes all.
+
+    Experts do not know of policies; test_families.py has every one of these in its slow tests.
+    """
     if case[:2] == QUICK:
         return []
     family, policy = divmod(number, len(CASES) // len(FAMILIES))
-    return pytest.mark.full if (family + policy) % len(FAMILIES) else pytest.mark.slow
+    return pytest.mark.full if (policy - family) % (len(DRAFTERS) + 1) else pytest.mark.slow
+
+
+def test_slow_cases_cover_families_with_drafters():
+    slow = [case for number, case in enumerate(CASES) if marks_of(number, case) != pytest.mark.full]
+    assert {(case[0], case[2]) for case in slow} == {(f, d) for f in FAMILIES for d in DRAFTERS}
 
 
 @functools.cache
