@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from lookahead_jax.kernels.reductions import Group
 from lookahead_jax.policies.base import (
     CutByModules,
     DecodeCut,
@@ -20,13 +21,18 @@ from lookahead_jax.policies.view import LayerView
 class LookaheadKV(Policy):
     """Keeps what trained lookahead tokens, placed after the prompt, attend to.
 
-    Scores are the mean attention of the M tokens, group mean, optionally pooled. The observer is
+    Scores are the attention of the M tokens, reduced over them and over the query heads of a group,
+    and optionally pooled. The defaults are the paper's. The observer is
     `modules.definition.observer_block`. Nothing is protected by default. A window of C or more is
     reduced to C // 2.
     """
 
     window: int = 0
     """Last prompt tokens, always kept."""
+    reduce: Group = "mean"
+    """What counts of the attention of the tokens: the mean, or of each entry the largest."""
+    group: Group = "mean"
+    """The same for the query heads that share a KV head."""
     pool: PoolName = "none"
     """Smoothing of the scores along the prompt."""
     kernel: int = 7
@@ -48,7 +54,7 @@ class LookaheadKV(Policy):
 
     def score(self, view: LayerView) -> jax.Array:
         pool = None if self.pool == "none" else (self.pool, self.kernel)
-        return view.attention_scores(reduce="mean", pool=pool, group="mean")
+        return view.attention_scores(reduce=self.reduce, pool=pool, group=self.group)
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         return pos >= length[:, None, None] - protected_share(self.window, budget)
