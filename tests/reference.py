@@ -178,13 +178,13 @@ def group_mean(per_query_head, kv_heads):
     return np.stack([per_query_head[i * size : (i + 1) * size].mean(0) for i in range(kv_heads)])
 
 
-def observed(layer, length, observers, scored, kind, kernel):
-    """Mean over the observers' rows, pooled, group mean; entries from `scored` on get 0."""
-    per_head = layer.probs[:, observers, :scored].mean(1)
+def observed(layer, length, observers, scored, kind, kernel, reduce=np.mean, group=np.mean):
+    """The observers' rows reduced, pooled, groups reduced; entries from `scored` on get 0."""
+    per_head = reduce(layer.probs[:, observers, :scored], axis=1)
     if kind != "none":
         per_head = np.stack([pool(row, kind, kernel) for row in per_head])
     scores = np.zeros((layer.k.shape[0], length))
-    scores[:, :scored] = group_mean(per_head, layer.k.shape[0])
+    scores[:, :scored] = group(per_head.reshape(len(scores), -1, scored), axis=1)
     return scores
 
 

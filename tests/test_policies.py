@@ -222,6 +222,11 @@ CASES = {
         lambda la, n, c, i: reference.observed(la, n, behind(la, n), n, "max", 5),
         (3, 0), "lookahead",
     ),
+    "lookaheadkv-largest": (
+        make_policy("lookaheadkv", reduce="max", group="max", pool="avg", kernel=3),
+        lambda la, n, c, i: reference.observed(la, n, behind(la, n), n, "avg", 3, np.max, np.max),
+        (0, 0), "lookahead",
+    ),
     "oracle": (
         make_policy("oracle"),
         lambda la, n, c, i: reference.observed(la, n, behind(la, n), n, "none", 1),
@@ -274,7 +279,7 @@ def check_heads(scores, sets, expected, pinned, allowed):
 # Other settings of a policy, and scores that no model enters, take one model.
 RICH_ALONE = (
     "streaming_llm", "snapkv-kvpress", "snapkv-cut-window", "expected_attention-epsilon",
-    "lookaheadkv-pooled",
+    "lookaheadkv-pooled", "lookaheadkv-largest",
 )  # fmt: skip
 
 
