@@ -94,10 +94,12 @@ def test_the_policy_left_out_is_lookaheadkv_where_there_are_modules(tmp_path):
     assert EvictionOptions(policy="h2o").resolve(embedded)[::2] == ("h2o", None)
     smollm2 = ModelOptions(model=Path("smollm2"))
     assert EvictionOptions().resolve(smollm2).policy == lk.make_policy(
-        "lookaheadkv", pool="avg", kernel=5, window=8
+        "lookaheadkv", reduce="max", group="max", pool="avg", kernel=5, window=8
     )
     plain = EvictionOptions(policy_arg=("pool=none", "window=0"))
-    assert plain.resolve(smollm2).policy == lk.make_policy("lookaheadkv", kernel=5)
+    assert plain.resolve(smollm2).policy == lk.make_policy(
+        "lookaheadkv", reduce="max", group="max", kernel=5
+    )
 
 
 def test_generate_names_what_may_take_long(model_dir, monkeypatch, capsys):

@@ -152,7 +152,7 @@ class EvictionOptions:
     or those that ship for the embedded model and for smollm2), else snapkv."""
     policy_arg: Annotated[Repeated, option("NAME=VALUE")] = ()
     """A setting of the policy. May be repeated. With the modules that ship for smollm2 the defaults
-    of lookaheadkv are pool=avg, kernel=5 and window=8."""
+    of lookaheadkv are reduce=max, group=max, pool=avg, kernel=5 and window=8."""
     budget: int = 256
     """Prompt entries to keep per layer and KV head."""
     lookahead: Folder = None

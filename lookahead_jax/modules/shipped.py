@@ -18,7 +18,10 @@ class Shipped(NamedTuple):
 
 _SHIPPED = {
     None: Shipped(_ASSETS / "lookahead", {}),  # the embedded model
-    "smollm2": Shipped(_ASSETS / "smollm2", {"pool": "avg", "kernel": 5, "window": 8}),
+    "smollm2": Shipped(
+        _ASSETS / "smollm2",
+        {"reduce": "max", "group": "max", "pool": "avg", "kernel": 5, "window": 8},
+    ),
 }
 
 
