@@ -331,7 +331,7 @@ def peer_side() -> None:
                 first, plain = run(prompt, 1), run(prompt, ask["new_tokens"])
                 drafted = {way: run(prompt, ask["new_tokens"], **ways[way]) for way in ways}
                 repetition.append((first, plain, drafted))
-        kinds[kind] = {"outputs": [plain[0] for _, plain, _ in runs[0]]}
+        kinds[kind] = {}
         for way in ways:
             drafted = [row[2][way] for row in runs[0]]
             speeds = [
@@ -348,6 +348,7 @@ def peer_side() -> None:
                 ),
             }
         print(f"transformers, {kind}: {json.dumps(kinds[kind])}", file=sys.stderr, flush=True)
+        kinds[kind]["outputs"] = [plain[0] for _, plain, _ in runs[0]]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     print("\n" + json.dumps({"versions": versions, "kinds": kinds}))
 

@@ -15,7 +15,8 @@ step.
 
 The peer is transformers on the same weights and prompts, against its own plain decoding: prompt
 lookup with ten tokens, and assisted decoding, where the assistant is the first half of the model's
-layers. It needs the model as a folder (`lookahead convert smollm2 DIR`):
+layers (its reading of the prompt is part of its time). It needs the model as a folder
+(`lookahead convert smollm2 DIR`):
 
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3'
     python benchmarks/spec_bench.py --questions question.jsonl --peer PEER/bin/python --folder DIR
@@ -164,7 +165,10 @@ def peer(
         [options.peer, "-c", program], input=json.dumps(ask), text=True, check=True,
         stdout=subprocess.PIPE,
     )  # fmt: skip
-    return json.loads(answer.stdout.splitlines()[-1])
+    result = json.loads(answer.stdout.splitlines()[-1])
+    for of in result["kinds"].values():
+        del of["outputs"]
+    return result
 
 
 def main() -> None:
