@@ -322,7 +322,8 @@ QUICK = ("gpt_oss", "lookaheadkv")  # sinks, biases and windows; the others comp
 def marks_of(number, case):
     """The slow tests take each drafter with each family, and --full takes all.
 
-    Experts do not know of policies; test_families.py has every one of these in its slow tests.
+    What experts compute does not depend on the policy, and the slow tests of test_families.py have
+    every policy.
     """
     if case[:2] == QUICK:
         return []

@@ -30,9 +30,9 @@ class LookaheadKV(Policy):
     window: int = 0
     """Last prompt tokens, always kept."""
     reduce: Group = "mean"
-    """What counts of the attention of the tokens: the mean, or of each entry the largest."""
+    """How the attention of the M tokens on an entry becomes one score per query head."""
     group: Group = "mean"
-    """The same for the query heads that share a KV head."""
+    """How the scores of the query heads that share a KV head become one."""
     pool: PoolName = "none"
     """Smoothing of the scores along the prompt."""
     kernel: int = 7
