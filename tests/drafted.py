@@ -209,7 +209,7 @@ class Shared(Controller):
         super().__init__((1, nodes))
         self.nodes = nodes
 
-    def choose(self, burst, *, watchable=True):
+    def choose(self, burst, **how):
         return Plan(self.nodes, burst, 0)
 
     def record(self, *known):

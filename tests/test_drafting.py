@@ -268,17 +268,18 @@ def test_full_product(drafter, batch, nodes):
 class Watcher(Controller):
     """Decodes plainly beside drafts that it watches, and keeps what it is told of them."""
 
-    told = None
+    affords_watching, watch = True, None
 
     def __init__(self, nodes):
-        super().__init__()
-        self.nodes = nodes
+        super().__init__((1, *(n for n in NODE_BUCKETS[1:] if n <= nodes)))
+        self.watch, self.told = nodes, []
 
-    def choose(self, burst, *, watchable=True):
-        return Plan(1, burst, self.nodes if watchable else 0)
+    def choose(self, burst, *, watchable=True, behind=False):
+        return Plan(1, burst, 0 if behind or not watchable else self.watch)
 
     def record_watched(self, gains, sizes, seconds):
-        self.told = gains, sizes
+        assert seconds is None or seconds > 0
+        self.told.append((gains, sizes))
 
 
 def decoded(drafter, nodes, steps):
@@ -296,26 +297,47 @@ def decoded(drafter, nodes, steps):
     return np.asarray(state.reached) - before
 
 
-@pytest.mark.parametrize("drafter", [*range(len(KINDS)), "prompt_lookup", "recycling"])
-def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter, monkeypatch):
-    """Scripted drafts without a common budget, on which nodes that are not valid are spent here."""
-    texts, _ = undrafted("full", ())
-    nodes = 8 if isinstance(drafter, int) else WATCHED
-    if isinstance(drafter, int):
-        monkeypatch.setattr(Drafting, "_shares", False)
-
-    def make():
-        return Scripted(texts, drafter) if isinstance(drafter, int) else make_drafter(drafter)
-
-    watcher = Watcher(nodes)
-    decoded(make(), watcher, 6)
-    ran = decoded(make(), Shared(nodes), 6)
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "recycling"])
+def test_a_draft_that_is_watched_is_worth_what_it_emits_where_it_runs(drafter):
+    watcher = Watcher(WATCHED)
+    decoded(make_drafter(drafter), watcher, 6)
+    ran = decoded(make_drafter(drafter), Shared(WATCHED), 6)
     ran = ran[ran[:, 0] > 0].mean(0)
-    gains, sizes = watcher.told
-    compared = [n for n in NODE_BUCKETS if n <= nodes]
+    ((gains, sizes),) = watcher.told
+    compared = [n for n in NODE_BUCKETS if n <= WATCHED]
     assert gains == {n: pytest.approx(ran[NODE_BUCKETS.index(n)]) for n in compared}
     assert ran[1] > 1
-    assert sizes[nodes] == nodes
+    assert sizes[WATCHED] == WATCHED
+
+
+@pytest.mark.parametrize("drafter", [*range(len(KINDS)), "trie", "suffix"])
+def test_watching_behind_plain_steps_goes_the_way_of_drafted_steps(drafter):
+    """One row, whose whole output is emitted before its drafts are watched."""
+    texts, _ = undrafted("full", ())
+    row, scripted = BATCHES[1][0], isinstance(drafter, int)
+
+    def make():
+        return Scripted(texts, drafter) if scripted else make_drafter(drafter)
+
+    state, tokens = opened("full", [row], ())
+    settings = dict(config=(model := tiny.config()), batch=1, room=64 + NEW)
+    drafted = Drafting(make(), 8, **settings)
+    state = drafted.begin(state, [PROMPTS[row]], tokens)
+    while not np.asarray(state.done).all():
+        state = drafted.advance(tiny.params(model), state, 1)
+    reached, steps = np.asarray(state.reached)[0], int(state.lengths.sum())
+
+    watcher = Watcher(8)
+    behind = Drafting(make(), watcher, **settings)
+    state, tokens = opened("full", [row], ())
+    state = behind.begin(state, [PROMPTS[row]], tokens)
+    for _ in range(2):  # the second time, its row is done
+        state = behind.advance(tiny.params(model), state, NEW)
+    assert len(watcher.told) == steps
+    for bucket in (1, 8):
+        total = sum(gains[bucket] for gains, _ in watcher.told)
+        assert total == reached[NODE_BUCKETS.index(bucket)]
+    assert behind._steps == steps
 
 
 class Anything(GrammarRow):
@@ -351,7 +373,8 @@ def test_drawn_trees_are_not_watched(drafter, watchable):
     asked = []
 
     class Asked(Controller):
-        def choose(self, burst, *, watchable=True):
+        def choose(self, burst, *, watchable=True, behind=False):
+            assert not behind
             asked.append(watchable)
             raise InterruptedError  # before anything is compiled
 

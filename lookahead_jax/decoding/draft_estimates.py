@@ -17,13 +17,17 @@ class Tuning:
     """Steps of a trial, and of a burst of nodes whose cost is a guess."""
     watched_nodes: int = 16
     """Nodes of a watched draft."""
-    interruption: float = 0.5
-    """Cost of leaving a burst for a watched draft and resuming, on top of the draft itself."""
+    watch_s: float = 0.4e-3
+    """Seconds of a watched draft before any was measured."""
+    interruption_s: float = 0.25e-3
+    """Seconds that leaving a burst for a watched draft and resuming take, on top of the draft."""
+    short_watch: int = 4
+    """The fewest tokens that a watched draft is compared with, unless the text ends."""
     spread: float = 0.618
     """Fraction of a burst from one watched draft to the next: all places are equally frequent."""
-    prior_steps: int = 2
+    prior_steps: int = 6
     """Steps that all earlier estimates count as, when drafting begins."""
-    max_trust: float = 2.0
+    max_trust: float = 1.3
     """Largest ratio expected between what drafted steps emit and what watched drafts promised."""
     trust_weight: float = 0.5
     """Weight of the newest such ratio."""
@@ -39,8 +43,10 @@ class Tuning:
     """Largest gap between two trials, in steps."""
     plain_gap: int = 512
     """Drafted steps until plain decoding is measured again."""
-    memory: float = 0.15
-    """Weight of the newest step in a moving average."""
+    memory: float = 0.06
+    """Weight of the newest step in a moving average of tokens per step."""
+    time_memory: float = 0.15
+    """Weight of the newest step in a moving average of times."""
     guessed_node_cost: float = 0.1
     """Cost of one more node before any was measured."""
     least_drafted: float = 0.05
@@ -48,7 +54,9 @@ class Tuning:
     outlier: float = 2.0
     """Largest ratio of a time to its average that a moving average believes."""
     short_burst: int = 8
-    """Plain steps of a burst that is too short to measure its own overhead or to watch a draft."""
+    """Plain steps of a burst that may be too short to measure its own overhead."""
+    long_s: float = 4e-3
+    """Seconds of a burst that are enough, whatever its steps."""
 
 
 TUNING = Tuning()
@@ -62,7 +70,8 @@ def updated_time(known: float | None, newest: float, steps: int) -> float:
     """
     if known is None:
         return newest
-    weight = TUNING.memory if newest > known else 1.0 - (1.0 - TUNING.memory) ** steps
+    memory = TUNING.time_memory
+    weight = memory if newest > known else 1.0 - (1.0 - memory) ** steps
     return known + weight * (min(newest, known * TUNING.outlier) - known)
 
 

@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,13 +18,15 @@ from lookahead_jax.decoding.device_drafter import (
     Weights,
     readable,
 )
-from lookahead_jax.decoding.draft_packing import NOTHING, followed, pack, unpack
+from lookahead_jax.decoding.draft_estimates import TUNING
+from lookahead_jax.decoding.draft_packing import NOTHING, pack, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.draft_report import DraftReport, draft_report
+from lookahead_jax.decoding.draft_watching import Watched, judge
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
-from lookahead_jax.decoding.node_budget import RowChances, affordable, place_groups, total_nodes
+from lookahead_jax.decoding.node_budget import RowChances, needed
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.placement import placed
 from lookahead_jax.decoding.row_error import RowError
@@ -38,15 +40,6 @@ from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
 
 _request = itertools.count()  # numbers requests of this process, whichever drafter they use
-
-
-class _Watched(NamedTuple):
-    """Drafts that are compared with the emitted tokens without being run."""
-
-    drafts: Sequence[Draft]  # one per row
-    nodes: int
-    worth: np.ndarray | None  # [B, P] as steps would have had it
-    seconds: float | None  # the time to make them; None if that included compilation
 
 
 class Drafting:
@@ -182,7 +175,10 @@ class Drafting:
         controller = self._nodes
         # Drawn trees cannot be judged without a run.
         watchable = not self._draws and self._on_step is None
-        plan = controller.choose(burst, watchable=watchable)
+        behind = watchable and self._host is not None
+        if behind:
+            self._watch_behind(controller, state, burst)
+        plan = controller.choose(burst, watchable=watchable, behind=behind)
         watched = self._watch(params, state, plan.watch) if plan.watch else None
         known = jax.device_get((state.reached, state.count, state.places))
         before, count, places = map(np.array, known)  # copies: the state is donated
@@ -194,7 +190,7 @@ class Drafting:
             running = [
                 d for d, done in zip(drafts, np.asarray(state.done), strict=True) if not done
             ]
-            nodes, cut = self._needed(running, plan.most, controller.buckets)
+            nodes, cut = needed(running, plan.most, controller.buckets, self._sharing)
         steps = 1 if drafts else plan.steps
         state = self._run(params, state, nodes, steps, drafts, constrained=constrained)
         reached, after = jax.device_get((state.reached, state.places))  # waits for the device
@@ -215,7 +211,7 @@ class Drafting:
             texts = [
                 row[a:b] for row, a, b in zip(np.asarray(state.tokens), count, ends, strict=True)
             ]
-            self._judge(controller, watched, texts)
+            judge(watched, texts, controller, self._chances, self._sharing)
         return state
 
     @property
@@ -223,28 +219,10 @@ class Drafting:
         return isinstance(self._device, DrawingDrafter)
 
     @property
-    def _shares(self) -> bool:
-        """Whether rows share a budget; not over several devices, where it would cost transfers."""
-        several = len(self._requests) > 1 and jax.sharding.get_abstract_mesh().empty
-        return several and isinstance(self._nodes, Controller) and not self._draws
-
-    def _needed(
-        self, drafts: Sequence[Draft], most: int, buckets: Sequence[int]
-    ) -> tuple[int, bool]:
-        """The smallest size up to `most` that reads as many nodes as `most`, and if that cuts them.
-
-        If it does, larger sizes might have read more.
-        """
-        sizes = [len(draft.tokens) + 1 for draft in drafts] or [1]
-
-        def read(nodes: int) -> tuple[int, int]:
-            total = sum(sizes)
-            if self._shares:
-                total = min(total, total_nodes(len(self._requests), nodes))
-            return min(max(sizes), nodes), total
-
-        enough = next(nodes for nodes in buckets if read(nodes) == read(most))
-        return enough, max(sizes) >= most or read(most)[1] < sum(sizes)
+    def _sharing(self) -> int:
+        """Rows that share a budget; 1 over several devices, where it would cost transfers."""
+        shares = isinstance(self._nodes, Controller) and not self._draws
+        return len(self._requests) if shares and jax.sharding.get_abstract_mesh().empty else 1
 
     def _gains(self, reached: np.ndarray, most: int, cut: bool) -> dict[int, float]:
         """Nodes -> tokens per step and row of steps of that size, from accepted nodes [B, 6].
@@ -263,38 +241,43 @@ class Drafting:
         """What the device drafter reads to propose trees."""
         return readable(self._device, self._device.weights, params, state.cache, self._config)
 
-    def _watch(self, params: Params, state: DecodeState, nodes: int) -> _Watched:
-        """Drafts for every row, which will not be run."""
+    def _watch(self, params: Params, state: DecodeState, nodes: int) -> Watched:
+        """The device drafter's drafts for every row, which will not be run."""
         begin, compiled = time.perf_counter(), self.compile_s
-        drafts = self._drafts(state, nodes)
-        if drafts is None:
-            tree = self._call(
-                draft_trees, self._readable(params, state), state.draft, state.token,
-                drafter=self._device, nodes=nodes,
-            )  # fmt: skip
-            drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
-        seconds = time.perf_counter() - begin
-        worth = self._chances.worth(nodes) if self._shares else None
-        return _Watched(drafts, nodes, worth, seconds if self.compile_s == compiled else None)
+        tree = self._call(
+            draft_trees, self._readable(params, state), state.draft, state.token,
+            drafter=self._device, nodes=nodes,
+        )  # fmt: skip
+        drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
+        seconds = time.perf_counter() - begin + TUNING.interruption_s
+        return Watched(drafts, nodes, seconds if self.compile_s == compiled else None)
 
-    def _judge(
-        self, controller: Controller, watched: _Watched, texts: Sequence[np.ndarray]
-    ) -> None:
-        """Tells the controller how many of the watched nodes the emitted texts agree with."""
-        went = [row for row, text in enumerate(texts) if text.size]
-        if not went:
+    def _watch_behind(self, controller: Controller, state: DecodeState, burst: int) -> None:
+        """Host drafts along the newest tokens of plain steps, each where a drafted step had begun.
+
+        There are as many as the controller affords.
+        """
+        counts = np.asarray(state.count).tolist()
+        rows = [
+            row
+            for row, request in enumerate(self._requests)
+            if request is not None and counts[row] - self._observed[row] >= TUNING.short_burst
+        ]
+        if not rows or not controller.affords_watching:
             return
-        valid, taken = followed(watched.drafts, texts, watched.nodes)
-        reached = (taken[..., None] & affordable(watched.worth, valid)).sum((0, 1)) / len(went)
-        drafts = [watched.drafts[row] for row in went]
-        sizes = [n for n in controller.buckets if n <= watched.nodes]
-        controller.record_watched(
-            {n: float(reached[NODE_BUCKETS.index(n)]) for n in sizes},
-            {n: self._needed(drafts, n, sizes)[0] for n in sizes},
-            watched.seconds,
-        )
-        groups = place_groups(watched.nodes)
-        self._chances.learn(np.stack([valid @ groups, taken @ groups], axis=1), 1)
+        tokens, limits = np.asarray(state.tokens), np.asarray(state.limit)
+        newest = max(burst, TUNING.short_burst)
+        # Drafted steps begin behind the first token, which follows from the prompt.
+        at = {row: max(self._observed[row], counts[row] - newest, 1) for row in rows}
+        while at and controller.affords_watching:
+            drafts, seconds = self._proposed(at, tokens, limits, controller.watch)
+            watched = Watched(drafts, controller.watch, seconds)
+            texts = [
+                row[at.get(i, count) : count]
+                for i, (row, count) in enumerate(zip(tokens, counts, strict=True))
+            ]
+            emitted = judge(watched, texts, controller, self._chances, self._sharing)
+            at = {row: to for row in at if (to := at[row] + emitted[row]) < counts[row]}
 
     def _run(
         self,
@@ -307,7 +290,7 @@ class Drafting:
         constrained: bool = False,
     ) -> DecodeState:
         step, options, drafter = self._program(nodes, burst, constrained)
-        if self._shares and nodes > 1:
+        if self._sharing > 1 and nodes > 1:
             options["worth"] = self._chances.worth(nodes)
         if self._host is not None:
             draft = pack(drafts, nodes) if drafts and nodes > 1 else ()
@@ -347,7 +330,7 @@ class Drafting:
         for nodes in ((1,) if self._draws else buckets) if grammars else ():
             drafts = self._drafts(state, nodes)
             state = self._run(params, state, nodes, 1, drafts, constrained=True)
-        if isinstance(self._nodes, Controller) and self._nodes.watch > 1:
+        if self._host is None and isinstance(self._nodes, Controller) and self._nodes.watch > 1:
             self._watch(params, state, self._nodes.watch)
         return state
 
@@ -389,22 +372,30 @@ class Drafting:
         tokens, counts, limits, done = (
             np.asarray(a) for a in (state.tokens, state.count, state.limit, state.done)
         )
+        running = {row: int(counts[row]) for row in np.flatnonzero(~done).tolist()}
+        return self._proposed(running, tokens, limits, nodes)[0]
+
+    def _proposed(
+        self, counts: Mapping[int, int], tokens: np.ndarray, limits: np.ndarray, nodes: int
+    ) -> tuple[list[Draft], float]:
+        """The host drafter's drafts behind the first `counts` tokens of these rows; seconds."""
         begin = time.perf_counter()
-        drafts = []
-        for row, request in enumerate(self._requests):
-            if request is None or done[row]:
-                drafts.append(NOTHING)
+        drafts = [NOTHING] * len(self._requests)
+        for row, count in counts.items():
+            request = self._requests[row]
+            if self._host is None or request is None:
                 continue
             try:
-                self._observe(row, tokens[row], int(counts[row]))
-                depth = min(int(limits[row] - counts[row]), nodes) - 1
-                draft = host.propose(request, nodes - 1, depth) if depth > 0 else NOTHING
+                self._observe(row, tokens[row], count)
+                depth = min(int(limits[row]) - count, nodes) - 1
+                if depth > 0:
+                    drafts[row] = self._host.propose(request, nodes - 1, depth)
             except Exception as error:
                 raise RowError(row, error) from error
-            drafts.append(draft)
-        self._drafting_s += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._drafting_s += seconds
         self._steps += 1
-        return drafts
+        return drafts, seconds
 
     def _observe(self, row: int, tokens: np.ndarray, count: int) -> None:
         """Passes the tokens that a row has emitted since the last call to the host drafter."""

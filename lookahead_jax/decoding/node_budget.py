@@ -8,6 +8,7 @@ tree.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 from lookahead_jax.kernels.dispatch import target_platform
 
@@ -32,6 +34,25 @@ def total_nodes(batch: int, nodes: int) -> int:
     if nodes == 1:
         return batch
     return min(max(nodes * batch // SHARE, nodes, batch, least), batch * nodes)
+
+
+def needed(
+    drafts: Sequence[Draft], most: int, buckets: Sequence[int], batch: int
+) -> tuple[int, bool]:
+    """The smallest size up to `most` that reads as many nodes as `most`, and if that cuts drafts.
+
+    If it does, larger sizes might have read more. `batch` rows share a budget; 1: they do not.
+    """
+    sizes = [len(draft.tokens) + 1 for draft in drafts] or [1]
+
+    def read(nodes: int) -> tuple[int, int]:
+        total = sum(sizes)
+        if batch > 1:
+            total = min(total, total_nodes(batch, nodes))
+        return min(max(sizes), nodes), total
+
+    enough = next(nodes for nodes in buckets if read(nodes) == read(most))
+    return enough, max(sizes) >= most or read(most)[1] < sum(sizes)
 
 
 @functools.cache

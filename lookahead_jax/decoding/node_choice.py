@@ -52,7 +52,7 @@ class Controller:
         # Nodes -> seconds of a step; 1: of a step for which nothing was drafted.
         self._drafted: dict[int, float] = {}
         self._watched = 0  # watched drafts so far
-        self._watch_cost = TUNING.interruption  # plain steps
+        self._watch_s = TUNING.watch_s  # of a watched draft
         self._promised = False  # a draft was watched since drafted steps last ran
         self._until: int | None = None  # plain steps before the next watched draft; None: not due
         self._drafting = False  # more than plain decoding was best
@@ -71,15 +71,31 @@ class Controller:
         """Nodes of a watched draft."""
         return min((n for n in self._nodes if n >= TUNING.watched_nodes), default=self._nodes[-1])
 
-    def choose(self, burst: int, *, watchable: bool = True) -> Plan:
+    @property
+    def affords_watching(self) -> bool:
+        """Whether the savings cover a watched draft, and a trial if one is due."""
+        if len(self._nodes) == 1 or not self._plain:
+            return False
+        least = self._nodes[1]
+        due = self._due(least) and self._promising(least)
+        kept = min(max(self._loss(least, 1), 0.0), TUNING.max_savings) if due else 0.0
+        return self._savings - kept >= min(self._watch_cost, TUNING.max_savings)
+
+    @property
+    def _watch_cost(self) -> float:
+        """Plain steps that take as long as a watched draft."""
+        return self._watch_s / self._plain
+
+    def choose(self, burst: int, *, watchable: bool = True, behind: bool = False) -> Plan:
         """The plan for the next steps, at most `burst`.
 
-        `watchable` says that a draft can be judged without running it.
+        `watchable` says that a draft can be judged without running it, `behind` that this happens
+        after the steps, whenever `affords_watching`: then the plan has no draft to watch.
         """
         # A draft is judged by the tokens emitted after it, so short bursts say little about it.
-        watchable = watchable and burst >= TUNING.short_burst and len(self._nodes) > 1
+        watchable = watchable and (behind or burst >= TUNING.short_watch) and len(self._nodes) > 1
         if self._known[1].gain is None:
-            return Plan(1, burst, 0)
+            return Plan(1, min(burst, TUNING.short_burst), 0)
         best = self.best()
         self._drafting = best > 1
         self._known[best].trials = 0
@@ -88,23 +104,34 @@ class Controller:
             if self._trying is not None:
                 self._known[self._trying].trials += 1
         if self._trying is not None and self._trying > 1:
-            paid = max(1, self._payable(self._trying, best))
+            guessed = self._trying not in self._drafted  # one step tells what they cost
+            paid = 1 if guessed else max(1, self._payable(self._trying, best))
             return Plan(self._trying, min(burst, self._left, paid), 0)
         nodes = self._trying or best
-        if best == 1 and watchable:
+        if best == 1 and watchable and not behind:
             return self._plain_plan(burst)
-        guessed = nodes > 1 and nodes not in self._drafted
-        return Plan(nodes, min(burst, TUNING.trial_steps) if guessed else burst, 0)
+        if nodes > 1 and nodes not in self._drafted:  # what they cost is a guess
+            return Plan(nodes, min(burst, TUNING.trial_steps), 0)
+        if nodes > 1:
+            burst = min(burst, self._steps_that_pay(TUNING.interruption_s))
+        return Plan(nodes, burst, 0)
+
+    def _steps_that_pay(self, seconds: float) -> int:
+        """Plain steps of which `seconds` are the share that may be spent on exploration."""
+        steps = int(seconds / (TUNING.exploration * self._plain))
+        return max(steps, TUNING.short_watch)
 
     def _plain_plan(self, burst: int) -> Plan:
         """Plain steps up to, or from, the next place for a watched draft, if savings cover it."""
-        if self._until is None and self._savings >= min(self._watch_cost, TUNING.max_savings):
-            self._until = int(self._watched * TUNING.spread % 1.0 * burst)
+        # As many steps as pay for a draft, where that is less than a burst.
+        gap = min(burst, self._steps_that_pay(self._watch_s))
+        if self._until is None and self.affords_watching:
+            self._until = int(self._watched * TUNING.spread % 1.0 * burst) if gap == burst else 0
         if self._until is None:
-            return Plan(1, burst, 0)
+            return Plan(1, gap, 0)
         if self._until > 0:
             return Plan(1, min(burst, self._until), 0)
-        return Plan(1, burst, self.watch)
+        return Plan(1, gap, self.watch)
 
     def best(self) -> int:
         """The bucket with the highest rate, as far as known."""
@@ -129,7 +156,9 @@ class Controller:
             known.since += steps
         if seconds is not None and most > 1:
             self._drafted[nodes] = updated_time(self._drafted.get(nodes), seconds, steps)
-        elif seconds is not None and steps >= min(TUNING.short_burst, self._longest):
+        elif seconds is not None and (
+            steps >= min(TUNING.short_burst, self._longest) or steps * seconds >= TUNING.long_s
+        ):
             self._longest = max(self._longest, steps)
             self._plain = updated_time(self._plain or None, seconds, steps)
         if most > 1:
@@ -168,13 +197,10 @@ class Controller:
         """
         self._watched += 1
         self._promised, self._until = True, None
-        cost = (
-            self._watch_cost
-            if seconds is None
-            else min(TUNING.interruption + seconds / self._plain, TUNING.max_watch_cost)
-        )
-        self._watch_cost += TUNING.memory * (cost - self._watch_cost)
-        self._savings -= cost
+        taken = self._watch_s if seconds is None else seconds
+        taken = min(taken, TUNING.max_watch_cost * self._plain)
+        self._watch_s += TUNING.time_memory * (taken - self._watch_s)
+        self._savings -= taken / self._plain
         for bucket, gain in gains.items():
             self._learn(bucket, 1.0 + self._ratio.factor * (gain - 1.0), sizes[bucket], 1)
 
@@ -200,15 +226,17 @@ class Controller:
             return 1
         at = self._nodes.index(best)
         for nodes in (*self._nodes[at + 1 : at + 2], *self._nodes[max(at - 1, 0) : at]):
-            known = self._known[nodes]
-            old = known.since >= min(
-                TUNING.trial_gap * TUNING.gap_growth**known.trials, TUNING.max_trial_gap
-            )
             if best == 1 and watchable and not self._promising(nodes):
                 continue
-            if nodes > 1 and old and self._payable(nodes, best) > 0:
+            if nodes > 1 and self._due(nodes) and self._payable(nodes, best) > 0:
                 return nodes
         return None
+
+    def _due(self, nodes: int) -> bool:
+        """Whether this many nodes have not run for long."""
+        known = self._known[nodes]
+        gap = TUNING.trial_gap * TUNING.gap_growth**known.trials
+        return known.since >= min(gap, TUNING.max_trial_gap)
 
     def _promising(self, nodes: int) -> bool:
         """Whether this many nodes may pay off although watched drafts say that they do not."""
@@ -218,18 +246,21 @@ class Controller:
         return known.gain is not None and known.gain * hope > cost
 
     def _payable(self, nodes: int, best: int) -> int:
-        """Steps of a trial that the savings cover, by their loss against plain decoding."""
-        known = self._known[nodes]
-        cost, gain = known.share * self._cost(nodes), known.gain
-        if gain is None:
-            gain = self._known[best].gain if nodes > best else None
-        loss = cost / self._plain - (gain or 1.0)
-        if loss <= 0:
+        """Steps of a trial that the savings cover."""
+        if (loss := self._loss(nodes, best)) <= 0:
             return TUNING.trial_steps
         return max(
             int(min(self._savings / loss, TUNING.trial_steps)),
             int(self._savings >= TUNING.max_savings),
         )
+
+    def _loss(self, nodes: int, best: int) -> float:
+        """Plain steps that a step of a trial is expected to lose."""
+        known = self._known[nodes]
+        cost, gain = known.share * self._cost(nodes), known.gain
+        if gain is None:
+            gain = self._known[best].gain if nodes > best else None
+        return cost / self._plain - (gain or 1.0)
 
     def _cost(self, nodes: int) -> float:
         """Seconds of a step: measured, or interpolated between measured sizes."""
