@@ -119,7 +119,13 @@ def test_rows_join_and_leave_without_compiling_and_get_what_they_get_alone(
 ):
     if isinstance(nodes, Controller):  # what pays is no matter here, so everything is tried
         plans = itertools.cycle((Plan(1, 4, 8), Plan(8, 4, 0), Plan(8, 4, 0), Plan(1, 4, 0)))
-        monkeypatch.setattr(nodes, "choose", lambda burst, **how: next(plans))
+
+        def choose(burst, *, watchable, behind):
+            plan = next(plans)
+            return plan._replace(watch=0) if behind else plan
+
+        monkeypatch.setattr(nodes, "choose", choose)
+        monkeypatch.setattr(Controller, "affords_watching", True)
     if drafter != "none":
         engine = make_engine(model, drafter=drafter, draft_nodes=nodes)
     engine.warm_up()

@@ -110,7 +110,8 @@ class Controller:
         nodes = self._trying or best
         if best == 1 and watchable and not behind:
             return self._plain_plan(burst)
-        if nodes > 1 and nodes not in self._drafted:  # what they cost is a guess
+        if nodes > 1 and nodes not in self._drafted:  # what they cost is a guess: the least first
+            nodes = next(n for n in self._nodes[1:] if n not in self._drafted)
             return Plan(nodes, min(burst, TUNING.trial_steps), 0)
         if nodes > 1:
             burst = min(burst, self._steps_that_pay(TUNING.interruption_s))
