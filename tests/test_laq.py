@@ -1,5 +1,6 @@
 """LAQ and LAQ++ from the prompt to the cut cache, against a float64 restatement of all passes."""
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def read(policy, eos=NEVER, budget=BUDGET, draft=None):
     )  # fmt: skip
 
 
-def check(policy, kind, kernel, eos=NEVER):
+def check(policy, kind, kernel, eos=NEVER, **reductions):
     """Scores and kept entries are those of the draft's queries over the whole prompt."""
     result = read(policy, eos)
     sets, scores = kept_sets(result.cache), np.asarray(result.scores)
@@ -68,13 +69,21 @@ def check(policy, kind, kernel, eos=NEVER):
         scored = length - policy.window
         observers = np.arange(scored, length + len(draft))
         for index, layer in enumerate(layers):
-            expected = reference.observed(layer, length, observers, scored, kind, kernel)
+            expected = reference.observed(
+                layer, length, observers, scored, kind, kernel, **reductions
+            )
             pinned, allowed = protect(RICH, index, length, policy.window, 0)
             check_heads(scores[index, row], sets[index, row], expected, pinned, allowed)
 
 
 def test_laq_scores_with_the_draft():
     check(LAQ, "max", 5)
+
+
+@pytest.mark.parametrize(("reduce", "group"), [("max", "max"), ("max", "mean")])
+def test_laq_may_take_the_largest_attention(reduce, group):
+    policy = dataclasses.replace(LAQ, reduce=reduce, group=group)
+    check(policy, "max", 5, reduce=getattr(np, reduce), group=getattr(np, group))
 
 
 def test_laq_plus_plus_observes_with_the_last_prompt_queries_too_and_keeps_them():

@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from lookahead_jax.kernels.reductions import Group
 from lookahead_jax.policies.base import (
     Policy,
     Reading,
@@ -21,14 +22,15 @@ from lookahead_jax.policies.base import (
 from lookahead_jax.policies.snapkv import PoolName, SnapKV, check_pooling
 from lookahead_jax.policies.view import LayerView, draft_scores
 
-_OBSERVED = 2.0  # above any mean of attention: the entry is kept like a protected one
+_OBSERVED = 2.0  # above any attention: the entry is kept like a protected one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LAQ(Policy):
     """Keeps what a short draft attends to, decoded on a copy of the cache cut by snapkv.
 
-    Scores are the draft's mean attention on the full prompt, pooled per query head, group mean.
+    Scores are the draft's attention on the full prompt: the mean over its tokens, pooled, then the
+    mean over the query heads of a group, unless `reduce` and `group` say otherwise.
     Two passes: the prompt's full cache is copied, `SnapKV` cuts the copy to the same C, and
     `draft_tokens` greedy tokens are decoded on it, up to a row's end of sequence. These then
     observe the full cache, which is cut by their attention. The defaults are those of the public
@@ -50,6 +52,10 @@ class LAQ(Policy):
     """Where the draft comes from: decoded by the model, looked up in the prompt, or in a trie."""
     draft_tokens: int = 8
     """Tokens that are drafted and observe, at most; decoding stops at an end of sequence."""
+    reduce: Group = "mean"
+    """How the attention of the observers on an entry becomes one score per query head."""
+    group: Group = "mean"
+    """How the scores of the query heads that share a KV head become one."""
     pool: PoolName = "max"
     """Smoothing of the scores along the prompt."""
     kernel: int = 7
@@ -112,7 +118,9 @@ class LAQ(Policy):
     def score(self, view: LayerView) -> jax.Array:
         pool = None if self.pool == "none" else (self.pool, self.kernel)
         if self.draft == "model":
-            return draft_scores(view, self.draft_tokens, pool=pool, how="mean")
+            return draft_scores(
+                view, self.draft_tokens, pool=pool, reduce=self.reduce, group=self.group
+            )
         if view.queries is None:
             raise ValueError("this policy scores with the queries of a draft and was given none")
         # Rows with a draft: it and the last `window` tokens observe. Others: the whole window.
@@ -123,7 +131,7 @@ class LAQ(Policy):
         before = view.pos < view.length[:, None, None] - window[..., None]
         queries = view.queries._replace(pos=jnp.where(observes, at, -1))
         scores = view._replace(queries=queries).attention_scores(
-            reduce="mean", pool=pool, group="mean", valid=before
+            reduce=self.reduce, pool=pool, group=self.group, valid=before
         )
         return jnp.where(before | drafted[:, None, None], scores, _OBSERVED)
 

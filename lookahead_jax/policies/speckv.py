@@ -68,7 +68,7 @@ class SpecKV(Policy):
 
     def score(self, view: LayerView) -> jax.Array:
         pool = None if self.pool == "none" else (self.pool, self.kernel)
-        return draft_scores(view, self.draft_tokens, pool=pool, how="max")
+        return draft_scores(view, self.draft_tokens, pool=pool, reduce="max", group="max")
 
     def protected(self, pos: jax.Array, length: jax.Array, budget: int) -> jax.Array:
         return pos >= length[:, None, None] - self.window_rows(budget)

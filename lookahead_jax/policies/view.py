@@ -132,16 +132,21 @@ class LayerView(NamedTuple):
 
 
 def draft_scores(
-    view: LayerView, draft_tokens: int, *, pool: tuple[Pool, int] | None, how: Group
+    view: LayerView,
+    draft_tokens: int,
+    *,
+    pool: tuple[Pool, int] | None,
+    reduce: Group,
+    group: Group,
 ) -> jax.Array:
     """Scores by a prompt's last rows and the draft after them, float32 [B, K, T].
 
-    The last `draft_tokens` observers are the draft; the prompt rows before them score 0. `how`
-    reduces over the observers and over the heads of a group. Raises ValueError without observers.
+    The last `draft_tokens` observers are the draft; the prompt rows before them score 0. Scores are
+    reduced over the observers, then over the heads of a group. Raises ValueError without observers.
     """
     if view.queries is None:
         raise ValueError("this policy needs the queries of a draft")
     rows = view.queries.pos.shape[1] - draft_tokens
     return view.attention_scores(
-        reduce=how, pool=pool, group=how, valid=view.pos < view.length[:, None, None] - rows
+        reduce=reduce, pool=pool, group=group, valid=view.pos < view.length[:, None, None] - rows
     )
