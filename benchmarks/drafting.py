@@ -305,6 +305,8 @@ def peer_side() -> None:
 
     ask = json.load(sys.stdin)
     torch.set_num_threads(ask["cores"])
+    transformers.logging.set_verbosity_error()  # assisted decoding warns at every step
+    transformers.logging.disable_progress_bar()
     load, forwards = transformers.AutoModelForCausalLM.from_pretrained, []
     model = load(ask["model"], dtype=torch.float32)
     model.eval().register_forward_pre_hook(lambda *_: forwards.append(1))

@@ -4,11 +4,12 @@ How many nodes a batch may have in all, and which rows get them, is said in node
 
 The rate of a number of nodes is the tokens that its steps emit divided by their time, both moving
 averages. A large tree also tells what smaller ones would have emitted, since drafts list their best
-nodes first. During plain decoding, a draft is sometimes made without running it and compared with
-the tokens emitted after it: it is watched. Larger trees, drafts that cannot be watched, and sizes
-that watching has ruled out for long are tried by running them. Watched drafts and trials may take a
-fixed share of the time of plain decoding (the savings), which bounds the loss where drafting does
-not help.
+nodes first. During plain decoding, drafts are made without running them and compared with the
+tokens emitted after them: they are watched. A device drafter drafts before a burst; a host drafter
+drafts behind the steps, along the emitted text. Larger trees, drafts that cannot be watched, and
+sizes that watching has ruled out for long are tried by running them. Watched drafts and trials may
+take a fixed share of the time of plain decoding (the savings), which bounds the loss where drafting
+does not help.
 """
 
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class Controller:
         # A draft is judged by the tokens emitted after it, so short bursts say little about it.
         watchable = watchable and (behind or burst >= TUNING.short_watch) and len(self._nodes) > 1
         if self._known[1].gain is None:
-            return Plan(1, min(burst, TUNING.short_burst), 0)
+            return Plan(1, min(burst, TUNING.short_burst), 0)  # enough to measure a step
         best = self.best()
         self._drafting = best > 1
         self._known[best].trials = 0
@@ -191,7 +192,7 @@ class Controller:
     def record_watched(
         self, gains: Mapping[int, float], sizes: Mapping[int, int], seconds: float | None
     ) -> None:
-        """A draft that was not run took `seconds` (None: not measured).
+        """A draft that was not run took `seconds` (None: not measured), a pause for it included.
 
         `gains` and `sizes` map a number of nodes to the tokens per row that the draft's first nodes
         would have emitted, and to the nodes of the step that would have run them.
