@@ -42,6 +42,7 @@ POLICIES = {
 WINDOWS = {"h2o": 3, "lookaheadkv": 2, "snapkv": 3, "rkv": 3, "question": 6, "kvzap": 3}
 ADDS_UP, LEAST = ("h2o", "kvzap"), 1.0
 CUT_AS_READ = "incremental:threshold:kvzap"
+TIE = 1e-6  # of two scores, relative: float32 rounds them, and the restatement does not
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,13 +169,16 @@ def mean_attention(layer, end, kept, observers, *, window):
 
 
 def restate(name, config, prompt, emitted, kept, sums, least=-np.inf):
-    """The entries at the end, from those after the prompt: cut where the rules say."""
+    """The entries at the end, from those after the prompt: cut where the rules say.
+
+    Also the logits, and the least difference, relative to the scores, that decided on an entry.
+    """
     start_at, text = len(prompt), list(prompt) + list(emitted[:-1])
     gone = np.full((config.num_layers, config.num_kv_heads, len(text)), 10**6)
     for layer, head in np.ndindex(*gone.shape[:2]):
         cut = np.setdiff1d(np.arange(start_at), kept[layer][head])
         gone[layer, head, cut] = start_at
-    since = start_at
+    since, closest = start_at, np.inf
     for end in range(start_at + 1, len(text) + 1):
         if end % INTERVAL:
             continue
@@ -194,13 +198,18 @@ def restate(name, config, prompt, emitted, kept, sums, least=-np.inf):
             left = np.full(end, -np.inf)
             left[entries] = value[entries]
             count = min(BUDGET, len(entries), (left >= least).sum())
-            stay = np.sort(np.argsort(-left, kind="stable")[:count])
+            order = np.argsort(-left, kind="stable")
+            stay = np.sort(order[:count])
+            if 0 < count < len(entries):
+                last, next_ = left[order[count - 1 : count + 1]]
+                if next_ < last < np.inf:
+                    closest = min(closest, (last - next_) / max(abs(last), abs(next_)))
             gone[layer, head, np.setdiff1d(alive[layer][head], stay)] = end
         since = end
     ends = [[np.flatnonzero(g > len(text)) for g in layer] for layer in gone]
     _, hidden = reference.run(weights(config), config, text, gone=gone)
     table = np.asarray(weights(config)["embed"], np.float64)
-    return ends, hidden[max(start_at - 1, 0) :] @ table.T
+    return ends, hidden[max(start_at - 1, 0) :] @ table.T, closest
 
 
 CASES = [
@@ -216,7 +225,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "config"), CASES)
 def test_cuts_are_where_and_what_the_rules_say(name, config):
     before, state = opened(name, config), undrafted(name, config)
-    prompts = tiny.prompts(LENGTHS)
+    prompts, compared = tiny.prompts(LENGTHS), 0
     at_start, at_end = kept_sets(before.cache), kept_sets(state.cache)
     for row, prompt in enumerate(prompts):
         count = int(state.count[row])
@@ -230,14 +239,22 @@ def test_cuts_are_where_and_what_the_rules_say(name, config):
         if name == CUT_AS_READ:  # a prompt is cut as if it had been emitted
             sums = np.zeros((*at_start.shape[::2], len(prompt) + NEW))
             text = [*prompt, *emitted]
-            ends, logits = restate("kvzap", config, [], text, at_start[:, row], sums, LEAST)
+            ends, logits, closest = restate(
+                "kvzap", config, [], text, at_start[:, row], sums, LEAST
+            )
             logits = logits[len(prompt) - 1 :]
         else:
-            ends, logits = restate(name, config, prompt, emitted, at_start[:, row], sums)
+            ends, logits, closest = restate(name, config, prompt, emitted, at_start[:, row], sums)
+        # Equal tokens have equal hidden states in the first layer, so kvzap scores them alike.
+        # Which of two that tie at a cut goes is a matter of rounding, and machines differ in that.
+        if closest < TIE:
+            continue
+        compared += 1
         for layer, head in np.ndindex(config.num_layers, config.num_kv_heads):
             np.testing.assert_array_equal(at_end[layer, row, head], ends[layer][head])
         best = logits[:count].argmax(-1)
         tiny.assert_tokens_match(emitted[None], best[None], logits[None, :count])
+    assert compared >= (2 if name == "kvzap" else 3)
 
 
 @pytest.mark.parametrize(
