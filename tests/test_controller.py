@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lookahead_jax.decoding.draft_estimates import TUNING
+from lookahead_jax.decoding.draft_estimates import TUNING, NodeEstimate
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.tree import NODE_BUCKETS
 
@@ -58,9 +58,13 @@ def simulate(
         spent += watching + pause
         return path[most]
 
-    while emitted < tokens:
-        while behind and unwatched >= 8 and controller.affords_watching:
+    def watch_behind(fewest):
+        nonlocal unwatched
+        while behind and unwatched >= fewest and controller.affords_watching:
             unwatched -= watch_draft(controller.watch, rng.gamma(2.0, 0.5))
+
+    while emitted < tokens:
+        watch_behind(8)
         most, steps, watch = controller.choose(burst, watchable=nested, behind=behind)
         unwatched = unwatched + steps if most == 1 else 0
         if fills is not None and most > 1:
@@ -86,17 +90,21 @@ def simulate(
             watch_draft(watch, luck[0])
         choices.append(most)
         spent += len(luck) * costs[nodes]
+    watch_behind(1)
     return spent / emitted, choices
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("tokens", [12, 96, 270, 2000])
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize("costs", [COSTS, STEEP])
-def test_where_nothing_can_be_drafted_it_costs_at_most_three_percent(tokens, noise, costs):
+def test_where_nothing_can_be_drafted_it_costs_at_most_three_percent(tokens, noise, costs, behind):
     """Of all requests so far, whatever their length: one controller serves them all."""
     controller = Controller()
     ratios = [
-        simulate(lambda nodes, at: 1.0, costs, tokens, noise, seed, controller=controller)[0]
+        simulate(
+            lambda nodes, at: 1.0, costs, tokens, noise, seed, controller=controller, behind=behind
+        )[0]
         for seed in range(8)
     ]
     slack = 0.0 if costs is COSTS else 6.0 / tokens  # its first trial was not foreseen to cost 7
@@ -128,6 +136,14 @@ def test_where_drafts_cannot_pay_none_is_run():
         ratio, choices = simulate(lambda nodes, at, gain=gain: gain, STEEP)
         assert len(choices) - choices.count(1) <= trials
         assert ratio < 1.02 + trials * 4 * 7 / 2000
+
+
+def test_trials_may_go_on_for_ever():
+    """More often than a float can be doubled."""
+    known = NodeEstimate()
+    for _ in range(2000):
+        known.tried()
+    assert known.gap == TUNING.max_trial_gap
 
 
 def test_short_bursts_are_tried_instead_of_watched():
@@ -202,13 +218,13 @@ def test_it_reaches_most_of_what_was_measured_to_be_possible(kind, drafter):
     """Requests of one kind after another: the first costs nothing, later ones are near the best."""
     tokens, gains = TABLE[kind, drafter]
     best = max(gains[n] / MEASURED[n] for n in MEASURED)
-    fills = 63 if drafter.startswith(("trie", "suffix")) else None
+    host = drafter.startswith(("trie", "suffix"))
     speeds = []
     for chance in range(4):  # the mean over runs of chance
         controller = Controller()
         speeds.append([
             1 / simulate(lambda n, at: gains[n], MEASURED, tokens, 0.05, 100 * chance + i,
-                         fills=fills, controller=controller)[0]
+                         fills=63 if host else None, behind=host, controller=controller)[0]
             for i in range(24)
         ])  # fmt: skip
     first, later = np.mean(speeds, 0)[0], 1 / np.mean(1 / np.asarray(speeds)[:, 12:])
@@ -263,11 +279,12 @@ def test_times_that_vary_from_step_to_step_do_not_make_drafting_seem_cheap():
     assert np.mean(ratios) < 1.03
 
 
-def test_looking_at_plain_decoding_again_changes_no_trust():
+@pytest.mark.parametrize("behind", [False, True])
+def test_looking_at_plain_decoding_again_changes_no_trust(behind):
     controller = Controller()
-    simulate(lambda nodes, at: 4.0, tokens=400, controller=controller)
+    simulate(lambda nodes, at: 4.0, tokens=400, controller=controller, behind=behind)
     before = controller._ratio.factor, controller._known[8].steps
-    simulate(lambda nodes, at: 4.0, tokens=9000, seed=1, controller=controller)
+    simulate(lambda nodes, at: 4.0, tokens=9000, seed=1, controller=controller, behind=behind)
     assert controller._ratio.factor == before[0]
     assert controller._known[8].steps > before[1]
 

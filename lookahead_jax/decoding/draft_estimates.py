@@ -83,12 +83,16 @@ class NodeEstimate:
     share: float = 1.0  # of the cost of so many nodes, as drafts may have fewer
     steps: int = 0
     since: int = TUNING.max_trial_gap  # steps since it ran
-    trials: int = 0  # since it was the best
+    gap: float = TUNING.trial_gap  # steps until it is tried again; grows until it is the best
 
     @property
     def drafted(self) -> float:
         """Drafted tokens per step; not quite 0, since it is divided by."""
         return 0.0 if self.gain is None else max(self.gain - 1.0, TUNING.least_drafted)
+
+    def tried(self) -> None:
+        """A trial of it begins."""
+        self.gap = min(self.gap * TUNING.gap_growth, TUNING.max_trial_gap)
 
     def learn(self, gain: float, share: float, steps: int) -> None:
         """`steps` steps had this gain and this share of the cost."""

@@ -1,9 +1,8 @@
 """Decoding with a drafter, on the host: asks for drafts, chooses their size, runs the steps."""
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,17 +18,17 @@ from lookahead_jax.decoding.device_drafter import (
     readable,
 )
 from lookahead_jax.decoding.draft_estimates import TUNING
-from lookahead_jax.decoding.draft_packing import NOTHING, pack, unpack
+from lookahead_jax.decoding.draft_packing import pack, unpack
 from lookahead_jax.decoding.draft_programs import attach, check_devices, draft_trees
 from lookahead_jax.decoding.draft_report import DraftReport, draft_report
-from lookahead_jax.decoding.draft_watching import Watched, judge
+from lookahead_jax.decoding.draft_watching import Watched, WatchedRows, judge
 from lookahead_jax.decoding.eviction import DecodeEviction
 from lookahead_jax.decoding.grammar import GrammarRow
 from lookahead_jax.decoding.host_drafter import Draft, HostDrafter
+from lookahead_jax.decoding.host_requests import HostRequests
 from lookahead_jax.decoding.node_budget import RowChances, needed
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.placement import placed
-from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import PLAIN, Step, decode_burst, decode_step
 from lookahead_jax.decoding.tree import NODE_BUCKETS
@@ -38,8 +37,6 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import Program
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
-
-_request = itertools.count()  # numbers requests of this process, whichever drafter they use
 
 
 class Drafting:
@@ -75,22 +72,23 @@ class Drafting:
             possible = "1" if plain else ", ".join(map(str, NODE_BUCKETS))
             raise ValueError(f"draft_nodes must be {possible} with this drafter, not {nodes}")
         self._nodes = Controller() if nodes is None else nodes
+        self._own = nodes is None  # a controller that ends with this object
         self._config = config
         self._room = room
         self._eviction = eviction
         # Programs are compiled for their arguments: modules that are not read are not passed.
         self._modules = modules if eviction is not None and eviction.reads_modules else None
         self._on_step = on_step
-        self._host = None if isinstance(drafter, DeviceDrafter) else drafter
+        self._host = None if isinstance(drafter, DeviceDrafter) else HostRequests(drafter, batch)
         self._device = drafter if isinstance(drafter, DeviceDrafter) else Given()
         self._constraints = Constraints(batch, config.vocab_size)
-        self._requests: list[int | None] = [None] * batch
+        self._batch = batch
         self._drafted, self._undrafted = set[int](), set[int]()  # rows that have joined
-        self._observed = [0] * batch
         self._chances = RowChances(batch)
+        self._watched_rows: WatchedRows | None = None
+        if self._host is not None and isinstance(self._nodes, Controller) and on_step is None:
+            self._watched_rows = WatchedRows(self._host, self._nodes, self._chances, batch)
         self.compile_s = 0.0  # spent on compiling so far
-        self._drafting_s = 0.0
-        self._steps = 0
 
     def begin(
         self, state: DecodeState, prompts: Sequence[Sequence[int]], tokens: jax.Array
@@ -121,7 +119,7 @@ class Drafting:
 
     def empty(self) -> Any:
         """The state of `device` for a batch in which no row has begun."""
-        return self.device.init(len(self._requests), self._room, self._config)
+        return self.device.init(self._batch, self._room, self._config)
 
     def join(
         self, row: int, prompt: Sequence[int], *, draft: bool = True, emitted: int = 0
@@ -134,9 +132,9 @@ class Drafting:
         (self._drafted if draft else self._undrafted).add(row)
         self._chances.begin(row)
         if self._host is not None and draft:
-            request = next(_request)
-            self._host.begin(request, prompt)
-            self._requests[row], self._observed[row] = request, emitted
+            self._host.join(row, prompt, emitted)
+            if self._watched_rows is not None:
+                self._watched_rows.join(row, emitted)
 
     def constrain(self, row: int, grammar: GrammarRow | None) -> None:
         """A row that has no output yet follows a grammar until it leaves; None: it does not."""
@@ -144,16 +142,18 @@ class Drafting:
 
     def leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
         """One row leaves after emitting `tokens`; does nothing for a row that has not joined."""
+        try:
+            if self._watched_rows is not None:
+                self._watched_rows.watch_ends({row: np.asarray(tokens, np.int32)}, self._sharing)
+        finally:
+            self._leave(row, tokens)
+
+    def _leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
         self._constraints.put(row, None)
         self._drafted.discard(row)
         self._undrafted.discard(row)
-        request = self._requests[row]
-        if self._host is not None and request is not None:
-            try:
-                self._observe(row, np.asarray(tokens, np.int32), len(tokens))
-            finally:
-                self._requests[row] = None
-                self._host.end(request)
+        if self._host is not None:
+            self._host.leave(row, tokens)
 
     def advance(self, params: Params, state: DecodeState, burst: int) -> DecodeState:
         """Runs up to `burst` steps, or one if the host drafts for it. The state is donated.
@@ -173,11 +173,11 @@ class Drafting:
             drafts = self._drafts(state, self._nodes)
             return self._run(params, state, self._nodes, burst, drafts, constrained=constrained)
         controller = self._nodes
+        if self._watched_rows is not None:
+            self._watched_rows.watch_running(state, burst, self._sharing)
         # Drawn trees cannot be judged without a run.
         watchable = not self._draws and self._on_step is None
-        behind = watchable and self._host is not None
-        if behind:
-            self._watch_behind(controller, state, burst)
+        behind = self._watched_rows is not None
         plan = controller.choose(burst, watchable=watchable, behind=behind)
         watched = self._watch(params, state, plan.watch) if plan.watch else None
         known = jax.device_get((state.reached, state.count, state.places))
@@ -200,7 +200,11 @@ class Drafting:
             return state
         reached[list(self._undrafted)] = 0  # what drafts gain is not seen in rows without
         gains = {}
-        if plan.most > 1 and reached.any():
+        if plan.most > 1:
+            if self._watched_rows is not None:
+                self._watched_rows.drafted(np.asarray(state.count).tolist())
+            if not reached.any():
+                return state
             gains = self._gains(reached, plan.most, cut)
         self._chances.learn(after - places, ran)
         measured = self.compile_s == compiled
@@ -222,7 +226,7 @@ class Drafting:
     def _sharing(self) -> int:
         """Rows that share a budget; 1 over several devices, where it would cost transfers."""
         shares = isinstance(self._nodes, Controller) and not self._draws
-        return len(self._requests) if shares and jax.sharding.get_abstract_mesh().empty else 1
+        return self._batch if shares and jax.sharding.get_abstract_mesh().empty else 1
 
     def _gains(self, reached: np.ndarray, most: int, cut: bool) -> dict[int, float]:
         """Nodes -> tokens per step and row of steps of that size, from accepted nodes [B, 6].
@@ -251,33 +255,6 @@ class Drafting:
         drafts = unpack(np.asarray(tree.tokens), np.asarray(tree.parents))
         seconds = time.perf_counter() - begin + TUNING.interruption_s
         return Watched(drafts, nodes, seconds if self.compile_s == compiled else None)
-
-    def _watch_behind(self, controller: Controller, state: DecodeState, burst: int) -> None:
-        """Host drafts along the newest tokens of plain steps, each where a drafted step had begun.
-
-        There are as many as the controller affords.
-        """
-        counts = np.asarray(state.count).tolist()
-        rows = [
-            row
-            for row, request in enumerate(self._requests)
-            if request is not None and counts[row] - self._observed[row] >= TUNING.short_burst
-        ]
-        if not rows or not controller.affords_watching:
-            return
-        tokens, limits = np.asarray(state.tokens), np.asarray(state.limit)
-        newest = max(burst, TUNING.short_burst)
-        # Drafted steps begin behind the first token, which follows from the prompt.
-        at = {row: max(self._observed[row], counts[row] - newest, 1) for row in rows}
-        while at and controller.affords_watching:
-            drafts, seconds = self._proposed(at, tokens, limits, controller.watch)
-            watched = Watched(drafts, controller.watch, seconds)
-            texts = [
-                row[at.get(i, count) : count]
-                for i, (row, count) in enumerate(zip(tokens, counts, strict=True))
-            ]
-            emitted = judge(watched, texts, controller, self._chances, self._sharing)
-            at = {row: to for row in at if (to := at[row] + emitted[row]) < counts[row]}
 
     def _run(
         self,
@@ -339,19 +316,25 @@ class Drafting:
         if self._host is None:
             return
         tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
-        begin = time.perf_counter()
-        for row, count in enumerate(counts.tolist()):
-            self.leave(row, tokens[row, :count])
-        self._drafting_s += time.perf_counter() - begin
+        texts = {row: tokens[row, :count] for row, count in enumerate(counts.tolist())}
+        try:
+            # Nobody will ask a controller of our own again.
+            if self._watched_rows is not None and not self._own:
+                self._watched_rows.watch_ends(texts, self._sharing)
+        finally:
+            for row, text in texts.items():
+                self._leave(row, text)
 
     def abandon(self) -> None:
         """All rows leave after a failure, so that the drafter can be used again."""
-        for row in range(len(self._requests)):
-            self.leave(row, ())
+        for row in range(self._batch):
+            self._leave(row, ())
 
     def report(self, state: DecodeState) -> DraftReport:
         """The report on the rows in `state` so far."""
-        return draft_report(np.asarray(state.lengths), self._drafting_s, self._steps)
+        host = self._host
+        seconds, proposals = (0.0, 0) if host is None else (host.seconds, host.proposals)
+        return draft_report(np.asarray(state.lengths), seconds, proposals)
 
     def _program(
         self, nodes: int, burst: int, constrained: bool
@@ -366,40 +349,10 @@ class Drafting:
 
     def _drafts(self, state: DecodeState, nodes: int) -> list[Draft] | None:
         """The host drafter's draft for every running row; None if it is not asked."""
-        host = self._host
-        if host is None or nodes == 1:
+        if self._host is None or nodes == 1:
             return None
         tokens, counts, limits, done = (
             np.asarray(a) for a in (state.tokens, state.count, state.limit, state.done)
         )
         running = {row: int(counts[row]) for row in np.flatnonzero(~done).tolist()}
-        return self._proposed(running, tokens, limits, nodes)[0]
-
-    def _proposed(
-        self, counts: Mapping[int, int], tokens: np.ndarray, limits: np.ndarray, nodes: int
-    ) -> tuple[list[Draft], float]:
-        """The host drafter's drafts behind the first `counts` tokens of these rows; seconds."""
-        begin = time.perf_counter()
-        drafts = [NOTHING] * len(self._requests)
-        for row, count in counts.items():
-            request = self._requests[row]
-            if self._host is None or request is None:
-                continue
-            try:
-                self._observe(row, tokens[row], count)
-                depth = min(int(limits[row]) - count, nodes) - 1
-                if depth > 0:
-                    drafts[row] = self._host.propose(request, nodes - 1, depth)
-            except Exception as error:
-                raise RowError(row, error) from error
-        seconds = time.perf_counter() - begin
-        self._drafting_s += seconds
-        self._steps += 1
-        return drafts, seconds
-
-    def _observe(self, row: int, tokens: np.ndarray, count: int) -> None:
-        """Passes the tokens that a row has emitted since the last call to the host drafter."""
-        request, new = self._requests[row], tokens[self._observed[row] : count]
-        if self._host is not None and request is not None and new.size:
-            self._host.observe(request, new.tolist())
-        self._observed[row] = count
+        return self._host.propose(running, tokens, limits, nodes)[0]

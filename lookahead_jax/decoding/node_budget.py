@@ -65,13 +65,16 @@ def place_groups(nodes: int) -> np.ndarray:
 
 
 def affordable(
-    worth: Float[Array | np.ndarray, "B P"] | None, valid: Bool[Array | np.ndarray, "B P"]
+    worth: Float[Array | np.ndarray, "B P"] | None,
+    valid: Bool[Array | np.ndarray, "B P"],
+    part: float = 1.0,
 ) -> Bool[Array | np.ndarray, "#B P 6"]:
     """The nodes of `valid` trees that steps with up to NODE_BUCKETS[i] nodes per row would read.
 
     These are the ones that are worth most. A node is taken for worth no more than the nodes before
     it, so that no node is read without those above it. `worth` None: there is no common budget, and
-    a step reads the first nodes of each tree. Arrays of NumPy give one of NumPy.
+    a step reads the first nodes of each tree. `part` of the budget is for these trees, the rest for
+    rows that have none here. Arrays of NumPy give one of NumPy.
     """
     on_device = isinstance(valid, jax.Array)
     xp: Any = jnp if on_device else np
@@ -84,7 +87,7 @@ def affordable(
     scores = xp.where(index.T == 0, np.float32(np.inf), running_minimum(worth, axis=1))
     order = xp.argsort(xp.where(valid, -scores, np.float32(np.inf)).reshape(-1), stable=True)
     wanted = (valid[..., None] & first[None]).reshape(batch * nodes, -1)[order]
-    budgets = np.asarray([total_nodes(batch, n) for n in NODE_BUCKETS], np.int32)
+    budgets = np.asarray([part * total_nodes(batch, n) for n in NODE_BUCKETS], np.int32)
     taken = wanted & (xp.cumsum(wanted, axis=0, dtype=np.int32) <= budgets[None])
     if on_device:
         taken = jnp.zeros_like(taken).at[order].set(taken, unique_indices=True)

@@ -74,8 +74,11 @@ class Controller:
 
     @property
     def affords_watching(self) -> bool:
-        """Whether the savings cover a watched draft, and a trial if one is due."""
-        if len(self._nodes) == 1 or not self._plain:
+        """Whether the savings cover a watched draft, and a trial if one is due.
+
+        Where drafted steps run, they tell more.
+        """
+        if len(self._nodes) == 1 or not self._plain or self._drafting:
             return False
         least = self._nodes[1]
         due = self._due(least) and self._promising(least)
@@ -90,8 +93,8 @@ class Controller:
     def choose(self, burst: int, *, watchable: bool = True, behind: bool = False) -> Plan:
         """The plan for the next steps, at most `burst`.
 
-        `watchable` says that a draft can be judged without running it, `behind` that this happens
-        after the steps, whenever `affords_watching`: then the plan has no draft to watch.
+        `watchable` says that a draft can be judged without running it, `behind` that this is done
+        along the emitted text, whenever `affords_watching`: then the plan has no draft to watch.
         """
         # A draft is judged by the tokens emitted after it, so short bursts say little about it.
         watchable = watchable and (behind or burst >= TUNING.short_watch) and len(self._nodes) > 1
@@ -99,11 +102,11 @@ class Controller:
             return Plan(1, min(burst, TUNING.short_burst), 0)  # enough to measure a step
         best = self.best()
         self._drafting = best > 1
-        self._known[best].trials = 0
+        self._known[best].gap = TUNING.trial_gap
         if self._trying is None or self._payable(self._trying, best) < 1:
             self._trying, self._left = self._candidate(best, watchable), TUNING.trial_steps
             if self._trying is not None:
-                self._known[self._trying].trials += 1
+                self._known[self._trying].tried()
         if self._trying is not None and self._trying > 1:
             guessed = self._trying not in self._drafted  # one step tells what they cost
             paid = 1 if guessed else max(1, self._payable(self._trying, best))
@@ -195,10 +198,11 @@ class Controller:
         """A draft that was not run took `seconds` (None: not measured), a pause for it included.
 
         `gains` and `sizes` map a number of nodes to the tokens per row that the draft's first nodes
-        would have emitted, and to the nodes of the step that would have run them.
+        would have emitted, and to the nodes of the step that would have run them. They are empty if
+        that is not known yet.
         """
         self._watched += 1
-        self._promised, self._until = True, None
+        self._promised, self._until = self._promised or bool(gains), None
         taken = self._watch_s if seconds is None else seconds
         taken = min(taken, TUNING.max_watch_cost * self._plain)
         self._watch_s += TUNING.time_memory * (taken - self._watch_s)
@@ -236,9 +240,7 @@ class Controller:
 
     def _due(self, nodes: int) -> bool:
         """Whether this many nodes have not run for long."""
-        known = self._known[nodes]
-        gap = TUNING.trial_gap * TUNING.gap_growth**known.trials
-        return known.since >= min(gap, TUNING.max_trial_gap)
+        return self._known[nodes].since >= self._known[nodes].gap
 
     def _promising(self, nodes: int) -> bool:
         """Whether this many nodes may pay off although watched drafts say that they do not."""
