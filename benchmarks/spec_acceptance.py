@@ -39,7 +39,7 @@ from lookahead_jax.decoding.device_drafter import DeviceDrafter
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.drafters.prompt_lookup import PromptLookup
 from lookahead_jax.drafters.registry import make_drafter
-from lookahead_jax.model.model import unstack
+from lookahead_jax.model.params import unstack
 
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "sam", "sam+trie", "aded")
 RESAMPLINGS = 2_000
