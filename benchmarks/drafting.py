@@ -333,7 +333,9 @@ def peer_side() -> None:
                 first, plain = run(prompt, 1), run(prompt, ask["new_tokens"])
                 drafted = {way: run(prompt, ask["new_tokens"], **ways[way]) for way in ways}
                 repetition.append((first, plain, drafted))
-        kinds[kind] = {}
+        plain = [(len(p[0]) - 1, p[2] - f[2]) for rows in runs[1:] for f, p, _ in rows]
+        tokens, seconds = map(sum, zip(*plain, strict=True))
+        kinds[kind] = {"plain_tokens_per_s": round(tokens / seconds, 1)}
         for way in ways:
             drafted = [row[2][way] for row in runs[0]]
             speeds = [
@@ -394,6 +396,8 @@ def replayed(drafter: Any, text: Text, nodes: int) -> int:
         while at < len(text.truth) - 1 and (node, text.truth[at]) in children:
             node, at = children[node, text.truth[at]], at + 1
         at, steps = at + 1, steps + 1
+    drafter.observe("replay", text.truth[told:])
+    drafter.end("replay")
     return steps
 
 

@@ -14,9 +14,9 @@ step.
     python benchmarks/spec_bench.py --questions question.jsonl
 
 The peer is transformers on the same weights and prompts, against its own plain decoding: prompt
-lookup with ten tokens, and assisted decoding, where the assistant is the first half of the model's
-layers (its reading of the prompt is part of its time). It needs the model as a folder
-(`lookahead convert smollm2 DIR`):
+lookup with ten tokens and, with `--assistant`, assisted decoding, where the assistant is the first
+half of the model's layers (its reading of the prompt is part of its time). It needs the model as a
+folder (`lookahead convert smollm2 DIR`); `--drafters` without a name runs the peer alone:
 
     python -m venv PEER && PEER/bin/pip install torch==2.13.0 'transformers>=4.56,<5.3'
     python benchmarks/spec_bench.py --questions question.jsonl --peer PEER/bin/python --folder DIR
@@ -50,7 +50,7 @@ class Options:
     questions: Annotated[Path, Help("Spec-Bench's question.jsonl")]
     model: Annotated[str, Help("model, as for --model of the commands")] = "smollm2"
     kinds: Annotated[tuple[str, ...], Help("kinds of prompts", KINDS)] = SPEC_BENCH
-    drafters: Annotated[tuple[str, ...], Help("drafters, as for --drafter")] = DRAFTERS
+    drafters: Annotated[tuple[str, ...], Help("drafters, as for --drafter", nargs="*")] = DRAFTERS
     draft_model: Annotated[str | None, Help("smaller model, or `embedded`, for its drafters")] = (
         None
     )
@@ -62,6 +62,7 @@ class Options:
     temperature: Annotated[float, Help("0 is greedy")] = 0.0
     peer: Annotated[str | None, Help("Python of the environment with transformers")] = None
     folder: Annotated[Path | None, Help("the model as a folder, for the peer")] = None
+    assistant: Annotated[bool, Help("the peer also decodes with an assistant, slowly")] = False
     out: Annotated[Path, Help("file of the report")] = RESULTS / "spec_bench.json"
 
 
@@ -158,7 +159,7 @@ def peer(
     ask = {
         "model": str(options.folder), "cores": len(os.sched_getaffinity(0)), "prompts": prompts,
         "new_tokens": options.new_tokens, "repetitions": 1, "lookup": PEER_LOOKUP,
-        "assistant": layers // 2,
+        "assistant": layers // 2 if options.assistant else 0,
     }  # fmt: skip
     program = inspect.getsource(peer_side) + "\npeer_side()\n"
     answer = subprocess.run(
@@ -196,10 +197,10 @@ def main() -> None:
             k: str(v)
             for k, v in settings(options, "out", "peer", "folder", "questions", "head").items()
         },
-        "step_cost": step_costs(runner, first, options.nodes),
+        "step_cost": step_costs(runner, first, options.nodes) if options.drafters else {},
         "kinds": {},
     }
-    for kind, rows in prompts.items():
+    for kind, rows in prompts.items() if options.drafters else ():
         of: dict[str, Any] = {"prompts": len(rows), "prompt_tokens": [len(row) for row in rows]}
         report["kinds"][kind] = of
         for name, how, runs, plain, same in of_kind(runner, options, made, rows):
