@@ -376,28 +376,28 @@ def prepared(label: str, outputs: list[list[int]]) -> Any:
     name, warm = DRAFTERS[label]
     drafter = make_drafter(name)
     for i, tokens in enumerate(outputs if warm else []):
-        drafter.begin(("warm", i), [])
-        drafter.observe(("warm", i), tokens)
-        drafter.end(("warm", i))
+        drafter.begin(i, [])
+        drafter.observe(i, tokens)
+        drafter.end(i)
     return drafter
 
 
 def replayed(drafter: Any, text: Text, nodes: int) -> int:
     """Steps until `text.truth`, whose first token is given, has been emitted."""
-    drafter.begin("replay", text.prompt)
+    drafter.begin(0, text.prompt)
     steps, told, at = 0, 0, 1
     while at < len(text.truth):
-        drafter.observe("replay", text.truth[told:at])
+        drafter.observe(0, text.truth[told:at])
         told, left = at, len(text.truth) - at
-        draft = drafter.propose("replay", nodes - 1, min(left, nodes) - 1)
+        draft = drafter.propose(0, nodes - 1, min(left, nodes) - 1)
         nodes_at = zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)
         children = {key: node for node, key in enumerate(nodes_at)}
         node = -1
         while at < len(text.truth) - 1 and (node, text.truth[at]) in children:
             node, at = children[node, text.truth[at]], at + 1
         at, steps = at + 1, steps + 1
-    drafter.observe("replay", text.truth[told:])
-    drafter.end("replay")
+    drafter.observe(0, text.truth[told:])
+    drafter.end(0)
     return steps
 
 
