@@ -96,8 +96,8 @@ def _propose(drafter: DeviceDrafter, config: lk.ModelConfig, before: Any, root: 
 class Outputs:
     """Plain outputs of the prompts, kept in a file of one JSON object a line."""
 
-    def __init__(self, path: Path, options: Options, model: lk.Model):
-        self._path, self._new_tokens = path, options.new_tokens
+    def __init__(self, path: Path, model: lk.Model, new_tokens: int):
+        self._path, self._new_tokens = path, new_tokens
         self._model = dataclasses.replace(model, params=unstack(model.params))
         self._made: dict[str, list[int]] = {}
         if path.exists():
@@ -186,7 +186,7 @@ def main() -> None:
     make = {name: partial(drafter_of, name, model.config) for name in options.drafters}
     for name in options.drafters:
         make[name]()  # a name that is none ends the program before anything is decoded
-    outputs = Outputs(options.outputs, options, model)
+    outputs = Outputs(options.outputs, model, options.new_tokens)
     report: dict[str, Any] = ran_on() | {
         "processor": machine(),
         "load_average": os.getloadavg(),

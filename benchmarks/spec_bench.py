@@ -7,7 +7,9 @@ drafters run between; `speed` is the mean plain seconds over the drafted ones, f
 on, all that the drafter does included. `fixed` verifies P nodes at every step; `chosen` lets one
 controller choose among 1, P and 2 P over all prompts of a kind, beginning with none. A drafter
 keeps what it has learned from one prompt to the next, as in a long-lived process, and never sees a
-prompt twice; with `--cold` every prompt has a new one. `possible` is the best that acceptance and
+prompt twice; with `--cold` every prompt has a new one. With `--warm N` the measured prompts are the
+last ones of each kind, and a host drafter begins with the outputs of N prompts before them, which
+are kept in a file as in spec_acceptance.py. `possible` is the best that acceptance and
 c(P) / c(1), measured in the same run, allow: the larger of 1 and tokens per step over the cost of a
 step.
 
@@ -32,17 +34,20 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 from common import RESULTS, Help, machine, parse, publish, ran_on, settings
 from drafting import PEER_LOOKUP, Run, Runner, Star, peer_side
+from drafting_texts import Text
+from spec_acceptance import Outputs
 from spec_prompts import KINDS, SPEC_BENCH, conversations
 
 import lookahead_jax as lk
 from lookahead_jax.drafters.registry import make_drafter, needs
 
 DRAFTERS = ("prompt_lookup", "trie", "suffix", "recycling")
+MOST_PROMPTS = 80  # of a kind, as in Spec-Bench
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,11 @@ class Options:
     )
     head: Annotated[str | None, Help("trained head, for the drafter that needs one")] = None
     cold: Annotated[bool, Help("a new drafter for every prompt")] = False
-    prompts: Annotated[int, Help("prompts of each kind")] = 5
+    warm: Annotated[int, Help("prompts whose outputs host drafters know beforehand")] = 0
+    outputs: Annotated[Path | None, Help("file of these outputs, made where they are missing")] = (
+        None
+    )
+    prompts: Annotated[int, Help("measured prompts of each kind")] = 5
     new_tokens: Annotated[int, Help("tokens to generate at most")] = 64
     nodes: Annotated[int, Help("draft nodes P", (8, 16, 32, 64))] = 8
     temperature: Annotated[float, Help("0 is greedy")] = 0.0
@@ -85,18 +94,37 @@ def makers(
     return made
 
 
-def read_prompts(options: Options, tokenizer: Any) -> dict[str, list[list[int]]]:
-    """Kind -> the token ids of its first prompts."""
-    found = {
-        kind: [
+class Prompts(NamedTuple):
+    """Token ids of one kind."""
+
+    earlier: list[list[int]]
+    measured: list[list[int]]
+
+
+def read_prompts(options: Options, tokenizer: Any) -> dict[str, Prompts]:
+    """Kind -> its first prompts; as many as are measured come after those known beforehand."""
+    found = {}
+    for kind in options.kinds:
+        rows = [
             tokenizer.encode_chat(messages)
-            for messages in conversations(kind, options.questions, options.prompts)
+            for messages in conversations(
+                kind, options.questions, MOST_PROMPTS if options.warm else options.prompts
+            )
         ]
-        for kind in options.kinds
-    }
-    if empty := [kind for kind, prompts in found.items() if not prompts]:
-        raise SystemExit(f"there are no prompts of the kind {empty[0]}: see --questions")
+        if not rows:
+            raise SystemExit(f"there are no prompts of the kind {kind}: see --questions")
+        earlier, measured = rows[: -options.prompts], rows[-options.prompts :]
+        found[kind] = Prompts(earlier[-options.warm :] if options.warm else [], measured)
     return found
+
+
+def warmed(drafter: Any, earlier: list[Text]) -> Any:
+    """A host drafter that has served these prompts."""
+    for request, text in enumerate(earlier):
+        drafter.begin(request, text.prompt)
+        drafter.observe(request, text.truth)
+        drafter.end(request)
+    return drafter
 
 
 def step_costs(runner: Runner, prompt: list[int], nodes: int) -> dict[str, float]:
@@ -115,10 +143,11 @@ def of_kind(
     options: Options,
     made: dict[str, Callable[[], Any]],
     prompts: list[list[int]],
+    earlier: list[Text],
 ) -> Iterator[tuple[str, str, list[Run], list[float], list[bool]]]:
     """(drafter, "fixed" or "chosen", drafted runs, plain seconds, whether the tokens are equal)."""
     ways = [(name, how) for name in options.drafters for how in ("fixed", "chosen")]
-    drafters = {way: made[way[0]]() for way in ways}
+    drafters = {way: warmed(made[way[0]](), earlier) for way in ways}
     controllers = {way: lk.Controller((1, options.nodes, 2 * options.nodes)) for way in ways}
     drafted: dict[tuple[str, str], list[Run]] = {way: [] for way in ways}
     seconds, tokens = [], []
@@ -176,6 +205,8 @@ def main() -> None:
     options = parse(Options, __doc__)
     if options.peer is not None and (options.folder is None or options.temperature > 0):
         raise SystemExit("--peer needs --folder, and is greedy: leave --temperature out")
+    if options.warm and (options.outputs is None or options.cold):
+        raise SystemExit("--warm needs --outputs, and goes without --cold")
     try:
         needed = {name: needs(name) for name in options.drafters}
     except ValueError as error:
@@ -186,8 +217,10 @@ def main() -> None:
     sampling = lk.Sampling(temperature=options.temperature)
     runner = Runner(model, options.new_tokens, sampling)
     prompts = read_prompts(options, model.tokenizer)
-    first = next(iter(prompts.values()))[0]
+    first = next(iter(prompts.values())).measured[0]
     made = makers(options, model, needed)
+    if options.warm and (learned := [n for n, f in made.items() if dataclasses.is_dataclass(f())]):
+        raise SystemExit(f"--warm is for drafters of the host, which {learned[0]} is not")
     for make in made.values():  # what a drafter compiles itself belongs to no prompt
         runner.run(first, make(), options.nodes)
     report: dict[str, Any] = ran_on() | {
@@ -195,15 +228,26 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "settings": {
             k: str(v)
-            for k, v in settings(options, "out", "peer", "folder", "questions", "head").items()
+            for k, v in settings(
+                options, "out", "peer", "folder", "questions", "head", "outputs"
+            ).items()
         },
         "step_cost": step_costs(runner, first, options.nodes) if options.drafters else {},
         "kinds": {},
     }
     for kind, rows in prompts.items() if options.drafters else ():
-        of: dict[str, Any] = {"prompts": len(rows), "prompt_tokens": [len(row) for row in rows]}
+        of: dict[str, Any] = {
+            "prompts": len(rows.measured),
+            "known_beforehand": len(rows.earlier),
+            "prompt_tokens": [len(row) for row in rows.measured],
+        }
         report["kinds"][kind] = of
-        for name, how, runs, plain, same in of_kind(runner, options, made, rows):
+        earlier = []
+        if options.outputs is not None:
+            known = Outputs(options.outputs, model, options.new_tokens)
+            tokens = known.of(rows.earlier, options.temperature)
+            earlier = [Text(*pair) for pair in zip(rows.earlier, tokens, strict=True)]
+        for name, how, runs, plain, same in of_kind(runner, options, made, rows.measured, earlier):
             of["plain_tokens_per_s"] = round(
                 sum(len(run.tokens) - 1 for run in runs) / sum(plain), 1
             )
@@ -213,7 +257,8 @@ def main() -> None:
                 result["possible"] = round(max(1.0, result["tokens_per_step"] / cost), 3)
             of.setdefault(name, {})[how] = result
         print(f"{kind}: {json.dumps(of)}", file=sys.stderr, flush=True)
-    report["transformers"] = peer(options, model.config.num_layers, prompts)
+    measured = {kind: rows.measured for kind, rows in prompts.items()}
+    report["transformers"] = peer(options, model.config.num_layers, measured)
     publish(report, options.out)
 
 
