@@ -22,7 +22,7 @@ class Tuning:
     interruption_s: float = 0.25e-3
     """Seconds that leaving a burst for a watched draft and resuming take, on top of the draft."""
     short_watch: int = 4
-    """The fewest tokens that a watched draft is compared with, unless the text ends."""
+    """The fewest tokens that a device drafter's watched draft is compared with, unless a text ends."""
     spread: float = 0.618
     """Fraction of a burst from one watched draft to the next: all places are equally frequent."""
     prior_steps: int = 6
@@ -54,7 +54,10 @@ class Tuning:
     outlier: float = 2.0
     """Largest ratio of a time to its average that a moving average believes."""
     short_burst: int = 8
-    """Plain steps of a burst that may be too short to measure its own overhead."""
+    """Plain steps of a burst that may be too short to measure its own overhead.
+
+    Host drafts are watched along as many tokens at least, unless a text ends.
+    """
     long_s: float = 4e-3
     """Seconds of a burst that are enough, whatever its steps."""
 
@@ -108,9 +111,9 @@ class NodeEstimate:
 class PromiseRatio:
     """Drafted tokens that steps emit for each one that watched drafts promised.
 
-    Every token is equally likely to be watched, but a drafted step is more likely to begin where
-    the one before it failed. So watching promises more or less than steps bring, depending on the
-    text.
+    Every token is equally likely to be where a device drafter is watched, but a drafted step is more
+    likely to begin where the one before it failed. So watching promises more or less than steps
+    bring, depending on the text.
     """
 
     factor: float = 1.0
