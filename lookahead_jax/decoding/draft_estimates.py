@@ -22,7 +22,7 @@ class Tuning:
     interruption_s: float = 0.25e-3
     """Seconds that leaving a burst for a watched draft and resuming take, on top of the draft."""
     short_watch: int = 4
-    """The fewest tokens that a device drafter's watched draft is compared with, unless a text ends."""
+    """The fewest tokens that a device's watched draft is compared with, unless the text ends."""
     spread: float = 0.618
     """Fraction of a burst from one watched draft to the next: all places are equally frequent."""
     prior_steps: int = 6
@@ -111,9 +111,9 @@ class NodeEstimate:
 class PromiseRatio:
     """Drafted tokens that steps emit for each one that watched drafts promised.
 
-    Every token is equally likely to be where a device drafter is watched, but a drafted step is more
-    likely to begin where the one before it failed. So watching promises more or less than steps
-    bring, depending on the text.
+    Every token is equally likely to be where a device drafter is watched, but a drafted step is
+    more likely to begin where the one before it failed. So watching promises more or less than
+    steps bring, depending on the text.
     """
 
     factor: float = 1.0
