@@ -96,8 +96,8 @@ def _propose(drafter: DeviceDrafter, config: lk.ModelConfig, before: Any, root: 
 class Outputs:
     """Plain outputs of the prompts, kept in a file of one JSON object a line."""
 
-    def __init__(self, path: Path, model: lk.Model, new_tokens: int):
-        self._path, self._new_tokens = path, new_tokens
+    def __init__(self, path: Path, model: lk.Model, name: str, new_tokens: int):
+        self._path, self._name, self._new_tokens = path, name, new_tokens
         self._model = dataclasses.replace(model, params=unstack(model.params))
         self._made: dict[str, list[int]] = {}
         if path.exists():
@@ -106,8 +106,8 @@ class Outputs:
                 self._made[row["key"]] = row["tokens"]
 
     def _key(self, prompt: list[int], temperature: float, seed: int) -> str:
-        """Everything that the tokens depend on, apart from the model."""
-        return json.dumps([prompt, temperature, seed, self._new_tokens])
+        """Everything that the tokens depend on."""
+        return json.dumps([self._name, prompt, temperature, seed, self._new_tokens])
 
     def of(self, prompts: list[list[int]], temperature: float) -> list[list[int]]:
         """The output of each prompt; those that are missing are made and kept."""
@@ -177,7 +177,7 @@ def main() -> None:
     make = {name: partial(drafter_of, name, model.config) for name in options.drafters}
     for name in options.drafters:
         make[name]()  # a name that is none ends the program before anything is decoded
-    outputs = Outputs(options.outputs, model, options.new_tokens)
+    outputs = Outputs(options.outputs, model, options.model, options.new_tokens)
     report: dict[str, Any] = ran_on() | {
         "processor": machine(),
         "load_average": os.getloadavg(),

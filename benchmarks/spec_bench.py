@@ -205,6 +205,8 @@ def main() -> None:
     options = parse(Options, __doc__)
     if options.peer is not None and (options.folder is None or options.temperature > 0):
         raise SystemExit("--peer needs --folder, and is greedy: leave --temperature out")
+    if not options.drafters and (options.peer is None or options.out == Options.out):
+        raise SystemExit("--drafters without a name needs --peer, and --out for its report alone")
     if options.warm and (options.outputs is None or options.cold):
         raise SystemExit("--warm needs --outputs, and goes without --cold")
     try:
@@ -244,7 +246,7 @@ def main() -> None:
         report["kinds"][kind] = of
         earlier = []
         if options.outputs is not None:
-            known = Outputs(options.outputs, model, options.new_tokens)
+            known = Outputs(options.outputs, model, options.model, options.new_tokens)
             tokens = known.of(rows.earlier, options.temperature)
             earlier = [Text(*pair) for pair in zip(rows.earlier, tokens, strict=True)]
         for name, how, runs, plain, same in of_kind(runner, options, made, rows.measured, earlier):

@@ -45,10 +45,10 @@ def test_a_drafter_that_reads_logits_is_refused(model):
 def test_outputs_are_made_once(model, tmp_path, monkeypatch):
     file = tmp_path / "outputs.jsonl"
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    made = spec_acceptance.Outputs(file, model, 4).of(prompts[:2], 0.0)
+    made = spec_acceptance.Outputs(file, model, "embedded", 4).of(prompts[:2], 0.0)
     calls = []
     generate = lk.generate
     monkeypatch.setattr(lk, "generate", lambda *a, **k: calls.append(a[1]) or generate(*a, **k))
-    again = spec_acceptance.Outputs(file, model, 4).of(prompts, 0.0)
+    again = spec_acceptance.Outputs(file, model, "embedded", 4).of(prompts, 0.0)
     assert again[:2] == made
     assert calls == [prompts[2:]]

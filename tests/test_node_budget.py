@@ -76,6 +76,19 @@ def test_smaller_sizes_have_the_nodes_of_larger_ones_that_are_worth_most():
     assert sizes.tolist() == [[1, 6, 14], [1, 1, 1], [1, 1, 1]]
 
 
+@pytest.mark.parametrize("batch", range(1, 50, 6))
+def test_rows_that_have_drafts_get_their_part_of_the_budget(batch):
+    """One row of many that share the budget, and half of them."""
+    worth, valid = np.ones((batch, 16), np.float32), np.zeros((batch, 16), bool)
+    for rows in {1, -(-batch // 2)}:
+        valid[:rows] = True
+        of_all = [round(total_nodes(batch, n) * rows / batch) for n in NODE_BUCKETS]
+        taken = affordable(worth, valid, rows / batch).sum((0, 1))
+        wanted = [rows * min(n, 16) for n in NODE_BUCKETS]
+        assert taken.tolist() == [min(pair) for pair in zip(of_all, wanted, strict=True)]
+        assert (taken >= rows).all()  # the roots
+
+
 def test_packed_rows_come_back_to_their_places():
     used = np.asarray([[True, False, True], [False, False, False], [True, True, False]])
     block = np.arange(1.0, 19.0, dtype=np.float32).reshape(3, 3, 2)

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lookahead_jax.decoding.draft_estimates import TUNING
 from lookahead_jax.decoding.draft_packing import followed
 from lookahead_jax.decoding.drafted import Drafting
 from lookahead_jax.decoding.host_drafter import Draft
 from lookahead_jax.decoding.node_budget import affordable
-from lookahead_jax.decoding.node_choice import Controller
+from lookahead_jax.decoding.node_choice import Controller, Plan
+from lookahead_jax.decoding.row_error import RowError
 from tests import tiny
 from tests.drafted import opened
 
@@ -131,6 +133,21 @@ class Plain(Controller):
         super().record_watched(gains, sizes, seconds)
 
 
+class Switch(Plain):
+    """`first` plans, then plain steps; watches only then if it is `late`."""
+
+    def __init__(self, *first, late=False):
+        super().__init__()
+        self.first, self.late = list(first), late
+
+    @property
+    def affords_watching(self):
+        return not (self.late and self.first)
+
+    def choose(self, burst, *, watchable=True, behind=False):
+        return self.first.pop(0) if self.first else Plan(1, burst, 0)
+
+
 def text_of(seed, length=400):
     return np.random.default_rng(seed).integers(0, 900, length).tolist()
 
@@ -215,3 +232,58 @@ def test_a_step_in_which_no_drafted_row_went_on_tells_nothing(clock):
     drafting.join = lambda row, prompt: join(row, prompt, draft=row == 0)
     drafting.decode([50, 50], 16)
     assert drafting.steps[0][0] > 1
+
+
+def test_watching_begins_behind_what_drafted_steps_emitted(clock):
+    texts, controller = [text_of(0)], Switch(*[Plan(8, 1, 0)] * 10)
+    host = Oracle(clock, texts, lambda place: 2)
+    Scripted(clock, host, controller, texts).decode([100], 16)
+    places = [place for _, place in host.places]
+    assert places[:10] == list(range(1, 31, 3))
+    assert set(places[10:]) == set(range(31, 100, 3))
+
+
+def test_old_text_is_not_watched(clock):
+    texts, controller = [text_of(0)], Switch(*[Plan(1, 16, 0)] * 10, late=True)
+    host = Oracle(clock, texts, lambda place: 0)
+    Scripted(clock, host, controller, texts).decode([200], 16)
+    assert host.places
+    assert min(place for _, place in host.places) >= 161 - 16 - controller.watch
+
+
+def test_watching_is_paid_for(clock):
+    texts, seconds = [text_of(0)], 5e-3
+    host = Oracle(clock, texts, lambda place: 0, seconds=seconds)
+    Scripted(clock, host, Controller(), texts).decode([300], 16)
+    assert 0 < len(host.places) * seconds < (2 * TUNING.exploration) * 300 * STEP_S
+
+
+def test_a_failed_drafted_step_is_not_observed_again(clock):
+    """The drafter was asked for all rows before it failed for one."""
+
+    class Failing(Oracle):
+        def propose(self, request, nodes, depth):
+            if self.rows[request] == 1:
+                raise RuntimeError("no draft")
+            return super().propose(request, nodes, depth)
+
+    texts, controller = [text_of(0), text_of(1)], Switch(Plan(1, 4, 0), Plan(8, 1, 0))
+    host = Failing(clock, texts, lambda place: 0)
+    drafting = Scripted(clock, host, controller, texts)
+    with pytest.raises(RowError):
+        drafting.decode([50, 50], 16)
+    assert host.places == [(0, 5)]
+    drafting.leave(0, np.asarray(texts[0][:5], np.int32))
+    assert host.places == [(0, 5)]
+
+
+def test_a_drafter_that_fails_behind_an_answer_does_not_lose_it(clock, caplog):
+    class Failing(Oracle):
+        def propose(self, request, nodes, depth):
+            raise RuntimeError("no draft")
+
+    texts = [text_of(0)]
+    host = Failing(clock, texts, lambda place: 0)
+    Scripted(clock, host, Plain(), texts).decode([6], 16)
+    assert not host.rows
+    assert "behind the end of an answer" in caplog.text

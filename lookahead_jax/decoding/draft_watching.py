@@ -103,10 +103,10 @@ class WatchedRows:
             running = {row: limits[row] for row in ready}
             self._watch(texts, running, sharing, rows=done.count(False))
 
-    def watch_ends(self, texts: Mapping[int, np.ndarray], sharing: int) -> None:
-        """Watches along the last tokens of rows that have ended with these texts."""
+    def watch_ends(self, texts: Mapping[int, np.ndarray], sharing: int, rows: int) -> None:
+        """Watches along the last tokens of rows that have ended with these texts, of `rows`."""
         limits = {row: len(text) for row, text in texts.items()}
-        self._watch(texts, limits, sharing, rows=len(self._seen))
+        self._watch(texts, limits, sharing, rows=rows)
 
     def _watch(
         self,
@@ -123,10 +123,12 @@ class WatchedRows:
         controller, nodes = self._controller, self._controller.watch
         goes_on = {row for row, text in texts.items() if len(text) < limits[row]}
         at = {
-            row: max(self._seen[row], len(text) - self._newest - nodes)
+            # The drafter may know more than was seen, if a drafted step has failed.
+            row: max(self._seen[row], self._host.observed(row), len(text) - self._newest - nodes)
             for row, text in texts.items()
-            if row in self._host and self._seen[row] < len(text)
+            if row in self._host
         }
+        at = {row: place for row, place in at.items() if place < len(texts[row])}
         while at and controller.affords_watching:
             drafts, seconds = self._host.propose(at, texts, limits, nodes)
             follow = [np.zeros(0, np.int32)] * len(self._seen)

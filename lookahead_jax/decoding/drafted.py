@@ -1,8 +1,9 @@
 """Decoding with a drafter, on the host: asks for drafts, chooses their size, runs the steps."""
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from lookahead_jax.decoding.host_requests import HostRequests
 from lookahead_jax.decoding.node_budget import RowChances, needed
 from lookahead_jax.decoding.node_choice import Controller
 from lookahead_jax.decoding.placement import placed
+from lookahead_jax.decoding.row_error import RowError
 from lookahead_jax.decoding.state import DecodeState
 from lookahead_jax.decoding.step import PLAIN, Step, decode_burst, decode_step
 from lookahead_jax.decoding.tree import NODE_BUCKETS
@@ -37,6 +39,8 @@ from lookahead_jax.model.config import ModelConfig
 from lookahead_jax.model.jit import Program
 from lookahead_jax.model.params import Params
 from lookahead_jax.modules.definition import LookaheadModules
+
+_log = logging.getLogger(__name__)
 
 
 class Drafting:
@@ -142,11 +146,17 @@ class Drafting:
 
     def leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
         """One row leaves after emitting `tokens`; does nothing for a row that has not joined."""
-        try:
-            if self._watched_rows is not None:
-                self._watched_rows.watch_ends({row: np.asarray(tokens, np.int32)}, self._sharing)
-        finally:
-            self._leave(row, tokens)
+        self._watch_ends({row: np.asarray(tokens, np.int32)})
+        self._leave(row, tokens)
+
+    def _watch_ends(self, texts: Mapping[int, np.ndarray]) -> None:
+        """Watches along the last tokens of rows that have ended; a failure costs no answer."""
+        if self._watched_rows is not None:
+            rows = len(self._drafted | self._undrafted)
+            try:
+                self._watched_rows.watch_ends(texts, self._sharing, max(rows, len(texts)))
+            except RowError:
+                _log.exception("the drafter failed behind the end of an answer")
 
     def _leave(self, row: int, tokens: Sequence[int] | np.ndarray) -> None:
         self._constraints.put(row, None)
@@ -317,13 +327,10 @@ class Drafting:
             return
         tokens, counts = np.asarray(state.tokens), np.asarray(state.count)
         texts = {row: tokens[row, :count] for row, count in enumerate(counts.tolist())}
-        try:
-            # Nobody will ask a controller of our own again.
-            if self._watched_rows is not None and not self._own:
-                self._watched_rows.watch_ends(texts, self._sharing)
-        finally:
-            for row, text in texts.items():
-                self._leave(row, text)
+        if not self._own:  # nobody will ask a controller of our own again
+            self._watch_ends(texts)
+        for row, text in texts.items():
+            self._leave(row, text)
 
     def abandon(self) -> None:
         """All rows leave after a failure, so that the drafter can be used again."""

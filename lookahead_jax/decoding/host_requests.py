@@ -26,6 +26,10 @@ class HostRequests:
     def __contains__(self, row: int) -> bool:
         return self._requests[row] is not None
 
+    def observed(self, row: int) -> int:
+        """How many of the row's emitted tokens the drafter knows."""
+        return self._observed[row]
+
     def join(self, row: int, prompt: Sequence[int], emitted: int) -> None:
         """A row joins; the last `emitted` tokens of `prompt` are those that it has emitted."""
         request = next(_request)
@@ -79,4 +83,4 @@ class HostRequests:
         request, new = self._requests[row], tokens[self._observed[row] : count]
         if request is not None and new.size:
             self._drafter.observe(request, new.tolist())
-        self._observed[row] = count
+        self._observed[row] = max(self._observed[row], count)

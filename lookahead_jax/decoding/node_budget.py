@@ -87,7 +87,7 @@ def affordable(
     scores = xp.where(index.T == 0, np.float32(np.inf), running_minimum(worth, axis=1))
     order = xp.argsort(xp.where(valid, -scores, np.float32(np.inf)).reshape(-1), stable=True)
     wanted = (valid[..., None] & first[None]).reshape(batch * nodes, -1)[order]
-    budgets = np.asarray([part * total_nodes(batch, n) for n in NODE_BUCKETS], np.int32)
+    budgets = np.asarray([round(part * total_nodes(batch, n)) for n in NODE_BUCKETS], np.int32)
     taken = wanted & (xp.cumsum(wanted, axis=0, dtype=np.int32) <= budgets[None])
     if on_device:
         taken = jnp.zeros_like(taken).at[order].set(taken, unique_indices=True)
