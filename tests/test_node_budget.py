@@ -80,7 +80,7 @@ def test_smaller_sizes_have_the_nodes_of_larger_ones_that_are_worth_most():
 def test_rows_that_have_drafts_get_their_part_of_the_budget(batch):
     """One row of many that share the budget, and half of them."""
     worth, valid = np.ones((batch, 16), np.float32), np.zeros((batch, 16), bool)
-    for rows in {1, -(-batch // 2)}:
+    for rows in (1, -(-batch // 2)):
         valid[:rows] = True
         of_all = [round(total_nodes(batch, n) * rows / batch) for n in NODE_BUCKETS]
         taken = affordable(worth, valid, rows / batch).sum((0, 1))
