@@ -22,7 +22,7 @@ class Tuning:
     interruption_s: float = 0.25e-3
     """Seconds that leaving a burst for a watched draft and resuming take, on top of the draft."""
     short_watch: int = 4
-    """The fewest tokens that a device's watched draft is compared with, unless the text ends."""
+    """Fewest tokens that a device drafter's watched draft is compared with, unless a text ends."""
     spread: float = 0.618
     """Fraction of a burst from one watched draft to the next: all places are equally frequent."""
     prior_steps: int = 6
